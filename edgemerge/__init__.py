@@ -1,0 +1,1 @@
+"""Merge fine-tuned language models on the device, inside a memory budget, into one GGUF."""

@@ -1,0 +1,92 @@
+"""Everything edgemerge raises on purpose.
+
+::
+
+    EdgemergeError                the command line prints str(e) and exits 1
+    ├─ RecipeError(path, field)       the request is wrong
+    ├─ FormatError(path, tensor)      the file is wrong: truncated, bad header, unsupported type
+    ├─ MismatchError(tensor, shapes)  the models do not fit together
+    ├─ BudgetError(needed, budget)    carries the smallest budget that works
+    ├─ OutputError(path)              the result cannot be written there
+    └─ RuntimeFailure(detail)         llama.cpp refused, or the extra that holds it is missing
+
+Each message is one sentence: what is wrong, where, what to do about it.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+__all__ = [
+    "BudgetError",
+    "EdgemergeError",
+    "FormatError",
+    "MismatchError",
+    "OutputError",
+    "RecipeError",
+    "RuntimeFailure",
+]
+
+
+class EdgemergeError(Exception):
+    """Base of all errors that edgemerge raises on purpose."""
+
+
+class RecipeError(EdgemergeError):
+    """The request is wrong: an unknown method, a missing weight, a value out of range."""
+
+    def __init__(
+        self, message: str, *, path: str | PathLike[str] | None = None, field: str | None = None
+    ) -> None:
+        self.path = Path(path) if path is not None else None
+        self.field = field
+        super().__init__(f"{path}: {message}" if path is not None else message)
+
+
+class FormatError(EdgemergeError):
+    """A model file is damaged, hostile or of a kind that edgemerge does not read."""
+
+    def __init__(
+        self, message: str, *, path: str | PathLike[str], tensor: str | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.tensor = tensor
+        where = f"{path}: tensor {tensor!r}" if tensor is not None else str(path)
+        super().__init__(f"{where}: {message}")
+
+
+class MismatchError(EdgemergeError):
+    """The models of one merge do not fit together."""
+
+    def __init__(
+        self, message: str, *, tensor: str | None = None, shapes: tuple[object, ...] = ()
+    ) -> None:
+        self.tensor = tensor
+        self.shapes = shapes
+        super().__init__(message)
+
+
+class BudgetError(EdgemergeError):
+    """The memory budget cannot work; `needed` is the smallest one that does, in bytes."""
+
+    def __init__(self, message: str, *, needed: int, budget: int) -> None:
+        self.needed = needed
+        self.budget = budget
+        super().__init__(message)
+
+
+class OutputError(EdgemergeError):
+    """The result cannot be written: it exists already, or the disk has no room."""
+
+    def __init__(self, message: str, *, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        super().__init__(f"{path}: {message}")
+
+
+class RuntimeFailure(EdgemergeError):
+    """llama.cpp refused a model, or the extra that holds it is not installed."""
+
+    def __init__(self, message: str, *, detail: str = "") -> None:
+        self.detail = detail
+        super().__init__(message)
