@@ -8,18 +8,35 @@ disk), q and k rows are in GGUF's rotary order, and a type is ggml's name for it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Float32", "Source", "TensorSpec", "UInt8"]
+__all__ = [
+    "Float32",
+    "Gradient",
+    "InputTensor",
+    "ModelInput",
+    "Plan",
+    "Recipe",
+    "Rule",
+    "Setting",
+    "Slice",
+    "Source",
+    "TensorJob",
+    "TensorSpec",
+    "UInt8",
+]
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
+
+Setting: TypeAlias = float | bool | str
+Gradient: TypeAlias = tuple[float, ...]  # interpolated over the layers of a slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +92,116 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Close the files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One entry of a parameter: a value for the tensors whose name contains `filter` (None: all)."""
+
+    value: Setting | Gradient
+    filter: str | None = None
+
+
+Parameters: TypeAlias = Mapping[str, tuple[Rule, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """One model of a slice, and what the recipe says about it there."""
+
+    path: Path
+    layer_range: tuple[int, int] | None = None  # half-open; None: all layers
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Consecutive output layers that are merged from the same models."""
+
+    inputs: tuple[ModelInput, ...]
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to merge, as checked by `edgemerge.recipe`; never changed afterwards."""
+
+    method: str
+    base: Path | None
+    slices: tuple[Slice, ...]
+    parameters: Parameters = field(default_factory=dict)
+    defaults: Parameters = field(default_factory=dict)  # asked last, before the method's own
+    out_type: str | None = None  # file type, "keep", or None for the default
+    dtype: str | None = None  # mergekit's working type; only float32 changes the default file type
+    memory: int | None = None  # bytes
+    seed: int = 0
+    tokenizer_source: str = "base"  # "base" or the path of one of the models
+    chat_template: str | None = None  # Jinja text; None: the tokenizer source's own
+    notes: tuple[str, ...] = ()  # what the user should know about how the request was read
+
+    def models(self) -> tuple[Path, ...]:
+        """Every distinct model in the order of its first mention, the base first."""
+        paths = [] if self.base is None else [self.base]
+        paths += [model.path for part in self.slices for model in part.inputs]
+        return tuple(dict.fromkeys(paths))
+
+
+@dataclass(frozen=True, slots=True)
+class InputTensor:
+    """One model's share in one output tensor."""
+
+    model: int  # index in Plan.models
+    spec: TensorSpec
+    settings: Mapping[str, Setting] = field(default_factory=dict)  # per-model parameters, resolved
+
+
+@dataclass(frozen=True, slots=True)
+class TensorJob:
+    """All that is needed to make one output tensor."""
+
+    out: TensorSpec
+    method: str
+    base: InputTensor | None
+    experts: tuple[InputTensor, ...]
+    settings: Mapping[str, Setting]  # global parameters, resolved for this tensor
+    rows_per_block: int
+    passes: int  # how often the inputs are read
+
+    @property
+    def inputs(self) -> tuple[InputTensor, ...]:
+        """Base (if any) and experts: everything that is read."""
+        return self.experts if self.base is None else (self.base, *self.experts)
+
+    @property
+    def is_byte_copy(self) -> bool:
+        """Whether the stored bytes of the only input are the output's, without arithmetic."""
+        return (
+            self.method == "passthrough"
+            and self.experts[0].settings.get("scale", 1.0) == 1.0
+            and self.experts[0].spec.dtype == self.out.dtype
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A merge, decided to the last byte before any tensor data is read."""
+
+    recipe: Recipe
+    models: tuple[Path, ...]
+    jobs: tuple[TensorJob, ...]  # in the order of the output file
+    metadata: Mapping[str, bytes]  # of the output, without the provenance section
+    file_type: str
+    budget: int  # bytes, for the whole process
+    workers: int
+    arena_bytes: int  # of one worker
+    notes: tuple[str, ...]
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that will be read from the inputs, all passes together."""
+        return sum(job.passes * tensor.spec.nbytes for job in self.jobs for tensor in job.inputs)
+
+    @property
+    def n_elements(self) -> int:
+        """Elements of the output."""
+        return sum(job.out.n_elements for job in self.jobs)

@@ -1,0 +1,30 @@
+"""Model files: reading GGUF and Hugging Face directories, laying out GGUF, codecs, file types."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from edgemerge.errors import FormatError
+from edgemerge.formats.gguf import GgufModel
+from edgemerge.formats.hub import HubModel
+from edgemerge.types import Source
+
+__all__ = ["open_model"]
+
+
+def open_model(path: str | os.PathLike[str]) -> Source:
+    """Open a GGUF file or a Hugging Face directory.
+
+    Raises
+    ------
+    FormatError
+        It is neither, or it is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return HubModel(path)
+    try:
+        return GgufModel(path)
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror}); check the path", path=path) from None

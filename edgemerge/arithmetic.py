@@ -1,0 +1,375 @@
+"""What each method does to the blocks of one tensor.
+
+`merged_blocks` drives a tensor from survey to result. It sees blocks of float32 rows and nothing else:
+no file, no type, no thread. Everything that spans blocks (a k-th magnitude, a norm, a dot product) is
+surveyed first, over the same blocks; sums run per row in float64 and rows in order, and randomness is
+a hash of the flat index, so the result is the same for every block height.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemerge.errors import MismatchError
+from edgemerge.kernels import dare, della, linear, masks, select, slerp, ties
+from edgemerge.methods import METHODS, is_pruned
+from edgemerge.types import Float32, InputTensor, TensorJob, UInt8
+
+__all__ = ["Block", "BlockStream", "merged_blocks"]
+
+N_HIGH, N_LOW = 1 << 15, 1 << 16  # bins of the two passes of the radix select
+EVERYTHING = 0x7FFFFFFF  # above every magnitude
+TINY_NORM = 1e-7  # mergekit rescales nothing whose norm is below this
+TINY_WEIGHT = 1e-8
+PARALLEL = 0.9995  # |cos| above which slerp is lerp, as in mergekit
+
+
+@dataclass(slots=True)
+class Block:
+    """Some rows of one tensor, decoded; the arrays are the worker's own and may be overwritten."""
+
+    first: int  # flat index of the first element
+    n_cols: int
+    base: Float32 | None  # (n,)
+    experts: Float32  # (n_experts, n); task vectors for methods that work on them
+
+
+class BlockStream(Protocol):
+    """The blocks of one tensor, as often as asked for, and working memory beside them."""
+
+    job: TensorJob
+    seed: int
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks in row order, loading each."""
+
+    def overwrite(self) -> None:
+        """Declare that the current block's arrays no longer hold what was loaded."""
+
+    def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
+        """Return working memory, uninitialised, that lives as long as the stream."""
+
+
+def merged_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
+    """Yield every block of a tensor with its merged float32 values, in row order."""
+    method = METHODS[stream.job.method]
+    if method.on_deltas:
+        return _task_blocks(stream)
+    if method.name == "slerp":
+        return _slerp_blocks(stream)
+    if method.name == "linear":
+        return _linear_blocks(stream)
+    assert method.name == "passthrough"
+    return _scaled_blocks(stream)
+
+
+# -- linear, passthrough, slerp ------------------------------------------------------------------------
+
+
+def _linear_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
+    weights = _weights(stream.job)
+    if stream.job.settings["normalize"]:
+        total = float(weights.sum())
+        if abs(total) < TINY_WEIGHT:
+            raise MismatchError(
+                f"the weights of {stream.job.out.name} sum to zero, which cannot be normalised; "
+                "change them or set normalize: false",
+                tensor=stream.job.out.name,
+            )
+        weights = weights / total
+    for block in stream.blocks():
+        stream.overwrite()
+        linear.weighted_sum(weights.astype(np.float32), block.experts)
+        yield block, block.experts[0]
+
+
+def _scaled_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
+    scale = np.array([stream.job.experts[0].settings["scale"]], np.float32)
+    for block in stream.blocks():
+        stream.overwrite()
+        linear.weighted_sum(scale, block.experts)
+        yield block, block.experts[0]
+
+
+def _slerp_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
+    dots = np.zeros(3, np.float64)
+    for block in stream.blocks():
+        slerp.add_dots(block.base, block.experts[0], block.n_cols, dots)
+    from_base, from_expert = _slerp_factors(dots, float(stream.job.settings["t"]))
+    for block in stream.blocks():
+        stream.overwrite()
+        assert block.base is not None
+        linear.weighted_sum(np.array([from_expert], np.float32), block.experts)
+        linear.weighted_sum(np.array([from_base], np.float32), block.base.reshape(1, -1))
+        linear.add_scaled(block.experts[0], 1.0, block.base)
+        yield block, block.base
+
+
+def _slerp_factors(dots: NDArray[np.float64], t: float) -> tuple[float, float]:
+    """Factors of base and expert: Shoemake's, on whole tensors, lerp where they are parallel."""
+    norms = [math.sqrt(float(dots[i])) for i in (0, 2)]
+    scale = 1.0
+    for norm in norms:
+        scale *= norm if norm > TINY_WEIGHT else 1.0
+    cosine = float(dots[1]) / scale
+    if abs(cosine) > PARALLEL:
+        return 1.0 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+# -- task vectors ---------------------------------------------------------------------------------------
+
+
+def _task_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
+    job = stream.job
+    method = METHODS[job.method]
+    weights = _weights(job)
+    normalize = bool(job.settings["normalize"])
+    if normalize and not method.elect:
+        total = float(weights.sum())
+        weights = weights / (total if abs(total) >= TINY_WEIGHT else 1.0)
+    factors = weights.astype(np.float32)
+    mask = _mask_memory(stream)
+    pruners = _survey_pruners(stream, mask)
+    election = stream.take((3, ties.TILE), np.float32) if method.elect else None
+    for pruner in pruners:
+        pruner.restart()
+    for block in stream.blocks():
+        stream.overwrite()
+        assert block.base is not None
+        for pruner, delta in zip(pruners, block.experts, strict=True):
+            pruner.prune(block, delta, mask[: delta.size])
+        if election is not None:
+            ties.elect(factors, normalize, election, block.experts)
+        else:
+            linear.weighted_sum(factors, block.experts)
+        linear.add_scaled(block.experts[0], float(job.settings["lambda"]), block.base)
+        yield block, block.base
+
+
+def _weights(job: TensorJob) -> NDArray[np.float64]:
+    return np.array([expert.settings["weight"] for expert in job.experts], np.float64)
+
+
+def _mask_memory(stream: BlockStream) -> UInt8:
+    job = stream.job
+    prunes = any(is_pruned(METHODS[job.method], expert.settings) for expert in job.experts)
+    n_elements = job.rows_per_block * job.out.n_cols if prunes else 0
+    return stream.take((n_elements,), np.uint8).view(np.uint8)
+
+
+class Pruner:
+    """Decides which entries of one task vector survive; this one keeps all of them."""
+
+    scale = 1.0  # of what survives
+
+    def restart(self) -> None:
+        """Begin another pass over the blocks."""
+
+    def mask(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
+        """Write 1 for what is kept of this block's rows, 0 for the rest."""
+
+    def prune(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
+        """Overwrite this block's task vector by its pruned, rescaled self."""
+
+
+class _Masking(Pruner):
+    def prune(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
+        self.mask(block, delta_f32, mask_u8)
+        masks.apply_mask(mask_u8, self.scale, delta_f32)
+
+
+class NothingLeft(_Masking):
+    """Density zero."""
+
+    def mask(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
+        """Drop everything."""
+        mask_u8[:] = 0
+
+
+class RandomPruner(_Masking):
+    """DARE: an independent draw per element."""
+
+    def __init__(self, key: int, density: float) -> None:
+        self.key = np.uint64(key)
+        self.threshold = np.uint64(math.ceil(density * (1 << 24)))
+
+    def mask(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
+        """Draw by flat index."""
+        dare.bernoulli_mask(self.key, np.uint64(block.first), self.threshold, mask_u8)
+
+
+class RankPruner(_Masking):
+    """DELLA: a draw whose probability grows with the magnitude's rank in its row."""
+
+    def __init__(
+        self, key: int, density: float, epsilon: float, unbiased: bool, scratch: NDArray[np.uint32]
+    ) -> None:
+        self.key = np.uint64(key)
+        self.density, self.epsilon = density, epsilon
+        self.unbiased = unbiased  # divide what is kept by its own probability
+        self.scratch = scratch
+
+    def mask(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
+        """Draw by flat index and rank; with `unbiased`, rescale at once."""
+        della.rank_mask(
+            self.key,
+            np.uint64(block.first),
+            block.n_cols,
+            self.density,
+            self.epsilon,
+            self.unbiased,
+            self.scratch,
+            delta_f32,
+            mask_u8,
+        )
+
+
+class CutPruner(_Masking):
+    """TIES and Breadcrumbs: keep the magnitudes between two exact order statistics."""
+
+    def __init__(self, cuts: tuple[int, ...]) -> None:
+        self.cuts = np.array(cuts, np.int64)
+        self.seen = np.zeros(2, np.int64)
+
+    def restart(self) -> None:
+        """Count ties from the first row again."""
+        self.seen[:] = 0
+
+    def mask(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
+        """Compare magnitudes, and count ties in flat index order."""
+        select.mask_between(self.cuts, self.seen, delta_f32, mask_u8)
+
+
+def _survey_pruners(stream: BlockStream, mask: UInt8) -> list[Pruner]:
+    job = stream.job
+    method = METHODS[job.method]
+    active = [k for k, expert in enumerate(job.experts) if is_pruned(method, expert.settings)]
+    pruners: list[Pruner] = [Pruner() for _ in job.experts]
+    drawn = {k: job.experts[k] for k in active if float(job.experts[k].settings["density"]) > 0}
+    for k in active:
+        pruners[k] = NothingLeft()
+    if method.prune in ("magnitude", "band"):
+        for k, pruner in _select_cuts(stream, drawn, band=method.prune == "band").items():
+            pruners[k] = pruner
+    else:
+        for k, expert in drawn.items():
+            pruners[k] = _random_pruner(stream, k, expert, ranked=method.prune == "rank")
+    if drawn and job.settings["rescale"] in (True, "l1"):
+        _match_norms(stream, pruners, mask)
+    return pruners
+
+
+def _random_pruner(stream: BlockStream, k: int, expert: InputTensor, *, ranked: bool) -> Pruner:
+    key = _random_key(stream.seed, k, stream.job.out.name)
+    density = float(expert.settings["density"])
+    unbiased = stream.job.settings["rescale"] == "expectation"
+    if ranked:
+        scratch = stream.take((2 * stream.job.out.n_cols + della.RADIX,), np.uint32)
+        epsilon = float(expert.settings["epsilon"])
+        return RankPruner(key, density, epsilon, unbiased, scratch.view(np.uint32))
+    pruner = RandomPruner(key, density)
+    if unbiased:
+        pruner.scale = 1.0 / density
+    return pruner
+
+
+def _random_key(seed: int, k: int, tensor: str) -> int:
+    """Hash what a mask may depend on: never the order of tensors, blocks, threads or file paths."""
+    digest = hashlib.blake2b(f"{seed}|{k}|{tensor}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _match_norms(stream: BlockStream, pruners: list[Pruner], mask: UInt8) -> None:
+    """Scale every pruned task vector back to its L1 norm, as mergekit does since 0.1.0."""
+    norms = np.zeros((len(pruners), 2), np.float64)
+    for pruner in pruners:
+        pruner.restart()
+    for block in stream.blocks():
+        for k, pruner in enumerate(pruners):
+            if type(pruner) is not Pruner:
+                delta = block.experts[k]
+                pruner.mask(block, delta, mask[: delta.size])
+                masks.add_norms(delta, mask[: delta.size], block.n_cols, norms[k])
+    for pruner, (before, after) in zip(pruners, norms, strict=True):
+        if before >= TINY_NORM and after >= TINY_NORM:
+            pruner.scale = float(before / after)
+
+
+# -- exact selection --------------------------------------------------------------------------------------
+
+
+def _select_cuts(
+    stream: BlockStream, drawn: dict[int, InputTensor], *, band: bool
+) -> dict[int, Pruner]:
+    """Find the cuts of every expert in two passes over the blocks."""
+    n = stream.job.out.n_elements
+    kept = {k: _kept_ranks(expert, n, band=band) for k, expert in drawn.items()}
+    kept = {k: ranks for k, ranks in kept.items() if ranks}
+    high = {k: _counters(stream, N_HIGH) for k in kept}
+    for block in stream.blocks():
+        for k, counts in high.items():
+            select.count_high(block.experts[k], counts)
+    ends = {(k, rank): _find_bin(high[k], rank) for k, ranks in kept.items() for rank in ranks}
+    low = {at: _counters(stream, N_LOW) for at in {(k, end[0]) for (k, _), end in ends.items()}}
+    for block in stream.blocks():
+        for (k, index), counts in low.items():
+            select.count_low(block.experts[k], index, counts)
+    ties_at = {at: _locate(end, low[at[0], end[0]]) for at, end in ends.items()}
+    pruners: dict[int, Pruner] = dict.fromkeys(drawn, NothingLeft())
+    for k, ranks in kept.items():
+        pruners[k] = CutPruner(_cuts(*(ties_at[k, rank] for rank in ranks)))
+    return pruners
+
+
+def _counters(stream: BlockStream, n_bins: int) -> NDArray[np.uint32]:
+    counts = stream.take((n_bins,), np.uint32).view(np.uint32)
+    counts[:] = 0
+    return counts
+
+
+def _kept_ranks(expert: InputTensor, n: int, *, band: bool) -> tuple[int, ...]:
+    """First ascending rank that is kept, and with a band the last (mergekit sparsify.py, 0.1.5)."""
+    density = float(expert.settings["density"])
+    if not band:
+        return (n - max(1, int(density * n)),)
+    target = int(density * n)
+    top = int(float(expert.settings["gamma"]) * n)
+    bottom = max(0, n - target - top)
+    return (bottom, min(n, bottom + target) - 1) if target else ()
+
+
+def _find_bin(counts: NDArray[np.uint32], rank: int) -> tuple[int, int]:
+    """Bin that holds an ascending rank, and the rank inside it."""
+    ends = np.cumsum(counts, dtype=np.int64)
+    index = int(np.searchsorted(ends, rank, side="right"))
+    return index, rank - int(ends[index] - counts[index])
+
+
+def _locate(at: tuple[int, int], counts: NDArray[np.uint32]) -> tuple[int, int, int]:
+    """Magnitude (as bits) of a rank, its place among its ties, and how many ties there are."""
+    index, rank = _find_bin(counts, at[1])
+    return (at[0] << 16) | index, rank, int(counts[index])
+
+
+def _cuts(first: tuple[int, int, int], last: tuple[int, int, int] | None = None) -> tuple[int, ...]:
+    """Arguments of `mask_between` for the kept ranks, from the first to the last or to the largest.
+
+    TIES keeps the k largest: at its only cut the earlier ties stay. Breadcrumbs is defined by a stable
+    ascending sort: at the low cut the later ties stay, at the high cut the earlier ones.
+    """
+    low, skipped, n_ties = first
+    if last is None:
+        return low, 0, n_ties - skipped, EVERYTHING, 0, 0
+    high, last_kept, _ = last
+    if low == high:
+        return low, skipped, last_kept + 1, low, 0, 0
+    return low, skipped, n_ties, high, 0, last_kept + 1

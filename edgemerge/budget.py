@@ -1,0 +1,138 @@
+"""From a memory budget to block heights and workers, and the arenas that hold the blocks.
+
+The budget bounds the peak resident memory of the whole process. What is left of it after the
+interpreter, Numba and the models' headers is divided among the workers; each owns one arena, allocated
+once, and a tensor's blocks are as high as fits in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemerge.errors import BudgetError
+
+__all__ = ["FLOOR_BYTES", "Arena", "ArenaNeed", "divide_budget", "format_size", "rows_in_arena"]
+
+MIB = 1 << 20
+
+# Interpreter, NumPy, Numba and LLVM with every kernel of a merge compiled from nothing, and threads;
+# tests/test_budget_rss.py measures it.
+FLOOR_BYTES = 200 * MIB
+WORKER_BYTES = 1 * MIB  # a thread's stack and its Python objects
+ALIGNMENT = 64
+
+# Blocks beyond this gain nothing: Python's share of a block is then below 2 %, and a block of each
+# input still fits common second-level caches.
+TARGET_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaNeed:
+    """What one tensor asks of an arena."""
+
+    n_rows: int
+    n_cols: int
+    fixed_bytes: int
+    row_bytes: int  # per row of a block, all arrays together
+    surveyed: bool  # read more than once: holding all of it saves the second read
+
+    def at(self, rows: int) -> int:
+        """Bytes for blocks of so many rows."""
+        return self.fixed_bytes + rows * self.row_bytes
+
+    def wanted_rows(self) -> int:
+        """Block height that more memory would not improve, short of the whole tensor."""
+        return min(self.n_rows, max(1, TARGET_ELEMENTS // max(1, self.n_cols)))
+
+
+def rows_in_arena(need: ArenaNeed, arena_bytes: int) -> int:
+    """Block height for one tensor: all of it where that saves a read, else a cache-sized piece.
+
+    Returns 0 where not even one row fits.
+    """
+    fits = (arena_bytes - need.fixed_bytes) // max(1, need.row_bytes)
+    if need.surveyed and fits >= need.n_rows:
+        return need.n_rows
+    return max(0, min(fits, need.wanted_rows()))
+
+
+def divide_budget(
+    needs: list[ArenaNeed], budget: int, threads: int, header_bytes: int
+) -> tuple[int, int]:
+    """Choose the number of workers and the size of their arenas.
+
+    Parameters
+    ----------
+    needs : list of ArenaNeed
+        One per tensor.
+    budget : int
+        Bytes for the whole process.
+    threads : int
+        Workers at most.
+    header_bytes : int
+        What the models' metadata takes.
+
+    Returns
+    -------
+    workers, arena_bytes : int
+        At least one worker; arenas are no larger than any tensor can use.
+
+    Raises
+    ------
+    BudgetError
+        The budget does not hold one worker with blocks of one row.
+    """
+    fixed = FLOOR_BYTES + header_bytes
+    least = max((need.at(1) for need in needs), default=0) + WORKER_BYTES
+    useful = max(
+        (need.at(need.n_rows if need.surveyed else need.wanted_rows()) for need in needs), default=0
+    )
+    if fixed + least > budget:
+        needed = -(-(fixed + least) // MIB) * MIB
+        raise BudgetError(
+            f"a budget of {format_size(budget)} is too small for this merge; "
+            f"the smallest that works is --memory {needed // MIB}MiB",
+            needed=needed,
+            budget=budget,
+        )
+    workers = max(1, min(threads, (budget - fixed) // least, max(1, len(needs))))
+    arena = (budget - fixed) // workers - WORKER_BYTES
+    return workers, min(arena, useful)
+
+
+def format_size(n_bytes: float) -> str:
+    """Write a number of bytes for people: 384 MiB, 1.5 GiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(n_bytes) < 1024 or unit == "GiB":
+            break
+        n_bytes /= 1024
+    return f"{n_bytes:.3g} {unit}" if abs(n_bytes) < 1000 else f"{n_bytes:.0f} {unit}"
+
+
+class Arena:
+    """One worker's memory: arrays are carved off front to back and given back all at once."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self._raw = np.empty(n_bytes + ALIGNMENT, np.uint8)
+        self._start = -self._raw.ctypes.data % ALIGNMENT
+        self._used = 0
+
+    def reset(self) -> None:
+        """Give everything back."""
+        self._used = 0
+
+    def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
+        """Carve off an aligned, C-contiguous array; its contents are whatever was there."""
+        n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        start = self._start + self._used
+        self._used += aligned(n_bytes)
+        assert start + n_bytes <= self._raw.size, "the plan asked for too small an arena"
+        return self._raw[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+def aligned(n_bytes: int) -> int:
+    """Round up to what `Arena.take` consumes for an array."""
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT

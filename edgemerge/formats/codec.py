@@ -1,0 +1,139 @@
+"""Codecs: the bytes of a ggml type <-> float32, and the sizes of all ggml types.
+
+`CODECS` is the list of types that a merge can read and write; `block_size` and `GGML_TYPES` know every
+type that a GGUF file may hold. Importing this module is cheap: a codec imports its kernels (and so
+Numba: most of a second and 70 MB) when it is first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, cast
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES
+from numpy.typing import NDArray
+
+from edgemerge.types import Float32, UInt8
+
+__all__ = ["CODECS", "GGML_TYPES", "Codec", "block_size", "row_bytes"]
+
+GGML_TYPES: dict[int, str] = {int(kind): kind.name for kind in GGML_QUANT_SIZES}
+"""ggml type number -> name, without the types that ggml has removed."""
+
+_BLOCK_SIZES: dict[str, tuple[int, int]] = {k.name: size for k, size in GGML_QUANT_SIZES.items()}
+
+
+def block_size(dtype: str) -> tuple[int, int]:
+    """Elements and bytes of one block of any ggml type, whether it has a codec or not."""
+    return _BLOCK_SIZES[dtype]
+
+
+def row_bytes(dtype: str, n_cols: int) -> int:
+    """Stored bytes of a row of `n_cols` elements, a whole number of blocks."""
+    block_len, block_bytes = block_size(dtype)
+    if n_cols % block_len:
+        raise ValueError(f"a row of {n_cols} elements is not a whole number of {dtype} blocks")
+    return n_cols // block_len * block_bytes
+
+
+@cache
+def _kernel(module: str, name: str) -> Callable[..., None]:
+    return cast(Callable[..., None], getattr(import_module(f"edgemerge.kernels.{module}"), name))
+
+
+def _check(array: NDArray[Any], n_items: int) -> None:
+    # Kernels check no bounds, and a read-only, strided or unaligned array would be compiled anew.
+    assert array.flags.carray, "kernels take C-contiguous, aligned, writable arrays"
+    assert array.size == n_items, f"{array.size} items instead of {n_items}"
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """One ggml type: how a block of its bytes becomes float32 and back.
+
+    Both directions give ggml's bytes exactly. They release the GIL and keep no state, so any number
+    of threads may share a codec, each with its own scratch.
+    """
+
+    dtype: str
+    kernels: str | None  # file in kernels/; None: the bytes are float32 already
+    scratch_len: int = 0  # float32 elements that encode needs
+    can_encode: bool = True
+
+    @property
+    def block_len(self) -> int:
+        """Elements in one block."""
+        return _BLOCK_SIZES[self.dtype][0]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return _BLOCK_SIZES[self.dtype][1]
+
+    def decode(self, raw_u8: UInt8, out_f32: Float32) -> None:
+        """Write the values of whole blocks.
+
+        Parameters
+        ----------
+        raw_u8 : (n_blocks * block_bytes,) uint8
+            blocks as stored; of F16 and BF16, aligned to two bytes
+        out_f32 : (n_blocks * block_len,) float32
+            written
+        """
+        if self.kernels is None:
+            out_f32.view(np.uint8)[:] = raw_u8
+            return
+        stored = self._stored(raw_u8, out_f32)
+        _kernel(self.kernels, f"decode_{self.dtype.lower()}")(stored, out_f32)
+
+    def encode(self, x_f32: Float32, out_u8: UInt8, scratch_f32: Float32) -> None:
+        """Write the blocks that ggml's reference quantiser makes of `x_f32`.
+
+        Parameters
+        ----------
+        x_f32 : (n_blocks * block_len,) float32
+            finite values
+        out_u8 : (n_blocks * block_bytes,) uint8
+            written; of F16 and BF16, aligned to two bytes
+        scratch_f32 : (>= scratch_len,) float32
+            overwritten with nothing of use
+        """
+        if self.kernels is None:
+            out_u8[:] = x_f32.view(np.uint8)
+            return
+        stored = self._stored(out_u8, x_f32)
+        kernel = _kernel(self.kernels, f"encode_{self.dtype.lower()}")
+        if self.scratch_len:
+            _check(scratch_f32[: self.scratch_len], self.scratch_len)
+            kernel(x_f32, scratch_f32, stored)
+        else:
+            kernel(x_f32, stored)
+
+    def _stored(self, raw_u8: UInt8, values_f32: Float32) -> NDArray[Any]:
+        """Stored side of a kernel call: bytes, or of the two half types their 16-bit patterns."""
+        n_blocks = raw_u8.size // self.block_bytes
+        _check(raw_u8, n_blocks * self.block_bytes)
+        _check(values_f32, n_blocks * self.block_len)
+        stored: NDArray[Any] = raw_u8.view(np.uint16) if self.block_len == 1 else raw_u8
+        assert stored.flags.aligned, "16-bit types start at an even address"
+        return stored
+
+
+CODECS: dict[str, Codec] = {
+    "F32": Codec("F32", kernels=None),
+    "F16": Codec("F16", kernels="half"),
+    "BF16": Codec("BF16", kernels="half"),
+    "Q4_0": Codec("Q4_0", kernels="q4_0"),
+    "Q4_1": Codec("Q4_1", kernels="q4_1"),
+    "Q5_0": Codec("Q5_0", kernels="q5_0"),
+    "Q5_1": Codec("Q5_1", kernels="q5_1"),
+    "Q8_0": Codec("Q8_0", kernels="q8_0"),
+    "Q4_K": Codec("Q4_K", kernels="q4_k", scratch_len=16384),
+    "Q5_K": Codec("Q5_K", kernels="q5_k", scratch_len=16384),
+    "Q6_K": Codec("Q6_K", kernels="q6_k", scratch_len=16384),
+}
+"""ggml type name -> codec. `scratch_len` is stated here because reading it must not import Numba."""

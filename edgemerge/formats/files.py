@@ -1,0 +1,58 @@
+"""What both readers need of a file: exact reads, page-cache hints, and a name for what is no model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from edgemerge.errors import FormatError
+from edgemerge.types import UInt8
+
+__all__ = ["describe_foreign", "forget_range", "read_exactly"]
+
+_FOREIGN = (
+    (b"version https://git-lfs", "is a git-LFS pointer, not the file itself; run git lfs pull"),
+    (b"PK\x03\x04", "is a PyTorch zip; pickle is never read, export safetensors or GGUF instead"),
+    (b"\x80\x02", "is a Python pickle, which is never read; export safetensors or GGUF instead"),
+    (b"<!doctype", "is a web page, not a model; the download went wrong, get it again"),
+    (b"<html", "is a web page, not a model; the download went wrong, get it again"),
+)
+
+
+def describe_foreign(head: bytes, wanted: str) -> str:
+    """Say what a file is that does not begin as a `wanted` file does, and what to do."""
+    if not head:
+        return f"is empty, not a {wanted} file; get it again"
+    lowered = head.lstrip().lower()
+    for magic, sentence in _FOREIGN:
+        if head.startswith(magic) or lowered.startswith(magic):
+            return sentence
+    return f"is not a {wanted} file (it begins with {head[:8]!r}); give a GGUF file or a model directory"
+
+
+def read_exactly(fd: int, out_u8: UInt8, offset: int, path: Path, tensor: str) -> None:
+    """Fill a C-contiguous buffer from a file position; thread-safe.
+
+    Raises
+    ------
+    FormatError
+        The file ends before the buffer is full.
+    """
+    view = memoryview(out_u8).cast("B")
+    done = 0
+    while done < len(view):
+        n_read = os.preadv(fd, [view[done:]], offset + done)
+        if n_read == 0:
+            raise FormatError(
+                "the file ended while it was read; it changed under the merge, start again",
+                path=path,
+                tensor=tensor,
+            )
+        done += n_read
+
+
+def forget_range(fd: int, offset: int, n_bytes: int) -> None:
+    """Give the pages of a byte range back, so that one pass over a model leaves the page cache alone."""
+    with contextlib.suppress(OSError):  # a hint; some file systems do not know it
+        os.posix_fadvise(fd, offset, n_bytes, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,105 @@
+"""JSON from strangers: bounded size, values and depth, and named errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from edgemerge.errors import FormatError
+
+__all__ = ["parse_object", "read_object", "read_text"]
+
+MAX_BYTES = 100_000_000
+# Python needs some 60 bytes for the smallest value, so 100 MB of "[[],[],…" would become gigabytes.
+# Commas and opening brackets bound the number of values without parsing; those inside strings are
+# counted too, which only tightens the bound.
+MAX_VALUES = 8_000_000
+
+
+def read_object(path: Path, max_values: int = MAX_VALUES) -> dict[str, Any]:
+    """Read a file that must hold one JSON object."""
+    return parse_object(_read_bytes(path), path, max_values=max_values)
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file."""
+    try:
+        return _read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise FormatError("is not UTF-8 text; get the file again", path=path) from e
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as e:
+        raise FormatError(f"cannot be read ({e.strerror}); get the file again", path=path) from e
+    if len(raw) > MAX_BYTES:
+        raise FormatError(
+            f"is larger than {MAX_BYTES // 1_000_000} MB, which no such file is; get it again",
+            path=path,
+        )
+    return raw
+
+
+def parse_object(
+    raw: bytes, path: Path, *, max_values: int = MAX_VALUES, unique_keys: bool = False
+) -> dict[str, Any]:
+    """Parse UTF-8 bytes that must hold one JSON object.
+
+    Parameters
+    ----------
+    raw : bytes
+        What was read.
+    path : Path
+        Named in errors.
+    max_values : int
+        More values than this are refused before anything is parsed.
+    unique_keys : bool
+        Refuse an object that names a key twice; otherwise the last one wins, as in Python.
+
+    Raises
+    ------
+    FormatError
+        Not UTF-8, not JSON, not an object, too many values, or nested too deeply.
+    """
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > max_values:
+        raise FormatError(
+            f"holds more than {max_values} JSON values, which no model needs; get the file again",
+            path=path,
+        )
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise FormatError(
+            f"has bytes that are not UTF-8 at position {e.start} of its JSON; get the file again",
+            path=path,
+        ) from e
+    hook = _unique if unique_keys else None
+    try:
+        value = json.loads(text, object_pairs_hook=hook, parse_constant=_refuse_constant)
+    except RecursionError as e:
+        raise FormatError(
+            "nests its JSON too deeply, as only a hostile file does; get the file again", path=path
+        ) from e
+    except ValueError as e:  # JSONDecodeError, _unique, _refuse_constant, or an integer without end
+        raise FormatError(f"is not valid JSON ({e}); get the file again", path=path) from e
+    if not isinstance(value, dict):
+        raise FormatError("holds JSON that is not an object; get the file again", path=path)
+    return value
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {key[:80]!r} appears twice")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")

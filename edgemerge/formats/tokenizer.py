@@ -1,0 +1,106 @@
+"""The tokenizer of a Hugging Face directory as GGUF's `tokenizer.*` keys, without transformers.
+
+Which of the three kinds a directory holds is decided as `LlamaModel.set_vocab` of llama.cpp's
+conversion/llama.py does: tokenizer.model, else a tokenizer.json with byte fallback, else byte-level
+BPE.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgemerge.errors import FormatError
+from edgemerge.formats.json_file import read_object
+from edgemerge.formats.metadata import encode_value
+from edgemerge.formats.tokenizer_bpe import bpe_vocabulary
+from edgemerge.formats.tokenizer_special import chat_templates, special_tokens
+from edgemerge.formats.tokenizer_spm import is_spm_json, spm_json_vocabulary, spm_vocabulary
+
+__all__ = ["tokenizer_metadata"]
+
+# CodeLlama's end of an infill is named nowhere; the converter knows it by the vocabulary's size.
+CODELLAMA_VOCAB, CODELLAMA_EOT = 32016, 32010
+GRANITE_VOCAB = 49152  # also SmolLM's: none of these wants a BOS
+ID_KEYS = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "eot": "eot_token_id",
+    "eom": "eom_token_id",
+    "unk": "unknown_token_id",
+    "sep": "seperator_token_id",  # spelt so in gguf-py/gguf/constants.py
+    "pad": "padding_token_id",
+    "mask": "mask_token_id",
+}
+ADD_KEYS = {"bos": "add_bos_token", "eos": "add_eos_token", "sep": "add_sep_token"}
+
+
+def tokenizer_metadata(path: Path, config: dict[str, Any], vocab_size: int) -> dict[str, bytes]:
+    """Return the encoded `tokenizer.*` keys of a directory.
+
+    Parameters
+    ----------
+    path : Path
+        The directory.
+    config : dict
+        Its config.json, which may name token ids.
+    vocab_size : int
+        Rows of the embedding; missing tokens are filled up with `[PADn]`.
+
+    Raises
+    ------
+    FormatError
+        There is no tokenizer, or one of a kind that llama.cpp cannot be told about.
+    """
+    tokenizer_config = _read_optional(path / "tokenizer_config.json")
+    tokenizer_json = _read_optional(path / "tokenizer.json")
+    try:
+        return _metadata(path, config, tokenizer_config, tokenizer_json, vocab_size)
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as e:
+        # tokenizer.json is a dozen formats in one; what does not even have their shape ends here.
+        raise FormatError(
+            f"its tokenizer files are built in a way edgemerge does not know ({type(e).__name__}: "
+            f"{str(e)[:80]}); get them again, or convert the model to GGUF with llama.cpp",
+            path=path,
+        ) from e
+
+
+def _read_optional(path: Path) -> dict[str, Any] | None:
+    return read_object(path) if path.is_file() else None
+
+
+def _metadata(
+    path: Path,
+    config: dict[str, Any],
+    tokenizer_config: dict[str, Any] | None,
+    tokenizer_json: dict[str, Any] | None,
+    vocab_size: int,
+) -> dict[str, bytes]:
+    keys: dict[str, bytes] = {}
+    add_prefix_space = (tokenizer_config or {}).get("add_prefix_space")
+    if add_prefix_space is not None:
+        keys["add_space_prefix"] = encode_value(bool(add_prefix_space), "bool")
+    n_vocab: int | None = vocab_size
+    if (path / "tokenizer.model").is_file():
+        keys |= spm_vocabulary(path, tokenizer_config or {}, vocab_size)
+    elif tokenizer_json is None:
+        raise FormatError(
+            "has neither tokenizer.model nor tokenizer.json; get one of them", path=path
+        )
+    elif is_spm_json(tokenizer_json):
+        keys |= spm_json_vocabulary(path, tokenizer_json, tokenizer_config or {}, vocab_size)
+    else:
+        keys |= bpe_vocabulary(path, tokenizer_json, tokenizer_config or {}, vocab_size)
+        n_vocab = None  # the converter does not check the range of these ids, all are below it
+    ids, adds = special_tokens(tokenizer_json, tokenizer_config, config, n_vocab)
+    if vocab_size == CODELLAMA_VOCAB:
+        ids.setdefault("eot", CODELLAMA_EOT)
+    if vocab_size == GRANITE_VOCAB:
+        adds["bos"] = False
+    keys |= {ID_KEYS[kind]: encode_value(i, "u32") for kind, i in ids.items() if kind in ID_KEYS}
+    keys |= {
+        ADD_KEYS[kind]: encode_value(v, "bool") for kind, v in adds.items() if kind in ADD_KEYS
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | {
+        f"tokenizer.{key}": value for key, value in chat_templates(path, tokenizer_config).items()
+    }

@@ -1,0 +1,253 @@
+"""Runs a plan: every tensor through a worker, into one GGUF.
+
+Read top-down: `merge` plans, writes the header, lets the workers loose, seals the file. A worker takes a
+whole tensor, largest first, and cuts it into blocks of rows; so nothing is shared between workers, sums
+run in row order by themselves, and the result is the same for every budget and thread count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgemerge.formats import open_model
+from edgemerge.formats.gguf_writer import GgufLayout, make_layout
+from edgemerge.formats.metadata import encode_value
+from edgemerge.output import OutputFile, check_output
+from edgemerge.plan import make_plan
+from edgemerge.report import MergeReport, peak_rss_bytes
+from edgemerge.types import Plan, Recipe, Source, TensorJob
+
+if TYPE_CHECKING:  # Numba takes most of a second to import: only a merge that runs pays for it
+    from edgemerge.stream import TensorResult, Traffic
+
+__all__ = ["Progress", "default_threads", "merge", "plan"]
+
+Progress = Callable[[int, int], None]
+"""Called now and then with bytes done and bytes in all."""
+
+POLL_SECONDS = 0.1
+
+
+def default_threads() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = None) -> Plan:
+    """Decide a merge without doing it; reads headers, no tensor data.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        From `load_recipe` or `make_recipe`.
+    memory : int, optional
+        Budget in bytes for the whole process; else the recipe's, else 512 MiB.
+    threads : int, optional
+        Workers at most; else the processors that this process may use.
+
+    Raises
+    ------
+    EdgemergeError
+        The recipe, a file, the models together or the budget are wrong.
+    """
+    with ExitStack() as stack:
+        return make_plan(
+            recipe,
+            lambda path: _open(path, stack),
+            memory=memory,
+            threads=threads or default_threads(),
+        )
+
+
+def merge(
+    recipe: Recipe,
+    output: str | os.PathLike[str],
+    *,
+    memory: int | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge models into one GGUF file.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        From `load_recipe` or `make_recipe`.
+    output : path
+        The file to make; it gets its name only when it is whole.
+    memory, threads : int, optional
+        As for `plan`.
+    force : bool
+        Replace an existing output.
+    progress : callable, optional
+        Called with bytes done and bytes in all, from this thread.
+
+    Returns
+    -------
+    MergeReport
+        What was done, and what it took.
+
+    Raises
+    ------
+    EdgemergeError
+        See `edgemerge.errors`; the output is as it was.
+    """
+    started = time.monotonic()
+    output = Path(output)
+    check_output(output, recipe.models(), force=force)
+    with ExitStack() as stack:
+        opened: dict[Path, Source] = {}
+
+        def open_once(path: Path) -> Source:
+            opened[path] = _open(path, stack)
+            return opened[path]
+
+        the_plan = make_plan(
+            recipe, open_once, memory=memory, threads=threads or default_threads()
+        )
+        layout = _layout(the_plan, [])
+        file = stack.enter_context(OutputFile(output, layout.n_bytes))
+        traffic = _new_traffic()
+        results = _run_jobs(the_plan, list(opened.values()), layout, file, traffic, progress)
+        file.write(_layout(the_plan, results).header, 0)
+        digest = file.sha256()
+        file.publish()
+    return MergeReport(
+        output=output,
+        out_bytes=layout.n_bytes,
+        method=recipe.method,
+        file_type=the_plan.file_type,
+        tensors=len(the_plan.jobs),
+        elements=the_plan.n_elements,
+        seconds=time.monotonic() - started,
+        budget_bytes=the_plan.budget,
+        peak_rss_bytes=peak_rss_bytes(),
+        read_bytes=traffic.read,
+        written_bytes=traffic.written + len(layout.header),
+        passes=max((job.passes for job in the_plan.jobs), default=0),
+        workers=the_plan.workers,
+        resumed_tensors=0,
+        sha256=digest,
+        notes=the_plan.notes,
+    )
+
+
+def _open(path: Path, stack: ExitStack) -> Source:
+    source = open_model(path)
+    stack.callback(source.close)
+    return source
+
+
+# -- the work -------------------------------------------------------------------------------------------
+
+
+def _new_traffic() -> Traffic:
+    from edgemerge.stream import Traffic
+
+    return Traffic()
+
+
+def _run_jobs(
+    the_plan: Plan,
+    sources: Sequence[Source],
+    layout: GgufLayout,
+    file: OutputFile,
+    traffic: Traffic,
+    progress: Progress | None,
+) -> list[TensorResult]:
+    """Run all jobs, largest first so that no worker is left alone with a large one at the end."""
+    from edgemerge.budget import Arena
+    from edgemerge.stream import TensorStream
+
+    arenas: queue.SimpleQueue[Arena] = queue.SimpleQueue()
+    for _ in range(the_plan.workers):
+        arenas.put(Arena(the_plan.arena_bytes))
+
+    def run(job: TensorJob) -> TensorResult:
+        arena = arenas.get()
+        try:
+            stream = TensorStream(job, sources, arena, the_plan.recipe.seed, traffic)
+            return stream.run(file, layout.offsets[job.out.name])
+        finally:
+            arenas.put(arena)
+
+    total = the_plan.read_bytes + sum(job.out.nbytes for job in the_plan.jobs)
+    order = sorted(range(len(the_plan.jobs)), key=lambda i: -the_plan.jobs[i].out.n_elements)
+    with ThreadPoolExecutor(the_plan.workers, "edgemerge") as executor:
+        futures = {i: executor.submit(run, the_plan.jobs[i]) for i in order}
+        try:
+            _wait(list(futures.values()), traffic, total, progress)
+        except BaseException:
+            traffic.stop.set()
+            for future in futures.values():
+                future.cancel()
+            raise
+    return [futures[i].result() for i in range(len(the_plan.jobs))]
+
+
+def _wait(
+    futures: Sequence[Future[Any]], traffic: Traffic, total: int, progress: Progress | None
+) -> None:
+    """Wait for all, or raise the first error; the first in time, which caused the others to stop."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        if progress is not None:
+            progress(traffic.read + traffic.written, total)
+
+
+# -- the header ------------------------------------------------------------------------------------------
+
+
+def _layout(the_plan: Plan, results: Sequence[TensorResult]) -> GgufLayout:
+    """Lay the output out; checksums are zero until there are results, which does not change its size."""
+    metadata = {**the_plan.metadata, **_provenance(the_plan, results)}
+    return make_layout(metadata, [job.out for job in the_plan.jobs])
+
+
+def _provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str, bytes]:
+    """Say in the file itself what it was made of; no path and no date, so that equal merges are equal.
+
+    The checksum of an input is the CRC-32 of the CRC-32s (little-endian u32) of its tensors, in the
+    order of the output's tensors; `edgemerge.tensor_crc32` holds those of the output's own tensors.
+    """
+    models = the_plan.models
+    inputs = [0] * len(models)
+    tensors = [0] * len(the_plan.jobs)
+    for i, (job, result) in enumerate(zip(the_plan.jobs, results, strict=False)):
+        tensors[i] = result.output
+        for tensor, checksum in zip(job.inputs, result.inputs, strict=True):
+            inputs[tensor.model] = zlib.crc32(checksum.to_bytes(4, "little"), inputs[tensor.model])
+    return {
+        "edgemerge.version": encode_value(version("edgemerge"), "str"),
+        "edgemerge.method": encode_value(the_plan.recipe.method, "str"),
+        "edgemerge.recipe": encode_value(_recipe_json(the_plan), "str"),
+        "edgemerge.seed": encode_value(the_plan.recipe.seed, "u64"),
+        "edgemerge.inputs": encode_value([path.name for path in models], "[str]"),
+        "edgemerge.input_crc32": encode_value(inputs, "[u32]"),
+        "edgemerge.tensor_crc32": encode_value(tensors, "[u32]"),
+    }
+
+
+def _recipe_json(the_plan: Plan) -> str:
+    """The recipe as canonical JSON, models by file name."""
+    recipe = asdict(the_plan.recipe)
+    for dropped in ("notes", "memory", "chat_template", "tokenizer_source"):
+        del recipe[dropped]
+    recipe["out_type"] = the_plan.file_type
+    return json.dumps(recipe, default=lambda path: path.name, sort_keys=True)
+

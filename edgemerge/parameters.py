@@ -1,0 +1,47 @@
+"""What a recipe's parameters mean for one tensor: filters, gradients, levels (methods.md 2.16)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgemerge.types import Gradient, Parameters, Rule, Setting
+
+__all__ = ["look_up"]
+
+
+def look_up(
+    name: str, levels: Sequence[Parameters], tensor_names: Sequence[str], position: float
+) -> Setting | None:
+    """Find the value of a parameter for one tensor; None where no level says anything.
+
+    Parameters
+    ----------
+    name : str
+        The parameter.
+    levels : sequence of Parameters
+        From the most specific (one model in a slice) to the recipe as a whole; the first that has a
+        rule for the tensor wins (mergekit config.py, `ConfigReader.parameter`).
+    tensor_names : sequence of str
+        The tensor's Hugging Face name, which mergekit's filters are written for, and its GGUF name.
+    position : float
+        Where the layer lies in its slice, 0 to 1; 0 for embeddings, final norm and head.
+    """
+    for parameters in levels:
+        for rule in parameters.get(name, ()):
+            if _matches(rule, tensor_names):
+                value = rule.value
+                return _interpolate(value, position) if isinstance(value, tuple) else value
+    return None
+
+
+def _matches(rule: Rule, tensor_names: Sequence[str]) -> bool:
+    return rule.filter is None or any(rule.filter in name for name in tensor_names)
+
+
+def _interpolate(gradient: Gradient, position: float) -> float:
+    """Piecewise linear through equally spaced points."""
+    scaled = position * (len(gradient) - 1)
+    left = min(int(scaled), len(gradient) - 1)
+    right = min(left + 1, len(gradient) - 1)
+    share = scaled - left
+    return gradient[left] * (1 - share) + gradient[right] * share

@@ -1,0 +1,380 @@
+"""What the user asks for: a mergekit YAML file, or flags, as a checked `Recipe`.
+
+The schema is mergekit's (merge_method, base_model, models | slices, parameters, dtype, out_dtype,
+tokenizer_source, chat_template); our additions stand under the one key `edgemerge`. Unknown keys are
+refused by name. How parameters are looked up for one tensor is in `edgemerge.parameters`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from edgemerge.errors import RecipeError
+from edgemerge.types import Gradient, ModelInput, Parameters, Recipe, Rule, Setting, Slice
+
+__all__ = [
+    "MAX_RECIPE_BYTES",
+    "load_recipe",
+    "make_recipe",
+    "parse_size",
+]
+
+MAX_RECIPE_BYTES = 1 << 20
+DTYPES = ("float32", "float16", "bfloat16")
+OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+TOP_KEYS = (
+    "merge_method",
+    "base_model",
+    "models",
+    "slices",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "chat_template",
+    "name",
+    "edgemerge",
+)
+MODEL_KEYS = ("model", "parameters")
+SLICE_KEYS = ("sources", "parameters")
+SOURCE_KEYS = ("model", "layer_range", "parameters")
+OWN_KEYS = ("type", "memory", "seed")
+
+# mergekit's parameter names: per model, then for the whole merge.
+MODEL_PARAMETERS = ("weight", "density", "gamma", "epsilon", "scale")
+GLOBAL_PARAMETERS = ("normalize", "lambda", "rescale", "int8_mask", "t")
+PARAMETERS = MODEL_PARAMETERS + GLOBAL_PARAMETERS
+
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_UNITS |= {f"{unit}IB": n for unit, n in _UNITS.items() if unit in "KMGT" and unit}
+_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str | int) -> int:
+    """Parse a size in bytes: `512MiB`, `1.5G`, `800M` (K, M, G are powers of 1024; KB, MB, GB of 1000).
+
+    Raises
+    ------
+    RecipeError
+        It is no positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) <= 0:
+        raise RecipeError(
+            f"{text!r} is no size; write it like 512MiB, 1.5G or 800M", field="memory"
+        )
+    return int(float(match[1]) * unit)
+
+
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read a mergekit recipe from a YAML file.
+
+    Model paths are taken from the working directory, and if there is nothing, from the recipe's folder.
+
+    Raises
+    ------
+    RecipeError
+        The file cannot be read, is no YAML, or asks for something that does not exist.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_RECIPE_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RecipeError(f"cannot read the recipe ({reason}); check its path", path=path) from None
+    if len(raw) > MAX_RECIPE_BYTES:
+        raise RecipeError("is larger than 1 MiB, so it is no recipe", path=path)
+    try:
+        document = yaml.load(raw, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise RecipeError(f"is not valid YAML ({detail})", path=path) from None
+    if not isinstance(document, dict):
+        raise RecipeError(
+            "is not a recipe: it needs keys such as merge_method and models", path=path
+        )
+    return _Reader(path).recipe(document)
+
+
+def make_recipe(
+    method: str,
+    models: Sequence[tuple[str, float | None]],
+    *,
+    base: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    out_type: str | None = None,
+    memory: int | None = None,
+    seed: int = 0,
+) -> Recipe:
+    """Build a recipe from flags.
+
+    Parameters
+    ----------
+    method : str
+        A key of `edgemerge.methods.METHODS`.
+    models : sequence of (path, weight)
+        The models to merge; a weight of None is 1.0.
+    base : str, optional
+        The common base, for the methods that need one.
+    parameters : mapping, optional
+        mergekit's parameter names -> number, bool, text, or list of numbers (a gradient).
+    out_type : str, optional
+        File type of the output, or `keep`.
+    memory : int, optional
+        Budget in bytes.
+    seed : int
+        Of the random methods.
+    """
+    reader = _Reader(None)
+    inputs = []
+    for text, weight in models:
+        own = {} if weight is None else {"weight": (Rule(float(weight)),)}
+        inputs.append(ModelInput(reader.model_path(text, "model"), parameters=own))
+    return Recipe(
+        method=method,
+        base=reader.model_path(base, "--base") if base is not None else None,
+        slices=(Slice(tuple(inputs)),),
+        parameters=reader.parameters(dict(parameters or {}), "-P"),
+        defaults={"weight": (Rule(1.0),)},
+        out_type=out_type,
+        memory=memory,
+        seed=seed,
+    )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and aliases, which YAML bombs are made of."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.YAMLError(f"aliases are not allowed in a recipe (*{event.anchor})")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"the key {key!r} is not text{node.start_mark}")
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} stands twice{node.start_mark}")
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Reader:
+    """Checks one document, key by key; `path` is the recipe's own, for its errors and its models."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.notes: list[str] = []
+
+    def fail(self, message: str, field: str | None = None) -> NoReturn:
+        raise RecipeError(message, path=self.path, field=field)
+
+    def recipe(self, document: Mapping[str, Any]) -> Recipe:
+        self.check_keys(document, TOP_KEYS, "the recipe")
+        method = self.text(document, "merge_method")
+        base = document.get("base_model")
+        own = self.mapping(document.get("edgemerge", {}), "edgemerge")
+        self.check_keys(own, OWN_KEYS, "edgemerge")
+        dtype, out_type = self.types(document, own)
+        return Recipe(
+            method=method,
+            base=self.model_path(base, "base_model") if base is not None else None,
+            slices=self.slices(document),
+            parameters=self.parameters(document.get("parameters", {}), "parameters"),
+            out_type=out_type,
+            dtype=dtype,
+            memory=parse_size(own["memory"]) if "memory" in own else None,
+            seed=self.seed(own.get("seed", 0)),
+            tokenizer_source=self.tokenizer_source(document.get("tokenizer_source", "base")),
+            chat_template=self.chat_template(document.get("chat_template")),
+            notes=tuple(self.notes),
+        )
+
+    # -- keys of the top level ---------------------------------------------------------------------
+
+    def slices(self, document: Mapping[str, Any]) -> tuple[Slice, ...]:
+        if ("models" in document) == ("slices" in document):
+            self.fail("needs either models or slices, and not both", "models")
+        if "models" in document:
+            return (Slice(tuple(self.models(document["models"]))),)
+        return tuple(
+            self.slice(entry, f"slices[{i}]")
+            for i, entry in enumerate(self.sequence(document["slices"], "slices"))
+        )
+
+    def models(self, entries: Any) -> Iterable[ModelInput]:
+        for i, entry in enumerate(self.sequence(entries, "models")):
+            where = f"models[{i}]"
+            entry = self.mapping(entry, where)
+            self.check_keys(entry, MODEL_KEYS, where)
+            yield ModelInput(
+                self.model_path(entry.get("model"), f"{where}.model"),
+                parameters=self.parameters(entry.get("parameters"), f"{where}.parameters"),
+            )
+
+    def slice(self, entry: Any, where: str) -> Slice:
+        entry = self.mapping(entry, where)
+        self.check_keys(entry, SLICE_KEYS, where)
+        sources = []
+        for i, source in enumerate(self.sequence(entry.get("sources"), f"{where}.sources")):
+            at = f"{where}.sources[{i}]"
+            source = self.mapping(source, at)
+            self.check_keys(source, SOURCE_KEYS, at)
+            sources.append(
+                ModelInput(
+                    self.model_path(source.get("model"), f"{at}.model"),
+                    self.layer_range(source.get("layer_range"), f"{at}.layer_range"),
+                    self.parameters(source.get("parameters"), f"{at}.parameters"),
+                )
+            )
+        if len({stop - start for start, stop in (s.layer_range or (0, 0) for s in sources)}) > 1:
+            self.fail(f"the sources of {where} have layer ranges of different lengths", where)
+        return Slice(
+            tuple(sources), self.parameters(entry.get("parameters"), f"{where}.parameters")
+        )
+
+    def layer_range(self, value: Any, where: str) -> tuple[int, int]:
+        pair = self.sequence(value, where)
+        if len(pair) != 2 or any(type(n) is not int for n in pair) or not 0 <= pair[0] < pair[1]:
+            self.fail(f"{where} must be [first, last + 1] with 0 <= first <= last", where)
+        return pair[0], pair[1]
+
+    def types(
+        self, document: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> tuple[str | None, str | None]:
+        """Working type and file type; only an explicit out_dtype or edgemerge.type names the file type."""
+        dtype, out_dtype = document.get("dtype"), document.get("out_dtype")
+        for key, value in (("dtype", dtype), ("out_dtype", out_dtype)):
+            if value is not None and value not in DTYPES:
+                self.fail(f"{key} is {value!r}; choose one of {', '.join(DTYPES)}", key)
+        if dtype == "bfloat16" and out_dtype is None and "type" not in own:
+            self.notes.append(
+                "dtype bfloat16 would lose part of the merged change; arithmetic is float32 and the "
+                "output type is not changed by it (edgemerge: {type: BF16} insists)"
+            )
+        if "type" in own:
+            return dtype, self.text(own, "type", "edgemerge.type")
+        return dtype, OUT_DTYPES[out_dtype] if out_dtype else None
+
+    def seed(self, value: Any) -> int:
+        if type(value) is not int or value < 0:
+            self.fail(
+                f"edgemerge.seed is {value!r}; it must be a whole number of at least 0", "seed"
+            )
+        return value
+
+    def tokenizer_source(self, value: Any) -> str:
+        if value == "union":
+            self.fail(
+                "tokenizer_source union is not supported: all models must share one vocabulary; "
+                "give base or one of the models",
+                "tokenizer_source",
+            )
+        if value is None or value == "base":
+            return "base"
+        return str(self.model_path(value, "tokenizer_source"))
+
+    def chat_template(self, value: Any) -> str | None:
+        if value is None or value == "auto":
+            return None
+        if not isinstance(value, str) or "{" not in value:
+            self.fail(
+                f"chat_template {value!r} is no Jinja text; give the template itself, or auto for the "
+                "tokenizer source's own",
+                "chat_template",
+            )
+        return value
+
+    # -- parameters -----------------------------------------------------------------------------------
+
+    def parameters(self, value: Any, where: str) -> Parameters:
+        table = self.mapping(value if value is not None else {}, where)
+        for name in table:
+            if name not in PARAMETERS:
+                self.fail(
+                    f"{where} has the unknown parameter {name!r}{_suggest(name, PARAMETERS)}", name
+                )
+        return {name: self.rules(entry, f"{where}.{name}") for name, entry in table.items()}
+
+    def rules(self, value: Any, where: str) -> tuple[Rule, ...]:
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return tuple(self.rule(entry, where) for entry in value)
+        return (Rule(self.setting(value, where)),)
+
+    def rule(self, entry: Any, where: str) -> Rule:
+        entry = self.mapping(entry, where)
+        self.check_keys(entry, ("filter", "value"), where)
+        name = entry.get("filter")
+        if "value" not in entry or not (name is None or isinstance(name, str)):
+            self.fail(f"{where} needs entries of the form {{filter: TEXT, value: NUMBER}}", where)
+        return Rule(self.setting(entry["value"], where), None if name == "*" else name)
+
+    def setting(self, value: Any, where: str) -> Setting | Gradient:
+        if isinstance(value, list):
+            if not value or any(
+                isinstance(x, bool) or not isinstance(x, int | float) for x in value
+            ):
+                self.fail(f"{where} must be a number, or a list of numbers (a gradient)", where)
+            return tuple(float(x) for x in value)
+        if isinstance(value, bool | str):
+            return value
+        if isinstance(value, int | float) and abs(value) < float("inf"):
+            return float(value)
+        self.fail(f"{where} is {value!r}; it must be a finite number, true, false or text", where)
+
+    # -- small checks ---------------------------------------------------------------------------------
+
+    def check_keys(self, table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+        for key in table:
+            if key not in known:
+                self.fail(f"{where} has the unknown key {key!r}{_suggest(key, known)}", key)
+
+    def mapping(self, value: Any, where: str) -> Mapping[str, Any]:
+        if not isinstance(value, dict):
+            self.fail(f"{where} must be a table of keys and values", where)
+        return value
+
+    def sequence(self, value: Any, where: str) -> Sequence[Any]:
+        if not isinstance(value, list) or not value:
+            self.fail(f"{where} must be a list that is not empty", where)
+        return value
+
+    def text(self, table: Mapping[str, Any], key: str, where: str | None = None) -> str:
+        value = table.get(key)
+        if not isinstance(value, str) or not value:
+            self.fail(f"{where or key} is missing or is no text", key)
+        return value
+
+    def model_path(self, value: Any, where: str) -> Path:
+        """Resolve a model as mergekit does (working directory), then beside the recipe."""
+        if isinstance(value, dict) and isinstance(value.get("model"), dict):
+            value = value["model"].get("path")
+        if not isinstance(value, str) or not value:
+            self.fail(f"{where} must be the path of a model", where)
+        folders = [Path()] if self.path is None else [Path(), self.path.parent]
+        for folder in folders:
+            if (folder / Path(value).expanduser()).exists():
+                return (folder / Path(value).expanduser()).resolve()
+        if "+" in value:
+            self.fail(
+                f"{where}: {value!r} is not here; LoRA adapters must be merged into their model first"
+            )
+        self.fail(
+            f"{where}: no file or folder {value!r}; download the model and give its path", where
+        )
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

@@ -1,0 +1,69 @@
+"""What a merge tells about itself: one dataclass, as JSON and as a few lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgemerge.budget import format_size
+
+__all__ = ["MergeReport", "peak_rss_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """Figures of one finished merge; the field names are the contract of `merge --json`."""
+
+    output: Path
+    out_bytes: int
+    method: str
+    file_type: str
+    tensors: int
+    elements: int
+    seconds: float
+    budget_bytes: int
+    peak_rss_bytes: int  # of the process since it started
+    read_bytes: int
+    written_bytes: int
+    passes: int  # most reads of one tensor's inputs
+    workers: int
+    resumed_tensors: int  # taken over from an interrupted run
+    sha256: str  # of the output file
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain types only."""
+        return asdict(self) | {"output": str(self.output), "notes": list(self.notes)}
+
+    def lines(self) -> Iterator[str]:
+        """Say it to people."""
+        yield f"{self.output}  {format_size(self.out_bytes)}, {self.file_type}, {self.method}"
+        resumed = f", {self.resumed_tensors} taken over" if self.resumed_tensors else ""
+        yield (
+            f"  {self.tensors} tensors{resumed}, {self.elements / 1e6:,.1f} M parameters "
+            f"in {self.seconds:.1f} s with {self.workers} worker{'s' * (self.workers > 1)}"
+        )
+        yield (
+            f"  memory {format_size(self.peak_rss_bytes)} at peak of {format_size(self.budget_bytes)}"
+            f", read {format_size(self.read_bytes)}, wrote {format_size(self.written_bytes)}"
+        )
+        yield f"  sha256 {self.sha256}"
+        for note in self.notes:
+            yield f"  note: {note}"
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process (VmHWM), in bytes; 0 where /proc does not tell.
+
+    Not `getrusage`: its maximum survives exec and so may be a parent's.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

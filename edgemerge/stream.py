@@ -1,0 +1,193 @@
+"""One worker on one tensor: rows from every input through an arena, merged, encoded, written."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemerge.arithmetic import Block, merged_blocks
+from edgemerge.budget import Arena
+from edgemerge.errors import FormatError, MismatchError
+from edgemerge.formats.codec import CODECS
+from edgemerge.kernels.linear import subtract
+from edgemerge.kernels.masks import count_beyond
+from edgemerge.methods import METHODS
+from edgemerge.output import OutputFile
+from edgemerge.types import Float32, InputTensor, Source, TensorJob, UInt8
+
+__all__ = ["Stopped", "TensorResult", "TensorStream", "Traffic"]
+
+NON_FINITE = 0x7F800000  # bits of infinity: everything from here on is infinite or NaN
+BEYOND_HALF = 0x477FF000  # bits of 65520, the least magnitude that float16 rounds to infinity
+
+
+class Stopped(Exception):
+    """Another worker failed, or the user interrupted: give up at the next block."""
+
+
+class Traffic:
+    """Bytes read and written so far, by all workers, and the sign to stop."""
+
+    def __init__(self) -> None:
+        self.read = 0
+        self.written = 0
+        self.stop = threading.Event()
+        self._lock = threading.Lock()
+
+    def add(self, n_read: int, n_written: int) -> None:
+        """Count, and give up where somebody asked for it."""
+        with self._lock:
+            self.read += n_read
+            self.written += n_written
+        if self.stop.is_set():
+            raise Stopped
+
+
+class TensorResult:
+    """CRC-32 of what was read of each input and of what was written."""
+
+    def __init__(self, n_inputs: int) -> None:
+        self.inputs = [0] * n_inputs
+        self.output = 0
+
+
+class TensorStream:
+    """Implements `arithmetic.BlockStream` over sources and an arena."""
+
+    def __init__(
+        self,
+        job: TensorJob,
+        sources: Sequence[Source],
+        arena: Arena,
+        seed: int,
+        traffic: Traffic,
+    ) -> None:
+        self.job = job
+        self.seed = seed
+        self.result = TensorResult(len(job.inputs))
+        self._sources = sources
+        self._arena = arena
+        self._traffic = traffic
+        self._loaded = -1  # first row of the block in the arena; -1: none
+        self._unread = [0] * len(job.inputs)  # first row of each input not yet in its checksum
+        arena.reset()
+        rows = max(1, job.rows_per_block)
+        widest = max(tensor.spec.row_bytes for tensor in job.inputs)
+        self._raw = self.take((rows * max(widest, job.out.row_bytes),), np.uint8).view(np.uint8)
+        if not job.is_byte_copy:
+            n = rows * job.out.n_cols
+            self._experts = self.take((len(job.experts) * n,), np.float32).view(np.float32)
+            self._base = self.take((n if job.base else 0,), np.float32).view(np.float32)
+            scratch = CODECS[job.out.dtype].scratch_len
+            self._scratch = self.take((scratch,), np.float32).view(np.float32)
+
+    def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
+        """Return memory from the arena, its contents whatever was there."""
+        return self._arena.take(shape, dtype)
+
+    def overwrite(self) -> None:
+        """Declare the arena's block spoilt."""
+        self._loaded = -1
+
+    def run(self, output: OutputFile, offset: int) -> TensorResult:
+        """Make the whole tensor and write it at `offset` of the output file."""
+        written = self._copy(output, offset) if self.job.is_byte_copy else self._merge(output, offset)
+        assert written == self.job.out.nbytes
+        for tensor in self.job.inputs:
+            self._sources[tensor.model].forget(tensor.spec.name)
+        return self.result
+
+    def _copy(self, output: OutputFile, offset: int) -> int:
+        tensor = self.job.experts[0]
+        done = 0
+        for start, stop in self._ranges():
+            raw = self._read(tensor, 0, start, stop)
+            done += self._write(output, offset + done, raw)
+        return done
+
+    def _merge(self, output: OutputFile, offset: int) -> int:
+        codec = CODECS[self.job.out.dtype]
+        done = 0
+        for _, values in merged_blocks(self):
+            self._check_range(values)
+            raw = self._raw[: values.size // codec.block_len * codec.block_bytes]
+            codec.encode(values, raw, self._scratch)
+            done += self._write(output, offset + done, raw)
+        return done
+
+    def _write(self, output: OutputFile, offset: int, raw: UInt8) -> int:
+        output.write(raw, offset)
+        self.result.output = zlib.crc32(raw, self.result.output)
+        self._traffic.add(0, raw.nbytes)
+        return raw.nbytes
+
+    def _ranges(self) -> Iterator[tuple[int, int]]:
+        n_rows = self.job.out.n_rows
+        for start in range(0, n_rows, max(1, self.job.rows_per_block)):
+            yield start, min(start + self.job.rows_per_block, n_rows)
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield all blocks in row order; one that is still in the arena is not loaded again."""
+        job = self.job
+        for start, stop in self._ranges():
+            n = (stop - start) * job.out.n_cols
+            experts = self._experts[: len(job.experts) * n].reshape(len(job.experts), n)
+            base = self._base[:n] if job.base else None
+            if self._loaded != start:
+                self._load(start, stop, base, experts)
+                self._loaded = start
+            yield Block(start * job.out.n_cols, job.out.n_cols, base, experts)
+
+    def _load(self, start: int, stop: int, base: Float32 | None, experts: Float32) -> None:
+        job = self.job
+        if job.base is not None and base is not None:
+            self._decode(job.base, 0, start, stop, base)
+        first = 0 if job.base is None else 1
+        for i, (tensor, values) in enumerate(zip(job.experts, experts, strict=True), start=first):
+            self._decode(tensor, i, start, stop, values)
+            if METHODS[job.method].on_deltas:
+                subtract(base, values)
+
+    def _decode(
+        self, tensor: InputTensor, i_input: int, start: int, stop: int, out_f32: Float32
+    ) -> None:
+        raw = self._read(tensor, i_input, start, stop)
+        CODECS[tensor.spec.dtype].decode(raw, out_f32)
+        if _count_beyond(out_f32, NON_FINITE):
+            at = start * tensor.spec.n_cols + int(np.flatnonzero(~np.isfinite(out_f32))[0])
+            raise FormatError(
+                f"holds {out_f32[at - start * tensor.spec.n_cols]} at index {at}; "
+                "that model is damaged, get it again",
+                path=self._sources[tensor.model].path,
+                tensor=tensor.spec.name,
+            )
+
+    def _read(self, tensor: InputTensor, i_input: int, start: int, stop: int) -> UInt8:
+        raw = self._raw[: (stop - start) * tensor.spec.row_bytes]
+        self._sources[tensor.model].read_rows(tensor.spec.name, start, stop, raw)
+        self._traffic.add(raw.nbytes, 0)
+        if start == self._unread[i_input]:
+            self.result.inputs[i_input] = zlib.crc32(raw, self.result.inputs[i_input])
+            self._unread[i_input] = stop
+        return raw
+
+    def _check_range(self, values: Float32) -> None:
+        """A result that the output type cannot hold is an error, never a silent infinity."""
+        dtype = self.job.out.dtype
+        limit = NON_FINITE if dtype in ("F32", "BF16") else BEYOND_HALF
+        if _count_beyond(values, limit):
+            raise MismatchError(
+                f"the merged tensor {self.job.out.name!r} reaches {float(np.abs(values).max()):g}, "
+                f"which {dtype} cannot hold; use --type BF16 or F32, or smaller weights",
+                tensor=self.job.out.name,
+            )
+
+
+def _count_beyond(values: Float32, limit: int) -> int:
+    count = np.zeros(1, np.int64)
+    count_beyond(values, limit, count)
+    return int(count[0])

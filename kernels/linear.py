@@ -1,0 +1,64 @@
+"""Weighted sums over models, in place; the arithmetic under linear merging and task arithmetic."""
+
+import numpy as np
+from numba import njit
+
+TILE = 4096  # elements: sums of one tile stay in the first-level cache while the models pass by
+
+
+@njit(cache=True, nogil=True)
+def subtract(base_f32, x_f32):
+    """Turn a model into its task vector: `x -= base` (Ilharco et al. 2023).
+
+    Parameters
+    ----------
+    base_f32 : (n,) float32
+        weights of the common base
+    x_f32 : (n,) float32
+        weights of an expert; overwritten by the difference
+    """
+    for i in range(x_f32.size):
+        x_f32[i] -= base_f32[i]
+
+
+@njit(cache=True, nogil=True)
+def weighted_sum(weights_f32, x_f32):
+    """Sum models by weight, in the order of the models: `x[0] = sum_k weights[k] * x[k]`.
+
+    Parameters
+    ----------
+    weights_f32 : (n_models,) float32
+        one factor per model
+    x_f32 : (n_models, n) float32
+        weights or task vectors; row 0 is overwritten by the sum
+    """
+    n_models, n = x_f32.shape
+    for start in range(0, n, TILE):
+        stop = min(start + TILE, n)
+        total = x_f32[0, start:stop]
+        weight = weights_f32[0]
+        for i in range(total.size):
+            total[i] *= weight
+        for k in range(1, n_models):
+            model = x_f32[k, start:stop]
+            weight = weights_f32[k]
+            for i in range(total.size):
+                total[i] += weight * model[i]
+
+
+@njit(cache=True, nogil=True)
+def add_scaled(delta_f32, scale, base_f32):
+    """Move the base along a task vector: `base += scale * delta` (Ilharco et al. 2023).
+
+    Parameters
+    ----------
+    delta_f32 : (n,) float32
+        merged task vector
+    scale : float
+        lambda of the recipe; rounded to float32
+    base_f32 : (n,) float32
+        weights of the base; overwritten by the result
+    """
+    factor = np.float32(scale)
+    for i in range(base_f32.size):
+        base_f32[i] += factor * delta_f32[i]

@@ -1,0 +1,99 @@
+"""Q4_1: 32 unsigned 4-bit quants, a scale and a minimum; value = d * q + m.
+
+Block of 20 bytes (ggml-common.h, block_q4_1): d and m as binary16, then 16 bytes; the low half of byte j
+is quant j, its high half quant j + 16.
+
+Loops run over `quants.size`, not 16: LLVM unrolls a loop of known length before it tries to vectorise,
+and then finds nothing (half the speed).
+"""
+
+import numpy as np
+from numba import njit
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _half_to_float(low, high):
+    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
+    # The two branches are those of half.py's decode_f16, where they are explained.
+    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
+    magnitude = np.uint32(bits & 0x7FFF)
+    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
+    normal = np.float32(normal * np.float32(2.0**-112))
+    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
+    value = np.float32(denormal if magnitude < 0x0400 else normal)
+    return -value if bits & 0x8000 else value
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _float_to_half(x):
+    # half.py's encode_f16
+    bits = np.uint32(np.float32(x).view(np.uint32))
+    magnitude = np.uint32(bits & 0x7FFFFFFF)
+    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
+    value = np.float32(value * np.float32(2.0**-110))
+    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
+    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
+    pattern = np.uint32(rounded.view(np.uint32))
+    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
+    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
+    return np.uint32((bits >> 16) & 0x8000 | half)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def decode_q4_1(raw_u8, out_f32):
+    """Write the values of whole blocks (dequantize_row_q4_1).
+
+    Parameters
+    ----------
+    raw_u8 : (n_blocks * 20,) uint8
+        blocks, laid out as the head of this file says
+    out_f32 : (n_blocks * 32,) float32
+        written
+    """
+    for i in range(raw_u8.size // 20):
+        block = raw_u8[20 * i : 20 * i + 20]
+        quants = block[4:]
+        y = out_f32[32 * i : 32 * i + 32]
+        d = _half_to_float(block[0], block[1])
+        m = _half_to_float(block[2], block[3])
+        for j in range(quants.size):
+            y[j] = np.float32(np.int32(quants[j] & 15)) * d + m
+        for j in range(quants.size):
+            y[16 + j] = np.float32(np.int32(quants[j] >> 4)) * d + m
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def encode_q4_1(x_f32, out_u8):
+    """Write the blocks that ggml's reference quantiser makes (quantize_row_q4_1_ref).
+
+    Parameters
+    ----------
+    x_f32 : (n_blocks * 32,) float32
+        finite values
+    out_u8 : (n_blocks * 20,) uint8
+        written
+    """
+    for i in range(x_f32.size // 32):
+        x = x_f32[32 * i : 32 * i + 32]
+        block = out_u8[20 * i : 20 * i + 20]
+        quants = block[4:]
+        smallest = x[0]
+        largest = x[0]
+        for j in range(1, 32):
+            smallest = x[j] if x[j] < smallest else smallest
+            largest = x[j] if x[j] > largest else largest
+        d = np.float32((largest - smallest) / np.float32(15.0))
+        scale = np.float32(np.float32(1.0) / d) if d != 0 else np.float32(0.0)
+        half = _float_to_half(d)
+        block[0] = half & 255
+        block[1] = half >> 8
+        half = _float_to_half(smallest)
+        block[2] = half & 255
+        block[3] = half >> 8
+        for j in range(quants.size):
+            low = np.float32((x[j] - smallest) * scale + np.float32(0.5))
+            high = np.float32((x[16 + j] - smallest) * scale + np.float32(0.5))
+            # 1 / d overflows for a denormal d; C's cast of infinity or NaN gives 0 on x86
+            low_q = np.int32(low) if abs(low) < 32 else np.int32(0)
+            high_q = np.int32(high) if abs(high) < 32 else np.int32(0)
+            quants[j] = np.uint8(min(low_q, 15) | (min(high_q, 15) << 4))

@@ -1,0 +1,167 @@
+"""Rules of the house that a machine can check (CONTRIBUTING.md gives the reasons)."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+FOLDERS = ("edgemerge", "kernels", "tools", "tests", "benchmarks")
+MAX_LINES = 400
+COMPILERS = {"njit", "jit", "vectorize", "guvectorize", "cfunc", "stencil"}
+HEAVY = {"numba", "llvmlite", "llama_cpp", "gguf"}
+
+
+def python_files() -> list[Path]:
+    # rglob follows no links, so edgemerge/kernels does not show up twice
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            yield node
+
+
+def ids(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=ids)
+def test_a_kernel_file_stands_alone(path: Path) -> None:
+    """K1: Numba's cache does not see changes in other files."""
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add("." if node.level else str(node.module).split(".")[0])
+    assert imported <= {"numba", "numpy", "math", "__future__"}
+
+
+def compilations(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """Where and with which keywords numba's compilers are used, called or bare."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            used, words = [node.func], {str(word.arg): word.value for word in node.keywords}
+        elif isinstance(node, ast.FunctionDef):
+            used, words = node.decorator_list, {}
+        else:
+            continue
+        for name in used:
+            if getattr(name, "attr", getattr(name, "id", "")) in COMPILERS:
+                constants = {key: getattr(value, "value", value) for key, value in words.items()}
+                yield f"{ids(path)}:{name.lineno} {ast.unparse(name)}", constants
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=ids)
+def test_kernels_are_decorated_in_full(path: Path) -> None:
+    for where, words in compilations(path):
+        assert where.endswith("njit"), where
+        assert words.get("cache") is True, where
+        assert words.get("nogil") is True, where
+        assert "fastmath" not in words, where
+
+
+def documented(docstring: str) -> list[str]:
+    """Names in the Parameters section of a NumPy docstring, in order."""
+    lines = docstring.splitlines()
+    if "Parameters" not in (stripped := [line.strip() for line in lines]):
+        return []
+    start = stripped.index("Parameters") + 2
+    indent = len(lines[start]) - len(lines[start].lstrip())
+    names: list[str] = []
+    for line, following in zip(lines[start:], [*lines[start + 1 :], ""], strict=True):
+        if following.strip().startswith("---"):
+            break
+        head, colon, _ = line.partition(" : ")
+        if colon and len(head) - len(head.lstrip()) == indent:
+            names += [name.strip() for name in head.split(",")]
+    return names
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=ids)
+def test_docstrings_of_kernels_name_their_parameters(path: Path) -> None:
+    for function in functions(path):
+        compiled = any("njit" in ast.unparse(d) for d in function.decorator_list)
+        if function.name.startswith("_") or not compiled:
+            continue
+        docstring = ast.get_docstring(function) or ""
+        where = f"{ids(path)}:{function.lineno} {function.name}"
+        assert docstring, where
+        if names := documented(docstring):
+            assert names == [argument.arg for argument in function.args.args], where
+
+
+def test_packages_on_disk_are_the_packages_installed() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)
+    on_disk = {
+        ".".join(init.parent.relative_to(ROOT).parts)
+        for init in (ROOT / "edgemerge").rglob("__init__.py")
+        if "kernels" not in init.parts
+    }
+    assert sorted(project["tool"]["setuptools"]["packages"]) == sorted(
+        {*on_disk, "edgemerge.kernels"}
+    )
+    assert (ROOT / "edgemerge" / "kernels").resolve() == ROOT / "kernels"
+
+
+def test_public_names_exist() -> None:
+    for path in sorted((ROOT / "edgemerge").rglob("*.py")):
+        if path.stem.startswith("__main"):
+            continue
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        module = importlib.import_module(".".join(p for p in parts if p != "__init__"))
+        missing = [name for name in getattr(module, "__all__", ()) if not hasattr(module, name)]
+        assert missing == [], ids(path)
+
+
+# `-X importtime` writes one line per module to stderr, whatever starts the interpreter.
+@pytest.mark.parametrize(
+    "start", [["-m", "edgemerge"], ["-c", "import edgemerge.cli as c; c.main()"]]
+)
+def test_help_is_light(start: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", *start, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "merge" in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert {name.split(".")[0] for name in imported} & HEAVY == set()
+
+
+@pytest.mark.parametrize("path", python_files(), ids=ids)
+def test_files_stay_small(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines: split it by idea"
+
+
+def tracked_texts() -> Iterator[tuple[Path, str]]:
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    for name in filter(None, listing.stdout.split("\0")):
+        path = ROOT / name
+        if path.is_file() and b"\0" not in (data := path.read_bytes()):
+            yield path, data.decode("utf-8", errors="replace")
+
+
+def test_nothing_points_into_a_developers_home() -> None:
+    """Absolute paths of the machine a line was written on break on every other one."""
+    local = re.compile(r"(?<![\w.])/(?:home|Users|root|work|mnt)/[\w.-]+/")
+    found = [
+        f"{ids(path)}: {match.group()}"
+        for path, text in tracked_texts()
+        if path.suffix not in {".json", ".jsonl"}
+        for match in local.finditer(text)
+    ]
+    assert found == []
