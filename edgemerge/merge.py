@@ -12,6 +12,7 @@ import os
 import queue
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -114,9 +115,7 @@ def merge(
             opened[path] = _open(path, stack)
             return opened[path]
 
-        the_plan = make_plan(
-            recipe, open_once, memory=memory, threads=threads or default_threads()
-        )
+        the_plan = make_plan(recipe, open_once, memory=memory, threads=threads or default_threads())
         layout = _layout(the_plan, [])
         file = stack.enter_context(OutputFile(output, layout.n_bytes))
         traffic = _new_traffic()
@@ -128,6 +127,8 @@ def merge(
         output=output,
         out_bytes=layout.n_bytes,
         method=recipe.method,
+        models=tuple(path.name for path in the_plan.models),
+        type_bytes=_type_bytes(the_plan),
         file_type=the_plan.file_type,
         tensors=len(the_plan.jobs),
         elements=the_plan.n_elements,
@@ -142,6 +143,13 @@ def merge(
         sha256=digest,
         notes=the_plan.notes,
     )
+
+
+def _type_bytes(the_plan: Plan) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for job in the_plan.jobs:
+        sizes[job.out.dtype] += job.out.nbytes
+    return dict(sizes.most_common())
 
 
 def _open(path: Path, stack: ExitStack) -> Source:
@@ -250,4 +258,3 @@ def _recipe_json(the_plan: Plan) -> str:
         del recipe[dropped]
     recipe["out_type"] = the_plan.file_type
     return json.dumps(recipe, default=lambda path: path.name, sort_keys=True)
-

@@ -72,7 +72,9 @@ class OutputFile:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise OutputError("another merge is writing it; wait for that one", path=self.path) from error
+            raise OutputError(
+                "another merge is writing it; wait for that one", path=self.path
+            ) from error
 
     def _reserve(self) -> None:
         """Allocate every block now, so that a full disk is known before the work."""
@@ -137,7 +139,9 @@ class OutputFile:
             finally:
                 os.close(folder)
         except OSError as error:
-            raise OutputError(f"could not be finished ({error.strerror})", path=self.path) from error
+            raise OutputError(
+                f"could not be finished ({error.strerror})", path=self.path
+            ) from error
 
     def __enter__(self) -> OutputFile:
         return self

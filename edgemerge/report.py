@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ class MergeReport:
     output: Path
     out_bytes: int
     method: str
+    models: tuple[str, ...]  # names, the base first
     file_type: str
+    type_bytes: Mapping[str, int]  # ggml type -> bytes of its tensors in the output
     tensors: int
     elements: int
     seconds: float
@@ -35,7 +37,7 @@ class MergeReport:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain types only."""
-        return asdict(self) | {"output": str(self.output), "notes": list(self.notes)}
+        return asdict(self) | {"output": str(self.output)}
 
     def lines(self) -> Iterator[str]:
         """Say it to people."""

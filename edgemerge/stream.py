@@ -95,7 +95,9 @@ class TensorStream:
 
     def run(self, output: OutputFile, offset: int) -> TensorResult:
         """Make the whole tensor and write it at `offset` of the output file."""
-        written = self._copy(output, offset) if self.job.is_byte_copy else self._merge(output, offset)
+        written = (
+            self._copy(output, offset) if self.job.is_byte_copy else self._merge(output, offset)
+        )
         assert written == self.job.out.nbytes
         for tensor in self.job.inputs:
             self._sources[tensor.model].forget(tensor.spec.name)

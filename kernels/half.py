@@ -1,7 +1,7 @@
 """F16 and BF16, the two 16-bit floats of ggml, as uint16 bit patterns.
 
-Written with integers and exact float32 products only: Numba has no float16, and LLVM's own conversion
-calls a routine that is missing on x86 cores without F16C, where Numba then crashes.
+Written with integers and exact float32 products only: Numba has no float16, and LLVM's own
+conversion calls a routine that is missing on x86 cores without F16C, where Numba then crashes.
 """
 
 import numpy as np
@@ -26,15 +26,14 @@ def decode_f16(bits_u16, out_f32):
         # Exponent moved up by 224, then divided by 2^112: infinity and NaN land on exponent 255.
         normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
         normal = np.float32(normal * np.float32(2.0**-112))
-        # A denormal is magnitude * 2^-24: the last bits of a number just above 1/2.
-        denormal = np.float32(np.uint32(magnitude | 0x3F000000).view(np.float32) - np.float32(0.5))
+        denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
         value = denormal if magnitude < 0x0400 else normal
         out_f32[i] = np.uint32(np.float32(value).view(np.uint32) | sign).view(np.float32)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def encode_f16(x_f32, out_u16):
-    """Round to IEEE binary16, nearest even; NaN becomes 0x7E00 with its sign (ggml_fp32_to_fp16_row).
+    """Round to IEEE binary16, nearest even; NaNs become 0x7E00 or 0xFE00 (ggml_fp32_to_fp16_row).
 
     Parameters
     ----------

@@ -1,10 +1,10 @@
 """Q4_1: 32 unsigned 4-bit quants, a scale and a minimum; value = d * q + m.
 
-Block of 20 bytes (ggml-common.h, block_q4_1): d and m as binary16, then 16 bytes; the low half of byte j
-is quant j, its high half quant j + 16.
+Block of 20 bytes (ggml-common.h, block_q4_1): d and m as binary16, then 16 bytes; the low half of
+byte j is quant j, its high half quant j + 16.
 
-Loops run over `quants.size`, not 16: LLVM unrolls a loop of known length before it tries to vectorise,
-and then finds nothing (half the speed).
+Loops run over `quants.size`, not 16: LLVM unrolls a loop of known length before it tries to
+vectorise, and then finds nothing (half the speed).
 """
 
 import numpy as np

@@ -126,12 +126,10 @@ def _measure(tile, state):
     for lane in range(LANES):
         state[WEIGHT + lane] = np.float32(0.0)
         state[SUM_W + lane] = np.float32(0.0)
-        state[SUM_X + lane] = np.float32(
-            -0.0
-        )  # the neutral element: ggml starts with the first term
+        state[SUM_X + lane] = np.float32(-0.0)  # changes nothing: ggml starts with the first term
         state[SMALLEST + lane] = tile[lane]
         state[LARGEST + lane] = tile[lane]
-    # Eight elements a turn: sums stay in registers that long, and LLVM still unrolls the inner loop.
+    # Eight elements a turn: sums stay in registers for so long, and LLVM unrolls the inner loop.
     for i in range(0, 32, 8):
         for lane in range(LANES):
             for k in range(8):

@@ -1,10 +1,10 @@
 """Q5_1: 32 unsigned 5-bit quants, a scale and a minimum; value = d * q + m.
 
-Block of 24 bytes (ggml-common.h, block_q5_1): d and m as binary16, 32 fifth bits (bit j belongs to quant
-j), then 16 bytes; the low half of byte j is of quant j, its high half of quant j + 16.
+Block of 24 bytes (ggml-common.h, block_q5_1): d and m as binary16, 32 fifth bits (bit j belongs to
+quant j), then 16 bytes; the low half of byte j is of quant j, its high half of quant j + 16.
 
-Loops run over `quants.size`, not 16: LLVM unrolls a loop of known length before it tries to vectorise,
-and then finds nothing (half the speed).
+Loops run over `quants.size`, not 16: LLVM unrolls a loop of known length before it tries to
+vectorise, and then finds nothing (half the speed).
 """
 
 import numpy as np

@@ -102,10 +102,10 @@ def decode_q5_k(raw_u8, out_f32):
             quants = block[48 + 32 * (j >> 1) : 80 + 32 * (j >> 1)]
             shift = np.int32(4 * (j & 1))
             y = out_f32[256 * i + 32 * j : 256 * i + 32 * j + 32]
-            # y.size, not 32: LLVM unrolls a loop of known length before it tries to vectorise
-            for k in range(y.size):
+            fifth = block[16:48]
+            for k in range(32):  # y.size, as in Q4_K, would take 1.4 times as long
                 q = np.int32(np.int32(quants[k]) >> shift & 15)
-                q = np.int32(q | (np.int32(block[16 + k]) >> np.int32(j) & 1) << 4)
+                q = np.int32(q | (np.int32(fifth[k]) >> np.int32(j) & 1) << 4)
                 y[k] = step * np.float32(q) - offset
 
 
@@ -128,12 +128,10 @@ def _measure(tile, state):
     for lane in range(LANES):
         state[WEIGHT + lane] = np.float32(0.0)
         state[SUM_W + lane] = np.float32(0.0)
-        state[SUM_X + lane] = np.float32(
-            -0.0
-        )  # the neutral element: ggml starts with the first term
+        state[SUM_X + lane] = np.float32(-0.0)  # changes nothing: ggml starts with the first term
         state[SMALLEST + lane] = tile[lane]
         state[LARGEST + lane] = tile[lane]
-    # Eight elements a turn: sums stay in registers that long, and LLVM still unrolls the inner loop.
+    # Eight elements a turn: sums stay in registers for so long, and LLVM unrolls the inner loop.
     for i in range(0, 32, 8):
         for lane in range(LANES):
             for k in range(8):

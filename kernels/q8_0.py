@@ -2,8 +2,8 @@
 
 Block of 34 bytes (ggml-common.h, block_q8_0): d as binary16, then 32 int8.
 
-Loops run over `x.size`, not 32: LLVM unrolls a loop of known length before it tries to vectorise, and
-then finds nothing (half the speed).
+Loops run over `x.size`, not 32: LLVM unrolls a loop of known length before it tries to vectorise,
+and then finds nothing (half the speed).
 """
 
 import numpy as np

@@ -1,0 +1,58 @@
+"""The command line: parse, call the library, print. The only place that prints or picks an exit code.
+
+Exit codes: 0 done; 1 an error of ours, one sentence on stderr; 2 usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from edgemerge.cli.convert import convert_command
+from edgemerge.cli.demo import demo_command
+from edgemerge.cli.inspect import inspect_command
+from edgemerge.cli.merge import merge_command, plan_command
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="edgemerge",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Merge fine-tuned language models on the device, inside a memory budget, into one GGUF.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("edgemerge"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("merge")(merge_command)
+app.command("plan")(plan_command)
+app.command("inspect")(inspect_command)
+app.command("convert")(convert_command)
+app.command("demo")(demo_command)
+
+
+def main() -> None:
+    """Entry point of the `edgemerge` command."""
+    app()

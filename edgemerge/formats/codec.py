@@ -1,8 +1,8 @@
 """Codecs: the bytes of a ggml type <-> float32, and the sizes of all ggml types.
 
-`CODECS` is the list of types that a merge can read and write; `block_size` and `GGML_TYPES` know every
-type that a GGUF file may hold. Importing this module is cheap: a codec imports its kernels (and so
-Numba: most of a second and 70 MB) when it is first used.
+`CODECS` is the list of types that a merge can read and write; `block_size` and `GGML_TYPES` know
+every type that a GGUF file may hold. Importing this module is cheap: a codec imports its kernels
+(and so Numba: up to a second and 70 MB) when it is first used.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ __all__ = ["CODECS", "GGML_TYPES", "Codec", "block_size", "row_bytes"]
 GGML_TYPES: dict[int, str] = {int(kind): kind.name for kind in GGML_QUANT_SIZES}
 """ggml type number -> name, without the types that ggml has removed."""
 
-_BLOCK_SIZES: dict[str, tuple[int, int]] = {k.name: size for k, size in GGML_QUANT_SIZES.items()}
+_BLOCK_SIZES: dict[str, tuple[int, int]] = {
+    **{kind.name: size for kind, size in GGML_QUANT_SIZES.items()},
+    "Q8_1": (32, 36),  # gguf says 40, but ggml's block holds two halves and 32 bytes
+}
 
 
 def block_size(dtype: str) -> tuple[int, int]:
-    """Elements and bytes of one block of any ggml type, whether it has a codec or not."""
+    """Return elements and bytes of one block of any ggml type, whether it has a codec or not."""
     return _BLOCK_SIZES[dtype]
 
 
 def row_bytes(dtype: str, n_cols: int) -> int:
-    """Stored bytes of a row of `n_cols` elements, a whole number of blocks."""
+    """Return the stored bytes of a row of `n_cols` elements, a whole number of blocks."""
     block_len, block_bytes = block_size(dtype)
     if n_cols % block_len:
         raise ValueError(f"a row of {n_cols} elements is not a whole number of {dtype} blocks")
@@ -114,7 +117,7 @@ class Codec:
             kernel(x_f32, stored)
 
     def _stored(self, raw_u8: UInt8, values_f32: Float32) -> NDArray[Any]:
-        """Stored side of a kernel call: bytes, or of the two half types their 16-bit patterns."""
+        """View the stored side as a kernel wants it: bytes, or the patterns of a 16-bit type."""
         n_blocks = raw_u8.size // self.block_bytes
         _check(raw_u8, n_blocks * self.block_bytes)
         _check(values_f32, n_blocks * self.block_len)
@@ -132,8 +135,8 @@ CODECS: dict[str, Codec] = {
     "Q5_0": Codec("Q5_0", kernels="q5_0"),
     "Q5_1": Codec("Q5_1", kernels="q5_1"),
     "Q8_0": Codec("Q8_0", kernels="q8_0"),
-    "Q4_K": Codec("Q4_K", kernels="q4_k", scratch_len=16384),
-    "Q5_K": Codec("Q5_K", kernels="q5_k", scratch_len=16384),
-    "Q6_K": Codec("Q6_K", kernels="q6_k", scratch_len=16384),
+    "Q4_K": Codec("Q4_K", kernels="q4_k", scratch_len=5120),
+    "Q5_K": Codec("Q5_K", kernels="q5_k", scratch_len=5120),
+    "Q6_K": Codec("Q6_K", kernels="q6_k", scratch_len=3200),
 }
-"""ggml type name -> codec. `scratch_len` is stated here because reading it must not import Numba."""
+"""ggml type name -> codec. Scratch is stated here, as asking a kernel for it would import Numba."""

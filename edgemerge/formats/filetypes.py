@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgemerge.errors import MismatchError, RecipeError
+from edgemerge.formats.codec import CODECS, block_size
 from edgemerge.formats.metadata import get_value
 from edgemerge.types import TensorSpec
 
@@ -43,11 +44,6 @@ FILE_TYPES: dict[str, FileType] = {
         FileType("Q4_0", 2, "Q4_0"),
     )
 }
-
-# Elements in one block of each type that edgemerge writes.
-_BLOCK_LEN = dict.fromkeys(("F32", "F16", "BF16"), 1)
-_BLOCK_LEN |= dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), 32)
-_BLOCK_LEN |= dict.fromkeys(("Q4_K", "Q5_K", "Q6_K"), 256)
 
 # `tensor_type_fallback`: what a row gets that 256 does not divide (F16 where 32 does not either).
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
@@ -172,7 +168,7 @@ def tensor_types(
         known = ", ".join(FILE_TYPES)
         raise RecipeError(f"unknown file type {file_type!r}; choose one of {known}", field="type")
     rule = FILE_TYPES[file_type]
-    if _BLOCK_LEN[rule.default] == 1:
+    if block_size(rule.default)[0] == 1:
         return {
             name: rule.default if _is_quantised(spec) else _type_left_alone(spec, rule)
             for name, spec in specs.items()
@@ -231,7 +227,7 @@ def keep_types(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, str], list[st
     types: dict[str, str] = {}
     replaced: Counter[tuple[str, str]] = Counter()
     for name, spec in specs.items():
-        if spec.dtype in _BLOCK_LEN:
+        if spec.dtype in CODECS and CODECS[spec.dtype].can_encode:
             types[name] = spec.dtype
             continue
         if not spec.dtype.startswith(_UNWRITTEN):
@@ -283,7 +279,7 @@ def _type_left_alone(spec: TensorSpec, rule: FileType) -> str:
     )
     if always_f32 or spec.dtype == "F32":
         return "F32"
-    if _BLOCK_LEN[rule.default] == 1:
+    if block_size(rule.default)[0] == 1:
         return rule.default
     return "BF16" if spec.dtype == "BF16" else "F16"
 
@@ -339,7 +335,7 @@ def _gets_more_bits(i: int, n: int) -> bool:
 
 
 def _output_type(spec: TensorSpec, rule: FileType, model: _Model) -> str:
-    if rule.default == "Q8_0" or model.is_falcon or spec.n_cols % _BLOCK_LEN[rule.default]:
+    if rule.default == "Q8_0" or model.is_falcon or spec.n_cols % block_size(rule.default)[0]:
         return "Q8_0"
     return "Q6_K"
 
@@ -380,7 +376,7 @@ def _ffn_down_type(name: str, rule: FileType, model: _Model, i: int) -> str:
 
 def _divisible(ggml_type: str, n_cols: int) -> str:
     """`tensor_type_fallback`: the type itself where its block divides the row."""
-    if n_cols % _BLOCK_LEN[ggml_type] == 0:
+    if n_cols % block_size(ggml_type)[0] == 0:
         return ggml_type
     smaller = _FALLBACK.get(ggml_type, ggml_type)
-    return smaller if n_cols % _BLOCK_LEN[smaller] == 0 else "F16"
+    return smaller if n_cols % block_size(smaller)[0] == 0 else "F16"

@@ -31,7 +31,9 @@ SCALARS: dict[str, tuple[int, str]] = {
     "f64": (12, "<d"),
 }
 STRING, ARRAY = 8, 9
-TYPE_IDS: dict[str, int] = {name: type_id for name, (type_id, _) in SCALARS.items()} | {"str": STRING}
+TYPE_IDS: dict[str, int] = {name: type_id for name, (type_id, _) in SCALARS.items()} | {
+    "str": STRING
+}
 _FORMATS = {type_id: fmt for type_id, fmt in SCALARS.values()}
 
 
@@ -90,7 +92,9 @@ def _decode(raw: bytes, at: int, type_id: int) -> tuple[Value, int]:
     return struct.unpack_from(fmt, raw, at)[0], at + struct.calcsize(fmt)
 
 
-def get_value(metadata: Mapping[str, bytes], key: str, default: Value | None = None) -> Value | None:
+def get_value(
+    metadata: Mapping[str, bytes], key: str, default: Value | None = None
+) -> Value | None:
     """Return one decoded value of a model's metadata, or `default` where the key is absent."""
     raw = metadata.get(key)
     return default if raw is None else decode_value(raw)

@@ -1,0 +1,5 @@
+"""`python -m edgemerge`."""
+
+from edgemerge.cli import main
+
+main()

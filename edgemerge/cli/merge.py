@@ -1,0 +1,167 @@
+"""`edgemerge merge` and `edgemerge plan`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import typer
+
+from edgemerge.cli import request
+from edgemerge.cli.terminal import print_json, print_table, progress_bar, speaks_plainly
+from edgemerge.types import Plan, TensorJob
+
+__all__ = ["merge_command", "plan_command"]
+
+
+@speaks_plainly
+def merge_command(
+    models: request.Models,
+    output: request.Output,
+    method: request.Method = None,
+    base: request.Base = None,
+    out_type: request.Type = None,
+    memory: request.Memory = None,
+    threads: request.Threads = None,
+    seed: request.Seed = None,
+    parameter: request.Parameter = None,
+    preset: request.Preset = None,
+    force: request.Force = False,
+    json_: request.Json = False,
+    report: request.Report = None,
+) -> None:
+    """Merge models into one GGUF."""
+    from edgemerge.merge import merge
+    from edgemerge.page import write_page
+    from edgemerge.recipe import parse_size
+
+    recipe = request.read_request(
+        models,
+        method=method,
+        base=base,
+        out_type=out_type,
+        seed=seed,
+        parameters=parameter,
+        preset=preset,
+    )
+    with progress_bar(f"{recipe.method} -> {output.name}", quiet=json_) as progress:
+        result = merge(
+            recipe,
+            output,
+            memory=parse_size(memory) if memory is not None else None,
+            threads=threads,
+            force=force,
+            progress=progress,
+        )
+    if report is not None:
+        write_page(result, report)
+    if json_:
+        print_json(result.as_json())
+    else:
+        print("\n".join(result.lines()))
+
+
+@speaks_plainly
+def plan_command(
+    models: request.Models,
+    method: request.Method = None,
+    base: request.Base = None,
+    out_type: request.Type = None,
+    memory: request.Memory = None,
+    threads: request.Threads = None,
+    seed: request.Seed = None,
+    parameter: request.Parameter = None,
+    preset: request.Preset = None,
+    json_: request.Json = False,
+) -> None:
+    """Show what a merge would read, write and need, without doing it."""
+    from edgemerge.merge import plan
+    from edgemerge.recipe import parse_size
+
+    recipe = request.read_request(
+        models,
+        method=method,
+        base=base,
+        out_type=out_type,
+        seed=seed,
+        parameters=parameter,
+        preset=preset,
+    )
+    the_plan = plan(
+        recipe, memory=parse_size(memory) if memory is not None else None, threads=threads
+    )
+    if json_:
+        print_json(_as_json(the_plan))
+    else:
+        _print(the_plan)
+
+
+def _as_json(the_plan: Plan) -> dict[str, object]:
+    return {
+        "method": the_plan.recipe.method,
+        "models": [str(path) for path in the_plan.models],
+        "file_type": the_plan.file_type,
+        "tensors": len(the_plan.jobs),
+        "elements": the_plan.n_elements,
+        "read_bytes": the_plan.read_bytes,
+        "written_bytes": sum(job.out.nbytes for job in the_plan.jobs),
+        "passes": max((job.passes for job in the_plan.jobs), default=0),
+        "budget_bytes": the_plan.budget,
+        "workers": the_plan.workers,
+        "arena_bytes": the_plan.arena_bytes,
+        "notes": list(the_plan.notes),
+        "jobs": [
+            {
+                "tensor": job.out.name,
+                "shape": list(job.out.shape),
+                "from": [tensor.spec.dtype for tensor in job.inputs],
+                "to": job.out.dtype,
+                "passes": job.passes,
+                "rows_per_block": job.rows_per_block,
+            }
+            for job in the_plan.jobs
+        ],
+    }
+
+
+def _print(the_plan: Plan) -> None:
+    from edgemerge.budget import FLOOR_BYTES, format_size
+
+    print(f"{the_plan.recipe.method} of {len(the_plan.models)} models to {the_plan.file_type}")
+    for i, path in enumerate(the_plan.models):
+        print(f"  {'base  ' if i == 0 and the_plan.recipe.base else 'model '} {path}")
+    rows = []
+    for label, jobs in _groups(the_plan.jobs):
+        job = jobs[0]
+        rows.append(
+            (
+                label,
+                f"{len(jobs)} x [{', '.join(map(str, job.out.shape))}]",
+                " ".join(dict.fromkeys(tensor.spec.dtype for tensor in job.inputs)),
+                job.out.dtype + (" (copied)" if job.is_byte_copy else ""),
+                str(job.passes),
+                format_size(sum(j.out.nbytes for j in jobs)),
+            )
+        )
+    print_table(("tensor", "shape", "from", "to", "reads", "size"), rows, right="reads size")
+    written = sum(job.out.nbytes for job in the_plan.jobs)
+    print(
+        f"{len(the_plan.jobs)} tensors, {the_plan.n_elements / 1e6:,.1f} M parameters: "
+        f"reads {format_size(the_plan.read_bytes)}, writes {format_size(written)}"
+    )
+    print(
+        f"memory {format_size(the_plan.budget)}: {format_size(FLOOR_BYTES)} for Python and kernels, "
+        f"{the_plan.workers} x {format_size(the_plan.arena_bytes)} for blocks"
+    )
+    for note in the_plan.notes:
+        typer.echo(f"note: {note}")
+
+
+def _groups(jobs: Iterable[TensorJob]) -> Iterable[tuple[str, list[TensorJob]]]:
+    """Put the same tensor of all layers into one row, where shape, types and passes agree."""
+    groups: dict[tuple[object, ...], list[TensorJob]] = {}
+    for job in jobs:
+        stem = re.sub(r"^blk\.\d+\.", "blk.*.", job.out.name)
+        types = tuple(tensor.spec.dtype for tensor in job.inputs)
+        groups.setdefault((stem, job.out.shape, types, job.out.dtype, job.passes), []).append(job)
+    return [(str(key[0]), found) for key, found in groups.items()]

@@ -1,0 +1,130 @@
+"""From the arguments of `merge` and `plan` to a `Recipe`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgemerge.types import Recipe
+
+__all__ = ["Base", "Force", "Json", "Memory", "Method", "Models", "Output", "Parameter", "Preset"]
+__all__ += ["Report", "Seed", "Threads", "Type", "read_request"]
+
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RECIPE.yml | MODEL[=WEIGHT]...",
+        help="One mergekit recipe, or with -m the models: GGUF files and Hugging Face directories.",
+        show_default=False,
+    ),
+]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT.gguf", help="File to make.")]
+Method = Annotated[
+    str | None, typer.Option("-m", "--method", metavar="METHOD", help="Merge method.")
+]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="The model the others were tuned from."),
+]
+Type = Annotated[
+    str | None,
+    typer.Option(
+        "--type",
+        metavar="TYPE",
+        help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0 or keep "
+        "[default: F16 for unquantised inputs, else keep].",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Budget of the process [default: 512MiB]."),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, metavar="N", help="Workers [default: all cores].")
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, metavar="N", help="Seed of DARE and DELLA [default: 0]."),
+]
+Parameter = Annotated[
+    list[str] | None,
+    typer.Option("-P", metavar="NAME=VALUE", help="Parameter of the method, e.g. -P density=0.5."),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option("--preset", metavar="NAME", help="paper: the settings of arXiv 2511.13373."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Report = Annotated[
+    Path | None, typer.Option("--report", metavar="R.html", help="Also write a page with plots.")
+]
+
+
+def read_request(
+    models: list[str],
+    *,
+    method: str | None,
+    base: str | None,
+    out_type: str | None,
+    seed: int | None,
+    parameters: list[str] | None,
+    preset: str | None,
+) -> Recipe:
+    """Build the recipe that the arguments describe.
+
+    Raises
+    ------
+    typer.BadParameter
+        The arguments contradict each other (exit code 2).
+    RecipeError
+        What they ask for does not exist or is not possible.
+    """
+    from edgemerge.presets import with_preset
+    from edgemerge.recipe import load_recipe, make_recipe
+
+    if method is None:
+        if len(models) != 1 or not models[0].endswith((".yml", ".yaml")):
+            raise typer.BadParameter("give one RECIPE.yml, or a method with -m and its models")
+        if base is not None or parameters:
+            raise typer.BadParameter("--base and -P go with -m; a recipe file has its own")
+        recipe = load_recipe(models[0])
+        if out_type is not None:
+            recipe = replace(recipe, out_type=out_type)
+        if seed is not None:
+            recipe = replace(recipe, seed=seed)
+    else:
+        recipe = make_recipe(
+            method,
+            [_model_and_weight(text) for text in models],
+            base=base,
+            parameters=dict(_parameter(text) for text in parameters or []),
+            out_type=out_type,
+            seed=seed or 0,
+        )
+    return recipe if preset is None else with_preset(recipe, preset)
+
+
+def _model_and_weight(text: str) -> tuple[str, float | None]:
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, None
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: the weight {weight!r} is no number") from None
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"-P {text!r} must be NAME=VALUE, e.g. -P density=0.5")
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise typer.BadParameter(f"-P {text!r}: the value is no number, word or list") from None
