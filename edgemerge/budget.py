@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 # Interpreter, NumPy, Numba and LLVM with every kernel of a merge compiled from nothing, and threads;
 # tests/test_budget_rss.py measures it.
-FLOOR_BYTES = 200 * MIB
+FLOOR_BYTES = 240 * MIB
 WORKER_BYTES = 1 * MIB  # a thread's stack and its Python objects
 ALIGNMENT = 64
 

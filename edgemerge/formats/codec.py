@@ -14,34 +14,12 @@ from importlib import import_module
 from typing import Any, cast
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 
+from edgemerge.formats.ggml_types import GGML_TYPES, block_size, row_bytes
 from edgemerge.types import Float32, UInt8
 
 __all__ = ["CODECS", "GGML_TYPES", "Codec", "block_size", "row_bytes"]
-
-GGML_TYPES: dict[int, str] = {int(kind): kind.name for kind in GGML_QUANT_SIZES}
-"""ggml type number -> name, without the types that ggml has removed."""
-
-_BLOCK_SIZES: dict[str, tuple[int, int]] = {
-    **{kind.name: size for kind, size in GGML_QUANT_SIZES.items()},
-    "Q8_1": (32, 36),  # gguf says 40, but ggml's block holds two halves and 32 bytes
-}
-
-
-def block_size(dtype: str) -> tuple[int, int]:
-    """Return elements and bytes of one block of any ggml type, whether it has a codec or not."""
-    return _BLOCK_SIZES[dtype]
-
-
-def row_bytes(dtype: str, n_cols: int) -> int:
-    """Return the stored bytes of a row of `n_cols` elements, a whole number of blocks."""
-    block_len, block_bytes = block_size(dtype)
-    if n_cols % block_len:
-        raise ValueError(f"a row of {n_cols} elements is not a whole number of {dtype} blocks")
-    return n_cols // block_len * block_bytes
-
 
 @cache
 def _kernel(module: str, name: str) -> Callable[..., None]:
@@ -70,12 +48,12 @@ class Codec:
     @property
     def block_len(self) -> int:
         """Elements in one block."""
-        return _BLOCK_SIZES[self.dtype][0]
+        return block_size(self.dtype)[0]
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block."""
-        return _BLOCK_SIZES[self.dtype][1]
+        return block_size(self.dtype)[1]
 
     def decode(self, raw_u8: UInt8, out_f32: Float32) -> None:
         """Write the values of whole blocks.

@@ -81,7 +81,13 @@ class HubModel:
         self._metadata: dict[str, bytes] | None = None
         self._fds: dict[Path, int] = {}
         for shard in dict.fromkeys(place.shard for place in self._places.values()):
-            self._fds[shard] = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._fds[shard] = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as e:
+                self.close()
+                raise FormatError(
+                    f"cannot be opened ({e.strerror}); free it and start again", path=shard
+                ) from e
 
     def _add_rope_freqs(self) -> UInt8 | None:
         factors = rope_factors(self._config)
@@ -282,7 +288,11 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         raise FormatError("has no weight_map; get the file again", path=index)
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard.endswith(".safetensors") and "\0" not in shard
-        if not plain or shard != os.path.basename(shard):
+        if (
+            not plain
+            or shard != os.path.basename(shard)
+            or len(shard.encode("utf-8", "replace")) > 255
+        ):
             raise FormatError(
                 f"its shard {str(shard)[:80]!r} is not a plain *.safetensors file name in the same "
                 "directory; get the file again",

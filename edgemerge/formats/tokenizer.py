@@ -7,6 +7,7 @@ BPE.
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ ID_KEYS = {
     "pad": "padding_token_id",
     "mask": "mask_token_id",
 }
+# What indexing and encoding raise on JSON of another shape; FormatError is none of them.
+_MISSHAPEN = (
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 ADD_KEYS = {"bos": "add_bos_token", "eos": "add_eos_token", "sep": "add_sep_token"}
 
 
@@ -56,7 +67,7 @@ def tokenizer_metadata(path: Path, config: dict[str, Any], vocab_size: int) -> d
     tokenizer_json = _read_optional(path / "tokenizer.json")
     try:
         return _metadata(path, config, tokenizer_config, tokenizer_json, vocab_size)
-    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as e:
+    except _MISSHAPEN as e:
         # tokenizer.json is a dozen formats in one; what does not even have their shape ends here.
         raise FormatError(
             f"its tokenizer files are built in a way edgemerge does not know ({type(e).__name__}: "

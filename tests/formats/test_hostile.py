@@ -1,4 +1,4 @@
-"""Hostile GGUF files (data/hostile/README.md) end in their named error soon and in little memory."""
+"""Hostile GGUF files (data/hostile/README.md) end in a FormatError, soon and in little memory."""
 
 from __future__ import annotations
 

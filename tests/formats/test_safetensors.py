@@ -17,7 +17,11 @@ from edgemerge.formats import json_file
 from edgemerge.formats.safetensors import MAX_HEADER_BYTES, StoredTensor, read_header
 
 HOSTILE = Path(__file__).parents[1] / "data" / "hostile"
-CASES = json.loads((HOSTILE / "safetensors.json").read_text())
+CASES = [
+    case
+    for case in json.loads((HOSTILE / "cases.json").read_text())
+    if case["file"].endswith(".safetensors")
+]
 
 
 def write(path: Path, header: object, data: bytes = b"") -> Path:

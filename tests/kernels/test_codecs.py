@@ -1,0 +1,153 @@
+"""Codec kernels against their slow twins, whatever the cut into blocks, scratch or thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from edgemerge.formats.codec import CODECS, Codec
+from tests import reference
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+PACKED = [name for name in CODECS if name != "F32"]
+K_QUANTS = ["Q4_K", "Q5_K", "Q6_K"]
+
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+BLOCKS = hnp.arrays(np.float32, 256, elements=FINITE)
+SMALL = hnp.arrays(np.float32, 256, elements=st.sampled_from([-2.0, -1.0, -0.0, 0.0, 0.5, 1.0]))
+
+
+def twin(direction: str, name: str) -> Callable[[NDArray[np.generic]], NDArray[np.generic]]:
+    function: Callable[[NDArray[np.generic]], NDArray[np.generic]]
+    function = getattr(reference, f"{direction}_{name.lower()}")
+    return function
+
+
+def encode(codec: Codec, x: NDArray[np.float32], fill: float = 0.0) -> NDArray[np.uint8]:
+    out = np.full(x.size // codec.block_len * codec.block_bytes, 0xAA, np.uint8)
+    codec.encode(x.ravel(), out, np.full(codec.scratch_len, fill, np.float32))
+    return out
+
+
+def decode(codec: Codec, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+    out = np.full(raw.size // codec.block_bytes * codec.block_len, np.nan, np.float32)
+    codec.decode(raw, out)
+    return out
+
+
+def random_bytes(codec: Codec, n_blocks: int) -> NDArray[np.uint8]:
+    rng = np.random.default_rng(codec.block_bytes)
+    return rng.integers(0, 256, n_blocks * codec.block_bytes, dtype=np.uint8)
+
+
+def assert_same_floats(left: NDArray[np.float32], right: NDArray[np.float32]) -> None:
+    """The same bits; any NaN equals any other."""
+    same = left.view(np.uint32) == right.view(np.uint32)
+    assert (same | (np.isnan(left) & np.isnan(right))).all()
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_decode_is_the_twins(name: str) -> None:
+    raw = random_bytes(CODECS[name], 512)
+    assert_same_floats(decode(CODECS[name], raw), twin("decode", name)(raw))
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_every_half_decodes_as_its_twin(name: str) -> None:
+    raw = np.arange(65536, dtype=np.uint16).view(np.uint8)
+    assert_same_floats(decode(CODECS[name], raw), twin("decode", name)(raw))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_encode_is_the_twins(name: str) -> None:
+    x = reference.hard_rows(256)
+    size = CODECS[name].block_bytes * 256 // CODECS[name].block_len
+    wrong = (encode(CODECS[name], x) != twin("encode", name)(x.ravel())).reshape(-1, size)
+    assert np.flatnonzero(wrong.any(-1)).tolist() == []
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_halves_round_ties_to_even_and_keep_infinity(name: str) -> None:
+    halves = np.arange(65536, dtype=np.uint16).view(np.uint8)
+    exact = decode(CODECS[name], halves)
+    exact = exact[np.isfinite(exact)]
+    with np.errstate(over="ignore"):
+        between = (exact[:-1].astype(np.float64) + exact[1:].astype(np.float64)) / 2
+    nearby = between.astype(np.float32)
+    x = np.concatenate([exact, nearby, np.nextafter(nearby, 0), np.nextafter(nearby, np.inf)])
+    x = x[np.isfinite(x)].astype(np.float32)
+    assert (encode(CODECS[name], x) == twin("encode", name)(x)).all()
+    infinite = np.array([np.inf, -np.inf], np.float32)
+    assert decode(CODECS[name], encode(CODECS[name], infinite)).tolist() == [np.inf, -np.inf]
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_nan_stays_quiet_nan(name: str) -> None:
+    nans = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF, 0x7FFFFFFF], np.uint32)
+    bits = encode(CODECS[name], nans.view(np.float32)).view(np.uint16)
+    assert np.isnan(decode(CODECS[name], bits.view(np.uint8))).all()
+    assert ((bits & (0x0200 if name == "F16" else 0x0040)) != 0).all()
+    assert ((bits >> 15) == (nans >> 31)).all()
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_any_cut_into_blocks_gives_the_same_bytes(name: str) -> None:
+    codec = CODECS[name]
+    x = reference.hard_rows(256, seed=1)
+    whole = encode(codec, x)
+    for n_rows in (1, 3, 16):
+        parts = [encode(codec, x[i : i + n_rows].copy()) for i in range(0, len(x), n_rows)]
+        assert (np.concatenate(parts) == whole).all()
+    values = decode(codec, whole)
+    parts = [decode(codec, part.copy()) for part in np.split(whole, len(x))]
+    assert_same_floats(np.concatenate(parts), values)
+
+
+@pytest.mark.parametrize("name", K_QUANTS)
+def test_scratch_leaves_no_trace(name: str) -> None:
+    x = reference.hard_rows(256, seed=2)[:21]  # the last tile is not full
+    expected = encode(CODECS[name], x, fill=0.0)
+    for fill in (np.nan, np.inf, 1e-42, -3e38):
+        assert (encode(CODECS[name], x, fill=fill) == expected).all()
+
+
+@pytest.mark.parametrize("name", K_QUANTS)
+def test_threads_give_the_same_bytes(name: str) -> None:
+    x = np.random.default_rng(3).standard_normal((8, 8192), dtype=np.float32)
+    expected = [encode(CODECS[name], row) for row in x]
+    with ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(lambda r: encode(CODECS[name], r), x), expected, strict=True):
+            assert (got == want).all()
+
+
+@pytest.mark.parametrize("name", PACKED)
+@settings(max_examples=25, deadline=None)
+@given(x=BLOCKS | SMALL)
+def test_any_block_encodes_as_its_twin(name: str, x: NDArray[np.float32]) -> None:
+    got, want = encode(CODECS[name], x), twin("encode", name)(x)
+    assert got.tolist() == want.tolist()
+
+
+STEPS = {"Q4_0": 15, "Q4_1": 15, "Q5_0": 31, "Q5_1": 31, "Q8_0": 254}
+STEPS |= {"Q4_K": 15, "Q5_K": 31, "Q6_K": 63}
+
+
+@pytest.mark.parametrize(("name", "steps"), STEPS.items())
+def test_values_come_back_within_a_step(name: str, steps: int) -> None:
+    x = np.random.default_rng(4).uniform(-1, 1, 8192).astype(np.float32)
+    error = np.abs(decode(CODECS[name], encode(CODECS[name], x)) - x).max()
+    assert error < 1.25 * 2 / steps
+
+
+@pytest.mark.parametrize("name", K_QUANTS)
+def test_the_table_knows_the_scratch_of_the_kernel(name: str) -> None:
+    kernels = pytest.importorskip(f"edgemerge.kernels.{CODECS[name].kernels}")
+    assert CODECS[name].scratch_len == kernels.SCRATCH_LEN
