@@ -11,16 +11,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemerge.blocks import Block, BlockStream, model_weights
 from edgemerge.errors import MismatchError
+from edgemerge.hierarchical import hierarchical_blocks
 from edgemerge.kernels import dare, della, linear, masks, select, slerp, ties
 from edgemerge.methods import METHODS, is_pruned
-from edgemerge.types import Float32, InputTensor, TensorJob, UInt8
+from edgemerge.types import Float32, Float64, InputTensor, UInt8
 
 __all__ = ["Block", "BlockStream", "merged_blocks"]
 
@@ -31,35 +31,16 @@ TINY_WEIGHT = 1e-8
 PARALLEL = 0.9995  # |cos| above which slerp is lerp, as in mergekit
 
 
-@dataclass(slots=True)
-class Block:
-    """Some rows of one tensor, decoded; the arrays are the worker's own and may be overwritten."""
+def merged_blocks(
+    stream: BlockStream, shared_gram: Float64 | None = None
+) -> Iterator[tuple[Block, Float32]]:
+    """Yield every block of a tensor with its merged float32 values, in row order.
 
-    first: int  # flat index of the first element
-    n_cols: int
-    base: Float32 | None  # (n,)
-    experts: Float32  # (n_experts, n); task vectors for methods that work on them
-
-
-class BlockStream(Protocol):
-    """The blocks of one tensor, as often as asked for, and working memory beside them."""
-
-    job: TensorJob
-    seed: int
-
-    def blocks(self) -> Iterator[Block]:
-        """Yield the blocks in row order, loading each."""
-
-    def overwrite(self) -> None:
-        """Declare that the current block's arrays no longer hold what was loaded."""
-
-    def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
-        """Return working memory, uninitialised, that lives as long as the stream."""
-
-
-def merged_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
-    """Yield every block of a tensor with its merged float32 values, in row order."""
+    `shared_gram` is what the hierarchical method measured over a whole layer, where its scope asks so.
+    """
     method = METHODS[stream.job.method]
+    if method.name == "hierarchical":
+        return hierarchical_blocks(stream, shared_gram)
     if method.on_deltas:
         return _task_blocks(stream)
     if method.name == "slerp":
@@ -74,7 +55,7 @@ def merged_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
 
 
 def _linear_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
-    weights = _weights(stream.job)
+    weights = model_weights(stream.job)
     if stream.job.settings["normalize"]:
         total = float(weights.sum())
         if abs(total) < TINY_WEIGHT:
@@ -131,7 +112,7 @@ def _slerp_factors(dots: NDArray[np.float64], t: float) -> tuple[float, float]:
 def _task_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     job = stream.job
     method = METHODS[job.method]
-    weights = _weights(job)
+    weights = model_weights(job)
     normalize = bool(job.settings["normalize"])
     if normalize and not method.elect:
         total = float(weights.sum())
@@ -153,10 +134,6 @@ def _task_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
             linear.weighted_sum(factors, block.experts)
         linear.add_scaled(block.experts[0], float(job.settings["lambda"]), block.base)
         yield block, block.base
-
-
-def _weights(job: TensorJob) -> NDArray[np.float64]:
-    return np.array([expert.settings["weight"] for expert in job.experts], np.float64)
 
 
 def _mask_memory(stream: BlockStream) -> UInt8:
@@ -301,7 +278,7 @@ def _match_norms(stream: BlockStream, pruners: list[Pruner], mask: UInt8) -> Non
                 masks.add_norms(delta, mask[: delta.size], block.n_cols, norms[k])
     for pruner, (before, after) in zip(pruners, norms, strict=True):
         if before >= TINY_NORM and after >= TINY_NORM:
-            pruner.scale = float(before / after)
+            pruner.scale = float(before) / float(after)
 
 
 # -- exact selection --------------------------------------------------------------------------------------

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.metadata import get_value
 from edgemerge.types import Source, TensorSpec
 
-__all__ = ["check_models", "is_constant", "same_shape"]
+__all__ = ["check_models", "find_tensor", "is_constant", "same_shape"]
 
 # Hyper-parameters that decide what a weight means; {} stands for the architecture.
 DECISIVE_KEYS = (
@@ -126,13 +126,14 @@ def same_shape(
     if left.shape != right.shape:
         raise MismatchError(
             f"tensor {left.name!r} is {_show(left.shape)} in {left_model.path} and "
-            f"{_show(right.shape)} in {right_model.path}; only fine-tunes of one base can be merged",
+            f"{_show(right.shape)} in {right_model.path}; only fine-tunes of one base can be "
+            "merged",
             tensor=left.name,
             shapes=(left.shape, right.shape),
         )
 
 
-def find_tensor(source: Source, specs: Mapping[str, TensorSpec], name: str) -> TensorSpec:
+def find_tensor(source: Source, name: str) -> TensorSpec:
     """Look a tensor up in one model.
 
     Raises
@@ -140,9 +141,11 @@ def find_tensor(source: Source, specs: Mapping[str, TensorSpec], name: str) -> T
     MismatchError
         The model lacks it.
     """
+    specs = source.specs()
     if name not in specs:
         raise MismatchError(
-            f"tensor {name!r} is missing in {source.path}; only fine-tunes of one base can be merged",
+            f"tensor {name!r} is missing in {source.path}; only fine-tunes of one base can be "
+            "merged",
             tensor=name,
         )
     return specs[name]

@@ -252,7 +252,7 @@ def _provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str,
 
 
 def _recipe_json(the_plan: Plan) -> str:
-    """The recipe as canonical JSON, models by file name."""
+    """Return the recipe as canonical JSON, models by file name."""
     recipe = asdict(the_plan.recipe)
     for dropped in ("notes", "memory", "chat_template", "tokenizer_source"):
         del recipe[dropped]

@@ -1,7 +1,7 @@
 """The output file: written beside its name as a part, renamed when it is whole.
 
-Nothing under the final name is touched before the last step, so an interrupted or failed merge leaves
-what was there. The part is locked: a second merge to the same name is refused.
+Nothing under the final name is touched before the last step, so an interrupted or failed merge
+leaves what was there. The part is locked: a second merge to the same name is refused.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 from pathlib import Path
 from types import TracebackType
+
+import numpy as np
 
 from edgemerge.budget import format_size
 from edgemerge.errors import OutputError
@@ -29,16 +32,23 @@ def check_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
     Raises
     ------
     OutputError
-        It exists and `force` is not given, is one of the inputs, or its folder is missing.
+        It exists and `force` is not given, is no regular file or one of the inputs, or its folder
+        is missing.
     """
     if path.is_dir():
-        raise OutputError("is a folder; give a file name such as merged.gguf", path=path)
+        raise OutputError("is a folder; give the name of a file", path=path)
     if path.resolve() in inputs:
         raise OutputError("is one of the inputs; choose another name", path=path)
-    if path.exists() and not force:
-        raise OutputError("exists already; choose another name or give --force", path=path)
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist; make it first", path=path)
+    if not os.path.lexists(path):
+        return
+    if not path.is_file() and not path.is_symlink():
+        raise OutputError("is no regular file; choose another name", path=path)
+    if path.resolve().parent in inputs and path.suffix != ".gguf":
+        raise OutputError("belongs to one of the inputs; choose another name", path=path)
+    if not force:
+        raise OutputError("exists already; choose another name or give --force", path=path)
 
 
 class OutputFile:
@@ -57,42 +67,79 @@ class OutputFile:
         self.part = path.with_name(path.name + ".part")
         self.n_bytes = n_bytes
         self._published = False
+        self._fd = -1
+        self._is_ours = False  # locked, and so ours to remove
         try:
-            self._fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise OutputError(f"cannot be written ({error.strerror})", path=path) from error
-        try:
-            self._lock()
+            while not self._is_ours:
+                self._open_part()
+                self._is_ours = self._lock_part()
             self._reserve()
         except BaseException:
-            os.close(self._fd)
+            self._discard()
             raise
 
-    def _lock(self) -> None:
+    def _open_part(self) -> None:
+        self._close()
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            self._fd = os.open(self.part, flags, 0o644)
+        except OSError as error:
+            reason = error.strerror
+            raise OutputError(f"cannot be written ({reason})", path=self.path) from error
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            raise OutputError(
+                f"{self.part.name} beside it is no regular file; remove it", path=self.path
+            )
+
+    def _lock_part(self) -> bool:
+        """Lock the part; tell whether it still has its name, which whoever held the lock may take."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise OutputError(
                 "another merge is writing it; wait for that one", path=self.path
             ) from error
+        except OSError as error:
+            raise OutputError(
+                f"cannot be locked ({error.strerror}); choose a folder on a local disk",
+                path=self.path,
+            ) from error
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(self.part, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
 
     def _reserve(self) -> None:
         """Allocate every block now, so that a full disk is known before the work."""
-        os.ftruncate(self._fd, 0)
-        free = os.fstatvfs(self._fd)
-        available = free.f_bavail * free.f_frsize
+        available = 0
         try:
+            os.ftruncate(self._fd, 0)
+            free = os.fstatvfs(self._fd)
+            available = free.f_bavail * free.f_frsize
             if available < self.n_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.posix_fallocate(self._fd, 0, self.n_bytes)
         except OSError as error:
-            self.part.unlink(missing_ok=True)
-            missing = format_size(max(0, self.n_bytes - available))
-            raise OutputError(
-                f"needs {format_size(self.n_bytes)} and the disk lacks {missing} of it "
-                f"({error.strerror}); free some space or choose another disk",
-                path=self.path,
-            ) from error
+            size = format_size(self.n_bytes)
+            if error.errno == errno.ENOSPC:
+                missing = max(0, self.n_bytes - available)
+                lacks = f"lacks {format_size(missing)} of it" if missing else "is full"
+                message = f"needs {size} and the disk {lacks}; free some space or choose another"
+            else:
+                message = f"needs {size}, which cannot be had there ({error.strerror})"
+            raise OutputError(message, path=self.path) from error
+
+    def _discard(self) -> None:
+        """Remove the part, then give up its lock."""
+        if self._is_ours:
+            with contextlib.suppress(OSError):
+                self.part.unlink()
+        self._close()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
     def write(self, data: UInt8 | bytes, offset: int) -> None:
         """Write all of a buffer at a position; thread-safe.
@@ -102,7 +149,7 @@ class OutputFile:
         OutputError
             The disk refused.
         """
-        view = memoryview(data).cast("B")
+        view = (data.data if isinstance(data, np.ndarray) else memoryview(data)).cast("B")
         done = 0
         try:
             while done < len(view):
@@ -152,7 +199,7 @@ class OutputFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._published:
-            with contextlib.suppress(OSError):
-                self.part.unlink()
-        os.close(self._fd)
+        if self._published:
+            self._close()
+        else:
+            self._discard()

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from edgemerge.budget import format_size
 from edgemerge.errors import OutputError
-from edgemerge.report import MergeReport
+from edgemerge.report import MergeReport, format_count
 
 __all__ = ["write_page"]
 
 BAR_WIDTH = 560  # SVG units
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2a36; --paper: #fbfbf9; --bar: #2a7f9e; --rest: #d9dfe3; }
+:root { color-scheme: light dark;
+  --ink: #1d2a36; --paper: #fbfbf9; --bar: #2a7f9e; --rest: #d9dfe3; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e9ed; --paper: #14191e; --bar: #56b3d3; --rest: #33404b; }
 }
@@ -35,18 +36,18 @@ def write_page(report: MergeReport, path: Path) -> None:
         The file cannot be written.
     """
     try:
-        path.write_text("\n".join(_page(report)), encoding="utf-8")
+        path.write_text("\n".join(_page(report)), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise OutputError(f"the report cannot be written ({error.strerror})", path=path) from error
 
 
 def _page(report: MergeReport) -> Iterator[str]:
     yield "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-    yield f"<title>{escape(report.output.name)}: edgemerge</title><style>{STYLE}</style></head><body>"
-    yield f"<h1>{escape(report.output.name)}</h1>"
+    name = escape(report.output.name)
+    yield f"<title>{name}: edgemerge</title><style>{STYLE}</style></head><body><h1>{name}</h1>"
     yield (
         f"<p>{escape(report.method)} of {escape(', '.join(report.models))} to "
-        f"{escape(report.file_type)}: {report.elements / 1e6:,.1f} M parameters "
+        f"{escape(report.file_type)}: {format_count(report.elements)} parameters "
         f"in {report.seconds:.1f} s.</p>"
     )
     yield "<h2>Memory of the process</h2>"

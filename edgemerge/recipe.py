@@ -1,32 +1,32 @@
 """What the user asks for: a mergekit YAML file, or flags, as a checked `Recipe`.
 
 The schema is mergekit's (merge_method, base_model, models | slices, parameters, dtype, out_dtype,
-tokenizer_source, chat_template); our additions stand under the one key `edgemerge`. Unknown keys are
-refused by name. How parameters are looked up for one tensor is in `edgemerge.parameters`.
+tokenizer_source, chat_template); our additions stand under the one key `edgemerge`. Unknown keys
+are refused by name. How parameters are looked up for one tensor is in `edgemerge.parameters`.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from edgemerge.errors import RecipeError
 from edgemerge.types import Gradient, ModelInput, Parameters, Recipe, Rule, Setting, Slice
+from edgemerge.yaml_file import read_yaml
 
 __all__ = [
-    "MAX_RECIPE_BYTES",
+    "MAX_SEED",
     "load_recipe",
     "make_recipe",
     "parse_size",
 ]
 
-MAX_RECIPE_BYTES = 1 << 20
+MAX_SEED = (1 << 64) - 1  # the file keeps it as u64
 DTYPES = ("float32", "float16", "bfloat16")
 OUT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TOP_KEYS = (
@@ -51,6 +51,7 @@ OWN_KEYS = ("type", "memory", "seed")
 MODEL_PARAMETERS = ("weight", "density", "gamma", "epsilon", "scale")
 GLOBAL_PARAMETERS = ("normalize", "lambda", "rescale", "int8_mask", "t")
 PARAMETERS = MODEL_PARAMETERS + GLOBAL_PARAMETERS
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UNITS |= {f"{unit}IB": n for unit, n in _UNITS.items() if unit in "KMGT" and unit}
@@ -58,18 +59,20 @@ _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_size(text: str | int) -> int:
-    """Parse a size in bytes: `512MiB`, `1.5G`, `800M` (K, M, G are powers of 1024; KB, MB, GB of 1000).
+    """Parse a size in bytes: `512MiB`, `1.5G`, `800M`.
+
+    K, M, G, T are powers of 1024, as are KiB and so on; KB, MB, GB, TB are powers of 1000.
 
     Raises
     ------
     RecipeError
         It is no positive size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(text), re.ASCII)
     unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) <= 0:
+    if match is None or unit is None or float(match[1]) * unit < 1:
         raise RecipeError(
-            f"{text!r} is no size; write it like 512MiB, 1.5G or 800M", field="memory"
+            f"{_brief(text)} is no size; write it like 512MiB, 1.5G or 800M", field="memory"
         )
     return int(float(match[1]) * unit)
 
@@ -77,7 +80,7 @@ def parse_size(text: str | int) -> int:
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read a mergekit recipe from a YAML file.
 
-    Model paths are taken from the working directory, and if there is nothing, from the recipe's folder.
+    Model paths are taken from the working directory, else from the recipe's folder.
 
     Raises
     ------
@@ -85,19 +88,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         The file cannot be read, is no YAML, or asks for something that does not exist.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_RECIPE_BYTES + 1)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise RecipeError(f"cannot read the recipe ({reason}); check its path", path=path) from None
-    if len(raw) > MAX_RECIPE_BYTES:
-        raise RecipeError("is larger than 1 MiB, so it is no recipe", path=path)
-    try:
-        document = yaml.load(raw, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise RecipeError(f"is not valid YAML ({detail})", path=path) from None
+    document = read_yaml(path)
     if not isinstance(document, dict):
         raise RecipeError(
             "is not a recipe: it needs keys such as merge_method and models", path=path
@@ -137,7 +128,7 @@ def make_recipe(
     reader = _Reader(None)
     inputs = []
     for text, weight in models:
-        own = {} if weight is None else {"weight": (Rule(float(weight)),)}
+        own = {} if weight is None else {"weight": reader.rules(weight, f"the weight of {text}")}
         inputs.append(ModelInput(reader.model_path(text, "model"), parameters=own))
     return Recipe(
         method=method,
@@ -147,31 +138,12 @@ def make_recipe(
         defaults={"weight": (Rule(1.0),)},
         out_type=out_type,
         memory=memory,
-        seed=seed,
+        seed=reader.seed(seed, "seed"),
     )
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and aliases, which YAML bombs are made of."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.YAMLError(f"aliases are not allowed in a recipe (*{event.anchor})")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"the key {key!r} is not text{node.start_mark}")
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} stands twice{node.start_mark}")
-        return super().construct_mapping(node, deep=deep)
-
-
 class _Reader:
-    """Checks one document, key by key; `path` is the recipe's own, for its errors and its models."""
+    """Checks one document, key by key; `path` is the recipe's, for its errors and its models."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -184,7 +156,7 @@ class _Reader:
         self.check_keys(document, TOP_KEYS, "the recipe")
         method = self.text(document, "merge_method")
         base = document.get("base_model")
-        own = self.mapping(document.get("edgemerge", {}), "edgemerge")
+        own = self.mapping(document.get("edgemerge") or {}, "edgemerge")
         self.check_keys(own, OWN_KEYS, "edgemerge")
         dtype, out_type = self.types(document, own)
         return Recipe(
@@ -194,18 +166,18 @@ class _Reader:
             parameters=self.parameters(document.get("parameters", {}), "parameters"),
             out_type=out_type,
             dtype=dtype,
-            memory=parse_size(own["memory"]) if "memory" in own else None,
-            seed=self.seed(own.get("seed", 0)),
+            memory=self.memory(own["memory"]) if "memory" in own else None,
+            seed=self.seed(own.get("seed", 0), "edgemerge.seed"),
             tokenizer_source=self.tokenizer_source(document.get("tokenizer_source", "base")),
             chat_template=self.chat_template(document.get("chat_template")),
             notes=tuple(self.notes),
         )
 
-    # -- keys of the top level ---------------------------------------------------------------------
+    # -- keys of the top level --------------------------------------------------------------------
 
     def slices(self, document: Mapping[str, Any]) -> tuple[Slice, ...]:
         if ("models" in document) == ("slices" in document):
-            self.fail("needs either models or slices, and not both", "models")
+            self.fail("needs either models or slices, one of the two", "models")
         if "models" in document:
             return (Slice(tuple(self.models(document["models"]))),)
         return tuple(
@@ -253,50 +225,53 @@ class _Reader:
     def types(
         self, document: Mapping[str, Any], own: Mapping[str, Any]
     ) -> tuple[str | None, str | None]:
-        """Working type and file type; only an explicit out_dtype or edgemerge.type names the file type."""
+        """Read working and file type; only out_dtype and edgemerge.type name the file type."""
         dtype, out_dtype = document.get("dtype"), document.get("out_dtype")
         for key, value in (("dtype", dtype), ("out_dtype", out_dtype)):
             if value is not None and value not in DTYPES:
                 self.fail(f"{key} is {value!r}; choose one of {', '.join(DTYPES)}", key)
         if dtype == "bfloat16" and out_dtype is None and "type" not in own:
             self.notes.append(
-                "dtype bfloat16 would lose part of the merged change; arithmetic is float32 and the "
-                "output type is not changed by it (edgemerge: {type: BF16} insists)"
+                "dtype bfloat16 would lose part of the merged change; arithmetic is float32 and "
+                "the output type is not changed by it (edgemerge: {type: BF16} insists)"
             )
         if "type" in own:
             return dtype, self.text(own, "type", "edgemerge.type")
         return dtype, OUT_DTYPES[out_dtype] if out_dtype else None
 
-    def seed(self, value: Any) -> int:
-        if type(value) is not int or value < 0:
-            self.fail(
-                f"edgemerge.seed is {value!r}; it must be a whole number of at least 0", "seed"
-            )
+    def memory(self, value: Any) -> int:
+        try:
+            return parse_size(value)
+        except RecipeError as error:
+            self.fail(f"edgemerge.memory: {error}", error.field)
+
+    def seed(self, value: Any, where: str) -> int:
+        if type(value) is not int or not 0 <= value <= MAX_SEED:
+            self.fail(f"{where} must be a whole number from 0 to 2^64 - 1", "seed")
         return value
 
     def tokenizer_source(self, value: Any) -> str:
-        if value == "union":
-            self.fail(
-                "tokenizer_source union is not supported: all models must share one vocabulary; "
-                "give base or one of the models",
-                "tokenizer_source",
-            )
-        if value is None or value == "base":
+        """Return base, union, or the path of a model; mergekit also writes `model:PATH`."""
+        if value is None:
             return "base"
+        if value in ("base", "union"):
+            return str(value)
+        if isinstance(value, str):
+            value = value.removeprefix("model:")
         return str(self.model_path(value, "tokenizer_source"))
 
     def chat_template(self, value: Any) -> str | None:
         if value is None or value == "auto":
             return None
-        if not isinstance(value, str) or "{" not in value:
+        if not isinstance(value, str) or "{" not in value or not _is_utf8(value):
             self.fail(
-                f"chat_template {value!r} is no Jinja text; give the template itself, or auto for the "
-                "tokenizer source's own",
+                f"chat_template {value!r} is no Jinja text; give the template itself, or auto for "
+                "the tokenizer source's own",
                 "chat_template",
             )
         return value
 
-    # -- parameters -----------------------------------------------------------------------------------
+    # -- parameters -------------------------------------------------------------------------------
 
     def parameters(self, value: Any, where: str) -> Parameters:
         table = self.mapping(value if value is not None else {}, where)
@@ -305,7 +280,8 @@ class _Reader:
                 self.fail(
                     f"{where} has the unknown parameter {name!r}{_suggest(name, PARAMETERS)}", name
                 )
-        return {name: self.rules(entry, f"{where}.{name}") for name, entry in table.items()}
+        dot = " " if where == "-P" else "."
+        return {name: self.rules(entry, f"{where}{dot}{name}") for name, entry in table.items()}
 
     def rules(self, value: Any, where: str) -> tuple[Rule, ...]:
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -322,18 +298,33 @@ class _Reader:
 
     def setting(self, value: Any, where: str) -> Setting | Gradient:
         if isinstance(value, list):
-            if not value or any(
-                isinstance(x, bool) or not isinstance(x, int | float) for x in value
-            ):
+            numbers = [self.number(x) for x in value]
+            if not numbers or None in numbers:
                 self.fail(f"{where} must be a number, or a list of numbers (a gradient)", where)
-            return tuple(float(x) for x in value)
-        if isinstance(value, bool | str):
+            return tuple(x for x in numbers if x is not None)
+        if isinstance(value, bool):
             return value
-        if isinstance(value, int | float) and abs(value) < float("inf"):
-            return float(value)
-        self.fail(f"{where} is {value!r}; it must be a finite number, true, false or text", where)
+        if (number := self.number(value)) is not None:
+            return number
+        if isinstance(value, str):
+            return value
+        self.fail(
+            f"{where} is {_brief(value)}; it must be a finite number, true, false or text", where
+        )
 
-    # -- small checks ---------------------------------------------------------------------------------
+    def number(self, value: Any) -> float | None:
+        """Return a finite number; YAML 1.1 takes 1e-3, without a point, for text."""
+        if isinstance(value, str) and not NUMBER.fullmatch(value):
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            return None
+        try:
+            number = float(value)
+        except OverflowError:
+            return None
+        return number if math.isfinite(number) else None
+
+    # -- small checks -----------------------------------------------------------------------------
 
     def check_keys(self, table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
         for key in table:
@@ -357,22 +348,40 @@ class _Reader:
         return value
 
     def model_path(self, value: Any, where: str) -> Path:
-        """Resolve a model as mergekit does (working directory), then beside the recipe."""
+        """Find a model as mergekit does, in the working directory, else beside the recipe."""
         if isinstance(value, dict) and isinstance(value.get("model"), dict):
             value = value["model"].get("path")
         if not isinstance(value, str) or not value:
             self.fail(f"{where} must be the path of a model", where)
+        if not _is_utf8(value):
+            self.fail(f"{where}: the name {value!r} is not UTF-8; rename it", where)
         folders = [Path()] if self.path is None else [Path(), self.path.parent]
         for folder in folders:
-            if (folder / Path(value).expanduser()).exists():
-                return (folder / Path(value).expanduser()).resolve()
+            found = folder / os.path.expanduser(value)  # unlike Path's, it never raises
+            if os.path.exists(found):  # unlike Path.exists, False for what can be no name
+                return found.resolve()
         if "+" in value:
             self.fail(
-                f"{where}: {value!r} is not here; LoRA adapters must be merged into their model first"
+                f"{where}: {value!r} is not here; LoRA adapters must be merged into their model "
+                "first"
             )
         self.fail(
             f"{where}: no file or folder {value!r}; download the model and give its path", where
         )
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_utf8(text: str) -> bool:
+    """Tell whether a text can be written to a file; half a surrogate pair cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _suggest(word: str, known: Sequence[str]) -> str:

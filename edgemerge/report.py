@@ -9,7 +9,7 @@ from typing import Any
 
 from edgemerge.budget import format_size
 
-__all__ = ["MergeReport", "peak_rss_bytes"]
+__all__ = ["MergeReport", "format_count", "peak_rss_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +44,22 @@ class MergeReport:
         yield f"{self.output}  {format_size(self.out_bytes)}, {self.file_type}, {self.method}"
         resumed = f", {self.resumed_tensors} taken over" if self.resumed_tensors else ""
         yield (
-            f"  {self.tensors} tensors{resumed}, {self.elements / 1e6:,.1f} M parameters "
+            f"  {self.tensors} tensors{resumed}, {format_count(self.elements)} parameters "
             f"in {self.seconds:.1f} s with {self.workers} worker{'s' * (self.workers > 1)}"
         )
         yield (
-            f"  memory {format_size(self.peak_rss_bytes)} at peak of {format_size(self.budget_bytes)}"
-            f", read {format_size(self.read_bytes)}, wrote {format_size(self.written_bytes)}"
+            f"  memory {format_size(self.peak_rss_bytes)} at peak "
+            f"of {format_size(self.budget_bytes)}, read {format_size(self.read_bytes)}, "
+            f"wrote {format_size(self.written_bytes)}"
         )
         yield f"  sha256 {self.sha256}"
         for note in self.notes:
             yield f"  note: {note}"
+
+
+def format_count(n: int) -> str:
+    """Write a number of parameters for people: 317.2 M, 22.7 K."""
+    return f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n / 1e3:,.1f} K"
 
 
 def peak_rss_bytes() -> int:

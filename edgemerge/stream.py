@@ -123,7 +123,7 @@ class TensorStream:
 
     def _write(self, output: OutputFile, offset: int, raw: UInt8) -> int:
         output.write(raw, offset)
-        self.result.output = zlib.crc32(raw, self.result.output)
+        self.result.output = zlib.crc32(raw.data, self.result.output)
         self._traffic.add(0, raw.nbytes)
         return raw.nbytes
 
@@ -173,12 +173,12 @@ class TensorStream:
         self._sources[tensor.model].read_rows(tensor.spec.name, start, stop, raw)
         self._traffic.add(raw.nbytes, 0)
         if start == self._unread[i_input]:
-            self.result.inputs[i_input] = zlib.crc32(raw, self.result.inputs[i_input])
+            self.result.inputs[i_input] = zlib.crc32(raw.data, self.result.inputs[i_input])
             self._unread[i_input] = stop
         return raw
 
     def _check_range(self, values: Float32) -> None:
-        """A result that the output type cannot hold is an error, never a silent infinity."""
+        """Refuse a result that the output type cannot hold: never a silent infinity."""
         dtype = self.job.out.dtype
         limit = NON_FINITE if dtype in ("F32", "BF16") else BEYOND_HALF
         if _count_beyond(values, limit):

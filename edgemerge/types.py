@@ -11,20 +11,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
     "Float32",
+    "Float64",
     "Gradient",
+    "HeadAxis",
+    "HeadBlocks",
+    "HeadPlan",
     "InputTensor",
+    "LayerHeads",
     "ModelInput",
     "Plan",
     "Recipe",
     "Rule",
     "Setting",
+    "Skipped",
     "Slice",
     "Source",
     "TensorJob",
@@ -33,6 +39,7 @@ __all__ = [
 ]
 
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 UInt8 = NDArray[np.uint8]
 
 Setting: TypeAlias = float | bool | str
@@ -135,7 +142,7 @@ class Recipe:
     dtype: str | None = None  # mergekit's working type; only float32 changes the default file type
     memory: int | None = None  # bytes
     seed: int = 0
-    tokenizer_source: str = "base"  # "base" or the path of one of the models
+    tokenizer_source: str = "base"  # "base", "union" or the path of one of the models
     chat_template: str | None = None  # Jinja text; None: the tokenizer source's own
     notes: tuple[str, ...] = ()  # what the user should know about how the request was read
 
@@ -205,3 +212,80 @@ class Plan:
     def n_elements(self) -> int:
         """Elements of the output."""
         return sum(job.out.n_elements for job in self.jobs)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadBlocks:
+    """Consecutive equal blocks along one axis of a tensor, one per query head or per KV group."""
+
+    owner: Literal["head", "group"]
+    count: int
+    length: int  # rows or columns of one block
+
+
+@dataclass(frozen=True, slots=True)
+class HeadAxis:
+    """How the heads cut a tensor; of a vector, which is one row, they cut the columns."""
+
+    axis: Literal["rows", "columns"]
+    parts: tuple[HeadBlocks, ...]  # one after the other; more than one in a fused q, k, v
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHeads:
+    """The attention heads of one layer, and every tensor that moves when heads do."""
+
+    layer: int
+    n_heads: int
+    n_kv_heads: int
+    key_length: int  # rows of one head of q and k
+    value_length: int  # rows of one head of v, columns of one head of o
+    axes: Mapping[str, HeadAxis]  # by GGUF name
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A layer whose heads are left where they are, and why."""
+
+    layer: int
+    reason: str
+
+
+# For each new head or group: what it is made of, as (the other model's head or group, weight).
+Mix: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadPlan:
+    """How one layer of a model comes into another model's frame.
+
+    Costs are squared distances of heads relative to their norms: 0 equal, 1 unrelated.
+    """
+
+    geometry: LayerHeads  # of the model that moves
+    reference_layer: int
+    kv_groups: tuple[int, ...]  # new group g is the model's group kv_groups[g]
+    heads: tuple[int, ...]  # new head h is the model's head heads[h]
+    identity_cost: float  # of leaving all heads where they are
+    cost: float  # of the best matching, whether used or not
+    gap: float  # cost minus a lower bound of any matching's
+    confidence: float  # least over groups: share of a group's transported mass in one target
+    iterations: int
+    converged: bool
+    exact: bool  # whether the exact solver had to be asked
+    guarded: bool  # whether the best matching gained too little, and identity is used
+    soft_groups: Mix
+    soft_heads: Mix
+    distances: Float32 = field(
+        repr=False, compare=False
+    )  # (n_heads, n_heads), heads with their k, v
+
+    @property
+    def layer(self) -> int:
+        """Layer of the model that moves."""
+        return self.geometry.layer
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing moves."""
+        return self.heads == tuple(range(len(self.heads)))

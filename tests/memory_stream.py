@@ -1,4 +1,4 @@
-"""A tensor in memory as an `arithmetic.BlockStream`: the arithmetic without files, types or threads."""
+"""A tensor in memory as an `arithmetic.BlockStream`: no file, no type, no thread."""
 
 from __future__ import annotations
 

@@ -103,13 +103,10 @@ def deepen_hub(source: Path, target: Path, n_layers: int) -> Path:
     return target
 
 
-def write_gguf(
-    path: Path, tensors: Mapping[str, Float32], *, n_layers: int = 1, n_embd: int = 256
-) -> Path:
+def write_gguf(path: Path, tensors: Mapping[str, Float32], *, n_layers: int = 1) -> Path:
     """Write float32 tensors as a GGUF that merges; no tokenizer, so that nothing runs it."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(n_layers)
-    writer.add_embedding_length(n_embd)
     writer.add_head_count(N_HEADS)
     writer.add_head_count_kv(N_KV_HEADS)
     for name, tensor in tensors.items():
@@ -121,18 +118,17 @@ def write_gguf(
     return path
 
 
-def wide_tensors(seed: int, *, near: Mapping[str, Float32] | None = None) -> dict[str, Float32]:
-    """One layer with rows of 256, which k-quants need; `near` another model, as a fine-tune is."""
+WIDE = {"token_embd": 40, "output_norm": 0, "output": 40}  # rows of 256; 0: a vector
+WIDE |= {"blk.0.attn_norm": 0, "blk.0.attn_q": 48, "blk.0.attn_k": 16, "blk.0.attn_v": 17}
+WIDE |= {"blk.0.attn_output": 33, "blk.0.ffn_norm": 0, "blk.0.ffn_gate": 21, "blk.0.ffn_down": 64}
+
+
+def wide_tensors(seed: int, near: Mapping[str, Float32] | None = None) -> dict[str, Float32]:
+    """One layer with the rows of 256 that k-quants need; `near` another as a fine-tune is."""
     rng = np.random.default_rng(seed)
-    shapes = {"token_embd": (48, 256), "output_norm": (256,), "output": (48, 256)}
-    block = {"attn_norm": (256,), "ffn_norm": (256,)}
-    block |= {role: (256, 256) for role in ("attn_q", "attn_output")}
-    block |= {role: (128, 256) for role in ("attn_k", "attn_v", "ffn_gate", "ffn_up")}
-    block |= {"ffn_down": (256, 256)}
-    shapes |= {f"blk.0.{role}": shape for role, shape in block.items()}
     tensors: dict[str, Float32] = {}
-    for stem, shape in shapes.items():
-        noise = rng.standard_normal(shape).astype(np.float32)
+    for stem, rows in WIDE.items():
+        noise = rng.standard_normal((rows, 256) if rows else 256).astype(np.float32)
         name = f"{stem}.weight"
         tensors[name] = noise if near is None else near[name] + np.float32(0.1) * noise**3
     return tensors

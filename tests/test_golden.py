@@ -14,9 +14,8 @@ from safetensors.numpy import load_file
 
 import edgemerge
 from edgemerge import arithmetic
-from tests.reference_methods import subtract
-from tests.small_models import load_gguf, load_hub, to_gguf_rows
 from tests.small_models import gguf_name as to_gguf_name
+from tests.small_models import load_gguf, load_hub, to_gguf_rows
 
 GOLDEN = Path(__file__).resolve().parent / "data" / "golden"
 RECIPES = sorted(path.stem for path in (GOLDEN / "recipes_f32").glob("*.yml"))
@@ -24,7 +23,7 @@ TOLERANCE = 1e-6  # of a tensor's largest magnitude
 
 
 def test_every_method_is_there() -> None:
-    assert RECIPES == sorted(path.stem for path in (GOLDEN / "outputs_f32").glob("*.safetensors"))
+    assert sorted(path.stem for path in (GOLDEN / "outputs_f32").glob("*.safetensors")) == RECIPES
     assert len(RECIPES) == 9
 
 
@@ -94,14 +93,3 @@ def test_the_masks_decide() -> None:
     shares = {role: [m.mean() for k, m in masks.items() if k.endswith(role)] for role in "ab"}
     assert np.mean(shares["a"]) == pytest.approx(0.5, abs=0.03)
     assert np.mean(shares["b"]) == pytest.approx(0.7, abs=0.03)
-
-
-def test_inputs_have_no_equal_magnitudes() -> None:
-    """Every cut by magnitude is then unambiguous, and mergekit's unstable sort does not matter."""
-    base, *experts = (
-        load_hub(GOLDEN / "inputs_f32" / r / "model.safetensors") for r in ("base", "a", "b")
-    )
-    for expert in experts:
-        for name, values in expert.items():
-            magnitudes = np.abs(subtract(base[name], values))
-            assert np.unique(magnitudes).size == magnitudes.size

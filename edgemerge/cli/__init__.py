@@ -1,10 +1,12 @@
-"""The command line: parse, call the library, print. The only place that prints or picks an exit code.
+"""The command line: parse, call the library, print; only here is printed and an exit code picked.
 
 Exit codes: 0 done; 1 an error of ours, one sentence on stderr; 2 usage; 130 interrupted.
 """
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -55,4 +57,7 @@ app.command("demo")(demo_command)
 
 def main() -> None:
     """Entry point of the `edgemerge` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names and metadata may hold what the terminal cannot show; that is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgemerge.cli.terminal import print_table, speaks_plainly
+from edgemerge.cli.terminal import check_stop, print_table, speaks_plainly
 
 if TYPE_CHECKING:
     from edgemerge.runtime.evaluate import Question, Score
@@ -55,8 +55,8 @@ def demo_command(
     folder = models or _models_of_checkout()
     questions = {name: read_questions(folder / "eval" / f"{name}.jsonl")[:limit] for name in SETS}
     print(
-        "A base model of 3.4 M parameters, an expert on diseases (which ICD-10 chapter?) and one on\n"
-        "substances (which MeSH class?), each tuned from it. Can one model do both?\n"
+        "A base model of 3.4 M parameters, an expert on diseases (which ICD-10 chapter?) and one "
+        "on\nsubstances (which MeSH class?), each tuned from it. Can one model do both?\n"
     )
     with _output_folder(output) as out:
         merged = _make_files(folder, out)
@@ -95,9 +95,14 @@ def _make_files(folder: Path, out: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for name in ("base", *EXPERTS):
         files[name] = out / f"{name}.gguf"
-        merge(make_recipe("passthrough", [(str(folder / name), None)]), files[name], force=True)
+        merge(
+            make_recipe("passthrough", [(str(folder / name), None)]),
+            files[name],
+            force=True,
+            progress=check_stop,
+        )
     for label, method, parameters, file_type in MERGES:
-        experts = EXPERTS
+        experts: tuple[str, ...] = EXPERTS
         base = folder / "base"
         if method == "slerp":  # between the two experts, the first of them standing for t = 0
             base, experts = folder / EXPERTS[0], EXPERTS[1:]
@@ -110,7 +115,7 @@ def _make_files(folder: Path, out: Path) -> dict[str, Path]:
         )
         name = f"{label}, {file_type}"
         files[name] = out / f"{name.replace(', ', '-').replace(' ', '-')}.gguf"
-        report = merge(recipe, files[name], force=True)
+        report = merge(recipe, files[name], force=True, progress=check_stop)
         print(
             f"{name:38s} {report.seconds:5.1f} s  {report.out_bytes / 1e6:4.1f} MB  "
             f"{report.peak_rss_bytes / 1e6:4.0f} MB of memory at peak"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Annotated, Any
 
@@ -54,24 +55,29 @@ def _as_json(source: Source) -> dict[str, Any]:
 
 
 def _shorten(value: Any) -> Any:
-    """A vocabulary does not belong on a terminal: long arrays give their length."""
+    """Give of a long array, such as a vocabulary, its length; JSON has no infinity or NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if isinstance(value, list) and len(value) > 64:
-        return {"length": len(value), "first": value[:4]}
+        return {"length": len(value), "first": [_shorten(item) for item in value[:4]]}
+    if isinstance(value, list):
+        return [_shorten(item) for item in value]
     return value
 
 
 def _print(source: Source) -> None:
     from edgemerge.budget import format_size
     from edgemerge.formats.metadata import get_value
+    from edgemerge.report import format_count
 
     specs, metadata = source.specs(), source.metadata()
     arch = source.architecture
     name = get_value(metadata, "general.name", source.path.name)
     elements = sum(spec.n_elements for spec in specs.values())
     size = sum(spec.nbytes for spec in specs.values())
-    print(f"{name}  ({source.path})")
+    print(f"{_plain(str(name))}  ({source.path})")
     print(
-        f"  {arch}, {elements / 1e6:,.1f} M parameters in {len(specs)} tensors, "
+        f"  {arch}, {format_count(elements)} parameters in {len(specs)} tensors, "
         f"{format_size(size)}, {8 * size / max(1, elements):.2f} bits per parameter"
     )
 
@@ -123,5 +129,10 @@ def _show(raw: bytes) -> str:
         text = f"[{len(value)}] {shown}{', ...' if len(value) > 4 else ''}"
     else:
         text = str(value)
-    text = "".join(c if c.isprintable() else " " for c in text)
+    text = _plain(text)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def _plain(text: str) -> str:
+    """Keep a stranger's text from moving the cursor."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import typer
 
@@ -32,6 +33,7 @@ def merge_command(
 ) -> None:
     """Merge models into one GGUF."""
     from edgemerge.merge import merge
+    from edgemerge.output import check_output
     from edgemerge.page import write_page
     from edgemerge.recipe import parse_size
 
@@ -44,6 +46,12 @@ def merge_command(
         parameters=parameter,
         preset=preset,
     )
+    inputs = (*recipe.models(), *(Path(text).resolve() for text in models))
+    check_output(output, inputs, force=force)
+    if report is not None:  # now, not after an hour's work
+        if report.resolve() == output.resolve():
+            raise typer.BadParameter("-o and --report name the same file")
+        check_output(report, inputs, force=force)
     with progress_bar(f"{recipe.method} -> {output.name}", quiet=json_) as progress:
         result = merge(
             recipe,
@@ -126,6 +134,7 @@ def _as_json(the_plan: Plan) -> dict[str, object]:
 
 def _print(the_plan: Plan) -> None:
     from edgemerge.budget import FLOOR_BYTES, format_size
+    from edgemerge.report import format_count
 
     print(f"{the_plan.recipe.method} of {len(the_plan.models)} models to {the_plan.file_type}")
     for i, path in enumerate(the_plan.models):
@@ -146,12 +155,12 @@ def _print(the_plan: Plan) -> None:
     print_table(("tensor", "shape", "from", "to", "reads", "size"), rows, right="reads size")
     written = sum(job.out.nbytes for job in the_plan.jobs)
     print(
-        f"{len(the_plan.jobs)} tensors, {the_plan.n_elements / 1e6:,.1f} M parameters: "
+        f"{len(the_plan.jobs)} tensors, {format_count(the_plan.n_elements)} parameters: "
         f"reads {format_size(the_plan.read_bytes)}, writes {format_size(written)}"
     )
     print(
-        f"memory {format_size(the_plan.budget)}: {format_size(FLOOR_BYTES)} for Python and kernels, "
-        f"{the_plan.workers} x {format_size(the_plan.arena_bytes)} for blocks"
+        f"memory {format_size(the_plan.budget)}: {format_size(FLOOR_BYTES)} for Python and "
+        f"kernels, {the_plan.workers} x {format_size(the_plan.arena_bytes)} for blocks"
     )
     for note in the_plan.notes:
         typer.echo(f"note: {note}")

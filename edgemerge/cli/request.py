@@ -47,7 +47,9 @@ Threads = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", min=0, metavar="N", help="Seed of DARE and DELLA [default: 0]."),
+    typer.Option(
+        "--seed", min=0, max=2**64 - 1, metavar="N", help="Seed of DARE and DELLA [default: 0]."
+    ),
 ]
 Parameter = Annotated[
     list[str] | None,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -13,10 +15,20 @@ import typer
 
 from edgemerge.errors import EdgemergeError, RuntimeFailure
 
-__all__ = ["print_json", "print_table", "progress_bar", "speaks_plainly"]
+__all__ = ["check_stop", "print_json", "print_table", "progress_bar", "speaks_plainly"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, a closed terminal, or the system asks to stop; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+_stops: list[int] = []  # signals that the running command has received
 
 
 def speaks_plainly(command: Callable[P, R]) -> Callable[P, R]:
@@ -25,29 +37,72 @@ def speaks_plainly(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            with _stoppable():
+                result = command(*args, **kwargs)
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # here, where a full disk can still be told
+                return result
         except EdgemergeError as error:
-            print(f"edgemerge: {error}", file=sys.stderr)
-            if isinstance(error, RuntimeFailure) and error.detail:
-                print(error.detail, file=sys.stderr)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            print("edgemerge: interrupted; nothing was changed", file=sys.stderr)
-            raise typer.Exit(130) from None
+            detail = error.detail if isinstance(error, RuntimeFailure) else ""
+            raise _failure(str(error), detail) from None
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, Stopped) else signal.SIGINT
+            raise _failure("interrupted; nothing was changed", code=128 + number) from None
         except MemoryError:
-            print("edgemerge: out of memory; give a smaller --memory", file=sys.stderr)
-            raise typer.Exit(1) from None
+            raise _failure("out of memory; give a smaller --memory") from None
+        except BrokenPipeError:
+            raise  # the reader went away, as head does: typer ends without a word
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            print(f"edgemerge: {where}{error.strerror or error}", file=sys.stderr)
-            raise typer.Exit(1) from None
+            raise _failure(f"{where}{error.strerror or error}") from None
 
     return wrapped
 
 
+def _failure(sentence: str, detail: str = "", code: int = 1) -> typer.Exit:
+    print(f"edgemerge: {sentence}", file=sys.stderr)
+    if detail:
+        print(detail, file=sys.stderr)
+    return typer.Exit(code)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let a signal raise `Stopped`, where nobody else, such as nohup, has a say in it.
+
+    An exception is lost where Python is just inside a callback of its own, as while importing Numba;
+    so the signal is also remembered, and `check_stop` asks for it.
+    """
+
+    def stop(number: int, _frame: object) -> None:
+        _stops.append(number)
+        raise Stopped(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.getsignal(number) for number in wanted}
+    taken = [n for n, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)]
+    _stops.clear()
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
+
+
+def check_stop(_done: int = 0, _total: int = 0) -> None:
+    """Raise `Stopped` where a signal came; a progress callback that shows nothing."""
+    if _stops:
+        raise Stopped(_stops[0])
+
+
 def print_json(document: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout, and nothing else there."""
-    print(json.dumps(document, ensure_ascii=False, indent=2))
+    is_utf8 = sys.stdout is not None and (sys.stdout.encoding or "").lower() == "utf-8"
+    print(json.dumps(document, ensure_ascii=not is_utf8, allow_nan=False, indent=2))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "") -> None:
@@ -62,10 +117,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: 
 
 
 @contextmanager
-def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """Show bytes, rate and time left on stderr while it is a terminal; else yield None."""
-    if quiet or not sys.stderr.isatty():
-        yield None
+def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Show bytes, rate and time left on stderr while it is a terminal; stop on a signal."""
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield check_stop
         return
     from rich.console import Console
     from rich.progress import (
@@ -87,4 +142,9 @@ def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, 
         transient=True,
     ) as bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def show(done: int, total: int) -> None:
+            check_stop()
+            bar.update(task, completed=done, total=total)
+
+        yield show

@@ -21,6 +21,7 @@ from edgemerge.types import Float32, UInt8
 
 __all__ = ["CODECS", "GGML_TYPES", "Codec", "block_size", "row_bytes"]
 
+
 @cache
 def _kernel(module: str, name: str) -> Callable[..., None]:
     return cast(Callable[..., None], getattr(import_module(f"edgemerge.kernels.{module}"), name))

@@ -39,7 +39,7 @@ def read_exactly(fd: int, out_u8: UInt8, offset: int, path: Path, tensor: str) -
     FormatError
         The file ends before the buffer is full.
     """
-    view = memoryview(out_u8).cast("B")
+    view = out_u8.data.cast("B")
     done = 0
     while done < len(view):
         n_read = os.preadv(fd, [view[done:]], offset + done)

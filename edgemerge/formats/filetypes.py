@@ -108,7 +108,11 @@ _UNWRITTEN = ("IQ", "TQ", "MXFP", "NVFP", "Q3_", "Q2_", "Q1_")
 
 # The file type that llama.cpp names a file after in which a type dominates (`llama_model_loader`).
 _FILE_TYPE_IDS = {row.default: row.id for row in FILE_TYPES.values()}
-_FILE_TYPE_IDS |= {"Q4_1": 3, "Q5_0": 8, "Q5_1": 9}
+_FILE_TYPE_IDS |= {"Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12}
+_FILE_TYPE_IDS |= {"IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25}
+_FILE_TYPE_IDS |= {"IQ3_S": 26, "IQ2_S": 28, "IQ4_XS": 30, "IQ1_M": 31, "TQ1_0": 36, "TQ2_0": 37}
+_FILE_TYPE_IDS |= {"MXFP4": 38, "NVFP4": 39, "Q1_0": 40}
+UNKNOWN_FILE_TYPE = 1024  # LLAMA_FTYPE_GUESSED: llama.cpp looks at the tensors itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +259,7 @@ def dominant_file_type(types: Mapping[str, str], specs: Mapping[str, TensorSpec]
     for name, ggml_type in types.items():
         elements[ggml_type] += specs[name].n_elements
     ((ggml_type, _),) = elements.most_common(1) or [("F32", 0)]
-    return _FILE_TYPE_IDS[ggml_type]
+    return _FILE_TYPE_IDS.get(ggml_type, UNKNOWN_FILE_TYPE)
 
 
 def _is_quantised(spec: TensorSpec) -> bool:

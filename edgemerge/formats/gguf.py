@@ -208,7 +208,7 @@ class _HeaderParser:
     def read_back(self, start: int) -> bytes:
         """Return the raw bytes of a value that was just stepped over."""
         offset = start - self.buffer_start
-        if 0 <= offset and self.at - self.buffer_start <= len(self.buffer):
+        if offset >= 0 and self.at - self.buffer_start <= len(self.buffer):
             return self.buffer[offset : self.at - self.buffer_start]
         return os.pread(self.fd, self.at - start, start)
 
@@ -277,15 +277,12 @@ class _HeaderParser:
         if raw is None:
             return DEFAULT_ALIGNMENT
         value = meta.decode_value(raw)
-        is_u32 = raw[:4] == meta.encode_value(0, "u32")[:4]
-        if (
-            not is_u32
-            or not isinstance(value, int)
-            or value & (value - 1)
-            or not 0 < value <= MAX_ALIGNMENT
-        ):
+        is_u32 = int.from_bytes(raw[:4], "little") == meta.TYPE_IDS["u32"]
+        if not isinstance(value, int) or not is_u32:
+            raise self.fail(f"{ALIGNMENT_KEY} ({value}) is not of type u32; export it again")
+        if value & (value - 1) or not 0 < value <= MAX_ALIGNMENT:
             raise self.fail(
-                f"{ALIGNMENT_KEY} is {value}, not a u32 power of two up to {MAX_ALIGNMENT}; export it again"
+                f"{ALIGNMENT_KEY} is {value}, not a power of two up to {MAX_ALIGNMENT}; export it again"
             )
         return value
 

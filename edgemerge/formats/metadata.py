@@ -54,7 +54,7 @@ def encode_value(value: Value | bytes | Sequence[Scalar | bytes], kind: str) -> 
         if element == "str":
             return head + b"".join(_payload(item, "str") for item in value)
         return head + struct.pack(f"<{len(value)}{SCALARS[element][1][1]}", *value)
-    assert not isinstance(value, Sequence) or isinstance(value, str | bytes)
+    assert isinstance(value, str | bytes | int | float)
     return struct.pack("<I", TYPE_IDS[kind]) + _payload(value, kind)
 
 

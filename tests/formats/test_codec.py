@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from edgemerge.formats.codec import CODECS, GGML_TYPES, Codec, block_size, row_bytes
+from edgemerge.formats.codec import CODECS, Codec
+from edgemerge.formats.ggml_types import GGML_TYPES, block_size, row_bytes
 from tests import ggml_oracle, reference
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -106,6 +108,12 @@ def test_sizes_are_ggmls(ggml: object) -> None:
         assert block_size(name) == (traits.block_len, traits.block_bytes), name
 
 
+def test_sizes_are_those_of_gguf_py() -> None:
+    for kind, size in gguf.GGML_QUANT_SIZES.items():
+        if kind.name != "Q8_1":  # gguf-py says 40 bytes; ggml stores two halves and 32 bytes
+            assert (GGML_TYPES[int(kind)], block_size(kind.name)) == (kind.name, size)
+
+
 def test_sizes() -> None:
     assert block_size("Q4_K") == (256, 144)
     assert (CODECS["Q4_K"].block_len, CODECS["Q4_K"].block_bytes) == (256, 144)
@@ -127,9 +135,8 @@ def test_types_that_ggml_removed_are_unknown() -> None:
 
 def test_importing_the_table_imports_no_numba() -> None:
     code = (
-        "import sys, edgemerge.formats.codec as c;"
-        "c.row_bytes('Q4_K', 256), c.CODECS['Q4_K'].block_bytes;"
-        "assert not {'numba', 'llvmlite'} & set(sys.modules)"
+        "import sys, edgemerge.formats.codec as c; c.CODECS['Q4_K'].block_bytes;"
+        "assert not {'numba', 'llvmlite', 'gguf'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

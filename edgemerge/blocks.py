@@ -1,0 +1,45 @@
+"""What methods see of a tensor: blocks of float32 rows, and nothing of files, types or threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemerge.types import Float32, Float64, TensorJob
+
+__all__ = ["Block", "BlockStream", "model_weights"]
+
+
+@dataclass(slots=True)
+class Block:
+    """Some rows of one tensor, decoded; the arrays are the worker's own and may be overwritten."""
+
+    first: int  # flat index of the first element
+    n_cols: int
+    base: Float32 | None  # (n,)
+    experts: Float32  # (n_experts, n); task vectors for methods that work on them
+
+
+class BlockStream(Protocol):
+    """The blocks of one tensor, as often as asked for, and working memory beside them."""
+
+    job: TensorJob
+    seed: int
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks in row order, loading each."""
+
+    def overwrite(self) -> None:
+        """Declare that the current block's arrays no longer hold what was loaded."""
+
+    def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
+        """Return working memory, uninitialised, that lives as long as the stream."""
+
+
+def model_weights(job: TensorJob) -> Float64:
+    """Return the recipe's weight of every expert, (n_experts,)."""
+    return np.array([expert.settings["weight"] for expert in job.experts], np.float64)

@@ -1,0 +1,90 @@
+"""Cosine-weighted combination: from the Gram matrix of task vectors to one factor per model.
+
+The hierarchical method (arXiv 2511.13373) weights each layer by the cosine similarity of the experts'
+task vectors, w = max(0, cos). What can be read of the paper does not say how w enters the average; all
+rules here are functions of the Gram matrix alone, `G[m, n] = <delta_m, delta_n>`, and give factors u with
+the merged task vector `sum_m u_m delta_m`.
+
+agreement
+    u = s w / sum(w) over the active models, s = 1 / sqrt(w' C w), C = clip(cos, 0, 1). Equal task vectors
+    are averaged, orthogonal ones keep their energy (0.707 each for two), a tensor that only one expert
+    changed takes that expert's change whole. Ours, and the default.
+paper
+    u = (1 - w, w) for two experts: the literal reading, linear merging with alpha = max(0, cos). It is not
+    symmetric, returns expert A wherever the task vectors are orthogonal (as those of independent
+    fine-tunes are), and loses what only B changed. Kept for comparison.
+stock
+    u = t w / sum(w), t = N c / (1 + (N - 1) c), c the mean pairwise cosine: Model Stock (Jang et al. 2024).
+linear
+    u = w / sum(w) over the active models.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemerge.types import Float64
+
+__all__ = ["WEIGHTINGS", "factors"]
+
+WEIGHTINGS = ("agreement", "paper", "stock", "linear")
+INACTIVE = 1e-12  # share of the largest norm below which a model did not change the tensor
+
+
+def factors(grams: Float64, weights: Float64, weighting: str) -> Float64:
+    """Factors of the models' task vectors.
+
+    Parameters
+    ----------
+    grams : (..., n_models, n_models) float64
+        Gram matrices, one per tensor or row.
+    weights : (n_models,) float64
+        The recipe's weights, not negative in sum.
+    weighting : str
+        One of `WEIGHTINGS`.
+
+    Returns
+    -------
+    (..., n_models) float64
+        All zero where no model changed anything.
+    """
+    norms: Float64 = np.sqrt(np.diagonal(grams, axis1=-2, axis2=-1))
+    active = norms > INACTIVE * norms.max(axis=-1, keepdims=True)
+    cosines = _cosines(grams, norms, active)
+    if weighting == "paper":
+        share = np.clip(cosines[..., 0, 1], 0.0, None)
+        return np.asarray(np.stack([1.0 - share, share], axis=-1), np.float64)
+    shares: Float64 = np.where(active, weights, 0.0)
+    total = shares.sum(axis=-1, keepdims=True)
+    shares = np.divide(shares, total, out=np.zeros_like(shares), where=total != 0)
+    if weighting == "stock":
+        return np.asarray(shares * _stock_step(cosines)[..., None])
+    if weighting == "agreement":
+        agreed = np.clip(cosines, 0.0, 1.0)
+        energy = np.einsum("...m,...mn,...n->...", shares, agreed, shares)
+        scale = np.divide(1.0, np.sqrt(energy), out=np.zeros_like(energy), where=energy > 0)
+        return np.asarray(shares * scale[..., None])
+    return shares
+
+
+def _cosines(grams: Float64, norms: Float64, active: NDArray[np.bool_]) -> Float64:
+    """Cosines of all pairs; 0 beside an inactive model, 1 on the diagonal of an active one."""
+    products = norms[..., :, None] * norms[..., None, :]
+    both = active[..., :, None] & active[..., None, :] & (products > 0)
+    cosines = np.divide(grams, products, out=np.zeros_like(grams), where=both)
+    np.clip(cosines, -1.0, 1.0, out=cosines)
+    return cosines
+
+
+def _stock_step(cosines: Float64) -> Float64:
+    """Model Stock's interpolation from the base to the mean; 0 where its denominator vanishes."""
+    n = cosines.shape[-1]
+    if n == 1:
+        return np.ones(cosines.shape[:-2])
+    off_diagonal = cosines.sum(axis=(-2, -1)) - np.trace(cosines, axis1=-2, axis2=-1)
+    mean = off_diagonal / (n * (n - 1))
+    divisor = 1.0 + (n - 1) * mean
+    step: Float64 = np.zeros_like(mean)
+    np.divide(n * mean, divisor, out=step, where=np.abs(divisor) >= 1e-6)
+    return step

@@ -1,0 +1,230 @@
+"""The same bytes for every budget, thread count, block height and form of the inputs."""
+
+from __future__ import annotations
+
+import random
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import edgemerge
+from edgemerge import budget
+from edgemerge.budget import ArenaNeed
+from edgemerge.errors import BudgetError
+from edgemerge.types import Recipe
+from tests.small_models import edit_hub, stored, wide_tensors, write_gguf
+
+INPUTS = Path(__file__).resolve().parent / "data" / "golden" / "inputs_f32"
+MIB = 1 << 20
+PLAN = import_module("edgemerge.plan")  # the name in the package is the function
+
+# Method -> how many experts, parameters, and how often the inputs are read where blocks are small.
+METHODS: dict[str, tuple[int, dict[str, Any], int]] = {
+    "linear": (2, {}, 1),
+    "slerp": (1, {"t": 0.3}, 2),
+    "passthrough": (1, {"scale": 0.9}, 1),
+    "task_arithmetic": (2, {"lambda": 0.8}, 1),
+    "ties": (2, {"density": 0.5}, 3),
+    "dare_linear": (2, {"density": 0.4}, 2),
+    "dare_ties": (2, {"density": 0.6, "rescale": "expectation"}, 1),
+    "della": (2, {"density": 0.6}, 2),
+    "della_linear": (2, {"density": 0.6, "epsilon": 0.3, "rescale": "expectation"}, 1),
+    "breadcrumbs": (2, {"density": 0.7, "gamma": 0.05, "rescale": True}, 4),
+    "breadcrumbs_ties": (2, {"density": 0.4, "gamma": 0.2}, 3),
+}
+TYPES = ("F32", "F16", "Q8_0", "Q4_K_M")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """File type -> GGUFs of a base and two fine-tunes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    base = wide_tensors(0)
+    tensors = [base, wide_tensors(1, near=base), wide_tensors(2, near=base)]
+    made: dict[str, list[Path]] = {kind: [] for kind in TYPES}
+    for i, model in enumerate(tensors):
+        made["F32"].append(write_gguf(folder / f"{i}-F32.gguf", model))
+        for kind in TYPES[1:]:
+            made[kind].append(folder / f"{i}-{kind}.gguf")
+            recipe = edgemerge.make_recipe(
+                "passthrough", [(str(made["F32"][i]), None)], out_type=kind
+            )
+            edgemerge.merge(recipe, made[kind][i])
+    return made
+
+
+def recipe_of(method: str, models: list[Path], out_type: str | None = None) -> Recipe:
+    n_experts, parameters, _ = METHODS[method]
+    weights = (0.6, 0.3)
+    experts = [(str(models[1 + i]), weights[i]) for i in range(n_experts)]
+    base = None if method in ("linear", "passthrough") else str(models[0])
+    if method == "passthrough":
+        experts = [(path, None) for path, _ in experts]
+    return edgemerge.make_recipe(
+        method, experts, base=base, parameters=parameters, out_type=out_type, seed=5
+    )
+
+
+@pytest.fixture
+def heights(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Set `rows` to cap the height of every block, surveyed tensors included; 0: no cap."""
+    cap = {"rows": 0}
+    fitting = budget.rows_in_arena
+
+    def capped(need: ArenaNeed, arena_bytes: int) -> int:
+        rows = fitting(need, arena_bytes)
+        return min(rows, cap["rows"]) if cap["rows"] else rows
+
+    monkeypatch.setattr(PLAN, "rows_in_arena", capped)
+    return cap
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_block_height_threads_and_budget_do_not_show(
+    method: str,
+    kind: str,
+    inputs: dict[str, list[Path]],
+    heights: dict[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = recipe_of(method, inputs[kind])
+    output = tmp_path / "merged.gguf"
+    first = edgemerge.merge(recipe, output, memory=2048 * MIB, threads=1)
+    assert first.passes == 1  # every tensor is held whole
+    assert first.workers == 1
+    for rows, threads, memory in ((16, 3, 320 * MIB), (5, 2, 2048 * MIB)):
+        heights["rows"] = rows
+        report = edgemerge.merge(recipe, output, memory=memory, threads=threads, force=True)
+        assert report.workers == threads
+        assert report.passes == METHODS[method][2]
+        assert report.sha256 == first.sha256
+    heights["rows"] = 0
+    monkeypatch.setattr(budget, "TARGET_ELEMENTS", 3 * 256)
+    report = edgemerge.merge(recipe, output, memory=320 * MIB, threads=2, force=True)
+    assert report.sha256 == first.sha256
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_of_one_row(
+    method: str, inputs: dict[str, list[Path]], heights: dict[str, int], tmp_path: Path
+) -> None:
+    recipe = recipe_of(method, inputs["F16"], "Q8_0")
+    whole = edgemerge.merge(recipe, tmp_path / "whole.gguf", threads=1)
+    heights["rows"] = 1
+    assert edgemerge.merge(recipe, tmp_path / "rows.gguf", threads=2).sha256 == whole.sha256
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_copies_in_blocks_are_copies(
+    kind: str, inputs: dict[str, list[Path]], heights: dict[str, int], tmp_path: Path
+) -> None:
+    heights["rows"] = 7
+    recipe = edgemerge.make_recipe("passthrough", [(str(inputs[kind][0]), None)], out_type="keep")
+    edgemerge.merge(recipe, tmp_path / "copy.gguf", threads=2)
+    assert stored(tmp_path / "copy.gguf") == stored(inputs[kind][0])
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    method=st.sampled_from([name for name, row in METHODS.items() if row[0] == 2]),
+    seed=st.integers(0, 2**32),
+    threads=st.integers(1, 3),
+)
+def test_uneven_block_heights_do_not_show(
+    method: str,
+    seed: int,
+    threads: int,
+    inputs: dict[str, list[Path]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Another height for every tensor."""
+    folder = tmp_path_factory.mktemp("uneven")
+    recipe = recipe_of(method, inputs["F32"])
+    whole = edgemerge.merge(recipe, folder / "whole.gguf", threads=1)
+    draw = random.Random(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PLAN, "rows_in_arena", lambda need, _: draw.randint(1, need.n_rows))
+        cut = edgemerge.merge(recipe, folder / "cut.gguf", threads=threads)
+    assert cut.sha256 == whole.sha256
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_smallest_budget_is_enough(
+    method: str,
+    kind: str,
+    inputs: dict[str, list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the byte: all memory that the arithmetic takes was planned for."""
+    recipe = recipe_of(method, inputs[kind])
+    whole = edgemerge.merge(recipe, tmp_path / "whole.gguf", memory=2048 * MIB, threads=1)
+    monkeypatch.setattr(budget, "MIB", 1)  # the unit in which the smallest budget is rounded up
+    with pytest.raises(BudgetError) as caught:
+        edgemerge.plan(recipe, memory=1)
+    least = caught.value.needed
+    with pytest.raises(BudgetError):
+        edgemerge.plan(recipe, memory=least - 1)
+    report = edgemerge.merge(recipe, tmp_path / "least.gguf", memory=least, threads=3)
+    assert report.workers == 1
+    assert report.sha256 == whole.sha256
+
+
+# -- the form of the inputs ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """The golden models in float16, as directories of safetensors and as GGUF."""
+    folder = tmp_path_factory.mktemp("forms")
+    made: dict[str, list[Path]] = {"safetensors": [], "gguf": []}
+    for role in ("base", "a", "b"):
+        hub = edit_hub(INPUTS / role, folder / role, lambda _, x: x.astype(np.float16))
+        made["safetensors"].append(hub)
+        made["gguf"].append(folder / f"{role}.gguf")
+        edgemerge.merge(
+            edgemerge.make_recipe("passthrough", [(str(hub), None)], out_type="F16"),
+            made["gguf"][-1],
+        )
+    return made
+
+
+@pytest.mark.parametrize("out_type", ["F16", "Q8_0"])
+@pytest.mark.parametrize("method", METHODS)
+def test_safetensors_and_gguf_merge_to_the_same_tensors(
+    method: str, out_type: str, forms: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    """Masks and cuts too: rows of q and k are counted in one order, whatever order a file has."""
+    hub, converted = forms["safetensors"], forms["gguf"]
+    results = []
+    for i, models in enumerate((hub, converted, [converted[0], hub[1], converted[2]])):
+        output = tmp_path / f"{i}.gguf"
+        edgemerge.merge(recipe_of(method, models, out_type), output)
+        results.append(stored(output))
+    assert {kind for kind, _ in results[0].values()} == {"F32", out_type}
+    assert results[0] == results[1] == results[2]
+
+
+def test_the_seed_shows(inputs: dict[str, list[Path]], tmp_path: Path) -> None:
+    """The guard of all of the above: what should change the bytes does."""
+    results = set()
+    for seed in (0, 1):
+        recipe = edgemerge.make_recipe(
+            "dare_linear",
+            [(str(inputs["F32"][1]), 1.0)],
+            base=str(inputs["F32"][0]),
+            parameters={"density": 0.5},
+            seed=seed,
+        )
+        output = tmp_path / f"{seed}.gguf"
+        edgemerge.merge(recipe, output)
+        results.add(str(sorted(stored(output).items())))
+    assert len(results) == 2
