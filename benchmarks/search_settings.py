@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,32 +37,9 @@ Tensors = dict[str, np.ndarray]
 # Numbers of the searched recipe and where the search starts: lambda of the embeddings, of the norms
 # and of each layer; factors of the matrices that write to the residual stream (attention's output
 # and down), of q, k, v and of up; and the first expert's weight over the second's.
-START = {
-    "embed": 0.6,
-    "norm": 0.8,
-    "layer0": 0.6,
-    "layer1": 0.75,
-    "layer2": 0.85,
-    "layer3": 1.0,
-    "write": 1.0,
-    "qkv": 1.0,
-    "up": 1.0,
-    "balance": 1.0,
-}
+START = {"embed": 0.6, "norm": 0.8, "write": 1.0, "qkv": 1.0, "up": 1.0, "balance": 1.0}
+START |= {"layer0": 0.6, "layer1": 0.75, "layer2": 0.85, "layer3": 1.0}
 STEPS = (1.25, 1.12, 1.12)
-
-
-@dataclass
-class Candidate:
-    """One merge: how its file is made, and how it did."""
-
-    label: str
-    family: str  # plain: one method, the same numbers everywhere; shaped: by layer and tensor;
-    # searched: shaped, numbers by coordinate search; staged: merges of merges; outside: no recipe
-    make: Callable[[Path], None]
-    document: dict[str, Any] | None = None  # the recipe, where it is one
-    first: dict[str, Marks] = field(default_factory=dict)
-    full: dict[str, Marks] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,47 +53,49 @@ class Marks:
     def acc(self) -> float:
         return float(self.right.mean())
 
-    @property
-    def stderr(self) -> float:
-        return math.sqrt(self.acc * (1 - self.acc) / (len(self.right) - 1))
 
+@dataclass(eq=False)
+class Candidate:
+    """One merge: how its file is made, and how it did."""
 
-def score(path: Path, questions: Mapping[str, Sequence[Question]]) -> dict[str, Marks]:
-    marks = {}
-    with Model(path) as model:
-        for name, items in questions.items():
-            right, loss = [], []
-            found = option_likelihoods(model, items)
-            for item, totals in zip(items, (np.array(x.totals) for x in found), strict=True):
-                right.append(int(np.argmax(totals)) == item.answer)
-                loss.append(float(np.logaddexp.reduce(totals) - totals[item.answer]))
-            marks[name] = Marks(np.array(right), np.array(loss))
-    return marks
+    label: str
+    family: str  # plain, shaped (by layer and tensor), searched, staged (of merges) or outside
+    make: Callable[[Path], None]
+    document: dict[str, Any] | None = None  # the recipe, where it is one
+    first: dict[str, Marks] = field(default_factory=dict)
+    full: dict[str, Marks] = field(default_factory=dict)
+
+    def score(self, output: Path, questions: Mapping[str, Sequence[Question]]) -> dict[str, Marks]:
+        self.make(output)
+        marks = {}
+        with Model(output, n_threads=1) as model:  # waiting threads spin: slow on a machine in use
+            for name, items in questions.items():
+                right, loss = [], []
+                found = option_likelihoods(model, items)
+                for item, totals in zip(items, (np.array(x.totals) for x in found), strict=True):
+                    right.append(int(np.argmax(totals)) == item.answer)
+                    loss.append(float(np.logaddexp.reduce(totals) - totals[item.answer]))
+                marks[name] = Marks(np.array(right), np.array(loss))
+        return marks
 
 
 def medical(marks: Mapping[str, Marks]) -> float:
     return float(np.mean([marks[name].acc for name in MEDICAL]))
 
 
-def medical_stderr(marks: Mapping[str, Marks]) -> float:
-    return math.hypot(*(marks[name].stderr for name in MEDICAL)) / len(MEDICAL)
-
-
 # -- recipes ---------------------------------------------------------------------------------------
 
 
 def document(
-    method: str, models: Sequence[tuple[str, dict[str, Any]]], **parameters: Any
+    method: str, models: Sequence[tuple[str, dict[str, Any]]], parameters: Mapping[str, Any]
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"merge_method": method}
     if method == "slerp":
-        found["base_model"], *models = [models[0][0], *models[1:]]
+        found["base_model"], models = models[0][0], models[1:]
     elif method != "linear":
         found["base_model"] = "base"
     found["models"] = [{"model": name, "parameters": own} for name, own in models]
-    if "lambda_" in parameters:
-        parameters["lambda"] = parameters.pop("lambda_")
-    return {**found, "parameters": parameters, "out_dtype": "float16"}
+    return {**found, "parameters": dict(parameters), "out_dtype": "float16"}
 
 
 def run_recipe(recipe: Mapping[str, Any], output: Path, folder: Path = MODELS) -> None:
@@ -147,78 +125,77 @@ def plain() -> Iterator[Candidate]:
 
     def add(method: str, parameters: Mapping[str, float], **own: Any) -> Candidate:
         said = " ".join(f"{k}={v}" for k, v in {**own, **parameters}.items())
-        values = {"lambda_" if k == "lambda" else k: v for k, v in parameters.items()}
-        return recipe(f"{method} {said}", "plain", document(method, both(**own), **values))
+        found = document(method, both(**own), parameters)
+        return recipe(f"{method} {said}", "plain", found)
 
     for scale in (0.5, 0.6, 0.65, 0.7, 0.75, 0.8):
         yield add("task_arithmetic", {"lambda": scale})
-    for weights in ((0.65, 0.6), (0.7, 0.6), (0.7, 0.65), (0.75, 0.65), (0.6, 0.7)):
-        label = f"task_arithmetic weights={weights[0]}/{weights[1]}"
-        yield recipe(label, "plain", document("task_arithmetic", both(weights)))
+    for pair in ((0.65, 0.6), (0.7, 0.6), (0.75, 0.65), (0.6, 0.7)):
+        found = document("task_arithmetic", both(pair), {})
+        yield recipe(f"task_arithmetic weights={pair[0]}/{pair[1]}", "plain", found)
     for density, scale in ((0.5, 1.0), (0.9, 1.0), (0.9, 1.3)):
         yield add("ties", {"lambda": scale}, density=density)
-    for density, scale in ((0.6, 0.7), (0.9, 0.7)):
-        yield add("dare_linear", {"lambda": scale}, density=density)
-        yield add("della_linear", {"lambda": scale}, density=density, epsilon=0.05)
-    for density, scale in ((0.5, 0.7), (0.5, 0.9), (0.8, 0.7), (0.9, 0.7), (0.98, 0.7)):
+    for density in (0.6, 0.9):
+        yield add("dare_linear", {"lambda": 0.7}, density=density)
+        yield add("dare_ties", {"lambda": 0.7}, density=density)
+        yield add("della_linear", {"lambda": 0.7}, density=density, epsilon=0.05)
+    for density, scale in ((0.5, 0.7), (0.5, 0.9), (0.8, 0.7), (0.8, 0.8), (0.9, 0.7)):
         yield add("breadcrumbs", {"lambda": scale}, density=density, gamma=0.01)
+    for density, scale in ((0.5, 0.9), (0.8, 0.8), (0.9, 0.7)):
+        yield add("breadcrumbs", {"lambda": scale}, density=density, gamma=0.0)
     for density, scale in ((0.5, 0.7), (0.9, 0.7), (0.9, 0.6)):
         yield add("breadcrumbs_ties", {"lambda": scale}, density=density, gamma=0.01)
-    yield add("breadcrumbs", {"lambda": 0.8}, density=0.8, gamma=0.0)
-    yield add("breadcrumbs", {"lambda": 0.9}, density=0.5, gamma=0.0)
-    yield recipe("slerp t=0.5", "plain", document("slerp", both(), t=0.5))
+    yield recipe("slerp t=0.5", "plain", document("slerp", both(), {"t": 0.5}))
 
 
 def shaped() -> Iterator[Candidate]:
     """Task arithmetic with lambda by depth and by kind of tensor."""
 
-    def add(label: str, value: Any) -> Candidate:
-        found = document("task_arithmetic", both(), lambda_=value)
+    def add(label: str, value: Any, **kinds: Any) -> Candidate:
+        rules = [{"filter": kind, "value": own} for kind, own in kinds.items()]
+        settings = {"lambda": [*rules, {"value": value}] if kinds else value}
+        found = document("task_arithmetic", both(), settings)
         return recipe(f"lambda {label}", "shaped", found)
 
-    def rules(rest: Any, **kinds: float) -> list[dict[str, Any]]:
-        return [*({"filter": k, "value": v} for k, v in kinds.items()), {"value": rest}]
-
-    for pair in ([0.8, 0.6], [0.5, 0.9], [0.6, 0.9], [0.6, 1.0], [0.6, 1.2], [0.7, 1.0]):
+    for pair in ([0.8, 0.6], [0.5, 0.9], [0.6, 0.9], [0.6, 1.0], [0.6, 1.2]):
         yield add(f"{pair[0]} to {pair[1]}", pair)
-    for embed, rest in ((0.5, 0.7), (0.6, 0.7), (0.8, 0.65), (1.0, 0.6)):
-        yield add(f"embeddings {embed}, rest {rest}", rules(rest, embed_tokens=embed))
-    for norm, rest in ((0.5, 0.7), (1.0, 0.7)):
-        yield add(f"norms {norm}, rest {rest}", rules(rest, norm=norm))
-    for attention, rest in ((0.5, 0.8), (0.9, 0.6)):
-        yield add(f"attention {attention}, rest {rest}", rules(rest, self_attn=attention))
-    for write, rest in ((0.9, 0.6), (1.1, 0.6), (1.3, 0.5)):
-        value = rules(rest, o_proj=write, down_proj=write)
-        yield add(f"o and down {write}, rest {rest}", value)
-    value = rules([0.6, 1.0], norm=1.0)
-    yield add("norms 1.0, rest 0.6 to 1.0", value)
+    trials = {"embed_tokens": ((0.5, 0.7), (0.6, 0.7), (0.8, 0.65), (1.0, 0.6))}
+    trials |= {"norm": ((0.5, 0.7), (1.0, 0.7)), "self_attn": ((0.5, 0.8), (0.9, 0.6))}
+    for kind, own, rest in ((kind, *pair) for kind, pairs in trials.items() for pair in pairs):
+        yield add(f"{kind} {own}, rest {rest}", rest, **{kind: own})
+    for own, rest in ((0.9, 0.6), (1.1, 0.6), (1.3, 0.5), (1.5, 0.5), (1.3, 0.4)):
+        kinds = {"o_proj": own, "down_proj": own}
+        yield add(f"o and down {own}, rest {rest}", rest, **kinds)
+        yield add(f"o and down {own}, embeddings 0.6, rest {rest}", rest, embed_tokens=0.6, **kinds)
+    for own in ([0.8, 1.2], [1.0, 1.5]):
+        label = f"o and down {own[0]} to {own[1]}, embeddings 0.6, rest 0.5 to 0.8"
+        yield add(label, [0.5, 0.8], embed_tokens=0.6, o_proj=own, down_proj=own)
     for method in ("breadcrumbs_ties", "dare_linear", "ties"):
-        found = document(method, both(density=0.9), lambda_=[0.6, 1.0])
+        found = document(method, both(density=0.9), {"lambda": [0.6, 1.0]})
         yield recipe(f"{method} density=0.9 lambda 0.6 to 1.0", "shaped", found)
     for t in ([0.4, 0.6], [0.6, 0.4]):
-        found = document("slerp", both(), t=t)
-        yield recipe(f"slerp t {t[0]} to {t[1]}", "shaped", found)
+        yield recipe(f"slerp t {t[0]} to {t[1]}", "shaped", document("slerp", both(), {"t": t}))
 
 
 def searched(numbers: Mapping[str, float]) -> Candidate:
     """Task arithmetic with the numbers of `START`."""
     layers = np.array([numbers[f"layer{i}"] for i in range(4)])
 
-    def depth(factor: str) -> list[float]:
-        scaled = layers * (numbers[factor] if factor else 1.0)
-        return [round(float(x), 3) for x in scaled]
-
+    depth = {
+        kind: [round(float(x), 3) for x in layers * numbers.get(kind, 1.0)]
+        for kind in ("write", "qkv", "up", "rest")
+    }
     value: list[dict[str, Any]] = [
         {"filter": "embed_tokens", "value": round(numbers["embed"], 3)},
         {"filter": "norm", "value": round(numbers["norm"], 3)},
-        *({"filter": k, "value": depth("write")} for k in ("o_proj", "down_proj")),
-        *({"filter": k, "value": depth("qkv")} for k in ("q_proj", "k_proj", "v_proj")),
-        {"filter": "up_proj", "value": depth("up")},
-        {"value": depth("")},
+        *({"filter": k, "value": depth["write"]} for k in ("o_proj", "down_proj")),
+        *({"filter": k, "value": depth["qkv"]} for k in ("q_proj", "k_proj", "v_proj")),
+        {"filter": "up_proj", "value": depth["up"]},
+        {"value": depth["rest"]},
     ]
     tilt = math.sqrt(numbers["balance"])
     weights = (round(tilt, 3), round(1 / tilt, 3))
-    found = document("task_arithmetic", both(weights), lambda_=value)
+    found = document("task_arithmetic", both(weights), {"lambda": value})
     return recipe("lambda by layer and kind, searched", "searched", found)
 
 
@@ -234,22 +211,21 @@ def climb(rate: Callable[[Candidate], float]) -> Candidate:
                     numbers[name] *= factor
                     best, lowest = tried, rating
                     break
-    print("searched numbers:", {k: round(v, 3) for k, v in numbers.items()}, file=sys.stderr)
     return best
 
 
 def staged(folder: Path) -> Iterator[Candidate]:
     """Averages of two merges."""
     parts = {
-        "task_arithmetic": document("task_arithmetic", both(), lambda_=0.7),
-        "breadcrumbs": document("breadcrumbs", both(density=0.8), lambda_=0.8),
-        "ties": document("ties", both(density=0.9), lambda_=1.0),
-        "dare": document("dare_linear", both(density=0.6), lambda_=0.7),
+        "task_arithmetic": document("task_arithmetic", both(), {"lambda": 0.7}),
+        "breadcrumbs": document("breadcrumbs", both(density=0.8), {"lambda": 0.8}),
+        "ties": document("ties", both(density=0.9), {"lambda": 1.0}),
+        "dare": document("dare_linear", both(density=0.6), {"lambda": 0.7}),
     }
     for name, found in parts.items():
         run_recipe({**found, "out_dtype": "float32"}, folder / f"{name}.gguf")
     for pair in (("task_arithmetic", "breadcrumbs"), ("task_arithmetic", "ties"), ("ties", "dare")):
-        found = document("linear", [(f"{name}.gguf", {"weight": 0.5}) for name in pair])
+        found = document("linear", [(f"{name}.gguf", {"weight": 0.5}) for name in pair], {})
 
         def make(output: Path, found: dict[str, Any] = found) -> None:
             run_recipe(found, output, folder)
@@ -260,31 +236,20 @@ def staged(folder: Path) -> Iterator[Candidate]:
 # -- what no recipe says: NumPy on the tensors of the three models ---------------------------------
 
 
-def read_tensors(path: Path) -> Tensors:
-    return {t.name: np.array(t.data, dtype=np.float32) for t in GGUFReader(path).tensors}
-
-
 def agreement(scale: float, rowwise: bool, base: Tensors, deltas: Sequence[Tensors]) -> Tensors:
-    """Sum of task vectors whose length is that of their weighted mean were they orthogonal.
-
-    u = w / sqrt(w'Cw) with C the cosines, clipped to 0..1; an expert that changed nothing is left out.
-    """
+    """Sum of task vectors with weights u = w / sqrt(w'Cw), C their cosines clipped to 0..1."""
     merged = {}
     for name, values in base.items():
-        stack = np.stack([delta[name] for delta in deltas])
-        axis = -1 if rowwise else tuple(range(1, stack.ndim))
-        norms = np.sqrt((stack**2).sum(axis, keepdims=True))
-        weights = norms > 1e-12 * norms.max(0)
-        weights = weights / np.maximum(weights.sum(0), 1)
-        unit = stack / np.maximum(norms, 1e-30)
-        total = np.zeros_like(norms[0])
-        for i, one in enumerate(unit):
-            for j, other in enumerate(unit):
-                cosine = np.clip((one * other).sum(axis if rowwise else None, keepdims=True), 0, 1)
-                cosine = 1.0 if i == j else cosine.reshape(total.shape)
-                total += weights[i] * weights[j] * cosine
-        shares = weights / np.sqrt(np.maximum(total, 1e-30))
-        merged[name] = values + scale * (shares * stack).sum(0)
+        stack = np.stack([d[name].reshape(-1, values.shape[-1] if rowwise else 1) for d in deltas])
+        stack = stack if rowwise else stack.reshape(len(deltas), 1, -1)
+        norms = np.sqrt((stack**2).sum(-1))
+        weights = (norms > 1e-12 * norms.max(0)).astype(np.float64)  # unchanged experts left out
+        weights /= np.maximum(weights.sum(0), 1)
+        unit = stack / np.maximum(norms, 1e-30)[..., None]
+        cosines = np.clip(np.einsum("irk,jrk->ijr", unit, unit), 0, 1)
+        length = np.sqrt(np.einsum("ir,ijr,jr->r", weights, cosines, weights))
+        shares = weights / np.maximum(length, 1e-15)
+        merged[name] = values + scale * (shares[..., None] * stack).sum(0).reshape(values.shape)
     return merged
 
 
@@ -293,19 +258,18 @@ def singular(
 ) -> Tensors:
     """Task singular vectors (Gargiulo et al. 2025): top ones of each expert, made orthogonal."""
     merged = {}
-    n_layers = 1 + max(int(name.split(".")[1]) for name in base if name.startswith("blk."))
+    last = max(int(name.split(".")[1]) for name in base if name.startswith("blk."))
     for name, values in base.items():
         if values.ndim < 2 or not name.startswith("blk."):
             merged[name] = values + rest * sum(delta[name] for delta in deltas)
             continue
-        depth = int(name.split(".")[1]) / max(1, n_layers - 1)
         parts = [np.linalg.svd(delta[name], full_matrices=False) for delta in deltas]
-        n_kept = int(share * len(parts[0][1]))
-        left = nearest_orthogonal(np.concatenate([u[:, :n_kept] for u, _, _ in parts], 1))
-        right = nearest_orthogonal(np.concatenate([v[:n_kept] for _, _, v in parts]))
-        values_kept = np.concatenate([s[:n_kept] for _, s, _ in parts])
-        factor = scale[0] + depth * (scale[-1] - scale[0])
-        merged[name] = values + factor * (left * values_kept) @ right
+        k = int(share * len(parts[0][1]))
+        left = nearest_orthogonal(np.concatenate([u[:, :k] for u, _, _ in parts], 1))
+        right = nearest_orthogonal(np.concatenate([v[:k] for _, _, v in parts]))
+        lengths = np.concatenate([s[:k] for _, s, _ in parts])
+        factor = scale[0] + int(name.split(".")[1]) / max(1, last) * (scale[1] - scale[0])
+        merged[name] = values + factor * (left * lengths) @ right
     return merged
 
 
@@ -319,7 +283,8 @@ def outside(folder: Path) -> Iterator[Candidate]:
     for name in ("base", "expert-a", "expert-b"):
         found = make_recipe("passthrough", [(str(MODELS / name), None)], out_type="F16")
         merge(found, folder / f"{name}.gguf")
-        models[name] = read_tensors(folder / f"{name}.gguf")
+        file = GGUFReader(folder / f"{name}.gguf")
+        models[name] = {t.name: np.array(t.data, dtype=np.float32) for t in file.tensors}
     base = models.pop("base")
     deltas = [{k: v - base[k] for k, v in model.items()} for model in models.values()]
 
@@ -363,16 +328,23 @@ def compare(found: Mapping[str, Marks], reference: Mapping[str, Marks]) -> dict[
     }
 
 
-def row(candidate: Candidate, marks: Mapping[str, Marks]) -> list[str]:
-    loss = np.mean([marks[name].loss.mean() for name in MEDICAL])
-    accuracies = [f"{100 * marks[name].acc:.1f}" for name in SETS]
-    medical_acc = f"{100 * medical(marks):.1f} ± {100 * medical_stderr(marks):.1f}"
-    return [candidate.label, candidate.family, medical_acc, f"{loss:.3f}", *accuracies]
-
-
-def figures(candidate: Candidate, marks: Mapping[str, Marks]) -> dict[str, Any]:
-    found = {name: {"acc": m.acc, "loss": float(m.loss.mean())} for name, m in marks.items()}
-    return {"label": candidate.label, "family": candidate.family, **found}
+def show(
+    title: str, found: Sequence[tuple[Candidate, Mapping[str, Marks]]]
+) -> list[dict[str, Any]]:
+    """Print a table of accuracies in percent and return its figures."""
+    rows = []
+    for one, marks in found:
+        variances = [marks[name].right.var(ddof=1) / len(marks[name].right) for name in MEDICAL]
+        total = f"{100 * medical(marks):.1f} ± {100 * math.sqrt(sum(variances)) / 2:.1f}"
+        loss = f"{np.mean([marks[name].loss.mean() for name in MEDICAL]):.3f}"
+        parts = [f"{100 * marks[name].acc:.1f}" for name in SETS]
+        rows.append([one.label, one.family, total, loss, *parts])
+    print(f"\n{title}:\n\n{table(['merge', 'family', 'medical', 'loss', *SETS], rows)}")
+    return [
+        {"label": one.label, "family": one.family}
+        | {name: {"acc": m.acc, "loss": float(m.loss.mean())} for name, m in marks.items()}
+        for one, marks in found
+    ]
 
 
 def choose(candidates: Sequence[Candidate], reference: Candidate) -> list[Candidate]:
@@ -390,60 +362,37 @@ def main() -> None:
     options = parser.parse_args()
     started = time.monotonic()
     validation = {n: read_questions(MODELS / "validation" / f"{n}.jsonl") for n in SETS}
-    first = {name: items[: options.first] for name, items in validation.items()}
-    header = ["merge", "family", "medical", "loss", *SETS]
+    first = {n: items[: options.first] for n, items in validation.items()}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        output = folder / "merged.gguf"
-
-        def try_out(
-            one: Candidate, questions: Mapping[str, Sequence[Question]]
-        ) -> dict[str, Marks]:
-            one.make(output)
-            return score(output, questions)
+        folder, output = Path(name), Path(name) / "merged.gguf"
 
         def rate(one: Candidate) -> float:
-            one.first = try_out(one, first)
+            one.first = one.score(output, first)
             return float(sum(one.first[name].loss.mean() for name in SETS))
 
         candidates = [*plain(), *shaped(), *staged(folder), *outside(folder)]
         for one in candidates:
             rate(one)
-            print(one.label, f"{time.monotonic() - started:.0f} s", file=sys.stderr)
         candidates.append(climb(rate))
-        print(f"Validation, {options.first} questions of each set:\n")
-        print(table(header, [row(one, one.first) for one in candidates]))
+        report = {"first": show("Validation, in part", [(c, c.first) for c in candidates])}
         reference = next(one for one in candidates if one.label == REFERENCE)
         ranked = sorted(candidates, key=lambda c: medical(c.first), reverse=True)
-        # the best of all, and of each family the best, so that every family has its chance
-        leaders = {one.family: one for one in reversed(ranked)}.values()
-        finalists = [*ranked[:FINALISTS], reference]
-        finalists += [one for one in leaders if one not in finalists]
-        finalists = list({id(one): one for one in finalists}.values())
+        leaders = {one.family: one for one in reversed(ranked)}.values()  # best of each family
+        finalists = list(dict.fromkeys([*ranked[:FINALISTS], reference, *leaders]))
         for one in finalists:
-            one.full = try_out(one, validation)
-        print("\nValidation, all questions:\n")
-        print(table(header, [row(one, one.full) for one in finalists]))
+            one.full = one.score(output, validation)
+        report["full"] = show("Validation, all questions", [(one, one.full) for one in finalists])
         held_out = {n: read_questions(MODELS / "eval" / f"{n}.jsonl") for n in SETS}
         chosen = choose(finalists, reference)
-        results = {one.label: try_out(one, held_out) for one in [reference, *chosen]}
-    print("\nHeld-out questions:\n")
-    print(table(header, [row(one, results[one.label]) for one in [reference, *chosen]]))
-    compared = {c.label: compare(results[c.label], results[reference.label]) for c in chosen}
-    for one in chosen:
-        print(f"\n{one.label} against {REFERENCE}: {compared[one.label]}")
+        results = [(one, one.score(output, held_out)) for one in (reference, *chosen)]
+    report["held_out"] = show("Held-out questions", results)
+    for (one, marks), entry in zip(results, report["held_out"], strict=True):
+        entry["against_reference"] = compare(marks, results[0][1])
+        print(f"\n{one.label} against {REFERENCE}: {entry['against_reference']}")
         if one.document:
             print(f"\n{yaml.safe_dump(one.document, sort_keys=False)}")
-    report = {
-        "bench": "search",
-        "machine": machine(),
-        "seconds": time.monotonic() - started,
-        "first": [figures(one, one.first) for one in candidates],
-        "full": [figures(one, one.full) for one in finalists],
-        "held_out": [figures(one, results[one.label]) for one in [reference, *chosen]],
-        "against_reference": compared,
-    }
-    print(json.dumps(report))
+    about = {"bench": "search", "machine": machine(), "seconds": time.monotonic() - started}
+    print(json.dumps({**about, **report}))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ __all__ = ["Frame", "find_frame"]
 
 Index = NDArray[np.int64]
 Sparse = tuple[Index, Index, Float32]  # CSR: indptr, indices, weights
-DecodeRows = Callable[[int, int, Float32], None]  # first row, last + 1, values to write
+# first old row, last + 1, new row of the first (None: only a part of some), values to write
+DecodeRows = Callable[[int, int, int | None, Float32], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,9 @@ class Frame:
             self._sum_rows(start, stop, decode, spare_f32, out_f32.reshape(-1, n_cols))
         elif self.rows is not None:
             for at, first, last in row_runs(self.rows, start, stop):
-                decode(first, last, out_f32[at * n_cols : (at + last - first) * n_cols])
+                decode(first, last, start + at, out_f32[at * n_cols : (at + last - first) * n_cols])
         else:
-            decode(start, stop, out_f32)
+            decode(start, stop, start, out_f32)
         if self.columns is not None:
             mix_columns(*self.columns, row_f32, out_f32)
 
@@ -92,7 +93,7 @@ class Frame:
                     first, entry = int(has[run[0]]), entries[run[0]]
                     old = int(indices[entry])
                     values = spare_f32[: run.size * n_cols]
-                    decode(old, old + run.size, values)
+                    decode(old, old + run.size, None, values)
                     target = out_f32[first : first + run.size].reshape(-1)
                     add_scaled(values, float(weights[entry]), target)
 

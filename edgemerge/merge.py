@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf_writer import GgufLayout, make_layout
@@ -27,17 +25,14 @@ from edgemerge.formats.metadata import encode_value
 from edgemerge.output import OutputFile, check_output
 from edgemerge.plan import make_plan
 from edgemerge.report import MergeReport, peak_rss_bytes
-from edgemerge.types import Plan, Recipe, Source, TensorJob
+from edgemerge.types import Plan, Progress, Recipe, Source
+from edgemerge.warm import warm_up
 
 if TYPE_CHECKING:  # Numba takes most of a second to import: only a merge that runs pays for it
-    from edgemerge.stream import TensorResult, Traffic
+    from edgemerge.crew import Crew
+    from edgemerge.stream import TensorResult
 
 __all__ = ["Progress", "default_threads", "merge", "plan"]
-
-Progress = Callable[[int, int], None]
-"""Called now and then with bytes done and bytes in all."""
-
-POLL_SECONDS = 0.1
 
 
 def default_threads() -> int:
@@ -116,10 +111,12 @@ def merge(
             return opened[path]
 
         the_plan = make_plan(recipe, open_once, memory=memory, threads=threads or default_threads())
+        warm_up(the_plan)
         layout = _layout(the_plan, [])
         file = stack.enter_context(OutputFile(output, layout.n_bytes))
-        traffic = _new_traffic()
-        results = _run_jobs(the_plan, list(opened.values()), layout, file, traffic, progress)
+        crew = _new_crew(the_plan, list(opened.values()), progress)
+        notes = crew.prepare()
+        results = crew.run(file, layout.offsets)
         file.write(_layout(the_plan, results).header, 0)
         digest = file.sha256()
         file.publish()
@@ -135,13 +132,13 @@ def merge(
         seconds=time.monotonic() - started,
         budget_bytes=the_plan.budget,
         peak_rss_bytes=peak_rss_bytes(),
-        read_bytes=traffic.read,
-        written_bytes=traffic.written + len(layout.header),
+        read_bytes=crew.traffic.read,
+        written_bytes=crew.traffic.written + len(layout.header),
         passes=max((job.passes for job in the_plan.jobs), default=0),
         workers=the_plan.workers,
         resumed_tensors=0,
         sha256=digest,
-        notes=the_plan.notes,
+        notes=the_plan.notes + notes,
     )
 
 
@@ -158,64 +155,10 @@ def _open(path: Path, stack: ExitStack) -> Source:
     return source
 
 
-# -- the work -------------------------------------------------------------------------------------------
+def _new_crew(the_plan: Plan, sources: Sequence[Source], progress: Progress | None) -> Crew:
+    from edgemerge.crew import Crew
 
-
-def _new_traffic() -> Traffic:
-    from edgemerge.stream import Traffic
-
-    return Traffic()
-
-
-def _run_jobs(
-    the_plan: Plan,
-    sources: Sequence[Source],
-    layout: GgufLayout,
-    file: OutputFile,
-    traffic: Traffic,
-    progress: Progress | None,
-) -> list[TensorResult]:
-    """Run all jobs, largest first so that no worker is left alone with a large one at the end."""
-    from edgemerge.budget import Arena
-    from edgemerge.stream import TensorStream
-
-    arenas: queue.SimpleQueue[Arena] = queue.SimpleQueue()
-    for _ in range(the_plan.workers):
-        arenas.put(Arena(the_plan.arena_bytes))
-
-    def run(job: TensorJob) -> TensorResult:
-        arena = arenas.get()
-        try:
-            stream = TensorStream(job, sources, arena, the_plan.recipe.seed, traffic)
-            return stream.run(file, layout.offsets[job.out.name])
-        finally:
-            arenas.put(arena)
-
-    total = the_plan.read_bytes + sum(job.out.nbytes for job in the_plan.jobs)
-    order = sorted(range(len(the_plan.jobs)), key=lambda i: -the_plan.jobs[i].out.n_elements)
-    with ThreadPoolExecutor(the_plan.workers, "edgemerge") as executor:
-        futures = {i: executor.submit(run, the_plan.jobs[i]) for i in order}
-        try:
-            _wait(list(futures.values()), traffic, total, progress)
-        except BaseException:
-            traffic.stop.set()
-            for future in futures.values():
-                future.cancel()
-            raise
-    return [futures[i].result() for i in range(len(the_plan.jobs))]
-
-
-def _wait(
-    futures: Sequence[Future[Any]], traffic: Traffic, total: int, progress: Progress | None
-) -> None:
-    """Wait for all, or raise the first error; the first in time, which caused the others to stop."""
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-        if progress is not None:
-            progress(traffic.read + traffic.written, total)
+    return Crew(the_plan, sources, progress)
 
 
 # -- the header ------------------------------------------------------------------------------------------

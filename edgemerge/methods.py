@@ -28,6 +28,7 @@ class Method:
     on_deltas: bool = False  # works on expert - base
     prune: str | None = None  # magnitude | random | rank | band
     elect: bool = False  # TIES sign election instead of a plain sum
+    align: str = "off"  # what is done about attention heads unless the recipe says otherwise
     n_models: tuple[int, int | None] = (1, None)  # least and most, the base not counted
     # Parameter -> default; None: must be given.
     model_parameters: Mapping[str, Setting | None] = field(default_factory=dict)
@@ -132,6 +133,16 @@ METHODS: dict[str, Method] = {
             own={"gamma": 0.01},
         ),
         Method(
+            "hierarchical",
+            "align attention heads by optimal transport, weight changes by their cosine similarity",
+            "arXiv 2511.13373",
+            needs_base=True,
+            on_deltas=True,
+            align="hard",
+            model_parameters={"weight": 1.0},
+            global_parameters={"weighting": "agreement", "scope": "tensor", "lambda": 1.0},
+        ),
+        Method(
             "slerp",
             "spherical interpolation from the base (t = 0) to one model (t = 1)",
             "Shoemake 1985",
@@ -158,6 +169,7 @@ PRESETS: dict[str, dict[str, dict[str, Setting]]] = {
         "dare_ties": {"density": 0.6},
         "della": {"density": 0.6, "epsilon": 0.05},
         "breadcrumbs": {"density": 0.9, "gamma": 0.01},
+        "hierarchical": {"weighting": "paper"},
     }
 }
 
@@ -186,7 +198,7 @@ def count_passes(
     method: Method, models: list[Mapping[str, Setting]], settings: Mapping[str, Setting]
 ) -> int:
     """How often the inputs of a tensor are read: surveys, and once to merge."""
-    if method.name == "slerp":
+    if method.name == "slerp" or settings.get("scope") in ("tensor", "block"):
         return 2
     if not any(is_pruned(method, model) for model in models):
         return 1

@@ -11,6 +11,10 @@ __all__ = ["check_settings", "look_up"]
 
 SWITCHES = ("normalize", "int8_mask")
 RESCALES = ("l1", "expectation")
+CHOICES = {
+    "weighting": ("agreement", "paper", "stock", "linear"),  # edgemerge.weighting
+    "scope": ("tensor", "block", "row"),
+}
 SHARES = ("density", "gamma", "epsilon")
 MAX_NUMBER = 3.4028234e38  # of float32, in which the arithmetic is done
 
@@ -72,7 +76,11 @@ def check_settings(settings: Mapping[str, Setting | None]) -> dict[str, Setting]
 
 
 def _check_setting(key: str, value: Setting | None) -> Setting:
-    if key in SWITCHES or key == "rescale":
+    if key in CHOICES:
+        if value in CHOICES[key]:
+            return str(value)
+        wanted = f"one of {', '.join(CHOICES[key])}"
+    elif key in SWITCHES or key == "rescale":
         if value in (0, 1):  # mergekit takes numbers for switches
             return bool(value)
         if key == "rescale" and value in RESCALES:

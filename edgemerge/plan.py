@@ -18,7 +18,7 @@ from edgemerge.formats.metadata import encode_value, get_value
 from edgemerge.methods import Method, count_passes, find_method, is_pruned
 from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
 
-__all__ = ["DEFAULT_MEMORY", "make_plan"]
+__all__ = ["DEFAULT_MEMORY", "alignment_pairs", "make_plan"]
 
 DEFAULT_MEMORY = 512 << 20
 KEEP = "keep"
@@ -65,10 +65,14 @@ def make_plan(
     file_type, types = _choose_types(recipe, method, drafts, sources, notes)
     metadata = _output_metadata(recipe, method, sources, drafts, file_type, types)
     jobs = [_finish(draft, method, types[draft.name]) for draft in drafts]
-    needs = [_arena_need(job) for job in jobs]
+    align = recipe.align or method.align
+    needs = [_arena_need(job, align) for job in jobs]
     budget = memory or recipe.memory or DEFAULT_MEMORY
     header_bytes = sum(len(v) for source in sources.values() for v in source.metadata().values())
-    workers, arena_bytes = divide_budget(needs, budget, threads, 2 * header_bytes)
+    reserved, alignment = _alignment_needs(align, jobs, list(sources.values()))
+    workers, arena_bytes = divide_budget(
+        needs + alignment, budget, threads, 2 * header_bytes + reserved
+    )
     return Plan(
         recipe=recipe,
         models=models,
@@ -80,6 +84,7 @@ def make_plan(
         budget=budget,
         workers=workers,
         arena_bytes=arena_bytes,
+        align=align if alignment else "off",
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -257,7 +262,38 @@ def _finish(draft: Draft, method: Method, dtype: str) -> TensorJob:
     return job
 
 
-def _arena_need(job: TensorJob) -> ArenaNeed:
+def _alignment_needs(
+    align: str, jobs: Sequence[TensorJob], sources: Sequence[Source]
+) -> tuple[int, list[ArenaNeed]]:
+    """Say what aligning heads adds: libraries for the whole process, and an arena per worker."""
+    if align == "off":
+        return 0, []
+    from edgemerge.align import SOLVER_BYTES, arena_need  # imports Numba
+
+    needs = [
+        ArenaNeed(1, 1, arena_need(sources[left], sources[right], layers)[0], 0, surveyed=False)
+        for (left, right), layers in alignment_pairs(jobs).items()
+    ]
+    return (SOLVER_BYTES if needs else 0), needs
+
+
+def alignment_pairs(jobs: Sequence[TensorJob]) -> dict[tuple[int, int], list[tuple[int, int]]]:
+    """List what meets in a merge: (reference model, other model) -> pairs of their layers.
+
+    The reference is the base, or without one the first model.
+    """
+    pairs: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for job in jobs:
+        reference, *others = job.inputs
+        left = layer_index(reference.spec.name)
+        for other in others:
+            right = layer_index(other.spec.name)
+            if left is not None and right is not None:
+                pairs.setdefault((reference.model, other.model), set()).add((left, right))
+    return {models: sorted(layers) for models, layers in pairs.items()}
+
+
+def _arena_need(job: TensorJob, align: str) -> ArenaNeed:
     """Add up what `stream` and `arithmetic` will take from the arena for one tensor."""
     n_cols = job.out.n_cols
     widest = max(tensor.spec.row_bytes for tensor in (*job.inputs,))
@@ -272,13 +308,20 @@ def _arena_need(job: TensorJob) -> ArenaNeed:
         fixed += COUNTER_BYTES * len(job.experts)
     if pruned and method.prune == "rank":
         fixed += len(job.experts) * 4 * (2 * n_cols + 2048)
+    if method.name == "hierarchical":
+        fixed += 8 * len(job.experts) ** 2
+    if align != "off":
+        fixed += 4 * n_cols
     per_row = 4 * n_cols * len(job.inputs) + max(widest, job.out.row_bytes)
     per_row += n_cols if pruned else 0
+    per_row += 8 * len(job.experts) ** 2 if method.name == "hierarchical" else 0
+    per_row += 4 * n_cols if align == "soft" else 0
     return ArenaNeed(job.out.n_rows, n_cols, fixed, per_row, surveyed=job.passes > 1)
 
 
 def _with_rows(job: TensorJob, need: ArenaNeed, arena_bytes: int) -> TensorJob:
     rows = rows_in_arena(need, arena_bytes)
-    # A tensor that is held whole is read once, however often it is surveyed.
-    passes = 1 if rows >= need.n_rows else job.passes
+    # A tensor that is held whole is read once, however often it is surveyed; not so where all of a
+    # layer is surveyed before any of it is merged.
+    passes = 1 if rows >= need.n_rows and not job.is_layer_scoped else job.passes
     return replace(job, rows_per_block=rows, passes=passes)

@@ -21,6 +21,7 @@ from edgemerge.yaml_file import read_yaml
 
 __all__ = [
     "MAX_SEED",
+    "check_alignment",
     "load_recipe",
     "make_recipe",
     "parse_size",
@@ -45,11 +46,12 @@ TOP_KEYS = (
 MODEL_KEYS = ("model", "parameters")
 SLICE_KEYS = ("sources", "parameters")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
-OWN_KEYS = ("type", "memory", "seed")
+OWN_KEYS = ("type", "memory", "seed", "align")
+ALIGNMENTS = ("hard", "soft", "off")
 
 # mergekit's parameter names: per model, then for the whole merge.
 MODEL_PARAMETERS = ("weight", "density", "gamma", "epsilon", "scale")
-GLOBAL_PARAMETERS = ("normalize", "lambda", "rescale", "int8_mask", "t")
+GLOBAL_PARAMETERS = ("normalize", "lambda", "rescale", "int8_mask", "t", "weighting", "scope")
 PARAMETERS = MODEL_PARAMETERS + GLOBAL_PARAMETERS
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 
@@ -105,6 +107,7 @@ def make_recipe(
     out_type: str | None = None,
     memory: int | None = None,
     seed: int = 0,
+    align: str | None = None,
 ) -> Recipe:
     """Build a recipe from flags.
 
@@ -123,7 +126,10 @@ def make_recipe(
     memory : int, optional
         Budget in bytes.
     seed : int
-        Of the random methods.
+        Of the random methods and of the alignment's sketches.
+    align : str, optional
+        hard, soft or off: whether attention heads are brought into the base's order (without a base,
+        the first model's); by default what the method does.
     """
     reader = _Reader(None)
     inputs = []
@@ -139,7 +145,23 @@ def make_recipe(
         out_type=out_type,
         memory=memory,
         seed=reader.seed(seed, "seed"),
+        align=check_alignment(align) if align is not None else None,
     )
+
+
+def check_alignment(value: str) -> str:
+    """Refuse what is no way to align.
+
+    Raises
+    ------
+    RecipeError
+        It is none of hard, soft and off.
+    """
+    if value not in ALIGNMENTS:
+        raise RecipeError(
+            f"alignment is {_brief(value)}; choose one of {', '.join(ALIGNMENTS)}", field="align"
+        )
+    return value
 
 
 class _Reader:
@@ -168,6 +190,7 @@ class _Reader:
             dtype=dtype,
             memory=self.memory(own["memory"]) if "memory" in own else None,
             seed=self.seed(own.get("seed", 0), "edgemerge.seed"),
+            align=self.alignment(own.get("align")),
             tokenizer_source=self.tokenizer_source(document.get("tokenizer_source", "base")),
             chat_template=self.chat_template(document.get("chat_template")),
             notes=tuple(self.notes),
@@ -249,6 +272,12 @@ class _Reader:
         if type(value) is not int or not 0 <= value <= MAX_SEED:
             self.fail(f"{where} must be a whole number from 0 to 2^64 - 1", "seed")
         return value
+
+    def alignment(self, value: Any) -> str | None:
+        if value is None:
+            return None
+        # YAML 1.1 reads a bare `off` as a switch.
+        return check_alignment("off" if value is False else value)
 
     def tokenizer_source(self, value: Any) -> str:
         """Return base, union, or the path of a model; mergekit also writes `model:PATH`."""

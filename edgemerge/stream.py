@@ -5,21 +5,29 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemerge.arithmetic import Block, merged_blocks
+from edgemerge.architectures import layer_index
+from edgemerge.arithmetic import merged_blocks
+from edgemerge.blocks import Block
 from edgemerge.budget import Arena
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.codec import CODECS
+from edgemerge.frames import Frame, find_frame
+from edgemerge.hierarchical import survey_gram
 from edgemerge.kernels.linear import subtract
 from edgemerge.kernels.masks import count_beyond
 from edgemerge.methods import METHODS
 from edgemerge.output import OutputFile
-from edgemerge.types import Float32, InputTensor, Source, TensorJob, UInt8
+from edgemerge.types import Float32, Float64, HeadPlan, InputTensor, Plan, Source, TensorJob, UInt8
 
-__all__ = ["Stopped", "TensorResult", "TensorStream", "Traffic"]
+__all__ = ["HeadPlans", "Stopped", "TensorResult", "TensorStream", "Traffic"]
+
+# (model, layer of the reference, layer of the model) -> where the model's heads belong
+HeadPlans: TypeAlias = dict[tuple[int, int, int], HeadPlan]
 
 NON_FINITE = 0x7F800000  # bits of infinity: everything from here on is infinite or NaN
 BEYOND_HALF = 0x477FF000  # bits of 65520, the least magnitude that float16 rounds to infinity
@@ -48,7 +56,10 @@ class Traffic:
 
 
 class TensorResult:
-    """CRC-32 of what was read of each input and of what was written."""
+    """CRC-32 of what was read of each input, in the order of the output, and of what was written.
+
+    0 for an input whose heads a soft alignment sums.
+    """
 
     def __init__(self, n_inputs: int) -> None:
         self.inputs = [0] * n_inputs
@@ -63,11 +74,12 @@ class TensorStream:
         job: TensorJob,
         sources: Sequence[Source],
         arena: Arena,
-        seed: int,
+        the_plan: Plan,
         traffic: Traffic,
+        heads: HeadPlans,
     ) -> None:
         self.job = job
-        self.seed = seed
+        self.seed = the_plan.recipe.seed
         self.result = TensorResult(len(job.inputs))
         self._sources = sources
         self._arena = arena
@@ -84,6 +96,26 @@ class TensorStream:
             self._base = self.take((n if job.base else 0,), np.float32).view(np.float32)
             scratch = CODECS[job.out.dtype].scratch_len
             self._scratch = self.take((scratch,), np.float32).view(np.float32)
+            self._frames = self._find_frames(heads, soft=the_plan.align == "soft")
+            # Working memory for moving heads: a row, and for summing them another block.
+            aligns = the_plan.align != "off"
+            self._row = self.take((job.out.n_cols if aligns else 0,), np.float32).view(np.float32)
+            spare = n if the_plan.align == "soft" else 0
+            self._spare = self.take((spare,), np.float32).view(np.float32)
+
+    def _find_frames(self, heads: HeadPlans, *, soft: bool) -> dict[int, Frame]:
+        """Find the inputs that are read in the reference's frame: input number -> frame."""
+        frames: dict[int, Frame] = {}
+        reference = layer_index(self.job.inputs[0].spec.name)
+        for i, tensor in enumerate(self.job.inputs):
+            layer = layer_index(tensor.spec.name)
+            if reference is None or layer is None:
+                continue
+            plan = heads.get((tensor.model, reference, layer))
+            frame = find_frame(plan, tensor.spec.name, soft=soft) if plan is not None else None
+            if frame is not None:
+                frames[i] = frame
+        return frames
 
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
         """Return memory from the arena, its contents whatever was there."""
@@ -93,11 +125,28 @@ class TensorStream:
         """Declare the arena's block spoilt."""
         self._loaded = -1
 
-    def run(self, output: OutputFile, offset: int) -> TensorResult:
-        """Make the whole tensor and write it at `offset` of the output file."""
-        written = (
-            self._copy(output, offset) if self.job.is_byte_copy else self._merge(output, offset)
-        )
+    def measure(self) -> Float64:
+        """Return the Gram matrix of the tensor's task vectors, (n_experts, n_experts)."""
+        return survey_gram(self)
+
+    def run(
+        self, output: OutputFile, offset: int, shared_gram: Float64 | None = None
+    ) -> TensorResult:
+        """Make the whole tensor and write it at `offset` of the output file.
+
+        Parameters
+        ----------
+        output : OutputFile
+            Where to.
+        offset : int
+            Position of the tensor's first byte.
+        shared_gram : (n_experts, n_experts) float64, optional
+            Of the tensor's whole layer, where the method weights by layer.
+        """
+        if self.job.is_byte_copy:
+            written = self._copy(output, offset)
+        else:
+            written = self._merge(output, offset, shared_gram)
         assert written == self.job.out.nbytes
         for tensor in self.job.inputs:
             self._sources[tensor.model].forget(tensor.spec.name)
@@ -107,14 +156,14 @@ class TensorStream:
         tensor = self.job.experts[0]
         done = 0
         for start, stop in self._ranges():
-            raw = self._read(tensor, 0, start, stop)
+            raw = self._read(tensor, 0, start, stop, start)
             done += self._write(output, offset + done, raw)
         return done
 
-    def _merge(self, output: OutputFile, offset: int) -> int:
+    def _merge(self, output: OutputFile, offset: int, shared_gram: Float64 | None) -> int:
         codec = CODECS[self.job.out.dtype]
         done = 0
-        for _, values in merged_blocks(self):
+        for _, values in merged_blocks(self, shared_gram):
             self._check_range(values)
             raw = self._raw[: values.size // codec.block_len * codec.block_bytes]
             codec.encode(values, raw, self._scratch)
@@ -147,34 +196,57 @@ class TensorStream:
     def _load(self, start: int, stop: int, base: Float32 | None, experts: Float32) -> None:
         job = self.job
         if job.base is not None and base is not None:
-            self._decode(job.base, 0, start, stop, base)
+            self._decode(job.base, 0, start, stop, start, base)
         first = 0 if job.base is None else 1
         for i, (tensor, values) in enumerate(zip(job.experts, experts, strict=True), start=first):
-            self._decode(tensor, i, start, stop, values)
+            self._load_expert(tensor, i, start, stop, values)
             if METHODS[job.method].on_deltas:
                 subtract(base, values)
 
-    def _decode(
+    def _load_expert(
         self, tensor: InputTensor, i_input: int, start: int, stop: int, out_f32: Float32
     ) -> None:
-        raw = self._read(tensor, i_input, start, stop)
+        """Decode rows [start, stop) of the reference's frame."""
+        frame = self._frames.get(i_input)
+        if frame is None:
+            self._decode(tensor, i_input, start, stop, start, out_f32)
+            return
+
+        def decode(first: int, last: int, at: int | None, values: Float32) -> None:
+            self._decode(tensor, i_input, first, last, at, values)
+
+        frame.load(start, stop, decode, self._row, self._spare, out_f32)
+
+    def _decode(
+        self,
+        tensor: InputTensor,
+        i_input: int,
+        start: int,
+        stop: int,
+        at: int | None,
+        out_f32: Float32,
+    ) -> None:
+        raw = self._read(tensor, i_input, start, stop, at)
         CODECS[tensor.spec.dtype].decode(raw, out_f32)
         if _count_beyond(out_f32, NON_FINITE):
-            at = start * tensor.spec.n_cols + int(np.flatnonzero(~np.isfinite(out_f32))[0])
+            bad = int(np.flatnonzero(~np.isfinite(out_f32))[0])
             raise FormatError(
-                f"holds {out_f32[at - start * tensor.spec.n_cols]} at index {at}; "
+                f"holds {out_f32[bad]} at index {start * tensor.spec.n_cols + bad}; "
                 "that model is damaged, get it again",
                 path=self._sources[tensor.model].path,
                 tensor=tensor.spec.name,
             )
 
-    def _read(self, tensor: InputTensor, i_input: int, start: int, stop: int) -> UInt8:
+    def _read(
+        self, tensor: InputTensor, i_input: int, start: int, stop: int, at: int | None
+    ) -> UInt8:
+        """Read stored rows, which will be rows from `at` on of the output; None: a part of some."""
         raw = self._raw[: (stop - start) * tensor.spec.row_bytes]
         self._sources[tensor.model].read_rows(tensor.spec.name, start, stop, raw)
         self._traffic.add(raw.nbytes, 0)
-        if start == self._unread[i_input]:
+        if at == self._unread[i_input]:
             self.result.inputs[i_input] = zlib.crc32(raw.data, self.result.inputs[i_input])
-            self._unread[i_input] = stop
+            self._unread[i_input] += stop - start
         return raw
 
     def _check_range(self, values: Float32) -> None:

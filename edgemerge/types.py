@@ -7,7 +7,7 @@ disk), q and k rows are in GGUF's rotary order, and a type is ggml's name for it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -27,6 +27,7 @@ __all__ = [
     "LayerHeads",
     "ModelInput",
     "Plan",
+    "Progress",
     "Recipe",
     "Rule",
     "Setting",
@@ -44,6 +45,10 @@ UInt8 = NDArray[np.uint8]
 
 Setting: TypeAlias = float | bool | str
 Gradient: TypeAlias = tuple[float, ...]  # interpolated over the layers of a slice
+
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called now and then with bytes done and bytes in all; may raise to stop a merge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +147,7 @@ class Recipe:
     dtype: str | None = None  # mergekit's working type; only float32 changes the default file type
     memory: int | None = None  # bytes
     seed: int = 0
+    align: str | None = None  # hard, soft or off; None: the method's own choice
     tokenizer_source: str = "base"  # "base", "union" or the path of one of the models
     chat_template: str | None = None  # Jinja text; None: the tokenizer source's own
     notes: tuple[str, ...] = ()  # what the user should know about how the request was read
@@ -180,6 +186,11 @@ class TensorJob:
         return self.experts if self.base is None else (self.base, *self.experts)
 
     @property
+    def is_layer_scoped(self) -> bool:
+        """Whether the factors of its models come from all tensors of its layer."""
+        return self.settings.get("scope") == "block" and self.out.name.startswith("blk.")
+
+    @property
     def is_byte_copy(self) -> bool:
         """Whether the stored bytes of the only input are the output's, without arithmetic."""
         return (
@@ -201,6 +212,7 @@ class Plan:
     budget: int  # bytes, for the whole process
     workers: int
     arena_bytes: int  # of one worker
+    align: str  # hard, soft or off
     notes: tuple[str, ...]
 
     @property

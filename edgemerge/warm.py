@@ -3,7 +3,8 @@
 LLVM needs about 100 MB more than the code it makes, and the code is cached on disk: a merge that finds
 its kernels compiled keeps a smaller budget than one that compiles. So before Numba is imported, `warm_up`
 looks for a stamp beside Numba's cache for every kernel the plan will use; where one is missing, a child
-process merges a few zeros by the same method and types, which compiles exactly what is needed.
+process (`edgemerge.warm_child`) merges a few zeros by the same method and types, which compiles exactly
+what is needed.
 """
 
 from __future__ import annotations
@@ -12,23 +13,15 @@ import hashlib
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from edgemerge.formats.ggml_types import row_bytes
-from edgemerge.formats.gguf_writer import make_layout
-from edgemerge.formats.metadata import encode_value
-from edgemerge.methods import METHODS
-from edgemerge.types import Plan, TensorSpec
+from edgemerge.types import Plan
 
 __all__ = ["warm_up"]
 
 CHILD = "EDGEMERGE_WARMING"  # set in the child, which must not ask for a child itself
-SHAPE = (256, 256)  # a multiple of every block, and of the heads of the tiny model
-N_HEADS = 4
 
 
 def warm_up(the_plan: Plan) -> None:
@@ -41,9 +34,9 @@ def warm_up(the_plan: Plan) -> None:
     stamps = [_stamp(need) for need in _needs(the_plan)]
     if all(stamp.exists() for stamp in stamps):
         return
-    request = [the_plan.recipe.method, str(the_plan.align), *_joined_types(the_plan)]
+    request = [the_plan.recipe.method, the_plan.align, *_joined_types(the_plan)]
     done = subprocess.run(
-        [sys.executable, "-m", "edgemerge.warm", *request],
+        [sys.executable, "-m", "edgemerge.warm_child", *request],
         env={**os.environ, CHILD: "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -93,7 +86,7 @@ def _kernels() -> Path:
 
 @cache
 def _fingerprint() -> str:
-    """What Numba's cache depends on: the kernels, the compiler, Python, the processor."""
+    """Hash what Numba's cache depends on: the kernels, the compiler, Python, the processor."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(_kernels().glob("*.py")):
         digest.update(path.read_bytes())
@@ -108,63 +101,3 @@ def _processor_features() -> bytes:
     except OSError:
         return b""
     return next((line for line in lines if line.lower().startswith((b"flags", b"features"))), b"")
-
-
-# -- the child ------------------------------------------------------------------------------------
-
-
-def _merge_zeros(method: str, align: str, read: Iterable[str], written: Iterable[str]) -> None:
-    """Merge tiny models of zeros: one tensor per type that is written, read in every type."""
-    from edgemerge.merge import merge
-    from edgemerge.recipe import make_recipe
-
-    row = METHODS[method]
-    read, written = list(read), list(written)
-    parameters = {"density": 0.5, "epsilon": 0.1, "t": 0.5}
-    used = {k: v for k, v in parameters.items() if k in {**row.model_parameters, **row.global_parameters}}
-    with tempfile.TemporaryDirectory(prefix="edgemerge-") as name:
-        folder = Path(name)
-        # The base has what is written, so that `keep` writes it; the experts take turns through the rest.
-        base = _write_zeros(folder / "base.gguf", written)
-        n_experts = 1 if row.n_models[1] == 1 else 2
-        for turn in range(0, max(1, len(read)), n_experts):
-            experts = [
-                _write_zeros(folder / f"{i}.gguf", [read[(turn + i) % len(read)]] * len(written))
-                for i in range(n_experts)
-            ]
-            recipe = make_recipe(
-                method,
-                [(str(path), None) for path in experts],
-                base=str(base) if row.needs_base else None,
-                parameters=used,
-                out_type="keep",
-                align=None if align == "None" else align,
-            )
-            merge(recipe, folder / "out.gguf", force=True)
-
-
-def _write_zeros(path: Path, dtypes: Iterable[str]) -> Path:
-    """Write a GGUF of one layer, with attention and one more tensor per type."""
-    dtypes = list(dtypes)
-    stems = ["attn_q", "attn_k", "attn_v", "attn_output"]
-    specs = [
-        TensorSpec(f"blk.0.{stem}.weight", SHAPE, dtype, SHAPE[0] * row_bytes(dtype, SHAPE[1]))
-        for stem, dtype in zip(
-            [*stems, *(f"ffn_{i}" for i in range(len(dtypes)))], [dtypes[0]] * 4 + dtypes, strict=True
-        )
-    ]
-    metadata = {
-        "general.architecture": encode_value("llama", "str"),
-        "llama.block_count": encode_value(1, "u32"),
-        "llama.attention.head_count": encode_value(N_HEADS, "u32"),
-        "llama.attention.head_count_kv": encode_value(N_HEADS, "u32"),
-    }
-    layout = make_layout(metadata, specs)
-    with path.open("wb") as file:
-        file.write(layout.header)
-        file.truncate(layout.n_bytes)
-    return path
-
-
-if __name__ == "__main__":
-    _merge_zeros(sys.argv[1], sys.argv[2], *(arg.split(",") for arg in sys.argv[3:5]))

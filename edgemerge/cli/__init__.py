@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from edgemerge.cli.align import align_command
 from edgemerge.cli.convert import convert_command
 from edgemerge.cli.demo import demo_command
 from edgemerge.cli.inspect import inspect_command
@@ -51,6 +52,7 @@ def _root(
 app.command("merge")(merge_command)
 app.command("plan")(plan_command)
 app.command("inspect")(inspect_command)
+app.command("align")(align_command)
 app.command("convert")(convert_command)
 app.command("demo")(demo_command)
 

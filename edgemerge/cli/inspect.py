@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from edgemerge.cli import request
-from edgemerge.cli.terminal import print_json, print_table, speaks_plainly
+from edgemerge.cli.terminal import plain, print_json, print_table, speaks_plainly
 from edgemerge.types import Source
 
 __all__ = ["inspect_command"]
@@ -75,7 +75,7 @@ def _print(source: Source) -> None:
     name = get_value(metadata, "general.name", source.path.name)
     elements = sum(spec.n_elements for spec in specs.values())
     size = sum(spec.nbytes for spec in specs.values())
-    print(f"{_plain(str(name))}  ({source.path})")
+    print(f"{plain(str(name))}  ({source.path})")
     print(
         f"  {arch}, {format_count(elements)} parameters in {len(specs)} tensors, "
         f"{format_size(size)}, {8 * size / max(1, elements):.2f} bits per parameter"
@@ -129,10 +129,5 @@ def _show(raw: bytes) -> str:
         text = f"[{len(value)}] {shown}{', ...' if len(value) > 4 else ''}"
     else:
         text = str(value)
-    text = _plain(text)
+    text = plain(text)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
-
-
-def _plain(text: str) -> str:
-    """Keep a stranger's text from moving the cursor."""
-    return "".join(c if c.isprintable() else " " for c in text)

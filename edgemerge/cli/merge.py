@@ -25,6 +25,7 @@ def merge_command(
     memory: request.Memory = None,
     threads: request.Threads = None,
     seed: request.Seed = None,
+    align: request.Align = None,
     parameter: request.Parameter = None,
     preset: request.Preset = None,
     force: request.Force = False,
@@ -43,6 +44,7 @@ def merge_command(
         base=base,
         out_type=out_type,
         seed=seed,
+        align=align,
         parameters=parameter,
         preset=preset,
     )
@@ -78,6 +80,7 @@ def plan_command(
     memory: request.Memory = None,
     threads: request.Threads = None,
     seed: request.Seed = None,
+    align: request.Align = None,
     parameter: request.Parameter = None,
     preset: request.Preset = None,
     json_: request.Json = False,
@@ -92,6 +95,7 @@ def plan_command(
         base=base,
         out_type=out_type,
         seed=seed,
+        align=align,
         parameters=parameter,
         preset=preset,
     )

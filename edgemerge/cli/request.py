@@ -11,7 +11,7 @@ import typer
 from edgemerge.types import Recipe
 
 __all__ = ["Base", "Force", "Json", "Memory", "Method", "Models", "Output", "Parameter", "Preset"]
-__all__ += ["Report", "Seed", "Threads", "Type", "read_request"]
+__all__ += ["Align", "Report", "Seed", "Threads", "Type", "read_request"]
 
 Models = Annotated[
     list[str],
@@ -55,6 +55,15 @@ Parameter = Annotated[
     list[str] | None,
     typer.Option("-P", metavar="NAME=VALUE", help="Parameter of the method, e.g. -P density=0.5."),
 ]
+Align = Annotated[
+    str | None,
+    typer.Option(
+        "--align",
+        metavar="HOW",
+        help="hard, soft or off: bring attention heads into the base's order first "
+        "[default: hard for hierarchical, else off].",
+    ),
+]
 Preset = Annotated[
     str | None,
     typer.Option("--preset", metavar="NAME", help="paper: the settings of arXiv 2511.13373."),
@@ -73,6 +82,7 @@ def read_request(
     base: str | None,
     out_type: str | None,
     seed: int | None,
+    align: str | None,
     parameters: list[str] | None,
     preset: str | None,
 ) -> Recipe:
@@ -86,7 +96,7 @@ def read_request(
         What they ask for does not exist or is not possible.
     """
     from edgemerge.presets import with_preset
-    from edgemerge.recipe import load_recipe, make_recipe
+    from edgemerge.recipe import check_alignment, load_recipe, make_recipe
 
     if method is None:
         if len(models) != 1 or not models[0].endswith((".yml", ".yaml")):
@@ -98,6 +108,8 @@ def read_request(
             recipe = replace(recipe, out_type=out_type)
         if seed is not None:
             recipe = replace(recipe, seed=seed)
+        if align is not None:
+            recipe = replace(recipe, align=check_alignment(align))
     else:
         recipe = make_recipe(
             method,
@@ -106,6 +118,7 @@ def read_request(
             parameters=dict(_parameter(text) for text in parameters or []),
             out_type=out_type,
             seed=seed or 0,
+            align=align,
         )
     return recipe if preset is None else with_preset(recipe, preset)
 

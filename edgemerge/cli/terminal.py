@@ -15,7 +15,14 @@ import typer
 
 from edgemerge.errors import EdgemergeError, RuntimeFailure
 
-__all__ = ["check_stop", "print_json", "print_table", "progress_bar", "speaks_plainly"]
+__all__ = [
+    "check_stop",
+    "plain",
+    "print_json",
+    "print_table",
+    "progress_bar",
+    "speaks_plainly",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,6 +110,11 @@ def print_json(document: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout, and nothing else there."""
     is_utf8 = sys.stdout is not None and (sys.stdout.encoding or "").lower() == "utf-8"
     print(json.dumps(document, ensure_ascii=not is_utf8, allow_nan=False, indent=2))
+
+
+def plain(text: str) -> str:
+    """Keep a stranger's text from moving the cursor."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "") -> None:

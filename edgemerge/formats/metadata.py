@@ -49,7 +49,8 @@ def encode_value(value: Value | bytes | Sequence[Scalar | bytes], kind: str) -> 
     """
     if kind.startswith("["):
         element = kind[1:-1]
-        assert isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        assert isinstance(value, Sequence)
+        assert not isinstance(value, str | bytes)
         head = struct.pack("<IIQ", ARRAY, TYPE_IDS[element], len(value))
         if element == "str":
             return head + b"".join(_payload(item, "str") for item in value)

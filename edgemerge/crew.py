@@ -1,0 +1,156 @@
+"""The workers of one merge: first what spans tensors, then every tensor.
+
+A worker takes a whole tensor, largest first, and cuts it into blocks of rows; so nothing is shared between
+workers, sums run in row order by themselves, and the result is the same for every budget and thread
+count. What spans tensors comes before: the alignment of attention heads, and the Gram matrices of whole
+layers where the hierarchical method is asked to weight by layer.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+from edgemerge.align import SOFT_WARNING, align_models
+from edgemerge.architectures import layer_index
+from edgemerge.budget import Arena
+from edgemerge.output import OutputFile
+from edgemerge.plan import alignment_pairs
+from edgemerge.stream import HeadPlans, TensorResult, TensorStream, Traffic
+from edgemerge.types import Float64, HeadPlan, Plan, Progress, Skipped, Source, TensorJob
+
+__all__ = ["Crew"]
+
+R = TypeVar("R")
+
+POLL_SECONDS = 0.1
+
+
+class Crew:
+    """Workers with an arena each.
+
+    Parameters
+    ----------
+    the_plan : Plan
+        What to do.
+    sources : sequence of Source
+        The open models, as `the_plan.models` lists them.
+    progress : callable, optional
+        Called from the thread that waits.
+    """
+
+    def __init__(
+        self, the_plan: Plan, sources: Sequence[Source], progress: Progress | None
+    ) -> None:
+        self.plan = the_plan
+        self.sources = sources
+        self.traffic = Traffic()
+        self._progress = progress
+        self._heads: HeadPlans = {}
+        self._grams: dict[int, Float64] = {}
+        self._arenas: queue.SimpleQueue[Arena] = queue.SimpleQueue()
+
+    def prepare(self) -> tuple[str, ...]:
+        """Do what spans tensors; return what the user should know of it."""
+        notes = self._align() if self.plan.align != "off" else ()
+        for _ in range(self.plan.workers):
+            self._arenas.put(Arena(self.plan.arena_bytes))
+        self._measure_layers()
+        return notes
+
+    def run(self, file: OutputFile, offsets: Mapping[str, int]) -> list[TensorResult]:
+        """Make every tensor and write it at its offset; results in the order of the jobs."""
+
+        def make(stream: TensorStream) -> TensorResult:
+            layer = layer_index(stream.job.out.name)
+            gram = self._grams.get(layer) if layer is not None else None
+            return stream.run(file, offsets[stream.job.out.name], gram)
+
+        return self._each(self.plan.jobs, make)
+
+    # -- what spans tensors ------------------------------------------------------------------------
+
+    def _align(self) -> tuple[str, ...]:
+        """Find where every expert's heads belong."""
+        notes = [SOFT_WARNING] if self.plan.align == "soft" else []
+        for (left, right), layers in alignment_pairs(self.plan.jobs).items():
+            found = align_models(
+                self.sources[left],
+                self.sources[right],
+                seed=self.plan.recipe.seed,
+                arena_bytes=self.plan.arena_bytes,
+                threads=self.plan.workers,
+                layers=layers,
+                on_read=self._count_read,
+            )
+            for (reference_layer, layer), heads in zip(layers, found, strict=True):
+                if isinstance(heads, HeadPlan):
+                    self._heads[right, reference_layer, layer] = heads
+            notes += _say(self.sources[right].path.name, found)
+        return tuple(notes)
+
+    def _count_read(self, n_bytes: int) -> None:
+        self.traffic.add(n_bytes, 0)
+
+    def _measure_layers(self) -> None:
+        """Sum the Gram matrices of each layer's tensors, in the order of the jobs."""
+        jobs = [job for job in self.plan.jobs if job.is_layer_scoped and not job.is_byte_copy]
+        for job, gram in zip(jobs, self._each(jobs, TensorStream.measure), strict=True):
+            layer = layer_index(job.out.name)
+            assert layer is not None
+            self._grams[layer] = self._grams[layer] + gram if layer in self._grams else gram
+
+    # -- workers -----------------------------------------------------------------------------------
+
+    def _each(self, jobs: Sequence[TensorJob], work: Callable[[TensorStream], R]) -> list[R]:
+        """Do the work on every tensor, largest first so that nobody is left alone with a large one."""
+
+        def run(job: TensorJob) -> R:
+            arena = self._arenas.get()
+            try:
+                stream = TensorStream(
+                    job, self.sources, arena, self.plan, self.traffic, self._heads
+                )
+                return work(stream)
+            finally:
+                self._arenas.put(arena)
+
+        order = sorted(range(len(jobs)), key=lambda i: -jobs[i].out.n_elements)
+        with ThreadPoolExecutor(self.plan.workers, "edgemerge") as executor:
+            futures = {i: executor.submit(run, jobs[i]) for i in order}
+            try:
+                self._wait(list(futures.values()))
+            except BaseException:
+                self.traffic.stop.set()
+                for future in futures.values():
+                    future.cancel()
+                raise
+        return [futures[i].result() for i in range(len(jobs))]
+
+    def _wait(self, futures: Sequence[Future[R]]) -> None:
+        """Wait for all, or raise the first error in time: the others stopped because of it."""
+        total = self.plan.read_bytes + sum(job.out.nbytes for job in self.plan.jobs)
+        pending = set(futures)
+        while pending:
+            done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            if self._progress is not None:
+                self._progress(self.traffic.read + self.traffic.written, total)
+
+
+def _say(model: str, found: Sequence[HeadPlan | Skipped]) -> list[str]:
+    """One sentence on what moved, one for every reason why something was left alone."""
+    plans = [heads for heads in found if isinstance(heads, HeadPlan)]
+    moved = sum(not heads.is_identity for heads in plans)
+    notes = [f"attention heads of {model} moved in {moved} of {len(plans)} layers"] if plans else []
+    reasons: dict[str, list[int]] = {}
+    for heads in found:
+        if isinstance(heads, Skipped):
+            reasons.setdefault(heads.reason, []).append(heads.layer)
+    for reason, layers in reasons.items():
+        where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
+        notes.append(f"heads of {model} left as they are in {where}: {reason}")
+    return notes
