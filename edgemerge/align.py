@@ -20,7 +20,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemerge.budget import Arena, format_size
+from edgemerge.budget import Arena
 from edgemerge.errors import BudgetError
 from edgemerge.formats.codec import CODECS
 from edgemerge.geometry import (
@@ -32,6 +32,7 @@ from edgemerge.geometry import (
     row_runs,
 )
 from edgemerge.kernels import heads as kernels
+from edgemerge.sizes import format_size
 from edgemerge.sketch import Sketcher, sketch_bytes, sketched_names
 from edgemerge.transport import match_heads
 from edgemerge.types import Float32, HeadPlan, LayerHeads, Skipped, Source

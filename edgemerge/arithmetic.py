@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.blocks import Block, BlockStream, model_weights
-from edgemerge.errors import MismatchError
 from edgemerge.hierarchical import hierarchical_blocks
 from edgemerge.kernels import dare, della, linear, masks, select, slerp, ties
 from edgemerge.methods import METHODS, is_pruned
@@ -57,14 +56,7 @@ def merged_blocks(
 def _linear_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     weights = model_weights(stream.job)
     if stream.job.settings["normalize"]:
-        total = float(weights.sum())
-        if abs(total) < TINY_WEIGHT:
-            raise MismatchError(
-                f"the weights of {stream.job.out.name} sum to zero, which cannot be normalised; "
-                "change them or set normalize: false",
-                tensor=stream.job.out.name,
-            )
-        weights = weights / total
+        weights = weights / float(weights.sum())  # the plan refuses a sum of zero
     for block in stream.blocks():
         stream.overwrite()
         linear.weighted_sum(weights.astype(np.float32), block.experts)

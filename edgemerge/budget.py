@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.errors import BudgetError
+from edgemerge.sizes import format_size
 
-__all__ = ["FLOOR_BYTES", "Arena", "ArenaNeed", "divide_budget", "format_size", "rows_in_arena"]
+__all__ = ["FLOOR_BYTES", "Arena", "ArenaNeed", "divide_budget", "rows_in_arena"]
 
 MIB = 1 << 20
 
@@ -101,15 +102,6 @@ def divide_budget(
     workers = max(1, min(threads, (budget - fixed) // least, max(1, len(needs))))
     arena = (budget - fixed) // workers - WORKER_BYTES
     return workers, min(arena, useful)
-
-
-def format_size(n_bytes: float) -> str:
-    """Write a number of bytes for people: 384 MiB, 1.5 GiB."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(n_bytes) < 1024 or unit == "GiB":
-            break
-        n_bytes /= 1024
-    return f"{n_bytes:.3g} {unit}" if abs(n_bytes) < 1000 else f"{n_bytes:.0f} {unit}"
 
 
 class Arena:

@@ -17,8 +17,8 @@ from types import TracebackType
 
 import numpy as np
 
-from edgemerge.budget import format_size
 from edgemerge.errors import OutputError
+from edgemerge.sizes import format_size
 from edgemerge.types import UInt8
 
 __all__ = ["OutputFile", "check_output"]

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from edgemerge.budget import format_size
 from edgemerge.errors import OutputError
-from edgemerge.report import MergeReport, format_count
+from edgemerge.report import MergeReport
+from edgemerge.sizes import format_count, format_size
 
 __all__ = ["write_page"]
 

@@ -27,6 +27,7 @@ DROPPED_KEYS = re.compile(r"general\.(file_type|quantization_version|name)|(spli
 TOKENS_KEY = "tokenizer.ggml.tokens"
 COUNTER_BYTES = 4 * ((1 << 15) + 2 * (1 << 16))  # of the radix select, per expert
 ELECTION_BYTES = 3 * 2048 * 4
+TINY_WEIGHT = 1e-8
 ARRAYS = 8  # what alignment may add to one arena, in arrays
 
 
@@ -62,6 +63,7 @@ def make_plan(
     notes = [*recipe.notes, *unused_settings(recipe, method)]
     notes += check_models(list(sources.values()))
     drafts = list(draft_jobs(recipe, method, models, sources))
+    _check_settings(method, drafts)
     file_type, types = _choose_types(recipe, method, drafts, sources, notes)
     metadata = _output_metadata(recipe, method, sources, drafts, file_type, types)
     jobs = [_finish(draft, method, types[draft.name]) for draft in drafts]
@@ -105,6 +107,26 @@ def _check_counts(recipe: Recipe, method: Method) -> None:
             raise RecipeError(
                 f"{method.name} takes {wanted} model{'s' * (least != 1)}{beside}, not {count}",
                 field="models",
+            )
+
+
+def _check_settings(method: Method, drafts: Sequence[Draft]) -> None:
+    """Refuse settings that no tensor can be merged with."""
+    for draft in drafts:
+        if draft.is_constant:
+            continue
+        total = sum(float(expert.settings.get("weight", 1.0)) for expert in draft.experts)
+        if method.name == "linear" and draft.settings["normalize"] and abs(total) < TINY_WEIGHT:
+            raise RecipeError(
+                f"the weights of {draft.name} sum to zero, which cannot be normalised; "
+                "change them or set normalize: false",
+                field="weight",
+            )
+        if draft.settings.get("weighting") == "paper" and len(draft.experts) != 2:
+            raise RecipeError(
+                f"the paper's weighting is defined for two models, not {len(draft.experts)}; "
+                "use weighting: agreement",
+                field="weighting",
             )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgemerge.errors import RecipeError
+from edgemerge.sizes import parse_size
 from edgemerge.types import Gradient, ModelInput, Parameters, Recipe, Rule, Setting, Slice
 from edgemerge.yaml_file import read_yaml
 
@@ -24,7 +25,6 @@ __all__ = [
     "check_alignment",
     "load_recipe",
     "make_recipe",
-    "parse_size",
 ]
 
 MAX_SEED = (1 << 64) - 1  # the file keeps it as u64
@@ -54,29 +54,6 @@ MODEL_PARAMETERS = ("weight", "density", "gamma", "epsilon", "scale")
 GLOBAL_PARAMETERS = ("normalize", "lambda", "rescale", "int8_mask", "t", "weighting", "scope")
 PARAMETERS = MODEL_PARAMETERS + GLOBAL_PARAMETERS
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
-
-_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_UNITS |= {f"{unit}IB": n for unit, n in _UNITS.items() if unit in "KMGT" and unit}
-_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def parse_size(text: str | int) -> int:
-    """Parse a size in bytes: `512MiB`, `1.5G`, `800M`.
-
-    K, M, G, T are powers of 1024, as are KiB and so on; KB, MB, GB, TB are powers of 1000.
-
-    Raises
-    ------
-    RecipeError
-        It is no positive size.
-    """
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(text), re.ASCII)
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
-        raise RecipeError(
-            f"{_brief(text)} is no size; write it like 512MiB, 1.5G or 800M", field="memory"
-        )
-    return int(float(match[1]) * unit)
 
 
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:

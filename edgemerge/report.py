@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgemerge.budget import format_size
+from edgemerge.sizes import format_count, format_size
 
-__all__ = ["MergeReport", "format_count", "peak_rss_bytes"]
+__all__ = ["MergeReport", "peak_rss_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,6 @@ class MergeReport:
         yield f"  sha256 {self.sha256}"
         for note in self.notes:
             yield f"  note: {note}"
-
-
-def format_count(n: int) -> str:
-    """Write a number of parameters for people: 317.2 M, 22.7 K."""
-    return f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n / 1e3:,.1f} K"
 
 
 def peak_rss_bytes() -> int:

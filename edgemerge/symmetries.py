@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.architectures import layer_index
-from edgemerge.budget import format_size
 from edgemerge.formats.codec import CODECS
 from edgemerge.kernels import heads as kernels
+from edgemerge.sizes import format_size
 from edgemerge.sketch import sketch_key
 from edgemerge.transport import GUARD, assign
 from edgemerge.types import Float32, HeadPlan, LayerHeads, Skipped, Source, TensorSpec

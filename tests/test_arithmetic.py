@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgemerge.errors import MismatchError
 from edgemerge.methods import METHODS
 from tests import reference_methods as reference
 from tests.memory_stream import merge_in_memory
@@ -191,14 +190,6 @@ def test_breadcrumbs_without_outliers_keeps_the_largest() -> None:
 
 
 # -- the small print of the specification --------------------------------------
-
-
-def test_weights_that_cancel_cannot_be_normalised() -> None:
-    x = np.ones((2, 3), np.float32)
-    with pytest.raises(MismatchError, match=r"blk\.0.*sum to zero.*normalize: false"):
-        merge_in_memory(
-            "linear", None, [(x, {"weight": 1.0}), (x, {"weight": -1.0})], tensor="blk.0"
-        )
 
 
 def test_task_weights_that_cancel_are_not_normalised() -> None:

@@ -276,7 +276,7 @@ def test_scale_multiplies(run: Run) -> None:
 
 
 def test_weights_that_cancel_are_refused(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(MismatchError, match="sum to zero"):
+    with pytest.raises(RecipeError, match="sum to zero"):
         run("linear", [(A, {"weight": 0.5}), (B, {"weight": -0.5})])
     assert not list(tmp_path.glob("*.gguf*"))
     free = load_gguf(run("linear", [(A, {"weight": 0.5}), (B, {"weight": -0.5})], normalize=False))

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from edgemerge.errors import RecipeError
-from edgemerge.recipe import load_recipe, make_recipe, parse_size
+from edgemerge.recipe import load_recipe, make_recipe
+from edgemerge.sizes import parse_size
 from edgemerge.types import ModelInput, Recipe, Rule, Slice
 from edgemerge.yaml_file import MAX_RECIPE_BYTES
 

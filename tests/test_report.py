@@ -10,7 +10,8 @@ import pytest
 
 from edgemerge.errors import OutputError
 from edgemerge.page import write_page
-from edgemerge.report import MergeReport, format_count, peak_rss_bytes
+from edgemerge.report import MergeReport, peak_rss_bytes
+from edgemerge.sizes import format_count
 
 MIB = 1 << 20
 REPORT = MergeReport(

@@ -66,7 +66,7 @@ def align_command(
     from edgemerge.compatibility import check_models
     from edgemerge.formats import open_model
     from edgemerge.merge import default_threads
-    from edgemerge.recipe import parse_size
+    from edgemerge.sizes import parse_size
 
     started = time.monotonic()
     budget = parse_size(memory) if memory is not None else None
@@ -126,10 +126,11 @@ def _plan(
 ) -> Work:
     """Divide the budget among workers, or refuse it with the smallest that works."""
     from edgemerge.align import SOLVER_BYTES, arena_need, layer_geometry
-    from edgemerge.budget import FLOOR_BYTES, MIB, WORKER_BYTES, format_size
+    from edgemerge.budget import FLOOR_BYTES, MIB, WORKER_BYTES
     from edgemerge.errors import BudgetError
     from edgemerge.plan import DEFAULT_MEMORY
     from edgemerge.plots import drawing_bytes
+    from edgemerge.sizes import format_size
     from edgemerge.sketch import sketched_names
     from edgemerge.types import LayerHeads
 

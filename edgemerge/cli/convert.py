@@ -24,7 +24,8 @@ def convert_command(
 ) -> None:
     """Convert one model: Hugging Face to GGUF, or GGUF to another type."""
     from edgemerge.merge import merge
-    from edgemerge.recipe import make_recipe, parse_size
+    from edgemerge.recipe import make_recipe
+    from edgemerge.sizes import parse_size
 
     recipe = make_recipe("passthrough", [(model, None)], out_type=out_type)
     with progress_bar(f"convert -> {output.name}", quiet=json_) as progress:

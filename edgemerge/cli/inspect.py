@@ -66,9 +66,8 @@ def _shorten(value: Any) -> Any:
 
 
 def _print(source: Source) -> None:
-    from edgemerge.budget import format_size
     from edgemerge.formats.metadata import get_value
-    from edgemerge.report import format_count
+    from edgemerge.sizes import format_count, format_size
 
     specs, metadata = source.specs(), source.metadata()
     arch = source.architecture
@@ -99,7 +98,7 @@ def _print(source: Source) -> None:
 
 
 def _print_types(source: Source, elements: int) -> None:
-    from edgemerge.budget import format_size
+    from edgemerge.sizes import format_size
 
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()

@@ -36,7 +36,7 @@ def merge_command(
     from edgemerge.merge import merge
     from edgemerge.output import check_output
     from edgemerge.page import write_page
-    from edgemerge.recipe import parse_size
+    from edgemerge.sizes import parse_size
 
     recipe = request.read_request(
         models,
@@ -87,7 +87,7 @@ def plan_command(
 ) -> None:
     """Show what a merge would read, write and need, without doing it."""
     from edgemerge.merge import plan
-    from edgemerge.recipe import parse_size
+    from edgemerge.sizes import parse_size
 
     recipe = request.read_request(
         models,
@@ -137,8 +137,8 @@ def _as_json(the_plan: Plan) -> dict[str, object]:
 
 
 def _print(the_plan: Plan) -> None:
-    from edgemerge.budget import FLOOR_BYTES, format_size
-    from edgemerge.report import format_count
+    from edgemerge.budget import FLOOR_BYTES
+    from edgemerge.sizes import format_count, format_size
 
     print(f"{the_plan.recipe.method} of {len(the_plan.models)} models to {the_plan.file_type}")
     for i, path in enumerate(the_plan.models):

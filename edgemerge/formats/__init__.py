@@ -24,6 +24,12 @@ def open_model(path: str | os.PathLike[str]) -> Source:
     path = Path(path)
     if path.is_dir():
         return HubModel(path)
+    if path.exists() and not path.is_file():
+        raise FormatError("is neither a file nor a folder; give a model", path=path)
+    if path.suffix == ".safetensors":
+        raise FormatError(
+            "is only the weights of a model; give the folder, which has config.json too", path=path
+        )
     try:
         return GgufModel(path)
     except OSError as error:

@@ -67,7 +67,7 @@ class HubModel:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        _refuse_adapter(self.path)
+        _refuse_folder(self.path)
         self._config = read_config(self.path / CONFIG)
         self.architecture = self._config.architecture
         self._places: dict[str, _Place] = {}
@@ -228,7 +228,13 @@ class HubModel:
             os.close(self._fds.popitem()[1])
 
 
-def _refuse_adapter(path: Path) -> None:
+def _refuse_folder(path: Path) -> None:
+    """Refuse a folder that is no model."""
+    if not is_hub_dir(path):
+        raise FormatError(
+            f"is no model folder: it has no {CONFIG}; give a GGUF file or a Hugging Face directory",
+            path=path,
+        )
     if (path / ADAPTER).is_file() and not (path / CONFIG).is_file():
         raise FormatError(
             "is a LoRA adapter, not a model; merge it into its base model and give the result",

@@ -59,7 +59,7 @@ def test_missing_pieces(directory: Path) -> None:
     (directory / "model-00001-of-00002.safetensors").unlink()
     assert "neither" in refusal(directory)
     (directory / "config.json").unlink()
-    assert "config.json: cannot be read" in refusal(directory)
+    assert "is no model folder: it has no config.json" in refusal(directory)
 
 
 @pytest.fixture

@@ -1,0 +1,46 @@
+"""Numbers of bytes and of parameters, as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from edgemerge.errors import RecipeError
+
+__all__ = ["format_count", "format_size", "parse_size"]
+
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_UNITS |= {f"{unit}IB": n for unit, n in _UNITS.items() if unit in "KMGT" and unit}
+_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str | int) -> int:
+    """Parse a size in bytes: `512MiB`, `1.5G`, `800M`.
+
+    K, M, G, T are powers of 1024, as are KiB and so on; KB, MB, GB, TB are powers of 1000.
+
+    Raises
+    ------
+    RecipeError
+        It is no positive size.
+    """
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(text), re.ASCII)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise RecipeError(
+            f"{repr(text)[:60]} is no size; write it like 512MiB, 1.5G or 800M", field="memory"
+        )
+    return int(float(match[1]) * unit)
+
+
+def format_size(n_bytes: float) -> str:
+    """Write a number of bytes for people: 384 MiB, 1.5 GiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if abs(n_bytes) < 1024 or unit == "GiB":
+            break
+        n_bytes /= 1024
+    return f"{n_bytes:.3g} {unit}" if abs(n_bytes) < 1000 else f"{n_bytes:.0f} {unit}"
+
+
+def format_count(n: int) -> str:
+    """Write a number of parameters for people: 317.2 M, 22.7 K."""
+    return f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n / 1e3:,.1f} K"
