@@ -71,8 +71,8 @@ class Candidate:
         with Model(output, n_threads=1) as model:  # waiting threads spin: slow on a machine in use
             for name, items in questions.items():
                 right, loss = [], []
-                found = option_likelihoods(model, items)
-                for item, totals in zip(items, (np.array(x.totals) for x in found), strict=True):
+                found = (np.array(x.totals) for x in option_likelihoods(model, items))
+                for item, totals in zip(items, found, strict=True):
                     right.append(int(np.argmax(totals)) == item.answer)
                     loss.append(float(np.logaddexp.reduce(totals) - totals[item.answer]))
                 marks[name] = Marks(np.array(right), np.array(loss))
@@ -368,7 +368,7 @@ def main() -> None:
 
         def rate(one: Candidate) -> float:
             one.first = one.score(output, first)
-            return float(sum(one.first[name].loss.mean() for name in SETS))
+            return float(sum(marks.loss.mean() for marks in one.first.values()))
 
         candidates = [*plain(), *shaped(), *staged(folder), *outside(folder)]
         for one in candidates:
@@ -390,9 +390,10 @@ def main() -> None:
         entry["against_reference"] = compare(marks, results[0][1])
         print(f"\n{one.label} against {REFERENCE}: {entry['against_reference']}")
         if one.document:
-            print(f"\n{yaml.safe_dump(one.document, sort_keys=False)}")
-    about = {"bench": "search", "machine": machine(), "seconds": time.monotonic() - started}
-    print(json.dumps({**about, **report}))
+            plainly = json.loads(json.dumps(one.document))  # no list twice: YAML would refer to it
+            print(f"\n{yaml.safe_dump(plainly, sort_keys=False)}")
+    about = {"machine": machine(), "seconds": time.monotonic() - started}
+    print(json.dumps({"bench": "search", **about, **report}))
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def match_heads(head_cost: Float64, group_cost: Float64, *, guard: float = GUARD
         iterations=found.iterations,
         converged=found.converged,
         exact=found.exact,
-        guarded=guarded and gain > ROUNDING,
+        guarded=bool(guarded and gain > ROUNDING),
         soft_groups=soft_groups,
         soft_heads=soft_heads,
     )

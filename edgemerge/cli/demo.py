@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -18,17 +19,37 @@ if TYPE_CHECKING:
 __all__ = ["demo_command"]
 
 EXPERTS = ("expert-a", "expert-b")
-# What is merged, as a user would say it: label, method, parameters, file type.
-MERGES: tuple[tuple[str, str, dict[str, Any], str], ...] = (
-    ("linear", "linear", {}, "F16"),
-    ("slerp, t 0.5", "slerp", {"t": 0.5}, "F16"),
-    ("task_arithmetic, lambda 0.7", "task_arithmetic", {"lambda": 0.7}, "F16"),
-    ("task_arithmetic, lambda 0.7", "task_arithmetic", {"lambda": 0.7}, "Q8_0"),
-    ("task_arithmetic, lambda 0.7", "task_arithmetic", {"lambda": 0.7}, "Q4_K_M"),
-    ("ties, density 0.5", "ties", {"density": 0.5}, "F16"),
-    ("dare_ties, density 0.6", "dare_ties", {"density": 0.6}, "F16"),
-    ("della, density 0.6", "della", {"density": 0.6, "epsilon": 0.05}, "F16"),
-    ("breadcrumbs, density 0.9", "breadcrumbs", {"density": 0.9, "lambda": 0.7}, "F16"),
+SHUFFLED = (
+    "expert-a",
+    "expert-b-permuted",
+)  # the same expert b, its attention heads in another order
+N_SPOKEN = 3  # questions per domain that the best merge answers in its own words
+
+
+class Trial(NamedTuple):
+    """One merge of the demo, as a user would say it."""
+
+    label: str
+    method: str
+    parameters: dict[str, Any]
+    file_type: str = "F16"
+    experts: tuple[str, ...] = EXPERTS
+    align: str | None = None
+
+
+TRIALS = (
+    Trial("linear", "linear", {}),
+    Trial("slerp, t 0.5", "slerp", {"t": 0.5}),
+    Trial("task_arithmetic, lambda 0.7", "task_arithmetic", {"lambda": 0.7}),
+    Trial("task_arithmetic, lambda 0.7", "task_arithmetic", {"lambda": 0.7}, "Q8_0"),
+    Trial("task_arithmetic, lambda 0.7", "task_arithmetic", {"lambda": 0.7}, "Q4_K_M"),
+    Trial("ties, density 0.5", "ties", {"density": 0.5}),
+    Trial("dare_ties, density 0.6", "dare_ties", {"density": 0.6}),
+    Trial("della, density 0.6", "della", {"density": 0.6, "epsilon": 0.05}),
+    Trial("breadcrumbs, density 0.9", "breadcrumbs", {"density": 0.9, "lambda": 0.7}),
+    Trial("hierarchical", "hierarchical", {}),
+    Trial("linear, b's heads shuffled", "linear", {}, experts=SHUFFLED),
+    Trial("the same, aligned", "linear", {}, experts=SHUFFLED, align="hard"),
 )
 SETS = ("disease", "substance", "general")
 
@@ -101,20 +122,20 @@ def _make_files(folder: Path, out: Path) -> dict[str, Path]:
             force=True,
             progress=check_stop,
         )
-    for label, method, parameters, file_type in MERGES:
-        experts: tuple[str, ...] = EXPERTS
-        base = folder / "base"
-        if method == "slerp":  # between the two experts, the first of them standing for t = 0
-            base, experts = folder / EXPERTS[0], EXPERTS[1:]
+    for trial in TRIALS:
+        base, experts = "base", trial.experts
+        if trial.method == "slerp":  # between the two experts, the first of them standing for t = 0
+            base, experts = EXPERTS[0], EXPERTS[1:]
         recipe = make_recipe(
-            method,
+            trial.method,
             [(str(folder / name), None) for name in experts],
-            base=str(base) if method != "linear" else None,
-            parameters=parameters,
-            out_type=file_type,
+            base=str(folder / base) if trial.method != "linear" else None,
+            parameters=trial.parameters,
+            out_type=trial.file_type,
+            align=trial.align,
         )
-        name = f"{label}, {file_type}"
-        files[name] = out / f"{name.replace(', ', '-').replace(' ', '-')}.gguf"
+        name = f"{trial.label}, {trial.file_type}"
+        files[name] = out / f"{re.sub('[^a-z0-9._]+', '-', name.lower())}.gguf"
         report = merge(recipe, files[name], force=True, progress=check_stop)
         print(
             f"{name:38s} {report.seconds:5.1f} s  {report.out_bytes / 1e6:4.1f} MB  "
@@ -169,12 +190,13 @@ def _speak(
     best = max(
         (name for name in scores if name not in ("base", *EXPERTS)), key=lambda n: _both(scores[n])
     )
-    print(f"\nThe best merge is {best}. It goes on by itself:\n")
+    print(f"\nThe best merge is {best}. In its own words:\n")
     with Model(files[best]) as model:
         for key in ("disease", "substance"):
-            question = questions[key][0]
-            text = "".join(complete(model, question.prompt, 12))
-            print(
-                f"  {question.prompt.replace(chr(10), ' ')}{text.splitlines()[0] if text else ''}"
-            )
-            print(f"    (right: {question.options[question.answer]})")
+            step = max(1, len(questions[key]) // N_SPOKEN)
+            for question in questions[key][::step][:N_SPOKEN]:
+                lines = "".join(complete(model, question.prompt, 12)).strip().splitlines()
+                right = question.options[question.answer]
+                said = lines[0] if lines else ""
+                verdict = "right" if said == right else f"wrong: {right}"
+                print(f"  {question.question} {said} ({verdict})")
