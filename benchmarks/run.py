@@ -16,7 +16,7 @@ from measure import run
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
-BENCHMARKS = ("kernels", "merge", "quality")
+BENCHMARKS = ("kernels", "align", "merge", "quality")
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:

@@ -39,7 +39,6 @@ from edgemerge.types import Float32, HeadPlan, LayerHeads, Skipped, Source
 
 __all__ = [
     "SOFT_WARNING",
-    "SOLVER_BYTES",
     "align_models",
     "arena_need",
     "column_mix",
@@ -51,8 +50,6 @@ __all__ = [
 ]
 
 Float64: TypeAlias = NDArray[np.float64]
-
-SOLVER_BYTES = 72 << 20  # SciPy and POT, imported where a matching is in doubt
 
 SOFT_WARNING = (
     "soft alignment mixes heads that are hard to tell apart, and a model whose heads are mixed no longer "

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgemerge.errors import BudgetError
 from edgemerge.sizes import format_size
 
-__all__ = ["FLOOR_BYTES", "Arena", "ArenaNeed", "divide_budget", "rows_in_arena"]
+__all__ = ["FLOOR_BYTES", "SOLVER_BYTES", "Arena", "ArenaNeed", "divide_budget", "rows_in_arena"]
 
 MIB = 1 << 20
 
@@ -23,6 +23,7 @@ MIB = 1 << 20
 # compiling out of it); tests/test_budget_rss.py measures it.
 FLOOR_BYTES = 208 * MIB
 WORKER_BYTES = 1 * MIB  # a thread's stack and its Python objects
+SOLVER_BYTES = 72 << 20  # SciPy and POT, imported where a matching is in doubt
 ALIGNMENT = 64
 
 # Blocks beyond this gain nothing: Python's share of a block is then below 2 %, and a block of each

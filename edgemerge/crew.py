@@ -13,12 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
+import numpy as np
+
 from edgemerge.align import SOFT_WARNING, align_models
 from edgemerge.architectures import layer_index
 from edgemerge.budget import Arena
 from edgemerge.output import OutputFile
 from edgemerge.plan import alignment_pairs
-from edgemerge.stream import HeadPlans, TensorResult, TensorStream, Traffic
+from edgemerge.stream import Moves, TensorResult, TensorStream, Traffic
+from edgemerge.symmetries import NeuronPlan, match_neurons
 from edgemerge.types import Float64, HeadPlan, Plan, Progress, Skipped, Source, TensorJob
 
 __all__ = ["Crew"]
@@ -48,31 +51,33 @@ class Crew:
         self.sources = sources
         self.traffic = Traffic()
         self._progress = progress
-        self._heads: HeadPlans = {}
+        self._moves: Moves = {}
         self._grams: dict[int, Float64] = {}
         self._arenas: queue.SimpleQueue[Arena] = queue.SimpleQueue()
 
     def prepare(self) -> tuple[str, ...]:
         """Do what spans tensors; return what the user should know of it."""
-        notes = self._align() if self.plan.align != "off" else ()
+        notes = self._align() if self.plan.align != "off" else []
+        notes += self._match_neurons() if self.plan.recipe.neurons else []
         for _ in range(self.plan.workers):
             self._arenas.put(Arena(self.plan.arena_bytes))
         self._measure_layers()
-        return notes
+        return tuple(notes)
 
     def run(self, file: OutputFile, offsets: Mapping[str, int]) -> list[TensorResult]:
         """Make every tensor and write it at its offset; results in the order of the jobs."""
 
         def make(stream: TensorStream) -> TensorResult:
-            layer = layer_index(stream.job.out.name)
-            gram = self._grams.get(layer) if layer is not None else None
-            return stream.run(file, offsets[stream.job.out.name], gram)
+            job = stream.job
+            layer = layer_index(job.out.name)
+            gram = self._grams.get(layer) if job.is_layer_scoped and layer is not None else None
+            return stream.run(file, offsets[job.out.name], gram)
 
         return self._each(self.plan.jobs, make)
 
     # -- what spans tensors ------------------------------------------------------------------------
 
-    def _align(self) -> tuple[str, ...]:
+    def _align(self) -> list[str]:
         """Find where every expert's heads belong."""
         notes = [SOFT_WARNING] if self.plan.align == "soft" else []
         for (left, right), layers in alignment_pairs(self.plan.jobs).items():
@@ -87,9 +92,30 @@ class Crew:
             )
             for (reference_layer, layer), heads in zip(layers, found, strict=True):
                 if isinstance(heads, HeadPlan):
-                    self._heads[right, reference_layer, layer] = heads
+                    self._moves.setdefault((right, reference_layer, layer), []).append(heads)
             notes += _say(self.sources[right].path.name, found)
-        return tuple(notes)
+        return notes
+
+    def _match_neurons(self) -> list[str]:
+        """Find where every expert's feed-forward neurons belong."""
+        notes = []
+        for left, right in alignment_pairs(self.plan.jobs):
+            found = match_neurons(
+                self.sources[left],
+                self.sources[right],
+                seed=self.plan.recipe.seed,
+                memory=self.plan.neuron_bytes,
+            )
+            moved = 0
+            for plan in found:
+                if isinstance(plan, NeuronPlan):
+                    moved += bool(np.any(plan.order != np.arange(len(plan.order))))
+                    self._moves.setdefault((right, plan.layer, plan.layer), []).append(plan)
+            name = self.sources[right].path.name
+            notes.append(f"neurons of {name} moved in {moved} of {len(found)} layers")
+            reasons = {plan.reason for plan in found if isinstance(plan, Skipped)}
+            notes += [f"neurons of {name} left as they are: {reason}" for reason in sorted(reasons)]
+        return notes
 
     def _count_read(self, n_bytes: int) -> None:
         self.traffic.add(n_bytes, 0)
@@ -111,7 +137,7 @@ class Crew:
             arena = self._arenas.get()
             try:
                 stream = TensorStream(
-                    job, self.sources, arena, self.plan, self.traffic, self._heads
+                    job, self.sources, arena, self.plan, self.traffic, self._moves
                 )
                 return work(stream)
             finally:

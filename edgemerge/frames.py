@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from edgemerge.geometry import column_mix, column_order, row_mix, row_order, row_runs
 from edgemerge.kernels.linear import add_scaled
 from edgemerge.kernels.permute import mix_columns
+from edgemerge.symmetries import NeuronPlan
 from edgemerge.types import Float32, HeadPlan
 
-__all__ = ["Frame", "find_frame"]
+__all__ = ["Frame", "find_frame", "find_neuron_frame"]
 
 Index = NDArray[np.int64]
 Sparse = tuple[Index, Index, Float32]  # CSR: indptr, indices, weights
@@ -116,6 +117,22 @@ def find_frame(plan: HeadPlan, name: str, *, soft: bool) -> Frame | None:
     if rows is None and mix is None and columns is None:
         return None
     return Frame(rows, mix, columns)
+
+
+def find_neuron_frame(plan: NeuronPlan, name: str, n_rows: int) -> Frame | None:
+    """Say how a feed-forward tensor of the moving model is read; None where it stays as it is.
+
+    Parameters
+    ----------
+    plan : NeuronPlan
+        Of the tensor's layer.
+    name : str
+        GGUF name of the tensor in the model that moves.
+    n_rows : int
+        Its rows.
+    """
+    rows, columns = plan.row_order(name, n_rows), _as_mix(plan.column_order(name))
+    return None if rows is None and columns is None else Frame(rows, None, columns)
 
 
 def _as_mix(order: Index | None) -> Sparse | None:

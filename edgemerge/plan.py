@@ -8,7 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgemerge.architectures import layer_index
-from edgemerge.budget import ArenaNeed, aligned, divide_budget, rows_in_arena
+from edgemerge.budget import (
+    FLOOR_BYTES,
+    SOLVER_BYTES,
+    ArenaNeed,
+    aligned,
+    divide_budget,
+    rows_in_arena,
+)
 from edgemerge.compatibility import check_models
 from edgemerge.drafts import Draft, draft_jobs, list_experts, unused_settings
 from edgemerge.errors import MismatchError, RecipeError
@@ -68,10 +75,13 @@ def make_plan(
     metadata = _output_metadata(recipe, method, sources, drafts, file_type, types)
     jobs = [_finish(draft, method, types[draft.name]) for draft in drafts]
     align = recipe.align or method.align
-    needs = [_arena_need(job, align) for job in jobs]
+    needs = [_arena_need(job, align, moves=align != "off" or recipe.neurons) for job in jobs]
     budget = memory or recipe.memory or DEFAULT_MEMORY
     header_bytes = sum(len(v) for source in sources.values() for v in source.metadata().values())
     reserved, alignment = _alignment_needs(align, jobs, list(sources.values()))
+    if recipe.neurons:
+        _refuse_slices(recipe)
+        reserved = SOLVER_BYTES
     workers, arena_bytes = divide_budget(
         needs + alignment, budget, threads, 2 * header_bytes + reserved
     )
@@ -87,6 +97,7 @@ def make_plan(
         workers=workers,
         arena_bytes=arena_bytes,
         align=align if alignment else "off",
+        neuron_bytes=budget - FLOOR_BYTES - 2 * header_bytes - reserved,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -108,6 +119,11 @@ def _check_counts(recipe: Recipe, method: Method) -> None:
                 f"{method.name} takes {wanted} model{'s' * (least != 1)}{beside}, not {count}",
                 field="models",
             )
+
+
+def _refuse_slices(recipe: Recipe) -> None:
+    if any(model.layer_range for part in recipe.slices for model in part.inputs):
+        raise RecipeError("neurons are matched in whole models, not in slices", field="neurons")
 
 
 def _check_settings(method: Method, drafts: Sequence[Draft]) -> None:
@@ -290,7 +306,7 @@ def _alignment_needs(
     """Say what aligning heads adds: libraries for the whole process, and an arena per worker."""
     if align == "off":
         return 0, []
-    from edgemerge.align import SOLVER_BYTES, arena_need  # imports Numba
+    from edgemerge.align import arena_need  # imports Numba
 
     needs = [
         ArenaNeed(1, 1, arena_need(sources[left], sources[right], layers)[0], 0, surveyed=False)
@@ -315,7 +331,7 @@ def alignment_pairs(jobs: Sequence[TensorJob]) -> dict[tuple[int, int], list[tup
     return {models: sorted(layers) for models, layers in pairs.items()}
 
 
-def _arena_need(job: TensorJob, align: str) -> ArenaNeed:
+def _arena_need(job: TensorJob, align: str, *, moves: bool) -> ArenaNeed:
     """Add up what `stream` and `arithmetic` will take from the arena for one tensor."""
     n_cols = job.out.n_cols
     widest = max(tensor.spec.row_bytes for tensor in (*job.inputs,))
@@ -332,7 +348,7 @@ def _arena_need(job: TensorJob, align: str) -> ArenaNeed:
         fixed += len(job.experts) * 4 * (2 * n_cols + 2048)
     if method.name == "hierarchical":
         fixed += 8 * len(job.experts) ** 2
-    if align != "off":
+    if moves:
         fixed += 4 * n_cols
     per_row = 4 * n_cols * len(job.inputs) + max(widest, job.out.row_bytes)
     per_row += n_cols if pruned else 0

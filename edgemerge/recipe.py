@@ -20,12 +20,7 @@ from edgemerge.sizes import parse_size
 from edgemerge.types import Gradient, ModelInput, Parameters, Recipe, Rule, Setting, Slice
 from edgemerge.yaml_file import read_yaml
 
-__all__ = [
-    "MAX_SEED",
-    "check_alignment",
-    "load_recipe",
-    "make_recipe",
-]
+__all__ = ["MAX_SEED", "check_alignment", "load_recipe", "make_recipe"]
 
 MAX_SEED = (1 << 64) - 1  # the file keeps it as u64
 DTYPES = ("float32", "float16", "bfloat16")
@@ -46,7 +41,7 @@ TOP_KEYS = (
 MODEL_KEYS = ("model", "parameters")
 SLICE_KEYS = ("sources", "parameters")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
-OWN_KEYS = ("type", "memory", "seed", "align")
+OWN_KEYS = ("type", "memory", "seed", "align", "neurons")
 ALIGNMENTS = ("hard", "soft", "off")
 
 # mergekit's parameter names: per model, then for the whole merge.
@@ -85,6 +80,7 @@ def make_recipe(
     memory: int | None = None,
     seed: int = 0,
     align: str | None = None,
+    neurons: bool = False,
 ) -> Recipe:
     """Build a recipe from flags.
 
@@ -107,6 +103,8 @@ def make_recipe(
     align : str, optional
         hard, soft or off: whether attention heads are brought into the base's order (without a base,
         the first model's); by default what the method does.
+    neurons : bool
+        Match feed-forward neurons too; for models trained apart.
     """
     reader = _Reader(None)
     inputs = []
@@ -123,6 +121,7 @@ def make_recipe(
         memory=memory,
         seed=reader.seed(seed, "seed"),
         align=check_alignment(align) if align is not None else None,
+        neurons=neurons,
     )
 
 
@@ -168,6 +167,7 @@ class _Reader:
             memory=self.memory(own["memory"]) if "memory" in own else None,
             seed=self.seed(own.get("seed", 0), "edgemerge.seed"),
             align=self.alignment(own.get("align")),
+            neurons=self.switch(own.get("neurons", False), "edgemerge.neurons"),
             tokenizer_source=self.tokenizer_source(document.get("tokenizer_source", "base")),
             chat_template=self.chat_template(document.get("chat_template")),
             notes=tuple(self.notes),
@@ -248,6 +248,11 @@ class _Reader:
     def seed(self, value: Any, where: str) -> int:
         if type(value) is not int or not 0 <= value <= MAX_SEED:
             self.fail(f"{where} must be a whole number from 0 to 2^64 - 1", "seed")
+        return value
+
+    def switch(self, value: Any, where: str) -> bool:
+        if not isinstance(value, bool):
+            self.fail(f"{where} is {_brief(value)}; it must be true or false", where)
         return value
 
     def alignment(self, value: Any) -> str | None:
@@ -367,10 +372,7 @@ class _Reader:
             if os.path.exists(found):  # unlike Path.exists, False for what can be no name
                 return found.resolve()
         if "+" in value:
-            self.fail(
-                f"{where}: {value!r} is not here; LoRA adapters must be merged into their model "
-                "first"
-            )
+            self.fail(f"{where}: {value!r} is not here; merge LoRA adapters into their model first")
         self.fail(
             f"{where}: no file or folder {value!r}; download the model and give its path", where
         )

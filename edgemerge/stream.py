@@ -16,18 +16,19 @@ from edgemerge.blocks import Block
 from edgemerge.budget import Arena
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.codec import CODECS
-from edgemerge.frames import Frame, find_frame
+from edgemerge.frames import Frame, find_frame, find_neuron_frame
 from edgemerge.hierarchical import survey_gram
 from edgemerge.kernels.linear import subtract
 from edgemerge.kernels.masks import count_beyond
 from edgemerge.methods import METHODS
 from edgemerge.output import OutputFile
+from edgemerge.symmetries import NeuronPlan
 from edgemerge.types import Float32, Float64, HeadPlan, InputTensor, Plan, Source, TensorJob, UInt8
 
-__all__ = ["HeadPlans", "Stopped", "TensorResult", "TensorStream", "Traffic"]
+__all__ = ["Moves", "Stopped", "TensorResult", "TensorStream", "Traffic"]
 
-# (model, layer of the reference, layer of the model) -> where the model's heads belong
-HeadPlans: TypeAlias = dict[tuple[int, int, int], HeadPlan]
+# (model, layer of the reference, layer of the model) -> where the model's heads and neurons belong
+Moves: TypeAlias = dict[tuple[int, int, int], list[HeadPlan | NeuronPlan]]
 
 NON_FINITE = 0x7F800000  # bits of infinity: everything from here on is infinite or NaN
 BEYOND_HALF = 0x477FF000  # bits of 65520, the least magnitude that float16 rounds to infinity
@@ -76,7 +77,7 @@ class TensorStream:
         arena: Arena,
         the_plan: Plan,
         traffic: Traffic,
-        heads: HeadPlans,
+        moves: Moves,
     ) -> None:
         self.job = job
         self.seed = the_plan.recipe.seed
@@ -96,14 +97,14 @@ class TensorStream:
             self._base = self.take((n if job.base else 0,), np.float32).view(np.float32)
             scratch = CODECS[job.out.dtype].scratch_len
             self._scratch = self.take((scratch,), np.float32).view(np.float32)
-            self._frames = self._find_frames(heads, soft=the_plan.align == "soft")
+            self._frames = self._find_frames(moves, soft=the_plan.align == "soft")
             # Working memory for moving heads: a row, and for summing them another block.
-            aligns = the_plan.align != "off"
+            aligns = the_plan.align != "off" or the_plan.recipe.neurons
             self._row = self.take((job.out.n_cols if aligns else 0,), np.float32).view(np.float32)
             spare = n if the_plan.align == "soft" else 0
             self._spare = self.take((spare,), np.float32).view(np.float32)
 
-    def _find_frames(self, heads: HeadPlans, *, soft: bool) -> dict[int, Frame]:
+    def _find_frames(self, moves: Moves, *, soft: bool) -> dict[int, Frame]:
         """Find the inputs that are read in the reference's frame: input number -> frame."""
         frames: dict[int, Frame] = {}
         reference = layer_index(self.job.inputs[0].spec.name)
@@ -111,10 +112,13 @@ class TensorStream:
             layer = layer_index(tensor.spec.name)
             if reference is None or layer is None:
                 continue
-            plan = heads.get((tensor.model, reference, layer))
-            frame = find_frame(plan, tensor.spec.name, soft=soft) if plan is not None else None
-            if frame is not None:
-                frames[i] = frame
+            for plan in moves.get((tensor.model, reference, layer), ()):
+                if isinstance(plan, HeadPlan):
+                    frame = find_frame(plan, tensor.spec.name, soft=soft)
+                else:
+                    frame = find_neuron_frame(plan, tensor.spec.name, tensor.spec.n_rows)
+                if frame is not None:
+                    frames[i] = frame
         return frames
 
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:

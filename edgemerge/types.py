@@ -148,6 +148,7 @@ class Recipe:
     memory: int | None = None  # bytes
     seed: int = 0
     align: str | None = None  # hard, soft or off; None: the method's own choice
+    neurons: bool = False  # match feed-forward neurons too, for models trained apart
     tokenizer_source: str = "base"  # "base", "union" or the path of one of the models
     chat_template: str | None = None  # Jinja text; None: the tokenizer source's own
     notes: tuple[str, ...] = ()  # what the user should know about how the request was read
@@ -213,6 +214,7 @@ class Plan:
     workers: int
     arena_bytes: int  # of one worker
     align: str  # hard, soft or off
+    neuron_bytes: int  # for matching neurons, before the arenas are there
     notes: tuple[str, ...]
 
     @property

@@ -2,9 +2,8 @@
 
 LLVM needs about 100 MB more than the code it makes, and the code is cached on disk: a merge that finds
 its kernels compiled keeps a smaller budget than one that compiles. So before Numba is imported, `warm_up`
-looks for a stamp beside Numba's cache for every kernel the plan will use; where one is missing, a child
-process (`edgemerge.warm_child`) merges a few zeros by the same method and types, which compiles exactly
-what is needed.
+looks for a stamp beside Numba's cache for everything the plan will use; where one is missing, a child
+process (`edgemerge.warm_child`) merges a tiny model by the same method, which compiles what is needed.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -29,23 +29,27 @@ def warm_up(the_plan: Plan) -> None:
 
     A child that fails is no error: the merge then compiles in its own process.
     """
-    if os.environ.get(CHILD):
+    if os.environ.get(CHILD) or all(job.is_byte_copy for job in the_plan.jobs):
         return
-    stamps = [_stamp(need) for need in _needs(the_plan)]
-    if all(stamp.exists() for stamp in stamps):
-        return
+    with suppress(OSError):
+        stamps = [_stamp(need) for need in _needs(the_plan)]
+        if not all(stamp.exists() for stamp in stamps) and _run_child(the_plan):
+            for stamp in stamps:
+                stamp.parent.mkdir(parents=True, exist_ok=True)
+                stamp.touch()
+
+
+def _run_child(the_plan: Plan) -> bool:
+    """Let a child compile; whether it did. With -P nothing in the user's folder is taken for a module."""
     request = [the_plan.recipe.method, the_plan.align, *_joined_types(the_plan)]
     done = subprocess.run(
-        [sys.executable, "-m", "edgemerge.warm_child", *request],
+        [sys.executable, "-P", "-m", "edgemerge.warm_child", *request],
         env={**os.environ, CHILD: "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=False,
     )
-    if done.returncode == 0:
-        for stamp in stamps:
-            stamp.parent.mkdir(parents=True, exist_ok=True)
-            stamp.touch()
+    return done.returncode == 0
 
 
 def _joined_types(the_plan: Plan) -> tuple[str, str]:
@@ -86,9 +90,9 @@ def _kernels() -> Path:
 
 @cache
 def _fingerprint() -> str:
-    """Hash what Numba's cache depends on: the kernels, the compiler, Python, the processor."""
+    """Hash what Numba's cache depends on: the kernels, the child, the compiler, Python, the processor."""
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(_kernels().glob("*.py")):
+    for path in [*sorted(_kernels().glob("*.py")), Path(__file__).with_name("warm_child.py")]:
         digest.update(path.read_bytes())
     digest.update(f"{version('numba')} {version('llvmlite')} {sys.version}".encode())
     digest.update(_processor_features())

@@ -1,4 +1,4 @@
-"""The child of `edgemerge.warm`: compiles the kernels of one merge by doing it on zeros.
+"""The child of `edgemerge.warm`: compiles the kernels of a merge by using them, on a tiny model.
 
 python -m edgemerge.warm_child METHOD ALIGN READ,TYPES WRITTEN,TYPES
 """
@@ -7,61 +7,89 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from edgemerge.formats.ggml_types import row_bytes
+from edgemerge.formats.codec import CODECS, row_bytes
 from edgemerge.formats.gguf_writer import make_layout
 from edgemerge.formats.metadata import encode_value
 from edgemerge.merge import merge
 from edgemerge.methods import METHODS
 from edgemerge.recipe import make_recipe
-from edgemerge.types import TensorSpec
+from edgemerge.types import Float32, Setting, TensorSpec
 
-__all__ = ["merge_zeros"]
+__all__ = ["merge_tiny", "use_codecs"]
 
-SHAPE = (256, 256)  # a multiple of every block, and of the heads
+WIDTH = 256  # a multiple of every block
 N_HEADS, N_KV_HEADS = 4, 2
-PARAMETERS = {"density": 0.5, "epsilon": 0.1, "t": 0.5}
+# What makes methods prune, rescale and scale, where they can: that takes every kernel they have.
+PARAMETERS: dict[str, Setting] = {
+    "density": 0.5,
+    "epsilon": 0.1,
+    "rescale": True,
+    "scale": 0.5,
+    "t": 0.5,
+}
+# Settings that lead to other kernels, rather than to more.
+VARIANTS: dict[str, tuple[dict[str, Setting], ...]] = {
+    "hierarchical": ({"scope": "tensor"}, {"scope": "row"}),
+}
 
 
-def merge_zeros(method: str, align: str, read: Sequence[str], written: Sequence[str]) -> None:
-    """Merge tiny models of zeros: a tensor per type that is written, read in every type."""
+def use_codecs(read: Sequence[str], written: Sequence[str]) -> None:
+    """Decode a row of some types, and encode one of others."""
+    values = np.zeros(WIDTH, np.float32)
+    for dtype in read:
+        CODECS[dtype].decode(np.zeros(row_bytes(dtype, WIDTH), np.uint8), values)
+    for dtype in written:
+        scratch = np.zeros(CODECS[dtype].scratch_len, np.float32)
+        CODECS[dtype].encode(values, np.zeros(row_bytes(dtype, WIDTH), np.uint8), scratch)
+
+
+def merge_tiny(method: str, align: str) -> None:
+    """Merge models of one layer; the experts' heads are in another order than the base's."""
     row = METHODS[method]
-    names = {**row.model_parameters, **row.global_parameters}
-    n_experts = 1 if row.n_models[1] == 1 else 2
+    known = {**row.model_parameters, **row.global_parameters}
+    parameters = {key: value for key, value in PARAMETERS.items() if key in known}
     with tempfile.TemporaryDirectory(prefix="edgemerge-") as name:
         folder = Path(name)
-        # The base has the types to write, so that `keep` writes them; the experts, in turns, the others.
-        base = _write_zeros(folder / "base.gguf", written)
-        for turn in range(0, len(read), n_experts):
-            experts = [
-                _write_zeros(folder / f"{i}.gguf", [read[(turn + i) % len(read)]] * len(written))
-                for i in range(n_experts)
-            ]
-            models = experts if row.needs_base else [base, *experts][: row.n_models[1]]
+        tensors = _random_attention()
+        base = _write(folder / "base.gguf", tensors)
+        expert = _write(folder / "expert.gguf", _swap_groups(tensors))
+        models = [expert, expert] if row.needs_base else [expert, base]
+        for variant in VARIANTS.get(method, ({},)):
             recipe = make_recipe(
                 method,
-                [(str(path), None) for path in models],
+                [(str(path), None) for path in models[: row.n_models[1]]],
                 base=str(base) if row.needs_base else None,
-                parameters={key: value for key, value in PARAMETERS.items() if key in names},
-                out_type="keep",
+                parameters={**parameters, **variant},
+                out_type="F32",
                 align=align,
             )
             merge(recipe, folder / "out.gguf", force=True)
 
 
-def _write_zeros(path: Path, dtypes: Sequence[str]) -> Path:
-    """Write a GGUF of one layer: attention, and one more tensor per type."""
-    width = SHAPE[1]
-    rows = {"attn_q": width, "attn_k": width // 2, "attn_v": width // 2, "attn_output": width}
-    rows |= {f"ffn_{i}": SHAPE[0] for i in range(len(dtypes))}
-    specs = [
-        TensorSpec(f"blk.0.{stem}.weight", (n, width), dtype, n * row_bytes(dtype, width))
-        for (stem, n), dtype in zip(rows.items(), [dtypes[0]] * 4 + list(dtypes), strict=True)
-    ]
+def _random_attention() -> dict[str, Float32]:
+    rng = np.random.default_rng(0)
+    rows = {"q": WIDTH, "k": WIDTH // 2, "v": WIDTH // 2, "output": WIDTH}
+    return {
+        f"blk.0.attn_{module}.weight": rng.standard_normal((n, WIDTH), np.float32)
+        for module, n in rows.items()
+    }
+
+
+def _swap_groups(tensors: Mapping[str, Float32]) -> dict[str, Float32]:
+    """Make the first half of the heads the second: of o in its columns, of the others in their rows."""
+    return {
+        name: np.roll(x, WIDTH // 2, 1) if "output" in name else np.roll(x, len(x) // 2, 0)
+        for name, x in tensors.items()
+    }
+
+
+def _write(path: Path, tensors: Mapping[str, Float32]) -> Path:
+    specs = [TensorSpec(name, x.shape, "F32", x.nbytes) for name, x in tensors.items()]
     metadata = {
         "general.architecture": encode_value("llama", "str"),
         "llama.block_count": encode_value(1, "u32"),
@@ -71,12 +99,15 @@ def _write_zeros(path: Path, dtypes: Sequence[str]) -> Path:
     layout = make_layout(metadata, specs)
     with path.open("wb") as file:
         file.write(layout.header)
+        for name, x in tensors.items():
+            file.seek(layout.offsets[name])
+            file.write(x.tobytes())
         file.truncate(layout.n_bytes)
     return path
 
 
 def _transport_heads() -> None:
-    """Compile the transport itself, which heads of zeros do not need."""
+    """Compile the transport itself, which heads that are easy to tell apart do not need."""
     from edgemerge.transport import transport
 
     transport(np.random.default_rng(0).random((12, 12)))
@@ -85,4 +116,5 @@ def _transport_heads() -> None:
 if __name__ == "__main__":
     if sys.argv[2] != "off":
         _transport_heads()
-    merge_zeros(sys.argv[1], sys.argv[2], sys.argv[3].split(","), sys.argv[4].split(","))
+    use_codecs(sys.argv[3].split(","), sys.argv[4].split(","))
+    merge_tiny(sys.argv[1], sys.argv[2])

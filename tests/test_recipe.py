@@ -208,7 +208,7 @@ def test_models_are_looked_for_in_the_working_directory_then_beside_the_recipe(
         ),
         (
             "merge_method: ties\nmodels: [{model: a+lora}]\n",
-            "models[0].model: 'a+lora' is not here; LoRA adapters must be merged into their model f",
+            "models[0].model: 'a+lora' is not here; merge LoRA adapters into their model first",
         ),
         ('merge_method: ties\nmodels: [{model: "\\ud800"}]\n', "models[0].model: the name '\\ud80"),
         (f"merge_method: ties\nmodels: [{{model: {'x' * 300}}}]\n", "models[0].model: no file or"),

@@ -125,8 +125,8 @@ def _plan(
     reference: Source, other: Source, budget: int | None, threads: int, plotted: bool
 ) -> Work:
     """Divide the budget among workers, or refuse it with the smallest that works."""
-    from edgemerge.align import SOLVER_BYTES, arena_need, layer_geometry
-    from edgemerge.budget import FLOOR_BYTES, MIB, WORKER_BYTES
+    from edgemerge.align import arena_need, layer_geometry
+    from edgemerge.budget import FLOOR_BYTES, MIB, SOLVER_BYTES, WORKER_BYTES
     from edgemerge.errors import BudgetError
     from edgemerge.plan import DEFAULT_MEMORY
     from edgemerge.plots import drawing_bytes

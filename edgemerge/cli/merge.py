@@ -26,6 +26,7 @@ def merge_command(
     threads: request.Threads = None,
     seed: request.Seed = None,
     align: request.Align = None,
+    neurons: request.Neurons = False,
     parameter: request.Parameter = None,
     preset: request.Preset = None,
     force: request.Force = False,
@@ -45,6 +46,7 @@ def merge_command(
         out_type=out_type,
         seed=seed,
         align=align,
+        neurons=neurons,
         parameters=parameter,
         preset=preset,
     )
@@ -81,6 +83,7 @@ def plan_command(
     threads: request.Threads = None,
     seed: request.Seed = None,
     align: request.Align = None,
+    neurons: request.Neurons = False,
     parameter: request.Parameter = None,
     preset: request.Preset = None,
     json_: request.Json = False,
@@ -96,6 +99,7 @@ def plan_command(
         out_type=out_type,
         seed=seed,
         align=align,
+        neurons=neurons,
         parameters=parameter,
         preset=preset,
     )

@@ -11,7 +11,7 @@ import typer
 from edgemerge.types import Recipe
 
 __all__ = ["Base", "Force", "Json", "Memory", "Method", "Models", "Output", "Parameter", "Preset"]
-__all__ += ["Align", "Report", "Seed", "Threads", "Type", "read_request"]
+__all__ += ["Align", "Neurons", "Report", "Seed", "Threads", "Type", "read_request"]
 
 Models = Annotated[
     list[str],
@@ -64,6 +64,10 @@ Align = Annotated[
         "[default: hard for hierarchical, else off].",
     ),
 ]
+Neurons = Annotated[
+    bool,
+    typer.Option("--neurons", help="Match feed-forward neurons too, for models trained apart."),
+]
 Preset = Annotated[
     str | None,
     typer.Option("--preset", metavar="NAME", help="paper: the settings of arXiv 2511.13373."),
@@ -83,6 +87,7 @@ def read_request(
     out_type: str | None,
     seed: int | None,
     align: str | None,
+    neurons: bool,
     parameters: list[str] | None,
     preset: str | None,
 ) -> Recipe:
@@ -110,6 +115,8 @@ def read_request(
             recipe = replace(recipe, seed=seed)
         if align is not None:
             recipe = replace(recipe, align=check_alignment(align))
+        if neurons:
+            recipe = replace(recipe, neurons=True)
     else:
         recipe = make_recipe(
             method,
@@ -119,6 +126,7 @@ def read_request(
             out_type=out_type,
             seed=seed or 0,
             align=align,
+            neurons=neurons,
         )
     return recipe if preset is None else with_preset(recipe, preset)
 
