@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, float]] = {
     "dare_ties": {"density": 0.6},
     "della": {"density": 0.6, "epsilon": 0.05},
     "breadcrumbs": {"density": 0.9},
+    "hierarchical": {},
 }
 QUANTIZE = """
 import ctypes, sys, llama_cpp
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--memory", default="384MiB")
     parser.add_argument("--peer-python", type=Path)
     parser.add_argument("--converter", type=Path)
+    parser.add_argument("--peer-methods", nargs="+", default=["linear", "task_arithmetic", "ties"])
     options = parser.parse_args()
     if (options.peer_python is None) != (options.converter is None):
         parser.error("--peer-python and --converter go together")
@@ -119,7 +121,7 @@ def main() -> None:
         merge_ours(request, options.work, options.memory, threads)  # compiles what is not compiled
         cost = merge_ours(request, options.work, options.memory, threads)
         row: dict[str, object] = {"method": method, **_figures(cost)}
-        if options.peer_python is not None:
+        if options.peer_python is not None and method in options.peer_methods:
             steps = merge_theirs(request, options.work, options.peer_python, options.converter)
             row["chain"] = {
                 "wall_s": sum(step.wall_s for step in steps.values()),
@@ -153,6 +155,8 @@ def render(figures: list[dict[str, object]], memory: str) -> str:
             cells += [f"{chain['peak_rss_mib']:.0f}"]
             cells += [f"{chain['cpu_s'] / float(str(row['cpu_s'])):.0f}x"]
             cells += [f"{chain['peak_rss_mib'] / float(str(row['peak_rss_mib'])):.0f}x"]
+        elif with_chain:
+            cells += ["not run"] + [""] * 4
         rows.append(cells)
     return table(header, rows)
 

@@ -45,10 +45,21 @@ class Row:
     group: str = "ours"  # models | paper | ours | shuffled | aligned
 
 
+# Found by search_settings.py on validation questions: late layers, and the matrices that write to the
+# residual stream, bear more than the sum of both changes, embeddings and the first layer less.
+LATE = [0.75, 1.172, 0.759, 1.25]
+BY_LAYER = [
+    {"filter": "embed_tokens", "value": 0.6},
+    {"filter": "norm", "value": 0.893},
+    *({"filter": name, "value": LATE} for name in ("o_proj", "down_proj", "up_proj")),
+    {"value": [0.6, 0.938, 0.607, 1.0]},
+]
 OURS = (
     Row("linear", "linear"),
     Row("slerp t=0.5", "slerp", {"t": 0.5}),
     Row("task_arithmetic lambda=0.7", "task_arithmetic", {"lambda": 0.7}),
+    Row("task_arithmetic lambda=[0.6, 1.2]", "task_arithmetic", {"lambda": [0.6, 1.2]}),
+    Row("task_arithmetic, lambda by layer and kind", "task_arithmetic", {"lambda": BY_LAYER}),
     Row("ties density=0.5", "ties", {"density": 0.5}),
     Row("dare_linear density=0.6 lambda=0.7", "dare_linear", {"density": 0.6, "lambda": 0.7}),
     Row("dare_ties density=0.6 lambda=0.7", "dare_ties", {"density": 0.6, "lambda": 0.7}),
@@ -79,8 +90,11 @@ def rows() -> Iterator[Row]:
         yield Row(method, method, preset="paper", group="paper")
     yield from OURS
     compared = {"linear", "task_arithmetic", "ties", "dare_ties", "della", "breadcrumbs", "slerp"}
+    compared |= {"hierarchical"}
     for row in OURS:
-        if row.method in compared or row.label == "hierarchical":
+        if row.method in compared and not any(
+            mark in row.label for mark in ("by layer", "[", "scope")
+        ):
             for group, align in (("shuffled", "off"), ("aligned", "hard")):
                 changes = {"experts": SHUFFLED, "align": align, "group": group}
                 yield Row(**{**asdict(row), **changes})

@@ -92,7 +92,8 @@ class Crew:
             )
             for (reference_layer, layer), heads in zip(layers, found, strict=True):
                 if isinstance(heads, HeadPlan):
-                    self._moves.setdefault((right, reference_layer, layer), []).append(heads)
+                    at = (left, right, reference_layer, layer)
+                    self._moves.setdefault(at, []).append(heads)
             notes += _say(self.sources[right].path.name, found)
         return notes
 
@@ -110,7 +111,8 @@ class Crew:
             for plan in found:
                 if isinstance(plan, NeuronPlan):
                     moved += bool(np.any(plan.order != np.arange(len(plan.order))))
-                    self._moves.setdefault((right, plan.layer, plan.layer), []).append(plan)
+                    at = (left, right, plan.layer, plan.layer)
+                    self._moves.setdefault(at, []).append(plan)
             name = self.sources[right].path.name
             notes.append(f"neurons of {name} moved in {moved} of {len(found)} layers")
             reasons = {plan.reason for plan in found if isinstance(plan, Skipped)}

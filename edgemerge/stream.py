@@ -27,8 +27,8 @@ from edgemerge.types import Float32, Float64, HeadPlan, InputTensor, Plan, Sourc
 
 __all__ = ["Moves", "Stopped", "TensorResult", "TensorStream", "Traffic"]
 
-# (model, layer of the reference, layer of the model) -> where the model's heads and neurons belong
-Moves: TypeAlias = dict[tuple[int, int, int], list[HeadPlan | NeuronPlan]]
+# (reference, model, layer of the reference, layer of the model) -> where heads and neurons belong
+Moves: TypeAlias = dict[tuple[int, int, int, int], list[HeadPlan | NeuronPlan]]
 
 NON_FINITE = 0x7F800000  # bits of infinity: everything from here on is infinite or NaN
 BEYOND_HALF = 0x477FF000  # bits of 65520, the least magnitude that float16 rounds to infinity
@@ -107,12 +107,13 @@ class TensorStream:
     def _find_frames(self, moves: Moves, *, soft: bool) -> dict[int, Frame]:
         """Find the inputs that are read in the reference's frame: input number -> frame."""
         frames: dict[int, Frame] = {}
-        reference = layer_index(self.job.inputs[0].spec.name)
+        first = self.job.inputs[0]
+        reference = layer_index(first.spec.name)
         for i, tensor in enumerate(self.job.inputs):
             layer = layer_index(tensor.spec.name)
             if reference is None or layer is None:
                 continue
-            for plan in moves.get((tensor.model, reference, layer), ()):
+            for plan in moves.get((first.model, tensor.model, reference, layer), ()):
                 if isinstance(plan, HeadPlan):
                     frame = find_frame(plan, tensor.spec.name, soft=soft)
                 else:

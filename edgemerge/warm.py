@@ -41,7 +41,9 @@ def warm_up(the_plan: Plan) -> None:
 
 def _run_child(the_plan: Plan) -> bool:
     """Let a child compile; whether it did. With -P nothing in the user's folder is taken for a module."""
-    request = [the_plan.recipe.method, the_plan.align, *_joined_types(the_plan)]
+    recipe = the_plan.recipe
+    switches = [the_plan.align, "on" if recipe.neurons else "off"]
+    request = [recipe.method, *switches, *_joined_types(the_plan)]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "edgemerge.warm_child", *request],
         env={**os.environ, CHILD: "1"},
@@ -64,6 +66,7 @@ def _needs(the_plan: Plan) -> list[str]:
     return [
         f"method-{the_plan.recipe.method}",
         f"align-{the_plan.align}",
+        *(["neurons-on"] if the_plan.recipe.neurons else []),
         *(f"decode-{dtype}" for dtype in read.split(",") if dtype),
         *(f"encode-{dtype}" for dtype in written.split(",") if dtype),
     ]

@@ -1,6 +1,6 @@
 """The child of `edgemerge.warm`: compiles the kernels of a merge by using them, on a tiny model.
 
-python -m edgemerge.warm_child METHOD ALIGN READ,TYPES WRITTEN,TYPES
+python -m edgemerge.warm_child METHOD ALIGN NEURONS READ,TYPES WRITTEN,TYPES
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def use_codecs(read: Sequence[str], written: Sequence[str]) -> None:
         CODECS[dtype].encode(values, np.zeros(row_bytes(dtype, WIDTH), np.uint8), scratch)
 
 
-def merge_tiny(method: str, align: str) -> None:
-    """Merge models of one layer; the experts' heads are in another order than the base's."""
+def merge_tiny(method: str, align: str, *, neurons: bool) -> None:
+    """Merge models of one layer; the experts' heads and neurons are not in the base's order."""
     row = METHODS[method]
     known = {**row.model_parameters, **row.global_parameters}
     parameters = {key: value for key, value in PARAMETERS.items() if key in known}
     with tempfile.TemporaryDirectory(prefix="edgemerge-") as name:
         folder = Path(name)
-        tensors = _random_attention()
+        tensors = _random_layer()
         base = _write(folder / "base.gguf", tensors)
-        expert = _write(folder / "expert.gguf", _swap_groups(tensors))
+        expert = _write(folder / "expert.gguf", _swap_halves(tensors))
         models = [expert, expert] if row.needs_base else [expert, base]
         for variant in VARIANTS.get(method, ({},)):
             recipe = make_recipe(
@@ -67,23 +67,27 @@ def merge_tiny(method: str, align: str) -> None:
                 parameters={**parameters, **variant},
                 out_type="F32",
                 align=align,
+                neurons=neurons,
             )
             merge(recipe, folder / "out.gguf", force=True)
 
 
-def _random_attention() -> dict[str, Float32]:
+def _random_layer() -> dict[str, Float32]:
     rng = np.random.default_rng(0)
-    rows = {"q": WIDTH, "k": WIDTH // 2, "v": WIDTH // 2, "output": WIDTH}
+    rows = {"attn_q": WIDTH, "attn_k": WIDTH // 2, "attn_v": WIDTH // 2, "attn_output": WIDTH}
+    rows |= {"ffn_gate": WIDTH, "ffn_up": WIDTH, "ffn_down": WIDTH}
     return {
-        f"blk.0.attn_{module}.weight": rng.standard_normal((n, WIDTH), np.float32)
+        f"blk.0.{module}.weight": rng.standard_normal((n, WIDTH), np.float32)
         for module, n in rows.items()
     }
 
 
-def _swap_groups(tensors: Mapping[str, Float32]) -> dict[str, Float32]:
-    """Make the first half of the heads the second: of o in its columns, of the others in their rows."""
+def _swap_halves(tensors: Mapping[str, Float32]) -> dict[str, Float32]:
+    """Let the halves of the heads, and of the neurons, trade places: columns of o and down, else rows."""
     return {
-        name: np.roll(x, WIDTH // 2, 1) if "output" in name else np.roll(x, len(x) // 2, 0)
+        name: np.roll(x, WIDTH // 2, 1)
+        if "output" in name or "down" in name
+        else np.roll(x, len(x) // 2, 0)
         for name, x in tensors.items()
     }
 
@@ -114,7 +118,8 @@ def _transport_heads() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[2] != "off":
+    method, align, neurons, read, written = sys.argv[1:]
+    if align != "off":
         _transport_heads()
-    use_codecs(sys.argv[3].split(","), sys.argv[4].split(","))
-    merge_tiny(sys.argv[1], sys.argv[2])
+    use_codecs(read.split(","), written.split(","))
+    merge_tiny(method, align, neurons=neurons == "on")

@@ -47,7 +47,7 @@ def factors(grams: Float64, weights: Float64, weighting: str) -> Float64:
     Returns
     -------
     (..., n_models) float64
-        All zero where no model changed anything.
+        All zero where no model changed anything (but with `paper`, which then gives 1 and 0).
     """
     norms: Float64 = np.sqrt(np.diagonal(grams, axis1=-2, axis2=-1))
     active = norms > INACTIVE * norms.max(axis=-1, keepdims=True)
@@ -56,13 +56,13 @@ def factors(grams: Float64, weights: Float64, weighting: str) -> Float64:
         share = np.clip(cosines[..., 0, 1], 0.0, None)
         return np.asarray(np.stack([1.0 - share, share], axis=-1), np.float64)
     shares: Float64 = np.where(active, weights, 0.0)
-    total = shares.sum(axis=-1, keepdims=True)
+    total = _sum(shares)[..., None]
     shares = np.divide(shares, total, out=np.zeros_like(shares), where=total != 0)
     if weighting == "stock":
         return np.asarray(shares * _stock_step(cosines)[..., None])
     if weighting == "agreement":
         agreed = np.clip(cosines, 0.0, 1.0)
-        energy = np.einsum("...m,...mn,...n->...", shares, agreed, shares)
+        energy = _sum(shares * _sum(agreed * shares[..., None, :]))
         scale = np.divide(1.0, np.sqrt(energy), out=np.zeros_like(energy), where=energy > 0)
         return np.asarray(shares * scale[..., None])
     return shares
@@ -82,9 +82,17 @@ def _stock_step(cosines: Float64) -> Float64:
     n = cosines.shape[-1]
     if n == 1:
         return np.ones(cosines.shape[:-2])
-    off_diagonal = cosines.sum(axis=(-2, -1)) - np.trace(cosines, axis1=-2, axis2=-1)
+    off_diagonal = _sum(_sum(cosines)) - _sum(np.diagonal(cosines, axis1=-2, axis2=-1))
     mean = off_diagonal / (n * (n - 1))
     divisor = 1.0 + (n - 1) * mean
     step: Float64 = np.zeros_like(mean)
     np.divide(n * mean, divisor, out=step, where=np.abs(divisor) >= 1e-6)
     return step
+
+
+def _sum(x: Float64) -> Float64:
+    """Sum over the last axis, front to back: NumPy's own order depends on how many rows there are."""
+    total: Float64 = np.zeros(x.shape[:-1])
+    for i in range(x.shape[-1]):
+        total = total + x[..., i]
+    return total

@@ -29,11 +29,13 @@ class Case:
     align: str | None = None
     out_type: str = "F16"
     inputs: str = "F16"
+    neurons: bool = False
     slow: bool = True
 
     @property
     def name(self) -> str:
         words = [self.method, *map(str, self.parameters.values()), self.align, self.inputs]
+        words += ["neurons"] if self.neurons else []
         return "-".join([word for word in words if word] + [self.out_type])
 
 
@@ -49,7 +51,8 @@ CASES = [
     Case("hierarchical", {"scope": "block"}, "soft", out_type="Q4_K_M", inputs="Q8_0"),
     Case("hierarchical", align="off"),
     Case("linear"),
-    Case("slerp", {"t": 0.3}, "hard"),
+    Case("linear", neurons=True),
+    Case("slerp", {"t": 0.3}, "hard", neurons=True),
     Case("task_arithmetic"),
     Case("ties", {**HALF, "rescale": True}),
     Case("dare_linear", HALF),
@@ -66,9 +69,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     """Type -> base and two experts, of which the second has its heads in another order."""
     folder = tmp_path_factory.mktemp("models")
     tensors = head_tensors(4, 2, n_embd=256, key=64, value=64)
-    noise = head_tensors(4, 2, n_embd=256, key=64, value=64, seed=1)
+    rng = np.random.default_rng(0)
+    for module in ("gate", "up", "down"):
+        values = rng.standard_normal((256, 256), np.float32)
+        tensors[f"blk.0.ffn_{module}.weight"] = values
+    noise = {name: rng.standard_normal(x.shape, np.float32) for name, x in tensors.items()}
     tuned = {name: x + noise[name] / np.float32(9) for name, x in tensors.items()}
-    versions = [tensors, tuned, shuffle(tuned, [1, 0], [3, 2, 0, 1])]
+    moved = shuffle(tuned, [1, 0], [3, 2, 0, 1])
+    for module, axis in (("gate", 0), ("up", 0), ("down", 1)):
+        name = f"blk.0.ffn_{module}.weight"
+        moved[name] = np.roll(moved[name], 7, axis)
+    versions = [tensors, tuned, moved]
     made: dict[str, list[Path]] = {"F32": [], "F16": [], "Q8_0": []}
     for i, version in enumerate(versions):
         made["F32"].append(write_gguf(folder / f"{i}.gguf", version))
@@ -89,6 +100,7 @@ def request_of(case: Case, models: dict[str, list[Path]]) -> tuple[str, Any, dic
         "parameters": case.parameters,
         "out_type": case.out_type,
         "align": case.align,
+        "neurons": case.neurons,
     }
     return case.method, [(expert, None) for expert in experts], options
 
@@ -169,7 +181,7 @@ def test_one_child_and_no_second(
     ties = plan(recipe_of(CASES[0], models))
     for _ in range(3):
         warm.warm_up(ties)
-    assert children.requests == [["ties", "hard", "F16", "F16"]]
+    assert children.requests == [["ties", "hard", "off", "F16", "F16"]]
     kept = {path.name.split("-", 2)[2] for path in fresh.iterdir()}
     assert kept == {"method-ties.warm", "align-hard.warm", "decode-F16.warm", "encode-F16.warm"}
     # Whatever one stamp is missing for, a child is asked again; what is known is not asked twice.
@@ -178,13 +190,14 @@ def test_one_child_and_no_second(
         Case("ties", HALF, "hard", out_type="Q8_0"),
         Case("ties", HALF, "hard", inputs="Q8_0", out_type="Q8_0"),
         Case("linear"),
+        Case("linear", neurons=True),
     ):
         n_before = len(children.requests)
         for _ in range(2):
             warm.warm_up(plan(recipe_of(case, models)))
         assert len(children.requests) == n_before + 1
     warm.warm_up(plan(recipe_of(Case("linear", align="soft", inputs="Q8_0"), models)))
-    assert len(children.requests) == 5
+    assert len(children.requests) == 6
 
 
 def test_another_kernel_or_child_needs_another_stamp(

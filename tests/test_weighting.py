@@ -161,7 +161,7 @@ def cases(draw: st.DrawFn, n: tuple[int, int] = (1, 5)) -> tuple[Float64, Float6
     count = draw(st.integers(*n))
     entries = st.floats(-1, 1).map(lambda x: round(x, 3))
     deltas = draw(arrays(np.float64, (count, 4), elements=entries))
-    sizes = [10.0**e for e in draw(st.lists(st.integers(-8, 8), min_size=count, max_size=count))]
+    sizes = [10.0**e for e in draw(st.lists(st.integers(-4, 4), min_size=count, max_size=count))]
     weights = draw(arrays(np.float64, count, elements=st.floats(0, 3).map(lambda x: round(x, 2))))
     return deltas * np.array(sizes)[:, None], weights
 
@@ -174,8 +174,7 @@ def test_factors_are_their_definition(case: tuple[Float64, Float64], weighting: 
     found = factors(g, weights, weighting)
     assert np.isfinite(found).all()
     if weighting == "stock":  # as ill-conditioned as it is published, next to its pole
-        norms = np.sqrt(np.diag(g))
-        assume(np.ptp(norms) == 0 or twin_divisor(g) > 1e-3)
+        assume(twin_divisor(g) > 1e-3)
     assert found == pytest.approx(twin(g, weights, weighting), rel=1e-9, abs=1e-12)
 
 
@@ -231,16 +230,25 @@ def test_the_unit_of_weights_does_not_matter(
     assert np.array_equal(scaled, factors(g, weights, weighting))
 
 
-@given(case=cases((2, 2)), weighting=st.sampled_from(WEIGHTINGS))
-def test_many_matrices_at_once_are_each_its_own(
-    case: tuple[Float64, Float64], weighting: str
-) -> None:
-    deltas, weights = case
-    grams = np.stack([gram(*deltas), gram(X, Y), gram(X, NOTHING), gram(NOTHING, NOTHING)])
+@given(
+    n=st.sampled_from([2, 3, 9]),
+    weighting=st.sampled_from(WEIGHTINGS),
+    seed=st.integers(0, 2**32),
+)
+def test_many_matrices_at_once_are_each_its_own(n: int, weighting: str, seed: int) -> None:
+    """To the bit, so that rows have factors which do not depend on the height of blocks."""
+    assume(weighting != "paper" or n == 2)
+    rng = np.random.default_rng(seed)
+    grams = np.stack([gram(*rng.standard_normal((n, 4))) for _ in range(7)])
+    grams[2] = 0.0
+    weights = rng.uniform(0, 2, n)
     together = factors(grams, weights, weighting)
-    assert together.shape == (4, 2)
+    assert together.shape == (7, n)
+    for start, stop in ((0, 1), (1, 4), (4, 7)):
+        part = factors(grams[start:stop], weights, weighting)
+        assert part.tobytes() == together[start:stop].tobytes()
     for g, row in zip(grams, together, strict=True):
-        assert np.array_equal(factors(g, weights, weighting), row)
+        assert factors(g, weights, weighting).tobytes() == row.tobytes()
 
 
 @given(delta=arrays(np.float64, 4, elements=st.floats(-1, 1).map(lambda x: round(x, 3))))
