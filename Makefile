@@ -18,7 +18,7 @@ test: .venv/ready-dev  ## run all tests but those marked slow (ARGS='-m slow' ru
 check: .venv/ready-dev  ## lint, format, types, layers, then the tests (ARGS=--no-tests leaves them out)
 	tools/check $(ARGS)
 
-bench: .venv/ready-dev  ## measure everything and rewrite the README's tables (ARGS picks: kernels merge quality)
+bench: .venv/ready-dev  ## measure everything and rewrite the README's tables (ARGS picks: kernels align merge quality)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean:  ## remove .venv and all that was built here (the llama.cpp wheel stays in its cache)

@@ -57,8 +57,12 @@ class Crew:
 
     def prepare(self) -> tuple[str, ...]:
         """Do what spans tensors; return what the user should know of it."""
-        notes = self._align() if self.plan.align != "off" else []
-        notes += self._match_neurons() if self.plan.recipe.neurons else []
+        try:
+            notes = self._align() if self.plan.align != "off" else []
+            notes += self._match_neurons() if self.plan.recipe.neurons else []
+        except BaseException:
+            self.traffic.stop.set()
+            raise
         for _ in range(self.plan.workers):
             self._arenas.put(Arena(self.plan.arena_bytes))
         self._measure_layers()

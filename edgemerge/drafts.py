@@ -84,6 +84,7 @@ def draft_jobs(
         return
     n_done = 0
     for part in parts:
+        _refuse_extra_in_slice(part, {name for name in names if layer_index(name) is None})
         for offset in range(part.n_layers):
             for stem in part.stems(offset):
                 yield part.draft(f"blk.{n_done}.{stem}", stem, offset)
@@ -131,11 +132,29 @@ def _refuse_extra(part: _Part, known: set[str]) -> None:
     for model in part.models:
         for name in part.sources[model.path].specs():
             if name not in known and not is_constant(name):
-                raise MismatchError(
-                    f"tensor {name!r} of {model.path} is missing in {part.reference.path}; "
-                    "only fine-tunes of one base can be merged",
-                    tensor=name,
-                )
+                raise _missing_in(part.reference, model, name)
+
+
+def _refuse_extra_in_slice(part: _Part, known: set[str]) -> None:
+    """Do the same where only some layers are taken; `known` are the tensors outside the layers."""
+    for i, model in enumerate(part.models):
+        for name in part.sources[model.path].specs():
+            outside = layer_index(name) is None
+            if outside and name not in known and not is_constant(name):
+                raise _missing_in(part.reference, model, name)
+        for offset in range(part.n_layers):
+            for stem in sorted(set(part.stems(offset, i)) - set(part.stems(offset))):
+                name = f"blk.{part.starts[i] + offset}.{stem}"
+                if not is_constant(name):
+                    raise _missing_in(part.reference, model, name)
+
+
+def _missing_in(reference: Source, model: ModelInput, name: str) -> MismatchError:
+    return MismatchError(
+        f"tensor {name!r} of {model.path} is missing in {reference.path}; "
+        "only fine-tunes of one base can be merged",
+        tensor=name,
+    )
 
 
 class _Part:
@@ -192,10 +211,11 @@ class _Part:
         """Tell whether every model gives all of its layers, in place."""
         return set(self.starts) == {0} and self.n_layers >= n_layers
 
-    def stems(self, offset: int) -> list[str]:
-        """List what the reference has in one layer, without its `blk.N.`."""
-        prefix = f"blk.{self.starts[0] + offset}."
-        return [n.removeprefix(prefix) for n in self.reference.specs() if n.startswith(prefix)]
+    def stems(self, offset: int, i_model: int = 0) -> list[str]:
+        """List what a model has in one layer, without its `blk.N.`; by default the reference."""
+        prefix = f"blk.{self.starts[i_model] + offset}."
+        specs = self.sources[self.models[i_model].path].specs()
+        return [name.removeprefix(prefix) for name in specs if name.startswith(prefix)]
 
     def draft(self, name: str, tensor: str, offset: int) -> Draft:
         """Collect one output tensor; `tensor` is a stem inside a layer or a whole name."""

@@ -114,6 +114,9 @@ def merge(
         warm_up(the_plan)
         layout = _layout(the_plan, [])
         file = stack.enter_context(OutputFile(output, layout.n_bytes))
+        check_output(
+            output, recipe.models(), force=force
+        )  # again, now that nobody else can make it
         crew = _new_crew(the_plan, list(opened.values()), progress)
         notes = crew.prepare()
         results = crew.run(file, layout.offsets)

@@ -30,11 +30,15 @@ __all__ = ["DEFAULT_MEMORY", "alignment_pairs", "make_plan"]
 DEFAULT_MEMORY = 512 << 20
 KEEP = "keep"
 UNQUANTISED = ("F32", "F16", "BF16")
-DROPPED_KEYS = re.compile(r"general\.(file_type|quantization_version|name)|(split|edgemerge)\..*")
+DROPPED_KEYS = re.compile(
+    r"general\.(file_type|quantization_version|name)|(split|quantize|edgemerge)\..*"
+)
 TOKENS_KEY = "tokenizer.ggml.tokens"
 COUNTER_BYTES = 4 * ((1 << 15) + 2 * (1 << 16))  # of the radix select, per expert
 ELECTION_BYTES = 3 * 2048 * 4
+COMPARED = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
 TINY_WEIGHT = 1e-8
+MAX_ELEMENTS = 1 << 32  # of one tensor: the radix select counts in 32 bits
 ARRAYS = 8  # what alignment may add to one arena, in arrays
 
 
@@ -97,6 +101,7 @@ def make_plan(
         workers=workers,
         arena_bytes=arena_bytes,
         align=align if alignment else "off",
+        alignment_bytes=_alignment_bytes(jobs, list(sources.values())) if alignment else 0,
         neuron_bytes=budget - FLOOR_BYTES - 2 * header_bytes - reserved,
         notes=tuple(dict.fromkeys(notes)),
     )
@@ -132,10 +137,13 @@ def _check_settings(method: Method, drafts: Sequence[Draft]) -> None:
         if draft.is_constant:
             continue
         total = sum(float(expert.settings.get("weight", 1.0)) for expert in draft.experts)
-        if method.name == "linear" and draft.settings["normalize"] and abs(total) < TINY_WEIGHT:
+        weighted = draft.settings.get("weighting") not in (None, "paper")
+        if (weighted or draft.settings.get("normalize")) and (
+            method.name in ("linear", "hierarchical") and abs(total) < TINY_WEIGHT
+        ):
             raise RecipeError(
                 f"the weights of {draft.name} sum to zero, which cannot be normalised; "
-                "change them or set normalize: false",
+                + ("change them" if weighted else "change them or set normalize: false"),
                 field="weight",
             )
         if draft.settings.get("weighting") == "paper" and len(draft.experts) != 2:
@@ -289,6 +297,11 @@ def _finish(draft: Draft, method: Method, dtype: str) -> TensorJob:
         rows_per_block=0,
         passes=passes,
     )
+    if spec.n_elements >= MAX_ELEMENTS or 0 in shape:
+        raise MismatchError(
+            f"tensor {spec.name!r} has the shape {list(shape)}, which cannot be merged",
+            tensor=spec.name,
+        )
     if not job.is_byte_copy:
         for tensor in job.inputs:
             if tensor.spec.dtype not in CODECS:
@@ -313,6 +326,18 @@ def _alignment_needs(
         for (left, right), layers in alignment_pairs(jobs).items()
     ]
     return (SOLVER_BYTES if needs else 0), needs
+
+
+def _alignment_bytes(jobs: Sequence[TensorJob], sources: Sequence[Source]) -> int:
+    """Add up the attention tensors that are read to compare heads."""
+    total = 0
+    for models, layers in alignment_pairs(jobs).items():
+        for pair in layers:
+            for model, layer in zip(models, pair, strict=True):
+                stems = tuple(f"blk.{layer}.{stem}." for stem in COMPARED)
+                specs = sources[model].specs().values()
+                total += sum(spec.nbytes for spec in specs if spec.name.startswith(stems))
+    return total
 
 
 def alignment_pairs(jobs: Sequence[TensorJob]) -> dict[tuple[int, int], list[tuple[int, int]]]:

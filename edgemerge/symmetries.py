@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.architectures import layer_index
+from edgemerge.errors import FormatError
 from edgemerge.formats.codec import CODECS
 from edgemerge.kernels import heads as kernels
 from edgemerge.sizes import format_size
@@ -45,6 +46,7 @@ Index: TypeAlias = NDArray[np.int64]
 
 NEURON_SKETCH = 256  # a neuron is one row, not a whole head: 64 would be too noisy
 BLOCK_ROWS = 64  # of a feed-forward tensor
+BYTES_PER_NEURON = 2 * 3 * 4 * NEURON_SKETCH + 8 * NEURON_SKETCH  # gate, up, down of two models
 BYTES_PER_PAIR = 16  # of neurons: float64 costs, and float32 products on their way there
 
 
@@ -213,7 +215,7 @@ def match_neurons(
     seed : int
         Of the sketches.
     memory : int
-        Bytes. The costs of n neurons take 16 n^2 of them; wider layers are skipped.
+        Bytes. n neurons take 16 n^2 and 8 KiB n of them; wider layers are skipped.
 
     Returns
     -------
@@ -248,9 +250,9 @@ def _cannot_match(reference: Source, other: Source, layer: int, memory: int) -> 
     n = other.specs()[f"{prefix}down.weight"].n_cols
     if any(other.specs()[name].n_rows % n for name in names if "down" not in name):
         return f"the rows of up do not belong to {n} neurons"
-    if BYTES_PER_PAIR * n * n > memory:
-        need, have = format_size(BYTES_PER_PAIR * n * n), format_size(memory)
-        return f"{n} neurons take {need} to match, of {have}"
+    need = BYTES_PER_PAIR * n * n + BYTES_PER_NEURON * n
+    if need > memory:
+        return f"{n} neurons take {format_size(need)} to match, of {format_size(memory)}"
     return None
 
 
@@ -277,7 +279,7 @@ def _neuron_features(source: Source, layer: int, seed: int) -> list[Float32]:
     sums, columns = np.empty(NEURON_SKETCH), np.zeros((NEURON_SKETCH, down.n_cols))
     for i, block in enumerate(_blocks(source, down.name, BLOCK_ROWS)):
         kernels.sketch_columns(block.reshape(-1), i * BLOCK_ROWS, buckets, signs, columns)
-    features = [np.ascontiguousarray(columns.T, np.float32)]
+    features = [_finite(np.ascontiguousarray(columns.T, np.float32), source, down.name)]
     for part in ("gate", "up"):
         spec = source.specs().get(f"blk.{layer}.ffn_{part}.weight")
         if spec is None:
@@ -286,8 +288,19 @@ def _neuron_features(source: Source, layer: int, seed: int) -> list[Float32]:
         for i, block in enumerate(_blocks(source, spec.name, BLOCK_ROWS)):
             out = rows[i * BLOCK_ROWS :][: len(block)]
             kernels.sketch_rows(block.reshape(-1), buckets, signs, sums, out)
+        _finite(rows, source, spec.name)
         features += np.split(rows, spec.n_rows // down.n_cols)
     return features
+
+
+def _finite(sketch_f32: Float32, source: Source, name: str) -> Float32:
+    if not np.isfinite(sketch_f32).all():
+        raise FormatError(
+            "holds NaN or infinity; that model is damaged, get it again",
+            path=source.path,
+            tensor=name,
+        )
+    return sketch_f32
 
 
 # -- reading -----------------------------------------------------------------------------------------

@@ -214,13 +214,15 @@ class Plan:
     workers: int
     arena_bytes: int  # of one worker
     align: str  # hard, soft or off
+    alignment_bytes: int  # read to align heads, before the merge
     neuron_bytes: int  # for matching neurons, before the arenas are there
     notes: tuple[str, ...]
 
     @property
     def read_bytes(self) -> int:
         """Bytes that will be read from the inputs, all passes together."""
-        return sum(job.passes * tensor.spec.nbytes for job in self.jobs for tensor in job.inputs)
+        merging = (job.passes * t.spec.nbytes for job in self.jobs for t in job.inputs)
+        return self.alignment_bytes + sum(merging)
 
     @property
     def n_elements(self) -> int:

@@ -9,6 +9,7 @@ process (`edgemerge.warm_child`) merges a tiny model by the same method, which c
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import subprocess
 import sys
@@ -19,7 +20,9 @@ from pathlib import Path
 
 from edgemerge.types import Plan
 
-__all__ = ["warm_up"]
+__all__ = ["warm_kernels", "warm_up"]
+
+log = logging.getLogger(__name__)
 
 CHILD = "EDGEMERGE_WARMING"  # set in the child, which must not ask for a child itself
 
@@ -29,21 +32,49 @@ def warm_up(the_plan: Plan) -> None:
 
     A child that fails is no error: the merge then compiles in its own process.
     """
-    if os.environ.get(CHILD) or all(job.is_byte_copy for job in the_plan.jobs):
+    jobs = [job for job in the_plan.jobs if not job.is_byte_copy]
+    if jobs:
+        warm_kernels(
+            the_plan.recipe.method,
+            the_plan.align,
+            read={tensor.spec.dtype for job in jobs for tensor in job.inputs},
+            written={job.out.dtype for job in jobs},
+            neurons=the_plan.recipe.neurons,
+        )
+
+
+def warm_kernels(
+    method: str, align: str, *, read: set[str], written: set[str], neurons: bool = False
+) -> None:
+    """Make sure that the kernels of a method and of some types are compiled.
+
+    Parameters
+    ----------
+    method, align : str
+        As in a `Plan`.
+    read, written : set of str
+        ggml types that are decoded and encoded.
+    neurons : bool
+        Whether feed-forward neurons are matched.
+    """
+    if os.environ.get(CHILD):
         return
+    needs = [f"method-{method}", f"align-{align}", *(["neurons-on"] if neurons else [])]
+    needs += [f"decode-{dtype}" for dtype in sorted(read)]
+    needs += [f"encode-{dtype}" for dtype in sorted(written)]
+    request = [method, align, "on" if neurons else "off"]
+    request += [",".join(sorted(read)), ",".join(sorted(written))]
     with suppress(OSError):
-        stamps = [_stamp(need) for need in _needs(the_plan)]
-        if not all(stamp.exists() for stamp in stamps) and _run_child(the_plan):
+        stamps = [_stamp(need) for need in needs]
+        if not all(stamp.exists() for stamp in stamps) and _run_child(request):
             for stamp in stamps:
                 stamp.parent.mkdir(parents=True, exist_ok=True)
                 stamp.touch()
 
 
-def _run_child(the_plan: Plan) -> bool:
+def _run_child(request: list[str]) -> bool:
     """Let a child compile; whether it did. With -P nothing in the user's folder is taken for a module."""
-    recipe = the_plan.recipe
-    switches = [the_plan.align, "on" if recipe.neurons else "off"]
-    request = [recipe.method, *switches, *_joined_types(the_plan)]
+    log.info("compiling kernels, once")
     done = subprocess.run(
         [sys.executable, "-P", "-m", "edgemerge.warm_child", *request],
         env={**os.environ, CHILD: "1"},
@@ -52,24 +83,6 @@ def _run_child(the_plan: Plan) -> bool:
         check=False,
     )
     return done.returncode == 0
-
-
-def _joined_types(the_plan: Plan) -> tuple[str, str]:
-    """Types that are read, and types that are written."""
-    jobs = [job for job in the_plan.jobs if not job.is_byte_copy]
-    read = {tensor.spec.dtype for job in jobs for tensor in job.inputs}
-    return ",".join(sorted(read)), ",".join(sorted({job.out.dtype for job in jobs}))
-
-
-def _needs(the_plan: Plan) -> list[str]:
-    read, written = _joined_types(the_plan)
-    return [
-        f"method-{the_plan.recipe.method}",
-        f"align-{the_plan.align}",
-        *(["neurons-on"] if the_plan.recipe.neurons else []),
-        *(f"decode-{dtype}" for dtype in read.split(",") if dtype),
-        *(f"encode-{dtype}" for dtype in written.split(",") if dtype),
-    ]
 
 
 def _stamp(need: str) -> Path:
@@ -93,11 +106,11 @@ def _kernels() -> Path:
 
 @cache
 def _fingerprint() -> str:
-    """Hash what Numba's cache depends on: the kernels, the child, the compiler, Python, the processor."""
+    """Hash what Numba's cache depends on: the kernels and their place, compiler, Python, processor."""
     digest = hashlib.blake2b(digest_size=8)
     for path in [*sorted(_kernels().glob("*.py")), Path(__file__).with_name("warm_child.py")]:
         digest.update(path.read_bytes())
-    digest.update(f"{version('numba')} {version('llvmlite')} {sys.version}".encode())
+    digest.update(f"{_kernels()} {version('numba')} {version('llvmlite')} {sys.version}".encode())
     digest.update(_processor_features())
     return digest.hexdigest()
 

@@ -76,7 +76,7 @@ def test_peak_stays_under_the_budget(
 def test_the_smallest_budget_works_with_a_cold_cache(
     random_models: list[Path], tmp_path: Path, method: str
 ) -> None:
-    """Compiling every kernel is part of the process, and of its memory."""
+    """Kernels are compiled in another process, so that a first merge keeps the budget too."""
     base, *experts = map(str, random_models)
     pruned = {"density": 0.5, "epsilon": 0.1} if method == "della" else {"density": 0.5}
     recipe = make_recipe(

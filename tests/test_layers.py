@@ -13,7 +13,15 @@ import pytest
 from numpy.typing import NDArray
 
 import edgemerge
-from tests.small_models import block_count, deepen_hub, load_gguf, load_hub, stored
+from edgemerge.errors import MismatchError
+from tests.small_models import (
+    block_count,
+    deepen_hub,
+    load_gguf,
+    load_hub,
+    stored,
+    write_gguf,
+)
 
 Float32 = NDArray[np.float32]
 MergeBy = Callable[[dict[str, Any]], Path]
@@ -218,3 +226,26 @@ def test_norm_and_head_come_from_the_last_slice(merge_by: MergeBy, deep: Deep) -
     last = tensors_of(deep("base"))
     for name in ("output_norm.weight", "output.weight"):
         assert merged[name][1] == last[name].tobytes(), name
+
+
+@pytest.mark.parametrize("extra", ["blk.1.ffn_up.bias", "output.weight"])
+def test_a_tensor_that_only_an_expert_has_is_refused_in_slices(
+    merge_by: MergeBy, tmp_path: Path, extra: str
+) -> None:
+    """Without a word it would be lost: the slice's reference decides which tensors there are."""
+    names = ("token_embd.weight", "blk.0.ffn_up.weight", "blk.1.ffn_up.weight")
+    tensors = {name: np.ones((4, 32), np.float32) for name in names}
+    plain = write_gguf(tmp_path / "plain.gguf", tensors, n_layers=2)
+    more = {**tensors, extra: np.ones((4, 32), np.float32)}
+    richer = write_gguf(tmp_path / "richer.gguf", more, n_layers=2)
+    slices = [
+        {
+            "sources": [
+                {"model": str(path), "layer_range": [i, i + 1], "parameters": {"weight": 1}}
+                for path in (plain, richer)
+            ]
+        }
+        for i in range(2)
+    ]
+    with pytest.raises(MismatchError, match=rf"'{extra}' of .*richer.gguf is missing in .*plain"):
+        merge_by({"merge_method": "linear", "slices": slices})

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
-from edgemerge.errors import RecipeError
+from edgemerge.errors import FormatError, RecipeError
 from edgemerge.merge import merge
 from edgemerge.recipe import load_recipe, make_recipe
 from edgemerge.report import MergeReport
@@ -82,3 +82,16 @@ def test_the_recipe_key(models_dir: Path, tmp_path: Path) -> None:
     path.write_text(text + "edgemerge: {neurons: 3}\n")
     with pytest.raises(RecipeError, match=r"edgemerge\.neurons is 3; it must be true or false"):
         load_recipe(path)
+
+
+def test_a_damaged_model_is_named(files: tuple[Path, Path], tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(files[0].read_bytes())
+    tensor = next(t for t in gguf.GGUFReader(damaged).tensors if t.name == "blk.1.ffn_up.weight")
+    with damaged.open("r+b") as file:
+        file.seek(tensor.data_offset + 40)
+        file.write(np.float32(np.nan).tobytes())
+    with pytest.raises(FormatError, match=r"damaged\.gguf.*ffn_up.*NaN") as caught:
+        merged((files[0], damaged), tmp_path / "out.gguf", neurons=True)
+    assert caught.value.tensor == "blk.1.ffn_up.weight"
+    assert not list(tmp_path.glob("out*"))

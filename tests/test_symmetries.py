@@ -158,7 +158,7 @@ def test_neurons_are_found_and_change_nothing(noise: float) -> None:
     a = ffn(200, 96)
     hidden = rng.permutation(200)
     b = permute(noisy(a, noise, rng), hidden)
-    (plan,) = match_neurons(ArraySource(a), ArraySource(b), memory=1 << 20)
+    (plan,) = match_neurons(ArraySource(a), ArraySource(b), memory=1 << 22)
     assert isinstance(plan, NeuronPlan)
     assert np.array_equal(hidden[plan.order], np.arange(200))
     assert plan.cost < plan.identity_cost
@@ -188,7 +188,7 @@ def test_neurons_of_a_fused_gate_and_up() -> None:
         }
         for m in (a, b)
     ]
-    (plan,) = match_neurons(*map(ArraySource, fused), memory=1 << 20)
+    (plan,) = match_neurons(*map(ArraySource, fused), memory=1 << 22)
     assert isinstance(plan, NeuronPlan)
     order = plan.row_order("blk.0.ffn_up.weight", 120)
     assert order is not None

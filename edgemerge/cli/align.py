@@ -67,6 +67,7 @@ def align_command(
     from edgemerge.formats import open_model
     from edgemerge.merge import default_threads
     from edgemerge.sizes import parse_size
+    from edgemerge.warm import warm_kernels
 
     started = time.monotonic()
     budget = parse_size(memory) if memory is not None else None
@@ -78,6 +79,7 @@ def align_command(
         for path in paths:
             sources.append(open_model(path))
         notes = check_models(sources)
+        warm_kernels("linear", "hard", read=_attention_types(sources), written={"F32"})
         work = _plan(sources[0], sources[1], budget, threads or default_threads(), plot is not None)
         plans = _align(sources[0], sources[1], work, seed, quiet=json_)
     finally:
@@ -109,6 +111,14 @@ def align_command(
 
 
 # -- the work ----------------------------------------------------------------------------------------
+
+
+def _attention_types(sources: Sequence[Source]) -> set[str]:
+    """Types that will be decoded."""
+    from edgemerge.formats.codec import CODECS
+
+    specs = (spec for source in sources for spec in source.specs().values())
+    return {spec.dtype for spec in specs if ".attn_" in spec.name and spec.dtype in CODECS}
 
 
 def _check_plot(plot: Path, models: Sequence[Path], *, force: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from edgemerge.cli import request
-from edgemerge.cli.terminal import print_json, progress_bar, speaks_plainly
+from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plainly
 
 __all__ = ["convert_command"]
 
@@ -40,4 +40,4 @@ def convert_command(
     if json_:
         print_json(result.as_json())
     else:
-        print("\n".join(result.lines()))
+        print("\n".join(map(plain, result.lines())))

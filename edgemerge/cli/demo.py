@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from edgemerge.cli import request
 from edgemerge.cli.terminal import check_stop, print_table, speaks_plainly
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def demo_command(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Questions per set [default: all].")
     ] = None,
+    force: request.Force = False,
 ) -> None:
     """Merge two small medical experts in several ways, score them, talk to the best."""
     from edgemerge.runtime.evaluate import read_questions
@@ -80,7 +82,7 @@ def demo_command(
         "on\nsubstances (which MeSH class?), each tuned from it. Can one model do both?\n"
     )
     with _output_folder(output) as out:
-        merged = _make_files(folder, out)
+        merged = _make_files(folder, out, force=force)
         scores = _score_files(merged, questions)
         _print_scores(scores, questions)
         _speak(merged, scores, questions)
@@ -108,7 +110,7 @@ def _output_folder(kept: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _make_files(folder: Path, out: Path) -> dict[str, Path]:
+def _make_files(folder: Path, out: Path, *, force: bool) -> dict[str, Path]:
     """Convert the three models and make all merges; say what is done."""
     from edgemerge.merge import merge
     from edgemerge.recipe import make_recipe
@@ -119,7 +121,7 @@ def _make_files(folder: Path, out: Path) -> dict[str, Path]:
         merge(
             make_recipe("passthrough", [(str(folder / name), None)]),
             files[name],
-            force=True,
+            force=force,
             progress=check_stop,
         )
     for trial in TRIALS:
@@ -136,7 +138,7 @@ def _make_files(folder: Path, out: Path) -> dict[str, Path]:
         )
         name = f"{trial.label}, {trial.file_type}"
         files[name] = out / f"{re.sub('[^a-z0-9._]+', '-', name.lower())}.gguf"
-        report = merge(recipe, files[name], force=True, progress=check_stop)
+        report = merge(recipe, files[name], force=force, progress=check_stop)
         print(
             f"{name:38s} {report.seconds:5.1f} s  {report.out_bytes / 1e6:4.1f} MB  "
             f"{report.peak_rss_bytes / 1e6:4.0f} MB of memory at peak"

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from edgemerge.cli import request
-from edgemerge.cli.terminal import print_json, print_table, progress_bar, speaks_plainly
+from edgemerge.cli.terminal import plain, print_json, print_table, progress_bar, speaks_plainly
 from edgemerge.types import Plan, TensorJob
 
 __all__ = ["merge_command", "plan_command"]
@@ -70,7 +70,7 @@ def merge_command(
     if json_:
         print_json(result.as_json())
     else:
-        print("\n".join(result.lines()))
+        print("\n".join(map(plain, result.lines())))
 
 
 @speaks_plainly
@@ -171,7 +171,7 @@ def _print(the_plan: Plan) -> None:
         f"kernels, {the_plan.workers} x {format_size(the_plan.arena_bytes)} for blocks"
     )
     for note in the_plan.notes:
-        typer.echo(f"note: {note}")
+        print(f"note: {plain(note)}")
 
 
 def _groups(jobs: Iterable[TensorJob]) -> Iterable[tuple[str, list[TensorJob]]]:

@@ -67,7 +67,7 @@ def speaks_plainly(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def _failure(sentence: str, detail: str = "", code: int = 1) -> typer.Exit:
-    print(f"edgemerge: {sentence}", file=sys.stderr)
+    print(f"edgemerge: {plain(sentence)}", file=sys.stderr)
     if detail:
         print(detail, file=sys.stderr)
     return typer.Exit(code)
