@@ -190,7 +190,7 @@ def draw(figures: list[dict[str, Any]], path: Path) -> None:
         pyplot.Line2D([], [], color=colour, marker="o", linestyle="", label=names[group])
         for group, colour in colours.items()
     ]
-    axes.legend(handles=handles, loc="lower right", fontsize=8, frameon=True)
+    axes.legend(handles=handles, loc="upper right", fontsize=8, frameon=True)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -1,6 +1,6 @@
 """Run the benchmarks and write their tables into the README, between its markers.
 
-benchmarks/run.py                    all of them; options after -- go to bench_merge
+benchmarks/run.py                    all of them; options it does not know go to bench_merge
 benchmarks/run.py merge quality
 """
 
