@@ -35,11 +35,6 @@ class Frame:
     row_mix: Sparse | None  # or the sum that every new row is
     columns: Sparse | None
 
-    @property
-    def is_soft(self) -> bool:
-        """Whether values are summed rather than moved."""
-        return self.row_mix is not None
-
     def load(
         self,
         start: int,

@@ -61,7 +61,7 @@ def _page(report: MergeReport) -> Iterator[str]:
     yield from _bars(list(report.type_bytes.items()), report.out_bytes)
     yield "<h2>Details</h2><table>"
     for name, value in (
-        ("tensors", f"{report.tensors}, {report.resumed_tensors} of them from an earlier run"),
+        ("tensors", str(report.tensors)),
         ("reads of each input", f"at most {report.passes}"),
         ("workers", str(report.workers)),
         ("size", f"{report.out_bytes:,} bytes"),

@@ -66,6 +66,7 @@ def _shorten(value: Any) -> Any:
 
 
 def _print(source: Source) -> None:
+    from edgemerge.formats.gguf import GgufModel
     from edgemerge.formats.metadata import get_value
     from edgemerge.sizes import format_count, format_size
 
@@ -95,6 +96,8 @@ def _print(source: Source) -> None:
     print()
     rows = [(key, _show(raw)) for key, raw in metadata.items()]
     print_table(("key", "value"), rows)
+    if isinstance(source, GgufModel) and source.trailing_bytes:
+        print(f"note: {source.trailing_bytes} bytes after the last tensor belong to nothing")
 
 
 def _print_types(source: Source, elements: int) -> None:
