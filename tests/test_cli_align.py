@@ -252,7 +252,7 @@ def test_the_smallest_budget_is_named_and_works(run: Run) -> None:
 
 
 def test_budget_and_threads_do_not_show(run: Run) -> None:
-    one = document(run, "base", "expert-b-permuted", "--memory", "320MiB", "--threads", "1")
+    one = document(run, "base", "expert-b-permuted", "--memory", "352MiB", "--threads", "1")
     two = document(run, "base", "expert-b-permuted", "--memory", "1G", "--threads", "4")
     assert one["layers"] == two["layers"]
 

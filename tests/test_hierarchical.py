@@ -332,7 +332,7 @@ def test_blocks_budget_and_threads_do_not_show_in_any_scope(
         hashes = set()
         for elements, run in (
             (1 << 18, {"threads": 1}),
-            (3 * 256, {"threads": 3, "memory": 300 << 20}),
+            (3 * 256, {"threads": 3, "memory": 352 << 20}),
             (1, {"threads": 2, "memory": 2 << 30}),
         ):
             monkeypatch.setattr(budget, "TARGET_ELEMENTS", elements)

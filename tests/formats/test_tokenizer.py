@@ -296,7 +296,7 @@ def test_refused_tokenizer_json(tmp_path: Path, tokenizer: object, says: str) ->
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("depth", [900, 2_000, 50_000])
+@pytest.mark.parametrize("depth", [2_000, 50_000])
 def test_deeply_nested_pre_tokenizer(tmp_path: Path, depth: int) -> None:
     text = json.dumps(bpe({"type": "here"}))
     nested = '{"type":"Sequence","pretokenizers":[' * depth + json.dumps(GPT2) + "]}" * depth
