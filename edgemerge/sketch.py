@@ -19,6 +19,7 @@ from edgemerge.types import Float32, LayerHeads, Source, TensorSpec
 __all__ = [
     "Features",
     "Sketcher",
+    "check_finite",
     "sketch_bytes",
     "sketch_key",
     "sketched_names",
@@ -99,6 +100,22 @@ def _useful_rows(spec: TensorSpec) -> int:
     return min(spec.n_rows, max(1, TARGET_ELEMENTS // max(1, spec.n_cols)))
 
 
+def check_finite(source: Source, name: str, sketch_f32: Float32) -> None:
+    """Refuse a tensor whose sketch is not finite: then it is not either.
+
+    Raises
+    ------
+    FormatError
+        Names the file and the tensor.
+    """
+    if not np.isfinite(sketch_f32).all():
+        raise FormatError(
+            "holds NaN or infinity; that model is damaged, get it again",
+            path=source.path,
+            tensor=name,
+        )
+
+
 class Sketcher:
     """Makes the features of one layer of several models, all in the same projection.
 
@@ -164,7 +181,7 @@ class Sketcher:
                 self._sketch_columns(source, spec)
                 by_head = self._columns.reshape(SKETCH, heads.n_heads, heads.value_length)
                 out[:] = by_head.transpose(1, 0, 2)
-                self._check(source, name, out)
+                check_finite(source, name, out)
                 continue
             if name.endswith(".weight"):
                 part = rows[n_done : n_done + spec.n_rows]
@@ -174,7 +191,7 @@ class Sketcher:
                 _, bias = next(self._blocks(source, spec))
                 part = rows[n_done - spec.n_cols : n_done]
                 part[:, self._buckets[-1]] += np.float32(self._signs[-1]) * bias
-            self._check(source, name, part)
+            check_finite(source, name, part)
         q, k, v = np.split(rows, np.cumsum([heads.n_heads, heads.n_kv_heads]) * heads.key_length)
         return Features(
             q.reshape(heads.n_heads, -1),
@@ -208,14 +225,6 @@ class Sketcher:
                 self._on_read(raw.nbytes)
             CODECS[spec.dtype].decode(raw, values)
             yield start, values
-
-    def _check(self, source: Source, name: str, sketch: Float32) -> None:
-        if not np.isfinite(sketch).all():
-            raise FormatError(
-                "holds NaN or infinity; that model is damaged, get it again",
-                path=source.path,
-                tensor=name,
-            )
 
     def _take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
         return self._arena.take(shape, dtype)

@@ -22,11 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.architectures import layer_index
-from edgemerge.errors import FormatError
 from edgemerge.formats.codec import CODECS
 from edgemerge.kernels import heads as kernels
 from edgemerge.sizes import format_size
-from edgemerge.sketch import sketch_key
+from edgemerge.sketch import check_finite, sketch_key
 from edgemerge.transport import GUARD, assign
 from edgemerge.types import Float32, HeadPlan, LayerHeads, Skipped, Source, TensorSpec
 
@@ -279,7 +278,8 @@ def _neuron_features(source: Source, layer: int, seed: int) -> list[Float32]:
     sums, columns = np.empty(NEURON_SKETCH), np.zeros((NEURON_SKETCH, down.n_cols))
     for i, block in enumerate(_blocks(source, down.name, BLOCK_ROWS)):
         kernels.sketch_columns(block.reshape(-1), i * BLOCK_ROWS, buckets, signs, columns)
-    features = [_finite(np.ascontiguousarray(columns.T, np.float32), source, down.name)]
+    features = [np.ascontiguousarray(columns.T, np.float32)]
+    check_finite(source, down.name, features[0])
     for part in ("gate", "up"):
         spec = source.specs().get(f"blk.{layer}.ffn_{part}.weight")
         if spec is None:
@@ -288,19 +288,9 @@ def _neuron_features(source: Source, layer: int, seed: int) -> list[Float32]:
         for i, block in enumerate(_blocks(source, spec.name, BLOCK_ROWS)):
             out = rows[i * BLOCK_ROWS :][: len(block)]
             kernels.sketch_rows(block.reshape(-1), buckets, signs, sums, out)
-        _finite(rows, source, spec.name)
+        check_finite(source, spec.name, rows)
         features += np.split(rows, spec.n_rows // down.n_cols)
     return features
-
-
-def _finite(sketch_f32: Float32, source: Source, name: str) -> Float32:
-    if not np.isfinite(sketch_f32).all():
-        raise FormatError(
-            "holds NaN or infinity; that model is damaged, get it again",
-            path=source.path,
-            tensor=name,
-        )
-    return sketch_f32
 
 
 # -- reading -----------------------------------------------------------------------------------------
