@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from edgemerge.cli import request
-from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plainly
+from edgemerge.cli.merge import print_report, run_merge
+from edgemerge.cli.terminal import speaks_plainly
 
 __all__ = ["convert_command"]
 
@@ -23,21 +24,9 @@ def convert_command(
     json_: request.Json = False,
 ) -> None:
     """Convert one model: Hugging Face to GGUF, or GGUF to another type."""
-    from edgemerge.merge import merge
     from edgemerge.recipe import make_recipe
-    from edgemerge.sizes import parse_size
 
     recipe = make_recipe("passthrough", [(model, None)], out_type=out_type)
-    with progress_bar(f"convert -> {output.name}", quiet=json_) as progress:
-        result = merge(
-            recipe,
-            output,
-            memory=parse_size(memory) if memory is not None else None,
-            threads=threads,
-            force=force,
-            progress=progress,
-        )
-    if json_:
-        print_json(result.as_json())
-    else:
-        print("\n".join(map(plain, result.lines())))
+    label = f"convert -> {output.name}"
+    result = run_merge(recipe, output, memory, threads, label=label, force=force, quiet=json_)
+    print_report(result, as_json=json_)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from edgemerge.cli import request
 from edgemerge.cli.terminal import plain, print_json, print_table, progress_bar, speaks_plainly
-from edgemerge.types import Plan, TensorJob
+from edgemerge.types import Plan, Recipe, TensorJob
 
-__all__ = ["merge_command", "plan_command"]
+if TYPE_CHECKING:
+    from edgemerge.report import MergeReport
+
+__all__ = ["merge_command", "plan_command", "print_report", "run_merge"]
 
 
 @speaks_plainly
@@ -34,10 +38,8 @@ def merge_command(
     report: request.Report = None,
 ) -> None:
     """Merge models into one GGUF."""
-    from edgemerge.merge import merge
     from edgemerge.output import check_output
     from edgemerge.page import write_page
-    from edgemerge.sizes import parse_size
 
     recipe = request.read_request(
         models,
@@ -56,8 +58,29 @@ def merge_command(
         if report.resolve() == output.resolve():
             raise typer.BadParameter("-o and --report name the same file")
         check_output(report, inputs, force=force)
-    with progress_bar(f"{recipe.method} -> {output.name}", quiet=json_) as progress:
-        result = merge(
+    label = f"{recipe.method} -> {output.name}"
+    result = run_merge(recipe, output, memory, threads, label=label, force=force, quiet=json_)
+    if report is not None:
+        write_page(result, report)
+    print_report(result, as_json=json_)
+
+
+def run_merge(
+    recipe: Recipe,
+    output: Path,
+    memory: str | None,
+    threads: int | None,
+    *,
+    label: str,
+    force: bool,
+    quiet: bool,
+) -> MergeReport:
+    """Merge under a progress bar, which `quiet` leaves out; `memory` is a size as the user wrote it."""
+    from edgemerge.merge import merge
+    from edgemerge.sizes import parse_size
+
+    with progress_bar(label, quiet=quiet) as progress:
+        return merge(
             recipe,
             output,
             memory=parse_size(memory) if memory is not None else None,
@@ -65,12 +88,14 @@ def merge_command(
             force=force,
             progress=progress,
         )
-    if report is not None:
-        write_page(result, report)
-    if json_:
-        print_json(result.as_json())
+
+
+def print_report(report: MergeReport, *, as_json: bool) -> None:
+    """Say on stdout what was done."""
+    if as_json:
+        print_json(report.as_json())
     else:
-        print("\n".join(map(plain, result.lines())))
+        print("\n".join(map(plain, report.lines())))
 
 
 @speaks_plainly
