@@ -47,5 +47,5 @@ clean:  ## remove .venv and all that was built here (the llama.cpp wheel stays i
 	@touch $@
 
 .venv/ready-dev: .venv/ready-run
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[serve,dev]'
 	@touch $@

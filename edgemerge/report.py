@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgemerge.process import read_process
 from edgemerge.sizes import format_count, format_size
 
 __all__ = ["MergeReport", "peak_rss_bytes"]
@@ -58,15 +59,5 @@ class MergeReport:
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process (VmHWM), in bytes; 0 where /proc does not tell.
-
-    Not `getrusage`: its maximum survives exec and so may be a parent's.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """Peak resident memory of this process, in bytes; 0 where /proc does not tell."""
+    return read_process().peak

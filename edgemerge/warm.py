@@ -13,14 +13,17 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from edgemerge.formats.codec import CODECS
+from edgemerge.methods import METHODS
 from edgemerge.types import Plan
 
-__all__ = ["warm_kernels", "warm_up"]
+__all__ = ["find_cold", "find_cold_of_all", "warm_all", "warm_kernels", "warm_up"]
 
 log = logging.getLogger(__name__)
 
@@ -59,17 +62,56 @@ def warm_kernels(
     """
     if os.environ.get(CHILD):
         return
-    needs = [f"method-{method}", f"align-{align}", *(["neurons-on"] if neurons else [])]
-    needs += [f"decode-{dtype}" for dtype in sorted(read)]
-    needs += [f"encode-{dtype}" for dtype in sorted(written)]
     request = [method, align, "on" if neurons else "off"]
     request += [",".join(sorted(read)), ",".join(sorted(written))]
     with suppress(OSError):
-        stamps = [_stamp(need) for need in needs]
-        if not all(stamp.exists() for stamp in stamps) and _run_child(request):
-            for stamp in stamps:
+        cold = find_cold(method, align, read=read, written=written, neurons=neurons)
+        if cold and _run_child(request):
+            for stamp in map(_stamp, cold):
                 stamp.parent.mkdir(parents=True, exist_ok=True)
                 stamp.touch()
+
+
+def find_cold(
+    method: str, align: str, *, read: set[str], written: set[str], neurons: bool = False
+) -> list[str]:
+    """Name what `warm_kernels` would compile: `method-ties`, `decode-F16`; parameters as there."""
+    needs = _needs(method, align, read, written, neurons=neurons)
+    return [need for need in needs if not _stamp(need).exists()]
+
+
+def _needs(
+    method: str, align: str, read: set[str], written: set[str], *, neurons: bool
+) -> list[str]:
+    needs = [f"method-{method}", f"align-{align}", *(["neurons-on"] if neurons else [])]
+    needs += [f"decode-{dtype}" for dtype in sorted(read)]
+    return needs + [f"encode-{dtype}" for dtype in sorted(written)]
+
+
+def warm_all(on_step: Callable[[int, int], None]) -> None:
+    """Compile every method, and every type in both directions; `on_step` is told the steps done, of all."""
+    requests = _requests_of_all()
+    for done, (method, align, read, written) in enumerate(requests):
+        on_step(done, len(requests))
+        warm_kernels(method, align, read=read, written=written)
+    on_step(len(requests), len(requests))
+
+
+def find_cold_of_all() -> tuple[list[str], int]:
+    """Name what `warm_all` would compile, and count what it sees to in all."""
+    cold: set[str] = set()
+    total: set[str] = set()
+    for method, align, read, written in _requests_of_all():
+        cold |= set(find_cold(method, align, read=read, written=written))
+        total |= set(_needs(method, align, read, written, neurons=False))
+    return sorted(cold), len(total)
+
+
+def _requests_of_all() -> list[tuple[str, str, set[str], set[str]]]:
+    """List what to ask `warm_kernels` for, so that every kernel but those of neurons is compiled."""
+    written = {name for name, codec in CODECS.items() if codec.can_encode}
+    methods = [(method, "off", {"F32"}, {"F32"}) for method in METHODS]
+    return [("linear", "hard", set(CODECS), written), *methods]
 
 
 def _run_child(request: list[str]) -> bool:

@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def expected_files() -> set[str]:
-    """Python files that the wheel has to hold, by their path inside it."""
+    """Files that the wheel has to hold, code and the server's page, by their path inside it."""
     own = {
         path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "edgemerge").rglob("*.py")
-        if "kernels" not in path.parts
+        for path in (ROOT / "edgemerge").rglob("*")
+        if path.is_file() and not {"kernels", "__pycache__"} & set(path.parts)
     }
     return own | {f"edgemerge/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
 

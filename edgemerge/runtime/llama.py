@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -21,57 +20,21 @@ from typing import Any, Self
 import numpy as np
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.runtime.device import default_threads
+from edgemerge.runtime.library import Buffers, load_library
 from edgemerge.types import Float32
 
-__all__ = ["Context", "Model"]
+__all__ = ["Context", "Lora", "Model"]
 
-_LOG_LINES = 20
-_WARNING, _ERROR = 3, 4  # enum ggml_log_level of ggml.h
+_ALL_LAYERS = 0x7FFFFFFF  # llama.cpp takes more than there are as all of them
 
 
 @dataclass(frozen=True, slots=True)
-class _Library:
-    """llama.cpp in this process: one log, one backend."""
+class Lora:
+    """A low-rank adapter (GGUF, of convert_lora_to_gguf) and the factor that it is added with."""
 
-    api: Any
-    log: deque[tuple[int, str]]  # (level, text): warnings and errors since it was last cleared
-    callback: object  # C holds the pointer only; this keeps the function alive
-
-    def failure(self, message: str) -> RuntimeFailure:
-        """Make an error that carries what llama.cpp said; its first complaint is the cause."""
-        lines = "".join(text for _, text in self.log).splitlines()
-        errors = [text.strip() for level, text in self.log if level == _ERROR]
-        reason = f" ({errors[0]})" if errors else ""
-        return RuntimeFailure(f"{message}{reason}", detail="\n".join(lines))
-
-
-@cache
-def _library() -> _Library:
-    # OpenMP's default is to spin while it waits: on a board with anything else to do, generation
-    # fell from 25 to 0.8 tokens/s. libgomp reads this once, when it is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        import llama_cpp
-    except ImportError as error:
-        raise RuntimeFailure(
-            "running a model needs llama.cpp: install it with pip install 'edgemerge[run]'"
-        ) from error
-    except (OSError, RuntimeError) as error:  # its shared library is there and does not load
-        raise RuntimeFailure(
-            f"llama.cpp does not load ({error}): install it again with "
-            "pip install --force-reinstall --no-cache-dir 'edgemerge[run]'",
-            detail=str(error),
-        ) from error
-    log: deque[tuple[int, str]] = deque(maxlen=_LOG_LINES)
-
-    def keep(level: int, text: bytes, user_data: object) -> None:
-        if level in (_WARNING, _ERROR):
-            log.append((level, text.decode("utf-8", errors="replace")))
-
-    callback = llama_cpp.llama_log_callback(keep)
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    return _Library(llama_cpp, log, callback)
+    path: Path
+    scale: float = 1.0
 
 
 class Model:
@@ -82,32 +45,67 @@ class Model:
     path : str or path
         A GGUF file; of a split model, the first part.
     n_threads : int, optional
-        Threads that compute; by default every core this process may use.
+        Threads that compute; by default the physical cores that this process may use.
+    n_gpu_layers : int, optional
+        Layers to put on the GPU; by default all where llama.cpp was built for one, else none.
+    loras : sequence of Lora
+        Adapters to add to the weights as the model runs.
 
     Raises
     ------
     RuntimeFailure
-        llama.cpp is not installed, or refuses the file; `detail` has the end of its log.
+        llama.cpp is not installed, or refuses a file; `detail` has the end of its log.
     """
 
-    def __init__(self, path: str | PathLike[str], *, n_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        *,
+        n_threads: int | None = None,
+        n_gpu_layers: int | None = None,
+        loras: Sequence[Lora] = (),
+    ) -> None:
         self.path = Path(path)
-        self.n_threads = n_threads or len(os.sched_getaffinity(0))
-        if not self.path.is_file():
-            raise RuntimeFailure(f"{self.path}: there is no such file")
-        self.library = _library()
+        self.n_threads = n_threads or default_threads()
+        for file in (self.path, *(lora.path for lora in loras)):
+            if not file.is_file():
+                raise RuntimeFailure(f"{file}: there is no such file")
+        self.library = load_library()
         self.api = self.library.api
-        self.library.log.clear()
-        self._handle = self.api.llama_model_load_from_file(
-            os.fsencode(self.path), self.api.llama_model_default_params()
-        )
-        if not self._handle:
-            raise self.library.failure(f"{self.path}: llama.cpp cannot load this model")
+        self.loras: tuple[Lora, ...] = tuple(loras)
+        self._handle = self._load(n_gpu_layers)
+        self.adapters = [self._load_adapter(lora) for lora in loras]
+        self.buffers: Buffers = self.library.buffers()
         self._vocab = self.api.llama_model_get_vocab(self._handle)
         self.n_vocab: int = self.api.llama_vocab_n_tokens(self._vocab)
         self.n_ctx_train: int = self.api.llama_model_n_ctx_train(self._handle)
+        self.n_embd: int = self.api.llama_model_n_embd(self._handle)
+        self.n_layers: int = self.api.llama_model_n_layer(self._handle)
+        self.n_params: int = self.api.llama_model_n_params(self._handle)
+        self.n_bytes: int = self.api.llama_model_size(self._handle)
         adds_bos = self.api.llama_vocab_get_add_bos(self._vocab)
         self.bos: list[int] = [self.api.llama_vocab_bos(self._vocab)] if adds_bos else []
+
+    def _load(self, n_gpu_layers: int | None) -> Any:
+        params = self.api.llama_model_default_params()
+        if n_gpu_layers is None:
+            n_gpu_layers = _ALL_LAYERS if self.api.llama_supports_gpu_offload() else 0
+        params.n_gpu_layers = n_gpu_layers
+        self.library.start()
+        handle = self.api.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not handle:
+            raise self.library.failure(f"{self.path}: llama.cpp cannot load this model")
+        return handle
+
+    def _load_adapter(self, lora: Lora) -> Any:
+        adapter = self.api.llama_adapter_lora_init(self._handle, os.fsencode(lora.path))
+        if not adapter:
+            failure = self.library.failure(
+                f"{lora.path}: llama.cpp cannot add this LoRA adapter to {self.path}"
+            )
+            self.close()
+            raise failure
+        return adapter
 
     def __enter__(self) -> Self:
         return self
@@ -121,10 +119,52 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Free the model; its contexts must be closed before."""
+        """Free the model and its adapters; its contexts must be closed before."""
         if self._handle:
             self.api.llama_model_free(self._handle)
             self._handle = None
+
+    @cached_property
+    def description(self) -> str:
+        """Architecture, size and type as llama.cpp names them, e.g. `llama 135M Q4_1`."""
+        return self._text(lambda *to: self.api.llama_model_desc(self._handle, *to))
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The GGUF's key-value pairs as text; llama.cpp leaves arrays out."""
+        api, handle = self.api, self._handle
+        pairs = {}
+        for i in range(api.llama_model_meta_count(handle)):
+            key = self._text(lambda *to, i=i: api.llama_model_meta_key_by_index(handle, i, *to))
+            value = self._text(
+                lambda *to, i=i: api.llama_model_meta_val_str_by_index(handle, i, *to)
+            )
+            pairs[key] = value
+        return pairs
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's own chat template (Jinja), if it has one."""
+        raw = self.api.llama_model_chat_template(self._handle, None)
+        return None if raw is None else raw.decode("utf-8", errors="replace")
+
+    def token_text(self, token: int) -> str:
+        """Text of a token in the vocabulary, e.g. `<s>`; empty for -1, which stands for none."""
+        if token < 0:
+            return ""
+        raw: bytes | None = self.api.llama_vocab_get_text(self._vocab, token)
+        return (raw or b"").decode("utf-8", errors="replace")
+
+    @staticmethod
+    def _text(read: Callable[[Any, int], int]) -> str:
+        """Read a text by llama.cpp's convention: returns its length, whatever the buffer's."""
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = read(buffer, size)
+            if length < size:
+                return buffer.value.decode("utf-8", errors="replace")
+            size = length + 1
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text, without `bos`.
@@ -144,12 +184,15 @@ class Model:
             raise self.library.failure(f"{self.path}: llama.cpp cannot tokenise {text[:40]!r}")
         return buffer[:count]
 
-    def piece(self, token: int) -> bytes:
-        """Bytes that a token stands for; a character may be spread over several tokens."""
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """Bytes that a token stands for; a character may be spread over several tokens.
+
+        Control tokens (`<|im_end|>`) stand for none, unless `special`.
+        """
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            count = self.api.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            count = self.api.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
@@ -166,6 +209,7 @@ class Model:
         n_sequences: int = 1,
         n_outputs: int = 1,
         exact: bool = False,
+        n_ubatch: int = 512,
     ) -> Context:
         """Make a context: the memory of the sequences that are being computed.
 
@@ -184,11 +228,18 @@ class Model:
             Keep attention in float32 throughout. llama.cpp's flash attention adds values up in half
             precision: on the CPU that moves a log-likelihood by up to 4e-3, differently for each
             composition of a batch, where this leaves 1e-6 with float32 weights.
+        n_ubatch : int
+            Most tokens that are computed together; a larger `n_batch` is cut into these.
+
+        Raises
+        ------
+        RuntimeFailure
+            llama.cpp cannot make it, for want of memory as a rule.
         """
         params = self.api.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = n_batch
-        params.n_ubatch = min(n_batch, 512)
+        params.n_ubatch = min(n_batch, n_ubatch)
         params.n_seq_max = n_sequences
         params.n_outputs_max = max(n_outputs, n_sequences)
         params.n_outputs_max_per_seq = 0  # as many as in all
@@ -199,7 +250,7 @@ class Model:
         if exact:
             params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.type_k = params.type_v = self.api.GGML_TYPE_F32
-        self.library.log.clear()
+        self.library.start()
         handle = self.api.llama_init_from_model(self._handle, params)
         if not handle:
             raise self.library.failure(f"{self.path}: llama.cpp cannot make a context of {n_ctx}")
@@ -213,6 +264,9 @@ class Context:
         self.model = model
         self.handle = handle
         self._api = model.api
+        self.n_ctx: int = model.api.llama_n_ctx(handle)
+        self.buffers: Buffers = replace(model.library.buffers(), weights=model.buffers.weights)
+        self._add_loras()
 
     def __enter__(self) -> Self:
         return self
@@ -234,6 +288,40 @@ class Context:
     def clear(self) -> None:
         """Forget all sequences."""
         self._api.llama_memory_clear(self._api.llama_get_memory(self.handle), False)
+
+    def truncate(self, position: int, *, sequence: int = -1) -> None:
+        """Forget what a sequence, or each of them, holds from a position on.
+
+        Parameters
+        ----------
+        position : int
+            The first one to forget.
+        sequence : int
+            Which sequence; -1 for all.
+
+        Raises
+        ------
+        RuntimeFailure
+            The model keeps a running state (Mamba), of which no end can be cut off.
+        """
+        memory = self._api.llama_get_memory(self.handle)
+        if not self._api.llama_memory_seq_rm(memory, sequence, position, -1):
+            raise RuntimeFailure(f"{self.model.path}: this model's memory cannot be cut back")
+
+    def synchronize(self) -> None:
+        """Wait until all that was asked of the device is computed."""
+        self._api.llama_synchronize(self.handle)
+
+    def _add_loras(self) -> None:
+        """Add the model's adapters to what this context computes."""
+        count = len(self.model.adapters)
+        if count == 0:
+            return
+        adapters = (self._api.llama_adapter_lora_p_ctypes * count)(*self.model.adapters)
+        scales = (ctypes.c_float * count)(*(lora.scale for lora in self.model.loras))
+        if self._api.llama_set_adapters_lora(self.handle, adapters, count, scales):
+            self.close()
+            raise self.model.library.failure(f"{self.model.path}: the LoRA adapters do not fit")
 
     def decode(
         self,
@@ -276,7 +364,7 @@ class Context:
             seq_id=id_pointers.ctypes.data_as(ctypes.POINTER(int32_p)),
             logits=output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
-        self.model.library.log.clear()
+        self.model.library.start()
         status = self._api.llama_decode(self.handle, batch)
         if status != 0:
             raise self.model.library.failure(

@@ -1,0 +1,72 @@
+"""Options of all commands that run a model: threads, context, GPU, LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from edgemerge.runtime.llama import Lora, Model
+
+__all__ = ["ContextSize", "GpuLayers", "Loras", "Threads", "load", "parse_loras"]
+
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "-t", "--threads", min=1, metavar="N", help="Threads that compute [default: the cores]."
+    ),
+]
+ContextSize = Annotated[
+    int | None,
+    typer.Option("-c", "--ctx", min=8, metavar="N", help="Tokens of context."),
+]
+GpuLayers = Annotated[
+    int | None,
+    typer.Option(
+        "-g",
+        "--gpu-layers",
+        min=0,
+        metavar="N",
+        help="Layers on the GPU [default: all, where llama.cpp was built for one].",
+    ),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", metavar="FILE[=SCALE]", help="LoRA adapter (GGUF) to add; may be repeated."
+    ),
+]
+
+
+def parse_loras(texts: list[str] | None) -> tuple[Lora, ...]:
+    """Read `FILE` and `FILE=SCALE`.
+
+    Raises
+    ------
+    typer.BadParameter
+        The scale is no number (exit code 2).
+    """
+    from edgemerge.runtime.llama import Lora
+
+    loras = []
+    for text in texts or []:
+        path, equals, scale = text.rpartition("=")
+        if not equals or Path(text).exists():
+            loras.append(Lora(Path(text)))
+            continue
+        try:
+            loras.append(Lora(Path(path), float(scale)))
+        except ValueError:
+            raise typer.BadParameter(f"--lora {text!r}: the scale {scale!r} is no number") from None
+    return tuple(loras)
+
+
+def load(
+    path: Path, threads: int | None, gpu_layers: int | None, loras: list[str] | None = None
+) -> Model:
+    """Load a model as the options say; close it after use."""
+    from edgemerge.runtime.llama import Model
+
+    return Model(path, n_threads=threads, n_gpu_layers=gpu_layers, loras=parse_loras(loras))

@@ -1,0 +1,62 @@
+"""Memory of a process, as the kernel counts it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ProcessMemory", "read_process"]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessMemory:
+    """Memory of one process, in bytes (proc_pid_status(5)).
+
+    Attributes
+    ----------
+    rss : int
+        Resident now (VmRSS): `anon`, `file` and shared memory.
+    peak : int
+        Most that was ever resident (VmHWM). Not `getrusage`: its maximum survives exec and so may be
+        a parent's.
+    anon : int
+        Resident and the process's own (RssAnon): buffers, KV cache, Python.
+    file : int
+        Resident pages of mapped files (RssFile): a model's weights, libraries. The kernel may drop
+        them and read them again.
+    swap : int
+        Swapped out (VmSwap).
+    """
+
+    rss: int
+    peak: int
+    anon: int
+    file: int
+    swap: int
+
+
+def read_process(pid: int | None = None) -> ProcessMemory:
+    """Read what a process takes of memory.
+
+    Parameters
+    ----------
+    pid : int, optional
+        The process; by default this one. Figures are 0 where /proc does not tell, as for a process
+        that has ended.
+    """
+    try:
+        status = Path(f"/proc/{pid or 'self'}/status").read_text()
+    except OSError:
+        status = ""
+    # "VmHWM:     1748 kB"; a process of the kernel's own has no such lines
+    sizes = {
+        name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.M)
+    }
+    return ProcessMemory(
+        rss=sizes.get("VmRSS", 0),
+        peak=sizes.get("VmHWM", 0),
+        anon=sizes.get("RssAnon", 0),
+        file=sizes.get("RssFile", 0),
+        swap=sizes.get("VmSwap", 0),
+    )
