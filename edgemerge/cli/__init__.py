@@ -12,11 +12,13 @@ from typing import Annotated
 import typer
 
 from edgemerge.cli.align import align_command
+from edgemerge.cli.chat import chat_command
 from edgemerge.cli.convert import convert_command
 from edgemerge.cli.demo import demo_command
 from edgemerge.cli.doctor import doctor_command
 from edgemerge.cli.inspect import inspect_command
 from edgemerge.cli.merge import merge_command, plan_command
+from edgemerge.cli.run import run_command
 
 __all__ = ["app", "main"]
 
@@ -55,6 +57,8 @@ app.command("plan")(plan_command)
 app.command("inspect")(inspect_command)
 app.command("align")(align_command)
 app.command("convert")(convert_command)
+app.command("run")(run_command)
+app.command("chat")(chat_command)
 app.command("doctor")(doctor_command)
 app.command("demo")(demo_command)
 

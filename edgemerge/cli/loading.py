@@ -66,7 +66,10 @@ def parse_loras(texts: list[str] | None) -> tuple[Lora, ...]:
 def load(
     path: Path, threads: int | None, gpu_layers: int | None, loras: list[str] | None = None
 ) -> Model:
-    """Load a model as the options say; close it after use."""
+    """Load a model as the options say, heeding Ctrl-C; close it after use."""
     from edgemerge.runtime.llama import Model
+    from edgemerge.runtime.worker import Worker
 
-    return Model(path, n_threads=threads, n_gpu_layers=gpu_layers, loras=parse_loras(loras))
+    adapters = parse_loras(loras)
+    with Worker() as worker:
+        return worker.do(Model, path, n_threads=threads, n_gpu_layers=gpu_layers, loras=adapters)

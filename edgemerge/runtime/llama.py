@@ -68,6 +68,10 @@ class Model:
         self.path = Path(path)
         self.n_threads = n_threads or default_threads()
         for file in (self.path, *(lora.path for lora in loras)):
+            if file.is_dir():
+                raise RuntimeFailure(
+                    f"{file}: a directory; make a GGUF file of it with edgemerge convert"
+                )
             if not file.is_file():
                 raise RuntimeFailure(f"{file}: there is no such file")
         self.library = load_library()

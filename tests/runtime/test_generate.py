@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.runtime.generate import complete
+from edgemerge.runtime.generate import complete, read_prompt
 from edgemerge.runtime.llama import Model
 from tests.tiny_gguf import CONTEXT
 
@@ -62,6 +62,14 @@ def test_a_long_prompt_is_fed_in_parts(model: Model, monkeypatch: pytest.MonkeyP
 def test_a_prompt_that_cannot_work_is_refused_at_the_call(model: Model) -> None:
     with pytest.raises(RuntimeFailure, match=f"context is {CONTEXT}: shorten"):
         complete(model, "x" * CONTEXT, 1)
+
+
+def test_a_beginning_of_sequence_is_not_doubled(model: Model) -> None:
+    tokens = read_prompt(model, "the answer")
+    assert tokens == [*model.bos, *model.tokenize("the answer")]
+    assert tokens[0] == 1
+    assert read_prompt(model, "<s>the answer")[:2] != [1, 1]
+    assert read_prompt(model, "<s>")[:2] == [1]
 
 
 def test_tokens_spell_the_text(model: Model) -> None:

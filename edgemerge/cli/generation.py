@@ -1,0 +1,244 @@
+"""What `run` and `chat` share: options of the draw, text on the terminal, figures."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgemerge.cli import loading
+from edgemerge.cli.terminal import plain
+
+if TYPE_CHECKING:
+    from edgemerge.runtime.generate import Session
+    from edgemerge.runtime.llama import Model
+    from edgemerge.runtime.sampling import Sampling
+
+__all__ = ["MaxTokens", "MinP", "RepeatPenalty", "Seed", "Stops", "System", "Temperature"]
+__all__ += ["TemplateFile", "TopK", "TopP", "check_text", "clean", "clear_line"]
+__all__ += [
+    "figures_as_json",
+    "format_figures",
+    "load",
+    "note",
+    "pick_context",
+    "read_sampling",
+    "say",
+]
+__all__ += ["show_progress", "tell"]
+
+LONG = 128  # tokens of a prompt that take a moment to read
+
+System = Annotated[str, typer.Option("--system", metavar="TEXT", help="System prompt.")]
+TemplateFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--template", metavar="FILE", help="Chat template (Jinja) instead of the model's own."
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        "--temperature", "--temp", min=0.0, metavar="X", help="0 takes the likeliest token."
+    ),
+]
+TopK = Annotated[
+    int, typer.Option("--top-k", min=0, metavar="N", help="Draw from the N likeliest; 0: all.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p", min=0.0, max=1.0, metavar="X", help="Draw from the likeliest, X together."
+    ),
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        "--min-p", min=0.0, max=1.0, metavar="X", help="Draw from those X as likely as the first."
+    ),
+]
+RepeatPenalty = Annotated[
+    float,
+    typer.Option("--repeat-penalty", min=0.01, metavar="X", help="Of the last 64 tokens; 1: none."),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", min=0, max=2**32 - 2, metavar="N", help="Seed of the draw [default: by chance]."
+    ),
+]
+Stops = Annotated[
+    list[str] | None,
+    typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated."),
+]
+MaxTokens = Annotated[
+    int | None, typer.Option("-n", "--max-tokens", min=1, metavar="N", help="Most tokens to say.")
+]
+
+
+def read_sampling(
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repeat_penalty: float,
+    seed: int | None,
+) -> Sampling:
+    """Take the options of the draw; without a seed, one by chance."""
+    from edgemerge.runtime.sampling import MAX_SEED, Sampling
+
+    return Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        seed=secrets.randbelow(MAX_SEED + 1) if seed is None else seed,
+    )
+
+
+def check_text(text: str, what: str) -> str:
+    """Refuse text that came in as bytes of another encoding.
+
+    Raises
+    ------
+    RecipeError
+        It is not UTF-8.
+    """
+    from edgemerge.errors import RecipeError
+
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"{what} is not UTF-8 text: convert it first") from error
+    return text
+
+
+def load(path: Path, threads: int | None, gpu_layers: int | None, loras: list[str] | None) -> Model:
+    """Load a model; say so where it is larger than the free memory."""
+    _warn_of_memory(path)
+    return loading.load(path, threads, gpu_layers, loras)
+
+
+def _warn_of_memory(path: Path) -> None:
+    from edgemerge.runtime.device import read_memory
+    from edgemerge.sizes import format_size
+
+    available = read_memory().available
+    if path.is_file() and 0 < available < (size := path.stat().st_size):
+        note(
+            f"the model has {format_size(size)} and {format_size(available)} of memory are free: "
+            "it will be read from disk again for each token; a smaller type is faster"
+        )
+
+
+def pick_context(model: Model, given: int | None, wanted: int) -> int:
+    """Take the context that is asked for, or as much of a wanted one as model and memory allow."""
+    from edgemerge.runtime.context_size import choose_context
+
+    if given is None:
+        return choose_context(model, wanted)
+    if given > model.n_ctx_train:
+        note(f"the model was trained on {model.n_ctx_train} tokens and may lose its way beyond")
+    return given
+
+
+def tell(text: str, end: str = "\n") -> None:
+    """Write on stderr; print would take stdout for one that is closed."""
+    if sys.stderr is not None:
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
+def note(sentence: str) -> None:
+    """Say something beside the text, on stderr."""
+    tell(f"note: {plain(sentence)}")
+
+
+def clean(text: str) -> str:
+    """Keep a model's text from moving the cursor: of control characters, lines and tabs pass."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def say(pieces: Iterable[str]) -> str:
+    """Print text on stdout as it comes, end its line, and give back what was said."""
+    said = []
+    shown = ""
+    try:
+        for piece in pieces:
+            said.append(piece)
+            if now := clean(piece):
+                print(now, end="", flush=True)
+                shown = now
+    finally:
+        if shown and not shown.endswith("\n"):
+            print(flush=True)
+    return "".join(said)
+
+
+def show_progress(done: int, total: int) -> None:
+    """Show on stderr, while it is a terminal, how much of a long prompt is read."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return
+    if total - done >= LONG:
+        tell(f"\rreading: {done} of {total} tokens", end="")
+    elif done == total:
+        clear_line()
+
+
+def clear_line() -> None:
+    """Take back what stands on the terminal's line: progress, or the ^C that ended it."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        tell("\r\x1b[K", end="")
+
+
+def format_figures(session: Session) -> str:
+    """Write speed and memory of the last text in one line."""
+    from edgemerge.runtime.device import read_process
+    from edgemerge.sizes import format_size
+
+    figures, buffers = session.figures, session.context.buffers
+    reused = f" ({figures.n_reused} kept)" if figures.n_reused else ""
+    return (
+        f"prompt {figures.n_prompt} tokens{reused}, {_rate(figures.prompt_rate)}; "
+        f"answer {figures.n_generated} tokens, {_rate(figures.rate)}; "
+        f"first token after {_seconds(figures.first_token_seconds)}; "
+        f"memory {format_size(read_process().rss)}, of it weights {format_size(buffers.weights)}, "
+        f"KV cache {format_size(buffers.kv)}"
+    )
+
+
+def _rate(tokens_per_second: float | None) -> str:
+    return "- tokens/s" if tokens_per_second is None else f"{tokens_per_second:.1f} tokens/s"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "- s" if seconds is None else f"{seconds:.2f} s"
+
+
+def figures_as_json(session: Session) -> dict[str, Any]:
+    """Speed and memory of the last text; seconds, bytes."""
+    from edgemerge.runtime.device import read_process
+
+    figures, buffers = session.figures, session.context.buffers
+    return {
+        "end": figures.end.value,
+        "prompt_tokens": figures.n_prompt,
+        "prompt_seconds": figures.prompt_seconds,
+        "prompt_tokens_per_second": figures.prompt_rate,
+        "generated_tokens": figures.n_generated,
+        "tokens_per_second": figures.rate,
+        "first_token_seconds": figures.first_token_seconds,
+        "context": session.n_ctx,
+        "threads": session.model.n_threads,
+        "memory": {
+            "rss_bytes": read_process().rss,
+            "weights_bytes": buffers.weights,
+            "kv_bytes": buffers.kv,
+            "compute_bytes": buffers.compute,
+        },
+    }

@@ -1,0 +1,121 @@
+"""`edgemerge run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgemerge.cli import generation, loading, request
+from edgemerge.cli.terminal import print_json, speaks_plainly
+
+if TYPE_CHECKING:
+    from edgemerge.runtime.llama import Model
+
+__all__ = ["run_command"]
+
+MAX_TOKENS = 512
+
+
+@speaks_plainly
+def run_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.")],
+    prompt: Annotated[
+        str | None,
+        typer.Option("-p", "--prompt", metavar="TEXT", help="Prompt; - reads it from stdin."),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="FILE", help="Read the prompt from a file.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")
+    ] = False,
+    system: generation.System = "",
+    template: generation.TemplateFile = None,
+    max_tokens: generation.MaxTokens = MAX_TOKENS,
+    temperature: generation.Temperature = 0.8,
+    top_k: generation.TopK = 40,
+    top_p: generation.TopP = 0.95,
+    min_p: generation.MinP = 0.05,
+    repeat_penalty: generation.RepeatPenalty = 1.0,
+    seed: generation.Seed = None,
+    stop: generation.Stops = None,
+    context: loading.ContextSize = None,
+    threads: loading.Threads = None,
+    gpu_layers: loading.GpuLayers = None,
+    lora: loading.Loras = None,
+    json_: request.Json = False,
+) -> None:
+    """Answer a prompt, or continue a text.
+
+    A model with a chat template takes the prompt as the user's message; one without continues it.
+    The text goes to stdout, its figures to stderr.
+    """
+    from edgemerge.runtime.generate import Session, check_prompt, read_prompt
+
+    if raw and (system or template):
+        raise typer.BadParameter("--raw continues the text as it is: no --system, no --template")
+    text = _read_text(prompt, file)
+    generation.check_text(system, "the system prompt")
+    sampling = generation.read_sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
+    with generation.load(model, threads, gpu_layers, lora) as loaded:
+        if not raw:
+            text = _as_message(loaded, text, system, template)
+        tokens = read_prompt(loaded, text)
+        n_wanted = len(tokens) + (max_tokens or MAX_TOKENS)
+        n_ctx = generation.pick_context(loaded, context, n_wanted)
+        check_prompt(tokens, n_ctx)
+        with Session(loaded, n_ctx, sampling) as session:
+            pieces = session.generate(
+                tokens, max_tokens, stops=stop or (), progress=generation.show_progress
+            )
+            if json_:
+                print_json(
+                    {
+                        "model": str(model),
+                        "text": "".join(pieces),
+                        "seed": sampling.seed,
+                        **generation.figures_as_json(session),
+                    }
+                )
+                return
+            try:
+                generation.say(pieces)
+            finally:  # Ctrl-C ends the text, not its figures
+                generation.clear_line()
+                generation.tell(f"{generation.format_figures(session)}; seed {sampling.seed}")
+
+
+def _read_text(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise typer.BadParameter("give the prompt with -p or with --file, not both")
+    if file is not None:
+        raw, what = file.read_bytes(), str(file)
+    elif prompt not in (None, "-"):
+        return generation.check_text(str(prompt), "the prompt")
+    elif sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+        raise typer.BadParameter("give a prompt with -p TEXT, with --file, or on stdin")
+    else:
+        raw, what = sys.stdin.buffer.read(), "stdin"
+    # An editor ends a file with a new line, which is no part of a text to go on with.
+    text = raw.decode("utf-8", errors="surrogateescape").removesuffix("\n").removesuffix("\r")
+    return generation.check_text(text, what)
+
+
+def _as_message(model: Model, text: str, system: str, file: Path | None) -> str:
+    """Put the prompt into the chat template; a model without one continues the text."""
+    from edgemerge.errors import RuntimeFailure
+    from edgemerge.runtime.template import load_template
+
+    template = load_template(model, file)
+    if template is None and system:
+        raise RuntimeFailure(
+            f"{model.path}: this model has no chat template and so no place for --system; "
+            "put it into the prompt, or give a template with --template FILE"
+        )
+    if template is None:
+        return text
+    messages = [{"role": "system", "content": system}] if system else []
+    return template.render([*messages, {"role": "user", "content": text}])
