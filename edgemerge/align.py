@@ -188,7 +188,7 @@ def _difference(pair: _Pair) -> str | None:
         cuts.append({stems[n]: (axis, specs[n].shape) for n, axis in heads.axes.items()})
         for name in sketched_names(heads):
             if specs[name].dtype not in CODECS:
-                return f"{name} is stored as {specs[name].dtype}, which cannot be decoded yet"
+                return f"{name} is stored as {specs[name].dtype}, which is no type of weights"
     return None if cuts[0] == cuts[1] else "its tensors are cut differently in the two models"
 
 

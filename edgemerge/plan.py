@@ -306,8 +306,8 @@ def _finish(draft: Draft, method: Method, dtype: str) -> TensorJob:
         for tensor in job.inputs:
             if tensor.spec.dtype not in CODECS:
                 raise MismatchError(
-                    f"tensor {tensor.spec.name!r} is stored as {tensor.spec.dtype}, which cannot "
-                    "be decoded yet; requantise that model to Q8_0 or F16 with llama-quantize",
+                    f"tensor {tensor.spec.name!r} is stored as {tensor.spec.dtype}, in which "
+                    "llama.cpp keeps no weights; get that model as F16, BF16 or F32",
                     tensor=tensor.spec.name,
                 )
     return job

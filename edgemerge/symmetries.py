@@ -245,7 +245,7 @@ def _cannot_match(reference: Source, other: Source, layer: int, memory: int) -> 
         if ours is None or ours.shape != theirs.shape:
             return f"{name} is not alike in the two models"
         if ours.dtype not in CODECS or theirs.dtype not in CODECS:
-            return f"{name} cannot be decoded yet"
+            return f"{name} is stored in no type of weights"
     n = other.specs()[f"{prefix}down.weight"].n_cols
     if any(other.specs()[name].n_rows % n for name in names if "down" not in name):
         return f"the rows of up do not belong to {n} neurons"

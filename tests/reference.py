@@ -205,17 +205,18 @@ def decode_q6_k(raw: UInt8) -> Float32:
     return (step[:, :, None] * q.astype(F)).ravel()
 
 
-def fit_affine(x: Float32, top: int, first: float, steps: int) -> tuple[F, F, NDArray[np.int32]]:
-    """Scale, minus the minimum, and quants of one sub-block (make_qkx2_quants)."""
-    w = np.sqrt(ordered_sum(x * x) / F(32)) + np.abs(x)
+def fit_affine(
+    x: Float32, w: Float32, top: int, first: float, steps: int, loss: np.ufunc = np.square
+) -> tuple[F, F, NDArray[np.int32]]:
+    """Scale, minus the minimum, and quants of one sub-block with weights w (make_qkx2_quants)."""
     sum_w, sum_x = ordered_sum(w), ordered_sum(w * x)
     low, high = np.minimum(x.min(), F(0)), x.max()
     if high == low:
-        return F(0), -low, np.zeros(32, np.int32)
+        return F(0), -low, np.zeros(x.size, np.int32)
     slope = F(top) / (high - low)
     scale = F(1) / slope
     best = np.clip(nearest_int(slope * (x - low)), 0, top)
-    best_error = ordered_sum(w * (scale * best.astype(F) + low - x) ** 2)
+    best_error = ordered_sum(w * loss(scale * best.astype(F) + low - x))
     for step in range(steps):
         slope = ((F(first) + F(0.1) * F(step)) + F(top)) / (high - low)
         q = np.clip(nearest_int(slope * (x - low)), 0, top)
@@ -228,7 +229,7 @@ def fit_affine(x: Float32, top: int, first: float, steps: int) -> tuple[F, F, ND
         new_low = (sum_l2 * sum_x - sum_l * sum_xl) / det
         if new_low > 0:
             new_scale, new_low = sum_xl / sum_l2, F(0)
-        error = ordered_sum(w * (new_scale * q.astype(F) + new_low - x) ** 2)
+        error = ordered_sum(w * loss(new_scale * q.astype(F) + new_low - x))
         if error < best_error:
             best, best_error, scale, low = q, error, new_scale, new_low
     return scale, -low, best
@@ -237,7 +238,8 @@ def fit_affine(x: Float32, top: int, first: float, steps: int) -> tuple[F, F, ND
 def encode_affine_k(x: Float32, top: int, first: float, steps: int) -> tuple[UInt8, UInt8]:
     """Header of 16 bytes and (8, 32) quants of one super-block."""
     x = x.reshape(8, 32)
-    fits = [fit_affine(sub, top, first, steps) for sub in x]
+    weights = [np.sqrt(ordered_sum(sub * sub) / F(32)) + np.abs(sub) for sub in x]
+    fits = [fit_affine(sub, w, top, first, steps) for sub, w in zip(x, weights, strict=True)]
     scales, minima = np.array([f[0] for f in fits], F), np.array([f[1] for f in fits], F)
     header = np.zeros((1, 16), np.uint8)
     codes = []

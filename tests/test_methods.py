@@ -249,7 +249,7 @@ def test_passthrough_copies_stored_bytes(file_type: str, run: Run, tmp_path: Pat
     assert stored(again) == stored(quantised)
 
 
-def test_passthrough_copies_types_that_nothing_here_decodes(run: Run, tmp_path: Path) -> None:
+def test_passthrough_copies_types_that_nothing_here_writes(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "iq.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(0)

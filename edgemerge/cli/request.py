@@ -34,7 +34,7 @@ Type = Annotated[
     typer.Option(
         "--type",
         metavar="TYPE",
-        help="F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0 or keep "
+        help="F16, Q8_0, Q5_K_M, Q4_K_M, IQ4_XS, Q3_K_M, Q2_K … or keep "
         "[default: F16 for unquantised inputs, else keep].",
     ),
 ]

@@ -1,8 +1,11 @@
 """Codecs: the bytes of a ggml type <-> float32, and the sizes of all ggml types.
 
-`CODECS` is the list of types that a merge can read and write; `block_size` and `GGML_TYPES` know
-every type that a GGUF file may hold. Importing this module is cheap: a codec imports its kernels
-(and so Numba: up to a second and 70 MB) when it is first used.
+`CODECS` is the list of types that a merge can read, which are all that llama.cpp knows for weights,
+and write, which are all but the lattice types.
+`block_size` and `GGML_TYPES` also know the types that a GGUF file may hold but that are not for
+weights: integers, F64, and Q8_1 and Q8_K, which ggml keeps for products and turns into no floats.
+Importing this module is cheap: a codec imports its kernels (and so Numba: up to a second and 70 MB)
+when it is first used.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.formats.ggml_types import GGML_TYPES, block_size, row_bytes
+from edgemerge.formats.lattice import LATTICE_TYPES, decode_lattice
 from edgemerge.types import Float32, UInt8
 
 __all__ = ["CODECS", "GGML_TYPES", "Codec", "block_size", "row_bytes"]
@@ -37,12 +41,12 @@ def _check(array: NDArray[Any], n_items: int) -> None:
 class Codec:
     """One ggml type: how a block of its bytes becomes float32 and back.
 
-    Both directions give ggml's bytes exactly. They release the GIL and keep no state, so any number
-    of threads may share a codec, each with its own scratch.
+    Both directions give ggml's bytes exactly. They keep no state, so any number of threads may share
+    a codec, each with its own scratch; kernels release the GIL.
     """
 
     dtype: str
-    kernels: str | None  # file in kernels/; None: the bytes are float32 already
+    kernels: str | None  # file in kernels/; None: F32, which is copied, and the lattice types
     scratch_len: int = 0  # float32 elements that encode needs
     can_encode: bool = True
 
@@ -66,14 +70,17 @@ class Codec:
         out_f32 : (n_blocks * block_len,) float32
             written
         """
-        if self.kernels is None:
+        if self.dtype == "F32":
             out_f32.view(np.uint8)[:] = raw_u8
             return
         stored = self._stored(raw_u8, out_f32)
-        _kernel(self.kernels, f"decode_{self.dtype.lower()}")(stored, out_f32)
+        if self.kernels is None:
+            decode_lattice(self.dtype, stored, out_f32)
+        else:
+            _kernel(self.kernels, f"decode_{self.dtype.lower()}")(stored, out_f32)
 
     def encode(self, x_f32: Float32, out_u8: UInt8, scratch_f32: Float32) -> None:
-        """Write the blocks that ggml's reference quantiser makes of `x_f32`.
+        """Write the blocks that ggml's reference quantiser makes of `x_f32`, where `can_encode`.
 
         Parameters
         ----------
@@ -84,6 +91,7 @@ class Codec:
         scratch_f32 : (>= scratch_len,) float32
             overwritten with nothing of use
         """
+        assert self.can_encode, f"{self.dtype} is only read"
         if self.kernels is None:
             out_u8[:] = x_f32.view(np.uint8)
             return
@@ -106,16 +114,30 @@ class Codec:
 
 
 CODECS: dict[str, Codec] = {
-    "F32": Codec("F32", kernels=None),
-    "F16": Codec("F16", kernels="half"),
-    "BF16": Codec("BF16", kernels="half"),
-    "Q4_0": Codec("Q4_0", kernels="q4_0"),
-    "Q4_1": Codec("Q4_1", kernels="q4_1"),
-    "Q5_0": Codec("Q5_0", kernels="q5_0"),
-    "Q5_1": Codec("Q5_1", kernels="q5_1"),
-    "Q8_0": Codec("Q8_0", kernels="q8_0"),
-    "Q4_K": Codec("Q4_K", kernels="q4_k", scratch_len=5120),
-    "Q5_K": Codec("Q5_K", kernels="q5_k", scratch_len=5120),
-    "Q6_K": Codec("Q6_K", kernels="q6_k", scratch_len=3200),
+    codec.dtype: codec
+    for codec in (
+        Codec("F32", kernels=None),
+        Codec("F16", kernels="half"),
+        Codec("BF16", kernels="half"),
+        Codec("Q1_0", kernels="q1_0"),
+        Codec("Q2_0", kernels="q2_0"),
+        Codec("Q4_0", kernels="q4_0"),
+        Codec("Q4_1", kernels="q4_1"),
+        Codec("Q5_0", kernels="q5_0"),
+        Codec("Q5_1", kernels="q5_1"),
+        Codec("Q8_0", kernels="q8_0"),
+        Codec("Q2_K", kernels="q2_k", scratch_len=3008),
+        Codec("Q3_K", kernels="q3_k", scratch_len=2624),
+        Codec("Q4_K", kernels="q4_k", scratch_len=5120),
+        Codec("Q5_K", kernels="q5_k", scratch_len=5120),
+        Codec("Q6_K", kernels="q6_k", scratch_len=3200),
+        Codec("IQ4_NL", kernels="iq4", scratch_len=2432),
+        Codec("IQ4_XS", kernels="iq4", scratch_len=2432),
+        Codec("MXFP4", kernels="fp4"),
+        Codec("NVFP4", kernels="fp4"),
+        Codec("TQ1_0", kernels="ternary"),
+        Codec("TQ2_0", kernels="ternary"),
+        *(Codec(dtype, kernels=None, can_encode=False) for dtype in LATTICE_TYPES),
+    )
 }
 """ggml type name -> codec. Scratch is stated here, as asking a kernel for it would import Numba."""

@@ -1,21 +1,20 @@
 """The type of every tensor of an output file, as llama.cpp's llama-quantize picks it.
 
 A file type (`Q4_K_M`) is a mixture: most matrices get its default type, the tensors that suffer
-most get more bits, and what is small or fragile is not quantised at all. The rules are those of
-llama.cpp's src/llama-quant.cpp at 0c1e57098 (`llama_tensor_get_type_impl`, `tensor_type_fallback`,
-`tensor_allows_quantization`), without an importance matrix; function names below refer to it.
+most get more bits (`mixtures`), and what is small or fragile is not quantised at all. The rules are
+those of llama.cpp's src/llama-quant.cpp at 0c1e57098 (`llama_tensor_get_type`,
+`tensor_type_fallback`, `tensor_allows_quantization`); function names below refer to it.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.formats.codec import CODECS, block_size
-from edgemerge.formats.metadata import get_value
+from edgemerge.formats.mixtures import Mixture, visiting_order
 from edgemerge.types import TensorSpec
 
 __all__ = ["FILE_TYPES", "FileType", "dominant_file_type", "keep_types", "tensor_types"]
@@ -28,7 +27,6 @@ class FileType:
     name: str
     id: int  # general.file_type; `llama_ftype` in llama.h
     default: str  # ggml type of a matrix that no rule singles out
-    sensitive: str | None = None  # type of attn_v and ffn_down in the layers that get more bits
 
 
 FILE_TYPES: dict[str, FileType] = {
@@ -39,14 +37,26 @@ FILE_TYPES: dict[str, FileType] = {
         FileType("BF16", 32, "BF16"),
         FileType("Q8_0", 7, "Q8_0"),
         FileType("Q6_K", 18, "Q6_K"),
-        FileType("Q5_K_M", 17, "Q5_K", sensitive="Q6_K"),
-        FileType("Q4_K_M", 15, "Q4_K", sensitive="Q6_K"),
+        FileType("Q5_K_M", 17, "Q5_K"),
+        FileType("Q5_K_S", 16, "Q5_K"),
+        FileType("Q5_1", 9, "Q5_1"),
+        FileType("Q5_0", 8, "Q5_0"),
+        FileType("Q4_K_M", 15, "Q4_K"),
+        FileType("Q4_K_S", 14, "Q4_K"),
+        FileType("Q4_1", 3, "Q4_1"),
         FileType("Q4_0", 2, "Q4_0"),
+        FileType("IQ4_NL", 25, "IQ4_NL"),
+        FileType("IQ4_XS", 30, "IQ4_XS"),
+        FileType("Q3_K_L", 13, "Q3_K"),
+        FileType("Q3_K_M", 12, "Q3_K"),
+        FileType("Q3_K_S", 11, "Q3_K"),
+        FileType("Q2_K", 10, "Q2_K"),
     )
 }
 
 # `tensor_type_fallback`: what a row gets that 256 does not divide (F16 where 32 does not either).
-_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+_FALLBACK |= dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0")
 
 # Parts of a name that `tensor_allows_quantization` leaves alone. convert_hf_to_gguf always writes
 # the first group as F32 and the second in the file's own 16- or 32-bit type.
@@ -94,37 +104,18 @@ _KEPT_AS_IS = (
 _KEPT_F32_NAMES = ("position_embd.weight", "token_types.weight")
 _CONVERTED_F32 = (*_KEPT_F32, "ffn_gate_inp_shexp.weight")  # left alone only for its single row
 
-_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
-_ATTENTION_VALUES = ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight")
-_LAYER = re.compile(r"blk\.(\d+)")
 
-# Layers of the models that llama.cpp calls 70B (`LLM_TYPE_70B` in src/models/*.cpp). Architectures
-# of llama's family also need grouped-query attention: 80 layers without it are the 65B model.
-_LAYERS_OF_70B = {"llama": 80, "llama-embed": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
-_GROUPED_70B = ("llama", "llama-embed")
-
-# How the names of weight types begin that edgemerge does not write; all have 4.5 bits or fewer.
-_UNWRITTEN = ("IQ", "TQ", "MXFP", "NVFP", "Q3_", "Q2_", "Q1_")
+# What `keep` writes for the lattice types, which edgemerge reads only: no fewer bits.
+_UNWRITTEN = {"IQ3_S": "Q3_K", "IQ3_XXS": "Q3_K"}
+_UNWRITTEN |= dict.fromkeys(("IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"), "Q2_K")
 
 # The file type that llama.cpp names a file after in which a type dominates (`llama_model_loader`).
 _FILE_TYPE_IDS = {row.default: row.id for row in FILE_TYPES.values()}
-_FILE_TYPE_IDS |= {"Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12}
-_FILE_TYPE_IDS |= {"IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25}
-_FILE_TYPE_IDS |= {"IQ3_S": 26, "IQ2_S": 28, "IQ4_XS": 30, "IQ1_M": 31, "TQ1_0": 36, "TQ2_0": 37}
-_FILE_TYPE_IDS |= {"MXFP4": 38, "NVFP4": 39, "Q1_0": 40}
+_FILE_TYPE_IDS |= {"Q5_K": 17, "Q4_K": 15, "Q3_K": 12}  # of several, the one it names
+_FILE_TYPE_IDS |= {"IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ3_S": 26}
+_FILE_TYPE_IDS |= {"IQ2_S": 28, "IQ1_M": 31, "TQ1_0": 36, "TQ2_0": 37}
+_FILE_TYPE_IDS |= {"MXFP4": 38, "NVFP4": 39, "Q1_0": 40, "Q2_0": 41}
 UNKNOWN_FILE_TYPE = 1024  # LLAMA_FTYPE_GUESSED: llama.cpp looks at the tensors itself
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What the mixtures want to know of a model beyond one tensor."""
-
-    n_layers: int
-    n_experts: int
-    n_attention_values: int
-    is_70b: bool
-    is_falcon: bool
-    is_tied: bool
 
 
 def tensor_types(
@@ -177,39 +168,22 @@ def tensor_types(
             name: rule.default if _is_quantised(spec) else _type_left_alone(spec, rule)
             for name, spec in specs.items()
         }
-    model = _describe(specs, metadata, architecture, rule)
+    mixture = Mixture(rule.name, rule.default, specs, metadata, architecture)
     types: dict[str, str] = {}
-    i_value = i_down = 0  # positions among the attention values and the ffn_downs visited so far
-    for name in sorted(specs, key=_visiting_order):
+    for name in sorted(specs, key=visiting_order):
         spec = specs[name]
         if not _is_quantised(spec):
             types[name] = _type_left_alone(spec, rule)
-            continue
-        if name == "output.weight" or (model.is_tied and name in _EMBEDDINGS):
-            chosen = _output_type(spec, rule, model)
-        elif name in _EMBEDDINGS:
-            chosen = rule.default
-        elif any(part in name for part in _ATTENTION_VALUES):
-            chosen = _attention_value_type(rule, model, i_value)
-            i_value += 1
-        elif "attn_k.weight" in name or "attn_output.weight" in name:
-            chosen = _attention_type(name, rule, model)
-        elif "ffn_down" in name and not ("ffn_up" in name or "ffn_gate" in name):
-            chosen = _ffn_down_type(name, rule, model, i_down)
-            i_down += 1
         else:
-            chosen = rule.default
-        types[name] = _divisible(chosen, spec.n_cols)
+            types[name] = _divisible(mixture.choose(spec), spec.n_cols)
     return {name: types[name] for name in specs}
 
 
 def keep_types(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, str], list[str]]:
     """Give every tensor the type that it has in the base model, or the nearest that can be written.
 
-    The types that edgemerge does not write (IQ, TQ, MXFP4, NVFP4, Q3_K and smaller) have at most
-    4.5 bits per weight. Each becomes Q4_K (4.5) where 256 divides the row, and else Q5_0 (5.5), to
-    which llama-quantize falls back for such rows too: Q4_0 has as many bits as IQ4_NL, but its
-    evenly spaced levels fit weights worse.
+    The types that edgemerge does not write (IQ1, IQ2, IQ3) become the smallest that it writes of at
+    least as many bits, Q2_K or Q3_K, whose blocks have the same 256 weights.
 
     Parameters
     ----------
@@ -234,13 +208,13 @@ def keep_types(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, str], list[st
         if spec.dtype in CODECS and CODECS[spec.dtype].can_encode:
             types[name] = spec.dtype
             continue
-        if not spec.dtype.startswith(_UNWRITTEN):
+        if spec.dtype not in _UNWRITTEN:
             raise MismatchError(
                 f"tensor {name!r} of the base has type {spec.dtype}, which edgemerge cannot write;"
                 " name an output type instead of keeping the base's",
                 tensor=name,
             )
-        types[name] = "Q4_K" if spec.n_cols % 256 == 0 else "Q5_0"
+        types[name] = _UNWRITTEN[spec.dtype]
         replaced[spec.dtype, types[name]] += 1
     notes = [
         f"{count} {old} tensor{'s' * (count > 1)} written as {new}: edgemerge does not write {old}"
@@ -286,96 +260,6 @@ def _type_left_alone(spec: TensorSpec, rule: FileType) -> str:
     if block_size(rule.default)[0] == 1:
         return rule.default
     return "BF16" if spec.dtype == "BF16" else "F16"
-
-
-def _describe(
-    specs: Mapping[str, TensorSpec],
-    metadata: Mapping[str, bytes],
-    architecture: str,
-    rule: FileType,
-) -> _Model:
-    """Read off the metadata and the names what the mixture depends on."""
-    n_layers = _integer(metadata, f"{architecture}.block_count")
-    if n_layers is None and rule.sensitive is not None:
-        raise MismatchError(
-            f"the model's metadata have no {architecture}.block_count, which {rule.name} depends on"
-        )
-    n_heads = _integer(metadata, f"{architecture}.attention.head_count")
-    n_kv_heads = _integer(metadata, f"{architecture}.attention.head_count_kv")
-    n_next = _integer(metadata, f"{architecture}.nextn_predict_layers") or 0
-    is_grouped = n_kv_heads is not None and n_kv_heads != n_heads
-    return _Model(
-        n_layers=n_layers or 0,
-        n_experts=_integer(metadata, f"{architecture}.expert_count") or 0,
-        n_attention_values=sum(any(p in name for p in _ATTENTION_VALUES) for name in specs),
-        is_70b=(n_layers or 0) - n_next == _LAYERS_OF_70B.get(architecture)
-        and (is_grouped or architecture not in _GROUPED_70B),
-        is_falcon=architecture == "falcon",
-        is_tied="output.weight" not in specs,
-    )
-
-
-def _integer(metadata: Mapping[str, bytes], key: str) -> int | None:
-    """Return a number, or its value in the first layer where the model has one per layer."""
-    value = get_value(metadata, key)
-    if isinstance(value, list):
-        value = value[0] if value else None
-    return value if isinstance(value, int) else None
-
-
-def _visiting_order(name: str) -> tuple[int, str]:
-    """Order in which llama.cpp walks the tensors, whatever their order in the file."""
-    return (-1 if (layer := _layer(name)) is None else layer), name
-
-
-def _layer(name: str) -> int | None:
-    found = _LAYER.match(name)
-    return int(found[1]) if found else None
-
-
-def _gets_more_bits(i: int, n: int) -> bool:
-    """`use_more_bits`: the first and the last eighth, and every third layer between them."""
-    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
-
-
-def _output_type(spec: TensorSpec, rule: FileType, model: _Model) -> str:
-    if rule.default == "Q8_0" or model.is_falcon or spec.n_cols % block_size(rule.default)[0]:
-        return "Q8_0"
-    return "Q6_K"
-
-
-def _attention_value_type(rule: FileType, model: _Model, i: int) -> str:
-    if model.n_experts == 8:  # small beside eight experts
-        return "Q8_0"
-    if rule.sensitive is not None and _gets_more_bits(i, model.n_attention_values):
-        return rule.sensitive
-    # Eight query heads share each of a 70B model's value heads, so that the tensor is small.
-    return "Q5_K" if model.is_70b and rule.default == "Q4_K" else rule.default
-
-
-def _attention_type(name: str, rule: FileType, model: _Model) -> str:
-    if model.n_experts != 8:
-        return rule.default
-    if "attn_k.weight" in name:
-        return "Q8_0"
-    return "Q5_K" if rule.name == "Q4_K_M" and not model.is_falcon else rule.default
-
-
-def _ffn_down_type(name: str, rule: FileType, model: _Model, i: int) -> str:
-    if rule.sensitive is None:
-        return rule.default
-    n = model.n_layers
-    if model.n_experts > 1:  # several ffn_downs in a layer: the position says nothing
-        layer = _layer(name)
-        if layer is None or layer >= n:
-            raise MismatchError(
-                f"tensor {name!r} is in none of the {n} layers that the model's metadata state",
-                tensor=name,
-            )
-        i = layer
-    if model.is_falcon and rule.name == "Q4_K_M":
-        return "Q6_K" if i < n // 16 else "Q5_K" if _gets_more_bits(i, n) else "Q4_K"
-    return rule.sensitive if _gets_more_bits(i, n) else rule.default
 
 
 def _divisible(ggml_type: str, n_cols: int) -> str:

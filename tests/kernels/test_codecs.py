@@ -13,12 +13,12 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from edgemerge.formats.codec import CODECS, Codec
-from tests import reference
+from tests import reference, reference_codecs
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-PACKED = [name for name in CODECS if name != "F32"]
-K_QUANTS = ["Q4_K", "Q5_K", "Q6_K"]
+PACKED = [name for name, codec in CODECS.items() if codec.kernels]
+TILED = [name for name, codec in CODECS.items() if codec.scratch_len]
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 BLOCKS = hnp.arrays(np.float32, 256, elements=FINITE)
@@ -26,8 +26,9 @@ SMALL = hnp.arrays(np.float32, 256, elements=st.sampled_from([-2.0, -1.0, -0.0, 
 
 
 def twin(direction: str, name: str) -> Callable[[NDArray[np.generic]], NDArray[np.generic]]:
-    function: Callable[[NDArray[np.generic]], NDArray[np.generic]]
-    function = getattr(reference, f"{direction}_{name.lower()}")
+    wanted = f"{direction}_{name.lower()}"
+    module = reference_codecs if hasattr(reference_codecs, wanted) else reference
+    function: Callable[[NDArray[np.generic]], NDArray[np.generic]] = getattr(module, wanted)
     return function
 
 
@@ -111,7 +112,7 @@ def test_any_cut_into_blocks_gives_the_same_bytes(name: str) -> None:
     assert_same_floats(np.concatenate(parts), values)
 
 
-@pytest.mark.parametrize("name", K_QUANTS)
+@pytest.mark.parametrize("name", TILED)
 def test_scratch_leaves_no_trace(name: str) -> None:
     x = reference.hard_rows(256, seed=2)[:21]  # the last tile is not full
     expected = encode(CODECS[name], x, fill=0.0)
@@ -119,7 +120,7 @@ def test_scratch_leaves_no_trace(name: str) -> None:
         assert (encode(CODECS[name], x, fill=fill) == expected).all()
 
 
-@pytest.mark.parametrize("name", K_QUANTS)
+@pytest.mark.parametrize("name", TILED)
 def test_threads_give_the_same_bytes(name: str) -> None:
     x = np.random.default_rng(3).standard_normal((8, 8192), dtype=np.float32)
     expected = [encode(CODECS[name], row) for row in x]
@@ -137,7 +138,8 @@ def test_any_block_encodes_as_its_twin(name: str, x: NDArray[np.float32]) -> Non
 
 
 STEPS = {"Q4_0": 15, "Q4_1": 15, "Q5_0": 31, "Q5_1": 31, "Q8_0": 254}
-STEPS |= {"Q4_K": 15, "Q5_K": 31, "Q6_K": 63}
+STEPS |= {"Q2_K": 3, "Q3_K": 7, "Q4_K": 15, "Q5_K": 31, "Q6_K": 63}
+STEPS |= {"IQ4_NL": 10, "IQ4_XS": 10, "MXFP4": 8, "NVFP4": 8, "TQ1_0": 2, "TQ2_0": 2}
 
 
 @pytest.mark.parametrize(("name", "steps"), STEPS.items())
@@ -147,7 +149,32 @@ def test_values_come_back_within_a_step(name: str, steps: int) -> None:
     assert error < 1.25 * 2 / steps
 
 
-@pytest.mark.parametrize("name", K_QUANTS)
+@pytest.mark.parametrize("name", TILED)
 def test_the_table_knows_the_scratch_of_the_kernel(name: str) -> None:
     kernels = pytest.importorskip(f"edgemerge.kernels.{CODECS[name].kernels}")
     assert CODECS[name].scratch_len == kernels.SCRATCH_LEN
+
+
+def test_levels_of_iq4_part_halfway_and_nan_gets_the_highest() -> None:
+    iq4 = pytest.importorskip("edgemerge.kernels.iq4")
+    levels = np.float32(iq4.LEVELS)
+    halfway = (levels[:-1] + levels[1:]) / np.float32(2)
+    below, above = np.nextafter(halfway, -np.inf), np.nextafter(halfway, np.inf)
+    x = np.concatenate([halfway, below, above, levels, np.float32([np.nan, np.inf, -np.inf, -0.0])])
+    wanted = reference_codecs.nearest_level(x)
+    assert wanted[: len(levels)].tolist() == [*range(1, 16), 0]
+    assert [iq4._index(v) for v in x] == wanted.tolist()
+    assert [iq4._nearest(v) for v in x] == levels[wanted].tolist()
+
+
+@pytest.mark.parametrize(("name", "n"), [("MXFP4", 32), ("NVFP4", 64)])
+def test_scales_of_fp4_near_powers_of_two(name: str, n: int) -> None:
+    """ggml takes the exponent off a logarithm in float32, which rounds up just below a power."""
+    powers = np.arange(0, 255, dtype=np.int64)[:, None] << 23
+    bits = (powers + np.arange(-50, 50)).clip(1, 0x7F7FFFFF).astype(np.uint32)
+    largest = np.concatenate(
+        [bits.view(np.float32).ravel(), np.linspace(1e-3, 3e3, 9999, dtype="f")]
+    )
+    x = (largest[:, None] * np.linspace(-1, 1, n)).astype(np.float32)
+    wrong = (encode(CODECS[name], x) != twin("encode", name)(x.ravel())).reshape(len(x), -1)
+    assert largest[wrong.any(-1)].tolist() == []

@@ -1,0 +1,306 @@
+"""IQ4_NL and IQ4_XS: 4-bit quants that number sixteen uneven levels, VALUES.
+
+IQ4_NL: value = d * VALUES[q]. Block of 18 bytes for 32 values (ggml-common.h, block_iq4_nl): d as
+binary16, then 16 bytes; the low half of byte j is quant j, its high half quant j + 16.
+
+IQ4_XS: super-blocks of 256 values, eight sub-blocks of 32; value = d * (scale - 32) * VALUES[q], with
+a scale of 6 bits. Block of 136 bytes (block_iq4_xs): d as binary16; 2 bytes with the upper two bits
+of scale j in bits 2 j and 2 j + 1; 4 bytes with the lower four, of scale 2 j below and of 2 j + 1
+above in byte j; 16 bytes of quants for each sub-block, as in IQ4_NL.
+
+The encoder is ggml's quantize_row_iq4_nl_impl without an importance matrix, bit for bit, turned on
+its side as q6_k.py explains: 64 sub-blocks stand beside each other, tile[element, lane], and every
+loop runs over lanes: 26 times ggml's speed with AVX-512, 15 with AVX2.
+"""
+
+import numpy as np
+from numba import njit
+
+LANES = 64
+REACH = 7  # the search tries scales from this many steps below the extreme to as many above
+EPSILON = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: what is smaller counts as zero
+LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+VALUES = np.array(LEVELS, np.float32)  # kvalues_iq4nl
+
+# Rows of LANES float32 in the scratch, after the 32 rows of the tile.
+EXTREME = 0 * LANES  # value of largest magnitude, with its sign
+SCALE = 1 * LANES  # scale of the best fit so far
+QUALITY = 2 * LANES  # its scale times its sum of x q; a better fit has more
+INVERSE = 3 * LANES  # 1 / scale of the candidate
+SUM_XQ = 4 * LANES  # of its levels; weighted by x squared
+SUM_Q2 = 5 * LANES
+SCRATCH_LEN = (32 + 6) * LANES
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _half_to_float(low, high):
+    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
+    # The two branches are those of half.py's decode_f16, where they are explained.
+    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
+    magnitude = np.uint32(bits & 0x7FFF)
+    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
+    normal = np.float32(normal * np.float32(2.0**-112))
+    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
+    value = np.float32(denormal if magnitude < 0x0400 else normal)
+    return -value if bits & 0x8000 else value
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _float_to_half(x):
+    # half.py's encode_f16
+    bits = np.uint32(np.float32(x).view(np.uint32))
+    magnitude = np.uint32(bits & 0x7FFFFFFF)
+    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
+    value = np.float32(value * np.float32(2.0**-110))
+    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
+    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
+    pattern = np.uint32(rounded.view(np.uint32))
+    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
+    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
+    return np.uint32((bits >> 16) & 0x8000 | half)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _decode_run(quants, step, y):
+    # 16 bytes -> 32 values
+    for j in range(quants.size):
+        y[j] = step * VALUES[quants[j] & 15]
+    for j in range(quants.size):
+        y[16 + j] = step * VALUES[quants[j] >> 4]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def decode_iq4_nl(raw_u8, out_f32):
+    """Write the values of whole blocks (dequantize_row_iq4_nl).
+
+    Parameters
+    ----------
+    raw_u8 : (n_blocks * 18,) uint8
+        blocks, laid out as the head of this file says
+    out_f32 : (n_blocks * 32,) float32
+        written
+    """
+    for i in range(raw_u8.size // 18):
+        block = raw_u8[18 * i : 18 * i + 18]
+        d = _half_to_float(block[0], block[1])
+        _decode_run(block[2:18], d, out_f32[32 * i : 32 * i + 32])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def decode_iq4_xs(raw_u8, out_f32):
+    """Write the values of whole blocks (dequantize_row_iq4_xs).
+
+    Parameters
+    ----------
+    raw_u8 : (n_blocks * 136,) uint8
+        blocks, laid out as the head of this file says
+    out_f32 : (n_blocks * 256,) float32
+        written
+    """
+    for i in range(raw_u8.size // 136):
+        block = raw_u8[136 * i : 136 * i + 136]
+        d = _half_to_float(block[0], block[1])
+        for j in range(8):
+            lower = np.int32(block[4 + (j >> 1)]) >> np.int32(4 * (j & 1)) & 15
+            upper = np.int32(block[2 + (j >> 2)]) >> np.int32(2 * (j & 3)) & 3
+            step = np.float32(d * np.float32(np.int32(np.int32(lower | upper << 4) - 32)))
+            first = 256 * i + 32 * j
+            _decode_run(block[8 + 16 * j : 24 + 16 * j], step, out_f32[first : first + 32])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _nearest(v):
+    # best_index_int8's level: halfway between two the upper one, and the highest for NaN. Fifteen
+    # comparisons and no table, as LLVM then vectorises the loops around this.
+    q = np.float32(113)
+    q = np.float32(89) if v < np.float32(101) else q
+    q = np.float32(69) if v < np.float32(79) else q
+    q = np.float32(53) if v < np.float32(61) else q
+    q = np.float32(38) if v < np.float32(45.5) else q
+    q = np.float32(25) if v < np.float32(31.5) else q
+    q = np.float32(13) if v < np.float32(19) else q
+    q = np.float32(1) if v < np.float32(7) else q
+    q = np.float32(-10) if v < np.float32(-4.5) else q
+    q = np.float32(-22) if v < np.float32(-16) else q
+    q = np.float32(-35) if v < np.float32(-28.5) else q
+    q = np.float32(-49) if v < np.float32(-42) else q
+    q = np.float32(-65) if v < np.float32(-57) else q
+    q = np.float32(-83) if v < np.float32(-74) else q
+    q = np.float32(-104) if v < np.float32(-93.5) else q
+    return np.float32(-127) if v < np.float32(-115.5) else q
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _index(v):
+    # The number of that level.
+    below = np.int32(v < np.float32(-115.5)) + np.int32(v < np.float32(-93.5))
+    below += np.int32(v < np.float32(-74)) + np.int32(v < np.float32(-57))
+    below += np.int32(v < np.float32(-42)) + np.int32(v < np.float32(-28.5))
+    below += np.int32(v < np.float32(-16)) + np.int32(v < np.float32(-4.5))
+    below += np.int32(v < np.float32(7)) + np.int32(v < np.float32(19))
+    below += np.int32(v < np.float32(31.5)) + np.int32(v < np.float32(45.5))
+    below += np.int32(v < np.float32(61)) + np.int32(v < np.float32(79))
+    return np.int32(15 - (below + np.int32(v < np.float32(101))))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _gather(x_f32, first, tile):
+    # Sub-block `first` becomes lane 0. What stands in unused lanes is never written out.
+    for lane in range(min(LANES, x_f32.size // 32 - first)):
+        x = x_f32[32 * (first + lane) : 32 * (first + lane) + 32]
+        for k in range(32):
+            tile[k * LANES + lane] = x[k]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _find_extremes(tile, state):
+    for lane in range(LANES):
+        state[EXTREME + lane] = np.float32(0.0)
+    for k in range(32):
+        for lane in range(LANES):
+            x = tile[k * LANES + lane]
+            extreme = state[EXTREME + lane]
+            state[EXTREME + lane] = x if abs(x) > abs(extreme) else extreme
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _project(tile, state):
+    # Levels of a candidate, and their weighted sums.
+    for lane in range(LANES):
+        state[SUM_XQ + lane] = np.float32(0.0)
+        state[SUM_Q2 + lane] = np.float32(0.0)
+    for k in range(32):
+        for lane in range(LANES):
+            x = tile[k * LANES + lane]
+            q = _nearest(np.float32(state[INVERSE + lane] * x))
+            wq = np.float32(np.float32(x * x) * q)
+            state[SUM_XQ + lane] += np.float32(wq * x)
+            state[SUM_Q2 + lane] += np.float32(wq * q)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _judge(state, first):
+    # The better of a candidate and the best so far stays.
+    for lane in range(LANES):
+        sum_xq = state[SUM_XQ + lane]
+        sum_q2 = state[SUM_Q2 + lane]
+        quality = state[QUALITY + lane]
+        better = sum_q2 > 0 and np.float32(sum_xq * sum_xq) > np.float32(quality * sum_q2)
+        better = better or first
+        scale = np.float32(sum_xq / sum_q2) if sum_q2 > 0 else np.float32(0.0)
+        state[QUALITY + lane] = np.float32(scale * sum_xq) if better else quality
+        state[SCALE + lane] = scale if better else state[SCALE + lane]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _search(tile, state):
+    _find_extremes(tile, state)
+    for lane in range(LANES):
+        scale = np.float32(-state[EXTREME + lane] / np.float32(-127.0))
+        state[INVERSE + lane] = np.float32(np.float32(1.0) / scale)
+    _project(tile, state)
+    _judge(state, True)
+    for step in range(-REACH, REACH + 1):
+        dividend = np.float32(np.int32(step) - np.int32(127))
+        for lane in range(LANES):
+            state[INVERSE + lane] = np.float32(dividend / state[EXTREME + lane])
+        _project(tile, state)
+        _judge(state, False)
+    for lane in range(LANES):
+        zero = abs(state[EXTREME + lane]) < EPSILON
+        state[SCALE + lane] = np.float32(0.0) if zero else state[SCALE + lane]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _write_run(x, scale, quants):
+    # 32 values -> 16 bytes
+    inverse = np.float32(np.float32(1.0) / scale) if scale != 0 else np.float32(0.0)
+    for j in range(quants.size):
+        low = _index(np.float32(inverse * x[j]))
+        quants[j] = np.uint8(low | _index(np.float32(inverse * x[16 + j])) << 4)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def encode_iq4_nl(x_f32, scratch_f32, out_u8):
+    """Write the blocks that ggml makes without an importance matrix (quantize_iq4_nl).
+
+    Parameters
+    ----------
+    x_f32 : (n_blocks * 32,) float32
+        finite values
+    scratch_f32 : (>= SCRATCH_LEN,) float32
+        overwritten
+    out_u8 : (n_blocks * 18,) uint8
+        written
+    """
+    tile = scratch_f32[: 32 * LANES]
+    state = scratch_f32[32 * LANES : SCRATCH_LEN]
+    n_blocks = x_f32.size // 32
+    for first in range(0, n_blocks, LANES):
+        _gather(x_f32, first, tile)
+        _search(tile, state)
+        for i in range(first, min(first + LANES, n_blocks)):
+            block = out_u8[18 * i : 18 * i + 18]
+            scale = state[SCALE + i - first]
+            # Squares of huge values overflow, and what comes of that is a negative NaN on x86 only
+            half = np.uint32(0xFE00) if np.isnan(scale) else _float_to_half(scale)
+            block[0] = half & 255
+            block[1] = half >> 8
+            _write_run(x_f32[32 * i : 32 * i + 32], scale, block[2:18])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _round(v):
+    # ggml's nearest_int: to even, through the bits of v + 1.5 * 2^23. What it makes of infinity and
+    # NaN decides the bytes of rows of extremes, so that is kept too.
+    bits = np.int32(np.float32(v + np.float32(12582912.0)).view(np.int32))
+    return np.int32(np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _write_super_block(x, scales, block):
+    largest = np.float32(0.0)
+    extreme = np.float32(0.0)
+    for j in range(scales.size):
+        extreme = scales[j] if abs(scales[j]) > largest else extreme
+        largest = abs(scales[j]) if abs(scales[j]) > largest else largest
+    d = np.float32(-extreme / np.float32(32.0))
+    inverse = np.float32(np.float32(1.0) / d) if d != 0 else np.float32(0.0)
+    half = _float_to_half(d)
+    block[0] = half & 255
+    block[1] = half >> 8
+    block[2:8] = 0
+    for j in range(scales.size):
+        scale_q = _round(np.float32(inverse * scales[j]))
+        scale_q = np.int32(min(max(scale_q, np.int32(-32)), np.int32(31)))
+        step = np.float32(d * np.float32(scale_q))  # with d as it was before binary16
+        _write_run(x[32 * j : 32 * j + 32], step, block[8 + 16 * j : 24 + 16 * j])
+        code = np.int32(scale_q + 32)
+        block[4 + (j >> 1)] |= np.uint8((code & 15) << np.int32(4 * (j & 1)))
+        block[2 + (j >> 2)] |= np.uint8(code >> 4 << np.int32(2 * (j & 3)))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def encode_iq4_xs(x_f32, scratch_f32, out_u8):
+    """Write the blocks that ggml makes without an importance matrix (quantize_iq4_xs).
+
+    Parameters
+    ----------
+    x_f32 : (n_blocks * 256,) float32
+        finite values
+    scratch_f32 : (>= SCRATCH_LEN,) float32
+        overwritten
+    out_u8 : (n_blocks * 136,) uint8
+        written
+    """
+    tile = scratch_f32[: 32 * LANES]
+    state = scratch_f32[32 * LANES : SCRATCH_LEN]
+    n_sub = x_f32.size // 32
+    for first in range(0, n_sub, LANES):
+        _gather(x_f32, first, tile)
+        _search(tile, state)
+        for lane in range(0, min(LANES, n_sub - first), 8):
+            i = (first + lane) // 8
+            scales = state[SCALE + lane : SCALE + lane + 8]
+            x = x_f32[256 * i : 256 * i + 256]
+            _write_super_block(x, scales, out_u8[136 * i : 136 * i + 136])

@@ -1,0 +1,93 @@
+"""Q2_0: 64 quants of 2 bits and one scale; value = d * (q - 1), and the encoder writes no q of 3.
+
+Block of 18 bytes (ggml-common.h, block_q2_0): d as binary16, then 16 bytes; quant 4 j + r stands in
+bits 2 r and 2 r + 1 of byte j.
+"""
+
+import numpy as np
+from numba import njit
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _half_to_float(low, high):
+    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
+    # The two branches are those of half.py's decode_f16, where they are explained.
+    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
+    magnitude = np.uint32(bits & 0x7FFF)
+    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
+    normal = np.float32(normal * np.float32(2.0**-112))
+    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
+    value = np.float32(denormal if magnitude < 0x0400 else normal)
+    return -value if bits & 0x8000 else value
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _float_to_half(x):
+    # half.py's encode_f16
+    bits = np.uint32(np.float32(x).view(np.uint32))
+    magnitude = np.uint32(bits & 0x7FFFFFFF)
+    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
+    value = np.float32(value * np.float32(2.0**-110))
+    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
+    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
+    pattern = np.uint32(rounded.view(np.uint32))
+    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
+    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
+    return np.uint32((bits >> 16) & 0x8000 | half)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def decode_q2_0(raw_u8, out_f32):
+    """Write the values of whole blocks (dequantize_row_q2_0).
+
+    Parameters
+    ----------
+    raw_u8 : (n_blocks * 18,) uint8
+        blocks, laid out as the head of this file says
+    out_f32 : (n_blocks * 64,) float32
+        written
+    """
+    for i in range(raw_u8.size // 18):
+        block = raw_u8[18 * i : 18 * i + 18]
+        d = _half_to_float(block[0], block[1])
+        for j in range(16):
+            quants = np.int32(block[2 + j])
+            y = out_f32[64 * i + 4 * j : 64 * i + 4 * j + 4]
+            for r in range(y.size):
+                y[r] = np.float32(np.int32((quants >> np.int32(2 * r) & 3) - 1)) * d
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def encode_q2_0(x_f32, out_u8):
+    """Write the blocks that ggml's reference quantiser makes (quantize_row_q2_0_ref).
+
+    Parameters
+    ----------
+    x_f32 : (n_blocks * 64,) float32
+        finite values
+    out_u8 : (n_blocks * 18,) uint8
+        written
+    """
+    for i in range(x_f32.size // 64):
+        x = x_f32[64 * i : 64 * i + 64]
+        block = out_u8[18 * i : 18 * i + 18]
+        # Magnitudes compared as integers, as LLVM vectorises no float maximum.
+        largest = np.int32(0)
+        for j in range(x.size):
+            largest = max(largest, np.int32(np.float32(x[j]).view(np.int32) & np.int32(0x7FFFFFFF)))
+        d = np.int32(largest).view(np.float32)
+        inverse = np.float32(np.float32(1.0) / d) if d > 0 else np.float32(0.0)
+        half = _float_to_half(d)
+        block[0] = half & 255
+        block[1] = half >> 8
+        block[2:18] = 0
+        if inverse == np.float32(np.inf):
+            continue  # C's cast of infinity or NaN gives the lowest integer on x86, and then q is 0
+        for j in range(16):
+            quants = np.int32(0)
+            for r in range(4):
+                v = np.float32(x[4 * j + r] * inverse)  # in -1 .. 1; halves away from zero
+                up = np.int32(1) if v >= np.float32(0.5) else np.int32(0)
+                down = np.int32(1) if v <= np.float32(-0.5) else np.int32(0)
+                quants = np.int32(quants | (1 + up - down) << np.int32(2 * r))
+            block[2 + j] = np.uint8(quants)

@@ -1,0 +1,325 @@
+"""Q2_K: super-blocks of 256 values, sixteen sub-blocks of 16, each with its own scale and minimum.
+
+value = d * scale * q - dmin * minimum, with q of 2 bits, scale and minimum of 4 bits. Block of 84
+bytes (ggml-common.h, block_q2_K): 16 bytes with a scale below and a minimum above, 64 bytes of
+quants, d and dmin as binary16. Each half of the block holds four runs of 32 quants in 32 bytes, run
+r in bits 2 r and 2 r + 1.
+
+The encoder is ggml's quantize_row_q2_K_ref, bit for bit, turned on its side as q4_k.py explains: 64
+sub-blocks stand beside each other, tile[element, lane], and every loop runs over lanes: 14 times
+ggml's speed with AVX-512, 9 with AVX2.
+"""
+
+import numpy as np
+from numba import njit
+
+LANES = 64
+TOP = 3  # largest quant
+STEPS = 16  # candidate scales of the search
+FIRST = -0.5  # what the first candidate adds to TOP; each further one adds 0.1
+
+# Rows of LANES float32 in the scratch, after the 16 rows of the tile and the 16 of its quants.
+SUM_W = 0 * LANES  # a value's weight is its magnitude
+SUM_X = 1 * LANES  # weighted, like the sums below
+LARGEST = 2 * LANES
+SMALLEST = 3 * LANES  # minimum of the best fit so far, never positive
+SCALE = 4 * LANES  # scale of the best fit so far
+ERROR = 5 * LANES  # its weighted absolute error
+FIT_INVERSE = 6 * LANES  # quants of the best fit: round(FIT_INVERSE * (x - FIT_MIN))
+FIT_MIN = 7 * LANES
+INVERSE = 8 * LANES  # 1 / scale of the candidate
+SUM_L = 9 * LANES  # of its quants, l in ggml's code
+SUM_L2 = 10 * LANES
+SUM_XL = 11 * LANES
+NEW_SCALE = 12 * LANES  # least squares for those quants
+NEW_MIN = 13 * LANES
+NEW_ERROR = 14 * LANES
+SCRATCH_LEN = (16 + 16 + 15) * LANES
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _half_to_float(low, high):
+    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
+    # The two branches are those of half.py's decode_f16, where they are explained.
+    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
+    magnitude = np.uint32(bits & 0x7FFF)
+    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
+    normal = np.float32(normal * np.float32(2.0**-112))
+    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
+    value = np.float32(denormal if magnitude < 0x0400 else normal)
+    return -value if bits & 0x8000 else value
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _float_to_half(x):
+    # half.py's encode_f16
+    bits = np.uint32(np.float32(x).view(np.uint32))
+    magnitude = np.uint32(bits & 0x7FFFFFFF)
+    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
+    value = np.float32(value * np.float32(2.0**-110))
+    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
+    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
+    pattern = np.uint32(rounded.view(np.uint32))
+    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
+    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
+    return np.uint32((bits >> 16) & 0x8000 | half)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def decode_q2_k(raw_u8, out_f32):
+    """Write the values of whole blocks (dequantize_row_q2_K).
+
+    Parameters
+    ----------
+    raw_u8 : (n_blocks * 84,) uint8
+        blocks, laid out as the head of this file says
+    out_f32 : (n_blocks * 256,) float32
+        written
+    """
+    for i in range(raw_u8.size // 84):
+        block = raw_u8[84 * i : 84 * i + 84]
+        d = _half_to_float(block[80], block[81])
+        dmin = _half_to_float(block[82], block[83])
+        for j in range(16):
+            code = np.int32(block[j])
+            step = np.float32(d * np.float32(np.int32(code & 15)))
+            offset = np.float32(dmin * np.float32(np.int32(code >> 4)))
+            first = 16 + 32 * (j >> 3) + 16 * (j & 1)
+            quants = block[first : first + 16]
+            shift = np.int32(j & 6)
+            y = out_f32[256 * i + 16 * j : 256 * i + 16 * j + 16]
+            # y.size, not 16: LLVM unrolls a loop of known length before it tries to vectorise
+            for k in range(y.size):
+                q = np.int32(np.int32(quants[k]) >> shift & 3)
+                y[k] = step * np.float32(q) - offset
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _round(v):
+    # ggml's nearest_int: to even, through the bits of v + 1.5 * 2^23. What it makes of infinity and
+    # NaN decides the bytes of rows of extremes, so that is kept too.
+    bits = np.int32(np.float32(v + np.float32(12582912.0)).view(np.int32))
+    return np.int32(np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _level(v):
+    return np.float32(min(max(_round(v), np.int32(0)), np.int32(TOP)))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _measure(tile, state):
+    # Sums of the weights and the range of each lane.
+    for lane in range(LANES):
+        state[SUM_W + lane] = np.float32(0.0)
+        state[SUM_X + lane] = np.float32(-0.0)  # changes nothing: ggml starts with the first term
+        state[SMALLEST + lane] = tile[lane]
+        state[LARGEST + lane] = tile[lane]
+    # Eight elements a turn: sums stay in registers for so long, and LLVM unrolls the inner loop.
+    for i in range(0, 16, 8):
+        for lane in range(LANES):
+            smallest = state[SMALLEST + lane]
+            largest = state[LARGEST + lane]
+            for k in range(8):
+                x = tile[(i + k) * LANES + lane]
+                w = np.float32(abs(x))
+                smallest = x if x < smallest else smallest
+                largest = x if x > largest else largest
+                state[SUM_W + lane] += w
+                state[SUM_X + lane] += np.float32(w * x)
+            state[SMALLEST + lane] = smallest
+            state[LARGEST + lane] = largest
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _fit_range(tile, state):
+    # First fit: the quants span the range of the lane, and zero.
+    for lane in range(LANES):
+        smallest = state[SMALLEST + lane]
+        smallest = np.float32(0.0) if smallest > 0 else smallest
+        inverse = np.float32(np.float32(TOP) / np.float32(state[LARGEST + lane] - smallest))
+        state[SMALLEST + lane] = smallest
+        state[INVERSE + lane] = inverse
+        state[SCALE + lane] = np.float32(np.float32(1.0) / inverse)
+        state[ERROR + lane] = np.float32(0.0)
+    for i in range(0, 16, 8):
+        for lane in range(LANES):
+            smallest = state[SMALLEST + lane]
+            error = state[ERROR + lane]
+            for k in range(8):
+                x = tile[(i + k) * LANES + lane]
+                level = _level(np.float32(state[INVERSE + lane] * np.float32(x - smallest)))
+                diff = np.float32(np.float32(state[SCALE + lane] * level) + smallest - x)
+                error = np.float32(error + np.float32(np.float32(abs(x)) * abs(diff)))
+            state[ERROR + lane] = error
+    for lane in range(LANES):
+        smallest = state[SMALLEST + lane]
+        flat = state[LARGEST + lane] == smallest
+        # A flat lane has scale 0 and quants 0 for good: no candidate has an error below -1.
+        state[SCALE + lane] = np.float32(0.0) if flat else state[SCALE + lane]
+        state[ERROR + lane] = np.float32(-1.0) if flat else state[ERROR + lane]
+        state[FIT_INVERSE + lane] = np.float32(0.0) if flat else state[INVERSE + lane]
+        state[FIT_MIN + lane] = smallest
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _project(tile, quants, state, divisor):
+    # Quants of a candidate, and their weighted sums.
+    for lane in range(LANES):
+        spread = np.float32(state[LARGEST + lane] - state[SMALLEST + lane])
+        state[INVERSE + lane] = np.float32(divisor / spread)
+        state[SUM_L + lane] = np.float32(0.0)
+        state[SUM_L2 + lane] = np.float32(0.0)
+        state[SUM_XL + lane] = np.float32(0.0)
+    for i in range(0, 16, 8):
+        for lane in range(LANES):
+            sum_l = state[SUM_L + lane]
+            sum_l2 = state[SUM_L2 + lane]
+            sum_xl = state[SUM_XL + lane]
+            for k in range(8):
+                x = tile[(i + k) * LANES + lane]
+                v = np.float32(x - state[SMALLEST + lane])
+                level = _level(np.float32(state[INVERSE + lane] * v))
+                quants[(i + k) * LANES + lane] = level
+                wl = np.float32(np.float32(abs(x)) * level)
+                sum_l = np.float32(sum_l + wl)
+                sum_l2 = np.float32(sum_l2 + np.float32(wl * level))
+                sum_xl = np.float32(sum_xl + np.float32(wl * x))
+            state[SUM_L + lane] = sum_l
+            state[SUM_L2 + lane] = sum_l2
+            state[SUM_XL + lane] = sum_xl
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _solve(state):
+    # Weighted least squares for scale and minimum; the minimum must not be positive.
+    for lane in range(LANES):
+        sum_w = state[SUM_W + lane]
+        sum_x = state[SUM_X + lane]
+        sum_l = state[SUM_L + lane]
+        sum_l2 = state[SUM_L2 + lane]
+        sum_xl = state[SUM_XL + lane]
+        det = np.float32(np.float32(sum_w * sum_l2) - np.float32(sum_l * sum_l))
+        scale = np.float32(np.float32(sum_w * sum_xl) - np.float32(sum_x * sum_l))
+        scale = np.float32(scale / det)
+        minimum = np.float32(np.float32(sum_l2 * sum_x) - np.float32(sum_l * sum_xl))
+        minimum = np.float32(minimum / det)
+        scale = np.float32(sum_xl / sum_l2) if minimum > 0 else scale
+        # Without a positive determinant there is no candidate: NaN compares as no better.
+        state[NEW_SCALE + lane] = scale if det > 0 else np.float32(np.nan)
+        state[NEW_MIN + lane] = np.float32(0.0) if minimum > 0 else minimum
+        state[NEW_ERROR + lane] = np.float32(0.0)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _judge(tile, quants, state):
+    # Error of a candidate; the better of it and the best so far stays.
+    for i in range(0, 16, 8):
+        for lane in range(LANES):
+            error = state[NEW_ERROR + lane]
+            for k in range(8):
+                x = tile[(i + k) * LANES + lane]
+                diff = np.float32(state[NEW_SCALE + lane] * quants[(i + k) * LANES + lane])
+                diff = np.float32(np.float32(diff + state[NEW_MIN + lane]) - x)
+                error = np.float32(error + np.float32(np.float32(abs(x)) * abs(diff)))
+            state[NEW_ERROR + lane] = error
+    for lane in range(LANES):
+        better = state[NEW_ERROR + lane] < state[ERROR + lane]
+        smallest = state[SMALLEST + lane]
+        inverse = state[INVERSE + lane]
+        state[FIT_INVERSE + lane] = inverse if better else state[FIT_INVERSE + lane]
+        state[FIT_MIN + lane] = smallest if better else state[FIT_MIN + lane]
+        state[SMALLEST + lane] = state[NEW_MIN + lane] if better else smallest
+        state[SCALE + lane] = state[NEW_SCALE + lane] if better else state[SCALE + lane]
+        state[ERROR + lane] = state[NEW_ERROR + lane] if better else state[ERROR + lane]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _write_header(state, first_lane, block):
+    # The sixteen 4-bit scales and minima, d and dmin.
+    max_scale = np.float32(0.0)
+    max_min = np.float32(0.0)
+    for lane in range(first_lane, first_lane + 16):
+        scale = state[SCALE + lane]
+        minimum = np.float32(-state[SMALLEST + lane])
+        max_scale = scale if scale > max_scale else max_scale
+        max_min = minimum if minimum > max_min else max_min
+    inv_scale = np.float32(np.float32(15.0) / max_scale) if max_scale > 0 else np.float32(0.0)
+    inv_min = np.float32(np.float32(15.0) / max_min) if max_min > 0 else np.float32(0.0)
+    for j in range(16):
+        lane = first_lane + j
+        scale_q = _round(np.float32(inv_scale * state[SCALE + lane]))
+        min_q = _round(np.float32(inv_min * np.float32(-state[SMALLEST + lane])))
+        block[j] = np.uint8((scale_q | min_q << 4) & 255)  # not clamped: ggml trusts the division
+    half = _float_to_half(np.float32(max_scale / np.float32(15.0)))
+    block[80] = half & 255
+    block[81] = half >> 8
+    half = _float_to_half(np.float32(max_min / np.float32(15.0)))
+    block[82] = half & 255
+    block[83] = half >> 8
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _write_quants(x, state, first_lane, levels, block):
+    # Quants for the scales as they were rounded.
+    d = _half_to_float(block[80], block[81])
+    dmin = _half_to_float(block[82], block[83])
+    for j in range(16):
+        code = np.int32(block[j])
+        step = np.float32(d * np.float32(np.int32(code & 15)))
+        offset = np.float32(dmin * np.float32(np.int32(code >> 4)))
+        sub = x[16 * j : 16 * j + 16]
+        sub_levels = levels[16 * j : 16 * j + 16]
+        if step != 0:
+            for k in range(sub.size):
+                sub_levels[k] = _level(np.float32(np.float32(sub[k] + offset) / step))
+        else:  # ggml leaves the quants of the search in place
+            inverse = state[FIT_INVERSE + first_lane + j]
+            smallest = state[FIT_MIN + first_lane + j]
+            for k in range(sub.size):
+                sub_levels[k] = _level(np.float32(inverse * np.float32(sub[k] - smallest)))
+    for j in range(2):
+        runs = levels[128 * j : 128 * j + 128]
+        quants = block[16 + 32 * j : 48 + 32 * j]
+        for k in range(quants.size):
+            low = np.int32(runs[k]) | np.int32(runs[32 + k]) << 2
+            quants[k] = np.uint8(low | np.int32(runs[64 + k]) << 4 | np.int32(runs[96 + k]) << 6)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def encode_q2_k(x_f32, scratch_f32, out_u8):
+    """Write the blocks that ggml's reference quantiser makes (quantize_row_q2_K_ref).
+
+    Parameters
+    ----------
+    x_f32 : (n_blocks * 256,) float32
+        finite values
+    scratch_f32 : (>= SCRATCH_LEN,) float32
+        overwritten
+    out_u8 : (n_blocks * 84,) uint8
+        written
+    """
+    tile = scratch_f32[: 16 * LANES]
+    quants = scratch_f32[16 * LANES : 32 * LANES]
+    state = scratch_f32[32 * LANES : SCRATCH_LEN]
+    n_sub = x_f32.size // 16
+    for first in range(0, n_sub, LANES):
+        n_lanes = min(LANES, n_sub - first)
+        for lane in range(n_lanes):
+            x = x_f32[16 * (first + lane) : 16 * (first + lane) + 16]
+            for k in range(16):
+                tile[k * LANES + lane] = x[k]
+        _measure(tile, state)
+        _fit_range(tile, state)
+        for step in range(STEPS):
+            tenths = np.float32(np.float32(0.1) * np.float32(step))
+            divisor = np.float32(np.float32(np.float32(FIRST) + tenths) + np.float32(TOP))
+            _project(tile, quants, state, divisor)
+            _solve(state)
+            _judge(tile, quants, state)
+        for lane in range(0, n_lanes, 16):
+            i = (first + lane) // 16
+            x = x_f32[256 * i : 256 * i + 256]
+            block = out_u8[84 * i : 84 * i + 84]
+            _write_header(state, lane, block)
+            _write_quants(x, state, lane, quants, block)
