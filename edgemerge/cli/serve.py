@@ -1,0 +1,206 @@
+"""`edgemerge serve`: OpenAI's interface to models on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgemerge.cli import request
+from edgemerge.cli.loading import ContextSize, GpuLayers, Loras, Threads, parse_loras
+from edgemerge.cli.terminal import speaks_plainly
+
+if TYPE_CHECKING:
+    from edgemerge.runtime.serve import ServeOptions, Started
+
+__all__ = ["serve_command"]
+
+KEY_VARIABLE = "EDGEMERGE_API_KEY"
+
+
+@speaks_plainly
+def serve_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]MODEL...",
+            help="GGUF files; clients call each by its name [default: the file's].",
+            show_default=False,
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")
+    ] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            metavar="KEY",
+            help=f"Key that clients must send; others on this machine can see it here, so better "
+            f"use {KEY_VARIABLE} or --api-key-file.",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", metavar="FILE", help="File with the key.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            metavar="NAME",
+            help="Name under which a proxy on this machine passes requests on; may be repeated.",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Budget of the process; models unused for longest are closed to stay below it "
+            "[default: 90 % of what is free].",
+        ),
+    ] = None,
+    context: ContextSize = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = None,
+    lora: Loras = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, metavar="N", help="Longest answer in tokens.")
+    ] = 4096,
+    queue: Annotated[
+        int, typer.Option("--queue", min=1, metavar="N", help="Requests that may wait.")
+    ] = 16,
+    queue_timeout: Annotated[
+        float,
+        typer.Option("--queue-timeout", min=0.1, metavar="S", help="Longest wait in seconds."),
+    ] = 120.0,
+    request_timeout: Annotated[
+        float,
+        typer.Option("--request-timeout", min=0.1, metavar="S", help="Longest answer in seconds."),
+    ] = 600.0,
+    grace: Annotated[
+        float,
+        typer.Option(
+            "--grace", min=0.0, metavar="S", help="Seconds that a running answer has at a stop."
+        ),
+    ] = 30.0,
+    open_metrics: Annotated[
+        bool, typer.Option("--open-metrics", help="Let /metrics be read without the key.")
+    ] = False,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Log a line per request on stderr.")
+    ] = False,
+    install: Annotated[
+        bool, typer.Option("--install", help="Write a systemd unit that does this, and end.")
+    ] = False,
+    unit_dir: Annotated[
+        Path | None,
+        typer.Option("--unit-dir", metavar="FOLDER", help="Where --install writes.", hidden=True),
+    ] = None,
+    force: request.Force = False,
+) -> None:
+    """Serve models to OpenAI's clients and to a web page."""
+    from edgemerge.runtime.serve import ServeOptions, serve
+    from edgemerge.runtime.serve_requests import Limits
+    from edgemerge.sizes import parse_size
+
+    options = ServeOptions(
+        models=tuple(models),
+        host=host,
+        port=port,
+        key=_read_key(api_key, api_key_file),
+        hosts=frozenset(name.lower() for name in allow_host or ()),
+        memory=parse_size(memory) if memory is not None else None,
+        n_ctx=context,
+        n_threads=threads,
+        n_gpu_layers=gpu_layers,
+        loras=parse_loras(lora),
+        queue=queue,
+        queue_seconds=queue_timeout,
+        grace=grace,
+        open_metrics=open_metrics,
+        log_requests=log_requests,
+        limits=Limits(max_tokens=max_tokens, request_seconds=request_timeout),
+    )
+    if options.loras and len(models) > 1:
+        raise typer.BadParameter("--lora goes with one model")
+    if install:
+        _install(options, unit_dir, force=force)
+        return
+    _set_up_log(log_requests)
+    serve(options, _announce)
+
+
+def _read_key(key: str | None, file: Path | None) -> str | None:
+    """Take the key from the first place that has one."""
+    if key is not None and file is not None:
+        raise typer.BadParameter("give --api-key or --api-key-file, not both")
+    if file is not None:
+        return file.read_text(encoding="utf-8").strip()
+    return key if key is not None else os.environ.get(KEY_VARIABLE)
+
+
+def _set_up_log(log_requests: bool) -> None:
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, format="edgemerge: %(levelname)s: %(message)s")
+    if log_requests:
+        for name in ("uvicorn.access", "edgemerge"):
+            logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _install(options: ServeOptions, directory: Path | None, *, force: bool) -> None:
+    from edgemerge.runtime.serve import check_key
+    from edgemerge.runtime.serve_models import read_model_file
+    from edgemerge.runtime.systemd import Service, write_unit
+
+    files = [read_model_file(text, options.n_ctx) for text in options.models]
+    service = Service(
+        models={file.name: file.path for file in files},
+        host=options.host,
+        port=options.port,
+        grace=options.grace,
+        memory=options.memory,
+        loras=options.loras,
+        gpu=bool(options.n_gpu_layers),
+        api_key=options.key,
+        options=_other_arguments(options),
+    )
+    check_key(options, is_local=service.is_local)
+    print(write_unit(service, directory=directory, force=force))
+
+
+def _other_arguments(options: ServeOptions) -> list[str]:
+    """Arguments that the unit has to repeat; those that are as by default change nothing."""
+    values = {
+        "--ctx": options.n_ctx,
+        "--threads": options.n_threads,
+        "--gpu-layers": options.n_gpu_layers,
+        "--queue": options.queue,
+        "--queue-timeout": options.queue_seconds,
+        "--request-timeout": options.limits.request_seconds,
+        "--max-tokens": options.limits.max_tokens,
+    }
+    arguments = [
+        text for name, value in values.items() if value is not None for text in (name, str(value))
+    ]
+    for name in sorted(options.hosts):
+        arguments += ["--allow-host", name]
+    flags = {"--open-metrics": options.open_metrics, "--log-requests": options.log_requests}
+    return arguments + [name for name, given in flags.items() if given]
+
+
+def _announce(started: Started) -> None:
+    from edgemerge.sizes import format_size
+
+    key = "clients need the key" if started.has_key else "no key needed"
+    print(f"edgemerge serves at {started.url} ({key})")
+    for name, n_ctx, need in started.models:
+        print(f"  model {name}: {n_ctx} tokens of context, about {format_size(need)}")
+    print(f"  memory: at most {format_size(started.memory)}")
+    print(f"  page {started.url}/  API {started.url}/v1  figures {started.url}/metrics", flush=True)

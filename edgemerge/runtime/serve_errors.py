@@ -1,0 +1,134 @@
+"""What the server says when it does not answer, in the form that OpenAI's clients know."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgemerge.errors import EdgemergeError
+
+__all__ = ["BUSY", "INVALID", "SERVER", "Refusal", "explain", "stopping"]
+
+log = logging.getLogger(__name__)
+
+INVALID, BUSY, SERVER = "invalid_request_error", "server_busy", "server_error"
+_MAX_MESSAGE = 500  # characters; a wrong request may be large and comes back in its message
+_TOO_LONG = re.compile(r"Requested tokens \((\d+)\) exceed context window of (\d+)")
+
+
+class Refusal(EdgemergeError):
+    """A request that gets no answer.
+
+    Parameters
+    ----------
+    status : int
+        Of HTTP.
+    message : str
+        One sentence for the client; it names no file of this machine.
+    kind : str
+        OpenAI's `type`.
+    code : str, optional
+        OpenAI's `code`.
+    retry_after : int, optional
+        Seconds after which another try makes sense; without it OpenAI's client does not try again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = INVALID,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        self.status = status
+        self.kind = kind
+        self.code = code
+        self.retry_after = retry_after
+        super().__init__(message)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Body of the answer."""
+        message = str(self)[:_MAX_MESSAGE]
+        error = {"message": message, "type": self.kind, "param": None, "code": self.code}
+        return {"error": error}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer, lower case, beside type and length."""
+        headers = {"cache-control": "no-store"}
+        if self.retry_after is not None:
+            headers["retry-after"] = str(self.retry_after)
+        else:
+            headers["x-should-retry"] = "false"  # the openai client would repeat 408, 409 and 5xx
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return headers
+
+    def event(self) -> str:
+        """Write the server-sent event that ends a stream which had begun."""
+        return json.dumps(self.content)
+
+
+def stopping() -> Refusal:
+    """Refuse because the server is about to end; another may take its place."""
+    return Refusal(503, "the server is stopping", kind=BUSY, retry_after=5)
+
+
+def explain(error: BaseException) -> Refusal:
+    """Say what an exception means to the client; the log gets what it must not see.
+
+    Parameters
+    ----------
+    error : exception
+        Whatever came out of a route of ours or of llama-cpp-python's.
+    """
+    from fastapi.exceptions import RequestValidationError
+    from jinja2 import TemplateError
+    from starlette.exceptions import HTTPException
+
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, HTTPException):
+        return Refusal(error.status_code, str(error.detail))
+    if isinstance(error, RequestValidationError):
+        return Refusal(400, _wrong_field(error.errors()))
+    if match := _TOO_LONG.search(str(error)):
+        return Refusal(
+            400,
+            f"This model's maximum context length is {match[2]} tokens, and the request has "
+            f"{match[1]}; please shorten it.",
+            code="context_length_exceeded",
+        )
+    if isinstance(error, TemplateError):
+        return Refusal(400, f"the model's chat template refuses these messages: {error}")
+    if isinstance(error, ValueError):  # llama-cpp-python's word for a request it cannot take
+        return Refusal(400, str(error))
+    log.error("request failed", exc_info=error)
+    return Refusal(500, "the server failed on this request; its log says why", kind=SERVER)
+
+
+def _wrong_field(problems: Sequence[Mapping[str, Any]]) -> str:
+    """Make one sentence of pydantic's complaints.
+
+    Where a field may be one of several types, each type has its own: those of the type that came
+    closest tell what is meant.
+    """
+    by_type: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for problem in problems:
+        types = tuple(str(part) for part in problem["loc"] if not _is_field(part))
+        by_type.setdefault(types, []).append(problem)
+    closest = min(by_type.values(), key=len)[0]
+    where = ".".join(str(part) for part in closest["loc"] if _is_field(part) and part != "body")
+    message = str(closest["msg"])
+    return f"{where}: {message}" if where else message
+
+
+def _is_field(part: str | int) -> bool:
+    """Whether a part of a place is a name or an index, and not a type that was tried."""
+    return isinstance(part, int) or (part.islower() and part != "str" and "[" not in part)
