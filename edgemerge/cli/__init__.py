@@ -12,13 +12,16 @@ from typing import Annotated
 import typer
 
 from edgemerge.cli.align import align_command
+from edgemerge.cli.bench import bench_command
 from edgemerge.cli.chat import chat_command
 from edgemerge.cli.convert import convert_command
 from edgemerge.cli.demo import demo_command
 from edgemerge.cli.doctor import doctor_command
+from edgemerge.cli.eval import eval_command
 from edgemerge.cli.inspect import inspect_command
 from edgemerge.cli.merge import merge_command, plan_command
 from edgemerge.cli.run import run_command
+from edgemerge.cli.serve import serve_command
 
 __all__ = ["app", "main"]
 
@@ -59,6 +62,9 @@ app.command("align")(align_command)
 app.command("convert")(convert_command)
 app.command("run")(run_command)
 app.command("chat")(chat_command)
+app.command("serve")(serve_command)
+app.command("eval")(eval_command)
+app.command("bench")(bench_command)
 app.command("doctor")(doctor_command)
 app.command("demo")(demo_command)
 

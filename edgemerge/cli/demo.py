@@ -15,7 +15,8 @@ from edgemerge.cli import request
 from edgemerge.cli.terminal import check_stop, print_table, speaks_plainly
 
 if TYPE_CHECKING:
-    from edgemerge.runtime.evaluate import Question, Score
+    from edgemerge.runtime.evaluate import Score
+    from edgemerge.runtime.questions import Question
 
 __all__ = ["demo_command"]
 
@@ -73,7 +74,7 @@ def demo_command(
     force: request.Force = False,
 ) -> None:
     """Merge two small medical experts in several ways, score them, talk to the best."""
-    from edgemerge.runtime.evaluate import read_questions
+    from edgemerge.runtime.questions import read_questions
 
     folder = models or _models_of_checkout()
     questions = {name: read_questions(folder / "eval" / f"{name}.jsonl")[:limit] for name in SETS}
@@ -201,4 +202,5 @@ def _speak(
                 right = question.options[question.answer]
                 said = lines[0] if lines else ""
                 verdict = "right" if said == right else f"wrong: {right}"
-                print(f"  {question.question} {said} ({verdict})")
+                asked = question.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+                print(f"  {asked} {said} ({verdict})")

@@ -54,7 +54,8 @@ def speaks_plainly(command: Callable[P, R]) -> Callable[P, R]:
             raise _failure(str(error), detail) from None
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Stopped) else signal.SIGINT
-            raise _failure("interrupted; nothing was changed", code=128 + number) from None
+            left = "; ".join(getattr(error, "__notes__", ())) or "nothing was changed"
+            raise _failure(f"interrupted; {left}", code=128 + number) from None
         except MemoryError:
             raise _failure("out of memory; give a smaller --memory") from None
         except BrokenPipeError:
@@ -129,8 +130,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: 
 
 
 @contextmanager
-def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show bytes, rate and time left on stderr while it is a terminal; stop on a signal."""
+def progress_bar(
+    label: str, *, quiet: bool = False, unit: str | None = None
+) -> Iterator[Callable[[int, int], None]]:
+    """Show how far it is and the time left on stderr while it is a terminal; stop on a signal.
+
+    Without a `unit`, what is counted are bytes, and their rate is shown too.
+    """
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield check_stop
         return
@@ -138,17 +144,21 @@ def progress_bar(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, 
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        MofNCompleteColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
+    counts: tuple[ProgressColumn, ...] = (DownloadColumn(binary_units=True), TransferSpeedColumn())
+    if unit is not None:
+        counts = (MofNCompleteColumn(), TextColumn(unit))
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        *counts,
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,

@@ -1,53 +1,18 @@
-"""Score a model on multiple-choice questions, as lm-evaluation-harness does.
-
-The prompt is "Question: ...", a new line and "Answer:"; an option's score is the log-likelihood of
-its tokens after that. The options of a question share their prompt: it is computed once, as tokens
-that belong to one sequence per option, and many questions go into one batch.
-"""
+"""From log-likelihoods to accuracy, as lm-evaluation-harness counts."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 
 import numpy as np
 
-from edgemerge.errors import FormatError, RuntimeFailure
-from edgemerge.runtime.llama import Context, Model
-from edgemerge.types import Float32
+from edgemerge.runtime.likelihood import Likelihoods, option_likelihoods
+from edgemerge.runtime.llama import Model
+from edgemerge.runtime.questions import Question
 
-__all__ = ["Likelihoods", "Question", "Score", "evaluate", "option_likelihoods", "read_questions"]
-
-# Limits of one batch, unless a single question needs more. 256 tokens were the fastest of 64 to
-# 512: all sequences of a batch are in one memory, so attention's cost grows with the square. 256
-# sequences is llama.cpp's limit.
-_TOKENS, _SEQUENCES = 256, 256
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question, its options, and the index of the right one."""
-
-    question: str
-    options: tuple[str, ...]
-    answer: int
-
-    @property
-    def prompt(self) -> str:
-        """What the model reads before an option."""
-        return f"Question: {self.question}\nAnswer:"
-
-
-@dataclass(frozen=True, slots=True)
-class Likelihoods:
-    """Log-likelihood (natural logarithm) and number of tokens of each option of a question."""
-
-    totals: tuple[float, ...]
-    n_tokens: tuple[int, ...]
+__all__ = ["Comparison", "Mark", "Score", "compare", "evaluate", "mark", "score"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +30,9 @@ class Score:
     n : int
         Number of questions.
     stderr : float
-        Standard error of `acc`; 0 for a single question.
+        Standard error of `acc`; not a number for a single question.
+    stderr_norm : float
+        Standard error of `acc_norm`.
     """
 
     acc: float
@@ -73,76 +40,38 @@ class Score:
     loss: float
     n: int
     stderr: float
+    stderr_norm: float
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """Options of one question that share a prompt, as tokens."""
+class Mark:
+    """The options that a model chose, by log-likelihood and by log-likelihood per character."""
 
-    question: int
-    prompt: list[int]
-    options: list[int]  # which options these are
-    endings: list[list[int]]
-
-    @property
-    def n_outputs(self) -> int:
-        """Rows of logits: one after the prompt, one after each token of an ending but its last."""
-        return 1 + sum(len(ending) - 1 for ending in self.endings)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens to run: the prompt's and the endings', whose last predicts nothing."""
-        return len(self.prompt) - 1 + self.n_outputs
+    chosen: int
+    chosen_norm: int
+    right: bool
+    right_norm: bool
 
 
-def read_questions(path: str | PathLike[str]) -> list[Question]:
-    """Read questions from a JSON-lines file.
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two models on the same questions.
 
-    Parameters
+    Attributes
     ----------
-    path : str or path
-        Each line is an object with `question` (text), `options` (two or more texts) and `answer`
-        (the index of the right option, from 0). Other keys are ignored.
-
-    Raises
-    ------
-    FormatError
-        A line is not such an object; the message names it. Or the file has no questions.
+    only_first, only_second : int
+        Questions that one of them has right and the other wrong.
+    difference : float
+        Accuracy of the second less that of the first.
+    p : float
+        Probability of a split at least as uneven between models that are equally good: McNemar's
+        test, exact and two-sided.
     """
-    path = Path(path)
-    questions = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    questions.append(_parse(line, path, number))
-    except UnicodeDecodeError as error:
-        raise FormatError(f"not UTF-8 text ({error.reason})", path=path) from error
-    if not questions:
-        raise FormatError("there are no questions in it", path=path)
-    return questions
 
-
-def _parse(line: str, path: Path, number: int) -> Question:
-    def wrong(what: str) -> FormatError:
-        return FormatError(f"line {number}: {what}", path=path)
-
-    try:
-        item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise wrong(f"not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(item, dict):
-        raise wrong("expected an object with question, options and answer")
-    question, options, answer = (item.get(key) for key in ("question", "options", "answer"))
-    if not isinstance(question, str):
-        raise wrong("'question' must be a text")
-    if not isinstance(options, list) or len(options) < 2:
-        raise wrong("'options' must be a list of two or more texts")
-    if not all(isinstance(option, str) and option.strip() for option in options):
-        raise wrong("'options' must be texts that are not empty")
-    if type(answer) is not int or not 0 <= answer < len(options):
-        raise wrong(f"'answer' must be the index of an option, 0 to {len(options) - 1}")
-    return Question(question, tuple(options), answer)
+    only_first: int
+    only_second: int
+    difference: float
+    p: float
 
 
 def evaluate(model: Model, questions: Sequence[Question]) -> Score:
@@ -154,136 +83,69 @@ def evaluate(model: Model, questions: Sequence[Question]) -> Score:
         A loaded model.
     questions : sequence of Question
         At least one.
+
+    Raises
+    ------
+    RuntimeFailure
+        An option is empty or longer than the context, or llama.cpp failed.
     """
-    n = len(questions)
-    right = right_norm = n_tokens = 0
-    loss = 0.0
-    for question, scored in zip(questions, option_likelihoods(model, questions), strict=True):
-        lengths = [len(option) for option in question.options]
-        right += int(np.argmax(scored.totals)) == question.answer
-        right_norm += int(np.argmax(np.divide(scored.totals, lengths))) == question.answer
-        loss -= scored.totals[question.answer]
-        n_tokens += scored.n_tokens[question.answer]
-    acc = right / n
-    # of the mean of n zeros and ones, with the sample variance
-    stderr = math.sqrt(acc * (1.0 - acc) / (n - 1)) if n > 1 else 0.0
-    return Score(acc, right_norm / n, loss / n_tokens, n, stderr)
+    return score(questions, option_likelihoods(model, questions))
 
 
-def option_likelihoods(model: Model, questions: Sequence[Question]) -> list[Likelihoods]:
-    """Log-likelihood of every option of every question.
+def score(questions: Sequence[Question], found: Sequence[Likelihoods]) -> Score:
+    """Count right answers.
 
     Parameters
     ----------
-    model : Model
-        A loaded model.
-    questions : sequence of Question
-        Prompts longer than the model's context lose their beginning.
+    questions : (n,) sequence of Question
+        At least one.
+    found : (n,) sequence of Likelihoods
+        Of their options.
     """
-    groups = [group for i, item in enumerate(questions) for group in _split(model, i, item)]
-    totals = [[0.0] * len(item.options) for item in questions]
-    counts = [[0] * len(item.options) for item in questions]
-    n_batch = max([_TOKENS, *(group.n_tokens for group in groups)])
-    batches = list(_batches(groups))
-    n_outputs = max(sum(group.n_outputs for group in batch) for batch in batches)
-    with model.context(
-        n_batch, n_batch=n_batch, n_sequences=_SEQUENCES, n_outputs=n_outputs, exact=True
-    ) as context:
-        for batch in batches:
-            context.clear()
-            for group, values in zip(batch, _run(context, batch), strict=True):
-                for option, ending, value in zip(group.options, group.endings, values, strict=True):
-                    totals[group.question][option] = value
-                    counts[group.question][option] = len(ending)
-    return [Likelihoods(tuple(t), tuple(c)) for t, c in zip(totals, counts, strict=True)]
+    marks = [mark(*pair) for pair in zip(questions, found, strict=True)]
+    acc, stderr = _mean([one.right for one in marks])
+    acc_norm, stderr_norm = _mean([one.right_norm for one in marks])
+    right = [question.answer for question in questions]
+    loss = -sum(one.totals[i] for one, i in zip(found, right, strict=True))
+    n_tokens = sum(one.n_tokens[i] for one, i in zip(found, right, strict=True))
+    return Score(acc, acc_norm, loss / n_tokens, len(marks), stderr, stderr_norm)
 
 
-def _split(model: Model, index: int, question: Question) -> list[_Group]:
-    """Tokens of a question: one group, or one per option where the context is too short."""
-    prompt = model.tokenize(question.prompt)
-    # The continuation is what the whole text has beyond the prompt's tokens: tokenised by itself,
-    # an option could come out differently.
-    endings = [
-        model.tokenize(f"{question.prompt} {option}")[len(prompt) :] for option in question.options
-    ]
-    if not all(endings):
-        raise RuntimeFailure(
-            f"question {index + 1}: an option adds no token to {question.prompt!r}"
-        )
-    if max(map(len, endings)) > model.n_ctx_train:
-        raise RuntimeFailure(f"question {index + 1}: an option exceeds the context of {model.path}")
-    prompt = model.bos + prompt
-    # lm-evaluation-harness cuts each sequence from the left, by itself; the last token is no input
-    rooms = [model.n_ctx_train - len(ending) + 1 for ending in endings]
-    if len(prompt) <= min(rooms):
-        return [_Group(index, prompt, list(range(len(endings))), endings)]
-    return [
-        _Group(index, prompt[-room:], [i], [ending])
-        for i, (room, ending) in enumerate(zip(rooms, endings, strict=True))
-    ]
-
-
-def _batches(groups: Sequence[_Group]) -> Iterator[list[_Group]]:
-    """Cut the groups, in order, into batches within the limits."""
-    batch: list[_Group] = []
-    tokens = sequences = 0
-    for group in groups:
-        tokens += group.n_tokens
-        sequences += len(group.endings)
-        if batch and (tokens > _TOKENS or sequences > _SEQUENCES):
-            yield batch
-            batch, tokens, sequences = [], group.n_tokens, len(group.endings)
-        batch.append(group)
-    if batch:
-        yield batch
-
-
-def _run(context: Context, batch: Sequence[_Group]) -> list[list[float]]:
-    """Log-likelihood of each ending of each group, from one decode."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    sequences: list[tuple[int, ...]] = []
-    wanted: list[bool] = []
-    n_sequences = 0
-    for group in batch:
-        shared = tuple(range(n_sequences, n_sequences + len(group.endings)))
-        n_sequences += len(shared)
-        tokens += group.prompt
-        positions += range(len(group.prompt))
-        sequences += [shared] * len(group.prompt)
-        wanted += [False] * (len(group.prompt) - 1) + [True]
-        for sequence, ending in zip(shared, group.endings, strict=True):
-            inputs = ending[:-1]
-            tokens += inputs
-            positions += range(len(group.prompt), len(group.prompt) + len(inputs))
-            sequences += [(sequence,)] * len(inputs)
-            wanted += [True] * len(inputs)
-    logits = context.decode(tokens, positions, sequences, wanted)
-    result = []
-    row = 0
-    for group in batch:
-        result.append(_sum_endings(logits[row : row + group.n_outputs], group.endings))
-        row += group.n_outputs
-    return result
-
-
-def _sum_endings(logits: Float32, endings: Sequence[Sequence[int]]) -> list[float]:
-    """Log-likelihoods of endings.
+def mark(question: Question, found: Likelihoods) -> Mark:
+    """See which option a model chose; of equal ones it is the first, as in the harness.
 
     Parameters
     ----------
-    logits : (1 + sum of (len(ending) - 1), n_vocab) float32
-        First the row after the prompt, which all endings start from, then the rows of each ending.
-    endings : sequence of token sequences
-        None of them empty.
+    question : Question
+        What was asked.
+    found : Likelihoods
+        Of its options.
     """
-    exact = logits.astype(np.float64)
-    exact -= exact.max(axis=1, keepdims=True)
-    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
-    totals = []
-    row = 1
-    for ending in endings:
-        rows = [0, *range(row, row + len(ending) - 1)]
-        totals.append(float(exact[rows, list(ending)].sum()))
-        row += len(ending) - 1
-    return totals
+    lengths = [len(option) for option in question.options]
+    chosen = int(np.argmax(found.totals))
+    chosen_norm = int(np.argmax(np.divide(found.totals, lengths)))
+    return Mark(chosen, chosen_norm, chosen == question.answer, chosen_norm == question.answer)
+
+
+def _mean(right: Sequence[bool]) -> tuple[float, float]:
+    """Mean of zeros and ones, and its standard error from the sample variance."""
+    n = len(right)
+    mean = sum(right) / n
+    return mean, math.sqrt(mean * (1.0 - mean) / (n - 1)) if n > 1 else math.nan
+
+
+def compare(first: Sequence[Mark], second: Sequence[Mark]) -> Comparison:
+    """Compare two models' answers to the same questions.
+
+    Parameters
+    ----------
+    first, second : (n,) sequence of Mark
+        At least one.
+    """
+    pairs = list(zip(first, second, strict=True))
+    only_first = sum(a.right and not b.right for a, b in pairs)
+    only_second = sum(b.right and not a.right for a, b in pairs)
+    n = only_first + only_second
+    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
+    p = min(1.0, 2 * tail / 2**n)
+    return Comparison(only_first, only_second, (only_second - only_first) / len(pairs), p)

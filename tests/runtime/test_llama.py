@@ -132,5 +132,5 @@ def test_a_lora_of_another_model_is_refused(tiny_gguf: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(RuntimeFailure, match=f"{lora.name}: llama.cpp cannot add this LoRA"):
             Model(tiny_gguf, loras=[Lora(lora)])
-    with pytest.raises(RuntimeFailure, match="absent.gguf: there is no such file"):
+    with pytest.raises(RuntimeFailure, match=r"absent\.gguf: there is no such file"):
         Model(tiny_gguf, loras=[Lora(tmp_path / "absent.gguf")])

@@ -1,0 +1,282 @@
+"""`edgemerge bench`: speed, latency, memory, energy and heat of models; the cost of a merge."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgemerge.cli import loading, request
+from edgemerge.cli.terminal import check_stop, plain, print_json, speaks_plainly
+
+if TYPE_CHECKING:
+    from edgemerge.runtime.bench import BenchSettings, ModelBench
+    from edgemerge.runtime.questions import Question
+    from edgemerge.runtime.tasks import Task
+
+__all__ = ["bench_command"]
+
+
+class Format(StrEnum):
+    """How figures are printed."""
+
+    md = "md"
+    csv = "csv"
+    json = "json"
+
+
+@speaks_plainly
+def bench_command(
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="MODEL...", help="GGUF files.", show_default=False),
+    ] = None,
+    n_prompt: Annotated[
+        int, typer.Option("-p", "--n-prompt", min=0, metavar="N", help="Tokens to read; 0: none.")
+    ] = 512,
+    n_gen: Annotated[
+        int, typer.Option("-n", "--n-gen", min=0, metavar="N", help="Tokens to generate; 0: none.")
+    ] = 128,
+    repetitions: Annotated[
+        int, typer.Option("-r", "--repetitions", min=1, metavar="N", help="Of each test.")
+    ] = 3,
+    threads: Annotated[
+        str | None,
+        typer.Option(
+            "-t",
+            "--threads",
+            metavar="N[,N]...",
+            help="Numbers of threads to measure, e.g. 1,2,4 [default: the cores].",
+        ),
+    ] = None,
+    gpu_layers: loading.GpuLayers = None,
+    depth: Annotated[
+        int,
+        typer.Option("-d", "--depth", min=0, metavar="N", help="Tokens in the cache beforehand."),
+    ] = 0,
+    output_format: Annotated[
+        Format, typer.Option("-o", "--output", help="How to print the figures.")
+    ] = Format.md,
+    json_: request.Json = False,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            "--quality",
+            metavar="NAME=FILE.jsonl",
+            help="Also the accuracy on multiple-choice questions: medqa, medmcqa, pubmedqa and mmlu "
+            "as published, any other name for a file of our own format.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, metavar="N", help="Questions to draw.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE.png",
+            help="Draw memory against speed, and quality (PNG, SVG or PDF).",
+        ),
+    ] = None,
+    force: request.Force = False,
+    merge: Annotated[
+        Path | None,
+        typer.Option("--merge", metavar="RECIPE.yml", help="Measure this merge instead of models."),
+    ] = None,
+) -> None:
+    """Measure models as llama-bench does, and their latency, memory, load time, energy and heat."""
+    output_format = Format.json if json_ else output_format
+    if merge is not None:
+        if models or quality is not None or plot is not None:
+            raise typer.BadParameter("--merge measures a merge alone: give no models with it")
+        _bench_merge(merge, output_format)
+        return
+    if not models:
+        raise typer.BadParameter("give one or more GGUF files, or --merge RECIPE.yml")
+    if limit is not None and quality is None:
+        raise typer.BadParameter("--limit goes with --quality")
+    if n_prompt == n_gen == 0:
+        raise typer.BadParameter("-p and -n are both 0: there is nothing to measure")
+    if plot is not None:
+        if n_gen == 0:
+            raise typer.BadParameter("--plot shows the speed of generation: give -n")
+        _check_plot(plot, models, force=force)
+    settings = _settings(threads, n_prompt, n_gen, repetitions, depth, gpu_layers)
+    task = _read_quality(quality, limit)
+    benches = _bench_models(models, settings, task.questions if task else None, output_format)
+    name = task.name if task else ""
+    _print_rest(benches, name, output_format)
+    if plot is not None:
+        _draw(benches, name, plot)
+
+
+def _settings(
+    threads: str | None,
+    n_prompt: int,
+    n_gen: int,
+    repetitions: int,
+    depth: int,
+    gpu_layers: int | None,
+) -> BenchSettings:
+    from edgemerge.runtime.bench import BenchSettings
+    from edgemerge.runtime.device import default_threads
+
+    numbers = [default_threads()]
+    if threads is not None:
+        words = threads.split(",")
+        if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+            raise typer.BadParameter(f"-t {threads!r} must be numbers of threads, e.g. -t 1,2,4")
+        numbers = list(dict.fromkeys(map(int, words)))
+    return BenchSettings(
+        threads=tuple(numbers),
+        n_prompt=n_prompt,
+        n_gen=n_gen,
+        repetitions=repetitions,
+        depth=depth,
+        n_gpu_layers=gpu_layers,
+    )
+
+
+def _read_quality(quality: str | None, limit: int | None) -> Task | None:
+    if quality is None:
+        return None
+    from edgemerge.runtime.tasks import read_task
+
+    name, equals, path = quality.partition("=")
+    if not equals or not name or not path:
+        raise typer.BadParameter(f"--quality {quality!r} must be NAME=FILE.jsonl")
+    return read_task(name, path, limit=limit)
+
+
+def _bench_models(
+    models: list[Path],
+    settings: BenchSettings,
+    questions: Sequence[Question] | None,
+    output_format: Format,
+) -> list[ModelBench]:
+    """Measure one model after the other; print the rows of each when it is done."""
+    from edgemerge.cli.bench_records import csv_lines, model_record, speed_record
+    from edgemerge.cli.bench_table import speed_header, speed_rows
+    from edgemerge.runtime.bench import bench_model
+    from edgemerge.runtime.load_time import model_files
+
+    for path in models:
+        model_files(path)  # the last name is wrong: say so now, not after an hour
+    names = max(len(path.name) for path in models) if len(models) > 1 else 0
+    benches: list[ModelBench] = []
+    with _status() as show:
+        for path in models:
+            benches.append(
+                bench_model(
+                    path,
+                    settings,
+                    questions=questions,
+                    on_step=partial(_show_step, show, path),
+                )
+            )
+            if output_format is Format.md:
+                if len(benches) == 1:
+                    print("\n".join(speed_header(names)))
+                print("\n".join(map(plain, speed_rows(benches[-1], names))), flush=True)
+            elif output_format is Format.csv:
+                records = [
+                    speed_record(benches[-1], speed) | model_record(benches[-1])
+                    for speed in benches[-1].measured.speeds
+                ]
+                print(csv_lines(records, header=len(benches) == 1), flush=True)
+    return benches
+
+
+def _show_step(show: Callable[[str], None], path: Path, step: str) -> None:
+    show(f"{path.name}: {step}")
+
+
+def _print_rest(benches: list[ModelBench], name: str, output_format: Format) -> None:
+    """Print what is shown for all models together."""
+    from edgemerge.cli.bench_records import bench_json
+    from edgemerge.cli.bench_table import bench_notes, bench_tables
+
+    if output_format is Format.json:
+        print_json(bench_json(benches, name))
+    elif output_format is Format.md:
+        lines = [
+            "",
+            *bench_tables(benches, name),
+            "",
+            *(f"- {n}" for n in bench_notes(benches, name)),
+        ]
+        print("\n".join(map(plain, lines)))
+
+
+def _bench_merge(recipe: Path, output_format: Format) -> None:
+    from edgemerge.cli.bench_records import csv_lines, merge_record
+    from edgemerge.cli.bench_table import merge_table
+    from edgemerge.merge import plan
+    from edgemerge.recipe import load_recipe
+    from edgemerge.runtime.merge_cost import measure_merge
+    from edgemerge.warm import warm_up
+
+    intent = load_recipe(recipe)
+    with _status() as show:
+        show("compiling kernels")
+        warm_up(plan(intent))  # once per machine, and no part of what a merge costs
+        show(f"merging {recipe.name}")
+        cost = measure_merge(recipe, intent.models())
+    if output_format is Format.json:
+        print_json(merge_record(cost))
+    elif output_format is Format.csv:
+        print(csv_lines([merge_record(cost)], header=True))
+    else:
+        print("\n".join(map(plain, merge_table(cost))))
+
+
+def _check_plot(plot: Path, models: list[Path], *, force: bool) -> None:
+    from edgemerge.output import check_output
+    from edgemerge.plots import check_matplotlib
+    from edgemerge.plots_bench import FORMATS
+
+    if plot.suffix.lower() not in FORMATS:
+        raise typer.BadParameter(f"--plot {plot}: the name must end in {', '.join(FORMATS)}")
+    check_matplotlib()
+    check_output(plot, tuple(path.resolve() for path in models), force=force)
+
+
+def _draw(benches: list[ModelBench], name: str, plot: Path) -> None:
+    from edgemerge.plots_bench import BenchPoint, draw_bench
+
+    points = []
+    for bench in benches:
+        rates = [speed.mean for speed in bench.measured.speeds if speed.test.n_gen]
+        points.append(
+            BenchPoint(
+                bench.path.stem,
+                max(rates),
+                bench.measured.memory.peak,
+                None if bench.score is None else bench.score.acc,
+            )
+        )
+    draw_bench(points, plot, quality=name)
+
+
+@contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """Show on stderr what is being done, while it is a terminal; stop on a signal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda text: check_stop()
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status("") as status:
+
+        def show(text: str) -> None:
+            check_stop()
+            status.update(escape(plain(text)))
+
+        yield show

@@ -1,0 +1,252 @@
+"""`edgemerge eval`: how many questions models answer right."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgemerge.cli import loading, request
+from edgemerge.cli.eval_tables import print_csv, print_tables
+from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plainly
+
+if TYPE_CHECKING:
+    from edgemerge.runtime.evaluation import Answered, Request
+    from edgemerge.runtime.llama import Model
+    from edgemerge.runtime.results import Results
+    from edgemerge.runtime.tasks import Task
+
+__all__ = ["eval_command"]
+
+DEFAULT_SHOTS = 5  # of MMLU
+
+
+def _print_files(wanted: bool) -> None:
+    if wanted:
+        from edgemerge.runtime.questions import FILES
+
+        typer.echo(FILES, nl=False)
+        raise typer.Exit
+
+
+@speaks_plainly
+def eval_command(
+    models: Annotated[list[Path], typer.Argument(metavar="MODEL.gguf...", help="GGUF files.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="NAME=FILE",
+            help="medqa, medmcqa, pubmedqa or mmlu, and its file; or any name and a FILE.jsonl of "
+            "questions. May be repeated.",
+        ),
+    ] = None,
+    perplexity: Annotated[
+        list[Path] | None,
+        typer.Option("--perplexity", metavar="TEXT", help="A text file; may be repeated."),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="K", help="Worked examples in each prompt [default: 5 with --fewshot]."
+        ),
+    ] = None,
+    fewshot: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--fewshot",
+            metavar="FILE",
+            help="Where the first K examples are: one file, or one for each --task in order.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Ask N questions of each task, at random."),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of --limit.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="OUT.json",
+            help="Keep all answers; a stopped run goes on there.",
+        ),
+    ] = None,
+    force: request.Force = False,
+    context: loading.ContextSize = None,
+    threads: loading.Threads = None,
+    gpu_layers: loading.GpuLayers = None,
+    lora: loading.Loras = None,
+    json_: request.Json = False,
+    csv_: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+    _files: Annotated[
+        bool,
+        typer.Option(
+            "--help-tasks",
+            callback=_print_files,
+            is_eager=True,
+            help="Describe the files and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Score models on multiple-choice questions, as lm-evaluation-harness does, and on texts.
+
+    An option's score is its log-likelihood after the question; acc is the share of questions whose
+    right option scores highest, acc_norm the same per character of the option.
+    """
+    from edgemerge.output import check_output
+    from edgemerge.runtime import evaluation
+
+    if json_ and csv_:
+        raise typer.BadParameter("--json and --csv are two ways to print the same: give one")
+    if not task and not perplexity:
+        raise typer.BadParameter("give something to score with --task or --perplexity")
+    tasks = _read_tasks(task or [], shots, fewshot or [], limit, seed)
+    asked = evaluation.Request(tuple(models), tasks, tuple(perplexity or ()), context)
+    if output is not None:
+        inputs = (*models, *asked.texts, *(one.path for one in tasks))
+        check_output(output, tuple(path.resolve() for path in inputs), force=force)
+    header = _header(asked, limit, seed, gpu_layers, lora)
+
+    def load(path: Path) -> Model:
+        return loading.load(path, threads, gpu_layers, lora)
+
+    def bar(label: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        return progress_bar(label, quiet=json_, unit=unit)
+
+    with _open_results(output, header) as results:
+        evaluation.run(asked, results, load, bar)
+        answers, texts = evaluation.answered(asked, results), evaluation.text_scores(asked, results)
+        found = evaluation.document(answers, texts)
+        rows = zip(found["results"], answers, strict=True)
+        detailed = [{**row, "questions": evaluation.question_records(one)} for row, one in rows]
+        results.publish({**header, **found, "results": detailed})
+    _warn_of_cuts(answers)
+    if json_:
+        print_json({**header, **found, "output": None if output is None else str(output)})
+    elif csv_:
+        print_csv(found)
+    else:
+        print_tables(asked.models, answers, texts)
+
+
+# -- what to score -----------------------------------------------------------------------------------
+
+
+def _read_tasks(
+    texts: Sequence[str], shots: int | None, fewshot: Sequence[Path], limit: int | None, seed: int
+) -> tuple[Task, ...]:
+    from edgemerge.runtime.tasks import read_task
+
+    named = [_name_and_file(text) for text in texts]
+    if len(set(named)) < len(named):
+        raise typer.BadParameter("one --task is given twice")
+    if shots is not None and not fewshot:
+        raise typer.BadParameter("--shots takes its examples from a file: name it with --fewshot")
+    if len(fewshot) > 1 and len(fewshot) != len(named):
+        raise typer.BadParameter(
+            f"there are {len(named)} tasks and {len(fewshot)} files of --fewshot: give one for all, or "
+            "one for each in order"
+        )
+    examples: Sequence[Path | None] = fewshot or [None]
+    if len(examples) == 1:
+        examples = [examples[0]] * len(named)
+    n_shots = (shots or DEFAULT_SHOTS) if fewshot else 0
+    tasks = []
+    for (name, path), file in zip(named, examples, strict=True):
+        if file is not None and file.resolve() == path.resolve():
+            raise typer.BadParameter(f"--fewshot {file}: its questions are the ones to be asked")
+        tasks.append(read_task(name, path, shots=n_shots, examples=file, limit=limit, seed=seed))
+    return tuple(tasks)
+
+
+def _name_and_file(text: str) -> tuple[str, Path]:
+    from edgemerge.runtime.questions import FORMATS
+
+    if text.endswith(".jsonl") and ("=" not in text or Path(text).exists()):
+        return "questions", Path(text)
+    name, equals, file = text.partition("=")
+    if not equals or not name or not (name in FORMATS or file.endswith(".jsonl")):
+        raise typer.BadParameter(
+            f"--task {text!r}: give NAME=FILE with one of {', '.join(FORMATS)} (--help-tasks says "
+            "which files), or any NAME=FILE.jsonl of questions"
+        )
+    return name, Path(file)
+
+
+def _header(
+    asked: Request, limit: int | None, seed: int, gpu_layers: int | None, lora: list[str] | None
+) -> dict[str, Any]:
+    """All that results depend on; a stopped run goes on only where this is the same."""
+    from importlib.metadata import version
+
+    from edgemerge.runtime.results import identify, sha256_of
+
+    loras = loading.parse_loras(lora)
+    return {
+        "edgemerge": version("edgemerge"),
+        "llama_cpp_python": version("llama_cpp_python"),
+        "models": [identify(path) for path in asked.models],
+        "loras": [{**identify(one.path), "scale": one.scale} for one in loras],
+        "tasks": [
+            {
+                "name": task.name,
+                "path": str(task.path.resolve()),
+                "sha256": sha256_of(task.path),
+                "n": len(task.questions),
+                "n_total": task.n_total,
+                "shots": task.n_shots,
+                "examples": None if task.examples is None else str(task.examples.resolve()),
+                "examples_sha256": None if task.examples is None else sha256_of(task.examples),
+            }
+            for task in asked.tasks
+        ],
+        "texts": [{"path": str(path.resolve()), "sha256": sha256_of(path)} for path in asked.texts],
+        "limit": limit,
+        "seed": seed,
+        "context": asked.n_ctx,
+        "gpu_layers": gpu_layers,
+    }
+
+
+# -- a run that can be stopped -----------------------------------------------------------------------
+
+
+@contextmanager
+def _open_results(output: Path | None, header: dict[str, Any]) -> Iterator[Results]:
+    """Results in memory, or on disk where a stopped run goes on; say so."""
+    from edgemerge.runtime.results import Journal, Results
+
+    if output is None:
+        with Results() as results:
+            yield results
+        return
+    with Journal(output, header) as journal:
+        if journal.note:
+            _say(f"{journal.part}: {journal.note}")
+        if journal.n_resumed:
+            _say(f"{journal.part}: going on after {journal.n_resumed} results of an earlier run")
+        try:
+            yield journal
+        except KeyboardInterrupt as error:
+            done = sum(map(len, journal.entries.values()))
+            error.add_note(f"the same command goes on after the {done} results in {journal.part}")
+            raise
+
+
+def _warn_of_cuts(answers: Sequence[Answered]) -> None:
+    for one in answers:
+        if one.n_cut:
+            _say(
+                f"{one.n_cut} of {len(one.found)} prompts of {one.task.name} are longer than the context "
+                f"of {one.model} and lost their beginning"
+            )
+
+
+def _say(sentence: str) -> None:
+    print(f"edgemerge: {plain(sentence)}", file=sys.stderr)

@@ -1,0 +1,141 @@
+"""How long a model takes to load: from the disk, and from the page cache."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgemerge.errors import RuntimeFailure
+from edgemerge.runtime.library import load_library
+from edgemerge.runtime.llama import Model
+
+__all__ = ["LoadTime", "drop_cache", "load_timed", "model_files"]
+
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # llama.cpp's names for a model in several files
+_LEFT = 0.01  # share of a file that may stay in the cache and the load still count as cold
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTime:
+    """Seconds until a model has answered to one token, in a fresh process.
+
+    Attributes
+    ----------
+    warm : float
+        With the file in the page cache.
+    cold : float or None
+        Without; None where the cache could not be dropped.
+    note : str
+        Why there is no cold time; empty where there is.
+    """
+
+    warm: float
+    cold: float | None
+    note: str
+
+
+def load_timed(
+    path: Path, *, n_threads: int | None = None, n_gpu_layers: int | None = None
+) -> tuple[Model, float]:
+    """Load a model and run one token, so that weights which are read only when used count too.
+
+    Returns
+    -------
+    (Model, float)
+        The model, and the seconds that this took; importing llama.cpp is not among them.
+
+    Raises
+    ------
+    RuntimeFailure
+        llama.cpp refuses the file.
+    """
+    load_library()
+    start = time.perf_counter()
+    model = Model(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    try:
+        with model.context(8, n_batch=8) as context:
+            context.decode(model.bos or [0], [0], [(0,)], [True])
+    except BaseException:
+        model.close()
+        raise
+    return model, time.perf_counter() - start
+
+
+def model_files(path: Path) -> list[Path]:
+    """Files of a model: one, or all of those that it is split into.
+
+    Raises
+    ------
+    RuntimeFailure
+        One of them is missing, or it is a folder.
+    """
+    if path.is_dir():
+        raise RuntimeFailure(f"{path}: is a folder; make a GGUF of it with edgemerge convert first")
+    files = [path]
+    if match := _PART.search(path.name):
+        stem = path.name[: match.start()]
+        parts = range(1, int(match[2]) + 1)
+        files = [path.with_name(f"{stem}-{part:05}-of-{match[2]}.gguf") for part in parts]
+    for file in files:
+        if not file.is_file():
+            raise RuntimeFailure(f"{file}: there is no such file")
+    return files
+
+
+def drop_cache(paths: Sequence[Path]) -> str:
+    """Ask the kernel to forget files that it keeps in memory.
+
+    Returns
+    -------
+    str
+        Empty where it did; else why a read of them would not be cold.
+
+    Raises
+    ------
+    OSError
+        A file cannot be read.
+    """
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)  # what is not on the disk yet cannot be dropped
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+    kept = max(_cached_share(path) for path in paths)
+    if kept <= _LEFT:
+        return ""
+    return (
+        f"the kernel keeps {100 * kept:.0f} % of the file in memory: "
+        "it lies on a disk in memory, belongs to another user, or another program has it open"
+    )
+
+
+def _cached_share(path: Path) -> float:
+    """Share of a file's pages that are in memory (mincore(2))."""
+    size = path.stat().st_size
+    if size == 0:
+        return 0.0
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
+        pages = np.zeros(-(-size // mmap.PAGESIZE), dtype=np.uint8)
+        view = np.frombuffer(mapping, dtype=np.uint8)
+        try:
+            status = libc.mincore(
+                ctypes.c_void_p(view.ctypes.data),
+                ctypes.c_size_t(size),
+                ctypes.c_void_p(pages.ctypes.data),
+            )
+        finally:
+            del view  # a mapping that is still looked at cannot be closed
+    if status != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    return float(np.mean(pages & 1))
