@@ -1,4 +1,4 @@
-"""Tables: tensor names of Hugging Face and of GGUF, and the rotary row order, per architecture.
+"""Tables: how Hugging Face and GGUF name the tensors of each architecture.
 
 Names on the left are GGUF's without `blk.N.`, on the right Hugging Face's without
 `model.layers.N.`; the suffix (`.weight`, `.bias`) is the same in both. GGUF's side is
@@ -9,44 +9,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 __all__ = [
-    "LLAMA_BLOCK",
-    "LLAMA_GLOBAL",
-    "MODEL_TYPES",
+    "FAMILIES",
+    "GLOBAL",
     "ROTARY_HEADS",
+    "Family",
+    "expert_name",
     "gguf_name",
     "hf_name",
     "is_ignored",
     "layer_index",
+    "text_name",
 ]
 
-# model_type of config.json -> general.architecture of GGUF, where edgemerge reads directories.
-MODEL_TYPES: dict[str, str] = {"llama": "llama", "mistral": "llama"}
 
-LLAMA_GLOBAL: dict[str, str] = {
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One `model_type` of config.json: its GGUF architecture, and the tensors of a layer."""
+
+    architecture: str  # general.architecture
+    block: Mapping[str, str]  # GGUF name -> Hugging Face name
+    # GGUF name -> name of one expert, {} its number; in the order in which the converter stacks them
+    experts: Mapping[str, str] = field(default_factory=dict)
+    rotates_pairs: bool = False  # GGUF keeps the rows of q and k in another order, see ROTARY_HEADS
+    norm_offset: float = 0.0  # stored norms are this much below what a vector is multiplied by
+    is_biased: bool = False  # whether q, k and v always have biases
+
+
+GLOBAL: dict[str, str] = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
-}
-
-LLAMA_BLOCK: dict[str, str] = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_q.bias": "self_attn.q_proj.bias",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_k.bias": "self_attn.k_proj.bias",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_v.bias": "self_attn.v_proj.bias",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "attn_output.bias": "self_attn.o_proj.bias",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_gate.bias": "mlp.gate_proj.bias",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_up.bias": "mlp.up_proj.bias",
-    "ffn_down.weight": "mlp.down_proj.weight",
-    "ffn_down.bias": "mlp.down_proj.bias",
 }
 
 # Tensors whose rows GGUF keeps in the order of ggml's rotation of consecutive pairs, and the head
@@ -58,12 +53,104 @@ ROTARY_HEADS: dict[str, str] = {
     "attn_k.bias": "n_kv_head",
 }
 
-# What GGUF calls alike in most architectures, and its usual Hugging Face module.
-_GENERIC_GLOBAL: dict[str, str] = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
+_QKV = {
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
 }
+_QKV_BIAS = {
+    "attn_q.bias": "self_attn.q_proj.bias",
+    "attn_k.bias": "self_attn.k_proj.bias",
+    "attn_v.bias": "self_attn.v_proj.bias",
+}
+_QK_NORM = {
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
+}
+_OUTPUT = {"attn_output.weight": "self_attn.o_proj.weight"}
+_FFN = {
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+_NORMS_BEFORE = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+_NORMS_AFTER = {
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+}
+_NORMS_AROUND = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+    **_NORMS_AFTER,
+}
+_OTHER_BIAS = {
+    "attn_output.bias": "self_attn.o_proj.bias",
+    "ffn_gate.bias": "mlp.gate_proj.bias",
+    "ffn_up.bias": "mlp.up_proj.bias",
+    "ffn_down.bias": "mlp.down_proj.bias",
+}
+_LLAMA = {**_NORMS_BEFORE, **_QKV, **_QKV_BIAS, **_OUTPUT, **_FFN, **_OTHER_BIAS}
+_GEMMA3 = {**_NORMS_AROUND, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}
+
+# model_type of config.json -> what edgemerge reads of such a directory
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", _LLAMA, rotates_pairs=True),
+    "mistral": Family("llama", _LLAMA, rotates_pairs=True),
+    "mixtral": Family(
+        "llama",
+        {
+            **_NORMS_BEFORE,
+            **_QKV,
+            **_OUTPUT,
+            "ffn_gate_inp.weight": "block_sparse_moe.gate.weight",
+        },
+        experts={
+            "ffn_gate_exps.weight": "block_sparse_moe.experts.{}.w1.weight",
+            "ffn_down_exps.weight": "block_sparse_moe.experts.{}.w2.weight",
+            "ffn_up_exps.weight": "block_sparse_moe.experts.{}.w3.weight",
+        },
+        rotates_pairs=True,
+    ),
+    "qwen2": Family(
+        "qwen2", {**_NORMS_BEFORE, **_QKV, **_QKV_BIAS, **_OUTPUT, **_FFN}, is_biased=True
+    ),
+    "qwen3": Family("qwen3", {**_NORMS_BEFORE, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}),
+    "qwen3_moe": Family(
+        "qwen3moe",
+        {
+            **_NORMS_BEFORE,
+            **_QKV,
+            **_QK_NORM,
+            **_OUTPUT,
+            "ffn_gate_inp.weight": "mlp.gate.weight",
+        },
+        experts={
+            "ffn_down_exps.weight": "mlp.experts.{}.down_proj.weight",
+            "ffn_gate_exps.weight": "mlp.experts.{}.gate_proj.weight",
+            "ffn_up_exps.weight": "mlp.experts.{}.up_proj.weight",
+        },
+    ),
+    "gemma2": Family("gemma2", {**_NORMS_AROUND, **_QKV, **_OUTPUT, **_FFN}, norm_offset=1.0),
+    "gemma3_text": Family("gemma3", _GEMMA3, norm_offset=1.0),
+    "phi3": Family(
+        "phi3",
+        {
+            **_NORMS_BEFORE,
+            "attn_qkv.weight": "self_attn.qkv_proj.weight",
+            **_OUTPUT,
+            "ffn_up.weight": "mlp.gate_up_proj.weight",
+            "ffn_down.weight": "mlp.down_proj.weight",
+        },
+    ),
+    "granite": Family("granite", _LLAMA, rotates_pairs=True),
+    "olmo2": Family("olmo2", {**_NORMS_AFTER, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}),
+    "smollm3": Family("smollm3", {**_NORMS_BEFORE, **_QKV, **_OUTPUT, **_FFN}, rotates_pairs=True),
+}
+
+# What GGUF calls alike in most other architectures, and its usual Hugging Face module.
 _GENERIC_BLOCK: dict[str, str] = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -80,18 +167,20 @@ _GENERIC_BLOCK: dict[str, str] = {
     "ffn_down": "mlp.down_proj",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_GEMMA2_BLOCK = {"ffn_norm": "pre_feedforward_layernorm"}
 _OVERRIDES: dict[str, dict[str, str]] = {
-    "gemma2": _GEMMA2_BLOCK,
-    "gemma3": _GEMMA2_BLOCK,
-    "phi3": {"ffn_up": "mlp.gate_up_proj"},
     "phi2": {"attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
     "starcoder2": {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+}
+_GENERIC_GLOBAL: dict[str, str] = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
 }
 _PHI2_GLOBAL = {"output_norm": "model.final_layernorm"}
 
 _HF_BLOCK = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)")
 _GGUF_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
+_NUMBER = re.compile(r"(?<=\.experts\.)(0|[1-9][0-9]{0,5})(?=\.)")
 # What Hugging Face stores but nobody needs: old checkpoints carry the rotation's frequencies.
 _IGNORED = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
 
@@ -100,29 +189,55 @@ def _invert(table: Mapping[str, str]) -> dict[str, str]:
     return {hf: gguf for gguf, hf in table.items()}
 
 
-_FROM_HF_GLOBAL = _invert(LLAMA_GLOBAL)
-_FROM_HF_BLOCK = _invert(LLAMA_BLOCK)
+_FROM_HF_GLOBAL = _invert(GLOBAL)
+_FROM_HF_BLOCK = {name: _invert(family.block) for name, family in FAMILIES.items()}
+_FROM_HF_EXPERT = {name: _invert(family.experts) for name, family in FAMILIES.items()}
 
 
-def gguf_name(name: str) -> str | None:
-    """Return the GGUF name of a Hugging Face Llama or Mistral tensor; None if it has none."""
-    if match := _HF_BLOCK.fullmatch(name):
-        stem = _FROM_HF_BLOCK.get(match[2])
+def _names_by_architecture() -> dict[str, dict[str, str]]:
+    """GGUF architecture -> its layers' tensors, those of all model types together."""
+    tables: dict[str, dict[str, str]] = {}
+    for family in FAMILIES.values():
+        stacks = {gguf: hf.replace(".{}", "") for gguf, hf in family.experts.items()}
+        tables.setdefault(family.architecture, {}).update({**family.block, **stacks})
+    return tables
+
+
+_TO_HF_BLOCK = _names_by_architecture()
+
+
+def gguf_name(model_type: str, hf_name: str) -> str | None:
+    """Return the GGUF name of a Hugging Face tensor; None if it has none of its own."""
+    if match := _HF_BLOCK.fullmatch(hf_name):
+        stem = _FROM_HF_BLOCK[model_type].get(match[2])
         return f"blk.{match[1]}.{stem}" if stem is not None else None
-    return _FROM_HF_GLOBAL.get(name)
+    return _FROM_HF_GLOBAL.get(hf_name)
+
+
+def expert_name(model_type: str, hf_name: str) -> tuple[str, int] | None:
+    """Return the GGUF tensor that stacks an expert's matrix, and the expert's number.
+
+    None for a tensor that belongs to no expert.
+    """
+    match = _HF_BLOCK.fullmatch(hf_name)
+    number = _NUMBER.search(match[2]) if match else None
+    if match is None or number is None:
+        return None
+    stem = _FROM_HF_EXPERT[model_type].get(_NUMBER.sub("{}", match[2]))
+    return (f"blk.{match[1]}.{stem}", int(number[0])) if stem is not None else None
 
 
 def hf_name(architecture: str, gguf_name: str) -> str | None:
     """Return the Hugging Face name of a GGUF tensor, which is what mergekit's filters look at.
 
-    Exact for architecture "llama"; for others that follow the same naming scheme the usual name,
-    and None for a tensor that the scheme does not know.
+    Exact for the architectures of `FAMILIES`, but that a stack of experts has no number; for others
+    that follow the same naming scheme the usual name, and None for a tensor that it does not know.
     """
     block = _GGUF_BLOCK.fullmatch(gguf_name)
     prefix = f"model.layers.{block[1]}." if block else ""
     name = block[2] if block else gguf_name
-    if architecture == "llama":
-        found = (LLAMA_BLOCK if block else LLAMA_GLOBAL).get(name)
+    if architecture in _TO_HF_BLOCK:
+        found = (_TO_HF_BLOCK[architecture] if block else GLOBAL).get(name)
         return prefix + found if found is not None else None
     stem, _, suffix = name.rpartition(".")
     if suffix not in ("weight", "bias"):
@@ -144,3 +259,13 @@ def layer_index(gguf_name: str) -> int | None:
 def is_ignored(hf_name: str) -> bool:
     """Tell whether a Hugging Face tensor is dropped: it can be computed from the configuration."""
     return _IGNORED.fullmatch(hf_name) is not None
+
+
+def text_name(hf_name: str) -> str | None:
+    """Return the name that a tensor of a model with a vision tower has in the text model alone.
+
+    None for a tensor of the tower. `TextModel.filter_tensors` of llama.cpp's conversion/base.py.
+    """
+    if "vision_tower." in hf_name or "multi_modal_projector." in hf_name:
+        return None
+    return hf_name.replace("language_model.", "")

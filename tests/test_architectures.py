@@ -6,25 +6,69 @@ import pytest
 from edgemerge import architectures as arch
 
 N_LAYERS = 3
+MODEL_ARCHS = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
-def all_llama_names() -> list[tuple[str, str]]:
-    pairs = list(arch.LLAMA_GLOBAL.items())
+def all_names(model_type: str) -> list[tuple[str, str]]:
+    family = arch.FAMILIES[model_type]
+    pairs = list(arch.GLOBAL.items())
     for i in range(N_LAYERS):
-        pairs += [(f"blk.{i}.{g}", f"model.layers.{i}.{h}") for g, h in arch.LLAMA_BLOCK.items()]
+        pairs += [(f"blk.{i}.{g}", f"model.layers.{i}.{h}") for g, h in family.block.items()]
     return pairs
 
 
-def test_names_are_those_of_the_converter() -> None:
-    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, N_LAYERS)
-    for gguf_name, hf_name in all_llama_names():
-        assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == gguf_name
+@pytest.mark.parametrize("model_type", arch.FAMILIES)
+def test_names_are_those_of_the_converter(model_type: str) -> None:
+    architecture = MODEL_ARCHS[arch.FAMILIES[model_type].architecture]
+    theirs = gguf.get_tensor_name_map(architecture, N_LAYERS)
+    for gguf_name, hf_name in all_names(model_type):
+        if hf_name != "lm_head.weight" or model_type != "gemma2":  # which is always tied
+            assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == gguf_name
 
 
-def test_llama_names_go_there_and_back() -> None:
-    for gguf_name, hf_name in all_llama_names():
-        assert arch.gguf_name(hf_name) == gguf_name
-        assert arch.hf_name("llama", gguf_name) == hf_name
+@pytest.mark.parametrize("model_type", arch.FAMILIES)
+def test_names_go_there_and_back(model_type: str) -> None:
+    for gguf_name, hf_name in all_names(model_type):
+        assert arch.gguf_name(model_type, hf_name) == gguf_name
+        assert arch.hf_name(arch.FAMILIES[model_type].architecture, gguf_name) == hf_name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "expected"),
+    [
+        (
+            "mixtral",
+            "model.layers.2.block_sparse_moe.experts.7.w1.weight",
+            ("blk.2.ffn_gate_exps.weight", 7),
+        ),
+        (
+            "qwen3_moe",
+            "model.layers.0.mlp.experts.127.down_proj.weight",
+            ("blk.0.ffn_down_exps.weight", 127),
+        ),
+        ("qwen3_moe", "model.layers.0.mlp.experts.1.w1.weight", None),
+        ("qwen3_moe", "model.layers.0.mlp.experts.01.up_proj.weight", None),
+        ("llama", "model.layers.0.block_sparse_moe.experts.0.w1.weight", None),
+        ("mixtral", "model.layers.0.block_sparse_moe.gate.weight", None),
+        ("mixtral", "lm_head.weight", None),
+    ],
+)
+def test_expert_name(model_type: str, name: str, expected: tuple[str, int] | None) -> None:
+    assert arch.expert_name(model_type, name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("language_model.model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("model.language_model.norm.weight", "model.norm.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("vision_tower.vision_model.embeddings.patch_embedding.weight", None),
+        ("model.multi_modal_projector.mm_soft_emb_norm.weight", None),
+    ],
+)
+def test_text_name(name: str, expected: str | None) -> None:
+    assert arch.text_name(name) == expected
 
 
 @pytest.mark.parametrize(
@@ -40,7 +84,7 @@ def test_llama_names_go_there_and_back() -> None:
     ],
 )
 def test_unknown_hugging_face_names(name: str) -> None:
-    assert arch.gguf_name(name) is None
+    assert arch.gguf_name("llama", name) is None
 
 
 @pytest.mark.parametrize(
@@ -49,6 +93,13 @@ def test_unknown_hugging_face_names(name: str) -> None:
         ("llama", "rope_freqs.weight", None),
         ("llama", "blk.1.attn_q_norm.weight", None),
         ("llama", "blk.12.ffn_norm.weight", "model.layers.12.post_attention_layernorm.weight"),
+        (
+            "llama",
+            "blk.3.ffn_up_exps.weight",
+            "model.layers.3.block_sparse_moe.experts.w3.weight",
+        ),
+        ("llama", "blk.0.ffn_gate_inp.weight", "model.layers.0.block_sparse_moe.gate.weight"),
+        ("qwen3moe", "blk.0.ffn_down_exps.weight", "model.layers.0.mlp.experts.down_proj.weight"),
         ("qwen2", "blk.0.attn_k.bias", "model.layers.0.self_attn.k_proj.bias"),
         ("qwen3", "blk.7.attn_q_norm.weight", "model.layers.7.self_attn.q_norm.weight"),
         ("qwen3", "token_embd.weight", "model.embed_tokens.weight"),
@@ -94,4 +145,4 @@ def test_ignored_tensors() -> None:
 
 
 def test_rotary_tensors_are_known_ones() -> None:
-    assert set(arch.ROTARY_HEADS) <= set(arch.LLAMA_BLOCK)
+    assert set(arch.ROTARY_HEADS) <= set(arch.FAMILIES["llama"].block)

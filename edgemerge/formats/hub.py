@@ -1,7 +1,8 @@
 """A Hugging Face directory of safetensors, seen through GGUF's eyes.
 
 Nothing is converted ahead: tensors are renamed, the rows of q and k are read in GGUF's rotary order
-straight from their places in the file, and the metadata is what llama.cpp's converter would write.
+straight from their places in the file, experts one after the other as if they were one tensor, and
+the metadata is what llama.cpp's converter would write.
 """
 
 from __future__ import annotations
@@ -9,51 +10,59 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from edgemerge.architectures import (
-    LLAMA_BLOCK,
-    LLAMA_GLOBAL,
+    GLOBAL,
     ROTARY_HEADS,
+    expert_name,
     gguf_name,
     hf_name,
     is_ignored,
     layer_index,
+    text_name,
 )
 from edgemerge.errors import FormatError
 from edgemerge.formats.files import forget_range
 from edgemerge.formats.hub_card import general_metadata
-from edgemerge.formats.hub_config import read_config, rope_factors
-from edgemerge.formats.json_file import read_object
-from edgemerge.formats.safetensors import StoredTensor, read_header
+from edgemerge.formats.hub_config import read_config
+from edgemerge.formats.hub_files import CONFIG, refuse_folder, stored_tensors
+from edgemerge.formats.hub_rope import rope_tensors
+from edgemerge.formats.safetensors import StoredTensor
 from edgemerge.formats.tokenizer import tokenizer_metadata
-from edgemerge.types import TensorSpec, UInt8
+from edgemerge.types import Float32, TensorSpec, UInt8
 
-__all__ = ["HubModel", "is_hub_dir"]
+__all__ = ["HubModel"]
 
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors -> ggml
-ROPE_FREQS = "rope_freqs.weight"
+OUTPUT = GLOBAL["output.weight"]
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
-def is_hub_dir(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a path is a directory that looks like a Hugging Face model or adapter."""
-    return any((Path(path) / name).is_file() for name in (CONFIG, ADAPTER))
+@dataclass(frozen=True, slots=True)
+class _Expert:
+    """One matrix of one expert, before all of its layer are found."""
+
+    shard: Path
+    name: str
+    tensor: StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where the bytes of one tensor are, and how its rows are ordered there."""
+    """Where the bytes of one tensor are, and what they become.
 
-    shard: Path
-    offset: int
-    nbytes: int
-    n_heads: int  # 0: rows lie as GGUF wants them; else the heads that cut the rotary order
+    Its parts, the experts of a stack or else one, are of equal size and follow one another.
+    """
+
+    parts: tuple[tuple[Path, int], ...]  # shard, offset in it
+    part_bytes: int
+    dtype: str  # as stored
+    n_heads: int = 0  # 0: rows lie as GGUF wants them; else the heads that cut the rotary order
+    norm_offset: float = 0.0  # 0: the bytes are passed on; else added, which makes it float32
 
 
 class HubModel:
@@ -67,20 +76,29 @@ class HubModel:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        _refuse_folder(self.path)
+        refuse_folder(self.path)
         self._config = read_config(self.path / CONFIG)
-        self.architecture = self._config.architecture
+        self.architecture = self._config.family.architecture
         self._places: dict[str, _Place] = {}
         self._specs: dict[str, TensorSpec] = {}
-        self._rope_freqs = self._add_rope_freqs()
-        for shard, tensors in _stored_tensors(self.path).items():
+        self._computed: dict[str, UInt8] = {}
+        for name, values in rope_tensors(self._config.rope).items():
+            self._specs[name] = TensorSpec(name, values.shape, "F32", values.nbytes)
+            self._computed[name] = values.astype("<f4").view(np.uint8)
+        self._experts: dict[int, dict[str, dict[int, _Expert]]] = {}  # of layers begun, by stem
+        found: set[str] = set()
+        for shard, tensors in stored_tensors(self.path).items():
             # By name within a shard, as llama.cpp's SafetensorsLocal lists them.
-            for name, tensor in sorted(tensors.items()):
-                self._add(shard, name, tensor)
-        self._require_all()
+            for stored_name, tensor in sorted(tensors.items()):
+                own_name = text_name(stored_name) if self._config.wrapped else stored_name
+                if own_name is not None:
+                    self._add(shard, own_name, stored_name, tensor)
+                    found.add(own_name)
+        self._require_all(found)
         self._metadata: dict[str, bytes] | None = None
         self._fds: dict[Path, int] = {}
-        for shard in dict.fromkeys(place.shard for place in self._places.values()):
+        shards = (shard for place in self._places.values() for shard, _ in place.parts)
+        for shard in dict.fromkeys(shards):
             try:
                 self._fds[shard] = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as e:
@@ -89,58 +107,104 @@ class HubModel:
                     f"cannot be opened ({e.strerror}); free it and start again", path=shard
                 ) from e
 
-    def _add_rope_freqs(self) -> UInt8 | None:
-        factors = rope_factors(self._config)
-        if factors is None:
-            return None
-        self._specs[ROPE_FREQS] = TensorSpec(ROPE_FREQS, factors.shape, "F32", factors.nbytes)
-        return factors.astype("<f4").view(np.uint8)
-
-    def _add(self, shard: Path, name: str, tensor: StoredTensor) -> None:
+    def _add(self, shard: Path, name: str, stored_name: str, tensor: StoredTensor) -> None:
         """Check one stored tensor against config.json and file it under its GGUF name."""
-        if is_ignored(name) or (name == LLAMA_GLOBAL["output.weight"] and self._config.tied):
+        if is_ignored(name) or (name == OUTPUT and self._config.tied):
             return
-        new_name = gguf_name(name)
+        expert = expert_name(self._config.model_type, name)
+        new_name, number = expert or (gguf_name(self._config.model_type, name), 0)
         layer = layer_index(new_name) if new_name is not None else None
-        if new_name is None or (layer is not None and layer >= self._config.n_layers):
+        if (
+            new_name is None
+            or (layer is not None and layer >= self._config.n_layers)
+            or (expert is not None and number >= self._config.n_experts)
+        ):
             raise FormatError(
                 f"llama.cpp's {self.architecture} with {self._config.n_layers} layers has no such "
                 "tensor; convert the model to GGUF with llama.cpp first",
                 path=shard,
-                tensor=name,
+                tensor=stored_name,
             )
+        stem = new_name if layer is None else new_name.split(".", 2)[2]
+        self._check(shard, stored_name, tensor, stem)
+        if expert is None:
+            self._file(new_name, stem, shard, tensor)
+        elif layer is not None:
+            found = _Expert(shard, stored_name, tensor)
+            self._experts.setdefault(layer, {}).setdefault(stem, {})[number] = found
+            self._stack(layer)
+
+    def _check(self, shard: Path, stored_name: str, tensor: StoredTensor, stem: str) -> None:
         if tensor.dtype not in DTYPES:
             raise FormatError(
                 f"its type {tensor.dtype} is not one of {', '.join(DTYPES)}; give the original "
                 "fp16, bf16 or fp32 model",
                 path=shard,
-                tensor=name,
+                tensor=stored_name,
             )
-        stem = new_name if layer is None else new_name.split(".", 2)[2]
         expected = self._config.expected_shape(stem)
         if tensor.shape != expected:
             raise FormatError(
                 f"its shape is {list(tensor.shape)} but {CONFIG} makes it {list(expected)}; the "
                 "two files belong to different models, get the directory again",
                 path=shard,
-                tensor=name,
+                tensor=stored_name,
             )
-        heads = getattr(self._config, ROTARY_HEADS[stem]) if stem in ROTARY_HEADS else 0
-        self._places[new_name] = _Place(shard, tensor.offset, tensor.nbytes, heads)
-        self._specs[new_name] = TensorSpec(
-            new_name, tensor.shape, DTYPES[tensor.dtype], tensor.nbytes
-        )
 
-    def _require_all(self) -> None:
-        wanted = [n for n in LLAMA_GLOBAL if n != "output.weight" or not self._config.tied]
-        for layer in range(self._config.n_layers):
-            wanted += [f"blk.{layer}.{s}" for s in LLAMA_BLOCK if self._config.required(s)]
+    def _file(self, name: str, stem: str, shard: Path, tensor: StoredTensor) -> None:
+        family = self._config.family
+        heads = 0
+        if family.rotates_pairs and stem in ROTARY_HEADS:
+            heads = getattr(self._config, ROTARY_HEADS[stem])
+        offset = family.norm_offset if stem.endswith("norm.weight") else 0.0
+        dtype = DTYPES[tensor.dtype]
+        parts = ((shard, tensor.offset),)
+        self._places[name] = _Place(parts, tensor.nbytes, dtype, heads, offset)
+        if offset:
+            self._specs[name] = TensorSpec(name, tensor.shape, "F32", 4 * prod(tensor.shape))
+        else:
+            self._specs[name] = TensorSpec(name, tensor.shape, dtype, tensor.nbytes)
+
+    def _stack(self, layer: int) -> None:
+        """File a layer's experts when the last of them has come, as the converter does."""
+        stacks = self._experts[layer]
+        n_experts, stems = self._config.n_experts, self._config.family.experts
+        if any(len(stacks.get(stem, ())) < n_experts for stem in stems):
+            return
+        for stem in stems:
+            experts = [stacks[stem][i] for i in range(n_experts)]
+            first = experts[0].tensor
+            for expert in experts:
+                if expert.tensor.dtype != first.dtype:
+                    raise FormatError(
+                        f"its type is {expert.tensor.dtype}, that of the layer's first expert "
+                        f"{first.dtype}; save the model in one type",
+                        path=expert.shard,
+                        tensor=expert.name,
+                    )
+            name = f"blk.{layer}.{stem}"
+            parts = tuple((expert.shard, expert.tensor.offset) for expert in experts)
+            dtype = DTYPES[first.dtype]
+            self._places[name] = _Place(parts, first.nbytes, dtype)
+            shape = (n_experts, *first.shape)
+            self._specs[name] = TensorSpec(name, shape, dtype, n_experts * first.nbytes)
+        del self._experts[layer]
+
+    def _require_all(self, found: set[str]) -> None:
+        """Refuse a directory that lacks a tensor; names are Hugging Face's."""
+        config, family = self._config, self._config.family
+        wanted = [name for name in GLOBAL.values() if name != OUTPUT or not config.tied]
+        for layer in range(config.n_layers):
+            names = [hf for stem, hf in family.block.items() if config.required(stem)]
+            for i in range(config.n_experts):
+                names += [hf.format(i) for hf in family.experts.values()]
+            wanted += [f"model.layers.{layer}.{name}" for name in names]
         for name in wanted:
-            if name not in self._specs:
+            if name not in found:
                 raise FormatError(
                     "is missing from the directory; get its safetensors files again",
                     path=self.path,
-                    tensor=hf_name(self.architecture, name),
+                    tensor=name,
                 )
 
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -150,11 +214,12 @@ class HubModel:
     def metadata(self) -> Mapping[str, bytes]:
         """GGUF keys as llama.cpp's converter writes them, but those that depend on the output."""
         if self._metadata is None:
-            n_params = sum(spec.n_elements for spec in self._specs.values())
             self._metadata = {
-                **general_metadata(self.path, self.architecture, n_params),
+                **general_metadata(self.path, self.architecture, self._specs.values()),
                 **self._config.metadata(),
-                **tokenizer_metadata(self.path, self._config.raw, self._config.vocab_size),
+                **tokenizer_metadata(
+                    self.path, self._config.raw, self._config.vocab_size, self._config.model_type
+                ),
             }
         return self._metadata
 
@@ -165,18 +230,43 @@ class HubModel:
         assert out_u8.nbytes == (stop - start) * spec.row_bytes
         if start == stop:
             return
-        if name == ROPE_FREQS:
-            assert self._rope_freqs is not None
-            out_u8[:] = self._rope_freqs
+        if name in self._computed:
+            out_u8[:] = self._computed[name]
             return
         place = self._places[name]
         view = out_u8.data.cast("B")
-        if not place.n_heads:
-            self._fill(name, [view], start * spec.row_bytes)
+        if place.norm_offset:
+            out_u8[:] = self._read_norm(name, place).view(np.uint8)
+        elif not place.n_heads:
+            self._fill_rows(name, start * spec.row_bytes, stop * spec.row_bytes, view)
         elif len(spec.shape) > 1:
             self._fill_rotary(name, start, stop, spec.row_bytes, view)
         else:  # a bias is one row whose elements are permuted as the rows of its weight are
             self._fill_rotary(name, 0, spec.n_cols, spec.nbytes // spec.n_cols, view)
+
+    def _read_norm(self, name: str, place: _Place) -> Float32:
+        """Return the vector that Gemma multiplies by: it stores them less 1."""
+        stored = np.empty(place.part_bytes, np.uint8)
+        self._fill(name, [stored.data.cast("B")], place.parts[0])
+        match place.dtype:
+            case "BF16":
+                values = (stored.view("<u2").astype("<u4") << 16).view("<f4")
+            case "F16":
+                values = stored.view("<f2").astype("<f4")
+            case _:
+                values = stored.view("<f4")
+        return values + np.float32(place.norm_offset)
+
+    def _fill_rows(self, name: str, start: int, stop: int, view: memoryview) -> None:
+        """Read bytes [start, stop) of a tensor, whose parts may lie apart."""
+        place = self._places[name]
+        at = start
+        while at < stop:
+            part, offset = divmod(at, place.part_bytes)
+            end = min(stop, (part + 1) * place.part_bytes)
+            shard, first = place.parts[part]
+            self._fill(name, [view[at - start : end - start]], (shard, first + offset))
+            at = end
 
     def _fill_rotary(self, name: str, start: int, stop: int, width: int, view: memoryview) -> None:
         """Read items of `width` bytes: GGUF's item 2 i + p of a head is stored as item p hd/2 + i.
@@ -185,6 +275,7 @@ class HubModel:
         of the output: one vectored read per run, no buffer between.
         """
         half = self._config.head_dim // 2
+        shard, offset = self._places[name].parts[0]
         for head in range(start // (2 * half), (stop - 1) // (2 * half) + 1):
             first = head * 2 * half
             for parity in (0, 1):
@@ -194,18 +285,18 @@ class HubModel:
                     continue
                 places = (first + 2 * i + parity - start for i in range(i_from, i_to))
                 items = [view[at * width : (at + 1) * width] for at in places]
-                self._fill(name, items, (first + parity * half + i_from) * width)
+                run = offset + (first + parity * half + i_from) * width
+                self._fill(name, items, (shard, run))
 
-    def _fill(self, name: str, items: list[memoryview], offset: int) -> None:
-        """Fill the buffers one after the other from the tensor's bytes at `offset`; thread-safe."""
-        place = self._places[name]
-        at = place.offset + offset
+    def _fill(self, name: str, items: list[memoryview], place: tuple[Path, int]) -> None:
+        """Fill the buffers one after the other from an offset in a shard; thread-safe."""
+        shard, at = place
         while items:
-            n_read = os.preadv(self._fds[place.shard], items[:IOV_MAX], at)
+            n_read = os.preadv(self._fds[shard], items[:IOV_MAX], at)
             if n_read == 0:
                 raise FormatError(
                     "the file ended while it was read; it changed under the merge, start again",
-                    path=place.shard,
+                    path=shard,
                     tensor=hf_name(self.architecture, name),
                 )
             at += n_read
@@ -220,89 +311,10 @@ class HubModel:
     def forget(self, name: str) -> None:
         """Tell the operating system that a tensor's pages will not be read again."""
         if place := self._places.get(name):
-            forget_range(self._fds[place.shard], place.offset, place.nbytes)
+            for shard, offset in place.parts:
+                forget_range(self._fds[shard], offset, place.part_bytes)
 
     def close(self) -> None:
         """Close the shards."""
         while self._fds:
             os.close(self._fds.popitem()[1])
-
-
-def _refuse_folder(path: Path) -> None:
-    """Refuse a folder that is no model."""
-    if not is_hub_dir(path):
-        raise FormatError(
-            f"is no model folder: it has no {CONFIG}; give a GGUF file or a Hugging Face directory",
-            path=path,
-        )
-    if (path / ADAPTER).is_file() and not (path / CONFIG).is_file():
-        raise FormatError(
-            "is a LoRA adapter, not a model; merge it into its base model and give the result",
-            path=path,
-        )
-
-
-def _stored_tensors(path: Path) -> dict[Path, dict[str, StoredTensor]]:
-    """Headers of all shards in the order of their names, checked against the index."""
-    if (path / INDEX).is_file():
-        return _read_shards(path)
-    if (path / SINGLE).is_file():
-        return {path / SINGLE: read_header(path / SINGLE)}
-    if list(path.glob("model*.safetensors")):
-        raise FormatError(f"has shards but no {INDEX}; get that file too", path=path)
-    pickles = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in path.glob(s))
-    if pickles:
-        raise FormatError(
-            f"holds its weights as pickle only ({pickles[0]}), which is never read because it can "
-            "run code; save the model as safetensors, or give a GGUF",
-            path=path,
-        )
-    raise FormatError(
-        f"has neither {SINGLE} nor {INDEX}; get one of them, or give a GGUF", path=path
-    )
-
-
-def _read_shards(path: Path) -> dict[Path, dict[str, StoredTensor]]:
-    index = path / INDEX
-    weight_map = _read_weight_map(index)
-    shards: dict[Path, dict[str, StoredTensor]] = {}
-    for shard_name in sorted(set(weight_map.values())):
-        shard = path / shard_name
-        if not shard.is_file():
-            raise FormatError(f"shard {shard_name!r} is missing; get it too", path=path)
-        shards[shard] = read_header(shard)
-        for name in shards[shard]:
-            if weight_map.get(name) != shard_name:
-                raise FormatError(
-                    f"is in this shard, but {INDEX} does not list it there; get both files again",
-                    path=shard,
-                    tensor=name,
-                )
-    for name, shard_name in weight_map.items():
-        if name not in shards[path / shard_name]:
-            raise FormatError(
-                f"{INDEX} lists it in this shard, which does not hold it; get both files again",
-                path=path / shard_name,
-                tensor=name,
-            )
-    return shards
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map: Any = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError("has no weight_map; get the file again", path=index)
-    for name, shard in weight_map.items():
-        plain = isinstance(shard, str) and shard.endswith(".safetensors") and "\0" not in shard
-        if (
-            not plain
-            or shard != os.path.basename(shard)
-            or len(shard.encode("utf-8", "replace")) > 255
-        ):
-            raise FormatError(
-                f"its shard {str(shard)[:80]!r} is not a plain *.safetensors file name in the same "
-                "directory; get the file again",
-                path=index,
-                tensor=name[:80],
-            )
-    return weight_map

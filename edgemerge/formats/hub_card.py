@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from edgemerge.formats.metadata import encode_value
+from edgemerge.types import TensorSpec
 
 __all__ = ["general_metadata"]
 
 _logger = logging.getLogger(__name__)
 
 
-def general_metadata(path: Path, architecture: str, n_params: int) -> dict[str, bytes]:
+def general_metadata(
+    path: Path, architecture: str, specs: Iterable[TensorSpec]
+) -> dict[str, bytes]:
     """Return the encoded `general.*` keys.
 
     Parameters
@@ -26,25 +30,44 @@ def general_metadata(path: Path, architecture: str, n_params: int) -> dict[str, 
         The directory.
     architecture : str
         GGUF's name of it.
-    n_params : int
-        Number of weights; gives the size label (`7.2B`).
+    specs : iterable of TensorSpec
+        All tensors; their sizes give the size label (`7.2B`, `8x7B`).
     """
     import gguf  # imported late: it is slow, and planning from GGUF files alone does not need it
 
     path = Path(os.path.abspath(path))  # "." has no name to go by
+    counts = _count_weights(specs)
     try:
-        card = gguf.Metadata.load(None, path, None, n_params)
-        return _record(gguf, card, path, architecture, n_params)
+        card = gguf.Metadata.load(None, path, None, counts[0])
+        return _record(gguf, card, path, architecture, counts)
     except (
         Exception
     ) as e:  # whatever YAML a stranger's model card holds, the weights are none the worse
         _logger.warning("%s: the model card is left out, it cannot be read (%s)", path, e)
-        return _record(gguf, gguf.Metadata(), path, architecture, n_params)
+        return _record(gguf, gguf.Metadata(), path, architecture, counts)
 
 
-def _record(gguf: Any, card: Any, path: Path, architecture: str, n_params: int) -> dict[str, bytes]:
+def _count_weights(specs: Iterable[TensorSpec]) -> tuple[int, int, int, int]:
+    """Count all weights, those outside experts, those of one expert in each layer, and experts.
+
+    As `GGUFWriter.get_total_parameter_count`.
+    """
+    total = shared = per_expert = n_experts = 0
+    for spec in specs:
+        total += spec.n_elements
+        if "_exps." in spec.name:
+            n_experts = spec.shape[0]
+            per_expert += spec.n_elements // n_experts
+        else:
+            shared += spec.n_elements
+    return total, shared, per_expert, n_experts
+
+
+def _record(
+    gguf: Any, card: Any, path: Path, architecture: str, counts: tuple[int, int, int, int]
+) -> dict[str, bytes]:
     card.name = card.name or path.name
-    card.size_label = card.size_label or gguf.size_label(n_params, n_params, 0, 0)
+    card.size_label = card.size_label or gguf.size_label(*counts)
     writer = gguf.GGUFWriter(path=None, arch=architecture)
     writer.add_type("model")
     card.set_gguf_meta_model(writer)

@@ -1,76 +1,84 @@
-"""config.json of a Llama or Mistral model: checked, and as GGUF's `llama.*` keys.
+"""config.json of a Hugging Face directory: checked, and as GGUF's keys of its architecture.
 
-The keys, their types and their order are those of `TextModel.set_gguf_parameters` and `LlamaModel`
-in llama.cpp's conversion/base.py and llama.py; the defaults those of transformers' LlamaConfig and
-MistralConfig. Neither llama.cpp nor its converter knows Mistral's sliding_window in this
-architecture: within the window the models are the same.
+`hub_families` says what there is to read for each model type.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from edgemerge.architectures import MODEL_TYPES
+from edgemerge.architectures import FAMILIES, Family
 from edgemerge.errors import FormatError
+from edgemerge.formats.hub_checker import Checker
+from edgemerge.formats.hub_families import READERS, Reader, Shapes
+from edgemerge.formats.hub_rope import Rope, read_rope, rope_metadata
 from edgemerge.formats.json_file import read_object
 from edgemerge.formats.metadata import encode_value
-from edgemerge.types import Float32
 
-__all__ = ["HubConfig", "read_config", "rope_factors"]
+__all__ = ["HubConfig", "read_config"]
 
-CLASSES = ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM")
-DEFAULTS: dict[str, dict[str, int]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
-}
-MAX_COUNT = (1 << 31) - 1  # llama.cpp keeps these in 32 bits
+ROPE_THETA = 10000.0  # llama.cpp's own, where it is not told
+WRAPPED, UNWRAPPED = "gemma3", "gemma3_text"  # a model with a vision tower, the text model in it
 
 
 @dataclass(frozen=True, slots=True)
 class HubConfig:
     """What config.json says of the shapes and the arithmetic of a model."""
 
-    architecture: str  # GGUF's name
+    model_type: str  # a key of `FAMILIES`
     n_layers: int
     n_embd: int
     n_ff: int
     n_head: int
     n_kv_head: int
     head_dim: int
+    n_experts: int  # 0: a dense model
+    n_ff_expert: int
     vocab_size: int
-    context_length: int
-    rms_eps: float
-    rope_theta: float
-    rope: dict[
-        str, Any
-    ]  # rope_scaling, with rope_type and original_max_position_embeddings filled in
+    rope: Rope
     tied: bool
     attention_bias: bool
     mlp_bias: bool
+    wrapped: bool  # whether the weights lie beside those of a vision tower
+    keys: dict[str, bytes]  # of GGUF, without the architecture's name, in the converter's order
     raw: dict[str, Any]  # config.json itself, for the tokenizer's token ids
 
+    @property
+    def family(self) -> Family:
+        """Names of its tensors."""
+        return FAMILIES[self.model_type]
+
     def expected_shape(self, stem: str) -> tuple[int, ...]:
-        """Shape of a GGUF tensor, by its name without `blk.N.`."""
+        """Shape of a stored matrix or vector, by its GGUF name without `blk.N.`; one expert's."""
         q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         name, _, suffix = stem.rpartition(".")
+        # OLMo 2 normalises all heads together, the others each head by itself.
+        whole = self.model_type == "olmo2"
+        up = 2 * self.n_ff if "ffn_gate.weight" not in self.family.block else self.n_ff
         n_out, n_in = {
             "token_embd": (self.vocab_size, self.n_embd),
             "output": (self.vocab_size, self.n_embd),
             "output_norm": (self.n_embd, 0),
             "attn_norm": (self.n_embd, 0),
+            "attn_q_norm": (q if whole else self.head_dim, 0),
+            "attn_k_norm": (kv if whole else self.head_dim, 0),
+            "post_attention_norm": (self.n_embd, 0),
             "ffn_norm": (self.n_embd, 0),
+            "post_ffw_norm": (self.n_embd, 0),
             "attn_q": (q, self.n_embd),
             "attn_k": (kv, self.n_embd),
             "attn_v": (kv, self.n_embd),
+            "attn_qkv": (q + 2 * kv, self.n_embd),
             "attn_output": (self.n_embd, q),
             "ffn_gate": (self.n_ff, self.n_embd),
-            "ffn_up": (self.n_ff, self.n_embd),
+            "ffn_up": (up, self.n_embd),
             "ffn_down": (self.n_embd, self.n_ff),
+            "ffn_gate_inp": (self.n_experts, self.n_embd),
+            "ffn_gate_exps": (self.n_ff_expert, self.n_embd),
+            "ffn_up_exps": (self.n_ff_expert, self.n_embd),
+            "ffn_down_exps": (self.n_embd, self.n_ff_expert),
         }[name]
         return (n_out,) if suffix == "bias" or n_in == 0 else (n_out, n_in)
 
@@ -81,48 +89,8 @@ class HubConfig:
         return self.attention_bias if stem.startswith("attn") else self.mlp_bias
 
     def metadata(self) -> dict[str, bytes]:
-        """Return the `llama.*` keys, encoded, in the converter's order."""
-        keys = {
-            "block_count": encode_value(self.n_layers, "u32"),
-            "context_length": encode_value(self.context_length, "u32"),
-            "embedding_length": encode_value(self.n_embd, "u32"),
-            "feed_forward_length": encode_value(self.n_ff, "u32"),
-            "attention.head_count": encode_value(self.n_head, "u32"),
-            "attention.head_count_kv": encode_value(self.n_kv_head, "u32"),
-            **self._rope_metadata(),
-            "rope.freq_base": encode_value(self.rope_theta, "f32"),
-            "attention.layer_norm_rms_epsilon": encode_value(self.rms_eps, "f32"),
-            "attention.key_length": encode_value(self.head_dim, "u32"),
-            "attention.value_length": encode_value(self.head_dim, "u32"),
-            "vocab_size": encode_value(self.vocab_size, "u32"),
-            "rope.dimension_count": encode_value(self.head_dim, "u32"),
-        }
-        return {f"{self.architecture}.{key}": value for key, value in keys.items()}
-
-    def _rope_metadata(self) -> dict[str, bytes]:
-        kind, rope = self.rope["rope_type"], self.rope
-        if kind not in ("linear", "yarn"):
-            return {}
-        keys = {
-            "rope.scaling.type": encode_value(kind, "str"),
-            "rope.scaling.factor": encode_value(float(rope["factor"]), "f32"),
-        }
-        if kind == "yarn":
-            original = rope["original_max_position_embeddings"]
-            keys["rope.scaling.original_context_length"] = encode_value(original, "u32")
-            for key, names in YARN_KEYS.items():
-                value = next((rope[name] for name in names if rope.get(name) is not None), None)
-                if value is not None:
-                    keys[f"rope.scaling.yarn_{key}"] = encode_value(float(value), "f32")
-        return keys
-
-
-YARN_KEYS: dict[str, tuple[str, ...]] = {
-    "ext_factor": ("extrapolation_factor",),
-    "attn_factor": ("attention_factor", "attn_factor"),
-    "beta_fast": ("beta_fast",),
-    "beta_slow": ("beta_slow",),
-}
+        """Return the architecture's keys, encoded, in the converter's order."""
+        return {f"{self.family.architecture}.{key}": value for key, value in self.keys.items()}
 
 
 def read_config(path: Path) -> HubConfig:
@@ -134,173 +102,121 @@ def read_config(path: Path) -> HubConfig:
         The model is of a kind that edgemerge does not read, or a value is missing or absurd.
     """
     raw = read_object(path)
-    check = _Checker(raw, path)
-    model_type = check.kind()
-    defaults = DEFAULTS[model_type]
+    wrapped = raw.get("model_type") == WRAPPED and isinstance(raw.get("text_config"), dict)
+    if wrapped:
+        raw = {**raw, **raw["text_config"], "model_type": UNWRAPPED}
+    model_type = _model_type(raw, path)
+    reader = READERS[model_type]
+    check = Checker(raw, path, reader.defaults)
+    _refuse_other_models(check, reader)
     n_embd = check.count("hidden_size")
     n_head = check.count("num_attention_heads")
-    n_kv_head = check.count("num_key_value_heads", defaults.get("num_key_value_heads", n_head))
+    n_kv_head = check.count("num_key_value_heads", n_head)
     head_dim = check.count("head_dim", n_embd // n_head)
     if n_head % n_kv_head:
         raise check.refuse("num_key_value_heads", n_kv_head, f"a divisor of the {n_head} heads")
     if head_dim % 2:
         raise check.refuse("head_dim", head_dim, "even, as the rotation needs")
-    context_length = check.count("max_position_embeddings", defaults["max_position_embeddings"])
-    rope = check.rope(context_length)
+    if reader.splits_embedding and head_dim * n_head != n_embd:
+        raise check.unlike("head_dim", head_dim, f"hidden_size / {n_head} heads")
+    tied = check.flag("tie_word_embeddings")
+    if reader.tied not in (None, tied):
+        raise check.unlike("tie_word_embeddings", tied, str(reader.tied).lower())
+    n_experts = _count_experts(check, reader)
+    n_ff_expert = check.count(reader.experts[2]) if reader.experts else 0
+    shapes = Shapes(check.count("num_hidden_layers"), n_embd, n_head, head_dim)
+    context_length = check.count("max_position_embeddings")
+    rope = read_rope(check, reader.ropes, head_dim, context_length)
+    if "rope.freq_base" not in reader.keys and rope.theta != ROPE_THETA:
+        raise check.unlike("rope_theta", rope.theta, f"{ROPE_THETA:g}")
+    values = {
+        "context_length": encode_value(context_length, "u32"),
+        **_common_keys(check, reader, shapes, n_kv_head),
+        **rope_metadata(rope),
+        **reader.own_keys(check, shapes),
+    }
+    family = FAMILIES[model_type]
+    for flag, stem in (("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_up.bias")):
+        if check.flag(flag) and stem not in family.block:
+            raise check.unlike(flag, True, "none")
     return HubConfig(
-        architecture=MODEL_TYPES[model_type],
-        n_layers=check.count("num_hidden_layers"),
+        model_type=model_type,
+        n_layers=shapes.n_layers,
         n_embd=n_embd,
         n_ff=check.count("intermediate_size"),
         n_head=n_head,
         n_kv_head=n_kv_head,
         head_dim=head_dim,
+        n_experts=n_experts,
+        n_ff_expert=n_ff_expert,
         vocab_size=check.count("vocab_size"),
-        context_length=context_length,
-        rms_eps=check.number(raw, "rms_norm_eps", 1e-6),
-        rope_theta=check.number(rope, "rope_theta", check.number(raw, "rope_theta", 10000.0)),
         rope=rope,
-        tied=check.flag("tie_word_embeddings"),
-        attention_bias=check.flag("attention_bias"),
+        tied=tied,
+        attention_bias=check.flag("attention_bias") or family.is_biased,
         mlp_bias=check.flag("mlp_bias"),
+        wrapped=wrapped,
+        keys={key: values[key] for key in reader.keys if key in values},
         raw=raw,
     )
 
 
-class _Checker:
-    """Values of config.json, each refused by name when it is not what it must be."""
-
-    def __init__(self, raw: dict[str, Any], path: Path) -> None:
-        self.raw = raw
-        self.path = path
-
-    def refuse(self, key: str, value: object, wanted: str) -> FormatError:
-        return FormatError(
-            f"{key} is {str(value)[:80]!r}, it must be {wanted}; correct the file", path=self.path
+def _model_type(raw: dict[str, Any], path: Path) -> str:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in READERS:
+        raise FormatError(
+            f"model_type {str(model_type)[:80]!r} is not read from a directory (only "
+            f"{', '.join(READERS)}); convert the model to GGUF with llama.cpp first",
+            path=path,
         )
-
-    def kind(self) -> str:
-        """Return model_type, having refused every model that is not plain Llama or Mistral."""
-        model_type = self.raw.get("model_type")
-        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-            raise FormatError(
-                f"model_type {str(model_type)[:80]!r} is not read from a directory (only "
-                f"{', '.join(MODEL_TYPES)}); convert the model to GGUF with llama.cpp first",
-                path=self.path,
-            )
-        classes = self.raw.get("architectures")
-        if isinstance(classes, list) and classes and classes[0] not in CLASSES:
-            raise FormatError(
-                f"architecture {str(classes[0])[:80]!r} is not a language model that edgemerge "
-                f"reads (only {', '.join(CLASSES)}); convert it to GGUF with llama.cpp first",
-                path=self.path,
-            )
-        quantised = self.raw.get("quantization_config")
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            raise FormatError(
-                f"its weights are quantised by {str(method)[:40]!r}, which is not read from here; "
-                "give the original fp16 or bf16 model, or a GGUF",
-                path=self.path,
-            )
-        activation = self.raw.get("hidden_act", "silu")
-        if activation != "silu":
-            raise self.refuse("hidden_act", activation, "silu, as in llama.cpp's llama")
-        return model_type
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.raw.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise FormatError(f"{key} is missing; get the file again", path=self.path)
-        if type(value) is not int or not 1 <= value <= MAX_COUNT:
-            raise self.refuse(key, value, f"an integer from 1 to {MAX_COUNT}")
-        return value
-
-    def number(self, table: dict[str, Any], key: str, default: float | None = None) -> float:
-        value = table.get(key)
-        if value is None:
-            value = default
-        # 1e38: it has to survive as a float32. A bool is an int to isinstance.
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e38:
-            return float(value)
-        raise self.refuse(key, value, "a positive number")
-
-    def flag(self, key: str) -> bool:
-        value = self.raw.get(key)
-        if value is None:
-            return False
-        if not isinstance(value, bool):
-            raise self.refuse(key, value, "true or false")
-        return value
-
-    def rope(self, context_length: int) -> dict[str, Any]:
-        """Return the rotation's parameters as transformers standardises them."""
-        value = self.raw.get("rope_scaling") or self.raw.get("rope_parameters") or {}
-        if not isinstance(value, dict):
-            raise self.refuse("rope_scaling", value, "an object or null")
-        rope = dict(value)
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind not in ("default", "linear", "llama3", "yarn"):
-            raise FormatError(
-                f"rope_scaling of type {str(kind)[:40]!r} has no equal in llama.cpp's llama (only "
-                "linear, llama3, yarn); use a model without it",
-                path=self.path,
-            )
-        rope["rope_type"] = kind
-        partial = rope.get("partial_rotary_factor", self.raw.get("partial_rotary_factor"))
-        if partial not in (None, 1, 1.0):
-            raise self.refuse("partial_rotary_factor", partial, "1, as in llama.cpp's llama")
-        if kind in ("llama3", "yarn"):
-            outer = self.raw.get("original_max_position_embeddings")
-            original = outer or rope.get("original_max_position_embeddings") or context_length
-            if type(original) is not int or not 1 <= original <= MAX_COUNT:
-                raise self.refuse(
-                    "original_max_position_embeddings", original, "a positive integer"
-                )
-            rope["original_max_position_embeddings"] = original
-        if kind == "llama3":
-            for key, default in LLAMA3_DEFAULTS.items():
-                rope[key] = self.number(rope, key, default)
-            if rope["low_freq_factor"] == rope["high_freq_factor"]:
-                raise self.refuse(
-                    "high_freq_factor", rope["high_freq_factor"], "above low_freq_factor"
-                )
-        elif kind != "default":
-            rope["factor"] = self.number(rope, "factor")
-        for names in YARN_KEYS.values() if kind == "yarn" else ():
-            for name in names:
-                if rope.get(name) is not None:
-                    self.number(rope, name)
-        return rope
+    return model_type
 
 
-LLAMA3_DEFAULTS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+def _refuse_other_models(check: Checker, reader: Reader) -> None:
+    """Refuse what is no plain language model of the family."""
+    classes = check.raw.get("architectures")
+    if isinstance(classes, list) and classes and classes[0] not in reader.classes:
+        raise FormatError(
+            f"architecture {str(classes[0])[:80]!r} is not a language model that edgemerge "
+            f"reads (only {', '.join(reader.classes)}); convert it to GGUF with llama.cpp first",
+            path=check.path,
+        )
+    quantised = check.raw.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise FormatError(
+            f"its weights are quantised by {str(method)[:40]!r}, which is not read from here; "
+            "give the original fp16 or bf16 model, or a GGUF",
+            path=check.path,
+        )
+    key, wanted = reader.activation
+    activation = check.get(key)
+    if activation not in (None, wanted):
+        raise check.refuse(key, activation, f"{wanted}, as in llama.cpp")
 
 
-def rope_factors(config: HubConfig) -> Float32 | None:
-    """Return the (head_dim / 2,) divisors of rope_freqs.weight for rope type llama3, else None.
+def _common_keys(
+    check: Checker, reader: Reader, shapes: Shapes, n_kv_head: int
+) -> dict[str, bytes]:
+    keys = {
+        "block_count": shapes.n_layers,
+        "embedding_length": shapes.n_embd,
+        "feed_forward_length": check.count("intermediate_size"),
+        "attention.head_count": shapes.n_head,
+        "attention.head_count_kv": n_kv_head,
+        "vocab_size": check.count("vocab_size"),
+    }
+    if reader.states_head_dim or check.get("head_dim") is not None:
+        keys |= {f"attention.{which}_length": shapes.head_dim for which in ("key", "value")}
+    if reader.experts:
+        keys["expert_count"] = _count_experts(check, reader)
+        keys["expert_used_count"] = check.count(reader.experts[1])
+    eps = encode_value(check.number("rms_norm_eps", 1e-6), "f32")
+    encoded = {key: encode_value(value, "u32") for key, value in keys.items()}
+    return encoded | {"attention.layer_norm_rms_epsilon": eps}
 
-    As `LlamaModel.generate_extra_tensors` computes them: in float32, step by step. Its power is
-    torch's, ours a rounded float64, so that the bytes do not depend on a vector library.
-    """
-    rope = config.rope
-    if rope["rope_type"] != "llama3":
-        return None
-    f32 = np.float32
-    factor, low, high = (rope[key] for key in LLAMA3_DEFAULTS)
-    original = rope["original_max_position_embeddings"]
-    factors = np.empty(config.head_dim // 2, np.float32)
-    for i in range(len(factors)):
-        exponent = f32(2 * i) / f32(config.head_dim)
-        freq = f32(1.0) / f32(math.pow(config.rope_theta, float(exponent)))
-        wavelength = f32(2 * math.pi) / freq
-        if wavelength < original / high:
-            factors[i] = 1.0
-        elif wavelength > original / low:
-            factors[i] = factor
-        else:
-            smooth = (f32(original) / wavelength - f32(low)) / f32(high - low)
-            factors[i] = f32(1.0) / ((f32(1.0) - smooth) / f32(factor) + smooth)
-    return factors
+
+def _count_experts(check: Checker, reader: Reader) -> int:
+    if reader.experts is None:
+        return 0
+    names = reader.experts[0]
+    return check.count(next((name for name in names if name in check.raw), names[0]))

@@ -12,13 +12,8 @@ from typing import Any
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.metadata import encode_value
-from edgemerge.formats.tokenizer_spm import (
-    CONTROL,
-    NORMAL,
-    UNUSED,
-    USER_DEFINED,
-    looks_special,
-)
+from edgemerge.formats.sentencepiece_file import CONTROL, NORMAL, UNUSED, USER_DEFINED
+from edgemerge.formats.tokenizer_spm import looks_special
 
 __all__ = ["bpe_vocabulary"]
 
@@ -34,7 +29,13 @@ TEKKEN_REGEX = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-COVERING = (LLAMA3_REGEX, QWEN2_REGEX, TEKKEN_REGEX)
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O_REGEX = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|"
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+COVERING = (LLAMA3_REGEX, QWEN2_REGEX, TEKKEN_REGEX, GPT4O_REGEX)
 DEEPSEEK_CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 DEEPSEEK_LETTERS = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿ"
@@ -60,6 +61,7 @@ PRE_TOKENIZERS: tuple[tuple[tuple[Step, ...], bool | None, str], ...] = (
     ((_split(LLAMA3_REGEX), _BYTES), False, "smaug-bpe"),
     ((_split(QWEN2_REGEX), _BYTES), False, "qwen2"),
     ((_split(TEKKEN_REGEX), _BYTES), None, "tekken"),
+    ((_split(GPT4O_REGEX), _BYTES), False, "gpt-4o"),
     ((_DIGITS, _GPT2), False, "smollm"),
     ((_GPT2,), False, "gpt-2"),
     (
@@ -89,9 +91,17 @@ PRE_TOKENIZERS: tuple[tuple[tuple[Step, ...], bool | None, str], ...] = (
     ),
 )
 
+# (model type, name above) -> what the converter calls the same cutting in that family's vocabulary
+OTHER_NAMES: dict[tuple[str, str], str] = {
+    ("granite", "smaug-bpe"): "dbrx",
+    ("granite", "smollm"): "refact",
+    ("olmo2", "smaug-bpe"): "dbrx",
+    ("phi3", "smaug-bpe"): "dbrx",
+}
+
 
 def bpe_vocabulary(
-    path: Path, tokenizer_json: Json, tokenizer_config: Json, vocab_size: int
+    path: Path, tokenizer_json: Json, tokenizer_config: Json, vocab_size: int, model_type: str
 ) -> dict[str, bytes]:
     """Return the `tokenizer.ggml.*` keys of a byte-level BPE (`_set_vocab_gpt2`).
 
@@ -103,6 +113,8 @@ def bpe_vocabulary(
         The files of these names.
     vocab_size : int
         Number of tokens to return; ids that no token has become `[PADn]`.
+    model_type : str
+        config.json's, which chooses among names for one way of cutting.
     """
     model = tokenizer_json["model"]
     _refuse_unknown_model(path, tokenizer_json)
@@ -122,7 +134,7 @@ def bpe_vocabulary(
             tokens[i] = text.replace("▁", " ")
     return {
         "model": encode_value("gpt2", "str"),
-        "pre": encode_value(_pre_tokenizer(path, tokenizer_json), "str"),
+        "pre": encode_value(_pre_tokenizer(path, tokenizer_json, model_type), "str"),
         "tokens": encode_value(
             [f"[PAD{i}]" if text is None else text for i, text in enumerate(tokens)], "[str]"
         ),
@@ -170,7 +182,7 @@ def _refuse_unknown_model(path: Path, tokenizer_json: Json) -> None:
         )
 
 
-def _pre_tokenizer(path: Path, tokenizer_json: Json) -> str:
+def _pre_tokenizer(path: Path, tokenizer_json: Json, model_type: str) -> str:
     normalizers = [
         step["type"] for step in _flatten(tokenizer_json.get("normalizer"), "normalizers")
     ]
@@ -185,7 +197,7 @@ def _pre_tokenizer(path: Path, tokenizer_json: Json) -> str:
     ignore_merges = bool(tokenizer_json["model"].get("ignore_merges", False))
     for known, ignores, name in PRE_TOKENIZERS:
         if steps == known and ignores in (None, ignore_merges):
-            return name
+            return OTHER_NAMES.get((model_type, name), name)
     shown = ", ".join(str(step[0]) for step in steps)
     raise FormatError(
         f"its tokenizer cuts text in a way ({shown or 'none'}) that edgemerge knows no llama.cpp "

@@ -1,44 +1,47 @@
-"""SentencePiece vocabularies: tokenizer.model, or a tokenizer.json that is one in disguise.
-
-The first is a protobuf message, read by hand: field 1 of `ModelProto` repeats `SentencePiece`
-(1 piece, 2 score, 3 type), see sentencepiece_model.proto. Nothing else of it is needed.
-"""
+"""SentencePiece's BPE (GGUF's tokenizer model "llama"): tokenizer.model, or a tokenizer.json like it."""
 
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.files import describe_foreign
 from edgemerge.formats.json_file import read_object
 from edgemerge.formats.metadata import encode_value
+from edgemerge.formats.sentencepiece_file import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNUSED,
+    USER_DEFINED,
+    SentencePieceFile,
+)
 
 __all__ = [
-    "CONTROL",
-    "NORMAL",
-    "UNUSED",
-    "USER_DEFINED",
+    "ADDED_SCORE",
+    "Vocabulary",
+    "adds_space",
     "is_spm_json",
     "looks_special",
     "spm_json_vocabulary",
     "spm_vocabulary",
 ]
 
-# llama_token_type of llama.cpp, which are SentencePiece's too
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 PAD_SCORE, ADDED_SCORE = -10000.0, -1000.0
-MAX_MODEL_BYTES = 100_000_000
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 LIKELY_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 Json = dict[str, Any]
 
 
-class _Vocabulary:
-    """Tokens by id, of which those nobody fills in stay `[PADn]`."""
+class Vocabulary:
+    """Tokens by id, of which those nobody fills in stay `[PADn]`.
+
+    Parameters
+    ----------
+    n_tokens : int
+        Rows of the embedding.
+    """
 
     def __init__(self, n_tokens: int) -> None:
         self.tokens = [b"[PAD%d]" % i for i in range(n_tokens)]
@@ -54,9 +57,10 @@ class _Vocabulary:
             self.scores[token_id] = score
             self.types[token_id] = kind
 
-    def keys(self) -> dict[str, bytes]:
+    def keys(self, model: str) -> dict[str, bytes]:
+        """Return the encoded `tokenizer.ggml.*` keys, for llama.cpp's tokenizer model "llama" or "t5"."""
         return {
-            "model": encode_value("llama", "str"),
+            "model": encode_value(model, "str"),
             "pre": encode_value("default", "str"),
             "tokens": encode_value(self.tokens, "[str]"),
             "scores": encode_value(self.scores, "[f32]"),
@@ -64,31 +68,42 @@ class _Vocabulary:
         }
 
 
-def spm_vocabulary(path: Path, tokenizer_config: Json, vocab_size: int) -> dict[str, bytes]:
+def spm_vocabulary(
+    path: Path,
+    model: SentencePieceFile,
+    added: list[tuple[int, str, bool]],
+    vocab_size: int,
+    *,
+    as_written: bool = False,
+) -> dict[str, bytes]:
     """Return the `tokenizer.ggml.*` keys of tokenizer.model (`_create_vocab_sentencepiece`).
 
     Parameters
     ----------
     path : Path
         The directory; its added_tokens.json counts too.
-    tokenizer_config : dict
-        tokenizer_config.json, whose added_tokens_decoder overrides pieces.
+    model : SentencePieceFile
+        Its tokenizer.model.
+    added : list of (int, str, bool)
+        Ids, texts and whether they are special, of tokens that override pieces.
     vocab_size : int
         Number of tokens to return.
+    as_written : bool
+        Whether added tokens are special only where they say so, as the converter has it for Phi-3.
     """
-    vocabulary = _Vocabulary(vocab_size)
-    for i, (piece, score, kind) in enumerate(_read_pieces(path / "tokenizer.model")):
+    vocabulary = Vocabulary(vocab_size)
+    for i, (piece, score, kind) in enumerate(model.pieces):
         vocabulary.put(i, piece, score, NORMAL if kind == USER_DEFINED else kind)
     if (path / "added_tokens.json").is_file():
         for text, i in read_object(path / "added_tokens.json").items():
             vocabulary.put(i, text.encode(), ADDED_SCORE, USER_DEFINED)
-    for i, token in tokenizer_config.get("added_tokens_decoder", {}).items():
-        text = token["content"]
-        if token.get("special") or looks_special(text):
-            vocabulary.put(int(i), text.encode(), ADDED_SCORE, CONTROL)
+    for i, text, special in added:
+        if special or (looks_special(text) and not as_written):
+            vocabulary.put(i, text.encode(), ADDED_SCORE, CONTROL)
         else:  # llama.cpp compares these with text whose spaces are spaces
-            vocabulary.put(int(i), text.replace("▁", " ").encode(), ADDED_SCORE, USER_DEFINED)
-    return vocabulary.keys()
+            plain = text if as_written else text.replace("▁", " ")
+            vocabulary.put(i, plain.encode(), ADDED_SCORE, USER_DEFINED)
+    return vocabulary.keys("llama")
 
 
 def looks_special(text: str) -> bool:
@@ -101,76 +116,6 @@ def looks_special(text: str) -> bool:
     )
 
 
-def _read_pieces(path: Path) -> Iterator[tuple[bytes, float, int]]:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_MODEL_BYTES + 1)
-    except OSError as e:
-        raise FormatError(f"cannot be read ({e.strerror}); get the file again", path=path) from e
-    if raw[:1] != b"\n" or len(raw) > MAX_MODEL_BYTES:  # the tag of field 1, always first
-        raise FormatError(describe_foreign(raw[:64], "SentencePiece"), path=path)
-    try:
-        for number, value in _fields(raw):
-            if number == 1 and isinstance(value, bytes):
-                yield _parse_piece(value)
-    except (IndexError, UnicodeDecodeError, ValueError, struct.error) as e:
-        raise FormatError(
-            f"is not a SentencePiece model, or a damaged one ({e}); get the file again", path=path
-        ) from e
-
-
-def _parse_piece(message: bytes) -> tuple[bytes, float, int]:
-    piece, score, kind = b"", 0.0, NORMAL
-    for number, value in _fields(message):
-        if number == 1 and isinstance(value, bytes):
-            piece = value
-        elif number == 2 and isinstance(value, float):
-            score = value
-        elif number == 3 and isinstance(value, int):
-            kind = value
-    piece.decode("utf-8")
-    if not NORMAL <= kind <= BYTE:
-        raise ValueError(f"a piece has type {kind}")
-    return piece, score, kind
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | float | bytes]]:
-    """Yield (field number, value) of one protobuf message; 64-bit values are skipped."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        match tag & 7:
-            case 0:
-                value, at = _varint(message, at)
-                yield tag >> 3, value
-            case 1:
-                at += 8
-            case 2:
-                length, at = _varint(message, at)
-                if length > len(message) - at:
-                    raise ValueError("a field is longer than the file")
-                yield tag >> 3, message[at : at + length]
-                at += length
-            case 5:
-                yield tag >> 3, struct.unpack_from("<f", message, at)[0]
-                at += 4
-            case kind:
-                raise ValueError(f"wire type {kind} is not used by SentencePiece")
-    if at > len(message):
-        raise ValueError("the last field is cut short")
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("a number has more than ten bytes")
-
-
 def is_spm_json(tokenizer_json: Json) -> bool:
     """Tell whether a tokenizer.json is SentencePiece's BPE, by the rule of `LlamaHfVocab`."""
     model = tokenizer_json["model"]
@@ -179,6 +124,18 @@ def is_spm_json(tokenizer_json: Json) -> bool:
         model.get("type") == "BPE"
         and bool(model.get("byte_fallback", False))
         and decoder.get("type") == "Sequence"
+    )
+
+
+def adds_space(tokenizer_json: Json) -> bool:
+    """Tell whether such a tokenizer puts a space in front of a text, as SentencePiece may."""
+    normalizer = tokenizer_json.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    cutter = tokenizer_json.get("pre_tokenizer") or {}
+    cutters = cutter.get("pretokenizers", [cutter])
+    return any(step.get("type") == "Prepend" for step in steps) or any(
+        step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+        for step in cutters
     )
 
 
@@ -200,7 +157,7 @@ def spm_json_vocabulary(
     vocab_size : int
         Number of tokens to return.
     """
-    model, vocabulary = tokenizer_json["model"], _Vocabulary(vocab_size)
+    model, vocabulary = tokenizer_json["model"], Vocabulary(vocab_size)
     if max(model["vocab"].values(), default=0) >= vocab_size:
         raise FormatError(
             f"tokenizer.json has more tokens than the {vocab_size} rows of the embedding; get both "
@@ -218,7 +175,7 @@ def spm_json_vocabulary(
         if text not in model["vocab"]:
             kind = CONTROL if text in special else USER_DEFINED
             vocabulary.put(token["id"], text.encode(), ADDED_SCORE, kind)
-    return vocabulary.keys()
+    return vocabulary.keys("llama")
 
 
 def _scores_of_merges(merges: list[Any]) -> dict[str, float]:

@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 from edgemerge.architectures import hf_name
 from edgemerge.errors import FormatError
-from edgemerge.formats.hub import HubModel, is_hub_dir
+from edgemerge.formats.hub import HubModel
+from edgemerge.formats.hub_files import is_hub_dir
 from edgemerge.formats.metadata import get_value
 
 HUB = Path(__file__).parents[1] / "data" / "hub"
@@ -114,7 +115,7 @@ def test_index_and_shards_agree(sharded: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "qwen2"}, "model_type 'qwen2'"),
+        ({"model_type": "mamba"}, "model_type 'mamba'"),
         ({"model_type": ...}, "model_type 'None'"),
         ({"model_type": ["llama"]}, "convert the model to GGUF"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),

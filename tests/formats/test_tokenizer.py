@@ -132,7 +132,7 @@ def piece(text: bytes, score: float = -1.5, kind: int | None = None) -> bytes:
 
 def test_spm_protobuf(tmp_path: Path) -> None:
     """Types, defaults, unknown fields of every wire type, pieces out of order with other fields."""
-    raw = piece(b"<unk>", 0.0, 2) + piece("▁a".encode()) + field(2, b"trainer") + field(9, 300)
+    raw = piece(b"<unk>", 0.0, 2) + piece("▁a".encode()) + field(2, field(3, 2)) + field(9, 300)
     raw += varint(10 << 3 | 1) + bytes(8) + field(11, 0.5)
     raw += (
         piece(b"u", kind=4)
@@ -275,7 +275,8 @@ def test_pre_tokenizer(tmp_path: Path, pre: dict, ignore_merges: bool, name: str
         (bpe(sequence({"type": "Digits", "individual_digits": False}, GPT2)), "Digits"),
         (bpe(normalizer={"type": "Lowercase"}), "normalises text by Lowercase"),
         (bpe(type="WordPiece"), "'WordPiece'"),
-        (bpe(type="Unigram"), "'Unigram'"),
+        (bpe(type="Unigram"), "its Unigram tokenizer cuts text by ByteLevel"),
+        (bpe(type="Unigram", byte_fallback=True), "a Unigram that spells unknown characters"),
         (bpe(byte_fallback=True), "not a byte-level BPE"),
         (bpe(vocab={"a": 4}), "the embedding has 4 rows"),
         (bpe(vocab={"a": -1}), "the id -1"),
