@@ -19,7 +19,7 @@ from pathlib import Path
 
 from measure import machine, run, table
 
-from edgemerge.runtime.bench import BenchSettings, bench_model
+from edgemerge.runtime.bench.bench import BenchSettings, bench_model
 
 # What llama-bench's test_prompt and test_gen do, in as little Python as can be.
 RAW = """

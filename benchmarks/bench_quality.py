@@ -20,9 +20,9 @@ from measure import machine, table
 
 from edgemerge import make_recipe, merge
 from edgemerge.presets import with_preset
-from edgemerge.runtime.evaluate import Score, evaluate
+from edgemerge.runtime.evaluation.evaluate import Score, evaluate
+from edgemerge.runtime.evaluation.questions import read_questions
 from edgemerge.runtime.llama import Model
-from edgemerge.runtime.questions import read_questions
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "tests" / "models"

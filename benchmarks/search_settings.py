@@ -27,9 +27,9 @@ from gguf import GGUFReader
 from measure import machine, table
 
 from edgemerge import load_recipe, make_recipe, merge
-from edgemerge.runtime.likelihood import option_likelihoods
+from edgemerge.runtime.evaluation.likelihood import option_likelihoods
+from edgemerge.runtime.evaluation.questions import Question, read_questions
 from edgemerge.runtime.llama import Model
-from edgemerge.runtime.questions import Question, read_questions
 
 MEDICAL = SETS[:2]
 REFERENCE = "task_arithmetic lambda=0.7"

@@ -28,7 +28,7 @@ SLOWLY = [
     "-c",
     "import sys, time\n"
     "from edgemerge.cli import main\n"
-    "from edgemerge.runtime.serve_llama import ServedLlama\n"
+    "from edgemerge.runtime.serve.llama import ServedLlama\n"
     "sample = ServedLlama.sample\n"
     "ServedLlama.sample = lambda *a, **b: time.sleep(0.02) or min(300, sample(*a, **b) + 300)\n"
     "sys.argv = ['edgemerge', 'serve', *sys.argv[1:]]\n"

@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 
 from edgemerge import warm
 from edgemerge.cli import doctor as command
-from edgemerge.runtime import doctor
-from tests.runtime import boards
+from edgemerge.runtime.doctor.diagnosis import doctor
+from tests.runtime.board import boards
 from tests.tiny_gguf import write_tiny_gguf
 
 Run = Callable[..., Result]
@@ -96,7 +96,7 @@ def test_a_model_that_is_too_large(
 ) -> None:
     write_tiny_gguf(tmp_path / "tiny.gguf")
     for process_bytes, name in ((8 << 30, "too large"), (int(6.5 * 2**30), "tight")):
-        monkeypatch.setattr("edgemerge.runtime.fit.PROCESS_BYTES", process_bytes)
+        monkeypatch.setattr("edgemerge.runtime.doctor.fit.PROCESS_BYTES", process_bytes)
         assert "7 GiB" in row(run("--model", "tiny.gguf").stdout, name)
 
 

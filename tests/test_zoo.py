@@ -15,9 +15,9 @@ import pytest
 
 from edgemerge.merge import merge
 from edgemerge.recipe import make_recipe
-from edgemerge.runtime.evaluate import Score, evaluate
+from edgemerge.runtime.evaluation.evaluate import Score, evaluate
+from edgemerge.runtime.evaluation.questions import read_questions
 from edgemerge.runtime.llama import Model
-from edgemerge.runtime.questions import read_questions
 
 pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.llama

@@ -16,9 +16,9 @@ from edgemerge.cli import loading, request
 from edgemerge.cli.terminal import check_stop, plain, print_json, speaks_plainly
 
 if TYPE_CHECKING:
-    from edgemerge.runtime.bench import BenchSettings, ModelBench
-    from edgemerge.runtime.questions import Question
-    from edgemerge.runtime.tasks import Task
+    from edgemerge.runtime.bench.bench import BenchSettings, ModelBench
+    from edgemerge.runtime.evaluation.questions import Question
+    from edgemerge.runtime.evaluation.tasks import Task
 
 __all__ = ["bench_command"]
 
@@ -124,8 +124,8 @@ def _settings(
     depth: int,
     gpu_layers: int | None,
 ) -> BenchSettings:
-    from edgemerge.runtime.bench import BenchSettings
-    from edgemerge.runtime.device import default_threads
+    from edgemerge.runtime.bench.bench import BenchSettings
+    from edgemerge.runtime.board.device import default_threads
 
     numbers = [default_threads()]
     if threads is not None:
@@ -146,7 +146,7 @@ def _settings(
 def _read_quality(quality: str | None, limit: int | None) -> Task | None:
     if quality is None:
         return None
-    from edgemerge.runtime.tasks import read_task
+    from edgemerge.runtime.evaluation.tasks import read_task
 
     name, equals, path = quality.partition("=")
     if not equals or not name or not path:
@@ -163,8 +163,8 @@ def _bench_models(
     """Measure one model after the other; print the rows of each when it is done."""
     from edgemerge.cli.bench_records import csv_lines, model_record, speed_record
     from edgemerge.cli.bench_table import speed_header, speed_rows
-    from edgemerge.runtime.bench import bench_model
-    from edgemerge.runtime.load_time import model_files
+    from edgemerge.runtime.bench.bench import bench_model
+    from edgemerge.runtime.bench.load_time import model_files
 
     for path in models:
         model_files(path)  # the last name is wrong: say so now, not after an hour
@@ -219,7 +219,7 @@ def _bench_merge(recipe: Path, output_format: Format) -> None:
     from edgemerge.cli.bench_table import merge_table
     from edgemerge.merge import plan
     from edgemerge.recipe import load_recipe
-    from edgemerge.runtime.merge_cost import measure_merge
+    from edgemerge.runtime.bench.merge_cost import measure_merge
     from edgemerge.warm import warm_up
 
     intent = load_recipe(recipe)

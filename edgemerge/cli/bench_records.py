@@ -10,16 +10,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgemerge.runtime.bench import ModelBench
-    from edgemerge.runtime.merge_cost import MergeCost
-    from edgemerge.runtime.speed import Speed
+    from edgemerge.runtime.bench.bench import ModelBench
+    from edgemerge.runtime.bench.merge_cost import MergeCost
+    from edgemerge.runtime.bench.speed import Speed
 
 __all__ = ["bench_json", "csv_lines", "merge_record", "model_record", "speed_record"]
 
 
 def speed_record(bench: ModelBench, speed: Speed) -> dict[str, Any]:
     """Figures of one test under llama-bench's names, then those of our own; plain values only."""
-    from edgemerge.runtime.speed import N_BATCH, N_UBATCH
+    from edgemerge.runtime.bench.speed import N_BATCH, N_UBATCH
 
     measured, test = bench.measured, speed.test
     kind = "first_token" if test.n_prompt else "token"

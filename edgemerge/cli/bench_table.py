@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from edgemerge.sizes import format_size
 
 if TYPE_CHECKING:
-    from edgemerge.runtime.bench import ModelBench
-    from edgemerge.runtime.evaluate import Score
-    from edgemerge.runtime.merge_cost import MergeCost
+    from edgemerge.runtime.bench.bench import ModelBench
+    from edgemerge.runtime.bench.merge_cost import MergeCost
+    from edgemerge.runtime.evaluation.evaluate import Score
 
 __all__ = ["bench_notes", "bench_tables", "markdown", "merge_table", "speed_header", "speed_rows"]
 

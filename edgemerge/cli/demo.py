@@ -15,8 +15,8 @@ from edgemerge.cli import request
 from edgemerge.cli.terminal import check_stop, print_table, speaks_plainly
 
 if TYPE_CHECKING:
-    from edgemerge.runtime.evaluate import Score
-    from edgemerge.runtime.questions import Question
+    from edgemerge.runtime.evaluation.evaluate import Score
+    from edgemerge.runtime.evaluation.questions import Question
 
 __all__ = ["demo_command"]
 
@@ -74,7 +74,7 @@ def demo_command(
     force: request.Force = False,
 ) -> None:
     """Merge two small medical experts in several ways, score them, talk to the best."""
-    from edgemerge.runtime.questions import read_questions
+    from edgemerge.runtime.evaluation.questions import read_questions
 
     folder = models or _models_of_checkout()
     questions = {name: read_questions(folder / "eval" / f"{name}.jsonl")[:limit] for name in SETS}
@@ -150,7 +150,7 @@ def _make_files(folder: Path, out: Path, *, force: bool) -> dict[str, Path]:
 def _score_files(
     files: dict[str, Path], questions: dict[str, list[Question]]
 ) -> dict[str, dict[str, Score]]:
-    from edgemerge.runtime.evaluate import evaluate
+    from edgemerge.runtime.evaluation.evaluate import evaluate
     from edgemerge.runtime.llama import Model
 
     total = sum(map(len, questions.values()))

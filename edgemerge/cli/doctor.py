@@ -12,9 +12,9 @@ from edgemerge.cli import request
 from edgemerge.cli.terminal import check_stop, plain, print_json, print_table, speaks_plainly
 
 if TYPE_CHECKING:
-    from edgemerge.runtime.doctor import Diagnosis
-    from edgemerge.runtime.fit import ModelFit
-    from edgemerge.runtime.storage import Storage
+    from edgemerge.runtime.board.storage import Storage
+    from edgemerge.runtime.doctor.diagnosis import Diagnosis
+    from edgemerge.runtime.doctor.fit import ModelFit
 
 __all__ = ["doctor_command"]
 
@@ -38,7 +38,7 @@ def doctor_command(
     json_: request.Json = False,
 ) -> None:
     """Examine this machine: board, memory, storage, heat, llama.cpp; and what it can run."""
-    from edgemerge.runtime.doctor import examine
+    from edgemerge.runtime.doctor.diagnosis import examine
 
     if not storage.is_dir():
         raise typer.BadParameter(f"--storage {storage} is no folder")
@@ -178,7 +178,7 @@ def _software(found: Diagnosis) -> Iterator[tuple[str, str]]:
 
 
 def _print_fits(found: Diagnosis) -> None:
-    from edgemerge.runtime.fit import FILE_TYPES, TABLE_CONTEXT
+    from edgemerge.runtime.doctor.fit import FILE_TYPES, TABLE_CONTEXT
     from edgemerge.sizes import format_size
 
     print(f"memory that models take with {TABLE_CONTEXT} tokens of context")

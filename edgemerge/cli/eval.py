@@ -15,10 +15,10 @@ from edgemerge.cli.eval_tables import print_csv, print_tables
 from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plainly
 
 if TYPE_CHECKING:
-    from edgemerge.runtime.evaluation import Answered, Request
+    from edgemerge.runtime.evaluation.results import Results
+    from edgemerge.runtime.evaluation.run import Answered, Request
+    from edgemerge.runtime.evaluation.tasks import Task
     from edgemerge.runtime.llama import Model
-    from edgemerge.runtime.results import Results
-    from edgemerge.runtime.tasks import Task
 
 __all__ = ["eval_command"]
 
@@ -27,7 +27,7 @@ DEFAULT_SHOTS = 5  # of MMLU
 
 def _print_files(wanted: bool) -> None:
     if wanted:
-        from edgemerge.runtime.questions import FILES
+        from edgemerge.runtime.evaluation.questions import FILES
 
         typer.echo(FILES, nl=False)
         raise typer.Exit
@@ -100,7 +100,7 @@ def eval_command(
     right option scores highest, acc_norm the same per character of the option.
     """
     from edgemerge.output import check_output
-    from edgemerge.runtime import evaluation
+    from edgemerge.runtime.evaluation import run as evaluation
 
     if json_ and csv_:
         raise typer.BadParameter("--json and --csv are two ways to print the same: give one")
@@ -141,7 +141,7 @@ def eval_command(
 def _read_tasks(
     texts: Sequence[str], shots: int | None, fewshot: Sequence[Path], limit: int | None, seed: int
 ) -> tuple[Task, ...]:
-    from edgemerge.runtime.tasks import read_task
+    from edgemerge.runtime.evaluation.tasks import read_task
 
     named = [_name_and_file(text) for text in texts]
     if len(set(named)) < len(named):
@@ -166,7 +166,7 @@ def _read_tasks(
 
 
 def _name_and_file(text: str) -> tuple[str, Path]:
-    from edgemerge.runtime.questions import FORMATS
+    from edgemerge.runtime.evaluation.questions import FORMATS
 
     if text.endswith(".jsonl") and ("=" not in text or Path(text).exists()):
         return "questions", Path(text)
@@ -185,7 +185,7 @@ def _header(
     """All that results depend on; a stopped run goes on only where this is the same."""
     from importlib.metadata import version
 
-    from edgemerge.runtime.results import identify, sha256_of
+    from edgemerge.runtime.evaluation.results import identify, sha256_of
 
     loras = loading.parse_loras(lora)
     return {
@@ -220,7 +220,7 @@ def _header(
 @contextmanager
 def _open_results(output: Path | None, header: dict[str, Any]) -> Iterator[Results]:
     """Results in memory, or on disk where a stopped run goes on; say so."""
-    from edgemerge.runtime.results import Journal, Results
+    from edgemerge.runtime.evaluation.results import Journal, Results
 
     if output is None:
         with Results() as results:

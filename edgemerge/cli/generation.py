@@ -126,7 +126,7 @@ def load(path: Path, threads: int | None, gpu_layers: int | None, loras: list[st
 
 
 def _warn_of_memory(path: Path) -> None:
-    from edgemerge.runtime.device import read_memory
+    from edgemerge.runtime.board.device import read_memory
     from edgemerge.sizes import format_size
 
     available = read_memory().available
@@ -198,7 +198,7 @@ def clear_line() -> None:
 
 def format_figures(session: Session) -> str:
     """Write speed and memory of the last text in one line."""
-    from edgemerge.runtime.device import read_process
+    from edgemerge.runtime.board.device import read_process
     from edgemerge.sizes import format_size
 
     figures, buffers = session.figures, session.context.buffers
@@ -222,7 +222,7 @@ def _seconds(seconds: float | None) -> str:
 
 def figures_as_json(session: Session) -> dict[str, Any]:
     """Speed and memory of the last text; seconds, bytes."""
-    from edgemerge.runtime.device import read_process
+    from edgemerge.runtime.board.device import read_process
 
     figures, buffers = session.figures, session.context.buffers
     return {

@@ -13,7 +13,7 @@ from edgemerge.cli.loading import ContextSize, GpuLayers, Loras, Threads, parse_
 from edgemerge.cli.terminal import speaks_plainly
 
 if TYPE_CHECKING:
-    from edgemerge.runtime.serve import ServeOptions, Started
+    from edgemerge.runtime.serve.server import ServeOptions, Started
 
 __all__ = ["serve_command"]
 
@@ -105,8 +105,8 @@ def serve_command(
     force: request.Force = False,
 ) -> None:
     """Serve models to OpenAI's clients and to a web page."""
-    from edgemerge.runtime.serve import ServeOptions, serve
-    from edgemerge.runtime.serve_requests import Limits
+    from edgemerge.runtime.serve.requests import Limits
+    from edgemerge.runtime.serve.server import ServeOptions, serve
     from edgemerge.sizes import parse_size
 
     options = ServeOptions(
@@ -155,9 +155,9 @@ def _set_up_log(log_requests: bool) -> None:
 
 
 def _install(options: ServeOptions, directory: Path | None, *, force: bool) -> None:
-    from edgemerge.runtime.serve import check_key
-    from edgemerge.runtime.serve_models import read_model_file
-    from edgemerge.runtime.systemd import Service, write_unit
+    from edgemerge.runtime.serve.models import read_model_file
+    from edgemerge.runtime.serve.server import check_key
+    from edgemerge.runtime.serve.systemd import Service, write_unit
 
     files = [read_model_file(text, options.n_ctx) for text in options.models]
     service = Service(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgemerge.runtime.device import read_memory, read_process
+from edgemerge.runtime.board.device import read_memory, read_process
 from edgemerge.runtime.llama import Model
 from edgemerge.runtime.worker import Worker
 

@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.runtime.device import default_threads
+from edgemerge.runtime.board.device import default_threads
 from edgemerge.runtime.library import Buffers, load_library
 from edgemerge.types import Float32
 

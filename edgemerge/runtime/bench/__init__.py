@@ -1,0 +1,1 @@
+"""Speed, latency, load time, memory and energy of a model."""

@@ -1,0 +1,1 @@
+"""What the board tells of itself: processor, memory, heat, power, storage."""

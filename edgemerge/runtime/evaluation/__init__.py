@@ -1,0 +1,1 @@
+"""Multiple-choice scores and perplexity."""

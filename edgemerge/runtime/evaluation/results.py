@@ -1,0 +1,243 @@
+"""Results on disk: a journal while questions are scored, one JSON file when all are.
+
+The journal is `RESULTS.json.part`: a line that says what is being scored (the header), then a line
+per question. It is written to after every batch, so a stop costs the batch in flight. It is taken
+up again only if its header is the same to the letter; else, or where a line of it is damaged, the
+work starts anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from edgemerge.errors import OutputError
+from edgemerge.runtime.bench.load_time import model_files
+
+__all__ = ["Journal", "Results", "identify", "sha256_of"]
+
+_HEAD = 2**20  # bytes of a model's file that are hashed: its header, and the first weights
+
+
+def identify(model: Path) -> dict[str, Any]:
+    """Tell a model from another one without reading all of it.
+
+    Parameters
+    ----------
+    model : Path
+        A GGUF file; of a split model, the first part.
+
+    Raises
+    ------
+    RuntimeFailure
+        It is a folder, or a part of it is missing.
+
+    Returns
+    -------
+    dict
+        Its path; size in bytes, time of change (ns) and SHA-256 of the first MiB of each file.
+    """
+    files = []
+    for path in model_files(model):
+        stat = path.stat()
+        with path.open("rb") as file:
+            head = hashlib.sha256(file.read(_HEAD)).hexdigest()
+        files.append(
+            {"bytes": stat.st_size, "changed_ns": stat.st_mtime_ns, "sha256_of_first_mib": head}
+        )
+    return {"path": str(model.resolve()), "files": files}
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Results:
+    """What has been scored so far, in memory; use it in a `with` statement.
+
+    Attributes
+    ----------
+    entries : dict of (str, dict of (int, object))
+        By job, then by index; all that JSON can say.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, dict[int, Any]] = {}
+
+    def add(self, job: str, index: int, value: object) -> None:
+        """Note a result.
+
+        Parameters
+        ----------
+        job, index : str, int
+            What it is the result of.
+        value : object
+            The result, as JSON.
+        """
+        self.entries.setdefault(job, {})[index] = value
+
+    def flush(self) -> None:
+        """Bring what was noted to where it survives; of memory there is no such place."""
+
+    def publish(self, document: Mapping[str, Any]) -> None:
+        """Write the final file, where there is to be one.
+
+        Parameters
+        ----------
+        document : mapping
+            What to write, as JSON.
+        """
+
+    def close(self) -> None:
+        """Let go of what is held."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Journal(Results):
+    """What has been scored so far, on disk; use it in a `with` statement.
+
+    Parameters
+    ----------
+    path : Path
+        The final file; the journal lies beside it.
+    header : mapping
+        All that the results depend on, as JSON.
+
+    Attributes
+    ----------
+    n_resumed : int
+        Entries that were there already.
+    note : str
+        Why an earlier journal was not taken up; else empty.
+
+    Raises
+    ------
+    OutputError
+        The journal cannot be written, or another process is writing it.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.path = path
+        self.part = path.with_name(path.name + ".part")
+        self.note = ""
+        self._file = self._open()
+        try:
+            self._resume(json.loads(json.dumps(header)))
+        except BaseException:
+            self._file.close()
+            raise
+        self.n_resumed = sum(map(len, self.entries.values()))
+
+    def _open(self) -> IO[bytes]:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            file = os.fdopen(os.open(self.part, flags, 0o644), "r+b")
+        except OSError as error:
+            raise OutputError(f"cannot be written ({error.strerror})", path=self.part) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise OutputError(
+                "another evaluation is writing it; wait for that one", path=self.path
+            ) from error
+        return file
+
+    def _resume(self, header: dict[str, Any]) -> None:
+        """Take up what is there, up to the last whole line; begin anew if it is not ours."""
+        lines = self._file.read().split(b"\n")
+        end = sum(len(line) + 1 for line in lines[:-1])  # a stop may have torn the last line
+        if len(lines) > 1:
+            try:
+                found, *entries = map(json.loads, lines[:-1])
+                if found == header:
+                    for job, index, value in entries:
+                        self.entries.setdefault(job, {})[index] = value
+                else:
+                    self.note = f"{_difference(found, header)}: starting anew"
+            except (ValueError, TypeError, AttributeError):
+                self.note = "it is damaged: starting anew"
+        if len(lines) == 1 or self.note:
+            self.entries = {}
+            end = 0
+        self._file.truncate(end)
+        self._file.seek(end)
+        if end == 0:
+            self._write(header)
+            self.flush()
+
+    def add(self, job: str, index: int, value: object) -> None:
+        """Note a result; `flush` brings it to disk."""
+        super().add(job, index, value)
+        self._write([job, index, value])
+
+    def _write(self, document: object) -> None:
+        try:
+            self._file.write(json.dumps(document, separators=(",", ":")).encode() + b"\n")
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def flush(self) -> None:
+        """Hand all lines to the system: from here on they survive the death of this process.
+
+        Raises
+        ------
+        OutputError
+            The disk refused.
+        """
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> OutputError:
+        return OutputError(f"could not be written ({error.strerror})", path=self.part)
+
+    def publish(self, document: Mapping[str, Any]) -> None:
+        """Write the final file, durable and at once, and remove the journal.
+
+        Raises
+        ------
+        OutputError
+            The disk refused.
+        """
+        whole = self.path.with_name(self.path.name + ".whole")
+        try:
+            with whole.open("w", encoding="utf-8") as file:
+                json.dump(document, file, indent=1, allow_nan=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(whole, self.path)
+            self.part.unlink()
+        except OSError as error:
+            whole.unlink(missing_ok=True)
+            raise OutputError(f"could not be written ({error.strerror})", path=self.path) from error
+
+    def close(self) -> None:
+        """Close the journal; it stays on disk unless it was published."""
+        self._file.close()
+
+
+def _difference(found: Mapping[str, Any], header: Mapping[str, Any]) -> str:
+    keys = [key for key in header if found.get(key) != header[key]]
+    return f"an earlier run had other {' and '.join(keys)}" if keys else "it is of another version"

@@ -1,0 +1,296 @@
+"""Several models on several tasks: the loop that scores, and the document it makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgemerge.runtime.evaluation.evaluate import Mark, Score, compare, mark, score
+from edgemerge.runtime.evaluation.likelihood import Likelihoods, score_questions
+from edgemerge.runtime.evaluation.perplexity import (
+    Chunk,
+    Perplexity,
+    cut_text,
+    perplexity_of,
+    score_chunks,
+)
+from edgemerge.runtime.evaluation.results import Results
+from edgemerge.runtime.evaluation.tasks import Task
+from edgemerge.runtime.llama import Model
+
+__all__ = [
+    "CHUNK",
+    "Answered",
+    "Request",
+    "TextScore",
+    "answered",
+    "document",
+    "pairs",
+    "question_records",
+    "run",
+    "text_scores",
+]
+
+CHUNK = 512  # tokens, llama-perplexity's default
+
+Show = Callable[[int, int], None]
+Bar = Callable[[str, str], AbstractContextManager[Show]]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to score.
+
+    Attributes
+    ----------
+    models : tuple of Path
+        GGUF files.
+    tasks : tuple of Task
+        Benchmarks.
+    texts : tuple of Path
+        Text files for perplexity.
+    n_ctx : int or None
+        Tokens of context; None for the model's own in tasks, and 512 in texts.
+    """
+
+    models: tuple[Path, ...]
+    tasks: tuple[Task, ...]
+    texts: tuple[Path, ...]
+    n_ctx: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A model's answers to a task."""
+
+    model: Path
+    task: Task
+    found: tuple[Likelihoods, ...]
+    marks: tuple[Mark, ...]
+    score: Score
+
+    @property
+    def n_cut(self) -> int:
+        """Prompts that lost their beginning."""
+        return sum(one.cut for one in self.found)
+
+
+@dataclass(frozen=True, slots=True)
+class TextScore:
+    """A model's perplexity on a text."""
+
+    model: Path
+    text: Path
+    perplexity: Perplexity
+
+
+def run(request: Request, results: Results, load: Callable[[Path], Model], bar: Bar) -> None:
+    """Score all that `results` does not have yet.
+
+    Parameters
+    ----------
+    request : Request
+        What to score.
+    results : Results
+        Where scores go, after every batch.
+    load : function
+        Path -> loaded Model, which is closed here.
+    bar : function
+        (label, unit) -> context manager of a function (done, total), which may raise to stop.
+
+    Raises
+    ------
+    EdgemergeError
+        A model cannot be loaded or does not fit a task; a result cannot be written.
+    """
+    for path in request.models:
+        with load(path) as model:
+            for task in request.tasks:
+                with bar(f"{path.stem}: {task.name}", "questions") as show:
+                    _run_task(model, task, request.n_ctx, results, show)
+            for text in request.texts:
+                with bar(f"{path.stem}: {text.name}", "chunks") as show:
+                    _run_text(model, text, request.n_ctx or CHUNK, results, show)
+
+
+def _run_task(model: Model, task: Task, n_ctx: int | None, results: Results, show: Show) -> None:
+    job = _job(model.path, task.path, task.name)
+    done = results.entries.setdefault(job, {})
+    total = len(task.questions)
+    show(len(done), total)
+    for finished in score_questions(model, task.questions, n_ctx=n_ctx, skip=frozenset(done)):
+        for index, one in finished.items():
+            results.add(job, index, [one.totals, one.n_tokens, one.cut])
+        results.flush()
+        show(len(done), total)
+
+
+def _run_text(model: Model, text: Path, n_ctx: int, results: Results, show: Show) -> None:
+    job = _job(model.path, text)
+    done = results.entries.setdefault(job, {})
+    chunks = cut_text(model, text, n_ctx)
+    show(len(done), len(chunks))
+    for index, chunk in score_chunks(model, chunks, skip=frozenset(done)):
+        results.add(job, index, [chunk.nll, chunk.nll_squared, chunk.n])
+        results.flush()
+        show(len(done), len(chunks))
+
+
+def _job(model: Path, *what: Path | str) -> str:
+    return " | ".join(
+        str(one.resolve() if isinstance(one, Path) else one) for one in (model, *what)
+    )
+
+
+def answered(request: Request, results: Results) -> list[Answered]:
+    """Mark the answers, by task and then by model.
+
+    Parameters
+    ----------
+    request : Request
+        What was scored.
+    results : Results
+        All of its scores.
+    """
+    marked = []
+    for task in request.tasks:
+        for model in request.models:
+            entries = results.entries[_job(model, task.path, task.name)]
+            found = []
+            for index in range(len(task.questions)):
+                totals, n_tokens, cut = entries[index]
+                found.append(Likelihoods(tuple(totals), tuple(n_tokens), cut))
+            marks = tuple(mark(*pair) for pair in zip(task.questions, found, strict=True))
+            total = score(task.questions, found)
+            marked.append(Answered(model, task, tuple(found), marks, total))
+    return marked
+
+
+def text_scores(request: Request, results: Results) -> list[TextScore]:
+    """Sum up perplexities, by text and then by model.
+
+    Parameters
+    ----------
+    request : Request
+        What was scored.
+    results : Results
+        All of its scores.
+    """
+    return [
+        TextScore(
+            model,
+            text,
+            perplexity_of(
+                Chunk(*sums) for _, sums in sorted(results.entries[_job(model, text)].items())
+            ),
+        )
+        for text in request.texts
+        for model in request.models
+    ]
+
+
+def document(answers: Sequence[Answered], texts: Sequence[TextScore]) -> dict[str, Any]:
+    """Say all results in the words of JSON; what is no number there is null.
+
+    Parameters
+    ----------
+    answers : sequence of Answered
+        By task and then by model.
+    texts : sequence of Read
+        By text and then by model.
+
+    Returns
+    -------
+    dict
+        `results`, `comparisons` of each model with the first, and `perplexity`.
+    """
+    return {
+        "results": [
+            {
+                "model": str(one.model),
+                "task": one.task.name,
+                "n": one.score.n,
+                "acc": one.score.acc,
+                "acc_stderr": _finite(one.score.stderr),
+                "acc_norm": one.score.acc_norm,
+                "acc_norm_stderr": _finite(one.score.stderr_norm),
+                "loss": one.score.loss,
+                "n_cut": one.n_cut,
+            }
+            for one in answers
+        ],
+        "comparisons": [
+            {
+                "task": second.task.name,
+                "first": str(first.model),
+                "second": str(second.model),
+                **asdict(compare(first.marks, second.marks)),
+            }
+            for first, second in pairs(answers)
+        ],
+        "perplexity": [
+            {
+                "model": str(one.model),
+                "text": str(one.text),
+                "perplexity": one.perplexity.value,
+                "stderr": one.perplexity.stderr,
+                "n_tokens": one.perplexity.n_tokens,
+                "n_chunks": one.perplexity.n_chunks,
+            }
+            for one in texts
+        ],
+    }
+
+
+def pairs(answers: Sequence[Answered]) -> Iterator[tuple[Answered, Answered]]:
+    """Pair each model's answers with those of the first model to the same task.
+
+    Parameters
+    ----------
+    answers : sequence of Answered
+        By task and then by model.
+    """
+    firsts: dict[tuple[Path, str], Answered] = {}
+    for one in answers:
+        first = firsts.setdefault((one.task.path, one.task.name), one)
+        if first is not one:
+            yield first, one
+
+
+def question_records(one: Answered) -> list[dict[str, Any]]:
+    """List a model's answers, question by question.
+
+    Parameters
+    ----------
+    one : Answered
+        To a task.
+
+    Returns
+    -------
+    list of dict
+        The question's place in the file (from 0), the log-likelihoods of its options, the options
+        chosen by acc and acc_norm, the right one.
+    """
+    rows = zip(one.task.indices, one.task.questions, one.found, one.marks, strict=True)
+    return [
+        {
+            "index": index,
+            "log_likelihoods": list(found.totals),
+            "n_tokens": list(found.n_tokens),
+            "chosen": marked.chosen,
+            "chosen_norm": marked.chosen_norm,
+            "answer": question.answer,
+            "right": marked.right,
+            "right_norm": marked.right_norm,
+            "cut": found.cut,
+        }
+        for index, question, found, marked in rows
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

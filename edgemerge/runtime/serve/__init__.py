@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: llama-cpp-python's routes behind our gate, queue and models."""

@@ -1,0 +1,329 @@
+"""The gate in front of the app: who may come in, how much, how long, and one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from edgemerge.runtime.serve.errors import Refusal, explain
+from edgemerge.runtime.serve.models import ModelStore
+from edgemerge.runtime.serve.queue import Queue
+from edgemerge.runtime.serve.requests import MODEL_ROUTES, Limits, check_request
+from edgemerge.runtime.serve.run import Run, current_run
+from edgemerge.runtime.serve.status import Status
+
+__all__ = ["Access", "Gate"]
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+_HEADER_BYTES = 16 << 10  # uvicorn bounds those only that come in several parts
+_DRAINED = 4  # times the largest request
+_OPEN = ("/", "/health")  # and files under /static/: nothing in them is secret
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may come in.
+
+    Attributes
+    ----------
+    key : str or None
+        The API key; None lets everybody in.
+    hosts : frozenset of str
+        Host names that it may be asked for; empty for any. A page on the internet can reach a server
+        that listens on this machine only, through the user's browser and under a name of its own that
+        leads here (DNS rebinding).
+    open_metrics : bool
+        Whether /metrics needs no key.
+    """
+
+    key: str | None
+    hosts: frozenset[str] = frozenset()
+    open_metrics: bool = False
+
+    def has_key(self, headers: Mapping[str, str]) -> bool:
+        """Whether a request shows the key, or needs none."""
+        if self.key is None:
+            return True
+        kind, _, shown = headers.get("authorization", "").partition(" ")
+        # in a time that does not tell how many letters were right
+        same = hmac.compare_digest(shown.strip().encode(), self.key.encode())
+        return kind.lower() == "bearer" and same
+
+    def check(self, path: str, headers: Mapping[str, str]) -> None:
+        """Let a request in.
+
+        Raises
+        ------
+        Refusal
+            401 without the key, 403 where a foreign web page is behind it.
+        """
+        host = headers.get("host", "")
+        if self.hosts and _host_name(host) not in self.hosts:
+            raise Refusal(403, "this server goes by another name", code="wrong_host")
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise Refusal(
+                403, "web pages of other sites may not use this server", code="wrong_origin"
+            )
+        is_open = path in _OPEN or path.startswith("/static/")
+        is_open = is_open or (path == "/metrics" and self.open_metrics)
+        if not is_open and not self.has_key(headers):
+            raise Refusal(401, "the API key is missing or wrong", code="invalid_api_key")
+
+
+def _host_name(host: str) -> str | None:
+    """Without the port."""
+    try:
+        return urlsplit("//" + host).hostname
+    except ValueError:  # brackets that do not close
+        return None
+
+
+class Gate:
+    """ASGI middleware: access, limits, queue, and the end of every request.
+
+    Parameters
+    ----------
+    app : ASGI app
+        What answers.
+    access : Access
+        Who may come in.
+    limits : Limits
+        Bounds of one request.
+    models, queue, status
+        What the app uses as well.
+    routes : frozenset of str
+        Paths that exist, for the counters.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        access: Access,
+        limits: Limits,
+        models: ModelStore,
+        queue: Queue,
+        status: Status,
+        routes: frozenset[str],
+    ) -> None:
+        self._app = app
+        self._access = access
+        self._limits = limits
+        self._models = models
+        self._queue = queue
+        self._status = status
+        self._routes = routes
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        path = scope["path"]
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        uses_model = path in MODEL_ROUTES and scope["method"] == "POST"
+        answer = _Answer(send, self._limits.send_seconds)
+        try:
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > _HEADER_BYTES:
+                raise Refusal(431, f"the headers are larger than {_HEADER_BYTES} bytes")
+            self._access.check(path, headers)
+            if scope["method"] == "POST" and not uses_model:
+                # llama-cpp-python has more of them, and none may go past the queue
+                raise Refusal(404, "Not Found")
+            if uses_model:
+                await self._serve(scope, receive, answer)
+            else:
+                scope["has_key"] = self._access.has_key(headers)
+                await self._app(scope, receive, answer.send)
+            await answer.finish()
+        except Exception as error:
+            await answer.refuse(explain(error))
+        finally:
+            route = path if path in self._routes or uses_model else "other"
+            self._status.metrics.note_request(route, answer.status, uses_model=uses_model)
+
+    async def _serve(
+        self, scope: MutableMapping[str, Any], receive: Receive, answer: _Answer
+    ) -> None:
+        """Let a request use a model when it is its turn."""
+        body = await _read_body(receive, self._limits)
+        request = check_request(scope["path"], body, self._limits)
+        request["model"] = self._models.resolve(request.get("model"))
+        options = request.get("stream_options")
+        run = Run(
+            request["model"],
+            self._limits.request_seconds,
+            with_usage=isinstance(options, dict) and bool(options.get("include_usage")),
+        )
+        client = _Client(receive, run)
+        try:
+            await client.wait_for(self._queue.enter())
+        except BaseException:
+            await client.close()
+            raise
+        self._status.run = run
+        token = current_run.set(run)
+        run.start()
+        try:
+            # in a thread, so that /health answers while a model is read from a slow card
+            await asyncio.to_thread(self._models.load, run.model)
+            body = json.dumps(request).encode()
+            await self._app(_with_length(scope, len(body)), client.replay(body), answer.send)
+        finally:
+            current_run.reset(token)
+            await client.close()
+            self._status.run = None
+            self._status.metrics.note_run(run)
+            self._queue.leave(run.turn_seconds)
+        if run.failure is not None:
+            raise run.failure
+
+
+def _with_length(scope: MutableMapping[str, Any], length: int) -> MutableMapping[str, Any]:
+    """Give the same request a JSON body of another length."""
+    kept = [(k, v) for k, v in scope["headers"] if k not in (b"content-length", b"content-type")]
+    added = [(b"content-length", str(length).encode()), (b"content-type", b"application/json")]
+    return {**scope, "headers": [*kept, *added]}
+
+
+async def _read_body(receive: Receive, limits: Limits) -> bytes:
+    """Read a whole request, in bounded time and memory."""
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(limits.read_seconds):
+            more = True
+            # What is too large is read on for a while, and dropped: most clients hear the answer only
+            # when they have sent everything.
+            while more and size <= _DRAINED * limits.body:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Refusal(499, "the client has left")
+                part = message.get("body", b"")
+                size += len(part)
+                if size <= limits.body:
+                    body += part
+                more = message.get("more_body", False)
+    except TimeoutError:
+        raise Refusal(408, f"the request took longer than {limits.read_seconds:g} s") from None
+    if size > limits.body:
+        raise Refusal(413, f"the request is larger than {limits.body} bytes")
+    return bytes(body)
+
+
+class _Client:
+    """The other end of a request whose body has been read; stops the run when it leaves."""
+
+    def __init__(self, receive: Receive, run: Run) -> None:
+        self._receive = receive
+        self._run = run
+        self._watch = asyncio.create_task(self._wait_until_gone())
+
+    async def _wait_until_gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._run.leave()
+
+    async def wait_for(self, turn: Awaitable[None]) -> None:
+        """Wait for the turn, but not for a client that has left."""
+        waiting = asyncio.ensure_future(turn)
+        try:
+            await asyncio.wait((waiting, self._watch), return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                return waiting.result()
+            raise Refusal(499, "the client has left")
+        finally:
+            waiting.cancel()
+
+    def replay(self, body: bytes) -> Receive:
+        """Give the app the body, then nothing until the client leaves."""
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            await asyncio.wait((self._watch,))
+            return {"type": "http.disconnect"}
+
+        return receive
+
+    async def close(self) -> None:
+        """Watch no more."""
+        self._watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._watch
+
+
+class _Answer:
+    """What goes back to the client.
+
+    The head is held back until the first piece of the body: llama-cpp-python starts a stream before
+    it knows whether there will be one, and an error could no longer get its own status.
+    """
+
+    def __init__(self, send: Send, timeout: float) -> None:
+        self.status = 499  # until there is another
+        self._send = send
+        self._timeout = timeout
+        self._head: Message | None = None
+        self._began = self._ended = False
+
+    async def send(self, message: Message) -> None:
+        """Pass a message of the app on."""
+        if message["type"] == "http.response.start":
+            self._head = message
+        elif message.get("body") or self._began:
+            await self._begin()
+            await self._pass(message)
+        # else an empty answer, or the empty end of a stream that failed: `finish` or `refuse` decides
+
+    async def finish(self) -> None:
+        """End an answer that had no body."""
+        if self._head is not None and not self._began:
+            await self._begin()
+            await self._pass({"type": "http.response.body", "body": b""})
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Say why there is no answer, unless there is one already."""
+        if self._ended or (self._began and not self._is_stream) or refusal.status == 499:
+            return
+        if self._began:
+            event = f"data: {refusal.event()}\n\n".encode()
+            await self._pass({"type": "http.response.body", "body": event, "more_body": False})
+            return
+        body = json.dumps(refusal.content).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body))}
+        pairs = [(k.encode(), v.encode()) for k, v in (headers | refusal.headers).items()]
+        self._head = {"type": "http.response.start", "status": refusal.status, "headers": pairs}
+        await self._begin()
+        await self._pass({"type": "http.response.body", "body": body})
+
+    @property
+    def _is_stream(self) -> bool:
+        pairs = self._head["headers"] if self._head is not None else ()
+        return any(k == b"content-type" and v.startswith(b"text/event-stream") for k, v in pairs)
+
+    async def _begin(self) -> None:
+        if not self._began and self._head is not None:
+            self._began = True
+            self.status = self._head["status"]
+            await self._pass(self._head)
+
+    async def _pass(self, message: Message) -> None:
+        """Send, and give up on a client that does not read."""
+        is_end = message["type"] == "http.response.body" and not message.get("more_body")
+        self._ended = self._ended or is_end
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._send(message)
+        except TimeoutError:
+            raise Refusal(499, "the client does not read the answer") from None

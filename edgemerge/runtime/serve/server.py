@@ -1,0 +1,216 @@
+"""Serve models to OpenAI's clients: `edgemerge serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edgemerge.errors import RecipeError, RuntimeFailure
+from edgemerge.process import read_process
+from edgemerge.runtime.board.device import default_threads, read_memory
+from edgemerge.runtime.library import load_library
+from edgemerge.runtime.llama import Lora
+from edgemerge.runtime.serve.requests import Limits
+
+__all__ = ["ServeOptions", "Started", "check_key", "serve"]
+
+_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+_SHARE = 0.9  # of the memory that is available, where no budget is given
+_CONNECTIONS = 256  # beside those that wait: health checks, pages, clients that come for a 429
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What to serve, and how.
+
+    Attributes
+    ----------
+    models : tuple of str
+        `FILE` or `NAME=FILE`; the first is the default.
+    host, port : str, int
+        Address to listen on; port 0 takes any free one.
+    key : str or None
+        API key; needed on addresses that other machines reach.
+    hosts : frozenset of str
+        Names under which a proxy on this machine passes requests on.
+    memory : int or None
+        Bytes that the whole process may take; by default 90 % of what is available.
+    n_ctx, n_threads, n_gpu_layers, loras
+        As of `ServedLlama`; None for the defaults.
+    queue : int
+        Requests that may wait.
+    queue_seconds : float
+        How long one may wait.
+    grace : float
+        Seconds that a running answer gets when the server is told to stop.
+    open_metrics : bool
+        Whether /metrics needs no key.
+    log_requests : bool
+        Whether to log a line per request.
+    limits : Limits
+        Bounds of one request.
+    """
+
+    models: tuple[str, ...]
+    host: str = "127.0.0.1"
+    port: int = 8080
+    key: str | None = None
+    hosts: frozenset[str] = frozenset()
+    memory: int | None = None
+    n_ctx: int | None = None
+    n_threads: int | None = None
+    n_gpu_layers: int | None = None
+    loras: tuple[Lora, ...] = ()
+    queue: int = 16
+    queue_seconds: float = 120.0
+    grace: float = 30.0
+    open_metrics: bool = False
+    log_requests: bool = False
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A server that takes requests.
+
+    Attributes
+    ----------
+    url : str
+        Where.
+    models : tuple of (str, int, int)
+        Name, tokens of context and bytes of memory of each.
+    memory : int
+        Bytes that it may take.
+    has_key : bool
+        Whether clients need a key.
+    """
+
+    url: str
+    models: tuple[tuple[str, int, int], ...]
+    memory: int
+    has_key: bool
+
+
+def serve(options: ServeOptions, on_start: Callable[[Started], None]) -> None:
+    """Serve until SIGINT, SIGTERM or SIGHUP; answers that run then are finished.
+
+    Parameters
+    ----------
+    options : ServeOptions
+        What to serve.
+    on_start : function
+        Called once, when requests are taken.
+
+    Raises
+    ------
+    RuntimeFailure
+        The extra is not installed, the port is in use, or llama.cpp refuses the first model.
+    RecipeError
+        A key is missing or cannot be sent, or two models have one name.
+    FormatError
+        A model is no GGUF file.
+    BudgetError
+        A model does not fit into the memory.
+    """
+    load_library()
+    try:
+        from edgemerge.runtime.serve.app import ROUTES, make_app
+        from edgemerge.runtime.serve.http import open_socket, run_server
+        from edgemerge.runtime.serve.llama import ServedLlama
+        from edgemerge.runtime.serve.status import Status
+    except ImportError as error:
+        raise RuntimeFailure(
+            f"serving needs {error.name}: install it with pip install 'edgemerge[serve]'"
+        ) from error
+    from edgemerge.runtime.serve.gate import Access, Gate
+    from edgemerge.runtime.serve.models import ModelFile, ModelStore, read_model_file
+    from edgemerge.runtime.serve.queue import Queue
+
+    def load(file: ModelFile) -> ServedLlama:
+        return ServedLlama(
+            file.path,
+            n_ctx=file.n_ctx,
+            n_threads=options.n_threads or default_threads(),
+            n_gpu_layers=options.n_gpu_layers,
+            loras=options.loras,
+        )
+
+    files = [read_model_file(text, options.n_ctx) for text in options.models]
+    floor = read_process().rss
+    budget = options.memory or floor + int(_SHARE * read_memory().available)
+    models = ModelStore(files, load, budget=budget, floor=floor)
+    with open_socket(options.host, options.port) as listener:
+        is_local = _is_loopback(listener)
+        check_key(options, is_local=is_local)
+        queue = Queue(options.queue, options.queue_seconds)
+        status = Status(models, queue)
+        gate = Gate(
+            make_app(models, status),
+            access=Access(
+                options.key,
+                options.hosts | _LOOPBACK_NAMES if is_local else frozenset(),
+                options.open_metrics,
+            ),
+            limits=options.limits,
+            models=models,
+            queue=queue,
+            status=status,
+            routes=ROUTES,
+        )
+        models.preload()
+        started = Started(
+            _url(options.host, listener),
+            tuple((file.name, file.n_ctx, file.need) for file in files),
+            budget,
+            options.key is not None,
+        )
+        try:
+            run_server(
+                gate,
+                listener,
+                queue=queue,
+                status=status,
+                grace=options.grace,
+                max_connections=_CONNECTIONS + options.queue,
+                log_requests=options.log_requests,
+                on_start=lambda: on_start(started),
+            )
+        finally:
+            models.close()
+
+
+def check_key(options: ServeOptions, *, is_local: bool) -> None:
+    """See that there is a key where one is needed.
+
+    Parameters
+    ----------
+    options : ServeOptions
+        What is to be served.
+    is_local : bool
+        Whether only this machine can reach the address.
+
+    Raises
+    ------
+    RecipeError
+        There is none, or one that no HTTP header can have.
+    """
+    if options.key is None and not is_local:
+        raise RecipeError(
+            f"{options.host} can be reached by other machines: give the server a key with "
+            "--api-key-file or EDGEMERGE_API_KEY",
+            field="api_key",
+        )
+    if options.key is not None and not re.fullmatch(r"[!-~]+", options.key):
+        raise RecipeError("the API key must be printable ASCII without spaces", field="api_key")
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}"

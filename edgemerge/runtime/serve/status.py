@@ -1,0 +1,117 @@
+"""How the server is: what /health tells and what /metrics measures at the moment."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from typing import Any
+
+from edgemerge.process import read_process
+from edgemerge.runtime.board.device import read_memory, read_temperature, read_throttling
+from edgemerge.runtime.serve.metrics import Metrics
+from edgemerge.runtime.serve.models import ModelStore
+from edgemerge.runtime.serve.queue import Queue
+from edgemerge.runtime.serve.run import Run
+
+__all__ = ["Status"]
+
+_BOARD_SECONDS = 2.0  # the board is read no more often: a Raspberry Pi's firmware takes a process
+
+
+class Status:
+    """Live figures of a server.
+
+    Parameters
+    ----------
+    models : ModelStore
+        Its models.
+    queue : Queue
+        The line in front of them.
+
+    Attributes
+    ----------
+    metrics : Metrics
+        Its counters.
+    run : Run or None
+        The request that has the turn.
+    """
+
+    def __init__(self, models: ModelStore, queue: Queue) -> None:
+        self.metrics = Metrics(self._gauges)
+        self.run: Run | None = None
+        self._models = models
+        self._queue = queue
+        self._started = time.monotonic()
+        self._board: dict[str, Any] = {}
+        self._board_read = float("-inf")
+
+    def brief(self) -> dict[str, Any]:
+        """Tell what anybody may know."""
+        status = "stopping" if self._queue.is_closed else "ok"
+        return {"status": status, "version": version("edgemerge")}
+
+    def full(self) -> dict[str, Any]:
+        """Tell what the page at / shows; figures are null where nothing tells them."""
+        board, metrics, run = self._read_board(), self.metrics, self.run
+        speed = run.tokens_per_second if run is not None else None
+        first = run.time_to_first_token if run is not None else None
+        return {
+            **self.brief(),
+            "uptime_s": round(time.monotonic() - self._started, 1),
+            "queue": {
+                "running": self._queue.running,
+                "waiting": self._queue.waiting,
+                "limit": self._queue.limit,
+            },
+            "models": [
+                {"id": file.name, "loaded": file.name in self._models.loaded, "bytes": file.n_bytes}
+                for file in self._models.files.values()
+            ],
+            "memory": {
+                "rss": read_process().rss,
+                "limit": self._models.budget,
+                "available": board["available"],
+            },
+            "temperature_c": board["temperature"],
+            "throttled": board["throttled"],
+            "tokens_per_second": _rounded(speed or metrics.tokens_per_second),
+            "time_to_first_token_s": _rounded(first or metrics.time_to_first_token),
+            "requests": {
+                "answered": metrics.answered,
+                "refused": metrics.refused,
+                "failed": metrics.failed,
+            },
+        }
+
+    def _read_board(self) -> dict[str, Any]:
+        now = time.monotonic()
+        if now - self._board_read > _BOARD_SECONDS:
+            throttling = read_throttling()
+            self._board = {
+                "available": read_memory().available,
+                "temperature": read_temperature(),
+                "throttled": None if throttling is None else throttling.active,
+            }
+            self._board_read = now
+        return self._board
+
+    def _gauges(self) -> dict[str, tuple[str, float]]:
+        board = self._read_board()
+        gauges: dict[str, tuple[str, float]] = {
+            "edgemerge_requests_running": ("Requests that have the turn", self._queue.running),
+            "edgemerge_queue_length": ("Requests that wait for their turn", self._queue.waiting),
+            "edgemerge_models_loaded": ("Models in memory", len(self._models.loaded)),
+            "edgemerge_resident_memory_bytes": ("Memory of the process", read_process().rss),
+            "edgemerge_memory_limit_bytes": ("Memory it may take", self._models.budget),
+        }
+        if board["temperature"] is not None:
+            text = "Hottest sensor of the processor"
+            gauges["edgemerge_temperature_celsius"] = (text, board["temperature"])
+        if board["throttled"] is not None:
+            text = "1 while the board slows the processor down"
+            gauges["edgemerge_throttled"] = (text, float(board["throttled"]))
+        return gauges
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from edgemerge.errors import RuntimeFailure
+from edgemerge.runtime.bench.load_time import _cached_share, drop_cache, load_timed, model_files
+
+
+def test_files_of_a_split_model(tmp_path: Path) -> None:
+    names = [f"m-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
+    for name in names:
+        (tmp_path / name).touch()
+    assert model_files(tmp_path / names[0]) == [tmp_path / name for name in names]
+    (tmp_path / names[2]).unlink()
+    with pytest.raises(RuntimeFailure, match=f"{names[2]}: there is no such file"):
+        model_files(tmp_path / names[0])
+
+
+def test_files_of_a_model_in_one(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeFailure, match=r"m\.gguf: there is no such file"):
+        model_files(tmp_path / "m.gguf")
+    with pytest.raises(RuntimeFailure, match="is a folder; make a GGUF of it with edgemerge conv"):
+        model_files(tmp_path)
+    (tmp_path / "m.gguf").touch()
+    assert model_files(tmp_path / "m.gguf") == [tmp_path / "m.gguf"]
+
+
+def test_the_cache_is_dropped_or_it_is_said_why_not(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(1 << 20))
+    assert _cached_share(path) == 1.0
+    note = drop_cache([path])
+    assert (note == "") == (_cached_share(path) <= 0.01)
+    path.read_bytes()
+    assert _cached_share(path) == 1.0
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no disk in memory here")
+def test_a_disk_in_memory_cannot_be_cold() -> None:
+    path = Path(f"/dev/shm/edgemerge-test-{os.getpid()}")
+    path.write_bytes(bytes(1 << 16))
+    try:
+        assert drop_cache([path]).startswith("the kernel keeps 100 % of the file in memory: ")
+    finally:
+        path.unlink()
+
+
+def test_an_empty_file_is_cold(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    assert drop_cache([tmp_path / "x"]) == ""
+
+
+@pytest.mark.llama
+def test_loading_is_timed_up_to_the_first_token(tiny_gguf: Path) -> None:
+    model, seconds = load_timed(tiny_gguf, n_threads=1)
+    with model:
+        assert 0.0 < seconds < 60.0
+        assert model.n_threads == 1

@@ -1,0 +1,111 @@
+"""The HTTP side: clients that send nothing, addresses, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgemerge.errors import RuntimeFailure
+from edgemerge.runtime.serve.http import open_socket, run_server
+from edgemerge.runtime.serve.models import ModelFile, ModelStore
+from edgemerge.runtime.serve.queue import Queue
+from edgemerge.runtime.serve import http as serve_http
+from edgemerge.runtime.serve.status import Status
+
+pytestmark = pytest.mark.llama
+
+
+async def say_hello(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    await asyncio.sleep(0.5 if scope["path"] == "/slow" else 0.0)
+    headers = [(b"content-length", b"5")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+def serve_while(client: Callable[[int], None]) -> None:
+    """Run a server in this thread and a client in another, which ends it by SIGTERM."""
+    problems: list[BaseException] = []
+
+    def talk(port: int) -> None:
+        try:
+            client(port)
+        except BaseException as error:
+            problems.append(error)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    queue = Queue(1, 1.0)
+    file = ModelFile("m", Path("m.gguf"), 8, 0, 0, {}, 0)
+    with open_socket("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=talk, args=(listener.getsockname()[1],))
+        run_server(
+            say_hello,
+            listener,
+            queue=queue,
+            status=Status(ModelStore([file], lambda _: None, budget=1, floor=0), queue),  # type: ignore[arg-type, return-value]
+            grace=5.0,
+            max_connections=10,
+            log_requests=False,
+            on_start=thread.start,
+        )
+        thread.join()
+    assert queue.is_closed
+    assert problems == []
+
+
+def test_headers_that_do_not_come_end_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_http, "_HEADER_SECONDS", 0.3)
+
+    def client(port: int) -> None:
+        for sent in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: a\r\nX: "):
+            begin = time.monotonic()
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+                connection.sendall(sent)
+                assert connection.recv(100) == b""
+            assert 0.2 < time.monotonic() - begin < 3.0
+
+    serve_while(client)
+
+
+def test_an_answer_may_take_longer_and_a_connection_be_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serve_http, "_HEADER_SECONDS", 0.2)
+
+    def client(port: int) -> None:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            for path in (b"/slow", b"/"):
+                connection.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+                answer = b""
+                while not answer.endswith(b"hello"):
+                    part = connection.recv(1000)
+                    assert part
+                    answer += part
+                time.sleep(0.3)  # idle is not slow
+
+    serve_while(client)
+
+
+def test_a_port_is_taken_once() -> None:
+    with open_socket("127.0.0.1", 0) as listener:
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(RuntimeFailure, match=f"127.0.0.1 port {port}: .*; choose another"):
+            open_socket("127.0.0.1", port)
+    with open_socket("localhost", port) as again:
+        assert again.getsockname()[1] == port
+
+
+def test_signals_are_handed_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    serve_while(lambda port: None)
+    assert signal.getsignal(signal.SIGTERM) == before
