@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from edgemerge import warm
 from edgemerge.cli import doctor as command
-from edgemerge.runtime.doctor.diagnosis import doctor
+from edgemerge.runtime.doctor import diagnosis
 from tests.runtime.board import boards
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -35,7 +35,7 @@ def on_a_pi(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     """Let the command examine a Raspberry Pi 5 with too weak a power supply."""
     root = boards.raspberry_pi_5(tmp_path_factory.mktemp("root"), "50005")
     examine = doctor.examine
-    monkeypatch.setattr(doctor, "examine", lambda folder, model: examine(folder, model, root))
+    monkeypatch.setattr(diagnosis, "examine", lambda folder, model: examine(folder, model, root))
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.runtime.bench.bench import BenchSettings, bench, bench_model
+from edgemerge.runtime.bench import bench
+from edgemerge.runtime.bench.bench import BenchSettings, bench_model
 from edgemerge.runtime.evaluation.evaluate import evaluate
 from edgemerge.runtime.evaluation.questions import Question
 from edgemerge.runtime.llama import Model

@@ -5,7 +5,7 @@ from itertools import chain, repeat
 
 import pytest
 
-from edgemerge.runtime.bench.bench import heat
+from edgemerge.runtime.bench import heat
 from edgemerge.runtime.bench.heat import Heat, HeatWatch
 from edgemerge.runtime.board.device import Throttling
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgemerge.runtime.bench.bench import speed as speed_module
+from edgemerge.runtime.bench import speed as speed_module
 from edgemerge.runtime.bench.speed import Speed, SpeedTest, measure_speed
 from edgemerge.runtime.llama import Context, Model
 

@@ -21,9 +21,10 @@ from edgemerge.runtime.board.device import (
     read_throttling,
 )
 from edgemerge.runtime.board.storage import Disk, Storage
+from edgemerge.runtime.doctor import diagnosis, fit
 from edgemerge.runtime.doctor.advice import advise, merge_budget, warn_of_board, warn_of_llama
 from edgemerge.runtime.doctor.build import Accelerator, LlamaBuild, missing_features, read_build
-from edgemerge.runtime.doctor.diagnosis import doctor, examine, fit
+from edgemerge.runtime.doctor.diagnosis import examine
 from tests.runtime.board import boards
 from tests.runtime.board.boards import GIB
 
@@ -263,7 +264,7 @@ def test_examination_without_llama_cpp(tmp_path: Path, monkeypatch: pytest.Monke
     def refuse() -> LlamaBuild:
         raise RuntimeFailure("install it with pip")
 
-    monkeypatch.setattr(doctor, "read_build", refuse)
+    monkeypatch.setattr(diagnosis, "read_build", refuse)
     found = examine(tmp_path)
     assert (found.llama, found.llama_problem) == (None, "install it with pip")
 

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.runtime.serve import http as serve_http
 from edgemerge.runtime.serve.http import open_socket, run_server
 from edgemerge.runtime.serve.models import ModelFile, ModelStore
 from edgemerge.runtime.serve.queue import Queue
-from edgemerge.runtime.serve import http as serve_http
 from edgemerge.runtime.serve.status import Status
 
 pytestmark = pytest.mark.llama

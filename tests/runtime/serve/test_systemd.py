@@ -13,7 +13,7 @@ import pytest
 
 from edgemerge.errors import OutputError, RecipeError
 from edgemerge.runtime.llama import Lora
-from edgemerge.runtime.serve.server import systemd
+from edgemerge.runtime.serve import systemd
 from edgemerge.runtime.serve.systemd import Service, make_unit, write_unit
 
 NASTY = "a $HOME %n \"q\" back\\slash 'é';.gguf"
