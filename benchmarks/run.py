@@ -1,7 +1,8 @@
 """Run the benchmarks and write their tables into the README, between its markers.
 
-benchmarks/run.py                    all of them; options it does not know go to bench_merge
-benchmarks/run.py merge quality
+benchmarks/run.py                    all that need nothing
+benchmarks/run.py merge quality      these; options that run.py does not know go to bench_merge
+benchmarks/run.py serve MODEL.gguf   what is no benchmark's name goes to it, too: serve and llama need models
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from measure import run
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
-BENCHMARKS = ("kernels", "align", "merge", "quality")
+ALONE = ("kernels", "align", "merge", "quality")
+WITH_MODELS = ("serve", "llama")
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:
@@ -33,11 +35,14 @@ def rewrite(name: str, table: str, about: dict[str, str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=BENCHMARKS, help=", ".join(BENCHMARKS))
+    known = (*ALONE, *WITH_MODELS)
+    parser.add_argument("words", nargs="*", metavar="name", help=", ".join(known))
     options, rest = parser.parse_known_args()
+    names = [word for word in options.words if word in known] or ALONE
+    rest = [word for word in options.words if word not in known] + rest
     results = []
-    for name in options.names:
-        extra = rest if name == "merge" else []
+    for name in names:
+        extra = rest if name in ("merge", *WITH_MODELS) else []
         print(f"== {name}", file=sys.stderr)
         lines = run([sys.executable, HERE / f"bench_{name}.py", *extra]).output.strip().splitlines()
         result = json.loads(lines[-1])

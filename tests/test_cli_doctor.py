@@ -34,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def on_a_pi(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the command examine a Raspberry Pi 5 with too weak a power supply."""
     root = boards.raspberry_pi_5(tmp_path_factory.mktemp("root"), "50005")
-    examine = doctor.examine
+    examine = diagnosis.examine
     monkeypatch.setattr(diagnosis, "examine", lambda folder, model: examine(folder, model, root))
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
 
