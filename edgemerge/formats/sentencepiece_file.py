@@ -75,9 +75,9 @@ def _parse(raw: bytes) -> SentencePieceFile:
         if number == 1 and isinstance(value, bytes):
             pieces.append(_parse_piece(value))
         elif number == 2 and isinstance(value, bytes):
-            trainer = dict(_fields(value))
+            trainer |= dict(_fields(value))  # a message that comes twice is merged: protobuf's rule
         elif number == 3 and isinstance(value, bytes):
-            normalizer = dict(_fields(value))
+            normalizer |= dict(_fields(value))
     charsmap = normalizer.get(2, b"")
     return SentencePieceFile(
         pieces=tuple(pieces),
