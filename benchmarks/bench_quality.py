@@ -142,7 +142,7 @@ def measure(limit: int | None) -> list[dict[str, Any]]:
 
 
 def render(figures: list[dict[str, Any]]) -> str:
-    """Return the Markdown table of the README."""
+    """Return the Markdown table of QUALITY.md."""
     groups = {"models": "", "paper": "paper: ", "ours": "", "shuffled": "shuffled: "}
     groups["aligned"] = "shuffled, aligned: "
     header = ["merge", "disease", "substance", "general", "loss, both", "Q8_0", "Q4_K_M"]

@@ -1,4 +1,4 @@
-"""Run the benchmarks and write their tables into the README, between its markers.
+"""Run the benchmarks and write their tables into README.md and QUALITY.md, between their markers.
 
 benchmarks/run.py                    all that need nothing
 benchmarks/run.py merge quality      these; options that run.py does not know go to bench_merge
@@ -17,6 +17,7 @@ from measure import run
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
+QUALITY = HERE / "QUALITY.md"
 ALONE = ("kernels", "align", "merge", "quality")
 WITH_MODELS = ("serve", "llama")
 
@@ -25,12 +26,13 @@ def rewrite(name: str, table: str, about: dict[str, str]) -> None:
     """Replace the text between `<!-- bench:NAME -->` and `<!-- /bench -->`."""
     stamp = ", ".join(f"{key} {value}" for key, value in about.items())
     pattern = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench -->)", re.DOTALL)
+    page = QUALITY if name == "quality" else README
     text, count = pattern.subn(
-        lambda m: f"{m[1]}{table}\n\nMeasured on: {stamp}.\n{m[2]}", README.read_text()
+        lambda m: f"{m[1]}{table}\n\nMeasured on: {stamp}.\n{m[2]}", page.read_text()
     )
     if count != 1:
-        raise SystemExit(f"README.md has no place for the benchmark {name}")
-    README.write_text(text)
+        raise SystemExit(f"{page.name} has no place for the benchmark {name}")
+    page.write_text(text)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from edgemerge.errors import OutputError
 from edgemerge.sizes import format_size
 from edgemerge.types import UInt8
 
-__all__ = ["OutputFile", "check_output"]
+__all__ = ["OutputFile", "check_output", "write_file"]
 
 CHUNK = 1 << 20
 
@@ -203,3 +203,16 @@ class OutputFile:
             self._close()
         else:
             self._discard()
+
+
+def write_file(path: Path, raw: bytes) -> None:
+    """Write bytes that are all there as a file, replacing what was there by a whole one.
+
+    Raises
+    ------
+    OutputError
+        As of `OutputFile`.
+    """
+    with OutputFile(path, len(raw)) as file:
+        file.write(raw, 0)
+        file.publish()

@@ -10,7 +10,7 @@ import logging
 import math
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.output import OutputFile
+from edgemerge.output import write_file
 from edgemerge.types import HeadPlan, Skipped
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["check_matplotlib", "draw_alignment", "drawing_bytes"]
+__all__ = ["check_matplotlib", "draw_alignment", "drawing_bytes", "save_figure"]
 
 MATPLOTLIB_BYTES = 64 << 20  # imported, with its fonts; tests/test_plots.py measures both
 PANEL_BYTES = 3 << 19
@@ -51,6 +51,12 @@ MARK = "#d55e00"  # vermilion of Okabe and Ito's palette: apart from blue for ev
 BORDER, FAINT = "#7b8894", "#b4bec6"
 # From alike to unrelated in one hue; lightness rises evenly, so that it also reads in grey.
 SHADES = ("#08233f", "#13497b", "#3d7cb0", "#8fb9d6", "#d3e3ec", "#f6f7f5")
+
+METADATA = {  # of the file; without a date, the same figure gives the same bytes
+    "png": {"Software": "edgemerge"},
+    "svg": {"Creator": "edgemerge", "Date": None},
+    "pdf": {"Creator": "edgemerge", "CreationDate": None},
+}
 
 
 def check_matplotlib() -> None:
@@ -97,21 +103,42 @@ def draw_alignment(
     OutputError
         The file cannot be written.
     """
+    save_figure(lambda: _alignment_figure(plans, reference, model, verdict), path, "png")
+
+
+def save_figure(draw: Callable[[], Figure], path: Path, kind: str) -> None:
+    """Draw a figure in Matplotlib's default style, whatever the user's, and write it.
+
+    Parameters
+    ----------
+    draw : callable
+        Makes the figure; it is shrunk where it has more than 16 million pixels.
+    path : Path
+        The picture to make; replaced if it exists, and only by a whole one.
+    kind : str
+        png, svg or pdf.
+
+    Raises
+    ------
+    RuntimeFailure
+        Matplotlib is not installed.
+    OutputError
+        The file cannot be written.
+    """
     check_matplotlib()
+    import matplotlib as mpl
     import matplotlib.style
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no word about its cache of fonts
     with matplotlib.style.context("default"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a name may have letters that the font lacks
-        figure = _alignment_figure(plans, reference, model, verdict)
+        mpl.rcParams["svg.hashsalt"] = "edgemerge"  # else its ids differ from run to run
+        figure = draw()
         buffer = io.BytesIO()
         pixels = math.prod(figure.get_size_inches() * DPI)
         dpi = DPI * min(1.0, math.sqrt(MAX_PIXELS / pixels))
-        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": "edgemerge"})
-    data = buffer.getvalue()
-    with OutputFile(path, len(data)) as file:
-        file.write(data, 0)
-        file.publish()
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=METADATA[kind])
+    write_file(path, buffer.getvalue())
 
 
 # -- layout ------------------------------------------------------------------------------------------

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemerge.output import OutputFile
-from edgemerge.plots import BORDER, DPI, INK, PAPER, SOFT, check_matplotlib
+from edgemerge.plots import BORDER, DPI, INK, PAPER, SOFT, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,27 +72,7 @@ def draw_bench(points: Sequence[BenchPoint], path: Path, *, quality: str) -> Non
     OutputError
         The file cannot be written.
     """
-    check_matplotlib()
-    import matplotlib as mpl
-    import matplotlib.style
-
-    kind = path.suffix.lower().removeprefix(".")
-    metadata = {
-        "png": {"Software": "edgemerge"},
-        "svg": {"Creator": "edgemerge", "Date": None},
-        "pdf": {"Creator": "edgemerge", "CreationDate": None},
-    }[kind]
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no word about its cache of fonts
-    with matplotlib.style.context("default"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name may have letters that the font lacks
-        mpl.rcParams["svg.hashsalt"] = "edgemerge"  # else its ids differ from run to run
-        figure = _figure(points, quality)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
-    data = buffer.getvalue()
-    with OutputFile(path, len(data)) as file:
-        file.write(data, 0)
-        file.publish()
+    save_figure(lambda: _figure(points, quality), path, path.suffix.lower().removeprefix("."))
 
 
 def _figure(points: Sequence[BenchPoint], quality: str) -> Figure:

@@ -68,7 +68,7 @@ def test_the_other_tables_tell_latency_memory_and_load(run: Run) -> None:
     out = succeed(run("tiny.gguf", *QUICK))
     _, latency, memory, notes = out.split("\n\n")
     header, _, prompt, token = map(cells, latency.splitlines())
-    assert header[:7] == ["model", "threads", "time to", "times", "p50", "p95", "p99"]
+    assert header[:7] == ["model", "threads", "latency of", "samples", "p50", "p95", "p99"]
     assert prompt[:4] == ["tiny.gguf", "1", "first token, pp8", "20"]
     assert prompt[6] == "-"  # a 99th percentile of 20 is the slowest
     assert token[:4] == ["tiny.gguf", "1", "each token", "8"]
@@ -148,7 +148,7 @@ def test_depth_shows_in_the_name(run: Run) -> None:
         (("tiny.gguf", "-t", "0"), "must be numbers of threads, e.g. -t 1,2,4"),
         (("tiny.gguf", "-r", "0"), "-r"),
         (("tiny.gguf", "--limit", "3"), "--limit goes with --quality"),
-        (("tiny.gguf", "--quality", "x"), "must be NAME=FILE.jsonl"),
+        (("tiny.gguf", "--quality", "x"), "must be NAME=FILE, e.g."),
         (("tiny.gguf", "--plot", "x.jpg"), "must end in .png, .svg, .pdf"),
         (("tiny.gguf", "-n", "0", "--plot", "x.png"), "give -n"),
         (("tiny.gguf", "--merge", "r.yml"), "--merge measures a merge alone"),

@@ -49,7 +49,7 @@ def test_a_conversation_goes_on_from_a_file() -> None:
     first = said("talk.json")
     result = run(*CHAT, stdin="/load talk.json\nof the end\n/save talk.json\n")
     assert result.exit_code == 0, result.stderr
-    assert "note: 1 turns are loaded\n" in result.stderr
+    assert "note: turns loaded: 1\n" in result.stderr
     assert said("talk.json")[:3] == first
     assert len(said("talk.json")) == 5
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from edgemerge.cli.eval import eval_command
 from edgemerge.merge import merge
 from edgemerge.recipe import make_recipe
+from edgemerge.runtime.library import load_library
 
 pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.llama
@@ -154,7 +155,7 @@ def test_all_answers_are_kept() -> None:
         assert one["right"] == (one["chosen"] == one["answer"])
     assert sum(one["right"] for one in result["questions"]) / 7 == result["acc"]
     assert kept["seed"] == 3
-    assert not Path("out.json.part").exists()
+    assert not Path("out.json.journal").exists()
 
 
 START = "from tests.test_cli_eval import app; app()"
@@ -177,7 +178,7 @@ def start() -> subprocess.Popen[str]:
 def stop_after(n_lines: int, number: signal.Signals) -> tuple[int, str]:
     """Start, send a signal once the journal has that many lines, and return the code and stderr."""
     process = start()
-    part = Path("out.json.part")
+    part = Path("out.json.journal")
     while process.poll() is None and (
         not part.exists() or part.read_bytes().count(b"\n") < n_lines
     ):
@@ -198,10 +199,10 @@ def test_a_stopped_run_goes_on_where_it_was() -> None:
     assert not Path("out.json").exists()
     code, said = stop_after(200, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert "out.json.part: going on after " in said
+    assert "out.json.journal: going on after " in said
     result = CliRunner().invoke(app, list(COMMAND))
     assert result.exit_code == 0
-    assert "out.json.part: going on after " in result.stderr
+    assert "out.json.journal: going on after " in result.stderr
     assert Path("out.json").read_bytes() == whole
 
 
@@ -209,13 +210,13 @@ def test_another_model_is_scored_anew() -> None:
     Path("model.gguf").symlink_to(Path("base.gguf").resolve())
     command = ("model.gguf", "--task", MEDQA, "-o", "out.json", "--json")
     first = run(*command)
-    Path("out.json.part").write_text(json.dumps(json.loads(Path("out.json").read_text())) + "\n")
+    Path("out.json.journal").write_text(json.dumps(json.loads(Path("out.json").read_text())) + "\n")
     assert "exists already; choose another name or give --force" in fail(*command)
     Path("model.gguf").unlink()
     Path("model.gguf").symlink_to(Path("expert-a.gguf").resolve())
     result = CliRunner().invoke(app, [*command, "--force"])
     assert result.exit_code == 0
-    assert "out.json.part: an earlier run had other models: starting anew" in result.stderr
+    assert "out.json.journal: an earlier run had other models: starting anew" in result.stderr
     assert json.loads(result.stdout)["results"][0]["acc"] != json.loads(first)["results"][0]["acc"]
 
 
@@ -225,7 +226,10 @@ def test_requests_that_make_no_sense_are_refused() -> None:
     assert "medqa, medmcqa, pubmedqa, mmlu, questions" in refuse("base.gguf", "--task", "arc=x.csv")
     assert "or any NAME=FILE.jsonl" in refuse("base.gguf", "--task", "x.csv")
     assert "or any NAME=FILE.jsonl" in refuse("base.gguf", "--task", "=x.jsonl")
-    assert "given twice" in refuse("base.gguf", "--task", MEDQA, "--task", MEDQA)
+    assert "--task is given twice" in refuse("base.gguf", "--task", MEDQA, "--task", MEDQA)
+    assert "model is given twice" in refuse("base.gguf", "./base.gguf", "--task", MEDQA)
+    texts = ("--perplexity", "text.txt", "--perplexity", "text.txt")
+    assert "--perplexity is given twice" in refuse("base.gguf", *texts)
     assert "name it with --fewshot" in refuse("base.gguf", "--task", MEDQA, "--shots", "2")
     several = ("--task", MMLU, "--fewshot", dev, "--fewshot", dev)
     assert "there are 1 tasks and 2 files" in refuse("base.gguf", *several)
@@ -240,11 +244,27 @@ def test_what_is_missing_is_named_before_any_work() -> None:
     assert "none.txt: No such file" in fail("base.gguf", "--perplexity", "none.txt")
     assert "is a folder; make a GGUF of it" in fail(".", "--task", MEDQA)
     shutil.copy(GENERAL, "own.jsonl")
-    same = fail("base.gguf", "--task", "own.jsonl", "-o", "own.jsonl", "--force")
-    assert "own.jsonl: is one of the inputs" in same
+    for examples in ((), ("--fewshot", "own.jsonl")):
+        task = str(GENERAL) if examples else "own.jsonl"
+        same = fail("base.gguf", "--task", task, *examples, "-o", "own.jsonl", "--force")
+        assert "own.jsonl: is one of the inputs" in same
     Path("broken.gguf").write_bytes(b"GGUF" + bytes(100))
     assert "broken.gguf: llama.cpp cannot load this model" in fail("broken.gguf", "--task", MEDQA)
     assert "-c 256 or less" in fail("base.gguf", "--task", MEDQA, "-c", "999")
+
+
+def test_without_llama_cpp_one_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load_library.cache_clear()
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    try:
+        said = fail("base.gguf", "--task", MEDQA)
+    finally:
+        load_library.cache_clear()
+    assert said == (
+        "edgemerge: running a model needs llama.cpp: install it with pip install 'edgemerge[run]'\n"
+    )
 
 
 def test_own_questions_may_have_a_name() -> None:

@@ -38,13 +38,19 @@ def bench_command(
         typer.Argument(metavar="MODEL...", help="GGUF files.", show_default=False),
     ] = None,
     n_prompt: Annotated[
-        int, typer.Option("-p", "--n-prompt", min=0, metavar="N", help="Tokens to read; 0: none.")
+        int,
+        typer.Option(
+            "-p", "--n-prompt", min=0, metavar="N", help="Tokens of the prompt; 0: no such test."
+        ),
     ] = 512,
     n_gen: Annotated[
-        int, typer.Option("-n", "--n-gen", min=0, metavar="N", help="Tokens to generate; 0: none.")
+        int,
+        typer.Option(
+            "-n", "--n-gen", min=0, metavar="N", help="Tokens to generate; 0: no such test."
+        ),
     ] = 128,
     repetitions: Annotated[
-        int, typer.Option("-r", "--repetitions", min=1, metavar="N", help="Of each test.")
+        int, typer.Option("-r", "--repetitions", min=1, metavar="N", help="Runs of each test.")
     ] = 3,
     threads: Annotated[
         str | None,
@@ -58,23 +64,27 @@ def bench_command(
     gpu_layers: loading.GpuLayers = None,
     depth: Annotated[
         int,
-        typer.Option("-d", "--depth", min=0, metavar="N", help="Tokens in the cache beforehand."),
+        typer.Option(
+            "-d", "--depth", min=0, metavar="N", help="Tokens in the KV cache before each test."
+        ),
     ] = 0,
     output_format: Annotated[
-        Format, typer.Option("-o", "--output", help="How to print the figures.")
+        Format, typer.Option("-o", "--output", help="Format of the figures on stdout.")
     ] = Format.md,
     json_: request.Json = False,
     quality: Annotated[
         str | None,
         typer.Option(
             "--quality",
-            metavar="NAME=FILE.jsonl",
-            help="Also the accuracy on multiple-choice questions: medqa, medmcqa, pubmedqa and mmlu "
-            "as published, any other name for a file of our own format.",
+            metavar="NAME=FILE",
+            help="Also measure accuracy on multiple-choice questions, named as for eval --task.",
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, metavar="N", help="Questions to draw.")
+        int | None,
+        typer.Option(
+            "--limit", min=1, metavar="N", help="Ask N questions of --quality, at random."
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -93,7 +103,7 @@ def bench_command(
     """Measure models as llama-bench does, and their latency, memory, load time, energy and heat."""
     output_format = Format.json if json_ else output_format
     if merge is not None:
-        if models or quality is not None or plot is not None:
+        if models or plot is not None or quality is not None or limit is not None:
             raise typer.BadParameter("--merge measures a merge alone: give no models with it")
         _bench_merge(merge, output_format)
         return
@@ -150,7 +160,7 @@ def _read_quality(quality: str | None, limit: int | None) -> Task | None:
 
     name, equals, path = quality.partition("=")
     if not equals or not name or not path:
-        raise typer.BadParameter(f"--quality {quality!r} must be NAME=FILE.jsonl")
+        raise typer.BadParameter(f"--quality {quality!r} must be NAME=FILE, e.g. medqa=test.jsonl")
     return read_task(name, path, limit=limit)
 
 
@@ -164,7 +174,7 @@ def _bench_models(
     from edgemerge.cli.bench_records import csv_lines, model_record, speed_record
     from edgemerge.cli.bench_table import speed_header, speed_rows
     from edgemerge.runtime.bench.bench import bench_model
-    from edgemerge.runtime.bench.load_time import model_files
+    from edgemerge.runtime.model_files import model_files
 
     for path in models:
         model_files(path)  # the last name is wrong: say so now, not after an hour

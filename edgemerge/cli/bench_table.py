@@ -105,7 +105,7 @@ def bench_tables(benches: Sequence[ModelBench], quality: str) -> Iterator[str]:
     quality : str
         Name of the questions, where there were any.
     """
-    header = ["model", "threads", "time to", "times", "p50", "p95", "p99"]
+    header = ["model", "threads", "latency of", "samples", "p50", "p95", "p99"]
     header += ["CPU/token", "energy/token"]
     yield from markdown(header, [row for bench in benches for row in _latency_rows(bench)])
     yield ""
@@ -152,7 +152,8 @@ def _accuracy(score: Score) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{1e3 * seconds:.0f} ms"
+    ms = 1e3 * seconds
+    return f"{ms:.3g} ms" if ms < 999.5 else f"{ms:.0f} ms"  # no 1e+03
 
 
 def bench_notes(benches: Sequence[ModelBench], quality: str) -> Iterator[str]:

@@ -191,7 +191,7 @@ class _Chat:
     def _answer(self, pieces: Generator[str, None, None]) -> None:
         if self.conversation.n_forgotten:
             generation.note(
-                f"the context is full: the oldest {self.conversation.n_forgotten} turns are forgotten"
+                f"the context is full; turns forgotten, oldest first: {self.conversation.n_forgotten}"
             )
         with closing(pieces):
             if not generation.say(pieces):
@@ -250,7 +250,7 @@ class _Chat:
         path = self._name_file(name)
         self.conversation.messages = read_messages(path)
         self._file = path
-        generation.note(f"{len(self.conversation.turns)} turns are loaded")
+        generation.note(f"turns loaded: {len(self.conversation.turns)}")
 
     def _name_file(self, name: str) -> Path:
         from edgemerge.errors import RecipeError

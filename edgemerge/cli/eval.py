@@ -47,7 +47,11 @@ def eval_command(
     ] = None,
     perplexity: Annotated[
         list[Path] | None,
-        typer.Option("--perplexity", metavar="TEXT", help="A text file; may be repeated."),
+        typer.Option(
+            "--perplexity",
+            metavar="TEXT",
+            help="A text file to measure perplexity on; may be repeated.",
+        ),
     ] = None,
     shots: Annotated[
         int | None,
@@ -74,11 +78,20 @@ def eval_command(
             "-o",
             "--output",
             metavar="OUT.json",
-            help="Keep all answers; a stopped run goes on there.",
+            help="Also write all answers there; the same command goes on where it was stopped.",
         ),
     ] = None,
     force: request.Force = False,
-    context: loading.ContextSize = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "-c",
+            "--ctx",
+            min=8,
+            metavar="N",
+            help="Tokens of context [default: the model's own; for --perplexity 512].",
+        ),
+    ] = None,
     threads: loading.Threads = None,
     gpu_layers: loading.GpuLayers = None,
     lora: loading.Loras = None,
@@ -90,27 +103,33 @@ def eval_command(
             "--help-tasks",
             callback=_print_files,
             is_eager=True,
-            help="Describe the files and exit.",
+            help="Describe the files of --task and exit.",
         ),
     ] = False,
 ) -> None:
     """Score models on multiple-choice questions, as lm-evaluation-harness does, and on texts.
 
     An option's score is its log-likelihood after the question; acc is the share of questions whose
-    right option scores highest, acc_norm the same per character of the option.
+    right option scores highest, acc_norm the same per character of the option. Further models are
+    compared with the first.
     """
     from edgemerge.output import check_output
     from edgemerge.runtime.evaluation import run as evaluation
+    from edgemerge.runtime.library import load_library
 
     if json_ and csv_:
         raise typer.BadParameter("--json and --csv are two ways to print the same: give one")
     if not task and not perplexity:
         raise typer.BadParameter("give something to score with --task or --perplexity")
+    _refuse_twins("model", models)
+    _refuse_twins("--perplexity", perplexity or [])
     tasks = _read_tasks(task or [], shots, fewshot or [], limit, seed)
     asked = evaluation.Request(tuple(models), tasks, tuple(perplexity or ()), context)
     if output is not None:
-        inputs = (*models, *asked.texts, *(one.path for one in tasks))
+        adapters = (one.path for one in loading.parse_loras(lora))
+        inputs = (*models, *asked.texts, *(one.path for one in tasks), *(fewshot or ()), *adapters)
         check_output(output, tuple(path.resolve() for path in inputs), force=force)
+    load_library()  # where it is missing, it has no version for the header either
     header = _header(asked, limit, seed, gpu_layers, lora)
 
     def load(path: Path) -> Model:
@@ -138,14 +157,18 @@ def eval_command(
 # -- what to score -----------------------------------------------------------------------------------
 
 
+def _refuse_twins(what: str, given: Sequence[object]) -> None:
+    if len(set(given)) < len(given):
+        raise typer.BadParameter(f"one {what} is given twice")
+
+
 def _read_tasks(
     texts: Sequence[str], shots: int | None, fewshot: Sequence[Path], limit: int | None, seed: int
 ) -> tuple[Task, ...]:
     from edgemerge.runtime.evaluation.tasks import read_task
 
     named = [_name_and_file(text) for text in texts]
-    if len(set(named)) < len(named):
-        raise typer.BadParameter("one --task is given twice")
+    _refuse_twins("--task", named)
     if shots is not None and not fewshot:
         raise typer.BadParameter("--shots takes its examples from a file: name it with --fewshot")
     if len(fewshot) > 1 and len(fewshot) != len(named):
@@ -228,14 +251,14 @@ def _open_results(output: Path | None, header: dict[str, Any]) -> Iterator[Resul
         return
     with Journal(output, header) as journal:
         if journal.note:
-            _say(f"{journal.part}: {journal.note}")
+            _say(f"{journal.path}: {journal.note}")
         if journal.n_resumed:
-            _say(f"{journal.part}: going on after {journal.n_resumed} results of an earlier run")
+            _say(f"{journal.path}: going on after {journal.n_resumed} results of an earlier run")
         try:
             yield journal
         except KeyboardInterrupt as error:
             done = sum(map(len, journal.entries.values()))
-            error.add_note(f"the same command goes on after the {done} results in {journal.part}")
+            error.add_note(f"the same command goes on after the {done} results in {journal.path}")
             raise
 
 

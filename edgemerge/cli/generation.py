@@ -44,27 +44,42 @@ TemplateFile = Annotated[
 Temperature = Annotated[
     float,
     typer.Option(
-        "--temperature", "--temp", min=0.0, metavar="X", help="0 takes the likeliest token."
+        "--temperature",
+        "--temp",
+        min=0.0,
+        metavar="X",
+        help="Higher is more varied; 0 takes the likeliest token.",
     ),
 ]
 TopK = Annotated[
-    int, typer.Option("--top-k", min=0, metavar="N", help="Draw from the N likeliest; 0: all.")
+    int,
+    typer.Option("--top-k", min=0, metavar="N", help="Draw from the N likeliest tokens; 0: all."),
 ]
 TopP = Annotated[
     float,
     typer.Option(
-        "--top-p", min=0.0, max=1.0, metavar="X", help="Draw from the likeliest, X together."
+        "--top-p",
+        min=0.0,
+        max=1.0,
+        metavar="X",
+        help="Draw from the likeliest tokens that have X together.",
     ),
 ]
 MinP = Annotated[
     float,
     typer.Option(
-        "--min-p", min=0.0, max=1.0, metavar="X", help="Draw from those X as likely as the first."
+        "--min-p",
+        min=0.0,
+        max=1.0,
+        metavar="X",
+        help="Draw from tokens at least X times as likely as the first.",
     ),
 ]
 RepeatPenalty = Annotated[
     float,
-    typer.Option("--repeat-penalty", min=0.01, metavar="X", help="Of the last 64 tokens; 1: none."),
+    typer.Option(
+        "--repeat-penalty", min=0.01, metavar="X", help="Penalty on the last 64 tokens; 1: none."
+    ),
 ]
 Seed = Annotated[
     int | None,
@@ -74,10 +89,13 @@ Seed = Annotated[
 ]
 Stops = Annotated[
     list[str] | None,
-    typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated."),
+    typer.Option(
+        "--stop", metavar="TEXT", help="End the answer before this text; may be repeated."
+    ),
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option("-n", "--max-tokens", min=1, metavar="N", help="Most tokens to say.")
+    int | None,
+    typer.Option("-n", "--max-tokens", min=1, metavar="N", help="Most tokens of an answer."),
 ]
 
 
@@ -127,10 +145,12 @@ def load(path: Path, threads: int | None, gpu_layers: int | None, loras: list[st
 
 def _warn_of_memory(path: Path) -> None:
     from edgemerge.runtime.board.device import read_memory
+    from edgemerge.runtime.model_files import model_files
     from edgemerge.sizes import format_size
 
     available = read_memory().available
-    if path.is_file() and 0 < available < (size := path.stat().st_size):
+    size = sum(file.stat().st_size for file in model_files(path))
+    if 0 < available < size:
         note(
             f"the model has {format_size(size)} and {format_size(available)} of memory are free: "
             "it will be read from disk again for each token; a smaller type is faster"

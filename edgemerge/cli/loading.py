@@ -20,7 +20,13 @@ Threads = Annotated[
 ]
 ContextSize = Annotated[
     int | None,
-    typer.Option("-c", "--ctx", min=8, metavar="N", help="Tokens of context."),
+    typer.Option(
+        "-c",
+        "--ctx",
+        min=8,
+        metavar="N",
+        help="Tokens of context [default: what is needed and fits].",
+    ),
 ]
 GpuLayers = Annotated[
     int | None,

@@ -57,7 +57,9 @@ def speaks_plainly(command: Callable[P, R]) -> Callable[P, R]:
             left = "; ".join(getattr(error, "__notes__", ())) or "nothing was changed"
             raise _failure(f"interrupted; {left}", code=128 + number) from None
         except MemoryError:
-            raise _failure("out of memory; give a smaller --memory") from None
+            raise _failure(
+                "out of memory; close other programs or, in a merge, give a smaller --memory"
+            ) from None
         except BrokenPipeError:
             raise  # the reader went away, as head does: typer ends without a word
         except OSError as error:

@@ -1,4 +1,4 @@
-"""How long a context a model can have on this board."""
+"""How long a context a loaded model can have on this board; `doctor.fit` judges those not loaded."""
 
 from __future__ import annotations
 

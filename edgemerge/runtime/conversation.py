@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgemerge.errors import FormatError, RuntimeFailure
-from edgemerge.output import OutputFile, check_output
+from edgemerge.output import check_output, write_file
 from edgemerge.runtime.generate import End, Session, read_prompt
 from edgemerge.runtime.template import Message, Template
 
@@ -179,10 +179,8 @@ def write_messages(messages: Sequence[Message], path: Path, *, force: bool) -> N
         The file exists and `force` is not given, or cannot be written.
     """
     check_output(path, (), force=force)
-    raw = json.dumps({"messages": list(messages)}, ensure_ascii=False, indent=2).encode() + b"\n"
-    with OutputFile(path, len(raw)) as file:
-        file.write(raw, 0)
-        file.publish()
+    text = json.dumps({"messages": list(messages)}, ensure_ascii=False, indent=2)
+    write_file(path, f"{text}\n".encode())
 
 
 def read_messages(path: Path) -> list[Message]:
@@ -195,7 +193,10 @@ def read_messages(path: Path) -> list[Message]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        json.dumps(
+            document, ensure_ascii=False
+        ).encode()  # refuses half a surrogate pair, "\\ud800"
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"not JSON ({error})", path=path) from error
     messages = document.get("messages") if isinstance(document, dict) else None
     if not isinstance(messages, list) or not all(map(_is_message, messages)):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -17,29 +18,72 @@ __all__ = ["Buffers", "Library", "load_library"]
 _LOG_LINES = 20
 _WARNING, _ERROR = 3, 4  # enum ggml_log_level of ggml.h
 # "llama_kv_cache:        CPU KV buffer size =    45.00 MiB": llama.cpp tells its memory in the log only
-_BUFFER = re.compile(r"(model|KV|RS|compute|output|LoRA) buffer size = +([0-9.]+) MiB")
+_BUFFER = re.compile(r": +(\S+) +(model|KV|RS|compute|output|LoRA) buffer size = +([0-9.]+) MiB")
 
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """Memory that llama.cpp says it uses, in bytes (its log rounds to 0.01 MiB).
+    """Memory that llama.cpp says it uses, on all devices.
 
     Attributes
     ----------
-    weights : int
-        Tensors of the model and of its LoRA adapters, mapped or copied, on all devices.
-    kv : int
-        Key-value cache, or the state of a recurrent model.
-    compute : int
-        Scratch of the computation.
-    output : int
-        Logits of one batch.
+    sizes : mapping of (str, str) to int
+        Bytes by place (CPU, CPU_Mapped, CUDA0) and kind (model, KV); the log rounds to 0.01 MiB.
     """
 
-    weights: int = 0
-    kv: int = 0
-    compute: int = 0
-    output: int = 0
+    sizes: Mapping[tuple[str, str], int]
+
+    @property
+    def weights(self) -> int:
+        """Tensors of the model and of its LoRA adapters, mapped or copied, in bytes."""
+        return self._sum("model", "LoRA")
+
+    @property
+    def weight_copies(self) -> int:
+        """Those of them that are memory of the process, as laid out anew for the processor."""
+        return self._sum("model", "LoRA", where=_is_own)
+
+    @property
+    def kv(self) -> int:
+        """Key-value cache, or the state of a recurrent model, in bytes."""
+        return self._sum("KV", "RS")
+
+    @property
+    def own_kv(self) -> int:
+        """What of it is memory of the process, in bytes."""
+        return self._sum("KV", "RS", where=_is_own)
+
+    @property
+    def compute(self) -> int:
+        """Scratch of the computation, in bytes."""
+        return self._sum("compute")
+
+    @property
+    def output(self) -> int:
+        """Logits of one batch, in bytes."""
+        return self._sum("output")
+
+    @property
+    def device(self) -> int:
+        """All that is on GPUs, in bytes."""
+        return sum(size for (place, _), size in self.sizes.items() if not _is_host(place))
+
+    def __or__(self, other: Buffers) -> Buffers:
+        """Both; where they tell of the same place and kind, what the other one does."""
+        return Buffers({**self.sizes, **other.sizes})
+
+    def _sum(self, *kinds: str, where: Callable[[str], bool] = lambda place: True) -> int:
+        return sum(size for (at, kind), size in self.sizes.items() if kind in kinds and where(at))
+
+
+def _is_host(place: str) -> bool:
+    """Whether a buffer is in main memory; CUDA_Host is, for all its name."""
+    return place.startswith("CPU") or place.endswith("_Host")
+
+
+def _is_own(place: str) -> bool:
+    """Whether a buffer is memory of the process: not the GPU's, and not the mapped file."""
+    return _is_host(place) and not place.endswith("_Mapped")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +101,7 @@ class Library:
     api: Any
     log: deque[tuple[int, str]]
     callback: object  # C holds the pointer only; this keeps the function alive
-    _sizes: dict[str, int] = field(default_factory=dict)
+    _sizes: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def start(self) -> None:
         """Forget the log, before something that may fail or that tells its buffers."""
@@ -66,13 +110,7 @@ class Library:
 
     def buffers(self) -> Buffers:
         """Memory that was announced since `start`."""
-        sizes = self._sizes.get
-        return Buffers(
-            weights=sizes("model", 0) + sizes("LoRA", 0),
-            kv=sizes("KV", 0) + sizes("RS", 0),
-            compute=sizes("compute", 0),
-            output=sizes("output", 0),
-        )
+        return Buffers(dict(self._sizes))
 
     def failure(self, message: str) -> RuntimeFailure:
         """Make an error that carries what llama.cpp said; its first complaint is the cause."""
@@ -107,15 +145,15 @@ def load_library() -> Library:
             detail=str(error),
         ) from error
     log: deque[tuple[int, str]] = deque(maxlen=_LOG_LINES)
-    sizes: dict[str, int] = {}
+    sizes: Counter[tuple[str, str]] = Counter()
 
     def keep(level: int, text: bytes, user_data: object) -> None:
         line = text.decode("utf-8", errors="replace")
         if level in (_WARNING, _ERROR):
             log.append((level, line))
         elif found := _BUFFER.search(line):
-            kind, size = found.groups()
-            sizes[kind] = sizes.get(kind, 0) + round(float(size) * 2**20)
+            place, kind, size = found.groups()
+            sizes[place, kind] += round(float(size) * 2**20)
 
     callback = llama_cpp.llama_log_callback(keep)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))

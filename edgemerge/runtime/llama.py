@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.board.device import default_threads
 from edgemerge.runtime.library import Buffers, load_library
+from edgemerge.runtime.model_files import model_files
 from edgemerge.types import Float32
 
 __all__ = ["Context", "Lora", "Model"]
@@ -67,13 +68,15 @@ class Model:
     ) -> None:
         self.path = Path(path)
         self.n_threads = n_threads or default_threads()
-        for file in (self.path, *(lora.path for lora in loras)):
-            if file.is_dir():
+        model_files(self.path)  # what is missing of them is said better here than by llama.cpp
+        for lora in loras:
+            if lora.path.is_dir():
                 raise RuntimeFailure(
-                    f"{file}: a directory; make a GGUF file of it with edgemerge convert"
+                    f"{lora.path}: is a folder; make a GGUF of it with llama.cpp's "
+                    "convert_lora_to_gguf.py first"
                 )
-            if not file.is_file():
-                raise RuntimeFailure(f"{file}: there is no such file")
+            if not lora.path.is_file():
+                raise RuntimeFailure(f"{lora.path}: there is no such file")
         self.library = load_library()
         self.api = self.library.api
         self.loras: tuple[Lora, ...] = tuple(loras)
@@ -269,7 +272,7 @@ class Context:
         self.handle = handle
         self._api = model.api
         self.n_ctx: int = model.api.llama_n_ctx(handle)
-        self.buffers: Buffers = replace(model.library.buffers(), weights=model.buffers.weights)
+        self.buffers: Buffers = model.buffers | model.library.buffers()
         self._add_loras()
 
     def __enter__(self) -> Self:

@@ -147,6 +147,8 @@ def test_a_conversation_on_disk(talk: Conversation, tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
+        ("1" * 5000, "not JSON"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "not JSON"),
         ("[]", "no conversation: expected an object with 'messages'"),
         ('{"messages": [1]}', "no conversation"),
         ('{"messages": [{"role": "user", "content": null}]}', "no conversation"),

@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.bench.heat import Heat
-from edgemerge.runtime.bench.load_time import LoadTime, drop_cache, model_files
+from edgemerge.runtime.bench.load_time import LoadTime, drop_cache
 from edgemerge.runtime.bench.peak_memory import MemorySplit
 from edgemerge.runtime.bench.speed import Speed, SpeedTest
 from edgemerge.runtime.evaluation.evaluate import Score
 from edgemerge.runtime.evaluation.questions import Question
+from edgemerge.runtime.model_files import model_files
 
 __all__ = ["BenchSettings", "Measured", "ModelBench", "bench_model"]
 

@@ -18,14 +18,14 @@ from typing import Any
 from edgemerge.errors import EdgemergeError, RuntimeFailure
 from edgemerge.runtime.bench.bench import BenchSettings, Measured
 from edgemerge.runtime.bench.heat import HeatWatch
-from edgemerge.runtime.bench.load_time import load_timed, model_files
+from edgemerge.runtime.bench.load_time import load_timed
 from edgemerge.runtime.bench.peak_memory import PeakMemory
 from edgemerge.runtime.bench.speed import measure_speed
 from edgemerge.runtime.board.device import open_power_meter
 from edgemerge.runtime.evaluation.evaluate import Score, evaluate
 from edgemerge.runtime.evaluation.questions import Question
-from edgemerge.runtime.library import load_library
 from edgemerge.runtime.llama import Model
+from edgemerge.runtime.model_files import model_files
 
 __all__ = ["main"]
 
@@ -41,9 +41,9 @@ def load(say: Say, path: Path, n_threads: int, n_gpu_layers: int | None) -> floa
 
 def measure(say: Say, path: Path, settings: BenchSettings) -> Measured:
     """Run all tests."""
+    peak = PeakMemory(model_files(path))
+    say("step", "warm load")
     with ExitStack() as stack:
-        peak = stack.enter_context(PeakMemory(load_library(), model_files(path)))
-        say("step", "warm load")
         model, seconds = load_timed(
             path, n_threads=max(settings.threads), n_gpu_layers=settings.n_gpu_layers
         )
@@ -52,12 +52,10 @@ def measure(say: Say, path: Path, settings: BenchSettings) -> Measured:
         meter = open_power_meter()
         if meter is not None:
             stack.enter_context(meter)
-        watch = HeatWatch()
         speeds = []
-        with watch:
+        with HeatWatch() as watch:
             for test in settings.tests():
                 say("step", f"{test.name}, {test.n_threads} thread{'s' * (test.n_threads > 1)}")
-                peak.start_context()
                 speeds.append(
                     measure_speed(model, test, settings.repetitions, meter=meter, on_end=peak.look)
                 )
@@ -113,7 +111,7 @@ def main() -> None:
     """Do the job that is asked for on standard input."""
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the parent, which ends this process
+    )  # the parent hears Ctrl-C too, and ends this process
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the pickles
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.library import load_library
 from edgemerge.runtime.llama import Model
 
-__all__ = ["LoadTime", "drop_cache", "load_timed", "model_files"]
+__all__ = ["LoadTime", "drop_cache", "load_timed"]
 
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # llama.cpp's names for a model in several files
 _LEFT = 0.01  # share of a file that may stay in the cache and the load still count as cold
 
 
@@ -67,27 +64,6 @@ def load_timed(
         model.close()
         raise
     return model, time.perf_counter() - start
-
-
-def model_files(path: Path) -> list[Path]:
-    """Files of a model: one, or all of those that it is split into.
-
-    Raises
-    ------
-    RuntimeFailure
-        One of them is missing, or it is a folder.
-    """
-    if path.is_dir():
-        raise RuntimeFailure(f"{path}: is a folder; make a GGUF of it with edgemerge convert first")
-    files = [path]
-    if match := _PART.search(path.name):
-        stem = path.name[: match.start()]
-        parts = range(1, int(match[2]) + 1)
-        files = [path.with_name(f"{stem}-{part:05}-of-{match[2]}.gguf") for part in parts]
-    for file in files:
-        if not file.is_file():
-            raise RuntimeFailure(f"{file}: there is no such file")
-    return files
 
 
 def drop_cache(paths: Sequence[Path]) -> str:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgemerge.process import read_process
-from edgemerge.runtime.library import Library
+from edgemerge.runtime.library import Buffers
 
 __all__ = ["MemorySplit", "PeakMemory", "mapped_bytes"]
 
-# "load_tensors:   CPU_REPACK model buffer size =    56.95 MiB": place, kind, size
-_BUFFER = re.compile(r": +(\S+) +(model|KV|RS|compute|output|LoRA) buffer size = +([0-9.]+) MiB")
-_OF_CONTEXT = {"KV", "RS", "compute", "output"}  # told anew with each context
 _HEADER = re.compile(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *(.*)")  # of a mapping in smaps
 
 
@@ -51,65 +47,37 @@ class MemorySplit:
 
 
 class PeakMemory:
-    """Follows the peak of this process; made before the model is loaded.
-
-    llama.cpp tells where its buffers are in its log alone, so this listens in on it; use it in a `with`
-    statement.
+    """Follows the peak of this process.
 
     Parameters
     ----------
-    library : Library
-        llama.cpp in this process.
     paths : sequence of Path
         Files of the model.
     """
 
-    def __init__(self, library: Library, paths: Sequence[Path]) -> None:
-        self._library = library
+    def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
-        self._buffers: list[tuple[str, str, int]] = []  # place, kind, bytes
         self._split: MemorySplit | None = None
 
-        def listen(level: int, text: bytes, user_data: object) -> None:
-            if found := _BUFFER.search(text.decode("utf-8", errors="replace")):
-                self._buffers.append((found[1], found[2], round(float(found[3]) * 2**20)))
-            library.callback(level, text, user_data)  # type: ignore[operator]
+    def look(self, buffers: Buffers) -> None:
+        """Split the memory again if the peak has grown.
 
-        self._callback = library.api.llama_log_callback(listen)  # C holds the pointer only
-
-    def __enter__(self) -> PeakMemory:
-        self._library.api.llama_log_set(self._callback, ctypes.c_void_p(0))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._library.api.llama_log_set(self._library.callback, ctypes.c_void_p(0))
-
-    def start_context(self) -> None:
-        """Forget the buffers of the last context, before the next is made."""
-        self._buffers = [buffer for buffer in self._buffers if buffer[1] not in _OF_CONTEXT]
-
-    def look(self) -> None:
-        """Split the memory again if the peak has grown; called while a context holds its memory."""
+        Parameters
+        ----------
+        buffers : Buffers
+            Of the context that holds its memory now.
+        """
         peak = read_process().peak
         if self._split is not None and peak <= self._split.peak:
             return
         with open("/proc/self/smaps") as smaps:  # line by line: as one text it would raise the peak
             mapped = mapped_bytes(smaps, self._paths)
-        copies = sum(
-            size
-            for place, kind, size in self._buffers
-            if kind in ("model", "LoRA") and _is_own(place)
-        )
         self._split = MemorySplit(
             peak=peak,
-            weights=mapped + copies,
+            weights=mapped + buffers.weight_copies,
             mapped=mapped,
-            kv=sum(
-                size
-                for place, kind, size in self._buffers
-                if kind in ("KV", "RS") and _is_own(place)
-            ),
-            device=sum(size for place, _, size in self._buffers if not place.startswith("CPU")),
+            kv=buffers.own_kv,
+            device=buffers.device,
         )
 
     @property
@@ -117,11 +85,6 @@ class PeakMemory:
         """The memory at the highest peak that `look` saw."""
         assert self._split is not None, "look was never called"
         return self._split
-
-
-def _is_own(place: str) -> bool:
-    """Whether a buffer is memory of the process: not the GPU's, and not the mapped file."""
-    return place.startswith("CPU") and not place.endswith("_Mapped")
 
 
 def mapped_bytes(smaps: Iterable[str], paths: Sequence[Path]) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.runtime.board.device import PowerMeter
+from edgemerge.runtime.library import Buffers
 from edgemerge.runtime.llama import Context, Model
 
 __all__ = ["N_BATCH", "N_UBATCH", "Speed", "SpeedTest", "measure_speed"]
@@ -128,7 +129,7 @@ def measure_speed(
     repetitions: int,
     *,
     meter: PowerMeter | None = None,
-    on_end: Callable[[], None] | None = None,
+    on_end: Callable[[Buffers], None] | None = None,
 ) -> Speed:
     """Time a test.
 
@@ -143,7 +144,7 @@ def measure_speed(
     meter : PowerMeter, optional
         Energy is read from it.
     on_end : callable, optional
-        Called while the context still holds its memory.
+        Called with the context's buffers, while it still holds them.
 
     Raises
     ------
@@ -166,7 +167,7 @@ def measure_speed(
             None if meter is None else runs.joules,
         )
         if on_end is not None:
-            on_end()
+            on_end(context.buffers)
         if test.n_gen:
             return timed
         return _with_more_prompts(timed, runs)

@@ -7,6 +7,8 @@
 - scratch = UBATCH * (4.5 * n_ff * 4 bytes + n_masks * n_ctx * 2 bytes): a batch's activations and masks.
   The 4.5 was measured: with llama-cpp-python 0.3.36 it gives SmolLM2-135M's and Gemma-3-270M's within 2 %.
 - PROCESS_BYTES: Python, NumPy and llama.cpp itself, measured likewise.
+
+`context_size` measures a loaded model instead; this judges models that are not loaded, or not even here.
 """
 
 from __future__ import annotations

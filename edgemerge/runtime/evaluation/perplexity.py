@@ -88,7 +88,7 @@ def cut_text(model: Model, path: str | PathLike[str], n_ctx: int) -> list[list[i
             path=path,
         )
     return [
-        (model.bos + tokens[start + len(model.bos) :])[:n_ctx]
+        model.bos + tokens[start + len(model.bos) : start + n_ctx]
         for start in range(0, len(tokens) - n_ctx + 1, n_ctx)
     ]
 

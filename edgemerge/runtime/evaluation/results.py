@@ -1,6 +1,6 @@
 """Results on disk: a journal while questions are scored, one JSON file when all are.
 
-The journal is `RESULTS.json.part`: a line that says what is being scored (the header), then a line
+The journal is `RESULTS.json.journal`: a line that says what is being scored (the header), then a line
 per question. It is written to after every batch, so a stop costs the batch in flight. It is taken
 up again only if its header is the same to the letter; else, or where a line of it is damaged, the
 work starts anew.
@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from edgemerge.errors import OutputError
-from edgemerge.runtime.bench.load_time import model_files
+from edgemerge.output import write_file
+from edgemerge.runtime.model_files import model_files
 
 __all__ = ["Journal", "Results", "identify", "sha256_of"]
 
@@ -116,13 +117,15 @@ class Journal(Results):
 
     Parameters
     ----------
-    path : Path
+    output : Path
         The final file; the journal lies beside it.
     header : mapping
         All that the results depend on, as JSON.
 
     Attributes
     ----------
+    path : Path
+        The journal.
     n_resumed : int
         Entries that were there already.
     note : str
@@ -134,10 +137,10 @@ class Journal(Results):
         The journal cannot be written, or another process is writing it.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, header: Mapping[str, Any]) -> None:
         super().__init__()
-        self.path = path
-        self.part = path.with_name(path.name + ".part")
+        self.output = output
+        self.path = output.with_name(output.name + ".journal")
         self.note = ""
         self._file = self._open()
         try:
@@ -150,16 +153,19 @@ class Journal(Results):
     def _open(self) -> IO[bytes]:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            file = os.fdopen(os.open(self.part, flags, 0o644), "r+b")
+            file = os.fdopen(os.open(self.path, flags, 0o644), "r+b")
         except OSError as error:
-            raise OutputError(f"cannot be written ({error.strerror})", path=self.part) from error
+            raise OutputError(f"cannot be written ({error.strerror})", path=self.path) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.close()
             raise OutputError(
-                "another evaluation is writing it; wait for that one", path=self.path
+                "another evaluation is writing it; wait for that one", path=self.output
             ) from error
+        if os.fstat(file.fileno()).st_nlink == 0:  # whoever held the lock has just published
+            file.close()
+            return self._open()
         return file
 
     def _resume(self, header: dict[str, Any]) -> None:
@@ -210,7 +216,7 @@ class Journal(Results):
             raise self._failure(error) from error
 
     def _failure(self, error: OSError) -> OutputError:
-        return OutputError(f"could not be written ({error.strerror})", path=self.part)
+        return OutputError(f"could not be written ({error.strerror})", path=self.path)
 
     def publish(self, document: Mapping[str, Any]) -> None:
         """Write the final file, durable and at once, and remove the journal.
@@ -220,18 +226,11 @@ class Journal(Results):
         OutputError
             The disk refused.
         """
-        whole = self.path.with_name(self.path.name + ".whole")
+        write_file(self.output, f"{json.dumps(document, indent=1, allow_nan=False)}\n".encode())
         try:
-            with whole.open("w", encoding="utf-8") as file:
-                json.dump(document, file, indent=1, allow_nan=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(whole, self.path)
-            self.part.unlink()
+            self.path.unlink()
         except OSError as error:
-            whole.unlink(missing_ok=True)
-            raise OutputError(f"could not be written ({error.strerror})", path=self.path) from error
+            raise OutputError(f"could not be removed ({error.strerror})", path=self.path) from error
 
     def close(self) -> None:
         """Close the journal; it stays on disk unless it was published."""

@@ -200,7 +200,7 @@ def document(answers: Sequence[Answered], texts: Sequence[TextScore]) -> dict[st
     ----------
     answers : sequence of Answered
         By task and then by model.
-    texts : sequence of Read
+    texts : sequence of TextScore
         By text and then by model.
 
     Returns

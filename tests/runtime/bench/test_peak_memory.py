@@ -6,8 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import gguf
 import pytest
@@ -15,6 +13,7 @@ import pytest
 from edgemerge.process import read_process
 from edgemerge.runtime.bench.bench import BenchSettings, Measured
 from edgemerge.runtime.bench.peak_memory import MemorySplit, PeakMemory, mapped_bytes
+from edgemerge.runtime.library import Buffers
 from tests.tiny_gguf import N_EMBD, N_HEADS, N_KV_HEADS, N_LAYERS
 
 MIB = 1 << 20
@@ -42,44 +41,22 @@ def test_pages_of_the_model_are_counted(tmp_path: Path) -> None:
     assert mapped_bytes(smaps, [tmp_path / "c.gguf"]) == 0
 
 
-def make_library() -> Any:
-    """A llama.cpp that logs what it is told to."""
-    library = SimpleNamespace(heard=[])
-    library.callback = lambda level, text, _: library.heard.append(text)
-    library.current = library.callback
-    library.api = SimpleNamespace(
-        llama_log_callback=lambda function: function,
-        llama_log_set=lambda function, _: setattr(library, "current", function),
-    )
-    return library
-
-
 def test_copies_count_as_weights_and_the_gpu_as_none() -> None:
-    library = make_library()
-    with PeakMemory(library, []) as peak:
-        for line in (
-            "load_tensors:   CPU_Mapped model buffer size =    85.77 MiB\n",
-            "load_tensors:   CPU_REPACK model buffer size =    0.50 MiB\n",
-            "load_tensors:        CUDA0 model buffer size =    40.00 MiB\n",
-            "llama_kv_cache:        CPU KV buffer size =    99.00 MiB\n",
-            "not a buffer\n",
-        ):
-            library.current(1, line.encode(), None)
-        peak.start_context()
-        for line in (
-            "llama_kv_cache:        CPU KV buffer size =     0.25 MiB\n",
-            "llama_kv_cache:        CPU KV buffer size =     0.125 MiB\n",
-            "llama_kv_cache:      CUDA0 KV buffer size =     2.00 MiB\n",
-            "sched_reserve:        CPU compute buffer size =    14.01 MiB\n",
-        ):
-            library.current(1, line.encode(), None)
-        peak.look()
-        split = peak.split
-    assert library.current is library.callback
-    assert len(library.heard) == 9
+    sizes = {
+        ("CPU_Mapped", "model"): 86 * MIB,
+        ("CPU_REPACK", "model"): MIB // 2,
+        ("CUDA0", "model"): 40 * MIB,
+        ("CPU", "KV"): MIB // 4,
+        ("CUDA0", "KV"): 2 * MIB,
+        ("CUDA_Host", "output"): MIB,
+        ("CPU", "compute"): 14 * MIB,
+    }
+    peak = PeakMemory([])
+    peak.look(Buffers(sizes))
+    split = peak.split
     assert split.weights == MIB // 2
     assert split.mapped == 0
-    assert split.kv == 3 * MIB // 8
+    assert split.kv == MIB // 4
     assert split.device == 42 * MIB
     assert split.peak == pytest.approx(read_process().peak, rel=0.003)  # looking takes next to none
 

