@@ -1,13 +1,13 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv when there is none; a second run
 # finds everything in place. ARGS goes to the command: `make test ARGS='-k gguf -x'`.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check arm64 bench clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/ready-run  ## merge small real models and talk to the result, offline
 	$(BIN)/edgemerge demo $(ARGS)
@@ -17,6 +17,9 @@ test: .venv/ready-dev  ## run all tests but those marked slow (ARGS='-m slow' ru
 
 check: .venv/ready-dev  ## lint, format, types, layers, then the tests (ARGS=--no-tests leaves them out)
 	tools/check $(ARGS)
+
+arm64: .venv/bin/python  ## compare the bytes of codecs and merges with an emulated Arm's (ARGS=cortex-a53 picks the processor)
+	tools/arm64 $(ARGS)
 
 bench: .venv/ready-dev  ## measure everything and rewrite the README's tables (ARGS picks: kernels align merge quality)
 	$(BIN)/python benchmarks/run.py $(ARGS)
