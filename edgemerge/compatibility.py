@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.metadata import get_value
 from edgemerge.types import Source, TensorSpec
 
-__all__ = ["check_models", "find_tensor", "is_constant", "same_shape"]
+__all__ = [
+    "check_models",
+    "check_scaled_output",
+    "find_tensor",
+    "is_constant",
+    "is_scale",
+    "missing_tensor",
+    "same_scale",
+    "same_shape",
+]
 
 # Hyper-parameters that decide what a weight means; {} stands for the architecture.
 DECISIVE_KEYS = (
@@ -33,12 +44,22 @@ LAYOUT_KEY = "{}.tensor_data_layout"
 KNOWN_LAYOUTS = (None, "Meta AI original pth")
 # Computed from the configuration, not learnt: copied from the base, never merged.
 CONSTANTS = ("rope_freqs", "rope_factors_long", "rope_factors_short", "attn_rot_embd")
+UNSCALED = "get these models as F16, BF16 or F32, whose weights have no factors"
 
 
 def is_constant(name: str) -> bool:
     """Tell whether a tensor is derived from the configuration rather than learnt."""
     stem = name.rpartition(".")[0]
     return stem.split(".")[-1] in CONSTANTS
+
+
+def is_scale(name: str) -> bool:
+    """Tell whether a tensor is the factor of another one, as NVFP4 weights have it.
+
+    llama.cpp multiplies the product with `NAME.weight` by `NAME.scale` (`build_lora_mm`), one number
+    or one per expert. So it is as much part of the weights as a block's own scale, and no weight.
+    """
+    return name.endswith((".scale", ".input_scale"))
 
 
 def check_models(sources: Sequence[Source]) -> list[str]:
@@ -143,12 +164,65 @@ def find_tensor(source: Source, name: str) -> TensorSpec:
     """
     specs = source.specs()
     if name not in specs:
+        raise missing_tensor(name, source)
+    return specs[name]
+
+
+def missing_tensor(name: str, source: Source, owner: Source | None = None) -> MismatchError:
+    """Say that a model lacks a tensor, which `owner` has."""
+    whose = f" of {owner.path}" if owner else ""
+    remedy = UNSCALED if is_scale(name) else "only fine-tunes of one base can be merged"
+    return MismatchError(
+        f"tensor {name!r}{whose} is missing in {source.path}; {remedy}", tensor=name
+    )
+
+
+def same_scale(name: str, left: Source, other: str, right: Source) -> None:
+    """Refuse two factors that are not equal; reads them, a few bytes.
+
+    Raises
+    ------
+    MismatchError
+        They differ: a sum of weights that stand under different factors has no factor.
+    """
+    if _read(left, name) != _read(right, other):
         raise MismatchError(
-            f"tensor {name!r} is missing in {source.path}; only fine-tunes of one base can be "
-            "merged",
+            f"tensor {name!r}, by which llama.cpp multiplies its weights, is not the same in "
+            f"{left.path} and {right.path}; {UNSCALED}",
             tensor=name,
         )
-    return specs[name]
+
+
+def _read(source: Source, name: str) -> bytes:
+    spec = source.specs()[name]
+    raw = np.empty(spec.nbytes, np.uint8)
+    source.read_rows(name, 0, spec.n_rows, raw)
+    return raw.tobytes()
+
+
+def check_scaled_output(types: Mapping[str, str], model: Source) -> None:
+    """Refuse to take the type from an output matrix that has a factor.
+
+    Parameters
+    ----------
+    types : mapping of GGUF name to ggml type name
+        All tensors of the output.
+    model : Source
+        Where the factor comes from.
+
+    Raises
+    ------
+    MismatchError
+        `output.weight` is no longer NVFP4, beside which alone llama.cpp looks for `output.scale`
+        (the end of `load_tensors`; in a layer it does so for any type).
+    """
+    found = [name for name in ("output.scale", "output.input_scale") if name in types]
+    if found and types.get("output.weight") != "NVFP4":
+        raise MismatchError(
+            f"tensor {found[0]!r} of {model.path} is used by llama.cpp only where output.weight is "
+            "NVFP4; keep the types (--type keep), or get that model as F16, BF16 or F32",
+            tensor=found[0],
+        )
 
 
 def _show(shape: tuple[int, ...] | None) -> str:

@@ -7,8 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgemerge.architectures import hf_name, layer_index
-from edgemerge.compatibility import find_tensor, is_constant, same_shape
-from edgemerge.errors import FormatError, MismatchError, RecipeError
+from edgemerge.compatibility import (
+    find_tensor,
+    is_constant,
+    is_scale,
+    missing_tensor,
+    same_scale,
+    same_shape,
+)
+from edgemerge.errors import FormatError, RecipeError
 from edgemerge.formats.metadata import get_value
 from edgemerge.methods import Method
 from edgemerge.parameters import check_settings, look_up
@@ -132,7 +139,7 @@ def _refuse_extra(part: _Part, known: set[str]) -> None:
     for model in part.models:
         for name in part.sources[model.path].specs():
             if name not in known and not is_constant(name):
-                raise _missing_in(part.reference, model, name)
+                raise missing_tensor(name, part.reference, part.sources[model.path])
 
 
 def _refuse_extra_in_slice(part: _Part, known: set[str]) -> None:
@@ -141,20 +148,12 @@ def _refuse_extra_in_slice(part: _Part, known: set[str]) -> None:
         for name in part.sources[model.path].specs():
             outside = layer_index(name) is None
             if outside and name not in known and not is_constant(name):
-                raise _missing_in(part.reference, model, name)
+                raise missing_tensor(name, part.reference, part.sources[model.path])
         for offset in range(part.n_layers):
             for stem in sorted(set(part.stems(offset, i)) - set(part.stems(offset))):
                 name = f"blk.{part.starts[i] + offset}.{stem}"
                 if not is_constant(name):
-                    raise _missing_in(part.reference, model, name)
-
-
-def _missing_in(reference: Source, model: ModelInput, name: str) -> MismatchError:
-    return MismatchError(
-        f"tensor {name!r} of {model.path} is missing in {reference.path}; "
-        "only fine-tunes of one base can be merged",
-        tensor=name,
-    )
+                    raise missing_tensor(name, part.reference, part.sources[model.path])
 
 
 class _Part:
@@ -224,10 +223,13 @@ class _Part:
             return Draft(name, None, (found,), {"scale": 1.0}, is_constant=True)
         names = [self._source_name(i, name, tensor, offset) for i in range(len(self.models))]
         inputs = [self._input(i, source_name) for i, source_name in enumerate(names)]
-        for i, other in enumerate(inputs[1:], start=1):
-            same_shape(
-                inputs[0].spec, other.spec, self.reference, self.sources[self.models[i].path]
-            )
+        for model, other in zip(self.models[1:], inputs[1:], strict=True):
+            source = self.sources[model.path]
+            same_shape(inputs[0].spec, other.spec, self.reference, source)
+            if is_scale(name):
+                same_scale(names[0], self.reference, other.spec.name, source)
+        if is_scale(name):  # equal in all models, and no weight that settings could scale
+            return Draft(name, None, (inputs[0],), {"scale": 1.0}, is_constant=True)
         position = self.positions[offset] if layer_index(name) is not None else 0.0
         n_bases = 1 if self.base else 0
         experts = tuple(

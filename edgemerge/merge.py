@@ -41,7 +41,7 @@ def default_threads() -> int:
 
 
 def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = None) -> Plan:
-    """Decide a merge without doing it; reads headers, no tensor data.
+    """Decide a merge without doing it; reads headers, and of tensors only the factors of NVFP4 weights.
 
     Parameters
     ----------

@@ -16,10 +16,10 @@ from edgemerge.budget import (
     divide_budget,
     rows_in_arena,
 )
-from edgemerge.compatibility import check_models
+from edgemerge.compatibility import check_models, check_scaled_output
 from edgemerge.drafts import Draft, draft_jobs, list_experts, unused_settings
 from edgemerge.errors import MismatchError, RecipeError
-from edgemerge.formats.codec import CODECS, row_bytes
+from edgemerge.formats.codec import CODECS, find_codec, row_bytes
 from edgemerge.formats.filetypes import FILE_TYPES, dominant_file_type, keep_types, tensor_types
 from edgemerge.formats.metadata import encode_value, get_value
 from edgemerge.methods import Method, count_passes, find_method, is_pruned
@@ -76,6 +76,7 @@ def make_plan(
     drafts = list(draft_jobs(recipe, method, models, sources))
     _check_settings(method, drafts)
     file_type, types = _choose_types(recipe, method, drafts, sources, notes)
+    check_scaled_output(types, sources[models[0]])
     metadata = _output_metadata(recipe, method, sources, drafts, file_type, types)
     jobs = [_finish(draft, method, types[draft.name]) for draft in drafts]
     align = recipe.align or method.align
@@ -304,12 +305,7 @@ def _finish(draft: Draft, method: Method, dtype: str) -> TensorJob:
         )
     if not job.is_byte_copy:
         for tensor in job.inputs:
-            if tensor.spec.dtype not in CODECS:
-                raise MismatchError(
-                    f"tensor {tensor.spec.name!r} is stored as {tensor.spec.dtype}, in which "
-                    "llama.cpp keeps no weights; get that model as F16, BF16 or F32",
-                    tensor=tensor.spec.name,
-                )
+            find_codec(tensor.spec)
     return job
 
 

@@ -19,11 +19,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemerge.errors import MismatchError
 from edgemerge.formats.ggml_types import GGML_TYPES, block_size, row_bytes
 from edgemerge.formats.lattice import LATTICE_TYPES, decode_lattice
-from edgemerge.types import Float32, UInt8
+from edgemerge.types import Float32, TensorSpec, UInt8
 
-__all__ = ["CODECS", "GGML_TYPES", "Codec", "block_size", "row_bytes"]
+__all__ = ["CODECS", "GGML_TYPES", "Codec", "block_size", "find_codec", "row_bytes"]
 
 
 @cache
@@ -141,3 +142,20 @@ CODECS: dict[str, Codec] = {
     )
 }
 """ggml type name -> codec. Scratch is stated here, as asking a kernel for it would import Numba."""
+
+
+def find_codec(spec: TensorSpec) -> Codec:
+    """Look up the codec of a tensor's type.
+
+    Raises
+    ------
+    MismatchError
+        The type is not for weights: integers, F64, Q8_1, Q8_K.
+    """
+    if spec.dtype not in CODECS:
+        raise MismatchError(
+            f"tensor {spec.name!r} is stored as {spec.dtype}, in which llama.cpp keeps no weights; "
+            "get that model as F16, BF16 or F32",
+            tensor=spec.name,
+        )
+    return CODECS[spec.dtype]

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from edgemerge.errors import MismatchError, RecipeError
-from edgemerge.formats.codec import CODECS, block_size
+from edgemerge.errors import RecipeError
+from edgemerge.formats.codec import block_size, find_codec
 from edgemerge.formats.mixtures import Mixture, visiting_order
 from edgemerge.types import TensorSpec
 
@@ -205,15 +205,9 @@ def keep_types(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, str], list[st
     types: dict[str, str] = {}
     replaced: Counter[tuple[str, str]] = Counter()
     for name, spec in specs.items():
-        if spec.dtype in CODECS and CODECS[spec.dtype].can_encode:
+        if find_codec(spec).can_encode:
             types[name] = spec.dtype
             continue
-        if spec.dtype not in _UNWRITTEN:
-            raise MismatchError(
-                f"tensor {name!r} of the base has type {spec.dtype}, which edgemerge cannot write;"
-                " name an output type instead of keeping the base's",
-                tensor=name,
-            )
         types[name] = _UNWRITTEN[spec.dtype]
         replaced[spec.dtype, types[name]] += 1
     notes = [
