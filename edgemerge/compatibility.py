@@ -16,7 +16,9 @@ __all__ = [
     "find_tensor",
     "is_constant",
     "is_scale",
+    "layer_settings",
     "missing_tensor",
+    "read_tensor",
     "same_scale",
     "same_shape",
 ]
@@ -60,6 +62,16 @@ def is_scale(name: str) -> bool:
     or one per expert. So it is as much part of the weights as a block's own scale, and no weight.
     """
     return name.endswith((".scale", ".input_scale"))
+
+
+def layer_settings(metadata: Mapping[str, bytes], n_layers: object) -> list[str]:
+    """List the hyper-parameters that are arrays with an entry per layer."""
+    own = (key for key in metadata if not key.startswith(("tokenizer.", "general.")))
+    return [
+        key
+        for key in own
+        if isinstance(value := get_value(metadata, key), list) and len(value) == n_layers
+    ]
 
 
 def check_models(sources: Sequence[Source]) -> list[str]:
@@ -185,7 +197,7 @@ def same_scale(name: str, left: Source, other: str, right: Source) -> None:
     MismatchError
         They differ: a sum of weights that stand under different factors has no factor.
     """
-    if _read(left, name) != _read(right, other):
+    if read_tensor(left, name) != read_tensor(right, other):
         raise MismatchError(
             f"tensor {name!r}, by which llama.cpp multiplies its weights, is not the same in "
             f"{left.path} and {right.path}; {UNSCALED}",
@@ -193,7 +205,8 @@ def same_scale(name: str, left: Source, other: str, right: Source) -> None:
         )
 
 
-def _read(source: Source, name: str) -> bytes:
+def read_tensor(source: Source, name: str) -> bytes:
+    """Read all of a small tensor, as stored."""
     spec = source.specs()[name]
     raw = np.empty(spec.nbytes, np.uint8)
     source.read_rows(name, 0, spec.n_rows, raw)

@@ -16,7 +16,7 @@ from edgemerge.budget import (
     divide_budget,
     rows_in_arena,
 )
-from edgemerge.compatibility import check_models, check_scaled_output
+from edgemerge.compatibility import check_models, check_scaled_output, layer_settings
 from edgemerge.drafts import Draft, draft_jobs, list_experts, unused_settings
 from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.formats.codec import CODECS, find_codec, row_bytes
@@ -25,7 +25,7 @@ from edgemerge.formats.metadata import encode_value, get_value
 from edgemerge.methods import Method, count_passes, find_method, is_pruned
 from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
 
-__all__ = ["DEFAULT_MEMORY", "alignment_pairs", "make_plan"]
+__all__ = ["DEFAULT_MEMORY", "DROPPED_KEYS", "TOKENS_KEY", "alignment_pairs", "make_plan"]
 
 DEFAULT_MEMORY = 512 << 20
 KEEP = "keep"
@@ -194,7 +194,7 @@ def _with_block_count(reference: Source, drafts: Sequence[Draft]) -> dict[str, b
     key = f"{reference.architecture}.block_count"
     metadata = dict(reference.metadata())
     old = get_value(metadata, key)
-    if layers and len(layers) != old and not _fits_layers(metadata, old):
+    if layers and len(layers) != old and layer_settings(metadata, old):
         raise RecipeError(
             f"{reference.path} has settings per layer, which slices cannot re-order yet; "
             "merge whole models",
@@ -203,15 +203,6 @@ def _with_block_count(reference: Source, drafts: Sequence[Draft]) -> dict[str, b
     if layers and len(layers) != old:
         metadata[key] = encode_value(len(layers), "u32")
     return metadata
-
-
-def _fits_layers(metadata: Mapping[str, bytes], n_layers: object) -> bool:
-    """Tell whether no hyper-parameter is an array with an entry per layer."""
-    own = (key for key in metadata if not key.startswith(("tokenizer.", "general.")))
-    return not any(
-        isinstance(value := get_value(metadata, key), list) and len(value) == n_layers
-        for key in own
-    )
 
 
 def _output_metadata(

@@ -94,7 +94,9 @@ def test_an_unknown_type_lists_those_that_are_known(asked: str) -> None:
 
 @pytest.mark.parametrize("out_type", ["Q8_0", "keep"])
 def test_a_stored_type_without_codec_is_refused_by_name(out_type: str) -> None:
-    with pytest.raises(MismatchError, match=r"stored as F64, .*; get that model as F16, BF16 or F3"):
+    with pytest.raises(
+        MismatchError, match=r"stored as F64, .*; get that model as F16, BF16 or F3"
+    ):
         planned(replace(LINEAR, out_type=out_type), FakeSource(A, dtype="F64"))
 
 

@@ -1,16 +1,20 @@
-"""`edgemerge inspect`: what a model file holds."""
+"""`edgemerge inspect`: what a model file holds, and what a merge would make of it."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from typing import Annotated, Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgemerge.cli import request
 from edgemerge.cli.terminal import plain, print_json, print_table, speaks_plainly
 from edgemerge.types import Source
+
+if TYPE_CHECKING:
+    from edgemerge.inspection import Inspection
+    from edgemerge.survival import Verdict
 
 __all__ = ["inspect_command"]
 
@@ -20,106 +24,193 @@ MAX_SHOWN = 60  # characters of a metadata value in the table
 @speaks_plainly
 def inspect_command(
     model: Annotated[str, typer.Argument(help="GGUF file or Hugging Face directory.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            metavar="BASE",
+            help="Say what a merge onto this base would refuse, and what would be lost.",
+        ),
+    ] = None,
+    template: Annotated[
+        bool, typer.Option("--template", help="Print the whole chat template, and nothing else.")
+    ] = False,
     json_: request.Json = False,
 ) -> None:
-    """Show a model's architecture, heads, types, size, metadata and provenance."""
+    """Show a model's architecture, types, tokenizer, provenance, and what a merge would lose."""
+    from contextlib import ExitStack
     from pathlib import Path
 
     from edgemerge.formats import open_model
+    from edgemerge.inspection import inspect_model
+    from edgemerge.survival import judge_merge
 
-    source = open_model(Path(model))
-    try:
+    with ExitStack() as stack:
+        source = open_model(Path(model))
+        stack.callback(source.close)
+        if template and not json_:
+            _print_template(source)
+            return
+        verdict = None
+        if against is not None:
+            base = open_model(Path(against))
+            stack.callback(base.close)
+            verdict = judge_merge(base, source)
+        inspection = inspect_model(source)
         if json_:
-            print_json(_as_json(source))
+            document = _as_json(source, inspection, with_templates=template)
+            if verdict is not None:
+                document["against"] = {"path": against, **asdict(verdict)}
+            print_json(document)
         else:
-            _print(source)
-    finally:
-        source.close()
+            _print(source, inspection)
+            if verdict is not None:
+                _print_verdict(verdict, plain(str(against)))
 
 
-def _as_json(source: Source) -> dict[str, Any]:
+def _as_json(source: Source, inspection: Inspection, *, with_templates: bool) -> dict[str, Any]:
     from edgemerge.formats.metadata import decode_value
+    from edgemerge.inspection import shorten
+    from edgemerge.survival import foresee_losses
 
-    specs = source.specs()
-    return {
-        "path": str(source.path),
-        "architecture": source.architecture,
-        "elements": sum(spec.n_elements for spec in specs.values()),
-        "bytes": sum(spec.nbytes for spec in specs.values()),
-        "metadata": {key: _shorten(decode_value(raw)) for key, raw in source.metadata().items()},
-        "tensors": [
-            {"name": s.name, "shape": list(s.shape), "type": s.dtype, "bytes": s.nbytes}
-            for s in specs.values()
-        ],
-    }
+    document: dict[str, Any] = shorten(asdict(inspection))
+    document["bytes"] = document.pop("nbytes")
+    document["types"] = [
+        {
+            "type": share.dtype,
+            "tensors": share.tensors,
+            "elements": share.elements,
+            "bytes": share.nbytes,
+            "share": share.elements / max(1, inspection.elements),
+        }
+        for share in inspection.types
+    ]
+    document["templates"] = [
+        {"name": found.name, "length": len(found.text), "first_line": found.first_line}
+        | ({"text": found.text} if with_templates else {})
+        for found in inspection.templates
+    ]
+    document["losses"] = foresee_losses(source)
+    document["metadata"] = shorten({k: decode_value(raw) for k, raw in source.metadata().items()})
+    document["tensors"] = [
+        {"name": s.name, "shape": list(s.shape), "type": s.dtype, "bytes": s.nbytes}
+        for s in source.specs().values()
+    ]
+    return document
 
 
-def _shorten(value: Any) -> Any:
-    """Give of a long array, such as a vocabulary, its length; JSON has no infinity or NaN."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, list) and len(value) > 64:
-        return {"length": len(value), "first": [_shorten(item) for item in value[:4]]}
-    if isinstance(value, list):
-        return [_shorten(item) for item in value]
-    return value
+def _print_template(source: Source) -> None:
+    from edgemerge.errors import FormatError
+    from edgemerge.inspection import inspect_model
+
+    templates = inspect_model(source).templates
+    if not templates:
+        raise FormatError(
+            "has no chat template; a recipe can give one (chat_template)", path=source.path
+        )
+    print("\n".join(plain(line) for line in templates[0].text.replace("\t", "    ").splitlines()))
 
 
-def _print(source: Source) -> None:
+def _print(source: Source, inspection: Inspection) -> None:
     from edgemerge.formats.gguf import GgufModel
-    from edgemerge.formats.metadata import get_value
-    from edgemerge.sizes import format_count, format_size
+    from edgemerge.survival import foresee_losses
 
-    specs, metadata = source.specs(), source.metadata()
-    arch = source.architecture
-    name = get_value(metadata, "general.name", source.path.name)
-    elements = sum(spec.n_elements for spec in specs.values())
-    size = sum(spec.nbytes for spec in specs.values())
-    print(f"{plain(str(name))}  ({source.path})")
-    print(
-        f"  {arch}, {format_count(elements)} parameters in {len(specs)} tensors, "
-        f"{format_size(size)}, {8 * size / max(1, elements):.2f} bits per parameter"
-    )
-
-    def number(key: str) -> Any:
-        return get_value(metadata, f"{arch}.{key}", "?")
-
-    print(
-        f"  layers {number('block_count')}, width {number('embedding_length')}, "
-        f"heads {number('attention.head_count')} "
-        f"({number('attention.head_count_kv')} for keys and values), "
-        f"feed-forward {number('feed_forward_length')}, context {number('context_length')}"
-    )
-    tied = "" if "output.weight" in specs else ", embeddings tied"
-    print(f"  tokenizer {get_value(metadata, 'tokenizer.ggml.model', 'none')}{tied}\n")
-    _print_types(source, elements)
+    print(f"{plain(inspection.name)}  ({source.path})")
+    for line in _summary(inspection):
+        print(f"  {plain(line)}")
     print()
-    rows = [(key, _show(raw)) for key, raw in metadata.items()]
-    print_table(("key", "value"), rows)
+    _print_types(inspection)
+    print()
+    print_table(("key", "value"), [(key, _show(raw)) for key, raw in source.metadata().items()])
+    _print_list("What would not survive a merge", foresee_losses(source))
     if isinstance(source, GgufModel) and source.trailing_bytes:
         print(f"note: {source.trailing_bytes} bytes after the last tensor belong to nothing")
 
 
-def _print_types(source: Source, elements: int) -> None:
+def _summary(found: Inspection) -> list[str]:
+    from edgemerge.sizes import format_count, format_size
+
+    file_type = f", {found.file_type}" if found.file_type else ""
+    lines = [
+        f"{found.architecture}, {format_count(found.elements)} parameters in {found.n_tensors} "
+        f"tensors, {format_size(found.nbytes)}, {found.bits:.2f} bits per parameter{file_type}",
+        f"layers {_range(found.layers)}, width {_range(found.width)}, "
+        f"heads {_range(found.heads)} ({_range(found.kv_heads)} for keys and values) of "
+        f"{_range(found.head_size)}, feed-forward {_range(found.feed_forward)}, "
+        f"context {_range(found.context)}",
+    ]
+    if found.experts:
+        lines.append(
+            f"experts {_range(found.experts)}, of which a token uses {_range(found.experts_used)}: "
+            f"{format_count(found.active_elements)} parameters are active"
+        )
+    if found.rope:
+        lines.append("rope " + ", ".join(f"{key} {_range(v)}" for key, v in found.rope.items()))
+    tied = ", embeddings tied" if found.is_tied else ""
+    if found.tokenizer is None:
+        lines.append(f"tokenizer none{tied}")
+    else:
+        pre = f" ({found.tokenizer.pre})" if found.tokenizer.pre is not None else ""
+        lines.append(
+            f"tokenizer {found.tokenizer.model}{pre}, {found.tokenizer.n_tokens} tokens{tied}"
+        )
+        special = [
+            f"{token.role} {token.id}"
+            + (f" {token.text}" if token.text is not None else " (unknown)")
+            for token in found.tokenizer.special
+        ]
+        if special:
+            lines.append("special tokens " + ", ".join(special))
+    lines += [
+        f"chat template{f' {template.name}' if template.name else ''}: {len(template.text)} "
+        f"characters, {_cut(template.first_line)}"
+        for template in found.templates
+    ] or ["chat template none"]
+    if found.provenance is not None:
+        inputs = ", ".join(f"{name} ({crc})" for name, crc in found.provenance.inputs)
+        lines.append(
+            f"made by edgemerge {found.provenance.version}: {found.provenance.method} of {inputs}"
+        )
+    return lines
+
+
+def _range(value: object) -> str:
+    """Show a number, or for a list with an entry per layer its least and largest."""
+    if isinstance(value, list) and value:
+        least, largest = min(value), max(value)
+        return f"{least}" if least == largest else f"{least} to {largest} by layer"
+    return "?" if value is None else str(value)
+
+
+def _print_types(inspection: Inspection) -> None:
     from edgemerge.sizes import format_size
 
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    shares: Counter[str] = Counter()
-    for spec in source.specs().values():
-        counts[spec.dtype] += 1
-        sizes[spec.dtype] += spec.nbytes
-        shares[spec.dtype] += spec.n_elements
     rows = [
         (
-            dtype,
-            str(counts[dtype]),
-            f"{100 * share / max(1, elements):.1f} %",
-            format_size(sizes[dtype]),
+            share.dtype,
+            str(share.tensors),
+            f"{share.elements:,}",
+            f"{100 * share.elements / max(1, inspection.elements):.1f} %",
+            format_size(share.nbytes),
         )
-        for dtype, share in shares.most_common()
+        for share in inspection.types
     ]
-    print_table(("type", "tensors", "share", "size"), rows, right="tensors share size")
+    header = ("type", "tensors", "elements", "share", "size")
+    print_table(header, rows, right="tensors elements share size")
+
+
+def _print_list(title: str, sentences: Sequence[str]) -> None:
+    if sentences:
+        print(f"\n{title}:")
+        for sentence in sentences:
+            print(f"  - {plain(sentence)}")
+
+
+def _print_verdict(verdict: Verdict, base: str) -> None:
+    _print_list(f"A merge onto {base} would be refused", verdict.refused)
+    _print_list(f"A merge onto {base} would lose", verdict.lost)
+    if not verdict.refused and not verdict.lost:
+        print(f"\nA merge onto {base} would lose nothing.")
 
 
 def _show(raw: bytes) -> str:
@@ -128,8 +219,10 @@ def _show(raw: bytes) -> str:
     value = decode_value(raw)
     if isinstance(value, list):
         shown = ", ".join(str(item) for item in value[:4])
-        text = f"[{len(value)}] {shown}{', ...' if len(value) > 4 else ''}"
-    else:
-        text = str(value)
+        return _cut(f"[{len(value)}] {shown}{', ...' if len(value) > 4 else ''}")
+    return _cut(str(value))
+
+
+def _cut(text: str) -> str:
     text = plain(text)
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
