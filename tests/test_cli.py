@@ -324,7 +324,7 @@ def test_inspect_shows_a_model(run: Run, golden_dir: Path) -> None:
         "A  (a)\n"
         "  llama, 22.7 K parameters in 21 tensors, 88.6 KiB, 32.00 bits per parameter\n"
         "  layers 2, width 32, heads 4 (2 for keys and values) of 8, feed-forward 64, context 256\n"
-        "  rope freq_base 10000.0, dimension_count 8\n"
+        "  rope freq_base 10000, dimension_count 8\n"
         "  tokenizer llama (default), 64 tokens\n"
         "  special tokens bos 1 <s>, eos 2 </s>\n"
         "  chat template none\n\n"

@@ -3,9 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edgemerge.errors import EdgemergeError
+from edgemerge.plan import make_plan
 from edgemerge.survival import foresee_losses, judge_merge
-from edgemerge.types import TensorSpec, UInt8
-from tests.fake_source import FakeSource, tensor
+from edgemerge.types import ModelInput, Recipe, Rule, Slice, TensorSpec, UInt8
+from tests.fake_source import FakeSource, by_path, tensor
 
 BASE = FakeSource("/models/base")
 FREQS = tensor("rope_freqs.weight", (32,), "F32")
@@ -182,3 +184,40 @@ def test_rotary_constants_are_the_bases() -> None:
         "its rope_freqs.weight: base has other values, which are taken",
     )
     assert judge_merge(BASE, other).lost == ("its rope_freqs.weight: base has none",)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        FakeSource("/models/a"),
+        FakeSource("/models/a", dtype="Q4_0"),
+        FakeSource("/models/a", dtype="F64"),
+        FakeSource("/models/a", architecture="qwen2"),
+        FakeSource("/models/a", tokens=("x",) * 65),
+        FakeSource("/models/a", tokens=("x",) * 64),
+        FakeSource("/models/a", extra=[tensor("output.weight", (64, 256))]),
+        FakeSource("/models/a", extra=[SCALE]),
+        FakeSource("/models/a", extra=[FREQS]),
+        FakeSource("/models/a", without="output_norm.weight"),
+        FakeSource("/models/a", metadata={"llama.attention.head_count": (8, "u32")}),
+        FakeSource("/models/a", metadata={"llama.context_length": (8, "u32")}),
+    ],
+)
+@pytest.mark.parametrize("is_base", [False, True])
+def test_a_merge_is_refused_where_it_was_said(other: FakeSource, is_base: bool) -> None:
+    base, model = (other, BASE) if is_base else (BASE, other)
+    recipe = Recipe(
+        "task_arithmetic",
+        base.path,
+        (Slice((ModelInput(model.path),)),),
+        {"weight": (Rule(1.0),)},
+        out_type="F16",
+    )
+    try:
+        make_plan(recipe, by_path(base, model).__getitem__)
+        refusal = ""
+    except EdgemergeError as error:
+        refusal = str(error)
+    refused = judge_merge(base, model).refused
+    assert bool(refused) == bool(refusal)
+    assert any(refusal in sentence for sentence in refused) or not refused

@@ -179,6 +179,8 @@ def _range(value: object) -> str:
     if isinstance(value, list) and value:
         least, largest = min(value), max(value)
         return f"{least}" if least == largest else f"{least} to {largest} by layer"
+    if isinstance(value, float):
+        return f"{value:.7g}"  # all that a float32 holds
     return "?" if value is None else str(value)
 
 
