@@ -46,7 +46,7 @@ clean:  ## remove .venv and all that was built here (the llama.cpp wheel stays i
 # The wheel first and by force: pip would keep a library of the same version built with other flags.
 .venv/ready-run: .venv/bin/python pyproject.toml tools/llama/build-wheel tools/llama/lean.cmake
 	wheel=$$(tools/llama/build-wheel $(BIN)/python) && $(PIP) --no-deps --force-reinstall "$$wheel"
-	$(PIP) -e '.[run]'
+	$(PIP) -e '.[serve,plot]'
 	@touch $@
 
 .venv/ready-dev: .venv/ready-run
