@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,24 +15,17 @@ from edgemerge.budget import (
     divide_budget,
     rows_in_arena,
 )
-from edgemerge.compatibility import check_models, check_scaled_output, layer_settings
+from edgemerge.compatibility import check_models, check_scaled_output
 from edgemerge.drafts import Draft, draft_jobs, list_experts, unused_settings
 from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.formats.codec import CODECS, find_codec, row_bytes
-from edgemerge.formats.filetypes import FILE_TYPES, dominant_file_type, keep_types, tensor_types
-from edgemerge.formats.metadata import encode_value, get_value
 from edgemerge.methods import Method, count_passes, find_method, is_pruned
+from edgemerge.output_header import choose_types, may_copy, output_metadata
 from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
 
-__all__ = ["DEFAULT_MEMORY", "DROPPED_KEYS", "TOKENS_KEY", "alignment_pairs", "make_plan"]
+__all__ = ["DEFAULT_MEMORY", "alignment_pairs", "make_plan"]
 
 DEFAULT_MEMORY = 512 << 20
-KEEP = "keep"
-UNQUANTISED = ("F32", "F16", "BF16")
-DROPPED_KEYS = re.compile(
-    r"general\.(file_type|quantization_version|name)|(split|quantize|edgemerge)\..*"
-)
-TOKENS_KEY = "tokenizer.ggml.tokens"
 COUNTER_BYTES = 4 * ((1 << 15) + 2 * (1 << 16))  # of the radix select, per expert
 ELECTION_BYTES = 3 * 2048 * 4
 COMPARED = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
@@ -75,9 +67,9 @@ def make_plan(
     notes += check_models(list(sources.values()))
     drafts = list(draft_jobs(recipe, method, models, sources))
     _check_settings(method, drafts)
-    file_type, types = _choose_types(recipe, method, drafts, sources, notes)
+    file_type, types = choose_types(recipe, method, drafts, sources, notes)
     check_scaled_output(types, sources[models[0]])
-    metadata = _output_metadata(recipe, method, sources, drafts, file_type, types)
+    metadata = output_metadata(recipe, method, sources, drafts, file_type, types)
     jobs = [_finish(draft, method, types[draft.name]) for draft in drafts]
     align = recipe.align or method.align
     needs = [_arena_need(job, align, moves=align != "off" or recipe.neurons) for job in jobs]
@@ -155,120 +147,6 @@ def _check_settings(method: Method, drafts: Sequence[Draft]) -> None:
             )
 
 
-# -- types and metadata ---------------------------------------------------------------------------
-
-
-def _choose_types(
-    recipe: Recipe,
-    method: Method,
-    drafts: Sequence[Draft],
-    sources: Mapping[Path, Source],
-    notes: list[str],
-) -> tuple[str, dict[str, str]]:
-    """Choose the file type, and from it the type of every tensor."""
-    reference = sources[recipe.models()[0]]
-    specs = {draft.name: replace(draft.reference, name=draft.name) for draft in drafts}
-    quantised = any(spec.dtype not in UNQUANTISED for spec in specs.values())
-    default = KEEP if quantised else "F32" if recipe.dtype == "float32" else "F16"
-    file_type = default if recipe.out_type is None else recipe.out_type
-    if file_type.lower() == KEEP:
-        copied = {d.name: d.reference.dtype for d in drafts if _may_copy(d, method)}
-        kept, said = keep_types({n: s for n, s in specs.items() if n not in copied})
-        notes += said
-        return KEEP, {name: copied.get(name) or kept[name] for name in specs}
-    if file_type.upper() not in FILE_TYPES:
-        known = ", ".join([*FILE_TYPES, KEEP])
-        raise RecipeError(f"unknown type {file_type!r}; choose one of {known}", field="type")
-    metadata = _with_block_count(reference, drafts)
-    types = tensor_types(file_type.upper(), specs, metadata, reference.architecture)
-    return file_type.upper(), types
-
-
-def _may_copy(draft: Draft, method: Method) -> bool:
-    scaled = draft.experts[0].settings.get("scale", 1.0) != 1.0
-    return draft.is_constant or (method.name == "passthrough" and not scaled)
-
-
-def _with_block_count(reference: Source, drafts: Sequence[Draft]) -> dict[str, bytes]:
-    layers = {layer for draft in drafts if (layer := layer_index(draft.name)) is not None}
-    key = f"{reference.architecture}.block_count"
-    metadata = dict(reference.metadata())
-    old = get_value(metadata, key)
-    if layers and len(layers) != old and layer_settings(metadata, old):
-        raise RecipeError(
-            f"{reference.path} has settings per layer, which slices cannot re-order yet; "
-            "merge whole models",
-            field="slices",
-        )
-    if layers and len(layers) != old:
-        metadata[key] = encode_value(len(layers), "u32")
-    return metadata
-
-
-def _output_metadata(
-    recipe: Recipe,
-    method: Method,
-    sources: Mapping[Path, Source],
-    drafts: Sequence[Draft],
-    file_type: str,
-    types: Mapping[str, str],
-) -> dict[str, bytes]:
-    """Take the base's metadata, the tokenizer source's tokenizer, and say what the output is."""
-    reference = sources[recipe.models()[0]]
-    metadata = {
-        k: v
-        for k, v in _with_block_count(reference, drafts).items()
-        if not DROPPED_KEYS.fullmatch(k)
-    }
-    theirs = _tokenizer_source(recipe, sources).metadata()
-    metadata = {k: v for k, v in metadata.items() if not k.startswith("tokenizer.")}
-    metadata |= {k: v for k, v in theirs.items() if k.startswith("tokenizer.")}
-    if recipe.chat_template is not None:
-        metadata["tokenizer.chat_template"] = encode_value(recipe.chat_template, "str")
-    names = [path.stem if path.is_file() else path.name for path in recipe.models()]
-    title = names[0] if len(names) == 1 else f"{method.name} merge of {', '.join(names)}"
-    metadata["general.name"] = encode_value(title, "str")
-    metadata["general.file_type"] = _file_type_id(file_type, reference, drafts, types)
-    if any(dtype not in UNQUANTISED for dtype in types.values()):
-        metadata["general.quantization_version"] = encode_value(2, "u32")
-    return metadata
-
-
-def _tokenizer_source(recipe: Recipe, sources: Mapping[Path, Source]) -> Source:
-    """Find the model whose tokenizer the output gets; a union is possible where all are one."""
-    reference = sources[recipe.models()[0]]
-    if recipe.tokenizer_source == "base":
-        return reference
-    if recipe.tokenizer_source == "union":
-        for source in sources.values():
-            if source.metadata().get(TOKENS_KEY) != reference.metadata().get(TOKENS_KEY):
-                raise RecipeError(
-                    f"tokenizer_source union needs models of one vocabulary, and {source.path} has "
-                    f"other tokens than {reference.path}; give base or one of the models",
-                    field="tokenizer_source",
-                )
-        return reference
-    if (path := Path(recipe.tokenizer_source)) not in sources:
-        raise RecipeError(
-            f"tokenizer_source {path} is none of the models; give base or one of them",
-            field="tokenizer_source",
-        )
-    return sources[path]
-
-
-def _file_type_id(
-    file_type: str, reference: Source, drafts: Sequence[Draft], types: Mapping[str, str]
-) -> bytes:
-    if file_type != KEEP:
-        return encode_value(FILE_TYPES[file_type].id, "u32")
-    stated = reference.metadata().get("general.file_type")
-    if stated is not None and all(types[d.name] == d.reference.dtype for d in drafts):
-        return stated
-    return encode_value(
-        dominant_file_type(types, {draft.name: draft.reference for draft in drafts}), "u32"
-    )
-
-
 # -- jobs and memory ------------------------------------------------------------------------------
 
 
@@ -276,7 +154,7 @@ def _finish(draft: Draft, method: Method, dtype: str) -> TensorJob:
     shape = draft.reference.shape
     spec = TensorSpec(draft.name, shape, dtype, 0)
     spec = replace(spec, nbytes=spec.n_rows * row_bytes(dtype, spec.n_cols))
-    copies = _may_copy(draft, method)
+    copies = may_copy(draft, method)
     passes = 1
     if not copies:
         passes = count_passes(method, [e.settings for e in draft.experts], draft.settings)

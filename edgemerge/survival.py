@@ -28,7 +28,7 @@ from edgemerge.formats.codec import block_size, find_codec
 from edgemerge.formats.filetypes import keep_types
 from edgemerge.formats.metadata import get_value
 from edgemerge.geometry import layer_geometry
-from edgemerge.plan import DROPPED_KEYS, TOKENS_KEY
+from edgemerge.output_header import DROPPED_KEYS, TOKENS_KEY
 from edgemerge.types import Skipped, Source
 
 __all__ = ["Verdict", "foresee_losses", "judge_merge"]

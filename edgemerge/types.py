@@ -145,6 +145,8 @@ class Recipe:
     defaults: Parameters = field(default_factory=dict)  # asked last, before the method's own
     out_type: str | None = None  # file type, "keep", or None for the default
     dtype: str | None = None  # mergekit's working type; only float32 changes the default file type
+    tensor_types: tuple[tuple[str, str], ...] = ()  # pattern of names -> ggml type
+    imatrix: Path | None = None  # importance matrix that guides the encoders
     memory: int | None = None  # bytes
     seed: int = 0
     align: str | None = None  # hard, soft or off; None: the method's own choice

@@ -18,6 +18,8 @@ def convert_command(
     model: Annotated[str, typer.Argument(help="GGUF file or Hugging Face directory.")],
     output: request.Output,
     out_type: request.Type = None,
+    tensor_type: request.TensorTypes = None,
+    imatrix: request.Imatrix = None,
     memory: request.Memory = None,
     threads: request.Threads = None,
     force: request.Force = False,
@@ -26,7 +28,13 @@ def convert_command(
     """Convert one model: Hugging Face to GGUF, or GGUF to another type."""
     from edgemerge.recipe import make_recipe
 
-    recipe = make_recipe("passthrough", [(model, None)], out_type=out_type)
+    recipe = make_recipe(
+        "passthrough",
+        [(model, None)],
+        out_type=out_type,
+        tensor_types=request.read_tensor_types(tensor_type),
+        imatrix=imatrix,
+    )
     label = f"convert -> {output.name}"
     result = run_merge(recipe, output, memory, threads, label=label, force=force, quiet=json_)
     print_report(result, as_json=json_)

@@ -26,6 +26,8 @@ def merge_command(
     method: request.Method = None,
     base: request.Base = None,
     out_type: request.Type = None,
+    tensor_type: request.TensorTypes = None,
+    imatrix: request.Imatrix = None,
     memory: request.Memory = None,
     threads: request.Threads = None,
     seed: request.Seed = None,
@@ -51,6 +53,8 @@ def merge_command(
         neurons=neurons,
         parameters=parameter,
         preset=preset,
+        tensor_types=tensor_type,
+        imatrix=imatrix,
     )
     inputs = (*recipe.models(), *(Path(text).resolve() for text in models))
     check_output(output, inputs, force=force)
@@ -104,6 +108,8 @@ def plan_command(
     method: request.Method = None,
     base: request.Base = None,
     out_type: request.Type = None,
+    tensor_type: request.TensorTypes = None,
+    imatrix: request.Imatrix = None,
     memory: request.Memory = None,
     threads: request.Threads = None,
     seed: request.Seed = None,
@@ -127,6 +133,8 @@ def plan_command(
         neurons=neurons,
         parameters=parameter,
         preset=preset,
+        tensor_types=tensor_type,
+        imatrix=imatrix,
     )
     the_plan = plan(
         recipe, memory=parse_size(memory) if memory is not None else None, threads=threads

@@ -11,7 +11,8 @@ import typer
 from edgemerge.types import Recipe
 
 __all__ = ["Base", "Force", "Json", "Memory", "Method", "Models", "Output", "Parameter", "Preset"]
-__all__ += ["Align", "Neurons", "Report", "Seed", "Threads", "Type", "read_request"]
+__all__ += ["Align", "Imatrix", "Neurons", "Report", "Seed", "TensorTypes", "Threads", "Type"]
+__all__ += ["read_request", "read_tensor_types"]
 
 Models = Annotated[
     list[str],
@@ -36,6 +37,21 @@ Type = Annotated[
         metavar="TYPE",
         help="F16, Q8_0, Q5_K_M, Q4_K_M, IQ4_XS, Q3_K_M, Q2_K … or keep "
         "[default: F16 for unquantised inputs, else keep].",
+    ),
+]
+TensorTypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type",
+        metavar="PATTERN=TYPE",
+        help="ggml type of the tensors whose GGUF name a regular expression finds, e.g. "
+        "--tensor-type attn_v=Q8_0; repeatable, the first match decides.",
+    ),
+]
+Imatrix = Annotated[
+    str | None,
+    typer.Option(
+        "--imatrix", metavar="FILE", help="Importance matrix of llama-imatrix, to quantise by."
     ),
 ]
 Memory = Annotated[
@@ -90,6 +106,8 @@ def read_request(
     neurons: bool,
     parameters: list[str] | None,
     preset: str | None,
+    tensor_types: list[str] | None,
+    imatrix: str | None,
 ) -> Recipe:
     """Build the recipe that the arguments describe.
 
@@ -101,8 +119,9 @@ def read_request(
         What they ask for does not exist or is not possible.
     """
     from edgemerge.presets import with_preset
-    from edgemerge.recipe import check_alignment, load_recipe, make_recipe
+    from edgemerge.recipe import check_alignment, find_imatrix, load_recipe, make_recipe
 
+    pairs = read_tensor_types(tensor_types)
     if method is None:
         if len(models) != 1 or not models[0].endswith((".yml", ".yaml")):
             raise typer.BadParameter("give one RECIPE.yml, or a method with -m and its models")
@@ -117,6 +136,10 @@ def read_request(
             recipe = replace(recipe, align=check_alignment(align))
         if neurons:
             recipe = replace(recipe, neurons=True)
+        if pairs:
+            recipe = replace(recipe, tensor_types=pairs)
+        if imatrix is not None:
+            recipe = replace(recipe, imatrix=find_imatrix(imatrix))
     else:
         recipe = make_recipe(
             method,
@@ -127,8 +150,29 @@ def read_request(
             seed=seed or 0,
             align=align,
             neurons=neurons,
+            tensor_types=pairs,
+            imatrix=imatrix,
         )
     return recipe if preset is None else with_preset(recipe, preset)
+
+
+def read_tensor_types(texts: list[str] | None) -> tuple[tuple[str, str], ...]:
+    """Split what --tensor-type was given into patterns and types.
+
+    Raises
+    ------
+    typer.BadParameter
+        One is not PATTERN=TYPE.
+    """
+    pairs = []
+    for text in texts or []:
+        pattern, _, dtype = text.rpartition("=")
+        if not pattern or not dtype:
+            raise typer.BadParameter(
+                f"--tensor-type {text!r} must be PATTERN=TYPE, e.g. --tensor-type attn_v=Q8_0"
+            )
+        pairs.append((pattern, dtype))
+    return tuple(pairs)
 
 
 def _model_and_weight(text: str) -> tuple[str, float | None]:

@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from edgemerge.errors import RecipeError
+from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.formats.codec import block_size, find_codec
 from edgemerge.formats.mixtures import Mixture, visiting_order
+from edgemerge.formats.overrides import TypeOverrides
 from edgemerge.types import TensorSpec
 
 __all__ = ["FILE_TYPES", "FileType", "dominant_file_type", "keep_types", "tensor_types"]
@@ -123,6 +124,9 @@ def tensor_types(
     specs: Mapping[str, TensorSpec],
     metadata: Mapping[str, bytes],
     architecture: str,
+    *,
+    overrides: TypeOverrides | None = None,
+    has_importance: bool = False,
 ) -> dict[str, str]:
     """Choose the ggml type of every tensor of a file of one type.
 
@@ -146,6 +150,10 @@ def tensor_types(
         block_count, expert_count, attention.head_count and the like are read from it.
     architecture : str
         GGUF's general.architecture.
+    overrides : TypeOverrides, optional
+        Types for single tensors, of those that are quantised.
+    has_importance : bool
+        Whether an importance matrix guides the encoders, which some mixtures ask.
 
     Returns
     -------
@@ -155,27 +163,33 @@ def tensor_types(
     Raises
     ------
     RecipeError
-        No such file type.
+        No such file type, or it is not quantised and there are overrides.
     MismatchError
-        The metadata lack block_count, or a tensor's layer lies beyond it, where the mixture asks.
+        The metadata lack block_count, or a tensor's layer lies beyond it, where the mixture asks; or
+        a row is no whole number of blocks of its override's type, which llama.cpp replaces by none.
     """
+    overrides = overrides or TypeOverrides()
     if file_type not in FILE_TYPES:
         known = ", ".join(FILE_TYPES)
         raise RecipeError(f"unknown file type {file_type!r}; choose one of {known}", field="type")
     rule = FILE_TYPES[file_type]
     if block_size(rule.default)[0] == 1:
+        overrides.refuse_for(rule.name)
         return {
             name: rule.default if _is_quantised(spec) else _type_left_alone(spec, rule)
             for name, spec in specs.items()
         }
-    mixture = Mixture(rule.name, rule.default, specs, metadata, architecture)
+    mixture = Mixture(
+        rule.name, rule.default, specs, metadata, architecture, has_importance=has_importance
+    )
     types: dict[str, str] = {}
     for name in sorted(specs, key=visiting_order):
         spec = specs[name]
         if not _is_quantised(spec):
             types[name] = _type_left_alone(spec, rule)
         else:
-            types[name] = _divisible(mixture.choose(spec), spec.n_cols)
+            # The mixture counts only the tensors that it is asked about, as llama.cpp does.
+            types[name] = _divisible(overrides.choose(name) or mixture.choose(spec), spec)
     return {name: types[name] for name in specs}
 
 
@@ -256,9 +270,16 @@ def _type_left_alone(spec: TensorSpec, rule: FileType) -> str:
     return "BF16" if spec.dtype == "BF16" else "F16"
 
 
-def _divisible(ggml_type: str, n_cols: int) -> str:
+def _divisible(ggml_type: str, spec: TensorSpec) -> str:
     """`tensor_type_fallback`: the type itself where its block divides the row."""
-    if n_cols % block_size(ggml_type)[0] == 0:
+    block_len, _ = block_size(ggml_type)
+    if spec.n_cols % block_len == 0:
         return ggml_type
+    if block_len > 32 and ggml_type not in _FALLBACK:
+        raise MismatchError(
+            f"tensor {spec.name!r} has rows of {spec.n_cols}, which {ggml_type} blocks of "
+            f"{block_len} do not fill; give it another type",
+            tensor=spec.name,
+        )
     smaller = _FALLBACK.get(ggml_type, ggml_type)
-    return smaller if n_cols % block_size(smaller)[0] == 0 else "F16"
+    return smaller if spec.n_cols % block_size(smaller)[0] == 0 else "F16"
