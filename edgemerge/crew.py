@@ -68,14 +68,14 @@ class Crew:
         self._measure_layers()
         return tuple(notes)
 
-    def run(self, file: OutputFile, offsets: Mapping[str, int]) -> list[TensorResult]:
-        """Make every tensor and write it at its offset; results in the order of the jobs."""
+    def run(self, places: Mapping[str, tuple[OutputFile, int]]) -> list[TensorResult]:
+        """Make every tensor and write it to its file and offset; results in the order of the jobs."""
 
         def make(stream: TensorStream) -> TensorResult:
             job = stream.job
             layer = layer_index(job.out.name)
             gram = self._grams.get(layer) if job.is_layer_scoped and layer is not None else None
-            return stream.run(file, offsets[job.out.name], gram)
+            return stream.run(*places[job.out.name], gram)
 
         return self._each(self.plan.jobs, make)
 

@@ -1,4 +1,4 @@
-"""Runs a plan: every tensor through a worker, into one GGUF.
+"""Runs a plan: every tensor through a worker, into one GGUF, or into the files of a split one.
 
 Read top-down: `merge` plans, writes the header, lets the workers loose, seals the file. A worker takes a
 whole tensor, largest first, and cuts it into blocks of rows; so nothing is shared between workers, sums
@@ -19,10 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgemerge.errors import OutputError
 from edgemerge.formats import open_model
-from edgemerge.formats.gguf_writer import GgufLayout, make_layout
+from edgemerge.formats.gguf_split import MAX_PARTS, part_paths, whole_name
+from edgemerge.formats.gguf_writer import GgufLayout, make_layouts
 from edgemerge.formats.metadata import encode_value
-from edgemerge.output import OutputFile, check_output
+from edgemerge.output import check_output
+from edgemerge.output_parts import OutputParts
 from edgemerge.plan import make_plan
 from edgemerge.report import MergeReport, peak_rss_bytes
 from edgemerge.types import Plan, Progress, Recipe, Source
@@ -72,10 +75,11 @@ def merge(
     *,
     memory: int | None = None,
     threads: int | None = None,
+    split_bytes: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Merge models into one GGUF file.
+    """Merge models into one GGUF file, or a split one.
 
     Parameters
     ----------
@@ -85,6 +89,9 @@ def merge(
         The file to make; it gets its name only when it is whole.
     memory, threads : int, optional
         As for `plan`.
+    split_bytes : int, optional
+        Write OUT-00001-of-00003.gguf and so on instead of OUT.gguf, with at most so many bytes of
+        tensors in each, as llama.cpp's gguf-split does.
     force : bool
         Replace an existing output.
     progress : callable, optional
@@ -102,7 +109,8 @@ def merge(
     """
     started = time.monotonic()
     output = Path(output)
-    check_output(output, recipe.models(), force=force)
+    if split_bytes is None:
+        check_output(output, recipe.models(), force=force)
     with ExitStack() as stack:
         opened: dict[Path, Source] = {}
 
@@ -111,23 +119,32 @@ def merge(
             return opened[path]
 
         the_plan = make_plan(recipe, open_once, memory=memory, threads=threads or default_threads())
+        layouts = _layouts(the_plan, [], split_bytes)
+        paths = _name_files(output, layouts, split_bytes)
+        _check_outputs(paths, recipe, force=force)
         warm_up(the_plan)
-        layout = _layout(the_plan, [])
-        file = stack.enter_context(OutputFile(output, layout.n_bytes))
-        check_output(
-            output, recipe.models(), force=force
-        )  # again, now that nobody else can make it
+        sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
+        parts = stack.enter_context(OutputParts(sizes))
+        _check_outputs(paths, recipe, force=force)  # again, now that nobody else can make them
         crew = _new_crew(the_plan, list(opened.values()), progress)
         notes = crew.prepare()
-        results = crew.run(file, layout.offsets)
-        file.write(_layout(the_plan, results).header, 0)
-        digest = file.sha256()
-        file.publish()
+        results = crew.run(
+            {
+                name: (file, offset)
+                for file, layout in zip(parts.files, layouts, strict=True)
+                for name, offset in layout.offsets.items()
+            }
+        )
+        layouts = _layouts(the_plan, results, split_bytes)
+        for file, layout in zip(parts.files, layouts, strict=True):
+            file.write(layout.header, 0)
+        digest, files = parts.hash()
+        parts.publish()
     return MergeReport(
-        output=output,
-        out_bytes=layout.n_bytes,
+        output=paths[0],
+        out_bytes=sum(layout.n_bytes for layout in layouts),
         method=recipe.method,
-        models=tuple(path.name for path in the_plan.models),
+        models=tuple(whole_name(path) for path in the_plan.models),
         type_bytes=_type_bytes(the_plan),
         file_type=the_plan.file_type,
         tensors=len(the_plan.jobs),
@@ -136,12 +153,13 @@ def merge(
         budget_bytes=the_plan.budget,
         peak_rss_bytes=peak_rss_bytes(),
         read_bytes=crew.traffic.read,
-        written_bytes=crew.traffic.written + len(layout.header),
+        written_bytes=crew.traffic.written + sum(len(layout.header) for layout in layouts),
         passes=max((job.passes for job in the_plan.jobs), default=0),
         workers=the_plan.workers,
         resumed_tensors=0,
         sha256=digest,
         notes=the_plan.notes + notes,
+        files=files if split_bytes is not None else (),
     )
 
 
@@ -167,10 +185,29 @@ def _new_crew(the_plan: Plan, sources: Sequence[Source], progress: Progress | No
 # -- the header ------------------------------------------------------------------------------------------
 
 
-def _layout(the_plan: Plan, results: Sequence[TensorResult]) -> GgufLayout:
+def _layouts(
+    the_plan: Plan, results: Sequence[TensorResult], split_bytes: int | None
+) -> list[GgufLayout]:
     """Lay the output out; checksums are zero until there are results, which does not change its size."""
     metadata = {**the_plan.metadata, **_provenance(the_plan, results)}
-    return make_layout(metadata, [job.out for job in the_plan.jobs])
+    return make_layouts(metadata, [job.out for job in the_plan.jobs], split_bytes)
+
+
+def _name_files(output: Path, layouts: Sequence[GgufLayout], split_bytes: int | None) -> list[Path]:
+    """Name the files of the output, one for each layout."""
+    if split_bytes is None:
+        return [output]
+    if len(layouts) > MAX_PARTS:
+        raise OutputError(
+            f"would be a split of {len(layouts)} files; allow larger ones with --split-max-size",
+            path=output,
+        )
+    return part_paths(output, len(layouts))
+
+
+def _check_outputs(paths: Sequence[Path], recipe: Recipe, *, force: bool) -> None:
+    for path in paths:
+        check_output(path, recipe.models(), force=force)
 
 
 def _provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str, bytes]:
@@ -191,7 +228,7 @@ def _provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str,
         "edgemerge.method": encode_value(the_plan.recipe.method, "str"),
         "edgemerge.recipe": encode_value(_recipe_json(the_plan), "str"),
         "edgemerge.seed": encode_value(the_plan.recipe.seed, "u64"),
-        "edgemerge.inputs": encode_value([path.name for path in models], "[str]"),
+        "edgemerge.inputs": encode_value([whole_name(path) for path in models], "[str]"),
         "edgemerge.input_crc32": encode_value(inputs, "[u32]"),
         "edgemerge.tensor_crc32": encode_value(tensors, "[u32]"),
     }
@@ -203,4 +240,4 @@ def _recipe_json(the_plan: Plan) -> str:
     for dropped in ("notes", "memory", "chat_template", "tokenizer_source"):
         del recipe[dropped]
     recipe["out_type"] = the_plan.file_type
-    return json.dumps(recipe, default=lambda path: path.name, sort_keys=True)
+    return json.dumps(recipe, default=whole_name, sort_keys=True)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
 from edgemerge.errors import OutputError
+from edgemerge.formats.gguf_split import sibling_parts
 from edgemerge.sizes import format_size
 from edgemerge.types import UInt8
 
@@ -32,12 +33,12 @@ def check_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
     Raises
     ------
     OutputError
-        It exists and `force` is not given, is no regular file or one of the inputs, or its folder
-        is missing.
+        It exists and `force` is not given, is no regular file, one of the inputs or a part of one,
+        or its folder is missing.
     """
     if path.is_dir():
         raise OutputError("is a folder; give the name of a file", path=path)
-    if path.resolve() in inputs:
+    if path.resolve() in {part for given in inputs for part in sibling_parts(given)}:
         raise OutputError("is one of the inputs; choose another name", path=path)
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist; make it first", path=path)
@@ -157,16 +158,13 @@ class OutputFile:
         except OSError as error:
             raise OutputError(f"could not be written ({error.strerror})", path=self.path) from error
 
-    def sha256(self) -> str:
-        """Hash the file as it stands on disk."""
-        digest = hashlib.sha256()
-        buffer = bytearray(CHUNK)
-        view = memoryview(buffer)
+    def chunks(self) -> Iterator[memoryview]:
+        """Read the file as it stands on disk; each piece is valid until the next."""
+        view = memoryview(bytearray(CHUNK))
         at = 0
         while n_read := os.preadv(self._fd, [view], at):
-            digest.update(view[:n_read])
+            yield view[:n_read]
             at += n_read
-        return digest.hexdigest()
 
     def publish(self) -> None:
         """Make the file durable and give it its final name, replacing what was there.
@@ -176,8 +174,29 @@ class OutputFile:
         OutputError
             The disk refused.
         """
-        try:
+        self.sync()
+        self.rename()
+
+    def sync(self) -> None:
+        """Make what was written durable.
+
+        Raises
+        ------
+        OutputError
+            The disk refused.
+        """
+        with self._finishing():
             os.fsync(self._fd)
+
+    def rename(self) -> None:
+        """Give the file its final name, durably, replacing what was there.
+
+        Raises
+        ------
+        OutputError
+            The disk refused.
+        """
+        with self._finishing():
             os.replace(self.part, self.path)
             self._published = True
             folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -185,6 +204,11 @@ class OutputFile:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+    @contextlib.contextmanager
+    def _finishing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise OutputError(
                 f"could not be finished ({error.strerror})", path=self.path

@@ -12,6 +12,7 @@ from edgemerge.compatibility import layer_settings
 from edgemerge.drafts import Draft
 from edgemerge.errors import RecipeError
 from edgemerge.formats.filetypes import FILE_TYPES, dominant_file_type, keep_types, tensor_types
+from edgemerge.formats.gguf_split import whole_name
 from edgemerge.formats.metadata import encode_value, get_value
 from edgemerge.formats.overrides import TypeOverrides
 from edgemerge.methods import Method
@@ -133,7 +134,9 @@ def output_metadata(
     metadata |= {k: v for k, v in theirs.items() if k.startswith("tokenizer.")}
     if recipe.chat_template is not None:
         metadata["tokenizer.chat_template"] = encode_value(recipe.chat_template, "str")
-    names = [path.stem if path.is_file() else path.name for path in recipe.models()]
+    names = [
+        Path(whole_name(path)).stem if path.is_file() else path.name for path in recipe.models()
+    ]
     title = names[0] if len(names) == 1 else f"{method.name} merge of {', '.join(names)}"
     metadata["general.name"] = encode_value(title, "str")
     metadata["general.file_type"] = _file_type_id(file_type, reference, drafts, types)

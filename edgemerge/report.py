@@ -10,15 +10,24 @@ from typing import Any
 from edgemerge.process import read_process
 from edgemerge.sizes import format_count, format_size
 
-__all__ = ["MergeReport", "peak_rss_bytes"]
+__all__ = ["FileReport", "MergeReport", "peak_rss_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileReport:
+    """One file of an output."""
+
+    path: Path
+    n_bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
     """Figures of one finished merge; the field names are the contract of `merge --json`."""
 
-    output: Path
-    out_bytes: int
+    output: Path  # what to load: of a split, its first file
+    out_bytes: int  # of all files
     method: str
     models: tuple[str, ...]  # names, the base first
     file_type: str
@@ -33,12 +42,14 @@ class MergeReport:
     passes: int  # most reads of one tensor's inputs
     workers: int
     resumed_tensors: int  # taken over from an interrupted run
-    sha256: str  # of the output file
+    sha256: str  # of the output file; of a split, of its files one after the other
     notes: tuple[str, ...]
+    files: tuple[FileReport, ...] = ()  # of a split, in order
 
     def as_json(self) -> dict[str, Any]:
         """Return plain types only."""
-        return asdict(self) | {"output": str(self.output)}
+        files = [{**asdict(file), "path": str(file.path)} for file in self.files]
+        return asdict(self) | {"output": str(self.output), "files": files}
 
     def lines(self) -> Iterator[str]:
         """Say it to people."""
@@ -54,6 +65,8 @@ class MergeReport:
             f"wrote {format_size(self.written_bytes)}"
         )
         yield f"  sha256 {self.sha256}"
+        for file in self.files:
+            yield f"  {file.path.name}  {format_size(file.n_bytes)}, sha256 {file.sha256}"
         for note in self.notes:
             yield f"  note: {note}"
 

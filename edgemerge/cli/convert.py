@@ -22,6 +22,7 @@ def convert_command(
     imatrix: request.Imatrix = None,
     memory: request.Memory = None,
     threads: request.Threads = None,
+    split: request.Split = None,
     force: request.Force = False,
     json_: request.Json = False,
 ) -> None:
@@ -36,5 +37,7 @@ def convert_command(
         imatrix=imatrix,
     )
     label = f"convert -> {output.name}"
-    result = run_merge(recipe, output, memory, threads, label=label, force=force, quiet=json_)
+    result = run_merge(
+        recipe, output, memory, threads, split=split, label=label, force=force, quiet=json_
+    )
     print_report(result, as_json=json_)

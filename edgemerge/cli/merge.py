@@ -35,6 +35,7 @@ def merge_command(
     neurons: request.Neurons = False,
     parameter: request.Parameter = None,
     preset: request.Preset = None,
+    split: request.Split = None,
     force: request.Force = False,
     json_: request.Json = False,
     report: request.Report = None,
@@ -57,13 +58,16 @@ def merge_command(
         imatrix=imatrix,
     )
     inputs = (*recipe.models(), *(Path(text).resolve() for text in models))
-    check_output(output, inputs, force=force)
+    if split is None:  # else the names follow from the plan
+        check_output(output, inputs, force=force)
     if report is not None:  # now, not after an hour's work
         if report.resolve() == output.resolve():
             raise typer.BadParameter("-o and --report name the same file")
         check_output(report, inputs, force=force)
     label = f"{recipe.method} -> {output.name}"
-    result = run_merge(recipe, output, memory, threads, label=label, force=force, quiet=json_)
+    result = run_merge(
+        recipe, output, memory, threads, split=split, label=label, force=force, quiet=json_
+    )
     if report is not None:
         write_page(result, report)
     print_report(result, as_json=json_)
@@ -75,11 +79,15 @@ def run_merge(
     memory: str | None,
     threads: int | None,
     *,
+    split: str | None,
     label: str,
     force: bool,
     quiet: bool,
 ) -> MergeReport:
-    """Merge under a progress bar, which `quiet` leaves out; `memory` is a size as the user wrote it."""
+    """Merge under a progress bar, which `quiet` leaves out.
+
+    `memory` and `split` are sizes as the user wrote them.
+    """
     from edgemerge.merge import merge
     from edgemerge.sizes import parse_size
 
@@ -89,6 +97,7 @@ def run_merge(
             output,
             memory=parse_size(memory) if memory is not None else None,
             threads=threads,
+            split_bytes=parse_size(split) if split is not None else None,
             force=force,
             progress=progress,
         )

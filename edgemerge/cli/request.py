@@ -11,7 +11,8 @@ import typer
 from edgemerge.types import Recipe
 
 __all__ = ["Base", "Force", "Json", "Memory", "Method", "Models", "Output", "Parameter", "Preset"]
-__all__ += ["Align", "Imatrix", "Neurons", "Report", "Seed", "TensorTypes", "Threads", "Type"]
+__all__ += ["Align", "Imatrix", "Neurons", "Report", "Seed", "Split"]
+__all__ += ["TensorTypes", "Threads", "Type"]
 __all__ += ["read_request", "read_tensor_types"]
 
 Models = Annotated[
@@ -87,6 +88,14 @@ Neurons = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option("--preset", metavar="NAME", help="paper: the settings of arXiv 2511.13373."),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        "--split-max-size",
+        metavar="SIZE",
+        help="Write OUT-00001-of-0000N.gguf and so on, with at most so many bytes of tensors each.",
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

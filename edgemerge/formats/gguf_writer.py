@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from edgemerge.formats import metadata as meta
 from edgemerge.formats.codec import GGML_TYPES
-from edgemerge.formats.gguf import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, align_up
+from edgemerge.formats.gguf_header import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, align_up
+from edgemerge.formats.gguf_split import COUNT_KEY, NUMBER_KEY, TOTAL_KEY, divide_tensors
 from edgemerge.types import TensorSpec
 
-__all__ = ["GgufLayout", "make_layout"]
+__all__ = ["GgufLayout", "make_layout", "make_layouts"]
 
 _TYPE_IDS = {name: type_id for type_id, name in GGML_TYPES.items()}
 
@@ -57,6 +58,33 @@ def make_layout(metadata: Mapping[str, bytes], specs: Iterable[TensorSpec]) -> G
     header += bytes(align_up(len(header), raw_alignment) - len(header))
     offsets = {name: len(header) + offset for name, offset in relative.items()}
     return GgufLayout(header, offsets, len(header) + at)
+
+
+def make_layouts(
+    metadata: Mapping[str, bytes], specs: Iterable[TensorSpec], max_bytes: int | None
+) -> list[GgufLayout]:
+    """Lay out the files of one model: one without `max_bytes`, else as many as it takes.
+
+    Parameters
+    ----------
+    metadata, specs
+        As for `make_layout`; the first file has all metadata, and every file says its place.
+    max_bytes : int, optional
+        Most bytes of tensors in one file; see `gguf_split.divide_tensors`.
+    """
+    if max_bytes is None:
+        return [make_layout(metadata, specs)]
+    parts = divide_tensors(specs, max_bytes)
+    total = sum(len(part) for part in parts)
+    layouts = []
+    for i, part in enumerate(parts):
+        place = {
+            NUMBER_KEY: meta.encode_value(i, "u16"),
+            COUNT_KEY: meta.encode_value(len(parts), "u16"),
+            TOTAL_KEY: meta.encode_value(total, "i32"),
+        }
+        layouts.append(make_layout({**metadata, **place} if i == 0 else place, part))
+    return layouts
 
 
 def _tensor_info(spec: TensorSpec, offset: int) -> bytes:

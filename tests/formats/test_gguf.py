@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.gguf import GgufModel, align_up
+from edgemerge.formats.gguf import GgufModel
+from edgemerge.formats.gguf_header import align_up
 from edgemerge.formats.gguf_writer import make_layout
 from edgemerge.formats.metadata import SCALARS, decode_value, encode_value, get_value
 from edgemerge.types import TensorSpec, UInt8

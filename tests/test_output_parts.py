@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from edgemerge.errors import OutputError
+from edgemerge.output_parts import OutputParts
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def parts_in(folder: Path) -> OutputParts:
+    return OutputParts([(folder / f"{i}.gguf", 4) for i in (1, 2, 3)])
+
+
+def test_all_are_named_at_the_end(tmp_path: Path) -> None:
+    with parts_in(tmp_path) as parts:
+        for i, file in enumerate(parts.files):
+            file.write(bytes([i] * 4), 0)
+        assert names(tmp_path) == ["1.gguf.part", "2.gguf.part", "3.gguf.part"]
+        together, reports = parts.hash()
+        parts.publish()
+    assert names(tmp_path) == ["1.gguf", "2.gguf", "3.gguf"]
+    contents = [(tmp_path / f"{i}.gguf").read_bytes() for i in (1, 2, 3)]
+    assert together == hashlib.sha256(b"".join(contents)).hexdigest()
+    assert [report.sha256 for report in reports] == [
+        hashlib.sha256(content).hexdigest() for content in contents
+    ]
+    assert [report.n_bytes for report in reports] == [4, 4, 4]
+
+
+def test_a_failure_leaves_nothing_new(tmp_path: Path) -> None:
+    (tmp_path / "1.gguf").write_bytes(b"precious")
+    with pytest.raises(KeyboardInterrupt), parts_in(tmp_path):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["1.gguf"]
+    assert (tmp_path / "1.gguf").read_bytes() == b"precious"
+
+
+def test_a_part_that_cannot_be_made_removes_the_others(tmp_path: Path) -> None:
+    (tmp_path / "3.gguf.part").mkdir()
+    with pytest.raises(OutputError, match=r"3\.gguf: cannot be written"):
+        parts_in(tmp_path)
+    assert names(tmp_path) == ["3.gguf.part"]
+
+
+@pytest.mark.parametrize("allowed", range(4))
+def test_old_and_new_files_never_make_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int
+) -> None:
+    """Whatever rename is the last that succeeds, the first file is there only with all."""
+    left = allowed
+    rename = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    for i in (1, 2, 3):
+        (tmp_path / f"{i}.gguf").write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", replace)
+    with parts_in(tmp_path) as parts:
+        for file in parts.files:
+            file.write(b"new!", 0)
+        if allowed < 3:
+            with pytest.raises(OutputError, match="could not be finished"):
+                parts.publish()
+        else:
+            parts.publish()
+    contents = [(tmp_path / f"{i}.gguf").read_bytes() for i in (2, 3)]
+    assert (tmp_path / "1.gguf").exists() == (allowed == 3)
+    assert contents.count(b"new!") == min(allowed, 2)
+    assert not list(tmp_path.glob("*.part"))
