@@ -8,9 +8,10 @@ a scale of 6 bits. Block of 136 bytes (block_iq4_xs): d as binary16; 2 bytes wit
 of scale j in bits 2 j and 2 j + 1; 4 bytes with the lower four, of scale 2 j below and of 2 j + 1
 above in byte j; 16 bytes of quants for each sub-block, as in IQ4_NL.
 
-The encoder is ggml's quantize_row_iq4_nl_impl without an importance matrix, bit for bit, turned on
-its side as q6_k.py explains: 64 sub-blocks stand beside each other, tile[element, lane], and every
-loop runs over lanes: 26 times ggml's speed with AVX-512, 15 with AVX2.
+The encoder is ggml's quantize_row_iq4_nl_impl, bit for bit, turned on its side as q6_k.py explains:
+64 sub-blocks stand beside each other, tile[element, lane], and every loop runs over lanes. Errors are
+weighted by the squares of the values, or with an importance matrix as importance.py says. 26 times
+ggml's speed with AVX-512, 15 with AVX2.
 """
 
 import numpy as np
@@ -22,14 +23,14 @@ EPSILON = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: what is smaller counts as z
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 VALUES = np.array(LEVELS, np.float32)  # kvalues_iq4nl
 
-# Rows of LANES float32 in the scratch, after the 32 rows of the tile.
+# Rows of LANES float32 in the scratch, after the 32 rows of the tile and the 32 of its weights.
 EXTREME = 0 * LANES  # value of largest magnitude, with its sign
 SCALE = 1 * LANES  # scale of the best fit so far
 QUALITY = 2 * LANES  # its scale times its sum of x q; a better fit has more
 INVERSE = 3 * LANES  # 1 / scale of the candidate
-SUM_XQ = 4 * LANES  # of its levels; weighted by x squared
+SUM_XQ = 4 * LANES  # of its levels; weighted
 SUM_Q2 = 5 * LANES
-SCRATCH_LEN = (32 + 6) * LANES
+SCRATCH_LEN = (32 + 32 + 6) * LANES
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -144,12 +145,13 @@ def _index(v):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _gather(x_f32, first, tile):
+def _gather(x_f32, first, tile, weights):
     # Sub-block `first` becomes lane 0. What stands in unused lanes is never written out.
     for lane in range(min(LANES, x_f32.size // 32 - first)):
         x = x_f32[32 * (first + lane) : 32 * (first + lane) + 32]
         for k in range(32):
             tile[k * LANES + lane] = x[k]
+            weights[k * LANES + lane] = np.float32(x[k] * x[k])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -164,7 +166,7 @@ def _find_extremes(tile, state):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _project(tile, state):
+def _project(tile, weights, state):
     # Levels of a candidate, and their weighted sums.
     for lane in range(LANES):
         state[SUM_XQ + lane] = np.float32(0.0)
@@ -173,7 +175,7 @@ def _project(tile, state):
         for lane in range(LANES):
             x = tile[k * LANES + lane]
             q = _nearest(np.float32(state[INVERSE + lane] * x))
-            wq = np.float32(np.float32(x * x) * q)
+            wq = np.float32(weights[k * LANES + lane] * q)
             state[SUM_XQ + lane] += np.float32(wq * x)
             state[SUM_Q2 + lane] += np.float32(wq * q)
 
@@ -193,18 +195,27 @@ def _judge(state, first):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _search(tile, state):
+def search_iq4(tile, weights, state):
+    """Find the scales of sub-blocks that have the least weighted squared errors.
+
+    Parameters
+    ----------
+    tile, weights : (32 * 64,) float32
+        32 rows of values and of their weights, a sub-block to a lane
+    state : (6 * 64,) float32
+        written; the second row holds the scales
+    """
     _find_extremes(tile, state)
     for lane in range(LANES):
         scale = np.float32(-state[EXTREME + lane] / np.float32(-127.0))
         state[INVERSE + lane] = np.float32(np.float32(1.0) / scale)
-    _project(tile, state)
+    _project(tile, weights, state)
     _judge(state, True)
     for step in range(-REACH, REACH + 1):
         dividend = np.float32(np.int32(step) - np.int32(127))
         for lane in range(LANES):
             state[INVERSE + lane] = np.float32(dividend / state[EXTREME + lane])
-        _project(tile, state)
+        _project(tile, weights, state)
         _judge(state, False)
     for lane in range(LANES):
         zero = abs(state[EXTREME + lane]) < EPSILON
@@ -221,6 +232,28 @@ def _write_run(x, scale, quants):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def write_iq4_nl(x_f32, scales_f32, out_u8):
+    """Write IQ4_NL blocks for the scales that a search found.
+
+    Parameters
+    ----------
+    x_f32 : (n_blocks * 32,) float32
+        finite values
+    scales_f32 : (n_blocks,) float32
+        from `search_iq4`
+    out_u8 : (n_blocks * 18,) uint8
+        written
+    """
+    for i in range(out_u8.size // 18):
+        block = out_u8[18 * i : 18 * i + 18]
+        # Squares of huge values overflow, and what comes of that is a negative NaN on x86 only
+        half = np.uint32(0xFE00) if np.isnan(scales_f32[i]) else _float_to_half(scales_f32[i])
+        block[0] = half & 255
+        block[1] = half >> 8
+        _write_run(x_f32[32 * i : 32 * i + 32], scales_f32[i], block[2:18])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def encode_iq4_nl(x_f32, scratch_f32, out_u8):
     """Write the blocks that ggml makes without an importance matrix (quantize_iq4_nl).
 
@@ -234,19 +267,15 @@ def encode_iq4_nl(x_f32, scratch_f32, out_u8):
         written
     """
     tile = scratch_f32[: 32 * LANES]
-    state = scratch_f32[32 * LANES : SCRATCH_LEN]
+    weights = scratch_f32[32 * LANES : 64 * LANES]
+    state = scratch_f32[64 * LANES : SCRATCH_LEN]
     n_blocks = x_f32.size // 32
     for first in range(0, n_blocks, LANES):
-        _gather(x_f32, first, tile)
-        _search(tile, state)
-        for i in range(first, min(first + LANES, n_blocks)):
-            block = out_u8[18 * i : 18 * i + 18]
-            scale = state[SCALE + i - first]
-            # Squares of huge values overflow, and what comes of that is a negative NaN on x86 only
-            half = np.uint32(0xFE00) if np.isnan(scale) else _float_to_half(scale)
-            block[0] = half & 255
-            block[1] = half >> 8
-            _write_run(x_f32[32 * i : 32 * i + 32], scale, block[2:18])
+        last = min(first + LANES, n_blocks)
+        _gather(x_f32, first, tile, weights)
+        search_iq4(tile, weights, state)
+        scales = state[SCALE : SCALE + last - first]
+        write_iq4_nl(x_f32[32 * first : 32 * last], scales, out_u8[18 * first : 18 * last])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -281,6 +310,24 @@ def _write_super_block(x, scales, block):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def write_iq4_xs(x_f32, scales_f32, out_u8):
+    """Write IQ4_XS blocks for the scales that a search found.
+
+    Parameters
+    ----------
+    x_f32 : (n_blocks * 256,) float32
+        finite values
+    scales_f32 : (n_blocks * 8,) float32
+        from `search_iq4`
+    out_u8 : (n_blocks * 136,) uint8
+        written
+    """
+    for i in range(out_u8.size // 136):
+        block = out_u8[136 * i : 136 * i + 136]
+        _write_super_block(x_f32[256 * i : 256 * i + 256], scales_f32[8 * i : 8 * i + 8], block)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def encode_iq4_xs(x_f32, scratch_f32, out_u8):
     """Write the blocks that ggml makes without an importance matrix (quantize_iq4_xs).
 
@@ -294,13 +341,12 @@ def encode_iq4_xs(x_f32, scratch_f32, out_u8):
         written
     """
     tile = scratch_f32[: 32 * LANES]
-    state = scratch_f32[32 * LANES : SCRATCH_LEN]
+    weights = scratch_f32[32 * LANES : 64 * LANES]
+    state = scratch_f32[64 * LANES : SCRATCH_LEN]
     n_sub = x_f32.size // 32
     for first in range(0, n_sub, LANES):
-        _gather(x_f32, first, tile)
-        _search(tile, state)
-        for lane in range(0, min(LANES, n_sub - first), 8):
-            i = (first + lane) // 8
-            scales = state[SCALE + lane : SCALE + lane + 8]
-            x = x_f32[256 * i : 256 * i + 256]
-            _write_super_block(x, scales, out_u8[136 * i : 136 * i + 136])
+        last = min(first + LANES, n_sub)
+        _gather(x_f32, first, tile, weights)
+        search_iq4(tile, weights, state)
+        scales = state[SCALE : SCALE + last - first]
+        write_iq4_xs(x_f32[32 * first : 32 * last], scales, out_u8[17 * first : 17 * last])

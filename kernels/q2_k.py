@@ -260,7 +260,7 @@ def _write_header(state, first_lane, block):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _write_quants(x, state, first_lane, levels, block):
+def _write_quants(x, inverses, minima, levels, block):
     # Quants for the scales as they were rounded.
     d = _half_to_float(block[80], block[81])
     dmin = _half_to_float(block[82], block[83])
@@ -274,8 +274,8 @@ def _write_quants(x, state, first_lane, levels, block):
             for k in range(sub.size):
                 sub_levels[k] = _level(np.float32(np.float32(sub[k] + offset) / step))
         else:  # ggml leaves the quants of the search in place
-            inverse = state[FIT_INVERSE + first_lane + j]
-            smallest = state[FIT_MIN + first_lane + j]
+            inverse = inverses[j]
+            smallest = minima[j]
             for k in range(sub.size):
                 sub_levels[k] = _level(np.float32(inverse * np.float32(sub[k] - smallest)))
     for j in range(2):
@@ -284,6 +284,28 @@ def _write_quants(x, state, first_lane, levels, block):
         for k in range(quants.size):
             low = np.int32(runs[k]) | np.int32(runs[32 + k]) << 2
             quants[k] = np.uint8(low | np.int32(runs[64 + k]) << 4 | np.int32(runs[96 + k]) << 6)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def write_quants_q2_k(x_f32, inverses_f32, minima_f32, levels_f32, out_u8):
+    """Write the quants of blocks whose scales and minima are written already.
+
+    Parameters
+    ----------
+    x_f32 : (n_blocks * 256,) float32
+        finite values
+    inverses_f32, minima_f32 : (n_blocks * 16,) float32
+        of the sub-blocks whose scale is zero: quants are round(inverse * (x - minimum))
+    levels_f32 : (>= 256,) float32
+        overwritten
+    out_u8 : (n_blocks * 84,) uint8
+        the quants are written
+    """
+    for i in range(out_u8.size // 84):
+        inverses = inverses_f32[16 * i : 16 * i + 16]
+        minima = minima_f32[16 * i : 16 * i + 16]
+        block = out_u8[84 * i : 84 * i + 84]
+        _write_quants(x_f32[256 * i : 256 * i + 256], inverses, minima, levels_f32, block)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -322,4 +344,6 @@ def encode_q2_k(x_f32, scratch_f32, out_u8):
             x = x_f32[256 * i : 256 * i + 256]
             block = out_u8[84 * i : 84 * i + 84]
             _write_header(state, lane, block)
-            _write_quants(x, state, lane, quants, block)
+            inverses = state[FIT_INVERSE + lane : FIT_INVERSE + lane + 16]
+            minima = state[FIT_MIN + lane : FIT_MIN + lane + 16]
+            _write_quants(x, inverses, minima, quants, block)

@@ -232,6 +232,26 @@ def _write_quants(x, quants, first_lane, levels, block):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def write_quants_q3_k(x_f32, quants, levels_f32, out_u8):
+    """Write the quants of blocks whose scales are written already.
+
+    Parameters
+    ----------
+    x_f32 : (n_blocks * 256,) float32
+        finite values
+    quants : (16 * 64,) float32
+        16 rows of a lane for each sub-block: quants of those whose scale is zero
+    levels_f32 : (>= 256,) float32
+        overwritten
+    out_u8 : (n_blocks * 110,) uint8
+        the quants are written
+    """
+    for i in range(out_u8.size // 110):
+        block = out_u8[110 * i : 110 * i + 110]
+        _write_quants(x_f32[256 * i : 256 * i + 256], quants, 16 * i, levels_f32, block)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def encode_q3_k(x_f32, scratch_f32, out_u8):
     """Write the blocks that ggml's reference quantiser makes (quantize_row_q3_K_ref).
 

@@ -294,7 +294,7 @@ def _write_header(state, first_lane, block):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _write_quants(x, state, first_lane, levels, block):
+def _write_quants(x, inverses, minima, levels, block):
     # Quants for the scales as they were rounded.
     d = _half_to_float(block[0], block[1])
     dmin = _half_to_float(block[2], block[3])
@@ -308,8 +308,8 @@ def _write_quants(x, state, first_lane, levels, block):
             for k in range(sub.size):
                 sub_levels[k] = _level(np.float32(np.float32(sub[k] + offset) / step))
         else:  # ggml leaves the quants of the search in place
-            inverse = state[FIT_INVERSE + first_lane + j]
-            smallest = state[FIT_MIN + first_lane + j]
+            inverse = inverses[j]
+            smallest = minima[j]
             for k in range(sub.size):
                 sub_levels[k] = _level(np.float32(inverse * np.float32(sub[k] - smallest)))
     for j in range(4):
@@ -318,6 +318,28 @@ def _write_quants(x, state, first_lane, levels, block):
         quants = block[16 + 32 * j : 48 + 32 * j]
         for k in range(quants.size):
             quants[k] = np.uint8(np.int32(low[k]) | np.int32(high[k]) << 4)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def write_quants_q4_k(x_f32, inverses_f32, minima_f32, levels_f32, out_u8):
+    """Write the quants of blocks whose scales and minima are written already.
+
+    Parameters
+    ----------
+    x_f32 : (n_blocks * 256,) float32
+        finite values
+    inverses_f32, minima_f32 : (n_blocks * 8,) float32
+        of the sub-blocks whose scale is zero: quants are round(inverse * (x - minimum))
+    levels_f32 : (>= 256,) float32
+        overwritten
+    out_u8 : (n_blocks * 144,) uint8
+        the quants are written
+    """
+    for i in range(out_u8.size // 144):
+        inverses = inverses_f32[8 * i : 8 * i + 8]
+        minima = minima_f32[8 * i : 8 * i + 8]
+        block = out_u8[144 * i : 144 * i + 144]
+        _write_quants(x_f32[256 * i : 256 * i + 256], inverses, minima, levels_f32, block)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -356,4 +378,6 @@ def encode_q4_k(x_f32, scratch_f32, out_u8):
             x = x_f32[256 * i : 256 * i + 256]
             block = out_u8[144 * i : 144 * i + 144]
             _write_header(state, lane, block)
-            _write_quants(x, state, lane, quants, block)
+            inverses = state[FIT_INVERSE + lane : FIT_INVERSE + lane + 8]
+            minima = state[FIT_MIN + lane : FIT_MIN + lane + 8]
+            _write_quants(x, inverses, minima, quants, block)

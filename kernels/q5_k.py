@@ -296,7 +296,7 @@ def _write_header(state, first_lane, block):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _write_quants(x, state, first_lane, levels, block):
+def _write_quants(x, inverses, minima, levels, block):
     # Quants for the scales as they were rounded.
     d = _half_to_float(block[0], block[1])
     dmin = _half_to_float(block[2], block[3])
@@ -310,8 +310,8 @@ def _write_quants(x, state, first_lane, levels, block):
             for k in range(sub.size):
                 sub_levels[k] = _level(np.float32(np.float32(sub[k] + offset) / step))
         else:  # ggml leaves the quants of the search in place
-            inverse = state[FIT_INVERSE + first_lane + j]
-            smallest = state[FIT_MIN + first_lane + j]
+            inverse = inverses[j]
+            smallest = minima[j]
             for k in range(sub.size):
                 sub_levels[k] = _level(np.float32(inverse * np.float32(sub[k] - smallest)))
     fifth = block[16:48]
@@ -325,6 +325,28 @@ def _write_quants(x, state, first_lane, levels, block):
             high_q = np.int32(high[k])
             quants[k] = np.uint8(low_q & 15 | (high_q & 15) << 4)
             fifth[k] |= np.uint8((low_q >> 4 | high_q >> 4 << 1) << (2 * j))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def write_quants_q5_k(x_f32, inverses_f32, minima_f32, levels_f32, out_u8):
+    """Write the quants of blocks whose scales and minima are written already.
+
+    Parameters
+    ----------
+    x_f32 : (n_blocks * 256,) float32
+        finite values
+    inverses_f32, minima_f32 : (n_blocks * 8,) float32
+        of the sub-blocks whose scale is zero: quants are round(inverse * (x - minimum))
+    levels_f32 : (>= 256,) float32
+        overwritten
+    out_u8 : (n_blocks * 176,) uint8
+        the quants are written
+    """
+    for i in range(out_u8.size // 176):
+        inverses = inverses_f32[8 * i : 8 * i + 8]
+        minima = minima_f32[8 * i : 8 * i + 8]
+        block = out_u8[176 * i : 176 * i + 176]
+        _write_quants(x_f32[256 * i : 256 * i + 256], inverses, minima, levels_f32, block)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -363,4 +385,6 @@ def encode_q5_k(x_f32, scratch_f32, out_u8):
             x = x_f32[256 * i : 256 * i + 256]
             block = out_u8[176 * i : 176 * i + 176]
             _write_header(state, lane, block)
-            _write_quants(x, state, lane, quants, block)
+            inverses = state[FIT_INVERSE + lane : FIT_INVERSE + lane + 8]
+            minima = state[FIT_MIN + lane : FIT_MIN + lane + 8]
+            _write_quants(x, inverses, minima, quants, block)

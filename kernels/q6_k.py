@@ -166,11 +166,11 @@ def _search(tile, state):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _write_block(x, state, first_lane, levels, block):
+def _write_block(x, scales, extremes, inverses, levels, block):
     largest = np.float32(0.0)
     extreme = np.float32(0.0)
-    for lane in range(first_lane, first_lane + 16):
-        scale = state[SCALE + lane]
+    for j in range(16):
+        scale = scales[j]
         extreme = scale if abs(scale) > largest else extreme
         largest = abs(scale) if abs(scale) > largest else largest
     if largest < EPSILON:
@@ -182,8 +182,7 @@ def _write_block(x, state, first_lane, levels, block):
     block[209] = half >> 8
     d = _half_to_float(block[208], block[209])
     for j in range(16):
-        lane = first_lane + j
-        scale_q = min(_round(np.float32(inverse * state[SCALE + lane])), np.int32(127))
+        scale_q = min(_round(np.float32(inverse * scales[j])), np.int32(127))
         block[192 + j] = np.uint8(scale_q & 255)
         step = np.float32(d * np.float32(np.int32(scale_q)))
         sub = x[16 * j : 16 * j + 16]
@@ -191,10 +190,10 @@ def _write_block(x, state, first_lane, levels, block):
         if step != 0:
             for k in range(sub.size):
                 sub_levels[k] = _level(np.float32(sub[k] / step)) + np.float32(32.0)
-        elif abs(state[EXTREME + lane]) < EPSILON:
+        elif abs(extremes[j]) < EPSILON:
             sub_levels[:] = np.float32(0.0)
         else:  # ggml leaves the quants of the search in place
-            inverse_fit = state[FIT_INVERSE + lane]
+            inverse_fit = inverses[j]
             for k in range(sub.size):
                 sub_levels[k] = _level(np.float32(inverse_fit * sub[k])) + np.float32(32.0)
     _pack(levels, block)
@@ -214,6 +213,31 @@ def _pack(levels, block):
             lower[k] = np.uint8(q0 & 15 | (q2 & 15) << 4)
             lower[32 + k] = np.uint8(q1 & 15 | (q3 & 15) << 4)
             upper[k] = np.uint8(q0 >> 4 | q1 >> 4 << 2 | q2 >> 4 << 4 | q3 >> 4 << 6)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def write_q6_k(x_f32, scales_f32, extremes_f32, inverses_f32, levels_f32, out_u8):
+    """Write blocks for the scales that a search found.
+
+    Parameters
+    ----------
+    x_f32 : (n_blocks * 256,) float32
+        finite values
+    scales_f32, extremes_f32, inverses_f32 : (n_blocks * 16,) float32
+        of each sub-block: its scale, its value of largest magnitude, and where the scale is rounded
+        to zero what gives its quants, which are round(inverse * x)
+    levels_f32 : (>= 256,) float32
+        overwritten
+    out_u8 : (n_blocks * 210,) uint8
+        written
+    """
+    for i in range(out_u8.size // 210):
+        scales = scales_f32[16 * i : 16 * i + 16]
+        extremes = extremes_f32[16 * i : 16 * i + 16]
+        inverses = inverses_f32[16 * i : 16 * i + 16]
+        block = out_u8[210 * i : 210 * i + 210]
+        x = x_f32[256 * i : 256 * i + 256]
+        _write_block(x, scales, extremes, inverses, levels_f32, block)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -243,4 +267,8 @@ def encode_q6_k(x_f32, scratch_f32, out_u8):
         for lane in range(0, n_lanes, 16):
             i = (first + lane) // 16
             x = x_f32[256 * i : 256 * i + 256]
-            _write_block(x, state, lane, levels, out_u8[210 * i : 210 * i + 210])
+            scales = state[SCALE + lane : SCALE + lane + 16]
+            extremes = state[EXTREME + lane : EXTREME + lane + 16]
+            inverses = state[FIT_INVERSE + lane : FIT_INVERSE + lane + 16]
+            block = out_u8[210 * i : 210 * i + 210]
+            _write_block(x, scales, extremes, inverses, levels, block)

@@ -1,0 +1,195 @@
+"""Encoding by an importance matrix: ggml's bytes where the errors of columns are weighted.
+
+What `quantize_row_*_impl` of ggml-quants.c do: sub-blocks are gathered with their weights, a search finds
+their scales (and minima), and what the scales are rounded to decides the quants. Each step is a kernel of
+its own, as the types share most of them; 64 sub-blocks are a step's work, so the calls weigh nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import cast
+
+import numpy as np
+
+from edgemerge.types import Float32, UInt8
+
+__all__ = ["WEIGHTED_SCRATCH", "WEIGHTED_TYPES", "encode_weighted"]
+
+LANES = 64
+FIT_ROWS = 16
+WEIGHTED_SCRATCH = (3 * 32 + FIT_ROWS) * LANES + 256
+"""float32 elements that `encode_weighted` needs."""
+
+
+@cache
+def _kernel(module: str, name: str) -> Callable[..., None]:
+    return cast(Callable[..., None], getattr(import_module(f"edgemerge.kernels.{module}"), name))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """How ggml weighs and searches one type."""
+
+    sub_len: int  # values of one sub-block
+    top: int  # of the quants; 0: IQ4's levels
+    group_len: int  # values that sigma2 is taken of; 0: none is, 1: a whole row
+    before: float  # sigma2 = before * sum of squares / after; after is group_len or 1
+    after: int
+    block_bytes: int
+    subs: int  # sub-blocks of one block
+
+
+_ROWS = {
+    "Q2_K": _Row(16, 3, 256, 1.0, 256, 84, 16),
+    "Q3_K": _Row(16, 4, 256, 2.0, 256, 110, 16),
+    "Q4_K": _Row(32, 15, 256, 2.0, 256, 144, 8),
+    "Q5_K": _Row(32, 31, 256, 2.0, 256, 176, 8),
+    "Q6_K": _Row(16, 32, 0, 0.0, 1, 210, 16),
+    "IQ4_NL": _Row(32, 0, 32, 2.0 / 32, 1, 18, 1),
+    "IQ4_XS": _Row(32, 0, 256, 2.0 / 256, 1, 136, 8),
+    "Q4_0": _Row(32, 8, 1, 1.0, 0, 18, 1),
+    "Q4_1": _Row(32, 15, 1, 1.0, 0, 20, 1),
+    "Q5_0": _Row(32, 16, 1, 1.0, 0, 22, 1),
+    "Q5_1": _Row(32, 31, 1, 1.0, 0, 24, 1),
+}
+WEIGHTED_TYPES = frozenset(_ROWS)
+"""ggml types whose encoders an importance matrix guides; the others take no notice of it."""
+
+
+def encode_weighted(
+    dtype: str, x_f32: Float32, importance_f32: Float32, out_u8: UInt8, scratch_f32: Float32
+) -> None:
+    """Write the blocks that ggml's quantiser makes of whole rows with an importance matrix.
+
+    Parameters
+    ----------
+    dtype : str
+        One of `WEIGHTED_TYPES`.
+    x_f32 : (n_rows * n_cols,) float32
+        finite values
+    importance_f32 : (n_cols,) float32
+        of the columns; finite and not negative
+    out_u8 : (n_blocks * block_bytes,) uint8
+        written
+    scratch_f32 : (>= WEIGHTED_SCRATCH,) float32
+        overwritten with nothing of use
+    """
+    row = _ROWS[dtype]
+    n_cols = importance_f32.size
+    assert x_f32.size % n_cols == 0, "only whole rows can be weighted"
+    work = _Work(row, scratch_f32)
+    # Row-wide types: 1 stands for the row, whose length only the importances tell.
+    group_len = n_cols if row.group_len == 1 else row.group_len
+    before, after = np.float32(row.before), np.float32(row.after or n_cols)
+    n_sub = x_f32.size // row.sub_len
+    for first in range(0, n_sub, LANES):
+        last = min(first + LANES, n_sub)
+        _kernel("importance", "gather_weighted")(
+            x_f32, importance_f32, first, group_len, before, after, work.tile, work.weights
+        )
+        x = x_f32[row.sub_len * first : row.sub_len * last]
+        out = out_u8[row.block_bytes * first // row.subs : row.block_bytes * last // row.subs]
+        _WRITERS[dtype](row, work, x, out)
+
+
+class _Work:
+    """The parts of the scratch."""
+
+    def __init__(self, row: _Row, scratch_f32: Float32) -> None:
+        rows = scratch_f32[: (3 * 32 + FIT_ROWS) * LANES].reshape(-1, LANES)
+        self.tile = rows[: row.sub_len]
+        self.weights = rows[32 : 32 + row.sub_len]
+        self.quants = rows[64 : 64 + row.sub_len]
+        self.fit = rows[96:]
+        self.levels = scratch_f32[WEIGHTED_SCRATCH - 256 : WEIGHTED_SCRATCH]
+
+
+def _search_symmetric(row: _Row, work: _Work) -> Float32:
+    fit = work.fit[:8]
+    _kernel("weighted_symmetric", "search_symmetric")(
+        work.tile, work.weights, row.top, fit, work.quants
+    )
+    return fit
+
+
+def _search_affine(row: _Row, work: _Work) -> Float32:
+    _kernel("weighted_affine", "search_affine")(
+        work.tile, work.weights, row.top, work.fit, work.quants
+    )
+    return work.fit
+
+
+def _write_q2_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
+    fit = _search_affine(row, work)
+    _kernel("weighted_scales", "write_scales_q2_k")(fit, work.levels, out.reshape(-1, row.block_bytes))
+    n = out.size // row.block_bytes * row.subs
+    _kernel("q2_k", "write_quants_q2_k")(x, fit[3, :n], fit[4, :n], work.levels, out)
+
+
+def _write_q4_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
+    fit = _search_affine(row, work)
+    _kernel("weighted_scales", "write_scales_q4_k")(
+        fit, 255, work.levels, out.reshape(-1, row.block_bytes)
+    )
+    n = out.size // row.block_bytes * row.subs
+    _kernel("q4_k", "write_quants_q4_k")(x, fit[3, :n], fit[4, :n], work.levels, out)
+
+
+def _write_q5_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
+    fit = _search_affine(row, work)
+    _kernel("weighted_scales", "write_scales_q4_k")(
+        fit, 63, work.levels, out.reshape(-1, row.block_bytes)
+    )
+    n = out.size // row.block_bytes * row.subs
+    _kernel("q5_k", "write_quants_q5_k")(x, fit[3, :n], fit[4, :n], work.levels, out)
+
+
+def _write_q3_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
+    fit = _search_symmetric(row, work)
+    _kernel("weighted_symmetric", "write_scales_q3_k")(fit, work.levels, out)
+    _kernel("q3_k", "write_quants_q3_k")(x, work.quants.reshape(-1), work.levels, out)
+
+
+def _write_q6_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
+    fit = _search_symmetric(row, work)
+    n = out.size // row.block_bytes * row.subs
+    _kernel("q6_k", "write_q6_k")(x, fit[0, :n], fit[1, :n], fit[2, :n], work.levels, out)
+
+
+def _write_iq4(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
+    state = work.fit[:6].reshape(-1)
+    _kernel("iq4", "search_iq4")(work.tile.reshape(-1), work.weights.reshape(-1), state)
+    n = out.size // row.block_bytes * row.subs
+    name = "write_iq4_nl" if row.subs == 1 else "write_iq4_xs"
+    _kernel("iq4", name)(x, state[LANES : LANES + n], out)
+
+
+def _write_symmetric(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
+    fit = _search_symmetric(row, work)
+    name = "write_q4_0_weighted" if row.top == 8 else "write_q5_0_weighted"
+    _kernel("weighted_symmetric", name)(fit, work.quants, out)
+
+
+def _write_affine(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
+    fit = _search_affine(row, work)
+    name = "write_q4_1_weighted" if row.top == 15 else "write_q5_1_weighted"
+    _kernel("weighted_affine", name)(fit, work.quants, out)
+
+
+_WRITERS: dict[str, Callable[[_Row, _Work, Float32, UInt8], None]] = {
+    "Q2_K": _write_q2_k,
+    "Q3_K": _write_q3_k,
+    "Q4_K": _write_q4_k,
+    "Q5_K": _write_q5_k,
+    "Q6_K": _write_q6_k,
+    "IQ4_NL": _write_iq4,
+    "IQ4_XS": _write_iq4,
+    "Q4_0": _write_symmetric,
+    "Q4_1": _write_affine,
+    "Q5_0": _write_symmetric,
+    "Q5_1": _write_affine,
+}
