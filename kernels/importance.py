@@ -8,6 +8,8 @@ values: a super-block, or a whole row.
 import numpy as np
 from numba import njit
 
+LANES = 64
+
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def gather_weighted(x_f32, importance_f32, first, group_len, before, after, tile, weights):
@@ -27,12 +29,12 @@ def gather_weighted(x_f32, importance_f32, first, group_len, before, after, tile
         values that sigma2 is taken of; 0: weights are the importances themselves
     before, after : float32
         sigma2 = before * (sum of squares) / after
-    tile, weights : (n, lanes) float32
+    tile, weights : (n * LANES,) float32
         written; n is the length of a sub-block
     """
-    n, lanes = tile.shape
+    n = tile.size // LANES
     sigma2 = np.float32(0.0)
-    for lane in range(min(lanes, x_f32.size // n - first)):
+    for lane in range(min(LANES, x_f32.size // n - first)):
         start = n * (first + lane)
         if group_len > 0 and (lane == 0 or start % group_len == 0):
             group = start - start % group_len
@@ -45,5 +47,7 @@ def gather_weighted(x_f32, importance_f32, first, group_len, before, after, tile
             x = x_f32[start + k]
             importance = importance_f32[column + k]
             spread = np.sqrt(np.float32(sigma2 + np.float32(x * x)))
-            tile[k, lane] = x
-            weights[k, lane] = importance if group_len == 0 else np.float32(importance * spread)
+            tile[k * LANES + lane] = x
+            weights[k * LANES + lane] = (
+                importance if group_len == 0 else np.float32(importance * spread)
+            )

@@ -6,6 +6,7 @@ ggml's make_qp_quants, bit for bit, in C's own order: a block has only eight or 
 import numpy as np
 from numba import njit
 
+LANES = 64  # of the fit, whose rows begin with scales, minima and sums of the weights
 EPSILON = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: what is smaller counts as zero
 
 
@@ -105,7 +106,7 @@ def write_scales_q4_k(fit, top, scratch_f32, out_u8):
 
     Parameters
     ----------
-    fit : (16, lanes) float32
+    fit : (16 * LANES,) float32
         from `search_affine`; eight lanes to a block
     top : int
         largest byte of a scale or minimum that is kept: Q5_K clamps to 63, Q4_K trusts the search (255)
@@ -119,9 +120,9 @@ def write_scales_q4_k(fit, top, scratch_f32, out_u8):
     for i in range(out_u8.shape[0]):
         block = out_u8[i]
         for j in range(8):
-            values[0, j] = fit[0, 8 * i + j]
-            values[1, j] = -fit[1, 8 * i + j]
-            values[2, j] = fit[2, 8 * i + j]
+            values[0, j] = fit[8 * i + j]
+            values[1, j] = -fit[LANES + 8 * i + j]
+            values[2, j] = fit[2 * LANES + 8 * i + j]
         d = _fit_positive(values[0, :8], values[2, :8], 63, levels[0, :8])
         dmin = _fit_positive(values[1, :8], values[2, :8], 63, levels[1, :8])
         for j in range(8):
@@ -148,7 +149,7 @@ def write_scales_q2_k(fit, scratch_f32, out_u8):
 
     Parameters
     ----------
-    fit : (16, lanes) float32
+    fit : (16 * LANES,) float32
         from `search_affine`; sixteen lanes to a block
     scratch_f32 : (>= 80,) float32
         overwritten
@@ -160,9 +161,9 @@ def write_scales_q2_k(fit, scratch_f32, out_u8):
     for i in range(out_u8.shape[0]):
         block = out_u8[i]
         for j in range(16):
-            values[0, j] = fit[0, 16 * i + j]
-            values[1, j] = -fit[1, 16 * i + j]
-            values[2, j] = fit[2, 16 * i + j]
+            values[0, j] = fit[16 * i + j]
+            values[1, j] = -fit[LANES + 16 * i + j]
+            values[2, j] = fit[2 * LANES + 16 * i + j]
         d = _fit_positive(values[0], values[2], 15, levels[0])
         dmin = _fit_positive(values[1], values[2], 15, levels[1])
         for j in range(16):

@@ -1,24 +1,25 @@
 """Scales by weighted errors, without minima: Q3_K, Q6_K, Q4_0 and Q5_0 with an importance matrix.
 
 ggml's make_qx_quants with weights (rmse_type 1), bit for bit, turned on its side as q6_k.py explains:
-sub-blocks stand beside each other, tile[element, lane], and every loop runs over lanes.
+64 sub-blocks stand beside each other, tile[element, lane], and every loop runs over lanes.
 """
 
 import numpy as np
 from numba import njit
 
+LANES = 64
 STEPS = 19  # candidate scales of the search
 EPSILON = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: what is smaller counts as zero
 
-# Rows of a fit, (FIT_ROWS, lanes)
-SCALE = 0  # of the best fit so far
-EXTREME = 1  # value of largest magnitude, with its sign
-FIT_INVERSE = 2  # quants of the best fit: round(FIT_INVERSE * x)
-SUM_W = 3
-QUALITY = 4  # scale times its sum of x l; a better fit has more
-INVERSE = 5  # 1 / scale of the candidate
-SUM_XL = 6  # of its quants, l in ggml's code; weighted
-SUM_L2 = 7
+# Rows of LANES float32 in a fit
+SCALE = 0 * LANES  # of the best fit so far
+EXTREME = 1 * LANES  # value of largest magnitude, with its sign
+FIT_INVERSE = 2 * LANES  # quants of the best fit: round(FIT_INVERSE * x)
+SUM_W = 3 * LANES
+QUALITY = 4 * LANES  # scale times its sum of x l; a better fit has more
+INVERSE = 5 * LANES  # 1 / scale of the candidate
+SUM_XL = 6 * LANES  # of its quants, l in ggml's code; weighted
+SUM_L2 = 7 * LANES
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -52,55 +53,58 @@ def _level(v, top):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _find_extremes(tile, weights, fit):
-    n, lanes = tile.shape
-    for lane in range(lanes):
-        fit[EXTREME, lane] = np.float32(0.0)
-        fit[SUM_W, lane] = np.float32(0.0)
+    n = tile.size // LANES
+    for lane in range(LANES):
+        fit[EXTREME + lane] = np.float32(0.0)
+        fit[SUM_W + lane] = np.float32(0.0)
     for k in range(n):
-        for lane in range(lanes):
-            x = tile[k, lane]
-            extreme = fit[EXTREME, lane]
-            fit[EXTREME, lane] = x if abs(x) > abs(extreme) else extreme
-            fit[SUM_W, lane] += weights[k, lane]
+        for lane in range(LANES):
+            x = tile[k * LANES + lane]
+            extreme = fit[EXTREME + lane]
+            fit[EXTREME + lane] = x if abs(x) > abs(extreme) else extreme
+            fit[SUM_W + lane] += weights[k * LANES + lane]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _project(tile, weights, dividend, top, fit):
     # Quants of a candidate, and their weighted sums.
-    n, lanes = tile.shape
-    for lane in range(lanes):
-        fit[INVERSE, lane] = np.float32(dividend / fit[EXTREME, lane])
-        fit[SUM_XL, lane] = np.float32(0.0)
-        fit[SUM_L2, lane] = np.float32(0.0)
-    # Eight elements a turn: sums stay in registers for so long, and LLVM unrolls the inner loop.
+    n = tile.size // LANES
+    for lane in range(LANES):
+        fit[INVERSE + lane] = np.float32(dividend / fit[EXTREME + lane])
+        fit[SUM_XL + lane] = np.float32(0.0)
+        fit[SUM_L2 + lane] = np.float32(0.0)
+    # Eight elements a turn: sums stay in registers for so long, and LLVM unrolls the inner loop. As
+    # slices, whose indices LLVM sees not to be negative: else it does not vectorise.
     for i in range(0, n, 8):
-        for lane in range(lanes):
-            sum_xl = fit[SUM_XL, lane]
-            sum_l2 = fit[SUM_L2, lane]
+        tile_8 = tile[i * LANES : (i + 8) * LANES]
+        weights_8 = weights[i * LANES : (i + 8) * LANES]
+        for lane in range(LANES):
+            sum_xl = fit[SUM_XL + lane]
+            sum_l2 = fit[SUM_L2 + lane]
             for k in range(8):
-                x = tile[i + k, lane]
-                w = weights[i + k, lane]
-                level = _level(np.float32(fit[INVERSE, lane] * x), top)
+                x = tile_8[k * LANES + lane]
+                w = weights_8[k * LANES + lane]
+                level = _level(np.float32(fit[INVERSE + lane] * x), top)
                 sum_xl = np.float32(sum_xl + np.float32(np.float32(w * x) * level))
                 sum_l2 = np.float32(sum_l2 + np.float32(np.float32(w * level) * level))
-            fit[SUM_XL, lane] = sum_xl
-            fit[SUM_L2, lane] = sum_l2
+            fit[SUM_XL + lane] = sum_xl
+            fit[SUM_L2 + lane] = sum_l2
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _judge(first, fit):
     # The better of a candidate and the best so far stays.
-    for lane in range(fit.shape[1]):
-        sum_xl = fit[SUM_XL, lane]
-        sum_l2 = fit[SUM_L2, lane]
-        quality = fit[QUALITY, lane]
+    for lane in range(LANES):
+        sum_xl = fit[SUM_XL + lane]
+        sum_l2 = fit[SUM_L2 + lane]
+        quality = fit[QUALITY + lane]
         better = sum_l2 > 0 and np.float32(sum_xl * sum_xl) > np.float32(quality * sum_l2)
         better = better or first
         scale = np.float32(sum_xl / sum_l2) if sum_l2 != 0 else np.float32(0.0)
-        inverse = fit[INVERSE, lane]
-        fit[QUALITY, lane] = np.float32(scale * sum_xl) if better else quality
-        fit[SCALE, lane] = scale if better else fit[SCALE, lane]
-        fit[FIT_INVERSE, lane] = inverse if better else fit[FIT_INVERSE, lane]
+        inverse = fit[INVERSE + lane]
+        fit[QUALITY + lane] = np.float32(scale * sum_xl) if better else quality
+        fit[SCALE + lane] = scale if better else fit[SCALE + lane]
+        fit[FIT_INVERSE + lane] = inverse if better else fit[FIT_INVERSE + lane]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -109,17 +113,17 @@ def search_symmetric(tile, weights, top, fit, quants):
 
     Parameters
     ----------
-    tile, weights : (n, lanes) float32
+    tile, weights : (n * LANES,) float32
         values and their weights, a sub-block to a lane; n is a multiple of 8
     top : int
         quants are from -top to top - 1
-    fit : (8, lanes) float32
+    fit : (8 * LANES,) float32
         written; rows 0 to 3 are scale, value of largest magnitude, 1 / scale that gave the quants,
         and sum of the weights
-    quants : (n, lanes) float32
+    quants : (n * LANES,) float32
         written
     """
-    n, lanes = tile.shape
+    n = tile.size // LANES
     _find_extremes(tile, weights, fit)
     for step in range(STEPS):
         tenths = 0 if step == 0 else step - 10 if step < 10 else step - 9  # 0, -9 ... -1, 1 ... 9
@@ -127,14 +131,14 @@ def search_symmetric(tile, weights, top, fit, quants):
         dividend = np.float32(-np.float32(np.float32(top) + dividend))
         _project(tile, weights, dividend, top, fit)
         _judge(step == 0, fit)
-    for lane in range(lanes):
-        zero = abs(fit[EXTREME, lane]) < EPSILON
-        fit[SCALE, lane] = np.float32(0.0) if zero else fit[SCALE, lane]
+    for lane in range(LANES):
+        zero = abs(fit[EXTREME + lane]) < EPSILON
+        fit[SCALE + lane] = np.float32(0.0) if zero else fit[SCALE + lane]
     for k in range(n):
-        for lane in range(lanes):
-            zero = abs(fit[EXTREME, lane]) < EPSILON
-            level = _level(np.float32(fit[FIT_INVERSE, lane] * tile[k, lane]), top)
-            quants[k, lane] = np.float32(-top) if zero else level
+        for lane in range(LANES):
+            zero = abs(fit[EXTREME + lane]) < EPSILON
+            level = _level(np.float32(fit[FIT_INVERSE + lane] * tile[k * LANES + lane]), top)
+            quants[k * LANES + lane] = np.float32(-top) if zero else level
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -143,7 +147,7 @@ def write_scales_q3_k(fit, scratch_f32, out_u8):
 
     Parameters
     ----------
-    fit : (8, lanes) float32
+    fit : (8 * LANES,) float32
         from `search_symmetric`; sixteen lanes to a block
     scratch_f32 : (>= 16,) float32
         overwritten
@@ -154,8 +158,9 @@ def write_scales_q3_k(fit, scratch_f32, out_u8):
     for i in range(out_u8.size // 110):
         block = out_u8[110 * i : 110 * i + 110]
         block[96:110] = 0
-        lanes = slice(16 * i, 16 * i + 16)
-        half = _float_to_half(_fit_scales(fit[SCALE, lanes], fit[SUM_W, lanes], levels))
+        scales = fit[SCALE + 16 * i : SCALE + 16 * i + 16]
+        sums = fit[SUM_W + 16 * i : SUM_W + 16 * i + 16]
+        half = _float_to_half(_fit_scales(scales, sums, levels))
         block[108] = half & 255
         block[109] = half >> 8
         for j in range(16):
@@ -203,21 +208,21 @@ def write_q4_0_weighted(fit, quants, out_u8):
 
     Parameters
     ----------
-    fit : (8, lanes) float32
+    fit : (8 * LANES,) float32
         from `search_symmetric` with top 8; a block to a lane
-    quants : (32, lanes) float32
+    quants : (32 * LANES,) float32
         from there too
     out_u8 : (n_blocks * 18,) uint8
         written
     """
     for i in range(out_u8.size // 18):
         block = out_u8[18 * i : 18 * i + 18]
-        half = _float_to_half(fit[SCALE, i])
+        half = _float_to_half(fit[SCALE + i])
         block[0] = half & 255
         block[1] = half >> 8
         for k in range(16):
-            low = np.int32(quants[k, i]) + 8
-            block[2 + k] = np.uint8(low | (np.int32(quants[16 + k, i]) + 8) << 4)
+            low = np.int32(quants[k * LANES + i]) + 8
+            block[2 + k] = np.uint8(low | (np.int32(quants[(16 + k) * LANES + i]) + 8) << 4)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -226,22 +231,22 @@ def write_q5_0_weighted(fit, quants, out_u8):
 
     Parameters
     ----------
-    fit : (8, lanes) float32
+    fit : (8 * LANES,) float32
         from `search_symmetric` with top 16; a block to a lane
-    quants : (32, lanes) float32
+    quants : (32 * LANES,) float32
         from there too
     out_u8 : (n_blocks * 22,) uint8
         written
     """
     for i in range(out_u8.size // 22):
         block = out_u8[22 * i : 22 * i + 22]
-        half = _float_to_half(fit[SCALE, i])
+        half = _float_to_half(fit[SCALE + i])
         block[0] = half & 255
         block[1] = half >> 8
         block[2:6] = 0
         for k in range(16):
-            low = np.int32(quants[k, i]) + 16
-            high = np.int32(quants[16 + k, i]) + 16
+            low = np.int32(quants[k * LANES + i]) + 16
+            high = np.int32(quants[(16 + k) * LANES + i]) + 16
             block[6 + k] = np.uint8(low & 15 | (high & 15) << 4)
             block[2 + (k >> 3)] |= np.uint8(low >> 4 << (k & 7))
             block[4 + (k >> 3)] |= np.uint8(high >> 4 << (k & 7))

@@ -100,84 +100,94 @@ class _Work:
     """The parts of the scratch."""
 
     def __init__(self, row: _Row, scratch_f32: Float32) -> None:
-        rows = scratch_f32[: (3 * 32 + FIT_ROWS) * LANES].reshape(-1, LANES)
-        self.tile = rows[: row.sub_len]
-        self.weights = rows[32 : 32 + row.sub_len]
-        self.quants = rows[64 : 64 + row.sub_len]
-        self.fit = rows[96:]
-        self.levels = scratch_f32[WEIGHTED_SCRATCH - 256 : WEIGHTED_SCRATCH]
+        n = row.sub_len * LANES
+        self.tile = scratch_f32[:n]
+        self.weights = scratch_f32[n : 2 * n]
+        self.quants = scratch_f32[2 * n : 3 * n]
+        self.fit = scratch_f32[3 * n : 3 * n + FIT_ROWS * LANES]
+        self.levels = scratch_f32[3 * n + FIT_ROWS * LANES :]
+
+    def fit_row(self, row: int, n: int) -> Float32:
+        """Return what a search found of the first `n` sub-blocks."""
+        return self.fit[row * LANES : row * LANES + n]
 
 
-def _search_symmetric(row: _Row, work: _Work) -> Float32:
-    fit = work.fit[:8]
+def _search_symmetric(row: _Row, work: _Work) -> None:
     _kernel("weighted_symmetric", "search_symmetric")(
-        work.tile, work.weights, row.top, fit, work.quants
+        work.tile, work.weights, row.top, work.fit, work.quants
     )
-    return fit
 
 
-def _search_affine(row: _Row, work: _Work) -> Float32:
+def _search_affine(row: _Row, work: _Work) -> None:
     _kernel("weighted_affine", "search_affine")(
         work.tile, work.weights, row.top, work.fit, work.quants
     )
-    return work.fit
 
 
 def _write_q2_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
-    fit = _search_affine(row, work)
-    _kernel("weighted_scales", "write_scales_q2_k")(fit, work.levels, out.reshape(-1, row.block_bytes))
+    _search_affine(row, work)
+    _kernel("weighted_scales", "write_scales_q2_k")(
+        work.fit, work.levels, out.reshape(-1, row.block_bytes)
+    )
     n = out.size // row.block_bytes * row.subs
-    _kernel("q2_k", "write_quants_q2_k")(x, fit[3, :n], fit[4, :n], work.levels, out)
+    _kernel("q2_k", "write_quants_q2_k")(
+        x, work.fit_row(3, n), work.fit_row(4, n), work.levels, out
+    )
 
 
 def _write_q4_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
-    fit = _search_affine(row, work)
+    _search_affine(row, work)
     _kernel("weighted_scales", "write_scales_q4_k")(
-        fit, 255, work.levels, out.reshape(-1, row.block_bytes)
+        work.fit, 255, work.levels, out.reshape(-1, row.block_bytes)
     )
     n = out.size // row.block_bytes * row.subs
-    _kernel("q4_k", "write_quants_q4_k")(x, fit[3, :n], fit[4, :n], work.levels, out)
+    _kernel("q4_k", "write_quants_q4_k")(
+        x, work.fit_row(3, n), work.fit_row(4, n), work.levels, out
+    )
 
 
 def _write_q5_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
-    fit = _search_affine(row, work)
+    _search_affine(row, work)
     _kernel("weighted_scales", "write_scales_q4_k")(
-        fit, 63, work.levels, out.reshape(-1, row.block_bytes)
+        work.fit, 63, work.levels, out.reshape(-1, row.block_bytes)
     )
     n = out.size // row.block_bytes * row.subs
-    _kernel("q5_k", "write_quants_q5_k")(x, fit[3, :n], fit[4, :n], work.levels, out)
+    _kernel("q5_k", "write_quants_q5_k")(
+        x, work.fit_row(3, n), work.fit_row(4, n), work.levels, out
+    )
 
 
 def _write_q3_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
-    fit = _search_symmetric(row, work)
-    _kernel("weighted_symmetric", "write_scales_q3_k")(fit, work.levels, out)
-    _kernel("q3_k", "write_quants_q3_k")(x, work.quants.reshape(-1), work.levels, out)
+    _search_symmetric(row, work)
+    _kernel("weighted_symmetric", "write_scales_q3_k")(work.fit, work.levels, out)
+    _kernel("q3_k", "write_quants_q3_k")(x, work.quants, work.levels, out)
 
 
 def _write_q6_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
-    fit = _search_symmetric(row, work)
+    _search_symmetric(row, work)
     n = out.size // row.block_bytes * row.subs
-    _kernel("q6_k", "write_q6_k")(x, fit[0, :n], fit[1, :n], fit[2, :n], work.levels, out)
+    _kernel("q6_k", "write_q6_k")(
+        x, work.fit_row(0, n), work.fit_row(1, n), work.fit_row(2, n), work.levels, out
+    )
 
 
 def _write_iq4(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
-    state = work.fit[:6].reshape(-1)
-    _kernel("iq4", "search_iq4")(work.tile.reshape(-1), work.weights.reshape(-1), state)
+    _kernel("iq4", "search_iq4")(work.tile, work.weights, work.fit)
     n = out.size // row.block_bytes * row.subs
     name = "write_iq4_nl" if row.subs == 1 else "write_iq4_xs"
-    _kernel("iq4", name)(x, state[LANES : LANES + n], out)
+    _kernel("iq4", name)(x, work.fit_row(1, n), out)
 
 
 def _write_symmetric(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
-    fit = _search_symmetric(row, work)
+    _search_symmetric(row, work)
     name = "write_q4_0_weighted" if row.top == 8 else "write_q5_0_weighted"
-    _kernel("weighted_symmetric", name)(fit, work.quants, out)
+    _kernel("weighted_symmetric", name)(work.fit, work.quants, out)
 
 
 def _write_affine(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
-    fit = _search_affine(row, work)
+    _search_affine(row, work)
     name = "write_q4_1_weighted" if row.top == 15 else "write_q5_1_weighted"
-    _kernel("weighted_affine", name)(fit, work.quants, out)
+    _kernel("weighted_affine", name)(work.fit, work.quants, out)
 
 
 _WRITERS: dict[str, Callable[[_Row, _Work, Float32, UInt8], None]] = {
