@@ -18,6 +18,7 @@ import numpy as np
 from edgemerge.align import SOFT_WARNING, align_models
 from edgemerge.architectures import layer_index
 from edgemerge.budget import Arena
+from edgemerge.formats.imatrix import ImportanceMatrix
 from edgemerge.output import OutputFile
 from edgemerge.plan import alignment_pairs
 from edgemerge.stream import Moves, TensorResult, TensorStream, Traffic
@@ -42,11 +43,18 @@ class Crew:
         The open models, as `the_plan.models` lists them.
     progress : callable, optional
         Called from the thread that waits.
+    importance : ImportanceMatrix, optional
+        Open; where the plan has weighted tensors.
     """
 
     def __init__(
-        self, the_plan: Plan, sources: Sequence[Source], progress: Progress | None
+        self,
+        the_plan: Plan,
+        sources: Sequence[Source],
+        progress: Progress | None,
+        importance: ImportanceMatrix | None = None,
     ) -> None:
+        self._importance = importance
         self.plan = the_plan
         self.sources = sources
         self.traffic = Traffic()
@@ -143,7 +151,13 @@ class Crew:
             arena = self._arenas.get()
             try:
                 stream = TensorStream(
-                    job, self.sources, arena, self.plan, self.traffic, self._moves
+                    job,
+                    self.sources,
+                    arena,
+                    self.plan,
+                    self.traffic,
+                    self._moves,
+                    self._importance,
                 )
                 return work(stream)
             finally:

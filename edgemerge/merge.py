@@ -13,7 +13,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from edgemerge.errors import OutputError
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf_split import MAX_PARTS, part_paths, whole_name
 from edgemerge.formats.gguf_writer import GgufLayout, make_layouts
+from edgemerge.formats.imatrix import ImportanceMatrix
 from edgemerge.formats.metadata import encode_value
 from edgemerge.output import check_output
 from edgemerge.output_parts import OutputParts
@@ -126,7 +127,10 @@ def merge(
         sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
         parts = stack.enter_context(OutputParts(sizes))
         _check_outputs(paths, recipe, force=force)  # again, now that nobody else can make them
-        crew = _new_crew(the_plan, list(opened.values()), progress)
+        importance = None
+        if recipe.imatrix is not None:
+            importance = stack.enter_context(closing(ImportanceMatrix(recipe.imatrix)))
+        crew = _new_crew(the_plan, list(opened.values()), progress, importance)
         notes = crew.prepare()
         results = crew.run(
             {
@@ -176,10 +180,15 @@ def _open(path: Path, stack: ExitStack) -> Source:
     return source
 
 
-def _new_crew(the_plan: Plan, sources: Sequence[Source], progress: Progress | None) -> Crew:
+def _new_crew(
+    the_plan: Plan,
+    sources: Sequence[Source],
+    progress: Progress | None,
+    importance: ImportanceMatrix | None,
+) -> Crew:
     from edgemerge.crew import Crew
 
-    return Crew(the_plan, sources, progress)
+    return Crew(the_plan, sources, progress, importance)
 
 
 # -- the header ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from edgemerge.compatibility import check_models, check_scaled_output
 from edgemerge.drafts import Draft, draft_jobs, list_experts, unused_settings
 from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.formats.codec import CODECS, find_codec, row_bytes
+from edgemerge.formats.imatrix import ImportanceMatrix
+from edgemerge.formats.weighted import WEIGHTED_SCRATCH
+from edgemerge.importance import importance_metadata, weigh_jobs
 from edgemerge.methods import Method, count_passes, find_method, is_pruned
 from edgemerge.output_header import choose_types, may_copy, output_metadata
 from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
@@ -71,6 +75,11 @@ def make_plan(
     check_scaled_output(types, sources[models[0]])
     metadata = output_metadata(recipe, method, sources, drafts, file_type, types)
     jobs = [_finish(draft, method, types[draft.name]) for draft in drafts]
+    if recipe.imatrix is not None:
+        with closing(ImportanceMatrix(recipe.imatrix)) as importance:
+            jobs, lacking = weigh_jobs(jobs, importance)
+            notes += lacking
+            metadata |= importance_metadata(importance)
     align = recipe.align or method.align
     needs = [_arena_need(job, align, moves=align != "off" or recipe.neurons) for job in jobs]
     budget = memory or recipe.memory or DEFAULT_MEMORY
@@ -229,7 +238,11 @@ def _arena_need(job: TensorJob, align: str, *, moves: bool) -> ArenaNeed:
         return ArenaNeed(job.out.n_rows, n_cols, aligned(1) * ARRAYS, widest, surveyed=False)
     method = find_method(job.method)
     pruned = any(is_pruned(method, expert.settings) for expert in job.experts)
-    fixed = aligned(1) * ARRAYS * (1 + len(job.experts)) + 4 * CODECS[job.out.dtype].scratch_len
+    fixed = aligned(1) * ARRAYS * (1 + len(job.experts))
+    if job.is_weighted:
+        fixed += 4 * (WEIGHTED_SCRATCH + n_cols)
+    else:
+        fixed += 4 * CODECS[job.out.dtype].scratch_len
     if method.elect:
         fixed += ELECTION_BYTES
     if pruned and method.prune in ("magnitude", "band"):

@@ -16,6 +16,8 @@ from edgemerge.blocks import Block
 from edgemerge.budget import Arena
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.codec import CODECS
+from edgemerge.formats.imatrix import ImportanceMatrix
+from edgemerge.formats.weighted import WEIGHTED_SCRATCH
 from edgemerge.frames import Frame, find_frame, find_neuron_frame
 from edgemerge.hierarchical import survey_gram
 from edgemerge.kernels.linear import subtract
@@ -78,6 +80,7 @@ class TensorStream:
         the_plan: Plan,
         traffic: Traffic,
         moves: Moves,
+        importance: ImportanceMatrix | None = None,
     ) -> None:
         self.job = job
         self.seed = the_plan.recipe.seed
@@ -85,6 +88,8 @@ class TensorStream:
         self._sources = sources
         self._arena = arena
         self._traffic = traffic
+        self._importance = importance
+        self._matrix = -1  # number of the matrix whose importances are in the arena; -1: none
         self._loaded = -1  # first row of the block in the arena; -1: none
         self._unread = [0] * len(job.inputs)  # first row of each input not yet in its checksum
         arena.reset()
@@ -95,8 +100,10 @@ class TensorStream:
             n = rows * job.out.n_cols
             self._experts = self.take((len(job.experts) * n,), np.float32).view(np.float32)
             self._base = self.take((n if job.base else 0,), np.float32).view(np.float32)
-            scratch = CODECS[job.out.dtype].scratch_len
+            scratch = WEIGHTED_SCRATCH if job.is_weighted else CODECS[job.out.dtype].scratch_len
             self._scratch = self.take((scratch,), np.float32).view(np.float32)
+            columns = job.out.n_cols if job.is_weighted else 0
+            self._weights = self.take((columns,), np.float32).view(np.float32)
             self._frames = self._find_frames(moves, soft=the_plan.align == "soft")
             # Working memory for moving heads: a row, and for summing them another block.
             aligns = the_plan.align != "off" or the_plan.recipe.neurons
@@ -171,9 +178,31 @@ class TensorStream:
         for _, values in merged_blocks(self, shared_gram):
             self._check_range(values)
             raw = self._raw[: values.size // codec.block_len * codec.block_bytes]
-            codec.encode(values, raw, self._scratch)
+            if self.job.is_weighted:
+                self._encode_weighted(values, raw, done // self.job.out.row_bytes)
+            else:
+                codec.encode(values, raw, self._scratch)
             done += self._write(output, offset + done, raw)
         return done
+
+    def _encode_weighted(self, values: Float32, raw: UInt8, first_row: int) -> None:
+        """Encode rows; each expert of a stack has importances of its own."""
+        out, importance = self.job.out, self._importance
+        assert importance is not None
+        n_rows, at = raw.size // out.row_bytes, 0
+        while at < n_rows:
+            matrix, row = divmod(first_row + at, out.shape[-2])
+            if matrix != self._matrix:
+                importance.read(out.name, matrix * out.n_cols, self._weights)
+                self._matrix = matrix
+            stop = min(n_rows, at + out.shape[-2] - row)
+            CODECS[out.dtype].encode(
+                values[at * out.n_cols : stop * out.n_cols],
+                raw[at * out.row_bytes : stop * out.row_bytes],
+                self._scratch,
+                self._weights,
+            )
+            at = stop
 
     def _write(self, output: OutputFile, offset: int, raw: UInt8) -> int:
         output.write(raw, offset)

@@ -182,6 +182,7 @@ class TensorJob:
     settings: Mapping[str, Setting]  # global parameters, resolved for this tensor
     rows_per_block: int
     passes: int  # how often the inputs are read
+    is_weighted: bool = False  # encoded by the importance matrix
 
     @property
     def inputs(self) -> tuple[InputTensor, ...]:

@@ -13,17 +13,18 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 from edgemerge.formats.codec import CODECS
+from edgemerge.formats.weighted import WEIGHTED_TYPES
 from edgemerge.methods import METHODS
 from edgemerge.types import Plan
 
-__all__ = ["find_cold", "find_cold_of_all", "warm_all", "warm_kernels", "warm_up"]
+__all__ = ["find_cold_of_all", "warm_all", "warm_kernels", "warm_up"]
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +42,20 @@ def warm_up(the_plan: Plan) -> None:
             the_plan.recipe.method,
             the_plan.align,
             read={tensor.spec.dtype for job in jobs for tensor in job.inputs},
-            written={job.out.dtype for job in jobs},
+            written={job.out.dtype for job in jobs if not job.is_weighted},
+            weighed={job.out.dtype for job in jobs if job.is_weighted},
             neurons=the_plan.recipe.neurons,
         )
 
 
 def warm_kernels(
-    method: str, align: str, *, read: set[str], written: set[str], neurons: bool = False
+    method: str,
+    align: str,
+    *,
+    read: Collection[str],
+    written: Collection[str],
+    weighed: Collection[str] = (),
+    neurons: bool = False,
 ) -> None:
     """Make sure that the kernels of a method and of some types are compiled.
 
@@ -55,63 +63,62 @@ def warm_kernels(
     ----------
     method, align : str
         As in a `Plan`.
-    read, written : set of str
-        ggml types that are decoded and encoded.
+    read, written, weighed : collection of str
+        ggml types that are decoded, encoded, and encoded by an importance matrix.
     neurons : bool
         Whether feed-forward neurons are matched.
     """
     if os.environ.get(CHILD):
         return
     request = [method, align, "on" if neurons else "off"]
-    request += [",".join(sorted(read)), ",".join(sorted(written))]
+    request += [",".join(sorted(dtypes)) for dtypes in (read, written, weighed)]
+    needs = _needs(method, align, read, written, weighed, neurons=neurons)
     with suppress(OSError):
-        cold = find_cold(method, align, read=read, written=written, neurons=neurons)
+        cold = [need for need in needs if not _stamp(need).exists()]
         if cold and _run_child(request):
             for stamp in map(_stamp, cold):
                 stamp.parent.mkdir(parents=True, exist_ok=True)
                 stamp.touch()
 
 
-def find_cold(
-    method: str, align: str, *, read: set[str], written: set[str], neurons: bool = False
-) -> list[str]:
-    """Name what `warm_kernels` would compile: `method-ties`, `decode-F16`; parameters as there."""
-    needs = _needs(method, align, read, written, neurons=neurons)
-    return [need for need in needs if not _stamp(need).exists()]
-
-
 def _needs(
-    method: str, align: str, read: set[str], written: set[str], *, neurons: bool
+    method: str,
+    align: str,
+    read: Collection[str],
+    written: Collection[str],
+    weighed: Collection[str],
+    *,
+    neurons: bool = False,
 ) -> list[str]:
+    """Name what is compiled: `method-ties`, `decode-F16`; parameters as for `warm_kernels`."""
     needs = [f"method-{method}", f"align-{align}", *(["neurons-on"] if neurons else [])]
     needs += [f"decode-{dtype}" for dtype in sorted(read)]
-    return needs + [f"encode-{dtype}" for dtype in sorted(written)]
+    needs += [f"encode-{dtype}" for dtype in sorted(written)]
+    return needs + [f"weigh-{dtype}" for dtype in sorted(weighed)]
 
 
 def warm_all(on_step: Callable[[int, int], None]) -> None:
     """Compile every method, and every type in both directions; `on_step` is told the steps done, of all."""
     requests = _requests_of_all()
-    for done, (method, align, read, written) in enumerate(requests):
+    for done, (method, align, read, written, weighed) in enumerate(requests):
         on_step(done, len(requests))
-        warm_kernels(method, align, read=read, written=written)
+        warm_kernels(method, align, read=read, written=written, weighed=weighed)
     on_step(len(requests), len(requests))
 
 
 def find_cold_of_all() -> tuple[list[str], int]:
     """Name what `warm_all` would compile, and count what it sees to in all."""
-    cold: set[str] = set()
-    total: set[str] = set()
-    for method, align, read, written in _requests_of_all():
-        cold |= set(find_cold(method, align, read=read, written=written))
-        total |= set(_needs(method, align, read, written, neurons=False))
-    return sorted(cold), len(total)
+    total = {need for request in _requests_of_all() for need in _needs(*request)}
+    return sorted(need for need in total if not _stamp(need).exists()), len(total)
 
 
-def _requests_of_all() -> list[tuple[str, str, set[str], set[str]]]:
+def _requests_of_all() -> list[tuple[str, str, Collection[str], Collection[str], Collection[str]]]:
     """List what to ask `warm_kernels` for, so that every kernel but those of neurons is compiled."""
     written = {name for name, codec in CODECS.items() if codec.can_encode}
-    methods = [(method, "off", {"F32"}, {"F32"}) for method in METHODS]
-    return [("linear", "hard", set(CODECS), written), *methods]
+    return [
+        ("linear", "hard", set(CODECS), written, WEIGHTED_TYPES),
+        *((method, "off", {"F32"}, {"F32"}, ()) for method in METHODS),
+    ]
 
 
 def _run_child(request: list[str]) -> bool:

@@ -1,6 +1,6 @@
 """The child of `edgemerge.warm`: compiles the kernels of a merge by using them, on a tiny model.
 
-python -m edgemerge.warm_child METHOD ALIGN NEURONS READ,TYPES WRITTEN,TYPES
+python -m edgemerge.warm_child METHOD ALIGN NEURONS READ,TYPES WRITTEN,TYPES WEIGHED,TYPES
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from edgemerge.formats.codec import CODECS, row_bytes
 from edgemerge.formats.gguf_writer import make_layout
 from edgemerge.formats.metadata import encode_value
+from edgemerge.formats.weighted import WEIGHTED_SCRATCH
 from edgemerge.merge import merge
 from edgemerge.methods import METHODS
 from edgemerge.recipe import make_recipe
@@ -38,14 +39,18 @@ VARIANTS: dict[str, tuple[dict[str, Setting], ...]] = {
 }
 
 
-def use_codecs(read: Sequence[str], written: Sequence[str]) -> None:
-    """Decode a row of some types, and encode one of others."""
+def use_codecs(read: Sequence[str], written: Sequence[str], weighed: Sequence[str]) -> None:
+    """Decode a row of some types, encode one of others, and one by importances of others."""
     values = np.zeros(WIDTH, np.float32)
     for dtype in read:
         CODECS[dtype].decode(np.zeros(row_bytes(dtype, WIDTH), np.uint8), values)
     for dtype in written:
         scratch = np.zeros(CODECS[dtype].scratch_len, np.float32)
         CODECS[dtype].encode(values, np.zeros(row_bytes(dtype, WIDTH), np.uint8), scratch)
+    for dtype in weighed:
+        scratch = np.zeros(WEIGHTED_SCRATCH, np.float32)
+        raw = np.zeros(row_bytes(dtype, WIDTH), np.uint8)
+        CODECS[dtype].encode(values, raw, scratch, np.ones(WIDTH, np.float32))
 
 
 def merge_tiny(method: str, align: str, *, neurons: bool) -> None:
@@ -118,8 +123,8 @@ def _transport_heads() -> None:
 
 
 if __name__ == "__main__":
-    method, align, neurons, read, written = sys.argv[1:]
+    method, align, neurons, *types = sys.argv[1:]
     if align != "off":
         _transport_heads()
-    use_codecs(read.split(","), written.split(","))
+    use_codecs(*([name for name in names.split(",") if name] for names in types))
     merge_tiny(method, align, neurons=neurons == "on")

@@ -67,12 +67,15 @@ def dequantize(kind: int, raw_u8: NDArray[np.uint8]) -> NDArray[np.float32]:
     return out
 
 
-def quantize(kind: int, x_f32: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """ggml's blocks of rows, as llama-quantize writes them without an importance matrix."""
+def quantize(
+    kind: int, x_f32: NDArray[np.float32], importance_f32: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
+    """ggml's blocks of rows, as llama-quantize writes them, with the importances of columns or without."""
     n_rows, n_cols = x_f32.shape
     known = traits(kind)
     out = np.empty(n_rows * n_cols // known.block_len * known.block_bytes, np.uint8)
-    args = (kind, x_f32.ctypes.data, out.ctypes.data, 0, n_rows, n_cols, None)
+    weights = None if importance_f32 is None else importance_f32.ctypes.data
+    args = (kind, x_f32.ctypes.data, out.ctypes.data, 0, n_rows, n_cols, weights)
     assert library().ggml_quantize_chunk(*args) == out.size
     return out
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edgemerge.errors import MismatchError
 from edgemerge.formats.ggml_types import GGML_TYPES, block_size, row_bytes
 from edgemerge.formats.lattice import LATTICE_TYPES, decode_lattice
+from edgemerge.formats.weighted import WEIGHTED_SCRATCH, WEIGHTED_TYPES, encode_weighted
 from edgemerge.types import Float32, TensorSpec, UInt8
 
 __all__ = ["CODECS", "GGML_TYPES", "Codec", "block_size", "find_codec", "row_bytes"]
@@ -80,8 +81,19 @@ class Codec:
         else:
             _kernel(self.kernels, f"decode_{self.dtype.lower()}")(stored, out_f32)
 
-    def encode(self, x_f32: Float32, out_u8: UInt8, scratch_f32: Float32) -> None:
-        """Write the blocks that ggml's reference quantiser makes of `x_f32`, where `can_encode`.
+    @property
+    def is_weighted(self) -> bool:
+        """Whether an importance matrix guides the encoder; the other types take no notice of it."""
+        return self.dtype in WEIGHTED_TYPES
+
+    def encode(
+        self,
+        x_f32: Float32,
+        out_u8: UInt8,
+        scratch_f32: Float32,
+        importance_f32: Float32 | None = None,
+    ) -> None:
+        """Write the blocks that ggml's quantiser makes of `x_f32`, where `can_encode`.
 
         Parameters
         ----------
@@ -90,13 +102,19 @@ class Codec:
         out_u8 : (n_blocks * block_bytes,) uint8
             written; of F16 and BF16, aligned to two bytes
         scratch_f32 : (>= scratch_len,) float32
-            overwritten with nothing of use
+            overwritten with nothing of use; (>= WEIGHTED_SCRATCH,) with importances
+        importance_f32 : (n_cols,) float32, optional
+            how much each column matters, where `is_weighted`; `x_f32` is then whole rows
         """
         assert self.can_encode, f"{self.dtype} is only read"
         if self.kernels is None:
             out_u8[:] = x_f32.view(np.uint8)
             return
         stored = self._stored(out_u8, x_f32)
+        if importance_f32 is not None:
+            _check(scratch_f32[:WEIGHTED_SCRATCH], WEIGHTED_SCRATCH)
+            encode_weighted(self.dtype, x_f32, importance_f32, stored, scratch_f32)
+            return
         kernel = _kernel(self.kernels, f"encode_{self.dtype.lower()}")
         if self.scratch_len:
             _check(scratch_f32[: self.scratch_len], self.scratch_len)

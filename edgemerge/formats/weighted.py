@@ -36,9 +36,9 @@ class _Row:
 
     sub_len: int  # values of one sub-block
     top: int  # of the quants; 0: IQ4's levels
-    group_len: int  # values that sigma2 is taken of; 0: none is, 1: a whole row
-    before: float  # sigma2 = before * sum of squares / after; after is group_len or 1
-    after: int
+    group_len: int | None  # values that sigma2 is taken of; None: a row; 0: weights are importances
+    before: float  # sigma2 = before * sum of squares / after
+    after: int | None  # None: the length of a row
     block_bytes: int
     subs: int  # sub-blocks of one block
 
@@ -51,10 +51,10 @@ _ROWS = {
     "Q6_K": _Row(16, 32, 0, 0.0, 1, 210, 16),
     "IQ4_NL": _Row(32, 0, 32, 2.0 / 32, 1, 18, 1),
     "IQ4_XS": _Row(32, 0, 256, 2.0 / 256, 1, 136, 8),
-    "Q4_0": _Row(32, 8, 1, 1.0, 0, 18, 1),
-    "Q4_1": _Row(32, 15, 1, 1.0, 0, 20, 1),
-    "Q5_0": _Row(32, 16, 1, 1.0, 0, 22, 1),
-    "Q5_1": _Row(32, 31, 1, 1.0, 0, 24, 1),
+    "Q4_0": _Row(32, 8, None, 1.0, None, 18, 1),
+    "Q4_1": _Row(32, 15, None, 1.0, None, 20, 1),
+    "Q5_0": _Row(32, 16, None, 1.0, None, 22, 1),
+    "Q5_1": _Row(32, 31, None, 1.0, None, 24, 1),
 }
 WEIGHTED_TYPES = frozenset(_ROWS)
 """ggml types whose encoders an importance matrix guides; the others take no notice of it."""
@@ -82,9 +82,9 @@ def encode_weighted(
     n_cols = importance_f32.size
     assert x_f32.size % n_cols == 0, "only whole rows can be weighted"
     work = _Work(row, scratch_f32)
-    # Row-wide types: 1 stands for the row, whose length only the importances tell.
-    group_len = n_cols if row.group_len == 1 else row.group_len
-    before, after = np.float32(row.before), np.float32(row.after or n_cols)
+    group_len = n_cols if row.group_len is None else row.group_len
+    before = np.float32(row.before)
+    after = np.float32(n_cols if row.after is None else row.after)
     n_sub = x_f32.size // row.sub_len
     for first in range(0, n_sub, LANES):
         last = min(first + LANES, n_sub)
