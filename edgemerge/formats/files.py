@@ -20,7 +20,9 @@ _FOREIGN = (
 )
 
 
-def describe_foreign(head: bytes, wanted: str) -> str:
+def describe_foreign(
+    head: bytes, wanted: str, remedy: str = "give a GGUF file or a model directory"
+) -> str:
     """Say what a file is that does not begin as a `wanted` file does, and what to do."""
     if not head:
         return f"is empty, not a {wanted} file; get it again"
@@ -28,7 +30,7 @@ def describe_foreign(head: bytes, wanted: str) -> str:
     for magic, sentence in _FOREIGN:
         if head.startswith(magic) or lowered.startswith(magic):
             return sentence
-    return f"is not a {wanted} file (it begins with {head[:8]!r}); give a GGUF file or a model directory"
+    return f"is not a {wanted} file (it begins with {head[:8]!r}); {remedy}"
 
 
 def read_exactly(fd: int, out_u8: UInt8, offset: int, path: Path, tensor: str) -> None:

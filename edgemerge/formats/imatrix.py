@@ -150,10 +150,11 @@ class ImportanceMatrix:
 
     def _parse_old(self) -> Iterator[tuple[str, _Entry]]:
         size = os.fstat(self._fd).st_size
-        n_entries, at = self._i32(0), 4
+        n_entries, at = self._i32(0) if size >= 4 else 0, 4
         if not 1 <= n_entries <= (size - 4) // MIN_ENTRY_BYTES:
             head = os.pread(self._fd, 512, 0)
-            raise self._fail(describe_foreign(head, "importance matrix"))
+            remedy = "give what llama-imatrix wrote"
+            raise self._fail(describe_foreign(head, "llama-imatrix", remedy))
         seen: set[str] = set()
         for _ in range(n_entries):
             name = self._text(at)
