@@ -17,7 +17,8 @@ from edgemerge.merge import merge, plan
 from edgemerge.recipe import make_recipe
 from edgemerge.types import Recipe
 from tests.head_models import head_tensors, shuffle
-from tests.small_models import stored, write_gguf
+from tests.imatrix_files import random_sums, write_old
+from tests.small_models import load_gguf, stored, write_gguf
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Case:
     out_type: str = "F16"
     inputs: str = "F16"
     neurons: bool = False
+    imatrix: bool = False
     slow: bool = True
 
     @property
     def name(self) -> str:
         words = [self.method, *map(str, self.parameters.values()), self.align, self.inputs]
         words += ["neurons"] if self.neurons else []
+        words += ["imatrix"] if self.imatrix else []
         return "-".join([word for word in words if word] + [self.out_type])
 
 
@@ -46,6 +49,8 @@ CASES = [
     Case("slerp", {"t": 0.3}, inputs="Q8_0", slow=False),
     Case("linear", align="soft", slow=False),
     Case("passthrough", out_type="Q8_0", slow=False),
+    Case("passthrough", out_type="Q4_0", imatrix=True, slow=False),
+    Case("passthrough", out_type="Q4_K_M", imatrix=True),
     Case("passthrough", {"scale": 0.5}, inputs="Q8_0"),
     Case("hierarchical", {"scope": "row"}, slow=False),
     Case("hierarchical", {"scope": "block"}, "soft", out_type="Q4_K_M", inputs="Q8_0"),
@@ -102,6 +107,11 @@ def request_of(case: Case, models: dict[str, list[Path]]) -> tuple[str, Any, dic
         "align": case.align,
         "neurons": case.neurons,
     }
+    if case.imatrix:
+        path = models["F32"][0].with_name("imatrix.dat")
+        tensors = load_gguf(models["F32"][0])
+        write_old(path, random_sums({name: x.shape for name, x in tensors.items()}))
+        options["imatrix"] = str(path)
     return case.method, [(expert, None) for expert in experts], options
 
 
@@ -181,7 +191,7 @@ def test_one_child_and_no_second(
     ties = plan(recipe_of(CASES[0], models))
     for _ in range(3):
         warm.warm_up(ties)
-    assert children.requests == [["ties", "hard", "off", "F16", "F16"]]
+    assert children.requests == [["ties", "hard", "off", "F16", "F16", ""]]
     kept = {path.name.split("-", 2)[2] for path in fresh.iterdir()}
     assert kept == {"method-ties.warm", "align-hard.warm", "decode-F16.warm", "encode-F16.warm"}
     # Whatever one stamp is missing for, a child is asked again; what is known is not asked twice.
