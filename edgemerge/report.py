@@ -64,7 +64,7 @@ class MergeReport:
             f"of {format_size(self.budget_bytes)}, read {format_size(self.read_bytes)}, "
             f"wrote {format_size(self.written_bytes)}"
         )
-        yield f"  sha256 {self.sha256}"
+        yield f"  sha256 {self.sha256}{' of the files one after the other' if self.files else ''}"
         for file in self.files:
             yield f"  {file.path.name}  {format_size(file.n_bytes)}, sha256 {file.sha256}"
         for note in self.notes:

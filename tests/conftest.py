@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.llama_quantize import Quantiser
 
 TESTS = Path(__file__).resolve().parent
 
@@ -31,3 +37,16 @@ def eval_dir() -> Path:
 def golden_dir() -> Path:
     """Inputs, recipes, masks and outputs of mergekit."""
     return TESTS / "data" / "golden"
+
+
+@pytest.fixture(scope="session")
+def quantiser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quantiser]:
+    """llama_model_quantize, silent."""
+    llama = pytest.importorskip("llama_cpp")
+    from tests.llama_quantize import Quantiser  # imports gguf, which not every machine has
+
+    logger = logging.getLogger("llama-cpp-python")  # its level decides what llama.cpp may print
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    yield Quantiser(llama, tmp_path_factory.mktemp("quantised"))
+    logger.setLevel(level)

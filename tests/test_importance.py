@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -27,16 +26,6 @@ MODELS: dict[str, Callable[[], Model]] = {
     "8 experts": lambda: make_model(n_layers=9, n_experts=8, heads=(32, 8)),
 }
 QUANTISED = [name for name in FILE_TYPES if name not in ("F32", "F16", "BF16")]
-
-
-@pytest.fixture(scope="module")
-def quantiser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quantiser]:
-    llama = pytest.importorskip("llama_cpp")
-    logger = logging.getLogger("llama-cpp-python")  # its level decides what llama.cpp may print
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    yield Quantiser(llama, tmp_path_factory.mktemp("importance"))
-    logger.setLevel(level)
 
 
 def stored(path: Path) -> dict[str, tuple[str, bytes]]:
