@@ -10,11 +10,8 @@ when it is first used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,15 +19,11 @@ from numpy.typing import NDArray
 from edgemerge.errors import MismatchError
 from edgemerge.formats.ggml_types import GGML_TYPES, block_size, row_bytes
 from edgemerge.formats.lattice import LATTICE_TYPES, decode_lattice
+from edgemerge.formats.lazy_kernel import load_kernel
 from edgemerge.formats.weighted import WEIGHTED_SCRATCH, WEIGHTED_TYPES, encode_weighted
 from edgemerge.types import Float32, TensorSpec, UInt8
 
 __all__ = ["CODECS", "GGML_TYPES", "Codec", "block_size", "find_codec", "row_bytes"]
-
-
-@cache
-def _kernel(module: str, name: str) -> Callable[..., None]:
-    return cast(Callable[..., None], getattr(import_module(f"edgemerge.kernels.{module}"), name))
 
 
 def _check(array: NDArray[Any], n_items: int) -> None:
@@ -79,7 +72,7 @@ class Codec:
         if self.kernels is None:
             decode_lattice(self.dtype, stored, out_f32)
         else:
-            _kernel(self.kernels, f"decode_{self.dtype.lower()}")(stored, out_f32)
+            load_kernel(self.kernels, f"decode_{self.dtype.lower()}")(stored, out_f32)
 
     @property
     def is_weighted(self) -> bool:
@@ -115,7 +108,7 @@ class Codec:
             _check(scratch_f32[:WEIGHTED_SCRATCH], WEIGHTED_SCRATCH)
             encode_weighted(self.dtype, x_f32, importance_f32, stored, scratch_f32)
             return
-        kernel = _kernel(self.kernels, f"encode_{self.dtype.lower()}")
+        kernel = load_kernel(self.kernels, f"encode_{self.dtype.lower()}")
         if self.scratch_len:
             _check(scratch_f32[: self.scratch_len], self.scratch_len)
             kernel(x_f32, scratch_f32, stored)

@@ -36,6 +36,7 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 MAX_NAME_BYTES = 1 << 10
 MIN_ENTRY_BYTES = 4 + 1 + 4 + 4 + 4  # length, one byte of name, calls, number of values, one value
 CHUNK = 1 << 20
+LARGEST = 1e20  # mean squares are far below; beyond, an encoder's weighted sums could overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +202,10 @@ class ImportanceMatrix:
             values = np.empty(min(CHUNK // 4, entry.n_values - start), np.float32)
             offset = entry.offset + 4 * start
             read_exactly(self._fd, values.view(np.uint8), offset, self.path, name)
-            good = np.isfinite(values) & (values >= 0)
+            good = (values >= 0) & (values <= LARGEST)
             if not good.all():
                 raise self._fail(
-                    f"has the importance {values[~good][0]}; make the file again", name
+                    f"has the importance {values[~good][0]:g}; make the file again", name
                 )
 
     def _checksum(self) -> int:

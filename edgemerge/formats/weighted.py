@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from typing import cast
 
 import numpy as np
 
+from edgemerge.formats.lazy_kernel import load_kernel
 from edgemerge.types import Float32, UInt8
 
 __all__ = ["WEIGHTED_SCRATCH", "WEIGHTED_TYPES", "encode_weighted"]
@@ -23,11 +21,6 @@ LANES = 64
 FIT_ROWS = 16
 WEIGHTED_SCRATCH = (3 * 32 + FIT_ROWS) * LANES + 256
 """float32 elements that `encode_weighted` needs."""
-
-
-@cache
-def _kernel(module: str, name: str) -> Callable[..., None]:
-    return cast(Callable[..., None], getattr(import_module(f"edgemerge.kernels.{module}"), name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +81,7 @@ def encode_weighted(
     n_sub = x_f32.size // row.sub_len
     for first in range(0, n_sub, LANES):
         last = min(first + LANES, n_sub)
-        _kernel("importance", "gather_weighted")(
+        load_kernel("importance", "gather_weighted")(
             x_f32, importance_f32, first, group_len, before, after, work.tile, work.weights
         )
         x = x_f32[row.sub_len * first : row.sub_len * last]
@@ -113,81 +106,81 @@ class _Work:
 
 
 def _search_symmetric(row: _Row, work: _Work) -> None:
-    _kernel("weighted_symmetric", "search_symmetric")(
+    load_kernel("weighted_symmetric", "search_symmetric")(
         work.tile, work.weights, row.top, work.fit, work.quants
     )
 
 
 def _search_affine(row: _Row, work: _Work) -> None:
-    _kernel("weighted_affine", "search_affine")(
+    load_kernel("weighted_affine", "search_affine")(
         work.tile, work.weights, row.top, work.fit, work.quants
     )
 
 
 def _write_q2_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
     _search_affine(row, work)
-    _kernel("weighted_scales", "write_scales_q2_k")(
+    load_kernel("weighted_scales", "write_scales_q2_k")(
         work.fit, work.levels, out.reshape(-1, row.block_bytes)
     )
     n = out.size // row.block_bytes * row.subs
-    _kernel("q2_k", "write_quants_q2_k")(
+    load_kernel("q2_k", "write_quants_q2_k")(
         x, work.fit_row(3, n), work.fit_row(4, n), work.levels, out
     )
 
 
 def _write_q4_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
     _search_affine(row, work)
-    _kernel("weighted_scales", "write_scales_q4_k")(
+    load_kernel("weighted_scales", "write_scales_q4_k")(
         work.fit, 255, work.levels, out.reshape(-1, row.block_bytes)
     )
     n = out.size // row.block_bytes * row.subs
-    _kernel("q4_k", "write_quants_q4_k")(
+    load_kernel("q4_k", "write_quants_q4_k")(
         x, work.fit_row(3, n), work.fit_row(4, n), work.levels, out
     )
 
 
 def _write_q5_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
     _search_affine(row, work)
-    _kernel("weighted_scales", "write_scales_q4_k")(
+    load_kernel("weighted_scales", "write_scales_q4_k")(
         work.fit, 63, work.levels, out.reshape(-1, row.block_bytes)
     )
     n = out.size // row.block_bytes * row.subs
-    _kernel("q5_k", "write_quants_q5_k")(
+    load_kernel("q5_k", "write_quants_q5_k")(
         x, work.fit_row(3, n), work.fit_row(4, n), work.levels, out
     )
 
 
 def _write_q3_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
     _search_symmetric(row, work)
-    _kernel("weighted_symmetric", "write_scales_q3_k")(work.fit, work.levels, out)
-    _kernel("q3_k", "write_quants_q3_k")(x, work.quants, work.levels, out)
+    load_kernel("weighted_symmetric", "write_scales_q3_k")(work.fit, work.levels, out)
+    load_kernel("q3_k", "write_quants_q3_k")(x, work.quants, work.levels, out)
 
 
 def _write_q6_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
     _search_symmetric(row, work)
     n = out.size // row.block_bytes * row.subs
-    _kernel("q6_k", "write_q6_k")(
+    load_kernel("q6_k", "write_q6_k")(
         x, work.fit_row(0, n), work.fit_row(1, n), work.fit_row(2, n), work.levels, out
     )
 
 
 def _write_iq4(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
-    _kernel("iq4", "search_iq4")(work.tile, work.weights, work.fit)
+    load_kernel("iq4", "search_iq4")(work.tile, work.weights, work.fit)
     n = out.size // row.block_bytes * row.subs
     name = "write_iq4_nl" if row.subs == 1 else "write_iq4_xs"
-    _kernel("iq4", name)(x, work.fit_row(1, n), out)
+    load_kernel("iq4", name)(x, work.fit_row(1, n), out)
 
 
 def _write_symmetric(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
     _search_symmetric(row, work)
     name = "write_q4_0_weighted" if row.top == 8 else "write_q5_0_weighted"
-    _kernel("weighted_symmetric", name)(work.fit, work.quants, out)
+    load_kernel("weighted_symmetric", name)(work.fit, work.quants, out)
 
 
 def _write_affine(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
     _search_affine(row, work)
     name = "write_q4_1_weighted" if row.top == 15 else "write_q5_1_weighted"
-    _kernel("weighted_affine", name)(work.fit, work.quants, out)
+    load_kernel("weighted_affine", name)(work.fit, work.quants, out)
 
 
 _WRITERS: dict[str, Callable[[_Row, _Work, Float32, UInt8], None]] = {

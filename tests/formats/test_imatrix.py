@@ -86,6 +86,7 @@ def old(*parts: bytes | int) -> bytes:
         (old(1, 1, b"a", 1, 1) + np.float32(np.nan).tobytes(), "the importance nan"),
         (old(1, 1, b"a", 1, 1) + np.float32(-1).tobytes(), "the importance -1"),
         (old(1, 1, b"a", 1, 1) + np.float32(np.inf).tobytes(), "the importance inf"),
+        (old(1, 1, b"a", 1, 1) + np.float32(1e21).tobytes(), "the importance 1e"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:

@@ -7,6 +7,9 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from edgemerge.formats.codec import CODECS
@@ -17,6 +20,10 @@ from tests import ggml_oracle, reference, reference_weighted
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 Float32 = NDArray[np.float32]
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+WEIGHTS = hnp.arrays(
+    np.float32, 256, elements=st.floats(0, width=32, allow_nan=False, allow_infinity=False)
+)
 NAMES = sorted(WEIGHTED_TYPES)
 KINDS = {name: kind for kind, name in GGML_TYPES.items()}
 
@@ -75,6 +82,16 @@ def test_bytes_are_ggmls(name: str, importance: str) -> None:
         weights = IMPORTANCES[importance](x.shape[1])
         got = encode(name, x, weights)
         assert wrong_blocks(name, got, ggml_oracle.quantize(KINDS[name], x, weights)) == []
+
+
+@pytest.mark.llama
+@pytest.mark.usefixtures("ggml")
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=100, deadline=None)
+@given(x=hnp.arrays(np.float32, (1, 256), elements=FINITE), weights=WEIGHTS)
+def test_anything_finite(name: str, x: Float32, weights: Float32) -> None:
+    got = encode(name, x, weights)
+    assert wrong_blocks(name, got, ggml_oracle.quantize(KINDS[name], x, weights)) == []
 
 
 @pytest.mark.llama
