@@ -94,7 +94,7 @@ def _figure(points: Sequence[BenchPoint], quality: str) -> Figure:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set(color=BORDER, linewidth=0.8)
-    _draw_points(axes, points, x, y, quality)
+    _draw_points(axes, points, x, y)
     _draw_labels(axes, points, x, y)
     colour = f"; colour is accuracy on {quality}" if _accuracies(points) else ""
     left, top = AXES[0], 0.955
@@ -130,9 +130,7 @@ def _set_scale(axes: Axes, which: str, values: Sequence[float]) -> None:
     axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
 
 
-def _draw_points(
-    axes: Axes, points: Sequence[BenchPoint], x: list[float], y: list[float], quality: str
-) -> None:
+def _draw_points(axes: Axes, points: Sequence[BenchPoint], x: list[float], y: list[float]) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 

@@ -38,7 +38,7 @@ def format_size(n_bytes: float) -> str:
         if abs(n_bytes) < 1024 or unit == "GiB":
             break
         n_bytes /= 1024
-    return f"{n_bytes:.3g} {unit}" if abs(n_bytes) < 1000 else f"{n_bytes:.0f} {unit}"
+    return f"{n_bytes:.3g} {unit}" if abs(n_bytes) < 999.5 else f"{n_bytes:.0f} {unit}"
 
 
 def format_count(n: int) -> str:

@@ -76,7 +76,7 @@ def test_the_other_tables_tell_latency_memory_and_load(run: Run) -> None:
     assert header[1:7] == ["load cold", "load warm", "peak memory", "weights", "KV cache", "rest"]
     assert row[0] == "tiny.gguf"
     assert all(re.fullmatch(r"[\d.]+ [KMG]iB", cell) for cell in row[3:7])
-    assert notes.startswith("- weights: of these are pages of the file (tiny.gguf ")
+    assert notes.startswith("- weights: those in pages of the file (tiny.gguf ")
 
 
 def test_json_is_one_object_with_all_figures(run: Run) -> None:
@@ -139,14 +139,25 @@ def test_depth_shows_in_the_name(run: Run) -> None:
     assert "pp" not in out
 
 
+def test_usual_lengths_give_way_to_a_short_context(run: Run) -> None:
+    result = run("tiny.gguf", "-r", "1", "-t", "1", "--depth", "192")
+    assert result.stderr == (
+        "note: the context has room for -p 64, which stands for the usual 512\n"
+        "note: the context has room for -n 64, which stands for the usual 128\n"
+    )
+    assert [row in result.stdout for row in ("pp64 @ d192", "tg64 @ d192")] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ((), "give one or more GGUF files, or --merge RECIPE.yml"),
         (("tiny.gguf", "-p", "0", "-n", "0"), "there is nothing to measure"),
-        (("tiny.gguf", "-t", "1,x"), "must be numbers of threads, e.g. -t 1,2,4"),
-        (("tiny.gguf", "-t", "0"), "must be numbers of threads, e.g. -t 1,2,4"),
+        (("tiny.gguf", "-t", "1,x"), "must be numbers of threads up to 512, e.g. -t 1,2,4"),
+        (("tiny.gguf", "-t", "0"), "must be numbers of threads up to 512, e.g. -t 1,2,4"),
+        (("tiny.gguf", "-t", "4,513"), "must be numbers of threads up to 512, e.g. -t 1,2,4"),
         (("tiny.gguf", "-r", "0"), "-r"),
+        (("tiny.gguf", "-o", "x.csv"), "'x.csv': -o is the format, md, csv or json; redirect the"),
         (("tiny.gguf", "--limit", "3"), "--limit goes with --quality"),
         (("tiny.gguf", "--quality", "x"), "must be NAME=FILE, e.g."),
         (("tiny.gguf", "--plot", "x.jpg"), "must end in .png, .svg, .pdf"),
@@ -164,6 +175,7 @@ def test_contradictions_are_usage_errors(run: Run, arguments: tuple[str, ...], s
     ("arguments", "said"),
     [
         (("tiny.gguf", "none.gguf"), "none.gguf: there is no such file"),
+        (("tiny.gguf", "tiny.gguf.png"), "tiny.gguf.png: is empty, not a GGUF file; get it again"),
         (("tiny.gguf", "-p", "300"), "tiny.gguf: the tests need a context of 300 tokens"),
         (("tiny.gguf", "--quality", "x=none.jsonl"), "none.jsonl: No such file or directory"),
         (("tiny.gguf", "--plot", "tiny.gguf.png"), "exists already; choose another name"),

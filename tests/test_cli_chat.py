@@ -37,7 +37,7 @@ def test_each_line_of_a_pipe_is_a_message() -> None:
     assert [m["role"] for m in said("a.json")] == ["system", *["user", "assistant"] * 2]
     assert [m["content"] for m in said("b.json")][:2] == ["be brief", "hi"]
     assert "turns 2\n" in result.stderr  # of /stats
-    assert result.stderr.endswith("; seed 1\n")
+    assert "seed" not in result.stderr  # at temperature 0 there is none
     assert "/help" not in result.stderr  # greetings are for terminals
     answers = [said("a.json")[2], said("a.json")[4], said("a.json")[4], said("b.json")[2]]
     shown = "".join(c for answer in answers for c in answer["content"] if c in "\n\t" or c >= " ")
@@ -49,7 +49,7 @@ def test_a_conversation_goes_on_from_a_file() -> None:
     first = said("talk.json")
     result = run(*CHAT, stdin="/load talk.json\nof the end\n/save talk.json\n")
     assert result.exit_code == 0, result.stderr
-    assert "note: turns loaded: 1\n" in result.stderr
+    assert "note: turns loaded: 1; the system prompt is the file's\n" in result.stderr
     assert said("talk.json")[:3] == first
     assert len(said("talk.json")) == 5
 
@@ -57,11 +57,13 @@ def test_a_conversation_goes_on_from_a_file() -> None:
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        ("/nonsense", "there is no command /nonsense; /help lists them"),
         ("/save", "give the name of a file, as in /save talk.json"),
-        ("/save chat.jinja", "chat.jinja: exists already; choose another name\n"),
+        ("/save a\0b", "give the name of a file, as in /save talk.json"),
+        ("/save ~nobody-here/x", "~nobody-here/x: whose home that is, this machine does not know"),
+        ("/save chat.jinja", "chat.jinja: exists already; choose another name or say /save! chat."),
+        ("/save .", "edgemerge: .: is a folder; give the name of a file"),
         ("/save none/talk.json", "none/talk.json: the folder none does not exist; make it first"),
-        ("/load none.json", "none.json: No such file or directory"),
+        ("/load none.json", "edgemerge: none.json: No such file or directory"),
         ("/load chat.jinja", "chat.jinja: not JSON"),
         ("/retry", "nothing was said yet"),
         ("x" * 250, "tokens with the system prompt, and the context of 256 takes 192: shorten it"),
@@ -76,6 +78,24 @@ def test_a_line_that_cannot_be_obeyed_ends_a_pipe(lines: str, sentence: str) -> 
     assert "Traceback" not in result.stderr
 
 
+def test_lines_after_an_unknown_command_are_answered() -> None:
+    result = run(*CHAT, stdin="/stats\n/nonsense\nthe answer\n/quit now\nof the end\n")
+    assert result.exit_code == 0
+    assert result.stderr.startswith(
+        "nothing was said yet\nedgemerge: there is no command /nonsense; /help lists them\n"
+    )
+    assert result.stderr.count("prompt ") == 1
+    assert result.stdout
+    assert run(*CHAT, stdin="/exit\nthe answer\n").stdout == ""
+
+
+def test_save_replaces_what_is_of_this_talk_or_what_it_is_told_to() -> None:
+    lines = "/save a.json\nthe answer\n/save b.json\n/save a.json\n/save! chat.jinja\n"
+    result = run(*CHAT, stdin=lines)
+    assert result.exit_code == 0, result.stderr
+    assert said("a.json") == said("b.json") == said("chat.jinja")
+
+
 def test_a_model_without_a_template_is_refused() -> None:
     result = run("chat", "tiny.gguf", stdin="x\n")
     assert (result.exit_code, result.stdout) == (1, "")
@@ -88,7 +108,7 @@ def test_a_model_without_a_template_is_refused() -> None:
 def test_in_a_terminal(folder: Path) -> None:
     given = [*CHAT[:-4], "-n", "1000", "--seed", "1"]  # as long as there is room
     with Terminal(*SLOWLY, *given, folder=folder) as terminal:
-        assert "context 256 tokens, seed 1; /help" in terminal.wait_for("> ")
+        assert "tiny, context 256 tokens; /help" in terminal.wait_for("> ")
         terminal.type("the answer\n")
         terminal.wait_for("word word word ")
         terminal.type("\x03")  # stops this answer only
@@ -106,7 +126,6 @@ def test_in_a_terminal(folder: Path) -> None:
         terminal.type("\x03")
         code, seen = terminal.wait_for_end(again="\x03")
     assert code == 0, seen
-    assert "seed 1\n" in seen
     question, answer = said("talk.json")
     assert question["content"] == "the answer"
     assert answer["content"].startswith("word word word ")

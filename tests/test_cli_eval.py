@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ import typer
 from typer.testing import CliRunner
 
 from edgemerge.cli.eval import eval_command
+from edgemerge.errors import RuntimeFailure
 from edgemerge.merge import merge
 from edgemerge.recipe import make_recipe
-from edgemerge.runtime.library import load_library
 
 pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.llama
@@ -85,6 +86,12 @@ def test_models_stand_side_by_side() -> None:
     assert lines[3][0] == "acc_norm"  # the letters of MedQA have none of their own
     assert "acc less base's" in text
     assert [line[:2] for line in lines[6:]] == [["medqa", "expert-a"], ["general", "expert-a"]]
+
+
+def test_a_p_value_is_never_zero() -> None:
+    task = f"disease={GENERAL.with_name('disease.jsonl')}"
+    text = run("base.gguf", "expert-a.gguf", "--task", task, "--limit", "60")
+    assert text.rstrip().endswith("  < 0.001")
 
 
 def test_json_is_one_object_with_the_harness_s_figures() -> None:
@@ -217,6 +224,9 @@ def test_another_model_is_scored_anew() -> None:
     result = CliRunner().invoke(app, [*command, "--force"])
     assert result.exit_code == 0
     assert "out.json.journal: an earlier run had other models: starting anew" in result.stderr
+    kept = [json.dumps({**json.loads(first), "models": []}), json.dumps(["job", 0, []])]
+    Path("other.json.journal").write_text("\n".join(kept) + "\n")
+    assert "holds 1 result of an unfinished run with other " in fail(*command[:-2], "other.json")
     assert json.loads(result.stdout)["results"][0]["acc"] != json.loads(first)["results"][0]["acc"]
 
 
@@ -226,6 +236,9 @@ def test_requests_that_make_no_sense_are_refused() -> None:
     assert "medqa, medmcqa, pubmedqa, mmlu, questions" in refuse("base.gguf", "--task", "arc=x.csv")
     assert "or any NAME=FILE.jsonl" in refuse("base.gguf", "--task", "x.csv")
     assert "or any NAME=FILE.jsonl" in refuse("base.gguf", "--task", "=x.jsonl")
+    twice = ("--task", f"own={GENERAL}", "--task", f"own={GENERAL.with_name('disease.jsonl')}")
+    assert "two tasks are called own: give one another name" in refuse("base.gguf", *twice)
+    assert ": . is a folder; give a file of questions" in refuse("base.gguf", "--task", "m=.")
     assert "--task is given twice" in refuse("base.gguf", "--task", MEDQA, "--task", MEDQA)
     assert "model is given twice" in refuse("base.gguf", "./base.gguf", "--task", MEDQA)
     texts = ("--perplexity", "text.txt", "--perplexity", "text.txt")
@@ -249,22 +262,26 @@ def test_what_is_missing_is_named_before_any_work() -> None:
         same = fail("base.gguf", "--task", task, *examples, "-o", "own.jsonl", "--force")
         assert "own.jsonl: is one of the inputs" in same
     Path("broken.gguf").write_bytes(b"GGUF" + bytes(100))
-    assert "broken.gguf: llama.cpp cannot load this model" in fail("broken.gguf", "--task", MEDQA)
+    bad = fail("base.gguf", "broken.gguf", "--task", MEDQA, "-o", "out.json")
+    assert bad.startswith(
+        "edgemerge: broken.gguf: is GGUF version 0; only versions 2 and 3 are read"
+    )
+    assert not Path("out.json.journal").exists()
     assert "-c 256 or less" in fail("base.gguf", "--task", MEDQA, "-c", "999")
 
 
 def test_without_llama_cpp_one_sentence_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    load_library.cache_clear()
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    try:
-        said = fail("base.gguf", "--task", MEDQA)
-    finally:
-        load_library.cache_clear()
-    assert said == (
-        "edgemerge: running a model needs llama.cpp: install it with pip install 'edgemerge[run]'\n"
-    )
+    def refuse_to_load() -> None:
+        raise RuntimeFailure("install llama.cpp")
+
+    def know_none(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("edgemerge.runtime.library.load_library", refuse_to_load)
+    monkeypatch.setattr("importlib.metadata.version", know_none)
+    assert fail("base.gguf", "--task", MEDQA) == "edgemerge: install llama.cpp\n"
 
 
 def test_own_questions_may_have_a_name() -> None:

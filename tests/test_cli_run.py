@@ -14,10 +14,12 @@ from tests.tiny_gguf import CONTEXT, write_tiny_gguf
 pytestmark = pytest.mark.llama
 
 FIGURES = re.compile(
-    r"prompt (\d+) tokens, [\d.]+ tokens/s; answer (\d+) tokens, [\d.-]+ tokens/s; "
+    r"prompt (\d+) tokens, [\d.]+ tokens/s; answer (\d+) tokens?(?:, [\d.]+ tokens/s)?; "
     r"first token after [\d.]+ s; memory [\d.]+ MiB, of it weights [\d.]+ \w+, "
-    r"KV cache [\d.]+ \w+; seed (\d+)\n"
+    r"KV cache [\d.]+ \w+(?:; seed (\d+))?\n"
 )
+NO_TEMPLATE = "note: tiny.gguf has no chat template: the text is continued; see --template\n"
+CUT_OFF = "note: the answer was cut off at --max-tokens\n"
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 def say(*arguments: object, stdin: str | None = None) -> dict[str, object]:
     result = run("run", "tiny.gguf", *arguments, "--json", stdin=stdin)
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0
+    assert result.stderr in ("", NO_TEMPLATE)
     document = json.loads(result.stdout)
     assert isinstance(document, dict)
     return document
@@ -39,9 +42,10 @@ def say(*arguments: object, stdin: str | None = None) -> dict[str, object]:
 
 def test_text_on_stdout_and_figures_on_stderr() -> None:
     result = run("run", "tiny.gguf", "-p", "the answer", "-n", 8, "--temp", 0, "--seed", 3)
-    found = FIGURES.fullmatch(result.stderr)
+    assert result.stderr.startswith(NO_TEMPLATE + CUT_OFF)
+    found = FIGURES.fullmatch(result.stderr.removeprefix(NO_TEMPLATE + CUT_OFF))
     assert found is not None, result.stderr
-    assert found.groups()[1:] == ("8", "3")
+    assert found.groups()[1:] == ("8", None)  # nothing was drawn, so there was no seed
     document = say("-p", "the answer", "-n", 8, "--temp", 0)
     said = str(document["text"])
     assert result.stdout.rstrip("\n") == "".join(c for c in said if c in "\n\t" or c >= " ")
@@ -56,6 +60,14 @@ def test_the_seed_repeats_the_text_and_is_told() -> None:
     assert say("-p", "the", "-n", 12)["seed"] != first["seed"]
 
 
+def test_figures_that_are_not_known_are_left_out() -> None:
+    result = run("run", "tiny.gguf", "--raw", "-p", "the answer", "-n", 1, "--seed", 3)
+    found = FIGURES.fullmatch(result.stderr.removeprefix(CUT_OFF))
+    assert found is not None, result.stderr
+    assert found.groups()[1:] == ("1", "3")
+    assert "; answer 1 token; first" in result.stderr
+
+
 def test_where_the_prompt_comes_from(folder: Path) -> None:
     (folder / "prompt.txt").write_text("the answer\n")
     given = ("-n", 6, "--temp", 0)
@@ -63,6 +75,42 @@ def test_where_the_prompt_comes_from(folder: Path) -> None:
     assert say("--file", "prompt.txt", *given)["text"] == expected
     assert say(*given, stdin="the answer\n")["text"] == expected
     assert say("-p", "-", *given, stdin="the answer")["text"] == expected
+    assert say("-p", "", *given, stdin="the answer")["text"] == expected
+    expected = say("-p", "the\n\nanswer", *given)["text"]
+    assert say("-p", "the", *given, stdin="answer\n")["text"] == expected
+
+
+def test_a_pipe_that_is_left_open_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ssh without -n leaves one: nobody writes there, and it does not end by itself."""
+    start = (
+        "import edgemerge.cli.run as r; r.PATIENCE = 0.1; from edgemerge.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [*COMMAND[:1], "-c", start, "run", "tiny.gguf", "-p", "the", "--json"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    assert (
+        said
+        == "note: waiting for the text on stdin that goes after the prompt (none: </dev/null)\n"
+    )
+    out, _ = process.communicate("answer", timeout=60)
+    assert process.returncode == 0
+    assert json.loads(out)["prompt_tokens"] == say("-p", "the\n\nanswer")["prompt_tokens"]
+
+
+def test_more_than_the_machine_has_is_told() -> None:
+    result = run("run", "tiny.gguf", "-p", "the", "-n", 1, "-t", 512, "-g", 1)
+    assert result.exit_code == 0
+    assert "note: 512 threads share " in result.stderr
+    from edgemerge.runtime.library import load_library
+
+    is_on_gpu = load_library().api.llama_supports_gpu_offload()
+    assert ("was built without GPU support" in result.stderr) == (not is_on_gpu)
 
 
 def test_the_template_is_used_but_for_raw() -> None:
@@ -86,8 +134,11 @@ def test_the_context_is_as_large_as_is_needed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
+        ("", 1, "edgemerge: the prompt is empty: give the model at least one word"),
         ("-p x --file chat.jinja", 2, "give the prompt with -p or with --file, not both"),
         ("-p x --raw --system y", 2, "--raw continues the text as it is: no --system"),
+        ("-p x -t 513", 2, "Invalid value for '-t' / '--threads'"),
+        ("-p x --lora a=nan", 2, "--lora 'a=nan': the scale 'nan' is no number"),
         ("-p x --temp -1", 2, "Invalid value for '--temperature'"),
         ("-p x --system y", 1, "tiny.gguf: this model has no chat template and so no place for"),
         ("-p \udcff", 1, "edgemerge: the prompt is not UTF-8 text: convert it first"),
@@ -122,7 +173,7 @@ def test_ctrl_c_keeps_the_text_and_its_figures(folder: Path) -> None:
         terminal.type("\x03")
         code, seen = terminal.wait_for_end()
     assert code == 128 + signal.SIGINT
-    assert seen.endswith("edgemerge: interrupted; nothing was changed\n")
+    assert seen.endswith("edgemerge: interrupted\n")
     assert re.search(r"answer \d+ tokens, [\d.]+ tokens/s", seen)
     assert "Traceback" not in seen
     assert "Exception" not in seen
@@ -136,6 +187,6 @@ def test_a_prompt_is_asked_for_in_a_terminal(folder: Path) -> None:
 
 
 def test_a_reader_that_goes_away_ends_it() -> None:
-    line = f"{subprocess.list2cmdline(COMMAND)} run tiny.gguf -p x -n 200 --json | head -c 1"
+    line = f"{subprocess.list2cmdline(COMMAND)} run tiny.gguf --raw -p x -n 200 --json | head -c 1"
     result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
     assert (result.stdout, result.stderr) == ("{", "")

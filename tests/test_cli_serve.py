@@ -64,15 +64,22 @@ def test_help_is_light() -> None:
 
 def test_an_open_address_needs_a_key(gguf: Path) -> None:
     assert_refused(serve(gguf, "--host", "0.0.0.0", "--port", 0), "--api-key-file")
-    with Serving(gguf, "--host", "0.0.0.0", key="k3y") as server:
+    with Serving(gguf, "--host", "0.0.0.0", key="k3y-of-16-letters") as server:
         assert server.get("/v1/models").status == 200
         assert server.get("/v1/models", Authorization="").status == 401
         assert server.get("/health", Host="any.example").status == 200
 
 
-@pytest.mark.parametrize("key", ["two words", "ä", ""])
-def test_a_key_that_no_header_can_have(gguf: Path, key: str) -> None:
-    assert_refused(serve(gguf, "--port", 0, EDGEMERGE_API_KEY=key), "printable ASCII")
+@pytest.mark.parametrize(
+    ("key", "said"), [("two words", "printable ASCII"), ("ä", "printable ASCII"), ("", "is empty")]
+)
+def test_a_key_that_no_header_can_have(gguf: Path, key: str, said: str) -> None:
+    assert_refused(serve(gguf, "--port", 0, EDGEMERGE_API_KEY=key), said)
+
+
+def test_an_open_address_needs_a_long_key(gguf: Path) -> None:
+    done = serve(gguf, "--host", "0.0.0.0", "--port", 0, EDGEMERGE_API_KEY="k3y")
+    assert_refused(done, "could guess an API key of 3 characters")
 
 
 def test_the_key_can_be_in_a_file(gguf: Path, tmp_path: Path) -> None:
@@ -130,7 +137,7 @@ def test_install_writes_a_unit_with_the_same_options(
     monkeypatch.setattr("os.geteuid", lambda: 1000)  # a user's service may read any place
     monkeypatch.delenv("EDGEMERGE_API_KEY", raising=False)
     assert "--api-key-file" in install().stderr
-    monkeypatch.setenv("EDGEMERGE_API_KEY", "k3y")
+    monkeypatch.setenv("EDGEMERGE_API_KEY", "k3y-of-16-letters")
     options = ("--memory", "1G", "-c", 128, "--queue", 3, "--log-requests", "--grace", 9)
     done = install(*options, "--allow-host", "ward.example")
     assert done.exit_code == 0, done.stderr
@@ -143,3 +150,6 @@ def test_install_writes_a_unit_with_the_same_options(
     assert stat.S_IMODE((tmp_path / "edgemerge.env").stat().st_mode) == 0o600
     assert "--force" in install().stderr
     assert install("--force").exit_code == 0
+    monkeypatch.delenv("EDGEMERGE_API_KEY")
+    assert install("--force", "--host", "127.0.0.1").exit_code == 0
+    assert not (tmp_path / "edgemerge.env").exists()

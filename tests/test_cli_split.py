@@ -32,6 +32,23 @@ def converted(*arguments: object) -> dict[str, object]:
     return dict(json.loads(result.stdout))
 
 
+@pytest.mark.llama
+def test_llama_cpp_loads_a_split_by_any_part(models_dir: Path, folder: Path) -> None:
+    from edgemerge.runtime.llama import Model
+
+    converted(models_dir / "base", "-o", "cut.gguf", "--split-max-size", "3MiB")
+    for path in sorted(folder.glob("cut-*")):
+        with Model(path) as model:
+            assert model.n_layers > 0
+    path.unlink()
+    result = invoke("run", "cut-00001-of-00003.gguf", "-p", "x")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"edgemerge: {path.name}: there is no such file, and cut-00001-of-00003.gguf is a part of a "
+        "model in 3: get all of them, under these names\n"
+    )
+
+
 def test_out_and_in_again(models_dir: Path, folder: Path) -> None:
     whole = converted(models_dir / "base", "-o", "whole.gguf", "--type", "Q8_0")
     split = converted(

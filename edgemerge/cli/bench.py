@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgemerge.cli import loading, request
+from edgemerge.cli.generation import note
 from edgemerge.cli.terminal import check_stop, plain, print_json, speaks_plainly
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from edgemerge.runtime.evaluation.tasks import Task
 
 __all__ = ["bench_command"]
+
+N_PROMPT, N_GEN = 512, 128  # tokens; llama-bench's defaults
 
 
 class Format(StrEnum):
@@ -31,6 +34,15 @@ class Format(StrEnum):
     json = "json"
 
 
+def _read_format(text: str) -> Format:
+    try:
+        return Format(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r}: -o is the format, md, csv or json; redirect the output to keep it"
+        ) from None
+
+
 @speaks_plainly
 def bench_command(
     models: Annotated[
@@ -38,17 +50,25 @@ def bench_command(
         typer.Argument(metavar="MODEL...", help="GGUF files.", show_default=False),
     ] = None,
     n_prompt: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "-p", "--n-prompt", min=0, metavar="N", help="Tokens of the prompt; 0: no such test."
+            "-p",
+            "--n-prompt",
+            min=0,
+            metavar="N",
+            help=f"Tokens of the prompt; 0: no such test [default: {N_PROMPT}].",
         ),
-    ] = 512,
+    ] = None,
     n_gen: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "-n", "--n-gen", min=0, metavar="N", help="Tokens to generate; 0: no such test."
+            "-n",
+            "--n-gen",
+            min=0,
+            metavar="N",
+            help=f"Tokens to generate; 0: no such test [default: {N_GEN}].",
         ),
-    ] = 128,
+    ] = None,
     repetitions: Annotated[
         int, typer.Option("-r", "--repetitions", min=1, metavar="N", help="Runs of each test.")
     ] = 3,
@@ -69,7 +89,15 @@ def bench_command(
         ),
     ] = 0,
     output_format: Annotated[
-        Format, typer.Option("-o", "--output", help="Format of the figures on stdout.")
+        Format,
+        typer.Option(
+            "-o",
+            "--output",
+            parser=_read_format,
+            metavar="md|csv|json",
+            show_default=False,
+            help="Format of the figures on stdout [default: md].",
+        ),
     ] = Format.md,
     json_: request.Json = False,
     quality: Annotated[
@@ -117,13 +145,42 @@ def bench_command(
         if n_gen == 0:
             raise typer.BadParameter("--plot shows the speed of generation: give -n")
         _check_plot(plot, models, force=force)
-    settings = _settings(threads, n_prompt, n_gen, repetitions, depth, gpu_layers)
     task = _read_quality(quality, limit)
+    room = _shortest_context(models) - depth
+    settings = _settings(
+        threads,
+        _clamp("-p", N_PROMPT, room) if n_prompt is None else n_prompt,
+        _clamp("-n", N_GEN, room) if n_gen is None else n_gen,
+        repetitions,
+        depth,
+        gpu_layers,
+    )
     benches = _bench_models(models, settings, task.questions if task else None, output_format)
     name = task.name if task else ""
     _print_rest(benches, name, output_format)
     if plot is not None:
         _draw(benches, name, plot)
+
+
+def _shortest_context(models: list[Path]) -> int:
+    """Tokens that all models were trained for; a model that is none is refused here, not after an hour."""
+    from edgemerge.formats.metadata import get_value
+    from edgemerge.runtime.model_files import open_gguf
+
+    found = []
+    for path in models:
+        source = open_gguf(path)
+        n_ctx = get_value(source.metadata(), f"{source.architecture}.context_length")
+        source.close()
+        found += [n_ctx] if isinstance(n_ctx, int) else []
+    return min(found, default=sys.maxsize)
+
+
+def _clamp(option: str, default: int, room: int) -> int:
+    if not 0 < room < default:
+        return default
+    note(f"the context has room for {option} {room}, which stands for the usual {default}")
+    return room
 
 
 def _settings(
@@ -140,11 +197,13 @@ def _settings(
     numbers = [default_threads()]
     if threads is not None:
         words = threads.split(",")
-        if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-            raise typer.BadParameter(f"-t {threads!r} must be numbers of threads, e.g. -t 1,2,4")
-        numbers = list(dict.fromkeys(map(int, words)))
+        numbers = [int(word) if word.strip().isdecimal() else 0 for word in words]
+        if not all(0 < number <= loading.MAX_THREADS for number in numbers):
+            raise typer.BadParameter(
+                f"-t {threads!r} must be numbers of threads up to {loading.MAX_THREADS}, e.g. -t 1,2,4"
+            )
     return BenchSettings(
-        threads=tuple(numbers),
+        threads=tuple(dict.fromkeys(numbers)),
         n_prompt=n_prompt,
         n_gen=n_gen,
         repetitions=repetitions,
@@ -174,10 +233,7 @@ def _bench_models(
     from edgemerge.cli.bench_records import csv_lines, model_record, speed_record
     from edgemerge.cli.bench_table import speed_header, speed_rows
     from edgemerge.runtime.bench.bench import bench_model
-    from edgemerge.runtime.model_files import model_files
 
-    for path in models:
-        model_files(path)  # the last name is wrong: say so now, not after an hour
     names = max(len(path.name) for path in models) if len(models) > 1 else 0
     benches: list[ModelBench] = []
     with _status() as show:

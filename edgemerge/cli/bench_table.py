@@ -160,8 +160,8 @@ def bench_notes(benches: Sequence[ModelBench], quality: str) -> Iterator[str]:
     """Say what the tables leave open: what the weights are, and what was not to be had."""
     mapped = (f"{b.path.name} {format_size(b.measured.memory.mapped)}" for b in benches)
     yield (
-        f"weights: of these are pages of the file ({', '.join(mapped)}), which the kernel may "
-        "drop when memory is short and read again"
+        f"weights: those in pages of the file ({', '.join(mapped)}) the kernel may drop when memory "
+        "is short, and read again"
     )
     scores = [bench.score for bench in benches if bench.score is not None]
     if scores:

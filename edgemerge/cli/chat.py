@@ -13,7 +13,7 @@ import typer
 
 from edgemerge.cli import generation, loading
 from edgemerge.cli.generation import tell
-from edgemerge.cli.terminal import Stopped, plain, speaks_plainly
+from edgemerge.cli.terminal import Stopped, plain, talks_plainly
 
 if TYPE_CHECKING:
     from edgemerge.runtime.conversation import Conversation
@@ -30,13 +30,13 @@ HELP = """\
 /system TEXT   set the system prompt; without TEXT, show it
 /retry         answer the last message again
 /stats         speed and memory of the last answer
-/save FILE     write the conversation as JSON
+/save FILE     write the conversation as JSON; over a file of something else: /save! FILE
 /load FILE     go on with one that was saved
-/quit          leave, as Ctrl-D does
+/quit, /exit   leave, as Ctrl-D does
 Ctrl-C stops an answer. A message that begins with / is sent with a space before it."""
 
 
-@speaks_plainly
+@talks_plainly
 def chat_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.")],
     system: generation.System = "",
@@ -75,11 +75,12 @@ def chat_command(
             )
             chat = _Chat(conversation)
             if chat.is_terminal:
-                name = plain(loaded.description)
-                tell(f"{name}, context {n_ctx} tokens, seed {sampling.seed}; /help")
+                name = plain(loaded.metadata.get("general.name") or loaded.path.stem)
+                drawn = f", seed {sampling.seed}" if sampling.temperature > 0 else ""
+                tell(f"{name}, context {n_ctx} tokens{drawn}; /help")
             chat.talk()
             if session.figures.n_prompt:  # something was asked
-                tell(f"{generation.format_figures(session)}; seed {sampling.seed}")
+                tell(generation.format_figures(session))
 
 
 def _need_template(model: Model, file: Path | None) -> Template:
@@ -104,7 +105,7 @@ class _Chat:
     def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
         self.is_terminal = sys.stdin is not None and sys.stdin.isatty()
-        self._file: Path | None = None  # last saved or loaded, and so ours to replace
+        self._files: set[Path] = set()  # saved or loaded, and so ours to replace
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/clear": self._clear,
@@ -112,6 +113,7 @@ class _Chat:
             "/retry": self._retry,
             "/stats": self._stats,
             "/save": self._save,
+            "/save!": self._save_over,
             "/load": self._load,
         }
 
@@ -119,7 +121,7 @@ class _Chat:
         from edgemerge.errors import EdgemergeError
 
         for line in self._lines():
-            if line.strip() == "/quit":
+            if line.startswith("/") and line.split()[0] in ("/quit", "/exit"):
                 return
             try:
                 self._take(line)
@@ -131,7 +133,7 @@ class _Chat:
             except (EdgemergeError, OSError) as error:
                 if not self.is_terminal or isinstance(error, BrokenPipeError):
                     raise
-                tell(f"edgemerge: {plain(str(error))}")
+                _tell_error(error)
 
     def _is_ctrl_c(self, stopped: Stopped) -> bool:
         return self.is_terminal and stopped.number == signal.SIGINT
@@ -184,9 +186,10 @@ class _Chat:
         from edgemerge.errors import RecipeError
 
         name, _, rest = line.strip().partition(" ")
-        if name not in self._commands:
-            raise RecipeError(f"there is no command {name}; /help lists them")
-        self._commands[name](rest.strip())
+        if name in self._commands:
+            self._commands[name](rest.strip())
+        else:  # from a pipe too, the lines after it can be answered
+            _tell_error(RecipeError(f"there is no command {name}; /help lists them"))
 
     def _answer(self, pieces: Generator[str, None, None]) -> None:
         if self.conversation.n_forgotten:
@@ -196,16 +199,7 @@ class _Chat:
         with closing(pieces):
             if not generation.say(pieces):
                 generation.note("the model said nothing")
-        self._tell_end()
-
-    def _tell_end(self) -> None:
-        from edgemerge.runtime.generate import End
-
-        session = self.conversation.session
-        if session.figures.end is End.CONTEXT:
-            generation.note(f"the answer was cut off: the context of {session.n_ctx} is full")
-        elif session.figures.end is End.LENGTH:
-            generation.note("the answer was cut off at --max-tokens")
+        generation.tell_end(self.conversation.session)
 
     def _help(self, _rest: str) -> None:
         tell(HELP)
@@ -228,33 +222,54 @@ class _Chat:
 
     def _stats(self, _rest: str) -> None:
         session = self.conversation.session
+        if not session.figures.n_prompt:
+            tell("nothing was said yet")
+            return
         tell(generation.format_figures(session))
         n_used = session.figures.n_prompt + session.figures.n_generated
         tell(f"context {n_used} of {session.n_ctx} tokens, turns {len(self.conversation.turns)}")
 
     def _save(self, name: str) -> None:
         from edgemerge.errors import OutputError
+
+        path = self._name_file(name)
+        if path.is_file() and path not in self._files:
+            raise OutputError(
+                f"exists already; choose another name or say /save! {path}", path=path
+            )
+        self._save_over(name)
+
+    def _save_over(self, name: str) -> None:
         from edgemerge.runtime.conversation import write_messages
 
         path = self._name_file(name)
-        is_ours = path == self._file
-        if path.exists() and not is_ours:
-            raise OutputError("exists already; choose another name", path=path)
-        write_messages(self.conversation.messages, path, force=is_ours)
-        self._file = path
+        write_messages(self.conversation.messages, path, force=True)
+        self._files.add(path)
         generation.note(f"{path} is written")
 
     def _load(self, name: str) -> None:
         from edgemerge.runtime.conversation import read_messages
 
         path = self._name_file(name)
+        system = self.conversation.system
         self.conversation.messages = read_messages(path)
-        self._file = path
-        generation.note(f"turns loaded: {len(self.conversation.turns)}")
+        self._files.add(path)
+        replaced = "" if self.conversation.system == system else "; the system prompt is the file's"
+        generation.note(f"turns loaded: {len(self.conversation.turns)}{replaced}")
 
     def _name_file(self, name: str) -> Path:
         from edgemerge.errors import RecipeError
 
-        if not name:
+        if not name or "\0" in name:
             raise RecipeError("give the name of a file, as in /save talk.json")
-        return Path(name).expanduser()
+        try:
+            return Path(name).expanduser()
+        except RuntimeError as error:  # "~stranger/talk.json"
+            raise RecipeError(f"{name}: whose home that is, this machine does not know") from error
+
+
+def _tell_error(error: Exception) -> None:
+    sentence = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        sentence = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    tell(f"edgemerge: {plain(sentence)}")

@@ -1,4 +1,4 @@
-"""`edgemerge demo`: merges real small models, scores them, and lets the best one speak. Offline."""
+"""`edgemerge demo`: merges real small models, scores them, shows answers of the best. Offline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHUFFLED = (
     "expert-a",
     "expert-b-permuted",
 )  # the same expert b, its attention heads in another order
-N_SPOKEN = 3  # questions per domain that the best merge answers in its own words
+N_SHOWN = 3  # questions per domain whose answers are shown
 
 
 class Trial(NamedTuple):
@@ -73,7 +73,7 @@ def demo_command(
     ] = None,
     force: request.Force = False,
 ) -> None:
-    """Merge two small medical experts in several ways, score them, talk to the best."""
+    """Merge two small medical experts in several ways, score them, show answers of the best."""
     from edgemerge.runtime.evaluation.questions import read_questions
 
     folder = models or _models_of_checkout()
@@ -86,7 +86,7 @@ def demo_command(
         merged = _make_files(folder, out, force=force)
         scores = _score_files(merged, questions)
         _print_scores(scores, questions)
-        _speak(merged, scores, questions)
+        _show_answers(merged, scores, questions)
 
 
 def _models_of_checkout() -> Path:
@@ -182,25 +182,26 @@ def _both(row: dict[str, Score]) -> float:
     return (row["disease"].acc + row["substance"].acc) / 2
 
 
-def _speak(
+def _show_answers(
     files: dict[str, Path],
     scores: dict[str, dict[str, Score]],
     questions: dict[str, list[Question]],
 ) -> None:
-    from edgemerge.runtime.generate import complete
+    from edgemerge.runtime.evaluation.evaluate import mark
+    from edgemerge.runtime.evaluation.likelihood import option_likelihoods
     from edgemerge.runtime.llama import Model
 
     best = max(
         (name for name in scores if name not in ("base", *EXPERTS)), key=lambda n: _both(scores[n])
     )
-    print(f"\nThe best merge is {best}. In its own words:\n")
+    print(f"\nThe best merge is {best}. What it picks, of four options each:\n")
     with Model(files[best]) as model:
         for key in ("disease", "substance"):
-            step = max(1, len(questions[key]) // N_SPOKEN)
-            for question in questions[key][::step][:N_SPOKEN]:
-                lines = "".join(complete(model, question.prompt, 12)).strip().splitlines()
+            step = max(1, len(questions[key]) // N_SHOWN)
+            shown = questions[key][::step][:N_SHOWN]
+            for question, found in zip(shown, option_likelihoods(model, shown), strict=True):
+                marked = mark(question, found)
                 right = question.options[question.answer]
-                said = lines[0] if lines else ""
-                verdict = "right" if said == right else f"wrong: {right}"
+                verdict = "right" if marked.right else f"wrong: {right}"
                 asked = question.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
-                print(f"  {asked} {said} ({verdict})")
+                print(f"  {asked} {question.options[marked.chosen]} ({verdict})")

@@ -178,7 +178,7 @@ def _software(found: Diagnosis) -> Iterator[tuple[str, str]]:
 
 
 def _print_fits(found: Diagnosis) -> None:
-    from edgemerge.runtime.doctor.fit import FILE_TYPES, TABLE_CONTEXT
+    from edgemerge.runtime.doctor.fit import FILE_TYPES, PROCESS_BYTES, TABLE_CONTEXT
     from edgemerge.sizes import format_size
 
     print(f"memory that models take with {TABLE_CONTEXT} tokens of context")
@@ -188,7 +188,8 @@ def _print_fits(found: Diagnosis) -> None:
         row = [cells[name, file_type] for file_type in FILE_TYPES]
         rows.append([f"  {name}", *(f"{format_size(fit.bytes)} {fit.verdict}" for fit in row)])
     print_table(("  model", *FILE_TYPES), rows)
-    print("  = weights + KV cache + scratch + 64 MiB; fits: into 90 % of what is free")
+    process = format_size(PROCESS_BYTES)
+    print(f"  = weights + KV cache + scratch + {process}; fits: into 90 % of what is free")
 
 
 def _model(model: ModelFit, available: int) -> Iterator[tuple[str, str]]:

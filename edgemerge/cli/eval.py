@@ -116,6 +116,7 @@ def eval_command(
     from edgemerge.output import check_output
     from edgemerge.runtime.evaluation import run as evaluation
     from edgemerge.runtime.library import load_library
+    from edgemerge.runtime.model_files import open_gguf
 
     if json_ and csv_:
         raise typer.BadParameter("--json and --csv are two ways to print the same: give one")
@@ -129,6 +130,8 @@ def eval_command(
         adapters = (one.path for one in loading.parse_loras(lora))
         inputs = (*models, *asked.texts, *(one.path for one in tasks), *(fewshot or ()), *adapters)
         check_output(output, tuple(path.resolve() for path in inputs), force=force)
+    for path in models:
+        open_gguf(path).close()  # the last one is bad: say so now, not after an hour
     load_library()  # where it is missing, it has no version for the header either
     header = _header(asked, limit, seed, gpu_layers, lora)
 
@@ -138,7 +141,7 @@ def eval_command(
     def bar(label: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
         return progress_bar(label, quiet=json_, unit=unit)
 
-    with _open_results(output, header) as results:
+    with _open_results(output, header, force=force) as results:
         evaluation.run(asked, results, load, bar)
         answers, texts = evaluation.answered(asked, results), evaluation.text_scores(asked, results)
         found = evaluation.document(answers, texts)
@@ -185,6 +188,11 @@ def _read_tasks(
         if file is not None and file.resolve() == path.resolve():
             raise typer.BadParameter(f"--fewshot {file}: its questions are the ones to be asked")
         tasks.append(read_task(name, path, shots=n_shots, examples=file, limit=limit, seed=seed))
+        if [task.name for task in tasks].count(tasks[-1].name) > 1:
+            raise typer.BadParameter(
+                f"two tasks are called {tasks[-1].name}: give one another name, as in --task "
+                "OTHER=FILE.jsonl, or score it by itself"
+            )
     return tuple(tasks)
 
 
@@ -194,6 +202,8 @@ def _name_and_file(text: str) -> tuple[str, Path]:
     if text.endswith(".jsonl") and ("=" not in text or Path(text).exists()):
         return "questions", Path(text)
     name, equals, file = text.partition("=")
+    if equals and Path(file).is_dir():
+        raise typer.BadParameter(f"--task {text!r}: {file} is a folder; give a file of questions")
     if not equals or not name or not (name in FORMATS or file.endswith(".jsonl")):
         raise typer.BadParameter(
             f"--task {text!r}: give NAME=FILE with one of {', '.join(FORMATS)} (--help-tasks says "
@@ -241,7 +251,7 @@ def _header(
 
 
 @contextmanager
-def _open_results(output: Path | None, header: dict[str, Any]) -> Iterator[Results]:
+def _open_results(output: Path | None, header: dict[str, Any], *, force: bool) -> Iterator[Results]:
     """Results in memory, or on disk where a stopped run goes on; say so."""
     from edgemerge.runtime.evaluation.results import Journal, Results
 
@@ -249,7 +259,7 @@ def _open_results(output: Path | None, header: dict[str, Any]) -> Iterator[Resul
         with Results() as results:
             yield results
         return
-    with Journal(output, header) as journal:
+    with Journal(output, header, force=force) as journal:
         if journal.note:
             _say(f"{journal.path}: {journal.note}")
         if journal.n_resumed:

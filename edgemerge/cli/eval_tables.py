@@ -88,7 +88,7 @@ def _difference_rows(
             second.task.name,
             names[second.model],
             f"{100 * found.difference:+.1f} % (+{found.only_second} -{found.only_first} questions)",
-            f"{found.p:.3f}",
+            f"{found.p:.3f}" if found.p >= 0.0005 else "< 0.001",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import sys
 import unicodedata
@@ -21,16 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MaxTokens", "MinP", "RepeatPenalty", "Seed", "Stops", "System", "Temperature"]
 __all__ += ["TemplateFile", "TopK", "TopP", "check_text", "clean", "clear_line"]
-__all__ += [
-    "figures_as_json",
-    "format_figures",
-    "load",
-    "note",
-    "pick_context",
-    "read_sampling",
-    "say",
-]
-__all__ += ["show_progress", "tell"]
+__all__ += ["figures_as_json", "format_figures", "load", "note", "pick_context", "read_sampling"]
+__all__ += ["say", "show_progress", "tell", "tell_end"]
 
 LONG = 128  # tokens of a prompt that take a moment to read
 
@@ -138,9 +131,15 @@ def check_text(text: str, what: str) -> str:
 
 
 def load(path: Path, threads: int | None, gpu_layers: int | None, loras: list[str] | None) -> Model:
-    """Load a model; say so where it is larger than the free memory."""
+    """Load a model; say so where the machine has less than it takes, or than is asked for."""
     _warn_of_memory(path)
-    return loading.load(path, threads, gpu_layers, loras)
+    n_processors = len(os.sched_getaffinity(0))
+    if threads is not None and threads > n_processors:
+        note(f"{threads} threads share {_count(n_processors, 'processor')}: fewer are faster")
+    model = loading.load(path, threads, gpu_layers, loras)
+    if gpu_layers and not model.api.llama_supports_gpu_offload():
+        note("this llama.cpp was built without GPU support: all layers run on the processor")
+    return model
 
 
 def _warn_of_memory(path: Path) -> None:
@@ -169,7 +168,7 @@ def pick_context(model: Model, given: int | None, wanted: int) -> int:
 
 
 def tell(text: str, end: str = "\n") -> None:
-    """Write on stderr; print would take stdout for one that is closed."""
+    """Write on stderr, if there is one; print(file=None) would write on stdout."""
     if sys.stderr is not None:
         print(text, end=end, file=sys.stderr, flush=True)
 
@@ -217,27 +216,43 @@ def clear_line() -> None:
 
 
 def format_figures(session: Session) -> str:
-    """Write speed and memory of the last text in one line."""
+    """Write speed, memory and seed of the last text in one line."""
     from edgemerge.runtime.board.device import read_process
     from edgemerge.sizes import format_size
 
     figures, buffers = session.figures, session.context.buffers
     reused = f" ({figures.n_reused} kept)" if figures.n_reused else ""
-    return (
-        f"prompt {figures.n_prompt} tokens{reused}, {_rate(figures.prompt_rate)}; "
-        f"answer {figures.n_generated} tokens, {_rate(figures.rate)}; "
-        f"first token after {_seconds(figures.first_token_seconds)}; "
+    parts = [
+        f"prompt {_count(figures.n_prompt, 'token')}{reused}{_rate(figures.prompt_rate)}",
+        f"answer {_count(figures.n_generated, 'token')}{_rate(figures.rate)}",
+    ]
+    if figures.first_token_seconds is not None:
+        parts.append(f"first token after {figures.first_token_seconds:.2f} s")
+    parts.append(
         f"memory {format_size(read_process().rss)}, of it weights {format_size(buffers.weights)}, "
         f"KV cache {format_size(buffers.kv)}"
     )
+    if session.sampling.temperature > 0:
+        parts.append(f"seed {session.sampling.seed}")
+    return "; ".join(parts)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def _rate(tokens_per_second: float | None) -> str:
-    return "- tokens/s" if tokens_per_second is None else f"{tokens_per_second:.1f} tokens/s"
+    return "" if tokens_per_second is None else f", {tokens_per_second:.1f} tokens/s"
 
 
-def _seconds(seconds: float | None) -> str:
-    return "- s" if seconds is None else f"{seconds:.2f} s"
+def tell_end(session: Session) -> None:
+    """Say so where a limit ended the last text, not the model."""
+    from edgemerge.runtime.generate import End
+
+    if session.figures.end is End.CONTEXT:
+        note(f"the answer was cut off: the context of {session.n_ctx} is full")
+    elif session.figures.end is End.LENGTH:
+        note("the answer was cut off at --max-tokens")
 
 
 def figures_as_json(session: Session) -> dict[str, Any]:

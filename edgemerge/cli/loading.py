@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +11,19 @@ import typer
 if TYPE_CHECKING:
     from edgemerge.runtime.llama import Lora, Model
 
-__all__ = ["ContextSize", "GpuLayers", "Loras", "Threads", "load", "parse_loras"]
+__all__ = ["MAX_THREADS", "ContextSize", "GpuLayers", "Loras", "Threads", "load", "parse_loras"]
+
+MAX_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h; llama.cpp crashes with more
 
 Threads = Annotated[
     int | None,
     typer.Option(
-        "-t", "--threads", min=1, metavar="N", help="Threads that compute [default: the cores]."
+        "-t",
+        "--threads",
+        min=1,
+        max=MAX_THREADS,
+        metavar="N",
+        help="Threads that compute [default: the cores].",
     ),
 ]
 ContextSize = Annotated[
@@ -63,9 +71,12 @@ def parse_loras(texts: list[str] | None) -> tuple[Lora, ...]:
             loras.append(Lora(Path(text)))
             continue
         try:
-            loras.append(Lora(Path(path), float(scale)))
+            factor = float(scale)
         except ValueError:
-            raise typer.BadParameter(f"--lora {text!r}: the scale {scale!r} is no number") from None
+            factor = math.nan
+        if not math.isfinite(factor):
+            raise typer.BadParameter(f"--lora {text!r}: the scale {scale!r} is no number")
+        loras.append(Lora(Path(path), factor))
     return tuple(loras)
 
 
@@ -74,8 +85,10 @@ def load(
 ) -> Model:
     """Load a model as the options say, heeding Ctrl-C; close it after use."""
     from edgemerge.runtime.llama import Model
+    from edgemerge.runtime.model_files import open_gguf
     from edgemerge.runtime.worker import Worker
 
     adapters = parse_loras(loras)
+    open_gguf(path).close()
     with Worker() as worker:
         return worker.do(Model, path, n_threads=threads, n_gpu_layers=gpu_layers, loras=adapters)

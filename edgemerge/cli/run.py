@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import select
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgemerge.cli import generation, loading, request
-from edgemerge.cli.terminal import print_json, speaks_plainly
+from edgemerge.cli.terminal import print_json, talks_plainly
 
 if TYPE_CHECKING:
     from edgemerge.runtime.llama import Model
@@ -17,14 +19,20 @@ if TYPE_CHECKING:
 __all__ = ["run_command"]
 
 MAX_TOKENS = 512
+PATIENCE = 2.0  # seconds that a pipe beside -p may be silent; ssh without -n leaves one open
 
 
-@speaks_plainly
+@talks_plainly
 def run_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.")],
     prompt: Annotated[
         str | None,
-        typer.Option("-p", "--prompt", metavar="TEXT", help="Prompt; - reads it from stdin."),
+        typer.Option(
+            "-p",
+            "--prompt",
+            metavar="TEXT",
+            help="Prompt; what comes on stdin follows it, and - stands for stdin alone.",
+        ),
     ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", metavar="FILE", help="Read the prompt from a file.")
@@ -53,11 +61,14 @@ def run_command(
     A model with a chat template takes the prompt as the user's message; one without continues it.
     The text goes to stdout, its figures to stderr.
     """
+    from edgemerge.errors import RecipeError
     from edgemerge.runtime.generate import Session, check_prompt, read_prompt
 
     if raw and (system or template):
         raise typer.BadParameter("--raw continues the text as it is: no --system, no --template")
     text = _read_text(prompt, file)
+    if not text.strip():
+        raise RecipeError("the prompt is empty: give the model at least one word to go on from")
     generation.check_text(system, "the system prompt")
     sampling = generation.read_sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
     with generation.load(model, threads, gpu_layers, lora) as loaded:
@@ -85,20 +96,36 @@ def run_command(
                 generation.say(pieces)
             finally:  # Ctrl-C ends the text, not its figures
                 generation.clear_line()
-                generation.tell(f"{generation.format_figures(session)}; seed {sampling.seed}")
+                generation.tell_end(session)
+                generation.tell(generation.format_figures(session))
 
 
 def _read_text(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise typer.BadParameter("give the prompt with -p or with --file, not both")
     if file is not None:
-        raw, what = file.read_bytes(), str(file)
-    elif prompt not in (None, "-"):
-        return generation.check_text(str(prompt), "the prompt")
-    elif sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+        return _decode(file.read_bytes(), str(file))
+    if prompt not in (None, "-"):
+        parts = [generation.check_text(str(prompt), "the prompt"), _read_piped()]
+        return "\n\n".join(filter(None, parts))
+    if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         raise typer.BadParameter("give a prompt with -p TEXT, with --file, or on stdin")
-    else:
-        raw, what = sys.stdin.buffer.read(), "stdin"
+    return _decode(sys.stdin.buffer.read(), "stdin")
+
+
+def _read_piped() -> str:
+    """Read the text that goes after a prompt, as of `cat report.txt | edgemerge run ... -p TEXT`."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    with suppress(OSError, ValueError):  # what stands in for stdin may be no file of the system's
+        if not select.select([sys.stdin], [], [], PATIENCE)[0]:
+            generation.note(
+                "waiting for the text on stdin that goes after the prompt (none: </dev/null)"
+            )
+    return _decode(sys.stdin.buffer.read(), "stdin")
+
+
+def _decode(raw: bytes, what: str) -> str:
     # An editor ends a file with a new line, which is no part of a text to go on with.
     text = raw.decode("utf-8", errors="surrogateescape").removesuffix("\n").removesuffix("\r")
     return generation.check_text(text, what)
@@ -116,6 +143,7 @@ def _as_message(model: Model, text: str, system: str, file: Path | None) -> str:
             "put it into the prompt, or give a template with --template FILE"
         )
     if template is None:
+        generation.note(f"{model.path} has no chat template: the text is continued; see --template")
         return text
     messages = [{"role": "system", "content": system}] if system else []
     return template.render([*messages, {"role": "user", "content": text}])

@@ -22,6 +22,7 @@ __all__ = [
     "print_table",
     "progress_bar",
     "speaks_plainly",
+    "talks_plainly",
 ]
 
 P = ParamSpec("P")
@@ -40,7 +41,15 @@ _stops: list[int] = []  # signals that the running command has received
 
 def speaks_plainly(command: Callable[P, R]) -> Callable[P, R]:
     """Turn what a command raises into one sentence on stderr and an exit code."""
+    return _guard(command, "nothing was changed")
 
+
+def talks_plainly(command: Callable[P, R]) -> Callable[P, R]:
+    """Do the same for a command that only talks: when interrupted, it has nothing to reassure of."""
+    return _guard(command, "")
+
+
+def _guard(command: Callable[P, R], kept: str) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
@@ -54,8 +63,10 @@ def speaks_plainly(command: Callable[P, R]) -> Callable[P, R]:
             raise _failure(str(error), detail) from None
         except KeyboardInterrupt as error:
             number = error.number if isinstance(error, Stopped) else signal.SIGINT
-            left = "; ".join(getattr(error, "__notes__", ())) or "nothing was changed"
-            raise _failure(f"interrupted; {left}", code=128 + number) from None
+            left = getattr(error, "__notes__", []) or [kept]
+            raise _failure(
+                "; ".join(filter(None, ("interrupted", *left))), code=128 + number
+            ) from None
         except MemoryError:
             raise _failure(
                 "out of memory; close other programs or, in a merge, give a smaller --memory"

@@ -159,6 +159,7 @@ class Session:
 
     def __init__(self, model: Model, n_ctx: int, sampling: Sampling) -> None:
         self.model = model
+        self.sampling = sampling
         self.n_ctx = n_ctx  # llama.cpp may round its own up
         self.figures = Figures()
         self._tokens: list[int] = []  # that the context holds

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RuntimeFailure
@@ -112,12 +113,44 @@ class Library:
         """Memory that was announced since `start`."""
         return Buffers(dict(self._sizes))
 
-    def failure(self, message: str) -> RuntimeFailure:
-        """Make an error that carries what llama.cpp said; its first complaint is the cause."""
-        lines = "".join(text for _, text in self.log).splitlines()
-        errors = [text.strip() for level, text in self.log if level == _ERROR]
+    def failure(self, message: str, remedy: str = "") -> RuntimeFailure:
+        """Make an error that carries what llama.cpp said; its first complaint is the cause.
+
+        Parameters
+        ----------
+        message : str
+            What failed.
+        remedy : str
+            What to do about it.
+        """
+        errors = [_clean(text) for level, text in self.log if level == _ERROR]
         reason = f" ({errors[0]})" if errors else ""
-        return RuntimeFailure(f"{message}{reason}", detail="\n".join(lines))
+        others = errors[1:] if errors else [_clean(text) for _, text in self.log]
+        # each caller of what failed says so once more
+        detail = [text for text in others if "failed to" not in text and text not in errors[:1]]
+        end = f": {remedy}" if remedy else ""
+        return RuntimeFailure(f"{message}{reason}{end}", detail="\n".join(detail))
+
+    def load_failure(self, path: Path) -> RuntimeFailure:
+        """Make an error for a model that llama.cpp does not load.
+
+        Parameters
+        ----------
+        path : Path
+            The model's file.
+        """
+        said = "".join(text for _, text in self.log)
+        remedy = "get or make the file again, or update llama-cpp-python"
+        if "unknown model architecture" in said:
+            remedy = "update llama-cpp-python, or convert the model with edgemerge convert"
+        elif "failed to allocate" in said:
+            remedy = "close other programs, or take a smaller file type or --ctx"
+        return self.failure(f"{path}: llama.cpp cannot load this model", remedy)
+
+
+def _clean(text: str) -> str:
+    """Take from a line of the log the function that wrote it, and what our message says already."""
+    return re.sub(r"^\w+: |error loading model: ", "", text.strip())
 
 
 @cache

@@ -44,7 +44,7 @@ class Model:
     Parameters
     ----------
     path : str or path
-        A GGUF file; of a split model, the first part.
+        A GGUF file; of a split model, any part.
     n_threads : int, optional
         Threads that compute; by default the physical cores that this process may use.
     n_gpu_layers : int, optional
@@ -68,7 +68,7 @@ class Model:
     ) -> None:
         self.path = Path(path)
         self.n_threads = n_threads or default_threads()
-        model_files(self.path)  # what is missing of them is said better here than by llama.cpp
+        files = model_files(self.path)  # what is missing is said better here than by llama.cpp
         for lora in loras:
             if lora.path.is_dir():
                 raise RuntimeFailure(
@@ -80,7 +80,7 @@ class Model:
         self.library = load_library()
         self.api = self.library.api
         self.loras: tuple[Lora, ...] = tuple(loras)
-        self._handle = self._load(n_gpu_layers)
+        self._handle = self._load(files[0], n_gpu_layers)
         self.adapters = [self._load_adapter(lora) for lora in loras]
         self.buffers: Buffers = self.library.buffers()
         self._vocab = self.api.llama_model_get_vocab(self._handle)
@@ -93,15 +93,15 @@ class Model:
         adds_bos = self.api.llama_vocab_get_add_bos(self._vocab)
         self.bos: list[int] = [self.api.llama_vocab_bos(self._vocab)] if adds_bos else []
 
-    def _load(self, n_gpu_layers: int | None) -> Any:
+    def _load(self, first: Path, n_gpu_layers: int | None) -> Any:
         params = self.api.llama_model_default_params()
         if n_gpu_layers is None:
             n_gpu_layers = _ALL_LAYERS if self.api.llama_supports_gpu_offload() else 0
         params.n_gpu_layers = n_gpu_layers
         self.library.start()
-        handle = self.api.llama_model_load_from_file(os.fsencode(self.path), params)
+        handle = self.api.llama_model_load_from_file(os.fsencode(first), params)
         if not handle:
-            raise self.library.failure(f"{self.path}: llama.cpp cannot load this model")
+            raise self.library.load_failure(self.path)
         return handle
 
     def _load_adapter(self, lora: Lora) -> Any:
@@ -251,16 +251,18 @@ class Model:
         params.n_outputs_max = max(n_outputs, n_sequences)
         params.n_outputs_max_per_seq = 0  # as many as in all
         params.n_threads = params.n_threads_batch = self.n_threads
-        params.kv_unified = (
-            True  # a token can then belong to several sequences and is computed once
-        )
+        # one cache for all: a token can belong to several sequences and is computed once
+        params.kv_unified = True
         if exact:
             params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.type_k = params.type_v = self.api.GGML_TYPE_F32
         self.library.start()
         handle = self.api.llama_init_from_model(self._handle, params)
         if not handle:
-            raise self.library.failure(f"{self.path}: llama.cpp cannot make a context of {n_ctx}")
+            raise self.library.failure(
+                f"{self.path}: llama.cpp cannot make a context of {n_ctx} tokens",
+                "give a smaller --ctx, or in bench a smaller -p, -n and --depth",
+            )
         return Context(self, handle)
 
 

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.formats.gguf import GgufModel
 
-__all__ = ["model_files"]
+__all__ = ["model_files", "open_gguf"]
 
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # llama.cpp's names for a model in several files
 
@@ -25,8 +26,7 @@ def model_files(path: Path) -> list[Path]:
     RuntimeFailure
         One of them is missing, or it is a folder.
     """
-    if path.is_dir():
-        raise RuntimeFailure(f"{path}: is a folder; make a GGUF of it with edgemerge convert first")
+    _check_file(path)
     files = [path]
     if match := _PART.search(path.name):
         stem = path.name[: match.start()]
@@ -34,5 +34,34 @@ def model_files(path: Path) -> list[Path]:
         files = [path.with_name(f"{stem}-{part:05}-of-{match[2]}.gguf") for part in parts]
     for file in files:
         if not file.is_file():
-            raise RuntimeFailure(f"{file}: there is no such file")
+            raise RuntimeFailure(
+                f"{file}: there is no such file, and {path.name} is a part of a model in "
+                f"{len(files)}: get all of them, under these names"
+            )
     return files
+
+
+def open_gguf(path: Path) -> GgufModel:
+    """Open a model's file by its header alone, before llama.cpp has to: bad files are named better here.
+
+    Parameters
+    ----------
+    path : Path
+        A GGUF file; of a split model, any part.
+
+    Raises
+    ------
+    RuntimeFailure
+        There is no such file, or it is a folder.
+    FormatError
+        It is no GGUF, is cut off or damaged, or a part of it is missing.
+    """
+    _check_file(path)
+    return GgufModel(path)
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise RuntimeFailure(f"{path}: is a folder; make a GGUF of it with edgemerge convert first")
+    if not path.is_file():
+        raise RuntimeFailure(f"{path}: there is no such file")

@@ -118,7 +118,7 @@ def load_template(model: Model, file: Path | None = None) -> Template | None:
     Raises
     ------
     FormatError
-        The template is no valid Jinja, or the file is not UTF-8.
+        The template is no valid Jinja or never uses `messages`, or the file is not UTF-8.
     """
     source, path = model.chat_template, model.path
     if file is not None:
@@ -133,7 +133,19 @@ def load_template(model: Model, file: Path | None = None) -> Template | None:
         model.token_text(int(model.metadata.get(f"tokenizer.ggml.{name}_token_id", "-1")))
         for name in ("bos", "eos")
     )
-    return Template(source, path, bos=bos, eos=eos)
+    template = Template(source, path, bos=bos, eos=eos)
+    if not _uses_messages(source):
+        raise FormatError(
+            "it never uses 'messages', so it is no chat template; give another with --template FILE",
+            path=path,
+        )
+    return template
+
+
+def _uses_messages(source: str) -> bool:
+    from jinja2.meta import find_undeclared_variables
+
+    return "messages" in find_undeclared_variables(_environment().parse(source))
 
 
 def _fold_system(messages: Sequence[Message]) -> list[Message]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
@@ -56,12 +55,13 @@ class Worker:
         runs when the caller goes on.
         """
         self.is_stopped = False
-        job = self._thread.submit(work, *args, **kwargs)
         try:
-            return job.result()
+            return self._thread.submit(work, *args, **kwargs).result()
         except KeyboardInterrupt:
             self.is_stopped = True
-            while not job.done():
+            is_ended = False
+            while not is_ended:
                 with suppress(KeyboardInterrupt):
-                    wait_for([job])
+                    # what is done last ends last, also where `submit` itself was interrupted
+                    is_ended = self._thread.submit(lambda: True).result()
             raise

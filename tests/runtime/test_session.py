@@ -126,6 +126,7 @@ def test_ctrl_c_stops_what_computes(
     ended = []
 
     def compute(*_: Any) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
         for _ in range(3000):  # a long prompt, 30 s unless it is told to stop
             time.sleep(0.01)
             if session._worker.is_stopped:
@@ -135,7 +136,6 @@ def test_ctrl_c_stops_what_computes(
 
     monkeypatch.setattr(session.context, "decode", compute)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
         with pytest.raises(KeyboardInterrupt):
             list(session.generate(read_prompt(model, "the answer"), 5))

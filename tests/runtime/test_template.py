@@ -141,3 +141,9 @@ def test_a_template_from_a_file_takes_the_models_place(tmp_path: Path, tiny_gguf
         file.write_text("{% nonsense %}")
         with pytest.raises(FormatError, match=r"chat\.jinja: its chat template does not work"):
             load_template(model, file)
+        file.write_text("# Read me\nHello {{ name }}.")
+        with pytest.raises(FormatError, match=r"chat\.jinja: it never uses 'messages', so it is"):
+            load_template(model, file)
+        for name in EXPECTED:
+            file.write_text(getattr(chat_templates, name), encoding="utf-8")
+            assert load_template(model, file) is not None

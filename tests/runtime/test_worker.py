@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -25,10 +26,34 @@ def test_work_is_done_on_another_thread() -> None:
             worker.do(fail)
 
 
+def test_ctrl_c_within_the_call_waits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work is on its way when the signal comes, and nobody holds its future."""
+    done = []
+
+    def work() -> None:
+        while not worker.is_stopped:
+            time.sleep(0.01)
+        done.append(True)
+
+    with Worker() as worker:
+        submit = worker._thread.submit
+
+        def interrupt(*given: Any) -> None:
+            monkeypatch.undo()
+            submit(*given)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(worker._thread, "submit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            worker.do(work)
+        assert done == [True]
+
+
 def test_ctrl_c_waits_for_the_end_of_the_work_however_often_it_comes() -> None:
     done = []
 
     def work() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
         while not worker.is_stopped:
             time.sleep(0.01)
         for _ in range(3):
@@ -37,7 +62,6 @@ def test_ctrl_c_waits_for_the_end_of_the_work_however_often_it_comes() -> None:
         done.append(True)
 
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
         with Worker() as worker:
             with pytest.raises(KeyboardInterrupt):

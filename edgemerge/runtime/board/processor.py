@@ -65,9 +65,7 @@ def _read_quota(root: Path) -> float | None:
     """Processors that the control group may use on average; None where there is no limit."""
     quotas = []
     for folder in group_folders(root, "cpu"):
-        words = (
-            read_text(folder / "cpu.max") or ""
-        ).split()  # version 2: "150000 100000", "max ..."
+        words = (read_text(folder / "cpu.max") or "").split()  # version 2: "150000 100000"
         if len(words) == 2 and all(word.isdecimal() for word in words):
             quotas.append(int(words[0]) / int(words[1]))
         quota, period = (read_int(folder / f"cpu.cfs_{part}_us") for part in ("quota", "period"))

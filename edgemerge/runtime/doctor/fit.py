@@ -23,8 +23,8 @@ from edgemerge.formats.ggml_types import row_bytes
 from edgemerge.formats.metadata import encode_value, get_value
 from edgemerge.types import TensorSpec
 
-__all__ = ["EXAMPLES", "FILE_TYPES", "TABLE_CONTEXT", "Example", "Fit", "ModelFit", "Needs"]
-__all__ += ["fit_examples", "fit_model", "judge"]
+__all__ = ["EXAMPLES", "FILE_TYPES", "PROCESS_BYTES", "TABLE_CONTEXT", "Example", "Fit", "ModelFit"]
+__all__ += ["Needs", "fit_examples", "fit_model", "judge"]
 
 PROCESS_BYTES = 64 << 20
 UBATCH = 512  # tokens that llama.cpp computes at a time

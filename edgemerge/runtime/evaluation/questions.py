@@ -76,8 +76,10 @@ def read_questions(path: str | PathLike[str], format_name: str = "questions") ->
             "".join((question.prompt, *question.options)).encode()
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise FormatError(f"not UTF-8 text ({error.reason})", path=path) from error
-    except (ValueError, RecursionError) as error:  # a number or a nesting without end
-        raise FormatError(f"not JSON ({error})", path=path) from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            "not JSON: it has a number or a nesting without end", path=path
+        ) from error
     if not questions:
         raise FormatError("there are no questions in it", path=path)
     return questions

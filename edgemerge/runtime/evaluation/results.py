@@ -2,8 +2,8 @@
 
 The journal is `RESULTS.json.journal`: a line that says what is being scored (the header), then a line
 per question. It is written to after every batch, so a stop costs the batch in flight. It is taken
-up again only if its header is the same to the letter; else, or where a line of it is damaged, the
-work starts anew.
+up again only if its header is the same to the letter. Results under another header are dropped by
+force only; where a line is damaged, the work starts anew.
 """
 
 from __future__ import annotations
@@ -121,6 +121,8 @@ class Journal(Results):
         The final file; the journal lies beside it.
     header : mapping
         All that the results depend on, as JSON.
+    force : bool
+        Whether results of an unfinished run with another header may be dropped.
 
     Attributes
     ----------
@@ -134,17 +136,17 @@ class Journal(Results):
     Raises
     ------
     OutputError
-        The journal cannot be written, or another process is writing it.
+        The journal cannot be written, another process is writing it, or it has results of another run.
     """
 
-    def __init__(self, output: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, header: Mapping[str, Any], *, force: bool = False) -> None:
         super().__init__()
         self.output = output
         self.path = output.with_name(output.name + ".journal")
         self.note = ""
         self._file = self._open()
         try:
-            self._resume(json.loads(json.dumps(header)))
+            self._resume(json.loads(json.dumps(header)), force=force)
         except BaseException:
             self._file.close()
             raise
@@ -168,7 +170,7 @@ class Journal(Results):
             return self._open()
         return file
 
-    def _resume(self, header: dict[str, Any]) -> None:
+    def _resume(self, header: dict[str, Any], *, force: bool) -> None:
         """Take up what is there, up to the last whole line; begin anew if it is not ours."""
         lines = self._file.read().split(b"\n")
         end = sum(len(line) + 1 for line in lines[:-1])  # a stop may have torn the last line
@@ -179,7 +181,15 @@ class Journal(Results):
                     for job, index, value in entries:
                         self.entries.setdefault(job, {})[index] = value
                 else:
-                    self.note = f"{_difference(found, header)}: starting anew"
+                    other = _difference(found, header)
+                    if entries and not force:
+                        count = f"{len(entries)} result{'s' * (len(entries) > 1)}"
+                        raise OutputError(
+                            f"holds {count} of an unfinished run with {other}: finish "
+                            "it with its own command, choose another -o, or drop them with --force",
+                            path=self.path,
+                        )
+                    self.note = f"an earlier run had {other}: starting anew"
             except (ValueError, TypeError, AttributeError):
                 self.note = "it is damaged: starting anew"
         if len(lines) == 1 or self.note:
@@ -239,4 +249,4 @@ class Journal(Results):
 
 def _difference(found: Mapping[str, Any], header: Mapping[str, Any]) -> str:
     keys = [key for key in header if found.get(key) != header[key]]
-    return f"an earlier run had other {' and '.join(keys)}" if keys else "it is of another version"
+    return f"other {' and '.join(keys) or 'fields'}"

@@ -21,6 +21,7 @@ from jinja2 import TemplateError
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.library import load_library
 from edgemerge.runtime.llama import Lora
+from edgemerge.runtime.model_files import model_files
 from edgemerge.runtime.serve.embeddings import embed
 from edgemerge.runtime.serve.models import BATCH, OUTPUTS
 from edgemerge.runtime.serve.pieces import Pieces
@@ -74,7 +75,7 @@ class ServedLlama(Llama):  # type: ignore[misc]
             n_gpu_layers = _ALL_LAYERS if _api.llama_supports_gpu_offload() else 0
         try:
             super().__init__(
-                str(path),
+                str(model_files(path)[0]),
                 n_ctx=n_ctx,
                 n_batch=BATCH,
                 n_ubatch=BATCH,
@@ -87,7 +88,7 @@ class ServedLlama(Llama):  # type: ignore[misc]
         except TemplateError as error:
             raise RuntimeFailure(f"{path}: its chat template is no valid Jinja: {error}") from error
         except ValueError as error:
-            raise _library.failure(f"{path}: llama.cpp cannot load this model") from error
+            raise _library.load_failure(path) from error
         self.tokenizer_ = Pieces(self)
         if loras:
             self._add_loras(loras, path)

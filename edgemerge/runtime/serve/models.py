@@ -12,6 +12,7 @@ from edgemerge.errors import BudgetError, EdgemergeError, RecipeError
 from edgemerge.formats.gguf import GgufModel
 from edgemerge.formats.metadata import get_value
 from edgemerge.runtime.doctor.fit import Needs, fit_model
+from edgemerge.runtime.model_files import open_gguf
 from edgemerge.runtime.serve.errors import SERVER, Refusal
 from edgemerge.sizes import format_size
 
@@ -86,15 +87,17 @@ def read_model_file(text: str, n_ctx: int | None = None) -> ModelFile:
     ------
     FormatError
         It is no GGUF file, or a damaged one.
+    RuntimeFailure
+        It is a folder, or is not there.
     """
     name, equals, rest = text.partition("=")
     path = Path(rest if equals and not Path(text).exists() else text)
     if path == Path(text):
         name = path.stem
-    fit = fit_model(path, 0)
-    n_ctx = n_ctx or min(fit.n_ctx_train, DEFAULT_CONTEXT)
-    source = GgufModel(path)
+    source = open_gguf(path)
     try:
+        fit = fit_model(path, 0)
+        n_ctx = n_ctx or min(fit.n_ctx_train, DEFAULT_CONTEXT)
         facts = path.stat()
         return ModelFile(
             name,

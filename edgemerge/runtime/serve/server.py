@@ -19,6 +19,7 @@ __all__ = ["ServeOptions", "Started", "check_key", "serve"]
 
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _SHARE = 0.9  # of the memory that is available, where no budget is given
+_LEAST_KEY = 16  # characters, where others can try keys out
 _CONNECTIONS = 256  # beside those that wait: health checks, pages, clients that come for a 429
 
 
@@ -195,7 +196,7 @@ def check_key(options: ServeOptions, *, is_local: bool) -> None:
     Raises
     ------
     RecipeError
-        There is none, or one that no HTTP header can have.
+        There is none, one that is soon guessed, or one that no HTTP header can have.
     """
     if options.key is None and not is_local:
         raise RecipeError(
@@ -203,8 +204,18 @@ def check_key(options: ServeOptions, *, is_local: bool) -> None:
             "--api-key-file or EDGEMERGE_API_KEY",
             field="api_key",
         )
-    if options.key is not None and not re.fullmatch(r"[!-~]+", options.key):
+    if options.key is None:
+        return
+    if not options.key:
+        raise RecipeError("the API key is empty: put one in, or take it away", field="api_key")
+    if not re.fullmatch(r"[!-~]+", options.key):
         raise RecipeError("the API key must be printable ASCII without spaces", field="api_key")
+    if len(options.key) < _LEAST_KEY and not is_local:
+        raise RecipeError(
+            f"other machines could guess an API key of {len(options.key)} characters: take one of at "
+            f"least {_LEAST_KEY}, e.g. from openssl rand -hex 24",
+            field="api_key",
+        )
 
 
 def _is_loopback(listener: socket.socket) -> bool:
@@ -212,5 +223,7 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 
 def _url(host: str, listener: socket.socket) -> str:
+    if ipaddress.ip_address(listener.getsockname()[0]).is_unspecified:
+        host = socket.gethostname()  # nobody can open 0.0.0.0 in a browser
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{listener.getsockname()[1]}"

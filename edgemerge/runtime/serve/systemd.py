@@ -183,6 +183,8 @@ def write_unit(service: Service, *, directory: Path | None = None, force: bool =
     if service.api_key is not None:
         _publish(key, f"{KEY_VARIABLE}={_quote_value(service.api_key)}\n", 0o600)
     _publish(unit, text, 0o644)
+    if service.api_key is None:
+        key.unlink(missing_ok=True)  # the secret of the unit that was replaced
     return "\n".join(_report(service, unit, key, text, is_system, user))
 
 

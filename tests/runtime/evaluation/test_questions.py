@@ -49,6 +49,22 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     assert caught.value.path == path
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 100_000, "not JSON"),
+        (f'{{"question": {"1" * 5000}}}', "not JSON"),
+        ('{"question": "\\ud800", "options": ["a", "b"], "answer": 0}', "not UTF-8 text"),
+    ],
+)
+@pytest.mark.parametrize("name", ["questions", "pubmedqa"])
+def test_a_hostile_line_is_one_sentence(tmp_path: Path, name: str, line: str, message: str) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(line.replace("question", "QUESTION") if name == "pubmedqa" else line)
+    with pytest.raises(FormatError, match=f"{path.name}: ({message}|line 1: )"):
+        read_questions(path, name)
+
+
 def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_text("\n", encoding="utf-8")

@@ -49,20 +49,27 @@ def test_a_torn_last_line_is_lost_alone(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "note"),
+    ("change", "other"),
     [
-        ({"models": [{"path": "b"}]}, "an earlier run had other models: starting anew"),
-        ({"limit": 3, "version": "2"}, "an earlier run had other version and limit: starting anew"),
+        ({"models": [{"path": "b"}]}, "other models"),
+        ({"limit": 3, "version": "2"}, "other version and limit"),
     ],
 )
-def test_the_journal_of_another_run_is_not(
-    path: Path, change: dict[str, object], note: str
+def test_the_journal_of_another_run_is_dropped_by_force_only(
+    path: Path, change: dict[str, object], other: str
 ) -> None:
     write_some(path)
-    with Journal(path, {**HEADER, **change}) as journal:
+    journal_path = path.with_name("out.json.journal")
+    before = journal_path.read_bytes()
+    refusal = f"holds 2 results of an unfinished run with {other}: finish it with its own command"
+    with pytest.raises(OutputError, match=refusal):
+        Journal(path, {**HEADER, **change})
+    assert journal_path.read_bytes() == before
+    note = f"an earlier run had {other}: starting anew"
+    with Journal(path, {**HEADER, **change}, force=True) as journal:
         assert (journal.n_resumed, journal.note, journal.entries) == (0, note, {})
-    with Journal(path, {**HEADER, **change}) as journal:
-        assert journal.note == ""
+    with Journal(path, HEADER) as journal:  # that run had no results yet: there is nothing to lose
+        assert journal.note == note
 
 
 @pytest.mark.parametrize("damage", [b"{\n", b"[1]\n[2]\n", b"\0" * 50 + b"\n", b"5\n", b'"a"\n'])

@@ -129,8 +129,10 @@ def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF")
     with pytest.raises(FormatError, match="x=y"):
         read_model_file(str(path))
-    with pytest.raises(FormatError):
+    with pytest.raises(RuntimeFailure, match="no such file"):
         read_model_file(str(tmp_path / "nothing.gguf"))
+    with pytest.raises(RuntimeFailure, match="edgemerge convert"):
+        read_model_file(str(tmp_path))
 
 
 @pytest.mark.llama
