@@ -9,7 +9,7 @@ from pathlib import Path
 from edgemerge.errors import FormatError
 from edgemerge.types import UInt8
 
-__all__ = ["describe_foreign", "forget_range", "read_exactly"]
+__all__ = ["describe_foreign", "forget_range", "read_bounded", "read_exactly"]
 
 _FOREIGN = (
     (b"version https://git-lfs", "is a git-LFS pointer, not the file itself; run git lfs pull"),
@@ -31,6 +31,28 @@ def describe_foreign(
         if head.startswith(magic) or lowered.startswith(magic):
             return sentence
     return f"is not a {wanted} file (it begins with {head[:8]!r}); {remedy}"
+
+
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """Read a whole file that should be small.
+
+    Raises
+    ------
+    FormatError
+        It cannot be read, or has more than `max_bytes`.
+    """
+    try:
+        with path.open("rb") as file:
+            # `read` sets aside as much memory as it is asked for, whatever the file has.
+            raw = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
+    except OSError as e:
+        raise FormatError(f"cannot be read ({e.strerror}); get the file again", path=path) from e
+    if len(raw) > max_bytes:
+        raise FormatError(
+            f"is larger than {max_bytes / 1e6:g} MB, which no such file is; get it again",
+            path=path,
+        )
+    return raw
 
 
 def read_exactly(fd: int, out_u8: UInt8, offset: int, path: Path, tensor: str) -> None:

@@ -31,6 +31,12 @@ MAX_KEY_BYTES = (1 << 16) - 1  # gguf.md: at most 2^16 - 1 bytes
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME is 64 with its NUL
 MAX_DIMS = 4
 MAX_ELEMENTS = (1 << 63) - 1
+# More than any model needs, less than hurts a small board: a vocabulary of 262 144 tokens has 6 MB, and
+# one million tokens with merges 40.
+MAX_METADATA_BYTES = 48 << 20
+MAX_STRINGS = 1 << 21  # in one array; stepping over so many takes a quarter of a second
+MAX_PAIRS = 1 << 14
+MAX_TENSORS = 1 << 16
 MIN_PAIR_BYTES = 8 + 1 + 4 + 1  # key length, one byte of key, type, one byte of value
 MIN_TENSOR_BYTES = 8 + 1 + 4 + 4 + 8  # name length, one byte of name, n_dims, type, offset
 CHUNK = 1 << 20
@@ -134,6 +140,11 @@ class HeaderParser:
                 f"claims {n_pairs} keys and {n_tensors} tensors, more than its {self.size} bytes can hold; "
                 "download it again"
             )
+        if n_pairs > MAX_PAIRS or n_tensors > MAX_TENSORS:
+            raise self.fail(
+                f"has {n_pairs} keys and {n_tensors} tensors, the most are {MAX_PAIRS} and "
+                f"{MAX_TENSORS}, which no model needs; export it again"
+            )
         return n_tensors, n_pairs
 
     def parse_pairs(self, n_pairs: int) -> dict[str, bytes]:
@@ -145,8 +156,16 @@ class HeaderParser:
                 raise self.fail(f"has the key {key!r} twice; export it again")
             start = self.at
             self.step_over_value(key)
+            self.bound_metadata(self.at)
             metadata[key] = self.read_back(start)
         return metadata
+
+    def bound_metadata(self, end: int) -> None:
+        """Refuse metadata that goes on to `end`, before any of it is held in memory."""
+        if end > MAX_METADATA_BYTES:
+            raise self.fail(
+                f"has {end} bytes of metadata, the most are {MAX_METADATA_BYTES}; export it again"
+            )
 
     def read_back(self, start: int) -> bytes:
         """Return the raw bytes of a value that was just stepped over."""
@@ -206,7 +225,13 @@ class HeaderParser:
     def step_over_strings(self, count: int) -> None:
         """Check strings, one after the other."""
         if count > (self.size - self.at) // 8:
-            raise self.fail(f"has an array of {count} strings, more than the file can hold")
+            raise self.fail(
+                f"has an array of {count} strings, more than the file can hold; download it again"
+            )
+        if count > MAX_STRINGS:
+            raise self.fail(
+                f"has an array of {count} strings, the most are {MAX_STRINGS}; export it again"
+            )
         unpack = struct.Struct("<Q").unpack_from
         for _ in range(count):
             # The buffer is probed by hand: a call per token would double the time for 262k of them.

@@ -8,7 +8,7 @@ the metadata is what llama.cpp's converter would write.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -193,13 +193,17 @@ class HubModel:
     def _require_all(self, found: set[str]) -> None:
         """Refuse a directory that lacks a tensor; names are Hugging Face's."""
         config, family = self._config, self._config.family
-        wanted = [name for name in GLOBAL.values() if name != OUTPUT or not config.tied]
-        for layer in range(config.n_layers):
+
+        def wanted() -> Iterator[str]:  # one by one: a hostile config.json has billions of layers
+            yield from (name for name in GLOBAL.values() if name != OUTPUT or not config.tied)
             names = [hf for stem, hf in family.block.items() if config.required(stem)]
-            for i in range(config.n_experts):
-                names += [hf.format(i) for hf in family.experts.values()]
-            wanted += [f"model.layers.{layer}.{name}" for name in names]
-        for name in wanted:
+            for layer in range(config.n_layers):
+                yield from (f"model.layers.{layer}.{name}" for name in names)
+                for i in range(config.n_experts):
+                    for hf in family.experts.values():
+                        yield f"model.layers.{layer}.{hf.format(i)}"
+
+        for name in wanted():
             if name not in found:
                 raise FormatError(
                     "is missing from the directory; get its safetensors files again",

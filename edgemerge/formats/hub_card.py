@@ -8,13 +8,19 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from edgemerge.formats.metadata import encode_value
 from edgemerge.types import TensorSpec
+from edgemerge.yaml_file import MAX_RECIPE_BYTES
 
 __all__ = ["general_metadata"]
+
+MAX_CARD_BYTES = 4 << 20
 
 _logger = logging.getLogger(__name__)
 
@@ -38,6 +44,7 @@ def general_metadata(
     path = Path(os.path.abspath(path))  # "." has no name to go by
     counts = _count_weights(specs)
     try:
+        _refuse_bomb(path / "README.md")
         card = gguf.Metadata.load(None, path, None, counts[0])
         return _record(gguf, card, path, architecture, counts)
     except (
@@ -45,6 +52,23 @@ def general_metadata(
     ) as e:  # whatever YAML a stranger's model card holds, the weights are none the worse
         _logger.warning("%s: the model card is left out, it cannot be read (%s)", path, e)
         return _record(gguf, gguf.Metadata(), path, architecture, counts)
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Refuse a model card that grows when it is read: YAML's aliases repeat what they point to."""
+    if not path.is_file():
+        return
+    if path.stat().st_size > MAX_CARD_BYTES:
+        raise ValueError(f"it is larger than {MAX_CARD_BYTES >> 20} MiB")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if lines[:1] != ["---"]:
+        return
+    front = "\n".join(takewhile(lambda line: line != "---", lines[1:])).replace("\t", "  ")
+    if len(front) > MAX_RECIPE_BYTES:
+        raise ValueError(f"its front matter is larger than {MAX_RECIPE_BYTES >> 10} KiB")
+    # Scanning takes as long as reading, so it is left out where no alias can be.
+    if "*" in front and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(front)):
+        raise ValueError("its front matter has YAML aliases")
 
 
 def _count_weights(specs: Iterable[TensorSpec]) -> tuple[int, int, int, int]:

@@ -50,15 +50,15 @@ class Checker:
             path=self.path,
         )
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """Return a positive integer."""
+    def count(self, key: str, default: int | None = None, most: int = MAX_COUNT) -> int:
+        """Return an integer from 1 to `most`."""
         value = self.get(key)
         if value is None:
             value = default
         if value is None:
             raise FormatError(f"{key} is missing; get the file again", path=self.path)
-        if type(value) is not int or not 1 <= value <= MAX_COUNT:
-            raise self.refuse(key, value, f"an integer from 1 to {MAX_COUNT}")
+        if type(value) is not int or not 1 <= value <= most:
+            raise self.refuse(key, value, f"an integer from 1 to {most}")
         return value
 
     def number(

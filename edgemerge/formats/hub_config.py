@@ -19,6 +19,7 @@ from edgemerge.formats.metadata import encode_value
 
 __all__ = ["HubConfig", "read_config"]
 
+MAX_LAYERS, MAX_HEAD_DIM = 1 << 12, 1 << 14  # lists and tables of so many are made from them
 ROPE_THETA = 10000.0  # llama.cpp's own, where it is not told
 WRAPPED, UNWRAPPED = "gemma3", "gemma3_text"  # a model with a vision tower, the text model in it
 
@@ -112,7 +113,7 @@ def read_config(path: Path) -> HubConfig:
     n_embd = check.count("hidden_size")
     n_head = check.count("num_attention_heads")
     n_kv_head = check.count("num_key_value_heads", n_head)
-    head_dim = check.count("head_dim", n_embd // n_head)
+    head_dim = check.count("head_dim", n_embd // n_head, most=MAX_HEAD_DIM)
     if n_head % n_kv_head:
         raise check.refuse("num_key_value_heads", n_kv_head, f"a divisor of the {n_head} heads")
     if head_dim % 2:
@@ -124,7 +125,7 @@ def read_config(path: Path) -> HubConfig:
         raise check.unlike("tie_word_embeddings", tied, str(reader.tied).lower())
     n_experts = _count_experts(check, reader)
     n_ff_expert = check.count(reader.experts[2]) if reader.experts else 0
-    shapes = Shapes(check.count("num_hidden_layers"), n_embd, n_head, head_dim)
+    shapes = Shapes(check.count("num_hidden_layers", most=MAX_LAYERS), n_embd, n_head, head_dim)
     context_length = check.count("max_position_embeddings")
     rope = read_rope(check, reader.ropes, head_dim, context_length)
     if "rope.freq_base" not in reader.keys and rope.theta != ROPE_THETA:

@@ -14,6 +14,8 @@ __all__ = ["CONFIG", "is_hub_dir", "refuse_folder", "stored_tensors"]
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# DeepSeek-V3's index has 9 MB and 91 000 tensors.
+MAX_INDEX_BYTES, MAX_INDEX_VALUES = 24_000_000, 250_000
 
 
 def is_hub_dir(path: str | os.PathLike[str]) -> bool:
@@ -94,7 +96,8 @@ def _read_shards(path: Path) -> dict[Path, dict[str, StoredTensor]]:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map: Any = read_object(index).get("weight_map")
+    table = read_object(index, max_bytes=MAX_INDEX_BYTES, max_values=MAX_INDEX_VALUES)
+    weight_map: Any = table.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError("has no weight_map; get the file again", path=index)
     for name, shard in weight_map.items():

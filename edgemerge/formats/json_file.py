@@ -8,41 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError
+from edgemerge.formats.files import read_bounded
 
 __all__ = ["parse_object", "read_object", "read_text"]
 
-MAX_BYTES = 100_000_000
 # Python needs some 60 bytes for the smallest value, so 100 MB of "[[],[],…" would become gigabytes.
 # Commas and opening brackets bound the number of values without parsing; those inside strings are
-# counted too, which only tightens the bound.
-MAX_VALUES = 8_000_000
+# counted too, which only tightens the bound. The text takes up to four bytes for one of the file.
+MAX_BYTES = 8_000_000
+MAX_VALUES = 250_000
 
 
-def read_object(path: Path, max_values: int = MAX_VALUES) -> dict[str, Any]:
-    """Read a file that must hold one JSON object."""
-    return parse_object(_read_bytes(path), path, max_values=max_values)
+def read_object(
+    path: Path, *, max_bytes: int = MAX_BYTES, max_values: int = MAX_VALUES
+) -> dict[str, Any]:
+    """Read a file of at most `max_bytes` that must hold one JSON object; see `parse_object`."""
+    return parse_object(read_bounded(path, max_bytes), path, max_values=max_values)
 
 
 def read_text(path: Path) -> str:
     """Read a UTF-8 text file."""
     try:
-        return _read_bytes(path).decode("utf-8")
+        return read_bounded(path, MAX_BYTES).decode("utf-8")
     except UnicodeDecodeError as e:
         raise FormatError("is not UTF-8 text; get the file again", path=path) from e
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as e:
-        raise FormatError(f"cannot be read ({e.strerror}); get the file again", path=path) from e
-    if len(raw) > MAX_BYTES:
-        raise FormatError(
-            f"is larger than {MAX_BYTES // 1_000_000} MB, which no such file is; get it again",
-            path=path,
-        )
-    return raw
 
 
 def parse_object(

@@ -47,9 +47,10 @@ DTYPE_BITS: dict[str, int] = {
     "U64": 64,
 }
 METADATA_KEY = "__metadata__"
-MAX_HEADER_BYTES = 100_000_000
-# Eight values or so per tensor, so 100 000 tensors: more than the largest models have in one file.
-MAX_HEADER_VALUES = 1_000_000
+# The format's own bound is 100 MB, which as Python's objects is more memory than a small board has.
+# Eight values or so per tensor, so 30 000 tensors: more than the largest models have in one file.
+MAX_HEADER_BYTES = 12_000_000
+MAX_HEADER_VALUES = 250_000
 MAX_NAME_BYTES = 512
 MAX_DIMS = 64
 MAX_SIZE = (1 << 63) - 1

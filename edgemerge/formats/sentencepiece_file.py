@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.files import describe_foreign
+from edgemerge.formats.files import describe_foreign, read_bounded
 
 __all__ = [
     "BYTE",
@@ -52,12 +52,8 @@ def read_sentencepiece(path: Path) -> SentencePieceFile:
     FormatError
         It cannot be read, is something else, or is damaged.
     """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_MODEL_BYTES + 1)
-    except OSError as e:
-        raise FormatError(f"cannot be read ({e.strerror}); get the file again", path=path) from e
-    if raw[:1] != b"\n" or len(raw) > MAX_MODEL_BYTES:  # the tag of field 1, always first
+    raw = read_bounded(path, MAX_MODEL_BYTES)
+    if raw[:1] != b"\n":  # the tag of field 1, always first
         raise FormatError(describe_foreign(raw[:64], "SentencePiece"), path=path)
     try:
         return _parse(raw)

@@ -46,6 +46,8 @@ ID_KEYS = {
     "pad": "padding_token_id",
     "mask": "mask_token_id",
 }
+# Gemma 3's has 33 MB and two million values: 262 144 tokens, and 514 906 merges of two texts each.
+MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES = 100_000_000, 4_000_000
 # What indexing and encoding raise on JSON of another shape; FormatError is none of them.
 _MISSHAPEN = (
     AttributeError,
@@ -81,7 +83,9 @@ def tokenizer_metadata(
         There is no tokenizer, or one of a kind that llama.cpp cannot be told about.
     """
     tokenizer_config = _read_optional(path / "tokenizer_config.json")
-    tokenizer_json = _read_optional(path / "tokenizer.json")
+    tokenizer_json = _read_optional(
+        path / "tokenizer.json", max_bytes=MAX_TOKENIZER_BYTES, max_values=MAX_TOKENIZER_VALUES
+    )
     try:
         return _metadata(path, config, tokenizer_config, tokenizer_json, vocab_size, model_type)
     except _MISSHAPEN as e:
@@ -93,8 +97,8 @@ def tokenizer_metadata(
         ) from e
 
 
-def _read_optional(path: Path) -> dict[str, Any] | None:
-    return read_object(path) if path.is_file() else None
+def _read_optional(path: Path, **bounds: int) -> dict[str, Any] | None:
+    return read_object(path, **bounds) if path.is_file() else None
 
 
 def _metadata(

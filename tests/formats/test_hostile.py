@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
-import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf import GgufModel
+from tests.bounded import bounded
 
 HOSTILE = Path(__file__).resolve().parent.parent / "data" / "hostile"
 CASES = [
@@ -23,23 +21,6 @@ CASES = [
 ]
 REFUSED = [case["file"] for case in CASES if case["want"].startswith("refuse")]
 ACCEPTED = [case["file"] for case in CASES if case["want"].startswith("accept")]
-
-MAX_SECONDS = 1.0
-MAX_BYTES = 64 << 20
-
-
-def bounded(action: Callable[[], object]) -> None:
-    """Run within a second and 64 MiB of Python's memory."""
-    tracemalloc.start()
-    start = time.perf_counter()
-    try:
-        action()
-    finally:
-        seconds = time.perf_counter() - start
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert seconds < MAX_SECONDS
-    assert peak < MAX_BYTES
 
 
 def refusal(path: Path) -> str:

@@ -1,0 +1,165 @@
+"""Hostile files that are large, or say so: refused before any of it is held in memory.
+
+They are sparse, so that they cost no disk; a download that unpacks to one costs as little.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgemerge.errors import FormatError
+from edgemerge.formats.gguf import GgufModel
+from edgemerge.formats.gguf_header import (
+    MAX_METADATA_BYTES,
+    MAX_PAIRS,
+    MAX_STRINGS,
+    MAX_TENSORS,
+)
+from edgemerge.formats.hub import HubModel
+from edgemerge.formats.hub_card import general_metadata
+from edgemerge.formats.hub_files import stored_tensors
+from edgemerge.formats.json_file import MAX_BYTES, MAX_VALUES, read_object
+from edgemerge.formats.safetensors import MAX_HEADER_BYTES, MAX_HEADER_VALUES, read_header
+from tests.bounded import bounded
+
+ARCHITECTURES = Path(__file__).parents[1] / "data" / "architectures"
+GIB = 1 << 30
+STRING, ARRAY, U8 = 8, 9, 0
+
+
+def sparse(path: Path, head: bytes, size: int) -> Path:
+    """A file that begins with `head` and goes on with zeros that take no disk."""
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(size)
+    return path
+
+
+def header(n_tensors: int, n_pairs: int) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, n_tensors, n_pairs)
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def refuse(opens: Callable[[], object], reason: str) -> None:
+    def refused() -> None:
+        with pytest.raises(FormatError, match=reason):
+            opens()
+
+    bounded(refused)
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        (header(0, 1) + text(b"k") + struct.pack("<IQ", STRING, 5 * GIB), "bytes of metadata"),
+        (header(0, 1) + text(b"k") + struct.pack("<IIQ", ARRAY, U8, 5 * GIB), "bytes of metadata"),
+        (
+            header(0, 1) + text(b"k") + struct.pack("<IIQ", ARRAY, STRING, GIB // 2),
+            f"the most are {MAX_STRINGS}",
+        ),
+        (header(MAX_TENSORS + 1, 0), "which no model needs"),
+        (header(0, MAX_PAIRS + 1), "which no model needs"),
+    ],
+    ids=["string", "array", "strings", "tensors", "pairs"],
+)
+def test_a_large_gguf_is_refused_at_once(tmp_path: Path, head: bytes, reason: str) -> None:
+    path = sparse(tmp_path / "m.gguf", head, 6 * GIB)
+    refuse(lambda: GgufModel(path), reason)
+
+
+def test_metadata_is_bounded_in_all(tmp_path: Path) -> None:
+    value = struct.pack("<IIQ", ARRAY, U8, MAX_METADATA_BYTES // 8) + bytes(MAX_METADATA_BYTES // 8)
+    raw = header(0, 9) + b"".join(text(b"%d" % i) + value for i in range(9))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(raw)
+    refuse(lambda: GgufModel(path), "bytes of metadata")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"__metadata__":{"a":"' + b"x" * (MAX_HEADER_BYTES - 30) + b'"}}',
+        b'{"a":' + b"[" * (MAX_HEADER_VALUES - 9) + b"]" * (MAX_HEADER_VALUES - 9) + b"}",
+        b'{"a":[' + b"[]," * (MAX_HEADER_VALUES // 2 - 9) + b"[]]}",
+        b'{"a":' + b"9" * (MAX_HEADER_BYTES - 10) + b"}",
+        b"{" + b" " * (MAX_HEADER_BYTES - 10) + b"}",
+        b'{"a":[' + b"[]," * MAX_HEADER_VALUES + b"[]]}",
+    ],
+    ids=["text", "nested", "values", "digits", "spaces", "too many values"],
+)
+def test_the_largest_safetensors_header(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + b"data")
+    refuse(lambda: read_header(path), "get the file again")
+
+
+def test_a_safetensors_header_beyond_the_bound(tmp_path: Path) -> None:
+    size = MAX_HEADER_BYTES + 1
+    path = sparse(tmp_path / "m.safetensors", struct.pack("<Q", size) + b"{", 2 * size)
+    refuse(lambda: read_header(path), "the most is")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"a":' * (MAX_VALUES // 2) + b"1" + b"}" * (MAX_VALUES // 2),
+        b'{"a":[' + b"{}," * MAX_VALUES + b"1]}",
+        b'{"a":"' + b"x" * MAX_BYTES + b'"}',
+    ],
+    ids=["nested", "values", "text"],
+)
+def test_a_json_bomb(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(raw)
+    refuse(lambda: read_object(path), "get")
+
+
+def test_an_index_with_a_large_shard_name(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "x" * 9_000_000 + ".safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(lambda: stored_tensors(tmp_path), "is not a plain")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", (1 << 31) - 1),
+        ("num_hidden_layers", 4096),
+        ("head_dim", (1 << 31) - 2),
+        ("num_local_experts", (1 << 31) - 1),
+        ("vocab_size", (1 << 31) - 1),
+    ],
+)
+def test_a_config_of_billions(tmp_path: Path, key: str, value: int) -> None:
+    """Lists and tables as long as a number of config.json says are not made on its word."""
+    for name in ("gemma3", "mixtral", "smollm3"):
+        folder = tmp_path / name
+        shutil.copytree(ARCHITECTURES / name, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+        if key != "num_local_experts" or name == "mixtral":
+            refuse(lambda folder=folder: HubModel(folder), "config.json|missing|shape")
+
+
+def test_a_model_card_that_grows_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    laughs = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    laughs += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    card = tmp_path / "README.md"
+    for front in ("\n".join([*laughs, "name: *a8"]), "tags: [" + "x, " * 100_000 + "x]"):
+        card.write_text(f"---\n{front}\n---\n# Model\n")
+        caplog.clear()
+        bounded(lambda: general_metadata(tmp_path, "llama", []))
+        assert "the model card is left out" in caplog.text
+    sparse(card, b"---\n", GIB)
+    bounded(lambda: general_metadata(tmp_path, "llama", []))
