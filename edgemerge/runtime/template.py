@@ -1,24 +1,22 @@
 """Turn a conversation into the text that a model was trained on, by the model's own chat template.
 
-The template is Jinja from a stranger's file, so it runs in Jinja's sandbox. Blocks, extensions,
-filters and functions are those of transformers' `apply_chat_template` (`_compile_jinja_template` in
-utils/chat_template_utils.py): a template that works there gives the same text here.
+The template is Jinja from a stranger's file, so it runs in Jinja's sandbox and in a process of its own
+(`template_process`). Blocks, extensions, filters and functions are those of transformers'
+`apply_chat_template` (`_compile_jinja_template` in utils/chat_template_utils.py): a template that works
+there gives the same text here.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from edgemerge.errors import FormatError
+from edgemerge.runtime.template_process import TemplateOverrun, TemplateProcess, TemplateRefusal
 
 if TYPE_CHECKING:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     from edgemerge.runtime.llama import Model
 
 __all__ = ["Message", "Template", "load_template"]
@@ -46,14 +44,16 @@ class Template:
     ------
     FormatError
         It is no valid Jinja.
+    RuntimeFailure
+        Jinja is not installed, or cannot be started.
     """
 
     def __init__(self, source: str, path: Path, *, bos: str = "", eos: str = "") -> None:
         self.path = path
         self._tokens = {"bos_token": bos, "eos_token": eos}
         try:
-            self._compiled = _environment().from_string(source)
-        except Exception as error:  # whatever Jinja or Python makes of a stranger's text
+            self._process = TemplateProcess(source)
+        except TemplateRefusal as error:
             raise self._failure(error) from error
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -70,13 +70,13 @@ class Template:
         Raises
         ------
         FormatError
-            The template fails, or refuses these messages.
+            The template fails, refuses these messages, or takes too much time or memory.
         """
-        if messages[0]["role"] == "system" and not self.takes_system:
-            messages = _fold_system(messages)
         try:
+            if messages[0]["role"] == "system" and not self.takes_system:
+                messages = _fold_system(messages)
             return self._render(messages)
-        except Exception as error:  # a stranger's code: it may raise anything
+        except TemplateRefusal as error:
             raise self._failure(error) from error
 
     @cached_property
@@ -85,22 +85,25 @@ class Template:
         probe = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "?"}]
         try:
             return _PROBE in self._render(probe)
-        except Exception:  # the template's own refusal; any other fault shows again in `render`
-            return False
+        except TemplateOverrun:
+            raise
+        except TemplateRefusal:
+            return False  # its own refusal; any other fault shows again in `render`
 
     def _render(self, messages: Sequence[Message]) -> str:
-        return self._compiled.render(
-            messages=[dict(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=True,
-            **self._tokens,
+        return self._process.render(
+            {
+                "messages": [dict(message) for message in messages],
+                "tools": None,
+                "documents": None,
+                "add_generation_prompt": True,
+                **self._tokens,
+            }
         )
 
-    def _failure(self, error: Exception) -> FormatError:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    def _failure(self, error: TemplateRefusal) -> FormatError:
         return FormatError(
-            f"its chat template does not work ({reason}); give another with --template FILE",
+            f"its chat template does not work ({error}); give another with --template FILE",
             path=self.path,
         )
 
@@ -152,49 +155,3 @@ def _fold_system(messages: Sequence[Message]) -> list[Message]:
     system, first, *rest = messages
     text = f"{system['content']}\n\n{first['content']}"
     return [{"role": first["role"], "content": text}, *rest]
-
-
-@cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    from jinja2 import nodes
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks for training what the model said; here it only has a content."""
-
-        tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration is not a ClassVar)
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda format_: datetime.now().strftime(format_)
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Write JSON as it is; Jinja's own filter would write < and & for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )

@@ -89,7 +89,6 @@ def explain(error: BaseException) -> Refusal:
         Whatever came out of a route of ours or of llama-cpp-python's.
     """
     from fastapi.exceptions import RequestValidationError
-    from jinja2 import TemplateError
     from starlette.exceptions import HTTPException
 
     if isinstance(error, Refusal):
@@ -105,8 +104,6 @@ def explain(error: BaseException) -> Refusal:
             f"{match[1]}; please shorten it.",
             code="context_length_exceeded",
         )
-    if isinstance(error, TemplateError):
-        return Refusal(400, f"the model's chat template refuses these messages: {error}")
     if isinstance(error, ValueError):  # llama-cpp-python's word for a request it cannot take
         return Refusal(400, str(error))
     log.error("request failed", exc_info=error)

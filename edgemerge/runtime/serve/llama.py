@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
-from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.library import load_library
 from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.model_files import model_files
+from edgemerge.runtime.serve.chat import make_chat_handler
 from edgemerge.runtime.serve.embeddings import embed
 from edgemerge.runtime.serve.models import BATCH, OUTPUTS
 from edgemerge.runtime.serve.pieces import Pieces
@@ -36,7 +35,7 @@ __all__ = ["ServedLlama"]
 
 _api = _library.api
 _ALL_LAYERS = -1
-_TEMPLATE = "chat_template.default"  # llama-cpp-python's name of the GGUF's own one
+_TEMPLATE = "tokenizer.chat_template"  # and with a dot behind it, those for other uses
 
 
 class ServedLlama(Llama):  # type: ignore[misc]
@@ -85,17 +84,13 @@ class ServedLlama(Llama):  # type: ignore[misc]
                 pooling_type=_api.LLAMA_POOLING_TYPE_NONE,  # embeddings are pooled here
                 verbose=False,
             )
-        except TemplateError as error:
-            raise RuntimeFailure(f"{path}: its chat template is no valid Jinja: {error}") from error
         except ValueError as error:
             raise _library.load_failure(path) from error
         self.tokenizer_ = Pieces(self)
         if loras:
             self._add_loras(loras, path)
         # Their fallbacks are a template guessed by its text, and Llama 2's for a model that has none.
-        self.chat_format = _TEMPLATE
-        if _TEMPLATE not in self._chat_handlers:
-            self.chat_handler = _refuse_chat
+        self.chat_handler = make_chat_handler(self, self._template, path)
         self._n_alternatives: int | None = None  # that the request wants; None: no scores
         self._scores_seen: list[Score] = []
         self._echoed: tuple[int, list[Score]] = (0, [])  # last prompt scored: alternatives, scores
@@ -110,6 +105,17 @@ class ServedLlama(Llama):  # type: ignore[misc]
         # Llama has no argument for it, and llama.cpp's default reserves a row per token of a batch
         params.n_outputs_max = OUTPUTS
         self._context_params = params
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Metadata of the GGUF, without chat templates."""
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, found: dict[str, str]) -> None:
+        # Llama would compile all templates in this process, where nothing bounds a hostile one
+        self._template = found.get(_TEMPLATE)
+        self._metadata = {k: v for k, v in found.items() if not k.startswith(_TEMPLATE)}
 
     def _add_loras(self, loras: Sequence[Lora], path: Path) -> None:
         """Add adapters; Llama's own way takes one only, and then reads the weights into memory."""
@@ -361,10 +367,6 @@ class ServedLlama(Llama):  # type: ignore[misc]
         ]
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
         return {"object": "list", "data": data, "model": model or "", "usage": usage}
-
-
-def _refuse_chat(**_request: Any) -> Any:
-    raise ValueError("this model has no chat template: use /v1/completions")
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

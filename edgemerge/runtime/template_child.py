@@ -1,0 +1,130 @@
+"""The process that runs a chat template: little memory, little time, and nothing to steal.
+
+Jinja's sandbox keeps a template from Python's insides, not from `"a" * 10**10` or from loops within
+loops, and nothing can stop those from within the process that runs them. So they run here, under
+limits that the kernel keeps. `template_process` starts this file by its path, for this imports Jinja
+only: edgemerge and NumPy would cost the start-up a second on a small board.
+
+Its arguments are the limits: bytes of memory beside what it begins with, seconds of the processor and
+characters for one text. Lines of JSON come on stdin: first the template's source, then for each text the
+names that the template finds. Each is answered by one line: `{"text": ...}`, or `{"error": ...}` with
+whether a limit was met (`is_overrun`).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import Template, nodes
+from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+__all__: list[str] = []
+
+
+class _TooLong(Exception):
+    """The text is longer than it may be."""
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks for training what the model said; here it only has a content."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration is not a ClassVar)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _make_environment() -> ImmutableSandboxedEnvironment:
+    """Set Jinja up as transformers does for chat templates."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda format_: datetime.now().strftime(format_)
+    return environment
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Write JSON as it is; Jinja's own filter would write < and & for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _main(max_bytes: int, max_seconds: int, max_text: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end is ours
+    _limit_process(max_bytes)
+    template: Template | None = None
+    for line in sys.stdin:
+        _limit_time(max_seconds)
+        try:
+            if template is None:
+                template = _make_environment().from_string(json.loads(line))
+                text = ""
+            else:
+                text = _render(template, json.loads(line), max_text)
+            answer: dict[str, Any] = {"text": text}
+        except MemoryError:
+            reason = f"it takes more than {max_bytes >> 20} MiB of memory"
+            answer = {"error": reason, "is_overrun": True}
+        except _TooLong as error:
+            answer = {"error": str(error), "is_overrun": True}
+        except Exception as error:  # a stranger's code: it may raise anything
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            answer = {"error": lines[0][:200], "is_overrun": False}
+        print(json.dumps(answer), flush=True)  # noqa: T201 (the answer to our parent)
+
+
+def _limit_process(max_bytes: int) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + max_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    # Should Jinja's sandbox have a hole: no files, no processes, no image of our memory.
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_CORE):
+        resource.setrlimit(limit, (0, 0))
+
+
+def _limit_time(max_seconds: int) -> None:
+    """Give one more text its time; the kernel ends the process after it."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = int(used.ru_utime + used.ru_stime) + 1 + max_seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
+
+
+def _render(template: Template, names: dict[str, Any], max_text: int) -> str:
+    pieces, length = [], 0
+    for piece in template.generate(**names):
+        length += len(piece)
+        if length > max_text:
+            raise _TooLong(f"it writes more than {max_text} characters")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+if __name__ == "__main__":
+    _main(*map(int, sys.argv[1:]))
