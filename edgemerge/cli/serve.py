@@ -149,6 +149,8 @@ def _set_up_log(log_requests: bool) -> None:
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="edgemerge: %(levelname)s: %(message)s")
+    # It warns of each request that is no HTTP: whoever reaches the port could fill the disk.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     if log_requests:
         for name in ("uvicorn.access", "edgemerge"):
             logging.getLogger(name).setLevel(logging.INFO)

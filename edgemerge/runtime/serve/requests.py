@@ -89,6 +89,8 @@ def check_request(path: str, body: bytes, limits: Limits) -> dict[str, Any]:
     if path.startswith(_EXTRAS) and len(body) > _EXTRAS_BYTES:
         raise Refusal(413, f"the request is larger than {_EXTRAS_BYTES} bytes: use /tokenize")
     request = _parse(body)
+    # OpenAI's clients write null for what they leave open; llama-cpp-python computes with it.
+    request = {k: v for k, v in request.items() if v is not None or k == "max_tokens"}
     if path == CHAT:
         _translate_chat(request)
     if path in (COMPLETIONS, CHAT):

@@ -32,6 +32,11 @@ def test_logprobs_of_a_chat_need_no_number() -> None:
     assert "top_logprobs" not in checked(CHAT, messages=MESSAGES)
 
 
+def test_null_is_what_the_client_leaves_open() -> None:
+    open_ = {"presence_penalty": None, "stop": None, "model": None}
+    assert checked(COMPLETIONS, prompt="x", **open_) == checked(COMPLETIONS, prompt="x")
+
+
 def test_a_message_may_come_in_parts() -> None:
     parts = [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
