@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,8 +28,11 @@ class GgufFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        # O_NONBLOCK: a named pipe in the place of a model must not hang us.
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise FormatError("is not a regular file; give a GGUF file", path=self.path)
             header = HeaderParser(self.path, self._fd)
             self.metadata, self.specs, self._offsets = header.parse()
             self.trailing_bytes = header.trailing_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -144,3 +145,10 @@ def test_a_tensor_without_elements_is_read(tmp_path: Path) -> None:
     out = np.empty(128, np.uint8)
     model.read_rows("u", 0, 1, out)
     model.close()
+
+
+def test_what_is_no_file_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for path in (tmp_path / "pipe.gguf", tmp_path):
+        with pytest.raises(FormatError, match="is not a regular file"):
+            GgufModel(path)
