@@ -230,21 +230,27 @@ def _survey_pruners(stream: BlockStream, mask: UInt8) -> list[Pruner]:
         for k, pruner in _select_cuts(stream, drawn, band=method.prune == "band").items():
             pruners[k] = pruner
     else:
+        ranking = _ranking_memory(stream) if method.prune == "rank" and drawn else None
         for k, expert in drawn.items():
-            pruners[k] = _random_pruner(stream, k, expert, ranked=method.prune == "rank")
+            pruners[k] = _random_pruner(stream, k, expert, ranking)
     if drawn and job.settings["rescale"] in (True, "l1"):
         _match_norms(stream, pruners, mask)
     return pruners
 
 
-def _random_pruner(stream: BlockStream, k: int, expert: InputTensor, *, ranked: bool) -> Pruner:
+def _ranking_memory(stream: BlockStream) -> NDArray[np.uint32]:
+    length = 4 * stream.job.out.n_cols + della.RADIX + 1
+    return stream.take((length,), np.uint32).view(np.uint32)
+
+
+def _random_pruner(
+    stream: BlockStream, k: int, expert: InputTensor, ranking: NDArray[np.uint32] | None
+) -> Pruner:
     key = _random_key(stream.seed, k, stream.job.out.name)
     density = float(expert.settings["density"])
     unbiased = stream.job.settings["rescale"] == "expectation"
-    if ranked:
-        scratch = stream.take((2 * stream.job.out.n_cols + della.RADIX,), np.uint32)
-        epsilon = float(expert.settings["epsilon"])
-        return RankPruner(key, density, epsilon, unbiased, scratch.view(np.uint32))
+    if ranking is not None:
+        return RankPruner(key, density, float(expert.settings["epsilon"]), unbiased, ranking)
     pruner = RandomPruner(key, density)
     if unbiased:
         pruner.scale = 1.0 / density

@@ -248,7 +248,7 @@ def _arena_need(job: TensorJob, align: str, *, moves: bool) -> ArenaNeed:
     if pruned and method.prune in ("magnitude", "band"):
         fixed += COUNTER_BYTES * len(job.experts)
     if pruned and method.prune == "rank":
-        fixed += len(job.experts) * 4 * (2 * n_cols + 2048)
+        fixed += 4 * (4 * n_cols + 2049)
     if method.name == "hierarchical":
         fixed += 8 * len(job.experts) ** 2
     if moves:

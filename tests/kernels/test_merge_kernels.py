@@ -271,10 +271,21 @@ def test_bernoulli_mask(density: float, key: int, first: int) -> None:
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize(("shape", "kind"), CASES)
 def test_rank_mask(shape: tuple[int, int], kind: str, unbiased: bool) -> None:
-    x = numbers(kind, shape[0] * shape[1], 0)
+    check_rank_mask(numbers(kind, shape[0] * shape[1], 0), shape, unbiased)
+
+
+@pytest.mark.parametrize("n_infinite", [1, 100, 4097])
+def test_rank_mask_of_differences_that_overflowed(n_infinite: int) -> None:
+    x = numbers("normal", 4097, 0)
+    x[-n_infinite:] = np.inf
+    x[-n_infinite // 2 :] *= -1
+    check_rank_mask(x, (1, 4097), unbiased=False)
+
+
+def check_rank_mask(x: Float32, shape: tuple[int, int], unbiased: bool) -> None:
     given = x.copy()
     key, density, epsilon = 2**63 + 99, 0.5, 0.35
-    scratch = np.full(2 * shape[1] + della.RADIX, 0xA5A5A5A5, np.uint32)
+    scratch = np.full(4 * shape[1] + della.RADIX + 1, 0xA5A5A5A5, np.uint32)
     mask = np.full(x.size, 9, np.uint8)
     n = shape[1]
     for i in range(shape[0]):  # row by row, as if every block held one
