@@ -19,6 +19,7 @@ from edgemerge.blocks import Block, BlockStream, model_weights
 from edgemerge.hierarchical import hierarchical_blocks
 from edgemerge.kernels import dare, della, linear, masks, select, slerp, ties
 from edgemerge.methods import METHODS, is_pruned
+from edgemerge.team import Member
 from edgemerge.types import Float32, Float64, InputTensor, UInt8
 
 __all__ = ["Block", "BlockStream", "merged_blocks"]
@@ -72,10 +73,13 @@ def _scaled_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
 
 
 def _slerp_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
-    dots = np.zeros(3, np.float64)
+    dots = stream.team.row_sum((3,))
+    rows = stream.take((stream.job.rows_per_block, 3), np.float64).view(np.float64)
     for block in stream.blocks():
-        slerp.add_dots(block.base, block.experts[0], block.n_cols, dots)
-    from_base, from_expert = _slerp_factors(dots, float(stream.job.settings["t"]))
+        own = rows[: block.n_rows]
+        slerp.row_dots(block.base, block.experts[0], block.n_cols, own)
+        dots.add(block.number, own)
+    from_base, from_expert = _slerp_factors(dots.total(), float(stream.job.settings["t"]))
     for block in stream.blocks():
         stream.overwrite()
         assert block.base is not None
@@ -205,17 +209,22 @@ class RankPruner(_Masking):
 class CutPruner(_Masking):
     """TIES and Breadcrumbs: keep the magnitudes between two exact order statistics."""
 
-    def __init__(self, cuts: tuple[int, ...]) -> None:
+    def __init__(self, cuts: tuple[int, ...], team: Member) -> None:
         self.cuts = np.array(cuts, np.int64)
-        self.seen = np.zeros(2, np.int64)
+        self.team = team
 
     def restart(self) -> None:
         """Count ties from the first row again."""
-        self.seen[:] = 0
+        self.seen = self.team.row_sum((2,))
 
     def mask(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
         """Compare magnitudes, and count ties in flat index order."""
-        select.mask_between(self.cuts, self.seen, delta_f32, mask_u8)
+        ties = np.empty(2, np.int64)
+        select.mask_between(self.cuts, delta_f32, mask_u8, ties)
+        # Counts below 2^32 are exact in float64.
+        seen = self.seen.add(block.number, ties.astype(np.float64).reshape(1, 2))
+        if ties.any():
+            select.keep_ties(self.cuts, seen.astype(np.int64), delta_f32, mask_u8)
 
 
 def _survey_pruners(stream: BlockStream, mask: UInt8) -> list[Pruner]:
@@ -265,16 +274,22 @@ def _random_key(seed: int, k: int, tensor: str) -> int:
 
 def _match_norms(stream: BlockStream, pruners: list[Pruner], mask: UInt8) -> None:
     """Scale every pruned task vector back to its L1 norm, as mergekit does since 0.1.0."""
-    norms = np.zeros((len(pruners), 2), np.float64)
+    norms = [stream.team.row_sum((2,)) for _ in pruners]
+    rows = stream.take((stream.job.rows_per_block, 2), np.float64).view(np.float64)
     for pruner in pruners:
         pruner.restart()
     for block in stream.blocks():
+        own = rows[: block.n_rows]
         for k, pruner in enumerate(pruners):
             if type(pruner) is not Pruner:
                 delta = block.experts[k]
                 pruner.mask(block, delta, mask[: delta.size])
-                masks.add_norms(delta, mask[: delta.size], block.n_cols, norms[k])
-    for pruner, (before, after) in zip(pruners, norms, strict=True):
+                masks.row_norms(delta, mask[: delta.size], block.n_cols, own)
+                norms[k].add(block.number, own)
+    for pruner, norm in zip(pruners, norms, strict=True):
+        if type(pruner) is Pruner:
+            continue
+        before, after = norm.total()
         if before >= TINY_NORM and after >= TINY_NORM:
             pruner.scale = float(before) / float(after)
 
@@ -293,15 +308,21 @@ def _select_cuts(
     for block in stream.blocks():
         for k, counts in high.items():
             select.count_high(block.experts[k], counts)
+    for counts in high.values():
+        stream.team.add_counts(counts)
     ends = {(k, rank): _find_bin(high[k], rank) for k, ranks in kept.items() for rank in ranks}
-    low = {at: _counters(stream, N_LOW) for at in {(k, end[0]) for (k, _), end in ends.items()}}
+    low = {
+        at: _counters(stream, N_LOW) for at in sorted({(k, end[0]) for (k, _), end in ends.items()})
+    }
     for block in stream.blocks():
         for (k, index), counts in low.items():
             select.count_low(block.experts[k], index, counts)
+    for counts in low.values():
+        stream.team.add_counts(counts)
     ties_at = {at: _locate(end, low[at[0], end[0]]) for at, end in ends.items()}
     pruners: dict[int, Pruner] = dict.fromkeys(drawn, NothingLeft())
     for k, ranks in kept.items():
-        pruners[k] = CutPruner(_cuts(*(ties_at[k, rank] for rank in ranks)))
+        pruners[k] = CutPruner(_cuts(*(ties_at[k, rank] for rank in ranks)), stream.team)
     return pruners
 
 

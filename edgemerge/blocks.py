@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemerge.team import Member
 from edgemerge.types import Float32, Float64, TensorJob
 
 __all__ = ["Block", "BlockStream", "model_weights"]
@@ -18,10 +19,16 @@ __all__ = ["Block", "BlockStream", "model_weights"]
 class Block:
     """Some rows of one tensor, decoded; the arrays are the worker's own and may be overwritten."""
 
+    number: int
     first: int  # flat index of the first element
     n_cols: int
     base: Float32 | None  # (n,)
     experts: Float32  # (n_experts, n); task vectors for methods that work on them
+
+    @property
+    def n_rows(self) -> int:
+        """Rows in the block."""
+        return int(self.experts.shape[1]) // self.n_cols
 
 
 class BlockStream(Protocol):
@@ -29,9 +36,10 @@ class BlockStream(Protocol):
 
     job: TensorJob
     seed: int
+    team: Member  # this worker's place among those who make the tensor
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the blocks in row order, loading each."""
+        """Yield the blocks that this worker makes, in row order, loading each."""
 
     def overwrite(self) -> None:
         """Declare that the current block's arrays no longer hold what was loaded."""

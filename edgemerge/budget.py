@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from edgemerge.errors import BudgetError
 from edgemerge.sizes import format_size
 
-__all__ = ["FLOOR_BYTES", "SOLVER_BYTES", "Arena", "ArenaNeed", "divide_budget", "rows_in_arena"]
+__all__ = [
+    "FLOOR_BYTES",
+    "SOLVER_BYTES",
+    "Arena",
+    "ArenaNeed",
+    "divide_budget",
+    "rows_in_arena",
+    "workers_on",
+]
 
 MIB = 1 << 20
 
@@ -60,6 +68,16 @@ def rows_in_arena(need: ArenaNeed, arena_bytes: int) -> int:
     if need.surveyed and fits >= need.n_rows:
         return need.n_rows
     return max(0, min(fits, need.wanted_rows()))
+
+
+def workers_on(n_elements: int, total: int, workers: int) -> int:
+    """Choose how many workers make one tensor, of a model of `total` elements: one or all.
+
+    A tensor of more than an eighth of a worker's share is made by all, block by block: alone, its worker
+    would be the last to finish. Smaller ones keep all busy by themselves, the largest first.
+    """
+    enough = n_elements >= 4 * workers * TARGET_ELEMENTS  # for some blocks each
+    return workers if enough and 8 * workers * n_elements > total else 1
 
 
 def divide_budget(

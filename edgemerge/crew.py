@@ -1,9 +1,10 @@
 """The workers of one merge: first what spans tensors, then every tensor.
 
-A worker takes a whole tensor, largest first, and cuts it into blocks of rows; so nothing is shared between
-workers, sums run in row order by themselves, and the result is the same for every budget and thread
-count. What spans tensors comes before: the alignment of attention heads, and the Gram matrices of whole
-layers where the hierarchical method is asked to weight by layer.
+A worker takes a whole tensor, largest first, and cuts it into blocks of rows. Only a tensor that is much
+of the model, as the embedding of a small one is, is made by all workers together (`edgemerge.team`). The
+result is the same for every budget and thread count. What spans tensors comes before: the alignment of
+attention heads, and the Gram matrices of whole layers where the hierarchical method is asked to weight
+by layer.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from edgemerge.budget import Arena
 from edgemerge.formats.imatrix import ImportanceMatrix
 from edgemerge.output import OutputFile
 from edgemerge.plan import alignment_pairs
-from edgemerge.stream import Moves, TensorResult, TensorStream, Traffic
+from edgemerge.stream import Moves, Share, TensorResult, TensorStream, Traffic, join_shares
 from edgemerge.symmetries import NeuronPlan, match_neurons
+from edgemerge.team import Stopped, Team
 from edgemerge.types import Float64, HeadPlan, Plan, Progress, Skipped, Source, TensorJob
 
 __all__ = ["Crew"]
@@ -79,13 +81,13 @@ class Crew:
     def run(self, places: Mapping[str, tuple[OutputFile, int]]) -> list[TensorResult]:
         """Make every tensor and write it to its file and offset; results in the order of the jobs."""
 
-        def make(stream: TensorStream) -> TensorResult:
+        def make(stream: TensorStream) -> Share:
             job = stream.job
             layer = layer_index(job.out.name)
             gram = self._grams.get(layer) if job.is_layer_scoped and layer is not None else None
             return stream.run(*places[job.out.name], gram)
 
-        return self._each(self.plan.jobs, make)
+        return [join_shares(shares) for shares in self._each(self.plan.jobs, make)]
 
     # -- what spans tensors ------------------------------------------------------------------------
 
@@ -137,17 +139,21 @@ class Crew:
     def _measure_layers(self) -> None:
         """Sum the Gram matrices of each layer's tensors, in the order of the jobs."""
         jobs = [job for job in self.plan.jobs if job.is_layer_scoped and not job.is_byte_copy]
-        for job, gram in zip(jobs, self._each(jobs, TensorStream.measure), strict=True):
+        for job, (gram, *_) in zip(jobs, self._each(jobs, TensorStream.measure), strict=True):
             layer = layer_index(job.out.name)
             assert layer is not None
             self._grams[layer] = self._grams[layer] + gram if layer in self._grams else gram
 
     # -- workers -----------------------------------------------------------------------------------
 
-    def _each(self, jobs: Sequence[TensorJob], work: Callable[[TensorStream], R]) -> list[R]:
-        """Do the work on every tensor, largest first so that nobody is left alone with a large one."""
+    def _each(self, jobs: Sequence[TensorJob], work: Callable[[TensorStream], R]) -> list[list[R]]:
+        """Do the work on every tensor, largest first so that nobody is left alone with a large one.
 
-        def run(job: TensorJob) -> R:
+        Returns what each worker of each tensor returned. A team is complete in the end, as the executor
+        has a thread for each of its members, and these stand one after the other in its queue.
+        """
+
+        def run(job: TensorJob, team: Team) -> R:
             arena = self._arenas.get()
             try:
                 stream = TensorStream(
@@ -158,22 +164,33 @@ class Crew:
                     self.traffic,
                     self._moves,
                     self._importance,
+                    team.join(),
                 )
                 return work(stream)
+            except BaseException:
+                team.abort()
+                raise
             finally:
                 self._arenas.put(arena)
 
+        teams = [Team(job.workers, job.n_blocks) for job in jobs]
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].out.n_elements)
         with ThreadPoolExecutor(self.plan.workers, "edgemerge") as executor:
-            futures = {i: executor.submit(run, jobs[i]) for i in order}
+            futures = {
+                i: [executor.submit(run, jobs[i], teams[i]) for _ in range(jobs[i].workers)]
+                for i in order
+            }
             try:
-                self._wait(list(futures.values()))
+                self._wait([future for members in futures.values() for future in members])
             except BaseException:
                 self.traffic.stop.set()
-                for future in futures.values():
-                    future.cancel()
+                for team in teams:
+                    team.abort()
+                for members in futures.values():
+                    for future in members:
+                        future.cancel()
                 raise
-        return [futures[i].result() for i in range(len(jobs))]
+        return [[future.result() for future in futures[i]] for i in range(len(jobs))]
 
     def _wait(self, futures: Sequence[Future[R]]) -> None:
         """Wait for all, or raise the first error in time: the others stopped because of it."""
@@ -181,8 +198,11 @@ class Crew:
         pending = set(futures)
         while pending:
             done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
-            for future in done:
-                future.result()
+            # Stopped is what became of the others in a team; the reason is on its way.
+            errors = [error for future in done if (error := future.exception())]
+            for error in errors:
+                if not isinstance(error, Stopped):
+                    raise error
             if self._progress is not None:
                 self._progress(self.traffic.read + self.traffic.written, total)
 

@@ -23,13 +23,13 @@ __all__ = ["hierarchical_blocks", "survey_gram"]
 def survey_gram(stream: BlockStream) -> Float64:
     """Measure the Gram matrix of a tensor's task vectors, (n_experts, n_experts)."""
     n_experts = len(stream.job.experts)
-    total = np.zeros((n_experts, n_experts), np.float64)
+    total = stream.team.row_sum((n_experts, n_experts))
     grams = _row_memory(stream)
     for block in stream.blocks():
         rows = grams[: block.experts.shape[1] // block.n_cols]
         gram.row_grams(block.experts, block.n_cols, rows)
-        gram.add_rows(rows, total)
-    return total
+        total.add(block.number, rows)
+    return total.total()
 
 
 def hierarchical_blocks(

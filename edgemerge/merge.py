@@ -1,8 +1,7 @@
 """Runs a plan: every tensor through a worker, into one GGUF, or into the files of a split one.
 
-Read top-down: `merge` plans, writes the header, lets the workers loose, seals the file. A worker takes a
-whole tensor, largest first, and cuts it into blocks of rows; so nothing is shared between workers, sums
-run in row order by themselves, and the result is the same for every budget and thread count.
+Read top-down: `merge` plans, writes the header, lets the workers loose (`edgemerge.crew`), seals the file.
+The result is the same for every budget and thread count.
 """
 
 from __future__ import annotations

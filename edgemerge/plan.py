@@ -15,6 +15,7 @@ from edgemerge.budget import (
     aligned,
     divide_budget,
     rows_in_arena,
+    workers_on,
 )
 from edgemerge.compatibility import check_models, check_scaled_output
 from edgemerge.drafts import Draft, draft_jobs, list_experts, unused_settings
@@ -91,11 +92,13 @@ def make_plan(
     workers, arena_bytes = divide_budget(
         needs + alignment, budget, threads, 2 * header_bytes + reserved
     )
+    total = sum(job.out.n_elements for job in jobs)
     return Plan(
         recipe=recipe,
         models=models,
         jobs=tuple(
-            _with_rows(job, need, arena_bytes) for job, need in zip(jobs, needs, strict=True)
+            _with_rows(job, need, arena_bytes, workers_on(job.out.n_elements, total, workers))
+            for job, need in zip(jobs, needs, strict=True)
         ),
         metadata=metadata,
         file_type=file_type,
@@ -256,13 +259,16 @@ def _arena_need(job: TensorJob, align: str, *, moves: bool) -> ArenaNeed:
     per_row = 4 * n_cols * len(job.inputs) + max(widest, job.out.row_bytes)
     per_row += n_cols if pruned else 0
     per_row += 8 * len(job.experts) ** 2 if method.name == "hierarchical" else 0
+    per_row += 16 if pruned else 0  # norms of a row
+    per_row += 24 if method.name == "slerp" else 0
     per_row += 4 * n_cols if align == "soft" else 0
     return ArenaNeed(job.out.n_rows, n_cols, fixed, per_row, surveyed=job.passes > 1)
 
 
-def _with_rows(job: TensorJob, need: ArenaNeed, arena_bytes: int) -> TensorJob:
-    rows = rows_in_arena(need, arena_bytes)
+def _with_rows(job: TensorJob, need: ArenaNeed, arena_bytes: int, workers: int) -> TensorJob:
+    # Nobody can hold the whole of what all make in turn.
+    rows = rows_in_arena(replace(need, surveyed=need.surveyed and workers == 1), arena_bytes)
     # A tensor that is held whole is read once, however often it is surveyed; not so where all of a
     # layer is surveyed before any of it is merged.
     passes = 1 if rows >= need.n_rows and not job.is_layer_scoped else job.passes
-    return replace(job, rows_per_block=rows, passes=passes)
+    return replace(job, rows_per_block=rows, passes=passes, workers=workers)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -14,6 +14,7 @@ from edgemerge.architectures import layer_index
 from edgemerge.arithmetic import merged_blocks
 from edgemerge.blocks import Block
 from edgemerge.budget import Arena
+from edgemerge.checksums import RowChecksum, join_checksums
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.codec import CODECS
 from edgemerge.formats.imatrix import ImportanceMatrix
@@ -25,19 +26,16 @@ from edgemerge.kernels.masks import count_beyond
 from edgemerge.methods import METHODS
 from edgemerge.output import OutputFile
 from edgemerge.symmetries import NeuronPlan
+from edgemerge.team import Member, Stopped
 from edgemerge.types import Float32, Float64, HeadPlan, InputTensor, Plan, Source, TensorJob, UInt8
 
-__all__ = ["Moves", "Stopped", "TensorResult", "TensorStream", "Traffic"]
+__all__ = ["Moves", "Share", "TensorResult", "TensorStream", "Traffic", "join_shares"]
 
 # (reference, model, layer of the reference, layer of the model) -> where heads and neurons belong
 Moves: TypeAlias = dict[tuple[int, int, int, int], list[HeadPlan | NeuronPlan]]
 
 NON_FINITE = 0x7F800000  # bits of infinity: everything from here on is infinite or NaN
 BEYOND_HALF = 0x477FF000  # bits of 65520, the least magnitude that float16 rounds to infinity
-
-
-class Stopped(Exception):
-    """Another worker failed, or the user interrupted: give up at the next block."""
 
 
 class Traffic:
@@ -58,19 +56,35 @@ class Traffic:
             raise Stopped
 
 
+@dataclass(frozen=True, slots=True)
 class TensorResult:
     """CRC-32 of what was read of each input, in the order of the output, and of what was written.
 
     0 for an input whose heads a soft alignment sums.
     """
 
-    def __init__(self, n_inputs: int) -> None:
-        self.inputs = [0] * n_inputs
-        self.output = 0
+    inputs: tuple[int, ...]
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one worker read of each input, and wrote."""
+
+    inputs: tuple[RowChecksum, ...]
+    output: RowChecksum
+
+
+def join_shares(shares: Sequence[Share]) -> TensorResult:
+    """Put together what the workers of one tensor did."""
+    inputs = zip(*(share.inputs for share in shares), strict=True)
+    return TensorResult(
+        tuple(map(join_checksums, inputs)), join_checksums([share.output for share in shares])
+    )
 
 
 class TensorStream:
-    """Implements `arithmetic.BlockStream` over sources and an arena."""
+    """Implements `blocks.BlockStream` over sources and an arena, for one worker of a tensor's team."""
 
     def __init__(
         self,
@@ -80,18 +94,20 @@ class TensorStream:
         the_plan: Plan,
         traffic: Traffic,
         moves: Moves,
-        importance: ImportanceMatrix | None = None,
+        importance: ImportanceMatrix | None,
+        team: Member,
     ) -> None:
         self.job = job
         self.seed = the_plan.recipe.seed
-        self.result = TensorResult(len(job.inputs))
+        self.team = team
+        self.share = Share(tuple(RowChecksum() for _ in job.inputs), RowChecksum())
         self._sources = sources
         self._arena = arena
         self._traffic = traffic
         self._importance = importance
         self._matrix = -1  # number of the matrix whose importances are in the arena; -1: none
         self._loaded = -1  # first row of the block in the arena; -1: none
-        self._unread = [0] * len(job.inputs)  # first row of each input not yet in its checksum
+        self._is_first_pass = True  # which alone is in the checksums
         arena.reset()
         rows = max(1, job.rows_per_block)
         widest = max(tensor.spec.row_bytes for tensor in job.inputs)
@@ -141,10 +157,8 @@ class TensorStream:
         """Return the Gram matrix of the tensor's task vectors, (n_experts, n_experts)."""
         return survey_gram(self)
 
-    def run(
-        self, output: OutputFile, offset: int, shared_gram: Float64 | None = None
-    ) -> TensorResult:
-        """Make the whole tensor and write it at `offset` of the output file.
+    def run(self, output: OutputFile, offset: int, shared_gram: Float64 | None = None) -> Share:
+        """Make this worker's blocks of the tensor, which lies at `offset` of the output file.
 
         Parameters
         ----------
@@ -156,34 +170,31 @@ class TensorStream:
             Of the tensor's whole layer, where the method weights by layer.
         """
         if self.job.is_byte_copy:
-            written = self._copy(output, offset)
+            self._copy(output, offset)
         else:
-            written = self._merge(output, offset, shared_gram)
-        assert written == self.job.out.nbytes
-        for tensor in self.job.inputs:
-            self._sources[tensor.model].forget(tensor.spec.name)
-        return self.result
+            self._merge(output, offset, shared_gram)
+        if self.team.finish():
+            for tensor in self.job.inputs:
+                self._sources[tensor.model].forget(tensor.spec.name)
+        return self.share
 
-    def _copy(self, output: OutputFile, offset: int) -> int:
+    def _copy(self, output: OutputFile, offset: int) -> None:
         tensor = self.job.experts[0]
-        done = 0
-        for start, stop in self._ranges():
+        for _, start, stop in self._ranges():
             raw = self._read(tensor, 0, start, stop, start)
-            done += self._write(output, offset + done, raw)
-        return done
+            self._write(output, offset, start, stop - start, raw)
 
-    def _merge(self, output: OutputFile, offset: int, shared_gram: Float64 | None) -> int:
+    def _merge(self, output: OutputFile, offset: int, shared_gram: Float64 | None) -> None:
         codec = CODECS[self.job.out.dtype]
-        done = 0
-        for _, values in merged_blocks(self, shared_gram):
+        for block, values in merged_blocks(self, shared_gram):
             self._check_range(values)
-            raw = self._raw[: values.size // codec.block_len * codec.block_bytes]
+            raw = self._raw[: block.n_rows * self.job.out.row_bytes]
+            row = block.first // block.n_cols
             if self.job.is_weighted:
-                self._encode_weighted(values, raw, done // self.job.out.row_bytes)
+                self._encode_weighted(values, raw, row)
             else:
                 codec.encode(values, raw, self._scratch)
-            done += self._write(output, offset + done, raw)
-        return done
+            self._write(output, offset, row, block.n_rows, raw)
 
     def _encode_weighted(self, values: Float32, raw: UInt8, first_row: int) -> None:
         """Encode rows; each expert of a stack has importances of its own."""
@@ -204,28 +215,29 @@ class TensorStream:
             )
             at = stop
 
-    def _write(self, output: OutputFile, offset: int, raw: UInt8) -> int:
-        output.write(raw, offset)
-        self.result.output = zlib.crc32(raw.data, self.result.output)
+    def _write(self, output: OutputFile, offset: int, start: int, n_rows: int, raw: UInt8) -> None:
+        output.write(raw, offset + start * self.job.out.row_bytes)
+        self.share.output.add(start, n_rows, raw)
         self._traffic.add(0, raw.nbytes)
-        return raw.nbytes
 
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        n_rows = self.job.out.n_rows
-        for start in range(0, n_rows, max(1, self.job.rows_per_block)):
-            yield start, min(start + self.job.rows_per_block, n_rows)
+    def _ranges(self) -> Iterator[tuple[int, int, int]]:
+        """Yield number, first row and last + 1 of this worker's blocks."""
+        n_rows, height = self.job.out.n_rows, self.job.rows_per_block
+        for number in self.team.take_blocks():
+            yield number, number * height, min((number + 1) * height, n_rows)
 
     def blocks(self) -> Iterator[Block]:
-        """Yield all blocks in row order; one that is still in the arena is not loaded again."""
+        """Yield this worker's blocks in row order; one still in the arena is not loaded again."""
         job = self.job
-        for start, stop in self._ranges():
+        for number, start, stop in self._ranges():
             n = (stop - start) * job.out.n_cols
             experts = self._experts[: len(job.experts) * n].reshape(len(job.experts), n)
             base = self._base[:n] if job.base else None
             if self._loaded != start:
                 self._load(start, stop, base, experts)
                 self._loaded = start
-            yield Block(start * job.out.n_cols, job.out.n_cols, base, experts)
+            yield Block(number, start * job.out.n_cols, job.out.n_cols, base, experts)
+        self._is_first_pass = False
 
     def _load(self, start: int, stop: int, base: Float32 | None, experts: Float32) -> None:
         job = self.job
@@ -278,9 +290,8 @@ class TensorStream:
         raw = self._raw[: (stop - start) * tensor.spec.row_bytes]
         self._sources[tensor.model].read_rows(tensor.spec.name, start, stop, raw)
         self._traffic.add(raw.nbytes, 0)
-        if at == self._unread[i_input]:
-            self.result.inputs[i_input] = zlib.crc32(raw.data, self.result.inputs[i_input])
-            self._unread[i_input] += stop - start
+        if at is not None and self._is_first_pass:
+            self.share.inputs[i_input].add(at, stop - start, raw)
         return raw
 
     def _check_range(self, values: Float32) -> None:

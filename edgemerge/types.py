@@ -183,11 +183,17 @@ class TensorJob:
     rows_per_block: int
     passes: int  # how often the inputs are read
     is_weighted: bool = False  # encoded by the importance matrix
+    workers: int = 1  # who take its blocks in turn; more than one where it is much of the model
 
     @property
     def inputs(self) -> tuple[InputTensor, ...]:
         """Base (if any) and experts: everything that is read."""
         return self.experts if self.base is None else (self.base, *self.experts)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of rows that the tensor is cut into."""
+        return -(-self.out.n_rows // max(1, self.rows_per_block))
 
     @property
     def is_layer_scoped(self) -> bool:

@@ -35,21 +35,20 @@ def row_grams(x_f32, n_cols, grams_f64):
 
 
 @njit(cache=True, nogil=True)
-def add_rows(grams_f64, gram_f64):
-    """Add the Gram matrices of some rows to a tensor's, in row order.
+def add_rows(rows_f64, sums_f64):
+    """Add what some rows contribute to a tensor's sums, in row order.
 
     Parameters
     ----------
-    grams_f64 : (n_rows, n_models, n_models) float64
-        of `row_grams`
-    gram_f64 : (n_models, n_models) float64
+    rows_f64 : (n_rows, n_sums) float64
+        of `row_grams`, `row_dots`, `row_norms` and their like
+    sums_f64 : (n_sums,) float64
         running sums, added to
     """
-    n_rows, n_models, _ = grams_f64.shape
+    n_rows, n_sums = rows_f64.shape
     for row in range(n_rows):
-        for a in range(n_models):
-            for b in range(n_models):
-                gram_f64[a, b] += grams_f64[row, a, b]
+        for i in range(n_sums):
+            sums_f64[i] += rows_f64[row, i]
 
 
 @njit(cache=True, nogil=True)

@@ -23,11 +23,11 @@ def apply_mask(mask_u8, scale, delta_f32):
 
 
 @njit(cache=True, nogil=True)
-def add_norms(delta_f32, mask_u8, n_cols, norms_f64):
-    """Add the L1 norms of some rows, before and after the mask, to running sums.
+def row_norms(delta_f32, mask_u8, n_cols, norms_f64):
+    """L1 norms before and after the mask, row by row.
 
-    Each row is summed on its own in float64, then added, so the result does not depend on how a
-    tensor is cut into blocks of rows.
+    Each row is summed on its own in float64, front to back, so no result depends on how a tensor is
+    cut into blocks of rows.
 
     Parameters
     ----------
@@ -37,18 +37,19 @@ def add_norms(delta_f32, mask_u8, n_cols, norms_f64):
         1 keep, 0 drop
     n_cols : int
         elements in one row
-    norms_f64 : (2,) float64
-        running sums of all and of the kept entries, added to
+    norms_f64 : (n_rows, 2) float64
+        written: of all and of the kept entries
     """
-    for start in range(0, delta_f32.size, n_cols):
+    for row in range(delta_f32.size // n_cols):
+        start = row * n_cols
         everything = 0.0
         kept = 0.0
         for i in range(start, start + n_cols):
             magnitude = np.float64(abs(delta_f32[i]))
             everything += magnitude
             kept += magnitude if mask_u8[i] else 0.0
-        norms_f64[0] += everything
-        norms_f64[1] += kept
+        norms_f64[row, 0] = everything
+        norms_f64[row, 1] = kept
 
 
 @njit(cache=True, nogil=True)

@@ -49,32 +49,52 @@ def count_low(x_f32, high, counts_u32):
 
 
 @njit(cache=True, nogil=True)
-def mask_between(cuts_i64, seen_i64, x_f32, mask_u8):
-    """Keep what lies strictly between two magnitudes, and of the ties those asked for.
-
-    Ties are counted in flat index order over all blocks of a tensor.
+def mask_between(cuts_i64, x_f32, mask_u8, ties_i64):
+    """Keep what lies strictly between two magnitudes, and count what equals them.
 
     Parameters
     ----------
     cuts_i64 : (6,) int64
         low cut (bits of a magnitude), first and last + 1 tie to keep there; then the high cut
-    seen_i64 : (2,) int64
-        ties met so far at the low and the high cut, added to
     x_f32 : (n,) float32
         finite values
     mask_u8 : (n,) uint8
-        written: 1 keep, 0 drop
+        written: 1 keep, 0 drop; ties are dropped
+    ties_i64 : (2,) int64
+        written: ties at the low cut, and at the high cut where that is another
     """
     bits = x_f32.view(np.uint32)
     low = np.uint32(cuts_i64[0])
     high = np.uint32(cuts_i64[3])
-    n_ties = 0
+    n_low = 0
+    n_high = 0
     for i in range(bits.size):
         magnitude = bits[i] & MAGNITUDE
         mask_u8[i] = np.uint8((magnitude > low) & (magnitude < high))
-        n_ties += np.int64((magnitude == low) | (magnitude == high))
-    if n_ties == 0:
-        return
+        n_low += np.int64(magnitude == low)
+        n_high += np.int64(magnitude == high)
+    ties_i64[0] = n_low
+    ties_i64[1] = n_high if high != low else 0
+
+
+@njit(cache=True, nogil=True)
+def keep_ties(cuts_i64, seen_i64, x_f32, mask_u8):
+    """Keep those ties that are asked for; they are counted in flat index order over a whole tensor.
+
+    Parameters
+    ----------
+    cuts_i64 : (6,) int64
+        as for `mask_between`
+    seen_i64 : (2,) int64
+        ties in all blocks before, at the low and the high cut; added to
+    x_f32 : (n,) float32
+        finite values
+    mask_u8 : (n,) uint8
+        of `mask_between`, overwritten where there are ties
+    """
+    bits = x_f32.view(np.uint32)
+    low = np.uint32(cuts_i64[0])
+    high = np.uint32(cuts_i64[3])
     for i in range(bits.size):
         magnitude = bits[i] & MAGNITUDE
         if magnitude == low:

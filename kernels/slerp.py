@@ -5,11 +5,11 @@ from numba import njit
 
 
 @njit(cache=True, nogil=True)
-def add_dots(a_f32, b_f32, n_cols, dots_f64):
-    """Add `a.a`, `a.b` and `b.b` of some rows to running sums.
+def row_dots(a_f32, b_f32, n_cols, dots_f64):
+    """Dot products `a.a`, `a.b` and `b.b`, row by row.
 
-    Each row is summed on its own in float64, then added, so the result does not depend on how a
-    tensor is cut into blocks of rows.
+    Each row is summed on its own in float64, front to back, so no result depends on how a tensor is
+    cut into blocks of rows.
 
     Parameters
     ----------
@@ -17,10 +17,11 @@ def add_dots(a_f32, b_f32, n_cols, dots_f64):
         the same rows of two models
     n_cols : int
         elements in one row
-    dots_f64 : (3,) float64
-        running sums, added to
+    dots_f64 : (n_rows, 3) float64
+        written
     """
-    for start in range(0, a_f32.size, n_cols):
+    for row in range(a_f32.size // n_cols):
+        start = row * n_cols
         aa = 0.0
         ab = 0.0
         bb = 0.0
@@ -30,6 +31,6 @@ def add_dots(a_f32, b_f32, n_cols, dots_f64):
             aa += a * a
             ab += a * b
             bb += b * b
-        dots_f64[0] += aa
-        dots_f64[1] += ab
-        dots_f64[2] += bb
+        dots_f64[row, 0] = aa
+        dots_f64[row, 1] = ab
+        dots_f64[row, 2] = bb

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edgemerge.arithmetic import Block, merged_blocks
 from edgemerge.methods import METHODS
+from edgemerge.team import Team
 from edgemerge.types import InputTensor, TensorJob, TensorSpec
 
 Float32 = NDArray[np.float32]
@@ -46,17 +47,19 @@ class MemoryStream:
             rows_per_block=rows_per_block,
             passes=1,
         )
+        self.team = Team(1, self.job.n_blocks).join()
 
     def blocks(self) -> Iterator[Block]:
         spec = self.job.out
-        for start in range(0, spec.n_rows, self.job.rows_per_block):
+        for number in self.team.take_blocks():
+            start = number * self.job.rows_per_block
             part = slice(start * spec.n_cols, (start + self.job.rows_per_block) * spec.n_cols)
             base = None if self._base is None else self._base.ravel()[part].copy()
             experts = np.stack([x.ravel()[part] for x in self._values])
             if self._method.on_deltas:
                 assert base is not None
                 experts = experts - base
-            yield Block(part.start, spec.n_cols, base, experts)
+            yield Block(number, part.start, spec.n_cols, base, experts)
 
     def overwrite(self) -> None:
         """Nothing is kept between passes."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import edgemerge
 from edgemerge import budget
 from edgemerge.budget import ArenaNeed
-from edgemerge.errors import BudgetError
+from edgemerge.errors import BudgetError, FormatError
 from edgemerge.types import Recipe
 from tests.small_models import edit_hub, stored, wide_tensors, write_gguf
 
@@ -109,6 +109,47 @@ def test_block_height_threads_and_budget_do_not_show(
     monkeypatch.setattr(budget, "TARGET_ELEMENTS", 3 * 256)
     report = edgemerge.merge(recipe, output, memory=320 * MIB, threads=2, force=True)
     assert report.sha256 == first.sha256
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q4_K_M"])
+@pytest.mark.parametrize("method", METHODS)
+def test_several_workers_on_one_tensor_do_not_show(
+    method: str,
+    kind: str,
+    inputs: dict[str, list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same file, checksums of the inputs included, when all but the vectors are shared."""
+    recipe = recipe_of(method, inputs[kind])
+    alone = edgemerge.merge(recipe, tmp_path / "alone.gguf", threads=1)
+    monkeypatch.setattr(budget, "TARGET_ELEMENTS", 2 * 256)
+    monkeypatch.setattr(PLAN, "workers_on", lambda n, _, workers: workers if n > 256 else 1)
+    for threads in (2, 5):
+        plan = edgemerge.plan(recipe, threads=threads)
+        assert {job.workers for job in plan.jobs} == {1, threads}
+        output = tmp_path / f"{threads}.gguf"
+        assert edgemerge.merge(recipe, output, threads=threads).sha256 == alone.sha256
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_a_damaged_tensor_stops_all_who_share_it(
+    damaged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason is told, not that somebody stopped; and nobody is left waiting."""
+    tensors = wide_tensors(0)
+    models = [write_gguf(tmp_path / "0.gguf", tensors)]
+    name = max(tensors, key=lambda name: tensors[name].size)
+    tensors[name] = tensors[name].copy()
+    tensors[name].ravel()[-1] = np.nan
+    models.insert(damaged, write_gguf(tmp_path / "1.gguf", tensors))
+    monkeypatch.setattr(budget, "TARGET_ELEMENTS", 2 * 256)
+    monkeypatch.setattr(PLAN, "workers_on", lambda n, _, workers: workers if n > 256 else 1)
+    recipe = edgemerge.make_recipe(
+        "ties", [(str(models[1]), 0.5)], base=str(models[0]), parameters={"density": 0.5}
+    )
+    with pytest.raises(FormatError, match="holds nan"):
+        edgemerge.merge(recipe, tmp_path / "out.gguf", threads=3)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from edgemerge.budget import TARGET_ELEMENTS, workers_on
 from edgemerge.errors import BudgetError, EdgemergeError, MismatchError, RecipeError
 from edgemerge.formats.metadata import Value, get_value
 from edgemerge.plan import DEFAULT_MEMORY, make_plan
@@ -364,3 +365,11 @@ def test_nothing_but_our_errors_comes_out_of_a_model_without_layers() -> None:
     del broken._metadata["llama.block_count"]
     with pytest.raises(EdgemergeError, match=r"states no llama\.block_count"):
         planned(LINEAR, broken)
+
+
+def test_only_a_tensor_that_would_hold_the_others_up_is_shared() -> None:
+    target = TARGET_ELEMENTS
+    assert workers_on(100 * target, 100 * target, 1) == 1
+    assert workers_on(100 * target, 500 * target, 3) == 3
+    assert workers_on(100 * target, 5000 * target, 3) == 1
+    assert workers_on(4 * target, 5 * target, 3) == 1  # too few blocks

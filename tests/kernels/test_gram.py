@@ -75,8 +75,8 @@ def test_no_product_of_float32_overflows() -> None:
 
 @pytest.mark.parametrize("cuts", [(), (1,), (3, 4), (1, 2, 3, 4, 5, 6)])
 def test_rows_are_added_in_order_to_what_is_there(cuts: tuple[int, ...]) -> None:
-    rows = numbers("wide", (7, 3, 3)).astype(np.float64)
-    start = numbers("normal", (3, 3)).astype(np.float64)
+    rows = numbers("wide", (7, 9)).astype(np.float64)
+    start = numbers("normal", (1, 9)).astype(np.float64)[0]
     want = start.copy()
     for row in rows:
         want += row

@@ -102,16 +102,16 @@ def test_add_scaled(shape: tuple[int, int], kind: str, scale: float) -> None:
 @pytest.mark.parametrize(("shape", "kind"), CASES)
 def test_dots_do_not_depend_on_blocks(shape: tuple[int, int], kind: str) -> None:
     a, b = models(shape, kind, 2)
-    dots = np.zeros(3, np.float64)
-    slerp.add_dots(a, b, shape[1], dots)
+    dots = np.full((shape[0], 3), np.nan)
+    slerp.row_dots(a, b, shape[1], dots)
     pairs = [(a, a), (a, b), (b, b)]
-    for dot, (x, y) in zip(dots, pairs, strict=True):
+    for dot, (x, y) in zip(dots.sum(0), pairs, strict=True):
         products = x.astype(np.float64) * y.astype(np.float64)
         bound = (a.size + 1) * 2.0**-53 * math.fsum(np.abs(products))
         assert abs(dot - math.fsum(products)) <= bound
-    by_rows = np.zeros(3, np.float64)
-    for x, y in zip(a.reshape(shape), b.reshape(shape), strict=True):
-        slerp.add_dots(x.copy(), y.copy(), shape[1], by_rows)
+    by_rows = np.full((shape[0], 3), np.nan)
+    for i, (x, y) in enumerate(zip(a.reshape(shape), b.reshape(shape), strict=True)):
+        slerp.row_dots(x.copy(), y.copy(), shape[1], by_rows[i : i + 1])
     assert np.array_equal(by_rows, dots)
 
 
@@ -119,14 +119,16 @@ def test_dots_do_not_depend_on_blocks(shape: tuple[int, int], kind: str) -> None
 def test_norms_do_not_depend_on_blocks(shape: tuple[int, int], kind: str) -> None:
     x = numbers(kind, shape[0] * shape[1], 0)
     mask = np.random.default_rng(1).integers(0, 2, x.size, np.uint8)
-    norms = np.zeros(2, np.float64)
-    masks.add_norms(x, mask, shape[1], norms)
+    norms = np.full((shape[0], 2), np.nan)
+    masks.row_norms(x, mask, shape[1], norms)
     sizes = np.abs(x.astype(np.float64))
-    for norm, want in zip(norms, (math.fsum(sizes), math.fsum(sizes[mask == 1])), strict=True):
+    for norm, want in zip(
+        norms.sum(0), (math.fsum(sizes), math.fsum(sizes[mask == 1])), strict=True
+    ):
         assert norm == pytest.approx(want, rel=x.size * 2.0**-53, abs=0)
-    by_rows = np.zeros(2, np.float64)
-    for row, kept in zip(x.reshape(shape), mask.reshape(shape), strict=True):
-        masks.add_norms(row.copy(), kept.copy(), shape[1], by_rows)
+    by_rows = np.full((shape[0], 2), np.nan)
+    for i, (row, kept) in enumerate(zip(x.reshape(shape), mask.reshape(shape), strict=True)):
+        masks.row_norms(row.copy(), kept.copy(), shape[1], by_rows[i : i + 1])
     assert np.array_equal(by_rows, norms)
 
 
@@ -215,8 +217,8 @@ def test_counts_order_magnitudes(shape: tuple[int, int], kind: str) -> None:
         assert np.array_equal(low, np.bincount(inside, minlength=1 << 16))
 
 
-def keep_ties(low: int, high: int, x: Float32, ranges: tuple[int, int, int, int]) -> list[int]:
-    """Twin of `mask_between`: one decision after the other."""
+def keep_between(low: int, high: int, x: Float32, ranges: tuple[int, int, int, int]) -> list[int]:
+    """Twin of `mask_between` and `keep_ties`: one decision after the other."""
     kept, seen = [], {low: 0, high: 0}
     first = {low: ranges[:2], high: ranges[2:]} if low != high else {low: ranges[:2]}
     for magnitude in magnitudes(x).tolist():
@@ -240,8 +242,12 @@ def test_mask_between(shape: tuple[int, int], kind: str) -> None:
         seen, mask = np.zeros(2, np.int64), np.full(n, 9, np.uint8)
         for i in range(shape[0]):
             row = slice(i * shape[1], (i + 1) * shape[1])
-            select.mask_between(cuts, seen, x[row], mask[row])
-        assert mask.tolist() == keep_ties(*bounds, x, ranges)
+            ties = np.full(2, -1, np.int64)
+            select.mask_between(cuts, x[row], mask[row], ties)
+            ties += seen
+            select.keep_ties(cuts, seen, x[row], mask[row])
+            assert np.array_equal(seen, ties)
+        assert mask.tolist() == keep_between(*bounds, x, ranges)
 
 
 # -- random masks --------------------------------------------------------------
