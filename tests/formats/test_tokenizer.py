@@ -319,3 +319,13 @@ def test_bpe_tokens_types_and_merges(tmp_path: Path) -> None:
     assert decoded(found, "tokens") == ["a", "b", "ab", "<|end|>", "x y", "<s>", "[PAD6]", "[PAD7]"]
     assert decoded(found, "token_type") == [1, 1, 4, 3, 4, 3, 5, 5]
     assert decoded(found, "merges") == ["a b", "aĠb c", "a b"]
+
+
+def test_trainer_spec_in_two_parts(tmp_path: Path) -> None:
+    """Protobuf adds the parts of one message up; tools/make_tiny_model.py relies on it."""
+    directory = copy(tmp_path, BASE, "tokenizer.model")
+    config = json.loads((BASE / "config.json").read_text())
+    want = tokenizer_metadata(directory, config, 4096)
+    with (directory / "tokenizer.model").open("ab") as file:
+        file.write(b"\x12\x03\x20\x80\x20")  # trainer_spec.vocab_size = 4096
+    assert tokenizer_metadata(directory, config, 4096) == want
