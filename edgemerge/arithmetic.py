@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from edgemerge.blocks import Block, BlockStream, model_weights
 from edgemerge.hierarchical import hierarchical_blocks
 from edgemerge.kernels import dare, della, linear, masks, select, slerp, ties
-from edgemerge.methods import METHODS, is_pruned
+from edgemerge.methods import METHODS, is_plain_sum, is_pruned
 from edgemerge.team import Member
-from edgemerge.types import Float32, Float64, InputTensor, UInt8
+from edgemerge.types import Float32, Float64, InputTensor, TensorJob, UInt8
 
 __all__ = ["Block", "BlockStream", "merged_blocks"]
 
@@ -41,6 +41,8 @@ def merged_blocks(
     method = METHODS[stream.job.method]
     if method.name == "hierarchical":
         return hierarchical_blocks(stream, shared_gram)
+    if is_plain_sum(stream.job):
+        return _sum_blocks(stream)
     if method.on_deltas:
         return _task_blocks(stream)
     if method.name == "slerp":
@@ -105,15 +107,28 @@ def _slerp_factors(dots: NDArray[np.float64], t: float) -> tuple[float, float]:
 # -- task vectors ---------------------------------------------------------------------------------------
 
 
+def _task_factors(job: TensorJob) -> Float32:
+    weights = model_weights(job)
+    if job.settings["normalize"] and not METHODS[job.method].elect:
+        total = float(weights.sum())
+        weights = weights / (total if abs(total) >= TINY_WEIGHT else 1.0)
+    return weights.astype(np.float32)
+
+
+def _sum_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
+    factors, scale = _task_factors(stream.job), float(stream.job.settings["lambda"])
+    for block in stream.blocks():
+        stream.overwrite()
+        assert block.base is not None
+        linear.add_changes(factors, scale, block.experts, block.base)
+        yield block, block.base
+
+
 def _task_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     job = stream.job
     method = METHODS[job.method]
-    weights = model_weights(job)
+    factors = _task_factors(job)
     normalize = bool(job.settings["normalize"])
-    if normalize and not method.elect:
-        total = float(weights.sum())
-        weights = weights / (total if abs(total) >= TINY_WEIGHT else 1.0)
-    factors = weights.astype(np.float32)
     mask = _mask_memory(stream)
     pruners = _survey_pruners(stream, mask)
     election = stream.take((3, ties.TILE), np.float32) if method.elect else None

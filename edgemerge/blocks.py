@@ -23,7 +23,7 @@ class Block:
     first: int  # flat index of the first element
     n_cols: int
     base: Float32 | None  # (n,)
-    experts: Float32  # (n_experts, n); task vectors for methods that work on them
+    experts: Float32  # (n_experts, n); task vectors for methods that keep them
 
     @property
     def n_rows(self) -> int:

@@ -12,9 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgemerge.errors import RecipeError
-from edgemerge.types import Setting
+from edgemerge.types import Setting, TensorJob
 
-__all__ = ["METHODS", "PRESETS", "Method", "count_passes", "find_method", "is_pruned"]
+__all__ = [
+    "METHODS",
+    "PRESETS",
+    "Method",
+    "count_passes",
+    "find_method",
+    "is_plain_sum",
+    "is_pruned",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +200,14 @@ def find_method(name: str) -> Method:
 def is_pruned(method: Method, settings: Mapping[str, Setting]) -> bool:
     """Whether a model's task vector loses anything under its own parameters."""
     return method.prune is not None and float(settings["density"]) < 1.0
+
+
+def is_plain_sum(job: TensorJob) -> bool:
+    """Whether a tensor's task vectors are added up whole, so that they need not be kept as such."""
+    method = METHODS[job.method]
+    keeps = method.elect or method.name == "hierarchical"
+    pruned = any(is_pruned(method, expert.settings) for expert in job.experts)
+    return method.on_deltas and not keeps and not pruned
 
 
 def count_passes(

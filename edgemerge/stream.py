@@ -23,7 +23,7 @@ from edgemerge.frames import Frame, find_frame, find_neuron_frame
 from edgemerge.hierarchical import survey_gram
 from edgemerge.kernels.linear import subtract
 from edgemerge.kernels.masks import count_beyond
-from edgemerge.methods import METHODS
+from edgemerge.methods import METHODS, is_plain_sum
 from edgemerge.output import OutputFile
 from edgemerge.symmetries import NeuronPlan
 from edgemerge.team import Member, Stopped
@@ -113,6 +113,7 @@ class TensorStream:
         widest = max(tensor.spec.row_bytes for tensor in job.inputs)
         self._raw = self.take((rows * max(widest, job.out.row_bytes),), np.uint8).view(np.uint8)
         if not job.is_byte_copy:
+            self._on_deltas = METHODS[job.method].on_deltas and not is_plain_sum(job)
             n = rows * job.out.n_cols
             self._experts = self.take((len(job.experts) * n,), np.float32).view(np.float32)
             self._base = self.take((n if job.base else 0,), np.float32).view(np.float32)
@@ -246,7 +247,7 @@ class TensorStream:
         first = 0 if job.base is None else 1
         for i, (tensor, values) in enumerate(zip(job.experts, experts, strict=True), start=first):
             self._load_expert(tensor, i, start, stop, values)
-            if METHODS[job.method].on_deltas:
+            if self._on_deltas:
                 subtract(base, values)
 
     def _load_expert(

@@ -36,6 +36,7 @@ PARAMETERS: dict[str, Setting] = {
 # Settings that lead to other kernels, rather than to more.
 VARIANTS: dict[str, tuple[dict[str, Setting], ...]] = {
     "hierarchical": ({"scope": "tensor"}, {"scope": "row"}),
+    **dict.fromkeys(("dare_linear", "della_linear", "breadcrumbs"), ({}, {"density": 1.0})),
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.arithmetic import Block, merged_blocks
-from edgemerge.methods import METHODS
+from edgemerge.methods import METHODS, is_plain_sum
 from edgemerge.team import Team
 from edgemerge.types import InputTensor, TensorJob, TensorSpec
 
@@ -56,7 +56,7 @@ class MemoryStream:
             part = slice(start * spec.n_cols, (start + self.job.rows_per_block) * spec.n_cols)
             base = None if self._base is None else self._base.ravel()[part].copy()
             experts = np.stack([x.ravel()[part] for x in self._values])
-            if self._method.on_deltas:
+            if self._method.on_deltas and not is_plain_sum(self.job):
                 assert base is not None
                 experts = experts - base
             yield Block(number, part.start, spec.n_cols, base, experts)

@@ -99,6 +99,21 @@ def test_add_scaled(shape: tuple[int, int], kind: str, scale: float) -> None:
         assert np.array_equal(moved, base)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("shape", "kind"), CASES)
+def test_changes_are_added_as_in_three_steps(shape: tuple[int, int], kind: str, count: int) -> None:
+    base, *experts = models(shape, kind, 1 + count)
+    x = np.stack(experts)
+    weights = np.float32([0.6, -0.3, 1.7])[:count]
+    want, deltas = base.copy(), x.copy()
+    for delta in deltas:
+        linear.subtract(base, delta)
+    linear.weighted_sum(weights, deltas)
+    linear.add_scaled(deltas[0], 0.7, want)
+    linear.add_changes(weights, 0.7, x, base)
+    assert np.array_equal(base.view(np.uint32), want.view(np.uint32))
+
+
 @pytest.mark.parametrize(("shape", "kind"), CASES)
 def test_dots_do_not_depend_on_blocks(shape: tuple[int, int], kind: str) -> None:
     a, b = models(shape, kind, 2)

@@ -1,0 +1,102 @@
+"""Merging GGUFs of Q4_K_M into one of Q4_K_M: how much more CPU time than its codecs alone?
+
+    benchmarks/bench_requant.py [--shape tinyllama] [--method task_arithmetic]
+
+A base and two experts (of bench_merge, converted once) are merged in a fresh process with one worker.
+Beside it stands what the same run says of the codecs: every tensor of three inputs decoded and of one
+output encoded, at the rates of bench_kernels. The difference is reading, checking and summing task
+vectors, checksums, writing, and the start of Python, which is also shown by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from bench_kernels import N_COLS, N_ROWS, rate
+from bench_merge import CACHE, make_models
+from measure import machine, run, table
+
+from edgemerge import make_recipe, merge, open_model
+from edgemerge.formats.codec import CODECS
+
+FILE_TYPE = "Q4_K_M"
+REPEATS = 3
+
+
+def quantise(models: list[Path]) -> list[Path]:
+    """Convert the models of bench_merge, unless that is done."""
+    made = [model.with_name(f"{model.name}-{FILE_TYPE}.gguf") for model in models]
+    for model, path in zip(models, made, strict=True):
+        if not path.exists():
+            merge(make_recipe("passthrough", [(str(model), None)], out_type=FILE_TYPE), path)
+    return made
+
+
+def codec_seconds(models: list[Path], output: Path) -> float:
+    """CPU seconds of decoding all inputs and encoding the output, at the rates of bench_kernels."""
+    values = np.random.default_rng(0).standard_normal(N_ROWS * N_COLS).astype(np.float32)
+    back = np.empty_like(values)
+    total = 0.0
+    for path, direction in [*((model, "decode") for model in models), (output, "encode")]:
+        source = open_model(path)
+        elements: Counter[str] = Counter()
+        for spec in source.specs().values():
+            elements[spec.dtype] += spec.n_elements
+        source.close()
+        for dtype, n_elements in elements.items():
+            codec = CODECS[dtype]
+            raw = np.empty(values.size // codec.block_len * codec.block_bytes, np.uint8)
+            scratch = np.empty(codec.scratch_len, np.float32)
+            codec.encode(values, raw, scratch)
+            if direction == "encode":
+                speed = rate(lambda: codec.encode(values, raw, scratch))  # noqa: B023
+            else:
+                speed = rate(lambda: codec.decode(raw, back))  # noqa: B023
+            total += n_elements / 1e6 / speed
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=CACHE)
+    parser.add_argument("--shape", default="tinyllama")
+    parser.add_argument("--method", default="task_arithmetic")
+    parser.add_argument("--memory", default="512MiB")
+    options = parser.parse_args()
+    models = quantise(make_models(options.work, options.shape))
+    output = options.work / "requantised.gguf"
+    base, *experts = [str(path) for path in models]
+    command = [sys.executable, "-m", "edgemerge", "merge", "-m", options.method, "--base", base]
+    command += [f"{expert}=0.5" for expert in experts]
+    command += ["-o", str(output), "--force", "--json"]
+    command += ["--type", FILE_TYPE, "--memory", options.memory, "--threads", "1"]
+    run(command)  # compiles what is not compiled
+    costs, codecs = [], []
+    for _ in range(REPEATS):  # in turn, as the speed of a shared machine comes and goes
+        costs.append(run(command))
+        codecs.append(codec_seconds(models, output))
+    output.unlink()
+    merged, alone = min(cost.cpu_s for cost in costs), min(codecs)
+    start = min(run([*command[:4], "--help"]).cpu_s for _ in range(REPEATS))
+    figures = {
+        "method": options.method,
+        "merge_cpu_s": merged,
+        "merge_wall_s": min(cost.wall_s for cost in costs),
+        "codecs_cpu_s": alone,
+        "python_start_cpu_s": start,
+        "ratio": merged / alone,
+    }
+    header = ["merge", "wall s", "CPU s", "its codecs alone: CPU s", "ratio"]
+    row = [f"{options.method}, {FILE_TYPE} in and out", f"{figures['merge_wall_s']:.1f}"]
+    row += [f"{merged:.1f}", f"{alone:.1f}", f"{merged / alone:.2f}x"]
+    print(table(header, [row]))
+    print(json.dumps({"bench": "requant", "machine": machine(), "rows": [figures]}))
+
+
+if __name__ == "__main__":
+    main()
