@@ -22,6 +22,7 @@ __all__ = [
     "find_method",
     "is_plain_sum",
     "is_pruned",
+    "keeps_non_finite",
 ]
 
 
@@ -208,6 +209,11 @@ def is_plain_sum(job: TensorJob) -> bool:
     keeps = method.elect or method.name == "hierarchical"
     pruned = any(is_pruned(method, expert.settings) for expert in job.experts)
     return method.on_deltas and not keeps and not pruned
+
+
+def keeps_non_finite(job: TensorJob) -> bool:
+    """Whether infinity or NaN in any input is sure to make the result infinite or NaN in that place."""
+    return is_plain_sum(job) or job.method in ("linear", "passthrough")
 
 
 def count_passes(

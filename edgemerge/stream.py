@@ -23,7 +23,7 @@ from edgemerge.frames import Frame, find_frame, find_neuron_frame
 from edgemerge.hierarchical import survey_gram
 from edgemerge.kernels.linear import subtract
 from edgemerge.kernels.masks import count_beyond
-from edgemerge.methods import METHODS, is_plain_sum
+from edgemerge.methods import METHODS, is_plain_sum, keeps_non_finite
 from edgemerge.output import OutputFile
 from edgemerge.symmetries import NeuronPlan
 from edgemerge.team import Member, Stopped
@@ -113,6 +113,7 @@ class TensorStream:
         widest = max(tensor.spec.row_bytes for tensor in job.inputs)
         self._raw = self.take((rows * max(widest, job.out.row_bytes),), np.uint8).view(np.uint8)
         if not job.is_byte_copy:
+            self._checks_inputs = not keeps_non_finite(job)  # else the result alone says it
             self._on_deltas = METHODS[job.method].on_deltas and not is_plain_sum(job)
             n = rows * job.out.n_cols
             self._experts = self.take((len(job.experts) * n,), np.float32).view(np.float32)
@@ -188,7 +189,7 @@ class TensorStream:
     def _merge(self, output: OutputFile, offset: int, shared_gram: Float64 | None) -> None:
         codec = CODECS[self.job.out.dtype]
         for block, values in merged_blocks(self, shared_gram):
-            self._check_range(values)
+            self._check_range(block, values)
             raw = self._raw[: block.n_rows * self.job.out.row_bytes]
             row = block.first // block.n_cols
             if self.job.is_weighted:
@@ -275,7 +276,7 @@ class TensorStream:
     ) -> None:
         raw = self._read(tensor, i_input, start, stop, at)
         CODECS[tensor.spec.dtype].decode(raw, out_f32)
-        if _count_beyond(out_f32, NON_FINITE):
+        if self._checks_inputs and _count_beyond(out_f32, NON_FINITE):
             bad = int(np.flatnonzero(~np.isfinite(out_f32))[0])
             raise FormatError(
                 f"holds {out_f32[bad]} at index {start * tensor.spec.n_cols + bad}; "
@@ -295,13 +296,18 @@ class TensorStream:
             self.share.inputs[i_input].add(at, stop - start, raw)
         return raw
 
-    def _check_range(self, values: Float32) -> None:
+    def _check_range(self, block: Block, values: Float32) -> None:
         """Refuse a result that the output type cannot hold: never a silent infinity."""
         dtype = self.job.out.dtype
         limit = NON_FINITE if dtype in ("F32", "BF16") else BEYOND_HALF
         if _count_beyond(values, limit):
+            largest = float(np.abs(values).max())
+            if not self._checks_inputs:  # whose fault is it?
+                self._checks_inputs = True
+                first = block.first // block.n_cols
+                self._load(first, first + block.n_rows, block.base, block.experts)
             raise MismatchError(
-                f"the merged tensor {self.job.out.name!r} reaches {float(np.abs(values).max()):g}, "
+                f"the merged tensor {self.job.out.name!r} reaches {largest:g}, "
                 f"which {dtype} cannot hold; use --type BF16 or F32, or smaller weights",
                 tensor=self.job.out.name,
             )

@@ -132,9 +132,10 @@ def test_several_workers_on_one_tensor_do_not_show(
         assert edgemerge.merge(recipe, output, threads=threads).sha256 == alone.sha256
 
 
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
 @pytest.mark.parametrize("damaged", [0, 1])
 def test_a_damaged_tensor_stops_all_who_share_it(
-    damaged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, damaged: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reason is told, not that somebody stopped; and nobody is left waiting."""
     tensors = wide_tensors(0)
@@ -145,10 +146,14 @@ def test_a_damaged_tensor_stops_all_who_share_it(
     models.insert(damaged, write_gguf(tmp_path / "1.gguf", tensors))
     monkeypatch.setattr(budget, "TARGET_ELEMENTS", 2 * 256)
     monkeypatch.setattr(PLAN, "workers_on", lambda n, _, workers: workers if n > 256 else 1)
+    experts = [(str(path), 0.5) for path in models]
     recipe = edgemerge.make_recipe(
-        "ties", [(str(models[1]), 0.5)], base=str(models[0]), parameters={"density": 0.5}
+        method,
+        experts if method == "linear" else experts[1:],
+        base=None if method == "linear" else str(models[0]),
+        parameters={"density": 0.5} if method == "ties" else {},
     )
-    with pytest.raises(FormatError, match="holds nan"):
+    with pytest.raises(FormatError, match=rf"1\.gguf.*{name}.*holds nan"):
         edgemerge.merge(recipe, tmp_path / "out.gguf", threads=3)
 
 
