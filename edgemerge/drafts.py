@@ -30,7 +30,7 @@ from edgemerge.types import (
     TensorSpec,
 )
 
-__all__ = ["Draft", "draft_jobs", "list_experts", "unused_settings"]
+__all__ = ["Draft", "draft_jobs", "list_experts", "may_copy", "unused_settings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,3 +280,14 @@ def _missing(
     if any(key in level for level in levels):  # rules, none of which fits
         sentence += f", and no rule gives one to {tensor}; add an entry with value alone"
     return sentence
+
+
+def may_copy(draft: Draft, method: Method) -> bool:
+    """Whether the result is the tensor of one model as it is, whose stored bytes say it exactly."""
+    if draft.is_constant:
+        return True
+    settings = draft.experts[0].settings
+    if method.name == "linear":  # of one model: its weight is 1, or divided by itself
+        is_one = bool(draft.settings["normalize"]) or settings["weight"] == 1.0
+        return len(draft.experts) == 1 and is_one
+    return method.name == "passthrough" and settings["scale"] == 1.0

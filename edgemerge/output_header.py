@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgemerge.architectures import layer_index
 from edgemerge.compatibility import layer_settings
-from edgemerge.drafts import Draft
+from edgemerge.drafts import Draft, may_copy
 from edgemerge.errors import RecipeError
 from edgemerge.formats.filetypes import FILE_TYPES, dominant_file_type, keep_types, tensor_types
 from edgemerge.formats.gguf_split import whole_name
@@ -18,7 +18,7 @@ from edgemerge.formats.overrides import TypeOverrides
 from edgemerge.methods import Method
 from edgemerge.types import Recipe, Source
 
-__all__ = ["DROPPED_KEYS", "TOKENS_KEY", "choose_types", "may_copy", "output_metadata"]
+__all__ = ["DROPPED_KEYS", "TOKENS_KEY", "choose_types", "output_metadata"]
 
 KEEP = "keep"
 UNQUANTISED = ("F32", "F16", "BF16")
@@ -90,12 +90,6 @@ def choose_types(
     )
     notes += [f"no tensor's type was chosen by {pattern!r}" for pattern in overrides.unused()]
     return file_type.upper(), types
-
-
-def may_copy(draft: Draft, method: Method) -> bool:
-    """Tell whether a tensor is its only input, unscaled."""
-    scaled = draft.experts[0].settings.get("scale", 1.0) != 1.0
-    return draft.is_constant or (method.name == "passthrough" and not scaled)
 
 
 def _with_block_count(reference: Source, drafts: Sequence[Draft]) -> dict[str, bytes]:

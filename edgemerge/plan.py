@@ -18,14 +18,14 @@ from edgemerge.budget import (
     workers_on,
 )
 from edgemerge.compatibility import check_models, check_scaled_output
-from edgemerge.drafts import Draft, draft_jobs, list_experts, unused_settings
+from edgemerge.drafts import Draft, draft_jobs, list_experts, may_copy, unused_settings
 from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.formats.codec import CODECS, find_codec, row_bytes
 from edgemerge.formats.imatrix import ImportanceMatrix
 from edgemerge.formats.weighted import WEIGHTED_SCRATCH
 from edgemerge.importance import importance_metadata, weigh_jobs
 from edgemerge.methods import Method, count_passes, find_method, is_pruned
-from edgemerge.output_header import choose_types, may_copy, output_metadata
+from edgemerge.output_header import choose_types, output_metadata
 from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
 
 __all__ = ["DEFAULT_MEMORY", "alignment_pairs", "make_plan"]
@@ -174,7 +174,7 @@ def _finish(draft: Draft, method: Method, dtype: str) -> TensorJob:
         out=spec,
         method="passthrough" if copies else method.name,
         base=draft.base,
-        experts=draft.experts,
+        experts=(replace(draft.experts[0], settings={"scale": 1.0}),) if copies else draft.experts,
         settings=draft.settings,
         rows_per_block=0,
         passes=passes,

@@ -177,6 +177,24 @@ def test_copies_in_blocks_are_copies(
     assert stored(tmp_path / "copy.gguf") == stored(inputs[kind][0])
 
 
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("weight", "normalize"), [(0.3, True), (1.0, False)])
+def test_an_average_of_one_model_is_that_model(
+    weight: float, normalize: bool, kind: str, inputs: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    """Quantised values too are copied, not quantised again; and another type is converted to."""
+    parameters = {"normalize": normalize}
+    models = [(str(inputs[kind][0]), weight)]
+    recipe = edgemerge.make_recipe("linear", models, parameters=parameters, out_type="keep")
+    edgemerge.merge(recipe, tmp_path / "copy.gguf")
+    assert stored(tmp_path / "copy.gguf") == stored(inputs[kind][0])
+    half = edgemerge.make_recipe("linear", models, parameters=parameters, out_type="F16")
+    copy = edgemerge.make_recipe("passthrough", [(models[0][0], None)], out_type="F16")
+    edgemerge.merge(half, tmp_path / "half.gguf")
+    edgemerge.merge(copy, tmp_path / "converted.gguf")
+    assert stored(tmp_path / "half.gguf") == stored(tmp_path / "converted.gguf")
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     method=st.sampled_from([name for name, row in METHODS.items() if row[0] == 2]),
