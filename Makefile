@@ -21,7 +21,7 @@ check: .venv/ready-dev  ## lint, format, types, layers, then the tests (ARGS=--n
 arm64: .venv/bin/python  ## compare the bytes of codecs and merges with an emulated Arm's (ARGS=cortex-a53 picks the processor)
 	tools/arm64 $(ARGS)
 
-bench: .venv/ready-dev  ## measure everything and rewrite the README's tables (ARGS picks: kernels align merge quality)
+bench: .venv/ready-dev  ## measure everything and rewrite the README's tables (ARGS picks: kernels align merge requant quality)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean:  ## remove .venv and all that was built here (the llama.cpp wheel stays in its cache)

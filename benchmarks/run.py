@@ -18,7 +18,7 @@ from measure import run
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 QUALITY = HERE / "QUALITY.md"
-ALONE = ("kernels", "align", "merge", "quality")
+ALONE = ("kernels", "align", "merge", "requant", "quality")
 WITH_MODELS = ("serve", "llama")
 
 
