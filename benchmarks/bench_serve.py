@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from measure import machine, table
@@ -169,6 +171,31 @@ def quantile(values: list[float], share: float) -> float | None:
     return float(np.quantile(values, share)) if values else None
 
 
+def draw(model: str, clients: int, result: dict[str, Any]) -> str:
+    """Return the Markdown table of the README."""
+    refused = ", ".join(f"{count} with {status}" for status, count in result["refused"].items())
+    cells = {
+        "model": Path(model).name,
+        "clients": clients,
+        "s": f"{result['seconds']:.0f}",
+        "requests": result["requests"],
+        "answered": result["answered"],
+        "refused": refused or "none",
+        "lost": result["lost"],
+        "tokens/s": f"{result['tokens_per_second']:.0f}",
+        "first token p50, p95 s": seconds(result, "first_token"),
+        "RSS start, middle, end MiB": ", ".join(
+            f"{result[f'rss_{when}_mib']:.0f}" for when in ("start", "middle", "end")
+        ),
+    }
+    return table(list(cells), [[str(value) for value in cells.values()]])
+
+
+def seconds(result: dict[str, Any], name: str) -> str:
+    both = (result[f"{name}_p50_s"], result[f"{name}_p95_s"])
+    return ", ".join("-" if value is None else f"{value:.1f}" for value in both)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="GGUF file with a chat template")
@@ -179,17 +206,10 @@ def main() -> None:
     options = parser.parse_args()
     with running_server([options.model, *options.server_options]) as (server, port):
         result = run_load(server.pid, port, options.clients, options.seconds, options.tokens)
-    rows = [[name.replace("_", " "), show(value)] for name, value in result.items()]
-    print(table(["", f"{options.clients} clients"], rows))
+    print(draw(options.model, options.clients, result))
     print(json.dumps({"machine": machine(), **result}))
     if result["lost"]:
         raise SystemExit(1)
-
-
-def show(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-    return str(value)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from edgemerge.formats.ggml_types import GGML_TYPES
 from edgemerge.formats.gguf import GgufModel
 from edgemerge.formats.gguf_writer import make_layout
 from edgemerge.formats.metadata import encode_value
+from edgemerge.formats.weighted import WEIGHTED_SCRATCH, WEIGHTED_TYPES
 from edgemerge.methods import METHODS
 from edgemerge.recipe import make_recipe
 from edgemerge.types import Float32, Setting, TensorSpec, UInt8
@@ -42,13 +43,14 @@ SETTINGS: dict[str, Setting] = {"density": 0.5, "epsilon": 0.1, "gamma": 0.05, "
 SETTINGS |= {"rescale": True, "weight": 0.7}
 
 # Kernels that take long to compile come first, so that two processes end at about the same time.
-SLOW = ("Q5_K", "Q4_K", "Q2_K", "Q6_K", "Q3_K", "IQ4_XS")
+SLOW = ("Q5_K", "Q4_K", "Q2_K", "Q6_K", "Q3_K", "IQ4_XS", "Q4_1", "Q4_0")
 CASES = sorted(
     [
         f"{way} {dtype}"
         for dtype, codec in CODECS.items()
         for way in ("decode", "encode")[: 1 + codec.can_encode]
     ]
+    + [f"weigh {dtype}" for dtype in WEIGHTED_TYPES]
     + [f"merge {method}" for method in METHODS],
     key=lambda case: case.split()[1] not in SLOW,
 )
@@ -59,6 +61,8 @@ def compute(case: str) -> str:
     what, name = case.split()
     if what == "encode":
         return sha256(encode(name, hard_rows(N_COLS)))
+    if what == "weigh":
+        return sha256(encode(name, plain_rows(), importances()))
     if what == "decode":
         return sha256(decode(name, stored_bytes(name)))
     with tempfile.TemporaryDirectory(prefix="edgemerge-") as folder:
@@ -78,10 +82,27 @@ def stored_bytes(dtype: str) -> UInt8:
     return rng.integers(0, 256, N_BLOCKS * CODECS[dtype].block_bytes, dtype=np.uint8)
 
 
-def encode(dtype: str, x_f32: Float32) -> UInt8:
+def plain_rows() -> Float32:
+    """Rows as models have them: with importances, wilder ones may overflow into some NaN or other."""
+    rng = np.random.default_rng(1)
+    whole = rng.integers(-(2**20), 2**20, (N_BLOCKS, N_COLS))
+    return whole.astype(np.float32) / np.float32(2**24)
+
+
+def importances() -> Float32:
+    """A few columns matter much, and one not at all."""
+    rng = np.random.default_rng(2)
+    values = rng.integers(1, 2**10, N_COLS).astype(np.float32) / np.float32(2**10)
+    values[::37] *= np.float32(64.0)
+    values[5] = 0.0
+    return values
+
+
+def encode(dtype: str, x_f32: Float32, importance_f32: Float32 | None = None) -> UInt8:
     codec = CODECS[dtype]
     out = np.empty(x_f32.size // codec.block_len * codec.block_bytes, np.uint8)
-    codec.encode(x_f32.ravel(), out, np.zeros(codec.scratch_len, np.float32))
+    scratch = np.zeros(max(codec.scratch_len, WEIGHTED_SCRATCH), np.float32)
+    codec.encode(x_f32.ravel(), out, scratch, importance_f32)
     return out
 
 
@@ -194,6 +215,10 @@ def write() -> None:
         if codec.can_encode:
             theirs = ggml_oracle.quantize(kinds[dtype], rows)
             assert np.array_equal(encode(dtype, rows), theirs), f"{dtype} is not encoded as by ggml"
+        if dtype in WEIGHTED_TYPES:
+            theirs = ggml_oracle.quantize(kinds[dtype], plain_rows(), importances())
+            ours = encode(dtype, plain_rows(), importances())
+            assert np.array_equal(ours, theirs), f"{dtype} is not weighed as by ggml"
     hashes = {"rows": sha256(rows)} | {case: compute(case) for case in sorted(CASES)}
     STORED.write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
 
