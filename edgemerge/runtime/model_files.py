@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.formats.gguf import GgufModel
+from edgemerge.formats.gguf_split import sibling_parts
 
 __all__ = ["model_files", "open_gguf"]
-
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # llama.cpp's names for a model in several files
 
 
 def model_files(path: Path) -> list[Path]:
@@ -27,11 +25,7 @@ def model_files(path: Path) -> list[Path]:
         One of them is missing, or it is a folder.
     """
     _check_file(path)
-    files = [path]
-    if match := _PART.search(path.name):
-        stem = path.name[: match.start()]
-        parts = range(1, int(match[2]) + 1)
-        files = [path.with_name(f"{stem}-{part:05}-of-{match[2]}.gguf") for part in parts]
+    files = sibling_parts(path)
     for file in files:
         if not file.is_file():
             raise RuntimeFailure(

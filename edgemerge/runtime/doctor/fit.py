@@ -21,10 +21,10 @@ from edgemerge.formats import open_model
 from edgemerge.formats.filetypes import tensor_types
 from edgemerge.formats.ggml_types import row_bytes
 from edgemerge.formats.metadata import encode_value, get_value
-from edgemerge.types import TensorSpec
+from edgemerge.types import Source, TensorSpec
 
 __all__ = ["EXAMPLES", "FILE_TYPES", "PROCESS_BYTES", "TABLE_CONTEXT", "Example", "Fit", "ModelFit"]
-__all__ += ["Needs", "fit_examples", "fit_model", "judge"]
+__all__ += ["Needs", "fit_examples", "fit_model", "judge", "read_needs"]
 
 PROCESS_BYTES = 64 << 20
 UBATCH = 512  # tokens that llama.cpp computes at a time
@@ -201,14 +201,22 @@ def fit_model(path: Path, available: int) -> ModelFit:
     """
     source = open_model(path)
     try:
-        weights = sum(spec.nbytes for spec in source.specs().values())
-        needs, n_ctx_train = _read_needs(source.metadata(), source.architecture, weights)
+        needs, n_ctx_train = read_needs(source)
     finally:
         source.close()
     n_ctx = needs.longest_context(available, n_ctx_train)
     n_bytes = needs.at(n_ctx or min(TABLE_CONTEXT, n_ctx_train))
     verdict = "fits" if n_ctx else judge(needs.at(_CONTEXT_STEP), available)
     return ModelFit(path, needs, n_ctx_train, n_ctx, n_bytes, verdict)
+
+
+def read_needs(source: Source) -> tuple[Needs, int]:
+    """Read off a header the memory that a model needs, and the tokens it was trained on.
+
+    Its tensors count as they are stored.
+    """
+    weights = sum(spec.nbytes for spec in source.specs().values())
+    return _read_needs(source.metadata(), source.architecture, weights)
 
 
 def _read_needs(metadata: Mapping[str, bytes], arch: str, weights: int) -> tuple[Needs, int]:

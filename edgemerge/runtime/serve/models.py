@@ -11,7 +11,7 @@ from typing import Protocol
 from edgemerge.errors import BudgetError, EdgemergeError, RecipeError
 from edgemerge.formats.gguf import GgufModel
 from edgemerge.formats.metadata import get_value
-from edgemerge.runtime.doctor.fit import Needs, fit_model
+from edgemerge.runtime.doctor.fit import Needs, read_needs
 from edgemerge.runtime.model_files import open_gguf
 from edgemerge.runtime.serve.errors import SERVER, Refusal
 from edgemerge.sizes import format_size
@@ -96,15 +96,15 @@ def read_model_file(text: str, n_ctx: int | None = None) -> ModelFile:
         name = path.stem
     source = open_gguf(path)
     try:
-        fit = fit_model(path, 0)
-        n_ctx = n_ctx or min(fit.n_ctx_train, DEFAULT_CONTEXT)
+        needs, n_ctx_train = read_needs(source)
+        n_ctx = n_ctx or min(n_ctx_train, DEFAULT_CONTEXT)
         facts = path.stat()
         return ModelFile(
             name,
             path,
             n_ctx,
             facts.st_size,
-            estimate_memory(source, fit.needs, n_ctx),
+            estimate_memory(source, needs, n_ctx),
             _read_tokenizer(source.metadata()),
             int(facts.st_mtime),
         )

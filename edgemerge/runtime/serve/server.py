@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from edgemerge.process import read_process
 from edgemerge.runtime.board.device import default_threads, read_memory
 from edgemerge.runtime.library import load_library
 from edgemerge.runtime.llama import Lora
+from edgemerge.runtime.serve.key import check_characters
 from edgemerge.runtime.serve.requests import Limits
 
 __all__ = ["ServeOptions", "Started", "check_key", "serve"]
@@ -208,8 +208,7 @@ def check_key(options: ServeOptions, *, is_local: bool) -> None:
         return
     if not options.key:
         raise RecipeError("the API key is empty: put one in, or take it away", field="api_key")
-    if not re.fullmatch(r"[!-~]+", options.key):
-        raise RecipeError("the API key must be printable ASCII without spaces", field="api_key")
+    check_characters(options.key)
     if len(options.key) < _LEAST_KEY and not is_local:
         raise RecipeError(
             f"other machines could guess an API key of {len(options.key)} characters: take one of at "

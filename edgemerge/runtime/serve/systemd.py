@@ -19,6 +19,7 @@ from pathlib import Path
 
 from edgemerge.errors import OutputError, RecipeError
 from edgemerge.runtime.llama import Lora
+from edgemerge.runtime.serve.key import check_characters
 
 __all__ = ["Service", "make_unit", "write_unit"]
 
@@ -191,8 +192,8 @@ def write_unit(service: Service, *, directory: Path | None = None, force: bool =
 def _check(service: Service) -> None:
     if service.port == 0:
         raise RecipeError("a service needs a port of its own; give one with --port", field="port")
-    if service.api_key is not None and not re.fullmatch(r"[!-~]+", service.api_key):
-        raise RecipeError("the API key must be printable ASCII without spaces", field="api_key")
+    if service.api_key is not None:
+        check_characters(service.api_key)
 
 
 def make_unit(
