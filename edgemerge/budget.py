@@ -27,9 +27,9 @@ __all__ = [
 
 MIB = 1 << 20
 
-# Interpreter, NumPy, our modules and the machine code of the kernels: 42 to 50 MiB as a rule, and some more
-# where the page cache holds libraries in large folios, all of which Linux then maps. Numba and LLVM, which are
-# three times as much, never enter the process (`edgemerge.native`). tests/test_budget_rss.py measures it.
+# Interpreter, NumPy, our modules and the machine code of the kernels: 42 to 50 MiB as a rule, and more where
+# the page cache holds libraries in large folios, all of which Linux then maps. Numba and LLVM, three times as
+# much, never enter the process (`edgemerge.native`). tests/test_budget_rss.py measures it.
 FLOOR_BYTES = 64 * MIB
 WORKER_BYTES = 1 * MIB  # a thread's stack and its Python objects
 SOLVER_BYTES = 72 << 20  # SciPy and POT, imported where a matching is in doubt
