@@ -107,12 +107,15 @@ def decode_tq2_0(raw_u8, out_f32):
     for i in range(raw_u8.size // 66):
         block = raw_u8[66 * i : 66 * i + 66]
         d = _half_to_float(block[64], block[65])
-        for r in range(8):
-            quants = block[32 * (r >> 2) : 32 * (r >> 2) + 32]
-            shift = np.int32(2 * (r & 3))
-            y = out_f32[256 * i + 32 * r : 256 * i + 32 * r + 32]
-            for j in range(y.size):
-                y[j] = np.float32(np.int32((np.int32(quants[j]) >> shift & 3) - 1)) * d
+        for half in range(2):
+            quants = block[32 * half : 32 * half + 32]
+            y = out_f32[256 * i + 128 * half : 256 * i + 128 * half + 128]
+            for j in range(32):
+                q = np.int32(quants[j])
+                y[j] = np.float32(np.int32(np.int32(q & 3) - 1)) * d
+                y[32 + j] = np.float32(np.int32(np.int32(q >> 2 & 3) - 1)) * d
+                y[64 + j] = np.float32(np.int32(np.int32(q >> 4 & 3) - 1)) * d
+                y[96 + j] = np.float32(np.int32(np.int32(q >> 6) - 1)) * d
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
