@@ -11,14 +11,14 @@ IQ1_M: block of 56 bytes (block_iq1_m): 32 bytes as in IQ1_S; 16 bytes, one for 
 in the lower half: three upper bits of its number and the bit of its shift; four uint16, whose uppermost
 four bits are d as binary16, the first the lowest, and the rest four scales of 3 bits, each for two points.
 
-A point is a word of eight nibbles, a nibble one more than the coordinate, and a loop takes two of those apart
-in SIMD: four times the speed of looking up eight floats.
+A point becomes a word of eight nibbles, each four times the sum of coordinate and shift, and 4.5 more: whole
+numbers from 0 to 9. A loop takes two words apart in SIMD: three times the speed of looking up eight floats.
 """
 
 import numpy as np
 from numba import njit
 
-SHIFT = np.float32(0.125)  # IQ1S_DELTA
+MINUS = 0x11111111  # what a shift of -1/8 takes off all nibbles
 
 # iq1s_grid: the points, one more than each coordinate in two bits.
 PACKED = (
@@ -123,7 +123,7 @@ def _words(numbers):
     return (numbers.astype(np.uint32) << shifts).sum(-1, dtype=np.uint32)
 
 
-POINTS = _words(_unpack(PACKED))
+POINTS = _words(4 * _unpack(PACKED) + 1)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -140,8 +140,27 @@ def _half_to_float(low, high):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _value(nibble, shift):
-    return np.float32(np.float32(np.int32(np.int32(nibble & 3) - 1)) + shift)
+def _word(lower, upper, minus):
+    # The point of eleven bits, the upper three at their place, and its shift
+    point = POINTS[np.uint32(lower | upper & np.uint32(0x700))]
+    return np.uint32(point ^ np.uint32(MINUS)) if minus else point
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _value(nibble):
+    # All of this is exact
+    whole = np.float32(np.int32(nibble & 15))
+    return np.float32(np.float32(whole * np.float32(0.25)) - np.float32(1.125))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _spread(w0, w1, w2, w3, low_step, high_step, y):
+    # Four words -> 32 values. Sixteen lanes a turn, as LLVM vectorises no loop of eight.
+    for k in range(16):
+        shift = np.uint32(4 * (k & 7))
+        second = (k & 8) != 0
+        y[k] = low_step * _value(np.int32((w1 if second else w0) >> shift))
+        y[16 + k] = high_step * _value(np.int32((w3 if second else w2) >> shift))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -159,21 +178,16 @@ def decode_iq1_s(raw_u8, out_f32):
         block = raw_u8[50 * i : 50 * i + 50]
         d = _half_to_float(block[0], block[1])
         for j in range(8):
-            y = out_f32[256 * i + 32 * j : 256 * i + 32 * j + 32]
             lower = block[2 + 4 * j : 6 + 4 * j]
             upper = np.uint32(block[34 + 2 * j] | np.uint32(block[35 + 2 * j]) << np.uint32(8))
+            minus = (upper & 0x8000) != 0
+            w0 = _word(lower[0], upper << np.uint32(8), minus)
+            w1 = _word(lower[1], upper << np.uint32(5), minus)
+            w2 = _word(lower[2], upper << np.uint32(2), minus)
+            w3 = _word(lower[3], upper >> np.uint32(1), minus)
             step = np.float32(d * np.float32(np.int32(upper >> 11 & 14 | 1)))
-            shift = -SHIFT if upper & 0x8000 else SHIFT
-            w0 = POINTS[np.uint32(lower[0] | upper << np.uint32(8) & 0x700)]
-            w1 = POINTS[np.uint32(lower[1] | upper << np.uint32(5) & 0x700)]
-            w2 = POINTS[np.uint32(lower[2] | upper << np.uint32(2) & 0x700)]
-            w3 = POINTS[np.uint32(lower[3] | upper >> np.uint32(1) & 0x700)]
-            # Sixteen lanes a turn, as LLVM vectorises no loop of eight
-            for k in range(16):
-                place = np.uint32(4 * (k & 7))
-                second = (k & 8) != 0
-                y[k] = step * _value(np.int32((w1 if second else w0) >> place), shift)
-                y[16 + k] = step * _value(np.int32((w3 if second else w2) >> place), shift)
+            first = 256 * i + 32 * j
+            _spread(w0, w1, w2, w3, step, step, out_f32[first : first + 32])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -192,27 +206,16 @@ def decode_iq1_m(raw_u8, out_f32):
         scales = block[48:56]
         d = _half_to_float(scales[1] >> 4 | scales[3] & 0xF0, scales[5] >> 4 | scales[7] & 0xF0)
         for j in range(8):
-            y = out_f32[256 * i + 32 * j : 256 * i + 32 * j + 32]
             lower = block[4 * j : 4 * j + 4]
             upper = np.uint32(block[32 + 2 * j] | np.uint32(block[33 + 2 * j]) << np.uint32(8))
-            four = np.uint32(
-                scales[j >> 1 << 1] | np.uint32(scales[j >> 1 << 1 | 1]) << np.uint32(8)
-            )
-            two = np.uint32(four >> np.uint32(6 * (j & 1)))
+            w0 = _word(lower[0], upper << np.uint32(8), (upper & 0x0008) != 0)
+            w1 = _word(lower[1], upper << np.uint32(4), (upper & 0x0080) != 0)
+            w2 = _word(lower[2], upper, (upper & 0x0800) != 0)
+            w3 = _word(lower[3], upper >> np.uint32(4), (upper & 0x8000) != 0)
+            pair = 2 * (j >> 1)
+            two = np.uint32(scales[pair] | np.uint32(scales[pair + 1]) << np.uint32(8))
+            two = np.uint32(two >> np.uint32(6 * (j & 1)))
             low_step = np.float32(d * np.float32(np.int32(two << 1 & 14 | 1)))
             high_step = np.float32(d * np.float32(np.int32(two >> 2 & 14 | 1)))
-            w0 = POINTS[np.uint32(lower[0] | upper << np.uint32(8) & 0x700)]
-            w1 = POINTS[np.uint32(lower[1] | upper << np.uint32(4) & 0x700)]
-            w2 = POINTS[np.uint32(lower[2] | upper & 0x700)]
-            w3 = POINTS[np.uint32(lower[3] | upper >> np.uint32(4) & 0x700)]
-            s0 = -SHIFT if upper & 0x0008 else SHIFT
-            s1 = -SHIFT if upper & 0x0080 else SHIFT
-            s2 = -SHIFT if upper & 0x0800 else SHIFT
-            s3 = -SHIFT if upper & 0x8000 else SHIFT
-            for k in range(16):
-                place = np.uint32(4 * (k & 7))
-                second = (k & 8) != 0
-                shift = s1 if second else s0
-                y[k] = low_step * _value(np.int32((w1 if second else w0) >> place), shift)
-                shift = s3 if second else s2
-                y[16 + k] = high_step * _value(np.int32((w3 if second else w2) >> place), shift)
+            first = 256 * i + 32 * j
+            _spread(w0, w1, w2, w3, low_step, high_step, out_f32[first : first + 32])
