@@ -44,7 +44,9 @@ def main() -> None:
             pool.map(_compile, names, chunksize=1)
     size = sum(path.stat().st_size for path in folder.iterdir())
     took = time.monotonic() - started
-    print(f"{machine}: {len(names)} kernels for {PROCESSORS[machine]}, {size >> 10} KiB, {took:.0f} s")
+    print(
+        f"{machine}: {len(names)} kernels for {PROCESSORS[machine]}, {size >> 10} KiB, {took:.0f} s"
+    )
 
 
 def _compile(name: str) -> None:
