@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from edgemerge import interrupts as _interrupts  # noqa: F401 (first: it makes Ctrl-C quiet)
 from edgemerge.errors import EdgemergeError
 from edgemerge.formats import open_model
 from edgemerge.merge import merge, plan
