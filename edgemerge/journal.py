@@ -164,16 +164,27 @@ class Journal:
         self._is_ending = False
         self._error: OutputError | None = None
         self._is_named = False  # whether the folder's entries for it and the parts are durable
+        self._thread = threading.Thread(target=self._keep, name="edgemerge-journal", daemon=True)
+        self._end = earlier.n_bytes if earlier is not None else 0
+        self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | FLAGS, 0o644)
-            self._end = earlier.n_bytes if earlier is not None else 0
             os.ftruncate(self._fd, self._end)
             if earlier is None:
                 self._write([f"{MAGIC} {origin.work} {origin.inputs}"])
-        except OSError as error:
-            raise self._refusal(error) from error
-        self._thread = threading.Thread(target=self._keep, name="edgemerge-journal", daemon=True)
-        self._thread.start()
+            self._thread.start()
+        except BaseException as error:
+            self._give_up(is_new=earlier is None)
+            if isinstance(error, OSError):
+                raise self._refusal(error) from error
+            raise
+
+    def _give_up(self, *, is_new: bool) -> None:
+        """Leave things as they were when it could not begin."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            if is_new:
+                self.path.unlink()
 
     def add(self, number: int, result: TensorResult, n_bytes: int) -> None:
         """Note a finished tensor of so many bytes; waits for no disk.

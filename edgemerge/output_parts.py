@@ -73,13 +73,8 @@ class OutputParts:
                     self._take_back([final for final, _ in sizes])
             if keeps:
                 self._reserve(path)
-            try:
-                self.journal = Journal(path, origin, self.earlier, self._sync_data)
-                self._stack = stack.pop_all()
-            except BaseException:
-                if self.earlier is None:
-                    path.unlink(missing_ok=True)
-                raise
+            self.journal = Journal(path, origin, self.earlier, self._sync_data)
+            self._stack = stack.pop_all()
 
     def _read_earlier(self, path: Path, origin: Origin) -> None:
         """Read what an earlier run of the same origin finished; say why not."""

@@ -2,8 +2,8 @@
 
 `python -m tests.crash_server` answers lines of JSON; `tests.crashing` is its other end. Numba is imported and
 the kernels are loaded once, so that a run costs milliseconds instead of a second. Every call by which a
-merge changes what is on disk, or reads its own output back, is counted; at the call `at` the process ends by
-SIGKILL: before it, after it, or when half of a write is done.
+merge changes what is on disk, or reads its own output back, is counted; at the call `at`, a number or the
+first of a phase, the process ends by SIGKILL: before it, after it, or when half of a write is done.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgemerge.report import MergeReport
 
 WRITES = ("pwrite", "ftruncate", "posix_fallocate", "fsync", "fdatasync", "preadv")
 NAMES = ("replace", "unlink")
@@ -29,7 +33,7 @@ real = {name: getattr(os, name) for name in (*WRITES, *NAMES, "open")}
 class Tripwire:
     """Counts the calls on one folder, tells their phase, and kills at one of them."""
 
-    def __init__(self, folder: Path, at: int, side: str, *, records: bool) -> None:
+    def __init__(self, folder: Path, at: int | str, side: str, *, records: bool) -> None:
         self.folder, self.at, self.side, self.records = folder, at, side, records
         self.phases: list[str] = []
         self.log: list[tuple[Any, ...]] = []  # what a power cut may undo
@@ -104,7 +108,7 @@ class Tripwire:
         self, phase: str, name: str, arguments: tuple[Any, ...], entry: tuple[Any, ...] | None
     ) -> Any:
         self.phases.append(phase)
-        is_last = len(self.phases) == self.at
+        is_last = self.at in (len(self.phases), phase)
         if is_last and self.side == "before":
             self._die(phase)
         if is_last and self.side == "half" and name == "pwrite":
@@ -131,18 +135,21 @@ class Tripwire:
         signal.pause()
 
 
-def run(order: dict[str, Any]) -> dict[str, Any]:
-    """Do one merge; in the fork."""
-    from edgemerge import budget, journal, merge
+def merge_by(order: dict[str, Any], folder: Path) -> MergeReport:
+    from edgemerge import merge
     from edgemerge.recipe import make_recipe
 
-    budget.TARGET_ELEMENTS = 4096  # many blocks, and tensors that several workers share
-    journal.BATCH_SECONDS, journal.BATCH_BYTES = 0.002, 1
-    folder = Path(order["folder"])
-    wire = Tripwire(folder, order["at"], order["side"], records=order["records"])
     given = dict(order["recipe"])
     models = [(path, None) for path in given.pop("models")]
-    report = merge(make_recipe(given.pop("method"), models, **given), folder / "out.gguf", **order["options"])
+    recipe = make_recipe(given.pop("method"), models, **given)
+    return merge(recipe, folder / "out.gguf", **order["options"])
+
+
+def run(order: dict[str, Any]) -> dict[str, Any]:
+    """Do one merge; in the fork."""
+    folder = Path(order["folder"])
+    wire = Tripwire(folder, order["at"], order["side"], records=order["records"])
+    report = merge_by(order, folder)
     return {
         "resumed": report.resumed_tensors,
         "damaged": report.damaged_tensors,
@@ -154,14 +161,23 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve() -> None:
-    import edgemerge.crew  # noqa: F401 (loads Numba)
+    from edgemerge import budget, journal
 
+    budget.TARGET_ELEMENTS = 4096  # many blocks, and tensors that several workers share
+    journal.BATCH_SECONDS, journal.BATCH_BYTES = 0.002, 1
+    loaded: set[str] = set()
     for line in sys.stdin:
+        order = json.loads(line)
+        kernels = repr([order["recipe"][key] for key in ("method", "out_type")])
+        if kernels not in loaded:  # once for all forks
+            with tempfile.TemporaryDirectory() as folder:
+                merge_by(order, Path(folder))
+            loaded.add(kernels)
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             try:
-                answer = run(json.loads(line))
+                answer = run(order)
             except BaseException as error:
                 answer = {"error": str(error), "kind": type(error).__name__}
             os.write(writer, json.dumps(answer).encode())

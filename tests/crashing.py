@@ -32,13 +32,13 @@ class Crasher:
         self,
         case: Case,
         *,
-        at: int = 0,
+        at: int | str = 0,
         side: str = "before",
         records: bool = False,
         recipe: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Run a case, and end it at a call; 0: at none."""
+        """Run a case, and end it at a call, or the first of a phase; 0: at none."""
         self.n_runs += 1
         (case.folder / ATTIC).mkdir(exist_ok=True)
         order = {
@@ -97,6 +97,34 @@ class Case:
     def clear(self) -> None:
         shutil.rmtree(self.folder)
         self.folder.mkdir()
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "linear": {"method": "linear"},
+    "task_arithmetic": {"method": "task_arithmetic", "base": "base"},
+    "ties": {"method": "ties", "base": "base", "parameters": {"density": 0.5}},
+    "della": {"method": "della", "base": "base", "parameters": {"density": 0.5, "epsilon": 0.1}},
+    "hierarchical": {"method": "hierarchical", "base": "base"},
+    "convert": {"method": "passthrough", "models": ["a"]},
+}
+TYPES = ("Q8_0", "F16", "Q4_K_M")
+KINDS = [*METHODS, "split", "force", "split force"]
+
+
+def make_case(kind: str, folder: Path, models: Mapping[str, str]) -> Case:
+    """Describe a merge, in a new folder."""
+    (folder / kind).mkdir()
+    given = dict(METHODS.get(kind, METHODS["linear"]))
+    if "base" in given:
+        given["base"] = models["base"]
+    given["models"] = [models[name] for name in given.get("models", ["a", "b"])]
+    given["out_type"] = TYPES[len(kind) % len(TYPES)]
+    options: dict[str, Any] = {"threads": 2}
+    if "split" in kind:
+        options["split_bytes"] = 30_000
+    if "force" in kind:
+        options["force"] = True
+    return Case(folder / kind, given, options)
 
 
 def write_models(folder: Path) -> dict[str, str]:

@@ -1,66 +1,26 @@
-"""A merge may die at any moment: run again, it ends with the same bytes, and nothing is lost or done twice."""
+"""A merge may die at any moment: run again, it ends with the same bytes, nothing lost, nothing done twice."""
 
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from edgemerge.formats import open_model
-from edgemerge.errors import FormatError
-from tests.crashing import Case, Crasher, crash_server, lose_power, remember, write_models
+from edgemerge.journal import journal_path, read_journal
+from tests.crashing import KINDS, Case, Crasher, lose_power, make_case, remember
 
 OLD = b"precious"
-METHODS: dict[str, dict[str, Any]] = {
-    "linear": {"method": "linear"},
-    "task_arithmetic": {"method": "task_arithmetic", "base": "base"},
-    "ties": {"method": "ties", "base": "base", "parameters": {"density": 0.5}},
-    "della": {"method": "della", "base": "base", "parameters": {"density": 0.5, "epsilon": 0.1}},
-    "hierarchical": {"method": "hierarchical", "base": "base"},
-    "convert": {"method": "passthrough", "models": ["a"]},
-}
-TYPES = ("Q8_0", "F16", "Q4_K_M")
-KINDS = [*METHODS, "split", "force", "split force"]
-
-
-@pytest.fixture(scope="module")
-def crasher() -> Iterator[Crasher]:
-    with crash_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_models(tmp_path_factory.mktemp("models"))
-
-
-def make_case(kind: str, folder: Path, models: Mapping[str, str]) -> Case:
-    """Describe a merge; in its folder may be an older output."""
-    folder.mkdir()
-    given = dict(METHODS.get(kind, METHODS["linear"]))
-    if "base" in given:
-        given["base"] = models["base"]
-    given["models"] = [models[name] for name in given.get("models", ["a", "b"])]
-    given["out_type"] = TYPES[len(kind) % len(TYPES)]
-    options: dict[str, Any] = {"threads": 2}
-    if "split" in kind:
-        options["split_bytes"] = 30_000
-    if "force" in kind:
-        options["force"] = True
-    return Case(folder, given, options)
-
-
-def put_old_files(case: Case, finished: Mapping[str, bytes]) -> None:
-    for name in finished if case.options.get("force") else ():
-        (case.folder / name).write_bytes(OLD)
+SIDES = ("before", "half", "after")  # of the call at which the process ends
 
 
 class Ledger:
-    """Kills and what came of them."""
+    """Kills, and what came of them."""
 
     def __init__(self) -> None:
         self.kills: Counter[tuple[str, str]] = Counter()
@@ -68,11 +28,16 @@ class Ledger:
 
     def lines(self) -> Iterator[str]:
         for axis, name in enumerate(("kind", "phase")):
-            counts = Counter({key: 0 for key in ()})
+            counts: Counter[str] = Counter()
             for key, n in self.kills.items():
                 counts[key[axis]] += n
             yield f"{name}: " + ", ".join(f"{key} {n}" for key, n in sorted(counts.items()))
         yield f"{self.kills.total()} kills, {self.resumed} tensors taken over"
+
+
+def put_old_files(case: Case, finished: Mapping[str, bytes]) -> None:
+    for name in finished if case.options.get("force") else ():
+        (case.folder / name).write_bytes(OLD)
 
 
 def check_folder(case: Case, finished: Mapping[str, bytes]) -> None:
@@ -86,14 +51,19 @@ def check_folder(case: Case, finished: Mapping[str, bytes]) -> None:
         assert found == finished
 
 
-def finish(crasher: Crasher, case: Case, finished: Mapping[str, bytes]) -> dict[str, Any]:
-    """Run again, unless the run that was killed had nothing left to do."""
+def finish(crasher: Crasher, case: Case, finished: Mapping[str, bytes]) -> int:
+    """Run again, unless nothing is left to do; return how many tensors were not made again."""
     if case.outputs() == finished:
-        return {"resumed": 0, "damaged": 0}
+        return 0
+    earlier = read_journal(journal_path(case.folder / min(finished)))
+    is_named = all(case.outputs().get(name) == raw for name, raw in finished.items())
     answer = crasher.run(case)
     assert "error" not in answer, answer
     assert case.outputs() == finished
-    return answer
+    n_noted = 0 if earlier is None else len(earlier.results)
+    expected = answer["tensors"] if is_named else n_noted
+    assert (answer["resumed"], answer["damaged"]) == (expected, 0)
+    return expected
 
 
 def kill_everywhere(
@@ -101,45 +71,86 @@ def kill_everywhere(
     case: Case,
     rng: random.Random,
     n_kills: int,
-    ledger: Ledger,
-    kind: str,
     *,
     power: bool = False,
-) -> None:
-    """Kill so often, spread over the phases; now and then the run after it too."""
+) -> Ledger:
+    """Kill so often, in every phase in turn, and now and then also the run that goes on."""
     whole = crasher.run(case)
+    assert whole["resumed"] == 0
     finished = case.outputs()
-    by_phase: dict[str, list[int]] = {}
+    calls: dict[str, list[int]] = {}
     for number, phase in enumerate(whole["phases"], start=1):
-        by_phase.setdefault(phase, []).append(number)
-    phases = sorted(by_phase)
-    done = 0
-    while done < n_kills:
+        calls.setdefault(phase, []).append(number)
+    phases = rng.sample(sorted(calls), len(calls))
+    ledger = Ledger()
+    while ledger.kills.total() < n_kills:
         case.clear()
         put_old_files(case, finished)
-        depth = 1 + (rng.random() < 0.25)
-        for _ in range(depth):
-            at = rng.choice(by_phase[phases[done % len(phases)]])
-            side = rng.choice(("before", "half", "after"))
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            at = rng.choice(calls[phases[ledger.kills.total() % len(phases)]])
             before = remember(case) if power else {}
-            answer = crasher.run(case, at=at, side=side, records=power)
+            answer = crasher.run(case, at=at, side=rng.choice(SIDES), records=power)
             if "signal" not in answer:
-                break  # a resumed run has fewer calls
-            ledger.kills[kind, case.phase()] += 1
-            done += 1
+                break  # a run that goes on has fewer calls
+            ledger.kills[case.folder.name, case.phase()] += 1
             if power:
                 lose_power(case, before, rng)
             check_folder(case, finished)
-        answer = finish(crasher, case, finished)
-        ledger.resumed += answer["resumed"]
+        ledger.resumed += finish(crasher, case, finished)
+    return ledger
 
 
 @pytest.mark.parametrize("power", [False, True], ids=["killed", "without power"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_merge_goes_on(
-    crasher: Crasher, models: Mapping[str, str], tmp_path: Path, kind: str, power: bool
+def test_a_merge_that_dies_goes_on(
+    crasher: Crasher, crash_models: Mapping[str, str], memory_folder: Path, kind: str, power: bool
 ) -> None:
-    ledger = Ledger()
-    case = make_case(kind, tmp_path / "out", models)
-    kill_everywhere(crasher, case, random.Random(kind), 4, ledger, kind, power=power)
-    print(*ledger.lines(), sep="\n")
+    case = make_case(kind, memory_folder, crash_models)
+    kill_everywhere(crasher, case, random.Random(f"{kind} {power}"), 4, power=power)
+
+
+@pytest.mark.slow
+def test_hundreds_of_merges_that_die_go_on(
+    crasher: Crasher, crash_models: Mapping[str, str], memory_folder: Path
+) -> None:
+    """Prints how many kills there were, by kind of merge and by phase."""
+    for power in (False, True):
+        total, started = Ledger(), time.monotonic()
+        for kind in KINDS:
+            case = make_case(kind, memory_folder, crash_models)
+            ledger = kill_everywhere(crasher, case, random.Random(kind), 40, power=power)
+            total.kills += ledger.kills
+            total.resumed += ledger.resumed
+            case.clear()
+        print(f"\n{'power lost' if power else 'killed'}, {time.monotonic() - started:.0f} s")
+        print(*total.lines(), sep="\n")
+        assert total.kills.total() >= 300
+
+
+def kill_late(command: list[str], seconds: float) -> int:
+    """Run a command, kill it after so many seconds; return its exit code."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        return process.wait()
+
+
+def test_the_command_may_be_killed_at_any_time(models_dir: Path, tmp_path: Path) -> None:
+    """By the clock, not by the call: from the start of Python to the end of the merge."""
+    rng = random.Random(0)
+    output = tmp_path / "out.gguf"
+    command = [sys.executable, "-m", "edgemerge", "merge", "-m", "ties", "-P", "density=0.5"]
+    command += ["--base", *(str(models_dir / name) for name in ("base", "expert-a", "expert-b"))]
+    command += ["--type", "Q4_K_M", "-o", str(output)]
+    started = time.monotonic()
+    assert kill_late(command, 60) == 0
+    took = time.monotonic() - started
+    expected = output.read_bytes()
+    for _ in range(3):
+        output.unlink()
+        while kill_late(command, took * rng.uniform(0.2, 1.0)) != 0:
+            took *= 1.1  # in case the machine has become slower
+        assert output.read_bytes() == expected
+        assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
