@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -152,11 +153,14 @@ class Crew:
         """Find where every expert's feed-forward neurons belong."""
         notes = []
         for left, right in alignment_pairs(self.plan.jobs):
-            found = match_neurons(
-                self.sources[left],
-                self.sources[right],
-                seed=self.plan.recipe.seed,
-                memory=self.plan.neuron_bytes,
+            found = self._do_aside(
+                partial(
+                    match_neurons,
+                    self.sources[left],
+                    self.sources[right],
+                    seed=self.plan.recipe.seed,
+                    memory=self.plan.neuron_bytes,
+                )
             )
             moved = 0
             for plan in found:
@@ -169,6 +173,21 @@ class Crew:
             reasons = {plan.reason for plan in found if isinstance(plan, Skipped)}
             notes += [f"neurons of {name} left as they are: {reason}" for reason in sorted(reasons)]
         return notes
+
+    def _do_aside(self, work: Callable[[], R]) -> R:
+        """Do what may be inside SciPy for many seconds; an interrupt does not wait for its end."""
+        done: Future[R] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="edgemerge-match", daemon=True).start()
+        while not wait([done], POLL_SECONDS).done:
+            self._report()
+        return done.result()
 
     def _count_read(self, n_bytes: int) -> None:
         self.traffic.add(n_bytes, 0)
