@@ -1,8 +1,10 @@
 """Merge fine-tuned language models on the device, inside a memory budget, into one GGUF."""
 
+from edgemerge import interrupts as _interrupts  # noqa: F401 (makes Ctrl-C quiet)
+
+# isort: split
 from importlib.metadata import version
 
-from edgemerge import interrupts as _interrupts  # noqa: F401 (first: it makes Ctrl-C quiet)
 from edgemerge.errors import EdgemergeError
 from edgemerge.formats import open_model
 from edgemerge.merge import merge, plan

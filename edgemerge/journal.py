@@ -31,7 +31,7 @@ from edgemerge.types import FileState
 __all__ = ["Entries", "FileMark", "Journal", "Origin", "journal_path", "mark_file", "read_journal"]
 
 MAGIC = "edgemerge-journal 1"
-BATCH_BYTES = 64 << 20  # of finished tensors
+BATCH_BYTES = 16 << 20  # of finished tensors; who is stopped has to wait for as much to be written
 BATCH_SECONDS = 3.0
 MAX_BYTES = 64 << 20  # of a journal: a million tensors
 FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -158,7 +158,8 @@ class Journal:
         self.path = path
         self.finished = set(earlier.results) if earlier is not None else set()
         self._sync = sync
-        self._waiting: list[str] = []  # lines, and
+        self._syncing: list[str] = []  # lines whose tensors are on their way to the medium
+        self._waiting: list[str] = []  # lines after these, and
         self._n_waiting = 0  # bytes of the tensors that they speak of
         self._changed = threading.Condition()
         self._is_ending = False
@@ -211,7 +212,10 @@ class Journal:
         OutputError
             The disk refused.
         """
-        self._end_thread()
+        with self._changed:
+            self._is_ending = True
+            self._changed.notify()
+        self._thread.join()
         if self._error is None:
             numbers = " ".join(str(number) for mark in files for number in mark)
             self._waiting.append(f"files {numbers}")
@@ -224,13 +228,16 @@ class Journal:
 
         Where the disk failed nothing more is noted: pages that it refused may look well in the cache.
         """
-        self._end_thread()
-        if self._fd >= 0:
+        with self._changed:
+            self._is_ending = True
+            self._changed.notify()
+            if self._fd < 0:
+                return
             with suppress(OSError):
                 if self._error is None:
-                    self._write(self._waiting)
+                    self._write([*self._syncing, *self._waiting])
             os.close(self._fd)
-        self._fd = -1
+            self._fd = -1
 
     def remove(self) -> None:
         """Remove the file: nothing is left to resume."""
@@ -252,19 +259,17 @@ class Journal:
     def _is_due(self) -> bool:
         return self._is_ending or self._n_waiting >= BATCH_BYTES
 
-    def _end_thread(self) -> None:
-        with self._changed:
-            self._is_ending = True
-            self._changed.notify()
-        self._thread.join()
-
     def _commit(self) -> None:
         """Wait for the tensors, then write their lines and wait for these."""
         with self._changed:
-            lines, self._waiting, self._n_waiting = self._waiting, [], 0
+            self._syncing, self._waiting, self._n_waiting = self._waiting, [], 0
         try:
             self._sync()
-            self._write(lines)
+            with self._changed:
+                if self._fd < 0:  # closed meanwhile
+                    return
+                self._write(self._syncing)
+                self._syncing = []
             os.fdatasync(self._fd)
             if not self._is_named:
                 sync_folder(self.path.parent)
