@@ -56,12 +56,12 @@ def finish(crasher: Crasher, case: Case, finished: Mapping[str, bytes]) -> int:
     if case.outputs() == finished:
         return 0
     earlier = read_journal(journal_path(case.folder / min(finished)))
-    is_named = all(case.outputs().get(name) == raw for name, raw in finished.items())
+    is_named = not any(name.endswith(".part") for name in case.outputs())
     answer = crasher.run(case)
     assert "error" not in answer, answer
     assert case.outputs() == finished
     n_noted = 0 if earlier is None else len(earlier.results)
-    expected = answer["tensors"] if is_named else n_noted
+    expected = answer["tensors"] if is_named and n_noted else n_noted
     assert (answer["resumed"], answer["damaged"]) == (expected, 0)
     return expected
 
