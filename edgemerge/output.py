@@ -163,6 +163,8 @@ class OutputFile:
         if self._is_ours and not self.keeps and not self._published:
             with contextlib.suppress(OSError):
                 self.part.unlink()
+        if self._is_ours:  # else the lock lasts as long as a thread that is inside a sync
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
         self._close()
 
     def _close(self) -> None:

@@ -113,7 +113,7 @@ KINDS = [*METHODS, "split", "force", "split force"]
 
 def make_case(kind: str, folder: Path, models: Mapping[str, str]) -> Case:
     """Describe a merge, in a new folder."""
-    (folder / kind).mkdir()
+    (folder / kind).mkdir(parents=True)
     given = dict(METHODS.get(kind, METHODS["linear"]))
     if "base" in given:
         given["base"] = models["base"]

@@ -117,7 +117,7 @@ def test_hundreds_of_merges_that_die_go_on(
     for power in (False, True):
         total, started = Ledger(), time.monotonic()
         for kind in KINDS:
-            case = make_case(kind, memory_folder, crash_models)
+            case = make_case(kind, memory_folder / str(power), crash_models)
             ledger = kill_everywhere(crasher, case, random.Random(kind), 40, power=power)
             total.kills += ledger.kills
             total.resumed += ledger.resumed
