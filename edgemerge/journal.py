@@ -15,6 +15,7 @@ checksums decide (`edgemerge.resume`).
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import zlib
 from collections.abc import Callable, Sequence
@@ -132,6 +133,14 @@ def _parse(texts: Sequence[str | None], n_bytes: int) -> Entries:
 # -- writing -----------------------------------------------------------------------------------------
 
 
+def _open_to_write(path: Path) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | FLAGS, 0o644)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OutputError("is no regular file; remove it", path=path)
+    return fd
+
+
 class Journal:
     """The journal of a merge that runs; the methods may be called from any thread.
 
@@ -169,7 +178,7 @@ class Journal:
         self._end = earlier.n_bytes if earlier is not None else 0
         self._fd = -1
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | FLAGS, 0o644)
+            self._fd = _open_to_write(path)
             os.ftruncate(self._fd, self._end)
             if earlier is None:
                 self._write([f"{MAGIC} {origin.work} {origin.inputs}"])

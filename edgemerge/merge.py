@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgemerge.checksums import TensorResult
-from edgemerge.errors import OutputError
+from edgemerge.errors import EdgemergeError, OutputError
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf_split import MAX_PARTS, part_paths, whole_name
 from edgemerge.formats.gguf_writer import GgufLayout, make_layouts
@@ -171,6 +171,12 @@ class _Inputs(NamedTuple):
     sources: Sequence[Source]
     importance: ImportanceMatrix | None
 
+    def check_unchanged(self) -> None:
+        for source in self.sources:
+            source.check_unchanged()
+        if self.importance is not None:
+            self.importance.check_unchanged()
+
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
@@ -216,11 +222,12 @@ def _run(
     def note(i: int, result: TensorResult) -> None:
         parts.journal.add(i, result, the_plan.jobs[i].out.nbytes)
 
-    results = crew.run(places, note)
-    for source in inputs.sources:
-        source.check_unchanged()
-    if inputs.importance is not None:
-        inputs.importance.check_unchanged()
+    try:
+        results = crew.run(places, note)
+    except EdgemergeError:
+        inputs.check_unchanged()  # else a model is blamed for what somebody writes to it
+        raise
+    inputs.check_unchanged()
     layouts = _layouts(the_plan, results, split_bytes)
     for file, layout in zip(parts.files, layouts, strict=True):
         file.write(layout.header, 0)

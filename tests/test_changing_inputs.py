@@ -25,7 +25,7 @@ CHANGED = "was changed while it was read; let nothing write to it and start agai
 def write_in_place(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
-        file.write(b"\x3d")  # of a float32: still a small number
+        file.write(b"\x55")  # of a float32: a number that is too large for the output
 
 
 def grow(path: Path) -> None:
