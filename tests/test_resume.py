@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from edgemerge.journal import journal_path, read_journal
+from edgemerge.merge import merge
+from edgemerge.recipe import make_recipe
 from tests.crashing import Case, Crasher, make_case
 from tests.small_models import wide_tensors, write_gguf
 
@@ -223,3 +225,26 @@ def test_another_merge_does_not_take_what_is_there_already(killed: Interrupted) 
         assert answer["error"] == f"{first}: exists already; choose another name or give --force"
         assert first.read_bytes() == b"precious"
     assert killed.take_over(force=True) == (N_TENSORS, 0)
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+
+def test_progress_begins_with_what_is_taken_over(killed: Interrupted) -> None:
+    given = dict(killed.case.recipe)
+    models = [(path, None) for path in given.pop("models")]
+    recipe = make_recipe(given.pop("method"), models, **given)
+    flip_bit(killed.part, killed.part.stat().st_size - 100)
+    seen: list[tuple[int, int]] = []
+    report = merge(
+        recipe,
+        killed.case.folder / "out.gguf",
+        progress=lambda *at: seen.append(at),
+        **killed.case.options,
+    )
+    assert report.damaged_tensors == 1
+    (total,) = {total for _, total in seen}
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert 0 < seen[0][0] < total
+    assert seen[-1] == (total, total)
+    assert report.read_bytes < total / 2
