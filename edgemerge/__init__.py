@@ -1,5 +1,8 @@
 """Merge fine-tuned language models on the device, inside a memory budget, into one GGUF."""
 
+from edgemerge import interrupts as _interrupts  # noqa: F401 (makes Ctrl-C quiet)
+
+# isort: split
 import sys
 from importlib import import_module
 from types import ModuleType

@@ -12,6 +12,7 @@ nothing. It saves a merge only where heads were permuted, or models trained apar
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -34,6 +35,7 @@ from edgemerge.geometry import (
 from edgemerge.native import KernelFile
 from edgemerge.sizes import format_size
 from edgemerge.sketch import Sketcher, sketch_bytes, sketched_names
+from edgemerge.team import Stopped
 from edgemerge.transport import match_heads
 from edgemerge.types import Float32, HeadPlan, LayerHeads, Skipped, Source
 
@@ -118,17 +120,29 @@ def align_models(
     for _ in range(threads):
         arenas.put(Arena(arena_bytes))
 
+    is_stopped = threading.Event()
+
+    def count(n_bytes: int) -> None:
+        if is_stopped.is_set():
+            raise Stopped
+        if on_read is not None:
+            on_read(n_bytes)
+
     def run(pair: _Pair | Skipped) -> HeadPlan | Skipped:
         if isinstance(pair, Skipped):
             return pair
         arena = arenas.get()
         try:
-            return _align_layer(pair, Sketcher(pair.models, seed, arena, arena_bytes, on_read))
+            return _align_layer(pair, Sketcher(pair.models, seed, arena, arena_bytes, count))
         finally:
             arenas.put(arena)
 
     with ThreadPoolExecutor(threads, "edgemerge-align") as executor:
-        return list(executor.map(run, pairs))
+        try:
+            return list(executor.map(run, pairs))
+        except BaseException:
+            is_stopped.set()  # the executor waits for the threads that run
+            raise
 
 
 def arena_need(

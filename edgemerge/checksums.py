@@ -9,11 +9,22 @@ from functools import lru_cache
 
 from edgemerge.types import UInt8
 
-__all__ = ["RowChecksum", "join_checksums"]
+__all__ = ["RowChecksum", "TensorResult", "join_checksums"]
 
 # Polynomials over GF(2) as zlib keeps them: reflected, x^0 in the highest of 32 bits.
 ONE = 1 << 31
 CRC_POLYNOMIAL = 0xEDB88320
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """CRC-32 of what was read of each input, in the order of the output, and of what was written.
+
+    0 for an input whose heads a soft alignment sums.
+    """
+
+    inputs: tuple[int, ...]
+    output: int
 
 
 @dataclass(slots=True)

@@ -10,8 +10,10 @@ by layer.
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -19,10 +21,11 @@ import numpy as np
 from edgemerge.align import SOFT_WARNING, align_models
 from edgemerge.architectures import layer_index
 from edgemerge.budget import Arena
+from edgemerge.checksums import TensorResult
 from edgemerge.formats.imatrix import ImportanceMatrix
 from edgemerge.output import OutputFile
 from edgemerge.plan import alignment_pairs
-from edgemerge.stream import Moves, Share, TensorResult, TensorStream, Traffic, join_shares
+from edgemerge.stream import Moves, Share, TensorStream, Traffic, join_shares
 from edgemerge.symmetries import NeuronPlan, match_neurons
 from edgemerge.team import Stopped, Team
 from edgemerge.types import Float64, HeadPlan, Plan, Progress, Skipped, Source, TensorJob
@@ -63,7 +66,16 @@ class Crew:
         self._progress = progress
         self._moves: Moves = {}
         self._grams: dict[int, Float64] = {}
+        self._results: dict[int, TensorResult] = {}
+        self._taken_over = 0  # bytes read and written by an earlier run
         self._arenas: queue.SimpleQueue[Arena] = queue.SimpleQueue()
+
+    def take_over(self, i: int, result: TensorResult) -> None:
+        """Count a tensor, by its number in the plan, as made already; before anything else."""
+        job = self.plan.jobs[i]
+        self._results[i] = result
+        self._taken_over += job.out.nbytes + job.passes * sum(t.spec.nbytes for t in job.inputs)
+        self._report()
 
     def prepare(self) -> tuple[str, ...]:
         """Do what spans tensors; return what the user should know of it."""
@@ -78,16 +90,42 @@ class Crew:
         self._measure_layers()
         return tuple(notes)
 
-    def run(self, places: Mapping[str, tuple[OutputFile, int]]) -> list[TensorResult]:
-        """Make every tensor and write it to its file and offset; results in the order of the jobs."""
+    def run(
+        self,
+        places: Mapping[str, tuple[OutputFile, int]],
+        on_finished: Callable[[int, TensorResult], None],
+    ) -> list[TensorResult]:
+        """Make every tensor that was not taken over; return the results of all, in the plan's order.
 
-        def make(stream: TensorStream) -> Share:
+        Parameters
+        ----------
+        places : mapping
+            The file and the offset that each tensor is written to.
+        on_finished : callable
+            Called with the number of every finished tensor and its result, from any thread.
+        """
+        numbers = {job.out.name: i for i, job in enumerate(self.plan.jobs)}
+        shares: dict[str, list[Share]] = {name: [] for name in numbers}
+        lock = threading.Lock()
+
+        def make(stream: TensorStream) -> None:
             job = stream.job
             layer = layer_index(job.out.name)
             gram = self._grams.get(layer) if job.is_layer_scoped and layer is not None else None
-            return stream.run(*places[job.out.name], gram)
+            share = stream.run(*places[job.out.name], gram)
+            with lock:
+                shares[job.out.name].append(share)
+                is_finished = len(shares[job.out.name]) == job.workers
+            if is_finished:
+                i = numbers[job.out.name]
+                self._results[i] = join_shares(shares[job.out.name])
+                on_finished(i, self._results[i])
 
-        return [join_shares(shares) for shares in self._each(self.plan.jobs, make)]
+        self._each(self._jobs_left(), make)
+        return [self._results[i] for i in range(len(self.plan.jobs))]
+
+    def _jobs_left(self) -> list[TensorJob]:
+        return [job for i, job in enumerate(self.plan.jobs) if i not in self._results]
 
     # -- what spans tensors ------------------------------------------------------------------------
 
@@ -115,11 +153,14 @@ class Crew:
         """Find where every expert's feed-forward neurons belong."""
         notes = []
         for left, right in alignment_pairs(self.plan.jobs):
-            found = match_neurons(
-                self.sources[left],
-                self.sources[right],
-                seed=self.plan.recipe.seed,
-                memory=self.plan.neuron_bytes,
+            found = self._do_aside(
+                partial(
+                    match_neurons,
+                    self.sources[left],
+                    self.sources[right],
+                    seed=self.plan.recipe.seed,
+                    memory=self.plan.neuron_bytes,
+                )
             )
             moved = 0
             for plan in found:
@@ -133,12 +174,29 @@ class Crew:
             notes += [f"neurons of {name} left as they are: {reason}" for reason in sorted(reasons)]
         return notes
 
+    def _do_aside(self, work: Callable[[], R]) -> R:
+        """Do what may be inside SciPy for many seconds; an interrupt does not wait for its end."""
+        done: Future[R] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="edgemerge-match", daemon=True).start()
+        while not wait([done], POLL_SECONDS).done:
+            self._report()
+        return done.result()
+
     def _count_read(self, n_bytes: int) -> None:
         self.traffic.add(n_bytes, 0)
 
     def _measure_layers(self) -> None:
         """Sum the Gram matrices of each layer's tensors, in the order of the jobs."""
+        layers = {layer_index(job.out.name) for job in self._jobs_left()}
         jobs = [job for job in self.plan.jobs if job.is_layer_scoped and not job.is_byte_copy]
+        jobs = [job for job in jobs if layer_index(job.out.name) in layers]
         for job, (gram, *_) in zip(jobs, self._each(jobs, TensorStream.measure), strict=True):
             layer = layer_index(job.out.name)
             assert layer is not None
@@ -194,7 +252,6 @@ class Crew:
 
     def _wait(self, futures: Sequence[Future[R]]) -> None:
         """Wait for all, or raise the first error in time: the others stopped because of it."""
-        total = self.plan.read_bytes + sum(job.out.nbytes for job in self.plan.jobs)
         pending = set(futures)
         while pending:
             done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
@@ -203,8 +260,13 @@ class Crew:
             for error in errors:
                 if not isinstance(error, Stopped):
                     raise error
-            if self._progress is not None:
-                self._progress(self.traffic.read + self.traffic.written, total)
+            self._report()
+
+    def _report(self) -> None:
+        """Tell how far it is; what was taken over counts as read and written."""
+        if self._progress is not None:
+            total = self.plan.read_bytes + sum(job.out.nbytes for job in self.plan.jobs)
+            self._progress(self._taken_over + self.traffic.read + self.traffic.written, total)
 
 
 def _say(model: str, found: Sequence[HeadPlan | Skipped]) -> list[str]:

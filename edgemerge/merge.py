@@ -1,7 +1,8 @@
 """Runs a plan: every tensor through a worker, into one GGUF, or into the files of a split one.
 
-Read top-down: `merge` plans, writes the header, lets the workers loose (`edgemerge.crew`), seals the file.
-The result is the same for every budget and thread count.
+Read top-down: `merge` plans, looks for what an interrupted run left (`edgemerge.resume`), lets the workers
+loose on the rest (`edgemerge.crew`), writes the header and seals the file. The result is the same for every
+budget and thread count, and however often it was interrupted.
 """
 
 from __future__ import annotations
@@ -13,27 +14,28 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from edgemerge.errors import OutputError
+from edgemerge.checksums import TensorResult
+from edgemerge.errors import EdgemergeError, OutputError
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf_split import MAX_PARTS, part_paths, whole_name
 from edgemerge.formats.gguf_writer import GgufLayout, make_layouts
 from edgemerge.formats.imatrix import ImportanceMatrix
 from edgemerge.formats.metadata import encode_value
 from edgemerge.output import check_output
-from edgemerge.output_parts import OutputParts
+from edgemerge.output_parts import OutputParts, find_named, hash_named, is_begun
 from edgemerge.plan import make_plan
-from edgemerge.report import MergeReport, peak_rss_bytes
+from edgemerge.report import FileReport, MergeReport, peak_rss_bytes
+from edgemerge.resume import find_origin, verify_earlier
 from edgemerge.types import Plan, Progress, Recipe, Source
 from edgemerge.warm import warm_up
 
 if TYPE_CHECKING:  # Numba takes most of a second to import: only a merge that runs pays for it
     from edgemerge.crew import Crew
-    from edgemerge.stream import TensorResult
 
 __all__ = ["Progress", "default_threads", "merge", "plan"]
 
@@ -106,11 +108,16 @@ def merge(
     ------
     EdgemergeError
         See `edgemerge.errors`; the output is as it was.
+
+    Notes
+    -----
+    A merge that is stopped, or whose disk fails, leaves its finished tensors beside the output: the same
+    call goes on with them.
     """
     started = time.monotonic()
     output = Path(output)
-    if split_bytes is None:
-        check_output(output, recipe.models(), force=force)
+    if split_bytes is None:  # else the names follow from the plan
+        check_output(output, recipe.models(), force=force or is_begun(output))
     with ExitStack() as stack:
         opened: dict[Path, Source] = {}
 
@@ -119,30 +126,23 @@ def merge(
             return opened[path]
 
         the_plan = make_plan(recipe, open_once, memory=memory, threads=threads or default_threads())
-        layouts = _layouts(the_plan, [], split_bytes)
-        paths = _name_files(output, layouts, split_bytes)
-        _check_outputs(paths, recipe, force=force)
-        warm_up(the_plan)
-        sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
-        parts = stack.enter_context(OutputParts(sizes))
-        _check_outputs(paths, recipe, force=force)  # again, now that nobody else can make them
         importance = None
         if recipe.imatrix is not None:
             importance = stack.enter_context(closing(ImportanceMatrix(recipe.imatrix)))
-        crew = _new_crew(the_plan, list(opened.values()), progress, importance)
-        notes = crew.prepare()
-        results = crew.run(
-            {
-                name: (file, offset)
-                for file, layout in zip(parts.files, layouts, strict=True)
-                for name, offset in layout.offsets.items()
-            }
-        )
-        layouts = _layouts(the_plan, results, split_bytes)
-        for file, layout in zip(parts.files, layouts, strict=True):
-            file.write(layout.header, 0)
-        digest, files = parts.hash()
-        parts.publish()
+        layouts = _layouts(the_plan, [], split_bytes)
+        paths = _name_files(output, layouts, split_bytes)
+        inputs = _Inputs(list(opened.values()), importance)
+        origin = find_origin(the_plan, layouts, paths, *inputs)
+        named = find_named(paths, origin)
+        _check_outputs([path for path in paths if path not in named], recipe, force=force)
+        if len(named) == len(paths):
+            outcome = _finish(the_plan, paths)
+        else:
+            warm_up(the_plan)
+            sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
+            parts = stack.enter_context(OutputParts(sizes, origin))
+            _check_outputs(paths, recipe, force=force)  # again, now that nobody else can make them
+            outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress)
     return MergeReport(
         output=paths[0],
         out_bytes=sum(layout.n_bytes for layout in layouts),
@@ -155,14 +155,92 @@ def merge(
         seconds=time.monotonic() - started,
         budget_bytes=the_plan.budget,
         peak_rss_bytes=peak_rss_bytes(),
-        read_bytes=crew.traffic.read,
-        written_bytes=crew.traffic.written + sum(len(layout.header) for layout in layouts),
+        read_bytes=outcome.read_bytes,
+        written_bytes=outcome.written_bytes,
         passes=max((job.passes for job in the_plan.jobs), default=0),
         workers=the_plan.workers,
-        resumed_tensors=0,
-        sha256=digest,
-        notes=the_plan.notes + notes,
-        files=files if split_bytes is not None else (),
+        resumed_tensors=outcome.n_resumed,
+        damaged_tensors=outcome.n_damaged,
+        sha256=outcome.sha256,
+        notes=the_plan.notes + outcome.notes,
+        files=outcome.files if split_bytes is not None else (),
+    )
+
+
+class _Inputs(NamedTuple):
+    sources: Sequence[Source]
+    importance: ImportanceMatrix | None
+
+    def check_unchanged(self) -> None:
+        for source in self.sources:
+            source.check_unchanged()
+        if self.importance is not None:
+            self.importance.check_unchanged()
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What the report says of the run itself."""
+
+    sha256: str
+    files: tuple[FileReport, ...]
+    notes: tuple[str, ...]
+    n_resumed: int
+    n_damaged: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+
+def _finish(the_plan: Plan, paths: Sequence[Path]) -> _Outcome:
+    """End a run that was cut short when all its files had their names."""
+    digest, files = hash_named(paths)
+    note = "an earlier run had finished it, and was stopped before it could say so"
+    return _Outcome(digest, files, (note,), n_resumed=len(the_plan.jobs))
+
+
+def _run(
+    the_plan: Plan,
+    inputs: _Inputs,
+    parts: OutputParts,
+    layouts: Sequence[GgufLayout],
+    split_bytes: int | None,
+    progress: Progress | None,
+) -> _Outcome:
+    """Make what no earlier run has finished; seal the files and give them their names."""
+    crew = _new_crew(the_plan, inputs, progress)
+    places = {
+        name: (file, offset)
+        for file, layout in zip(parts.files, layouts, strict=True)
+        for name, offset in layout.offsets.items()
+    }
+    n_resumed = n_damaged = 0
+    if parts.earlier is not None:
+        n_damaged = verify_earlier(parts.earlier, the_plan.jobs, places, crew.take_over)
+        n_resumed = len(parts.earlier.results) - n_damaged
+    notes = crew.prepare()
+
+    def note(i: int, result: TensorResult) -> None:
+        parts.journal.add(i, result, the_plan.jobs[i].out.nbytes)
+
+    try:
+        results = crew.run(places, note)
+    except EdgemergeError:
+        inputs.check_unchanged()  # else a model is blamed for what somebody writes to it
+        raise
+    inputs.check_unchanged()
+    layouts = _layouts(the_plan, results, split_bytes)
+    for file, layout in zip(parts.files, layouts, strict=True):
+        file.write(layout.header, 0)
+    digest, files = parts.hash()
+    parts.publish()
+    return _Outcome(
+        digest,
+        files,
+        parts.notes + notes,
+        n_resumed,
+        n_damaged,
+        crew.traffic.read,
+        crew.traffic.written + sum(len(layout.header) for layout in layouts),
     )
 
 
@@ -179,15 +257,10 @@ def _open(path: Path, stack: ExitStack) -> Source:
     return source
 
 
-def _new_crew(
-    the_plan: Plan,
-    sources: Sequence[Source],
-    progress: Progress | None,
-    importance: ImportanceMatrix | None,
-) -> Crew:
+def _new_crew(the_plan: Plan, inputs: _Inputs, progress: Progress | None) -> Crew:
     from edgemerge.crew import Crew
 
-    return Crew(the_plan, sources, progress, importance)
+    return Crew(the_plan, inputs.sources, progress, inputs.importance)
 
 
 # -- the header ------------------------------------------------------------------------------------------

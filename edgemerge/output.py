@@ -1,7 +1,8 @@
 """The output file: written beside its name as a part, renamed when it is whole.
 
 Nothing under the final name is touched before the last step, so an interrupted or failed merge
-leaves what was there. The part is locked: a second merge to the same name is refused.
+leaves what was there. The part is locked: a second merge to the same name is refused. What is in a part
+that an earlier run left may be kept; `edgemerge.journal` knows what it is worth.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import fcntl
 import os
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +20,12 @@ from types import TracebackType
 import numpy as np
 
 from edgemerge.errors import OutputError
+from edgemerge.formats.files import forget_range, read_state
 from edgemerge.formats.gguf_split import sibling_parts
 from edgemerge.sizes import format_size
-from edgemerge.types import UInt8
+from edgemerge.types import FileState, UInt8
 
-__all__ = ["OutputFile", "check_output", "write_file"]
+__all__ = ["OutputFile", "check_output", "read_chunks", "sync_folder", "write_file"]
 
 CHUNK = 1 << 20
 
@@ -57,16 +60,32 @@ class OutputFile:
 
     Used as a context manager: left without `publish`, the part is removed.
 
+    Parameters
+    ----------
+    path : Path
+        The final name.
+    n_bytes : int
+        Size of the finished file.
+    keeps : bool
+        Leave a part that is there as it is, also at the end; until `reserve` is called, only its lock
+        is taken.
+
+    Attributes
+    ----------
+    keeps : bool
+        Whether the part stays where the file is left without `publish`.
+
     Raises
     ------
     OutputError
         The folder cannot be written, the disk is too full, or another merge writes the same file.
     """
 
-    def __init__(self, path: Path, n_bytes: int) -> None:
+    def __init__(self, path: Path, n_bytes: int, *, keeps: bool = False) -> None:
         self.path = path
         self.part = path.with_name(path.name + ".part")
         self.n_bytes = n_bytes
+        self.keeps = keeps
         self._published = False
         self._fd = -1
         self._is_ours = False  # locked, and so ours to remove
@@ -74,9 +93,10 @@ class OutputFile:
             while not self._is_ours:
                 self._open_part()
                 self._is_ours = self._lock_part()
-            self._reserve()
+            if not keeps:
+                self.reserve()
         except BaseException:
-            self._discard()
+            self._leave()
             raise
 
     def _open_part(self) -> None:
@@ -110,13 +130,21 @@ class OutputFile:
         except FileNotFoundError:
             return False
 
-    def _reserve(self) -> None:
-        """Allocate every block now, so that a full disk is known before the work."""
+    def reserve(self) -> None:
+        """Allocate every block now, so that a full disk is known before the work.
+
+        Where the part is kept, what is in it stays, cut or filled up by zeros to its size.
+
+        Raises
+        ------
+        OutputError
+            The disk has no room.
+        """
         available = 0
         try:
-            os.ftruncate(self._fd, 0)
+            os.ftruncate(self._fd, self.n_bytes if self.keeps else 0)
             free = os.fstatvfs(self._fd)
-            available = free.f_bavail * free.f_frsize
+            available = free.f_bavail * free.f_frsize + 512 * os.fstat(self._fd).st_blocks
             if available < self.n_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.posix_fallocate(self._fd, 0, self.n_bytes)
@@ -130,11 +158,13 @@ class OutputFile:
                 message = f"needs {size}, which cannot be had there ({error.strerror})"
             raise OutputError(message, path=self.path) from error
 
-    def _discard(self) -> None:
-        """Remove the part, then give up its lock."""
-        if self._is_ours:
+    def _leave(self) -> None:
+        """Remove the part, or keep it, then give up its lock."""
+        if self._is_ours and not self.keeps and not self._published:
             with contextlib.suppress(OSError):
                 self.part.unlink()
+        if self._is_ours:  # else the lock lasts as long as a thread that is inside a sync
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
         self._close()
 
     def _close(self) -> None:
@@ -160,11 +190,21 @@ class OutputFile:
 
     def chunks(self) -> Iterator[memoryview]:
         """Read the file as it stands on disk; each piece is valid until the next."""
-        view = memoryview(bytearray(CHUNK))
-        at = 0
-        while n_read := os.preadv(self._fd, [view], at):
-            yield view[:n_read]
-            at += n_read
+        with self._finishing():
+            yield from read_chunks(self._fd, 0, self.n_bytes)
+
+    def crc32(self, offset: int, n_bytes: int) -> int:
+        """Return the CRC-32 of a piece as it stands on disk: not of what a cache may hold."""
+        forget_range(self._fd, offset, n_bytes)
+        crc = 0
+        for chunk in read_chunks(self._fd, offset, n_bytes):
+            crc = zlib.crc32(chunk, crc)
+        forget_range(self._fd, offset, n_bytes)
+        return crc
+
+    def state(self) -> FileState:
+        """Return what the part is now."""
+        return read_state(self._fd, self.part)
 
     def publish(self) -> None:
         """Make the file durable and give it its final name, replacing what was there.
@@ -188,6 +228,19 @@ class OutputFile:
         with self._finishing():
             os.fsync(self._fd)
 
+    def sync_data(self) -> None:
+        """Make what was written so far durable, in the middle of the work; thread-safe.
+
+        Raises
+        ------
+        OutputError
+            The disk refused.
+        """
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise OutputError(f"could not be written ({error.strerror})", path=self.path) from error
+
     def rename(self) -> None:
         """Give the file its final name, durably, replacing what was there.
 
@@ -199,11 +252,7 @@ class OutputFile:
         with self._finishing():
             os.replace(self.part, self.path)
             self._published = True
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync_folder(self.path.parent)
 
     @contextlib.contextmanager
     def _finishing(self) -> Iterator[None]:
@@ -223,10 +272,25 @@ class OutputFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._published:
-            self._close()
-        else:
-            self._discard()
+        self._leave()
+
+
+def read_chunks(fd: int, offset: int, n_bytes: int) -> Iterator[memoryview]:
+    """Read a piece of a file as far as it goes; each chunk is valid until the next."""
+    view = memoryview(bytearray(CHUNK))
+    end = offset + n_bytes
+    while n_read := os.preadv(fd, [view[: end - offset]], offset):
+        yield view[:n_read]
+        offset += n_read
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_file(path: Path, raw: bytes) -> None:

@@ -42,6 +42,7 @@ class MergeReport:
     passes: int  # most reads of one tensor's inputs
     workers: int
     resumed_tensors: int  # taken over from an interrupted run
+    damaged_tensors: int  # of an interrupted run, found damaged and made again
     sha256: str  # of the output file; of a split, of its files one after the other
     notes: tuple[str, ...]
     files: tuple[FileReport, ...] = ()  # of a split, in order
@@ -55,6 +56,8 @@ class MergeReport:
         """Say it to people."""
         yield f"{self.output}  {format_size(self.out_bytes)}, {self.file_type}, {self.method}"
         resumed = f", {self.resumed_tensors} taken over" if self.resumed_tensors else ""
+        if self.damaged_tensors:
+            resumed += f", {self.damaged_tensors} found damaged and made again"
         yield (
             f"  {self.tensors} tensors{resumed}, {format_count(self.elements)} parameters "
             f"in {self.seconds:.1f} s with {self.workers} worker{'s' * (self.workers > 1)}"

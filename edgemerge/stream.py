@@ -14,7 +14,7 @@ from edgemerge.architectures import layer_index
 from edgemerge.arithmetic import merged_blocks
 from edgemerge.blocks import Block
 from edgemerge.budget import Arena
-from edgemerge.checksums import RowChecksum, join_checksums
+from edgemerge.checksums import RowChecksum, TensorResult, join_checksums
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.codec import CODECS
 from edgemerge.formats.imatrix import ImportanceMatrix
@@ -28,7 +28,7 @@ from edgemerge.symmetries import NeuronPlan
 from edgemerge.team import Member, Stopped
 from edgemerge.types import Float32, Float64, HeadPlan, InputTensor, Plan, Source, TensorJob, UInt8
 
-__all__ = ["Moves", "Share", "TensorResult", "TensorStream", "Traffic", "join_shares"]
+__all__ = ["Moves", "Share", "TensorStream", "Traffic", "join_shares"]
 
 linear, masks = KernelFile("linear"), KernelFile("masks")
 
@@ -55,17 +55,6 @@ class Traffic:
             self.written += n_written
         if self.stop.is_set():
             raise Stopped
-
-
-@dataclass(frozen=True, slots=True)
-class TensorResult:
-    """CRC-32 of what was read of each input, in the order of the output, and of what was written.
-
-    0 for an input whose heads a soft alignment sums.
-    """
-
-    inputs: tuple[int, ...]
-    output: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +167,7 @@ class TensorStream:
             self._merge(output, offset, shared_gram)
         if self.team.finish():
             for tensor in self.job.inputs:
+                self._sources[tensor.model].check_unchanged()
                 self._sources[tensor.model].forget(tensor.spec.name)
         return self.share
 

@@ -7,7 +7,7 @@ disk), q and k rows are in GGUF's rotary order, and a type is ggml's name for it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "FileState",
     "Float32",
     "Float64",
     "Gradient",
@@ -88,6 +89,16 @@ class TensorSpec:
         return self.nbytes // self.n_rows if self.n_rows else 0
 
 
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """A file and what shows that it is still the same; with another state, its bytes may be others."""
+
+    path: Path
+    inode: int
+    n_bytes: int
+    mtime_ns: int
+
+
 class Source(Protocol):
     """A model on disk that can be read by rows. Reading is thread-safe (`pread`)."""
 
@@ -105,6 +116,12 @@ class Source(Protocol):
 
     def forget(self, name: str) -> None:
         """Tell the operating system that a tensor's pages will not be read again."""
+
+    def states(self) -> Sequence[FileState]:
+        """Return what the files of the tensors were when they were opened."""
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError where one of these files was written to since."""
 
     def close(self) -> None:
         """Close the files."""

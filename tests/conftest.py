@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from tests.crashing import Crasher
     from tests.llama_quantize import Quantiser
 
 TESTS = Path(__file__).resolve().parent
@@ -58,3 +60,29 @@ def quantiser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quantiser]:
     logger.setLevel(logging.CRITICAL + 1)
     yield Quantiser(llama, tmp_path_factory.mktemp("quantised"))
     logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def crasher() -> Iterator[Crasher]:
+    """Runs merges that die where they are told to."""
+    from tests.crashing import crash_server
+
+    with crash_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def crash_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Small models for it: base, a, b."""
+    from tests.crashing import write_models
+
+    return write_models(tmp_path_factory.mktemp("crash-models"))
+
+
+@pytest.fixture
+def memory_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where there is one: its syncs take no time."""
+    memory = Path("/dev/shm")
+    parent = memory if os.access(memory, os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(prefix="edgemerge-tests-", dir=parent) as name:
+        yield Path(name)

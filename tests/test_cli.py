@@ -94,6 +94,7 @@ def test_merge_json_is_one_object_with_the_fields_of_the_contract(run: Run, fold
         "passes": 1,
         "workers": 2,
         "resumed_tensors": 0,
+        "damaged_tensors": 0,
         "sha256": digest.stdout.split()[0],
         "notes": [],
         "files": [],

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from edgemerge.errors import OutputError
+from edgemerge.checksums import TensorResult
+from edgemerge.errors import EdgemergeError, FormatError, MismatchError, OutputError
+from edgemerge.journal import Origin, journal_path
 from edgemerge.output_parts import OutputParts
+
+ORIGIN = Origin("work", "inputs")
 
 
 def names(folder: Path) -> list[str]:
@@ -15,14 +19,15 @@ def names(folder: Path) -> list[str]:
 
 
 def parts_in(folder: Path) -> OutputParts:
-    return OutputParts([(folder / f"{i}.gguf", 4) for i in (1, 2, 3)])
+    return OutputParts([(folder / f"{i}.gguf", 4) for i in (1, 2, 3)], ORIGIN)
 
 
 def test_all_are_named_at_the_end(tmp_path: Path) -> None:
     with parts_in(tmp_path) as parts:
         for i, file in enumerate(parts.files):
             file.write(bytes([i] * 4), 0)
-        assert names(tmp_path) == ["1.gguf.part", "2.gguf.part", "3.gguf.part"]
+        journal = "1.gguf.part.journal"
+        assert names(tmp_path) == ["1.gguf.part", journal, "2.gguf.part", "3.gguf.part"]
         together, reports = parts.hash()
         parts.publish()
     assert names(tmp_path) == ["1.gguf", "2.gguf", "3.gguf"]
@@ -79,3 +84,75 @@ def test_old_and_new_files_never_make_a_model(
     assert (tmp_path / "1.gguf").exists() == (allowed == 3)
     assert contents.count(b"new!") == min(allowed, 2)
     assert not list(tmp_path.glob("*.part"))
+
+
+# -- what stays for the next run -------------------------------------------------------------------
+
+
+def interrupt(folder: Path, error: BaseException, *, n_finished: int) -> BaseException:
+    try:
+        with parts_in(folder) as parts:
+            for i in range(n_finished):
+                parts.journal.add(i, TensorResult((), 0), 4)
+            raise error
+    except type(error) as caught:
+        return caught
+    raise AssertionError
+
+
+def broken_disk() -> FormatError:
+    error = FormatError("could not be read (Input/output error)", path="x.gguf")
+    error.__cause__ = OSError(5, "Input/output error")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        OutputError("could not be written", path="x"),
+        OSError(5, "x"),
+        MemoryError(),
+        broken_disk(),
+    ],
+    ids=repr,
+)
+def test_what_another_run_may_cure_leaves_it_something(
+    tmp_path: Path, error: BaseException
+) -> None:
+    caught = interrupt(tmp_path, error, n_finished=2)
+    assert caught.__notes__ == [
+        "run the same command again to go on after the 2 tensors that are finished, "
+        f"or delete {tmp_path / '1.gguf.part'}"
+    ]
+    expected = ["1.gguf.part", "1.gguf.part.journal", "2.gguf.part", "3.gguf.part"]
+    assert names(tmp_path) == expected
+    with parts_in(tmp_path) as parts:
+        assert parts.earlier is not None
+        assert parts.earlier.results == {0: TensorResult((), 0), 1: TensorResult((), 0)}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MismatchError("no"), FormatError("no", path="x"), EdgemergeError("no")],
+    ids=repr,
+)
+def test_what_no_run_can_cure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    caught = interrupt(tmp_path, error, n_finished=2)
+    assert not hasattr(caught, "__notes__")
+    assert names(tmp_path) == []
+
+
+def test_where_nothing_is_finished_nothing_stays(tmp_path: Path) -> None:
+    interrupt(tmp_path, KeyboardInterrupt(), n_finished=0)
+    assert names(tmp_path) == []
+
+
+def test_a_run_that_goes_on_is_alone(tmp_path: Path) -> None:
+    interrupt(tmp_path, KeyboardInterrupt(), n_finished=1)
+    journal = journal_path(tmp_path / "1.gguf")
+    with parts_in(tmp_path):
+        before = journal.read_bytes()
+        with pytest.raises(OutputError, match="another merge is writing it; wait for that one"):
+            parts_in(tmp_path)
+        assert journal.read_bytes() == before

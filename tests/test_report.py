@@ -31,6 +31,7 @@ REPORT = MergeReport(
     passes=3,
     workers=2,
     resumed_tensors=0,
+    damaged_tensors=0,
     sha256="ab" * 32,
     notes=("a spells some tokens differently from base",),
 )
@@ -63,6 +64,11 @@ def test_lines_for_people() -> None:
     alone = replace(REPORT, workers=1, resumed_tensors=5, notes=(), elements=22_688)
     assert list(alone.lines())[1] == (
         "  38 tensors, 5 taken over, 22.7 K parameters in 1.2 s with 1 worker"
+    )
+    damaged = replace(REPORT, resumed_tensors=5, damaged_tensors=2)
+    assert list(damaged.lines())[1] == (
+        "  38 tensors, 5 taken over, 2 found damaged and made again, 3.4 M parameters in 1.2 s "
+        "with 2 workers"
     )
 
 

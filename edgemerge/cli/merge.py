@@ -42,6 +42,7 @@ def merge_command(
 ) -> None:
     """Merge models into one GGUF."""
     from edgemerge.output import check_output
+    from edgemerge.output_parts import is_begun
     from edgemerge.page import write_page
 
     recipe = request.read_request(
@@ -59,7 +60,7 @@ def merge_command(
     )
     inputs = (*recipe.models(), *(Path(text).resolve() for text in models))
     if split is None:  # else the names follow from the plan
-        check_output(output, inputs, force=force)
+        check_output(output, inputs, force=force or is_begun(output))
     if report is not None:  # now, not after an hour's work
         if report.resolve() == output.resolve():
             raise typer.BadParameter("-o and --report name the same file")

@@ -41,43 +41,50 @@ _stops: list[int] = []  # signals that the running command has received
 
 def speaks_plainly(command: Callable[P, R]) -> Callable[P, R]:
     """Turn what a command raises into one sentence on stderr and an exit code."""
-    return _guard(command, "nothing was changed")
+    return _guard(command, "nothing was changed", is_stopped_once=True)
 
 
 def talks_plainly(command: Callable[P, R]) -> Callable[P, R]:
-    """Do the same for a command that only talks: when interrupted, it has nothing to reassure of."""
-    return _guard(command, "")
+    """Do the same for a command that only talks: when interrupted, it has nothing to reassure of.
+
+    It may also take a signal for less than its end, so that another one counts again.
+    """
+    return _guard(command, "", is_stopped_once=False)
 
 
-def _guard(command: Callable[P, R], kept: str) -> Callable[P, R]:
+def _guard(command: Callable[P, R], kept: str, *, is_stopped_once: bool) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            with _stoppable():
+        with _stoppable(is_stopped_once=is_stopped_once):
+            try:
                 result = command(*args, **kwargs)
                 if sys.stdout is not None:
                     sys.stdout.flush()  # here, where a full disk can still be told
                 return result
-        except EdgemergeError as error:
-            detail = error.detail if isinstance(error, RuntimeFailure) else ""
-            raise _failure(str(error), detail) from None
-        except KeyboardInterrupt as error:
-            number = error.number if isinstance(error, Stopped) else signal.SIGINT
-            left = getattr(error, "__notes__", []) or [kept]
-            raise _failure(
-                "; ".join(filter(None, ("interrupted", *left))), code=128 + number
-            ) from None
-        except MemoryError:
-            raise _failure(
-                "out of memory; close other programs or, in a merge, give a smaller --memory"
-            ) from None
-        except BrokenPipeError:
-            raise  # the reader went away, as head does: typer ends without a word
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            raise _failure(f"{where}{error.strerror or error}") from None
+            except BrokenPipeError:
+                raise  # the reader went away, as head does: typer ends without a word
+            except (EdgemergeError, KeyboardInterrupt, MemoryError, OSError) as error:
+                raise _explain(error, kept) from None
 
     return wrapped
+
+
+def _explain(error: BaseException, kept: str) -> typer.Exit:
+    """Say what stopped a command, and what it noted on how to go on; `kept`: else, if interrupted."""
+    notes = getattr(error, "__notes__", [])
+    match error:
+        case EdgemergeError():
+            detail = error.detail if isinstance(error, RuntimeFailure) else ""
+            return _failure("; ".join((str(error), *notes)), detail)
+        case KeyboardInterrupt():
+            number = error.number if isinstance(error, Stopped) else signal.SIGINT
+            parts = filter(None, ("interrupted", *(notes or [kept])))
+            return _failure("; ".join(parts), code=128 + number)
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            return _failure("; ".join((f"{where}{error.strerror or error}", *notes)))
+    remedy = "close other programs or, in a merge, give a smaller --memory"
+    return _failure("; ".join(("out of memory", remedy, *notes)))
 
 
 def _failure(sentence: str, detail: str = "", code: int = 1) -> typer.Exit:
@@ -88,16 +95,18 @@ def _failure(sentence: str, detail: str = "", code: int = 1) -> typer.Exit:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
+def _stoppable(*, is_stopped_once: bool) -> Iterator[None]:
     """Let a signal raise `Stopped`, where nobody else, such as nohup, has a say in it.
 
     An exception is lost where Python is just inside a callback of its own, as while importing Numba;
-    so the signal is also remembered, and `check_stop` asks for it.
+    so the signal is also remembered, and `check_stop` asks for it. `is_stopped_once`: a second signal
+    changes nothing, as the command is tidying up by then.
     """
 
     def stop(number: int, _frame: object) -> None:
         _stops.append(number)
-        raise Stopped(number)
+        if len(_stops) == 1 or not is_stopped_once:
+            raise Stopped(number)
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():

@@ -1,4 +1,4 @@
-"""What both readers need of a file: exact reads, page-cache hints, and a name for what is no model."""
+"""What both readers need of a file: exact reads, whether it changes, and a name for what is no model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import os
 from pathlib import Path
 
 from edgemerge.errors import FormatError
-from edgemerge.types import UInt8
+from edgemerge.types import FileState, UInt8
 
-__all__ = ["describe_foreign", "forget_range", "read_bounded", "read_exactly"]
+__all__ = ["check_unchanged", "describe_foreign", "fill_buffers", "forget_range", "read_bounded"]
+__all__ += ["read_exactly", "read_state"]
+
+IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 _FOREIGN = (
     (b"version https://git-lfs", "is a git-LFS pointer, not the file itself; run git lfs pull"),
@@ -61,19 +64,67 @@ def read_exactly(fd: int, out_u8: UInt8, offset: int, path: Path, tensor: str) -
     Raises
     ------
     FormatError
-        The file ends before the buffer is full.
+        As of `fill_buffers`.
     """
-    view = out_u8.data.cast("B")
-    done = 0
-    while done < len(view):
-        n_read = os.preadv(fd, [view[done:]], offset + done)
-        if n_read == 0:
+    fill_buffers(fd, [out_u8.data.cast("B")], offset, path, tensor)
+
+
+def fill_buffers(
+    fd: int, buffers: list[memoryview], offset: int, path: Path, tensor: str | None
+) -> None:
+    """Fill buffers one after the other from a file position; thread-safe.
+
+    Raises
+    ------
+    FormatError
+        The file ends before they are full, or the device fails.
+    """
+    while buffers:
+        try:
+            n_read = os.preadv(fd, buffers[:IOV_MAX], offset)
+        except OSError as e:
+            raise FormatError(
+                f"could not be read ({e.strerror}); see to the disk and start again",
+                path=path,
+                tensor=tensor,
+            ) from e
+        if n_read == 0 and any(map(len, buffers)):
             raise FormatError(
                 "the file ended while it was read; it changed under the merge, start again",
                 path=path,
                 tensor=tensor,
             )
-        done += n_read
+        offset += n_read
+        n_full = 0
+        while n_full < len(buffers) and n_read >= len(buffers[n_full]):
+            n_read -= len(buffers[n_full])
+            n_full += 1
+        buffers = buffers[n_full:]
+        if n_read:
+            buffers[0] = buffers[0][n_read:]
+
+
+def read_state(fd: int, path: Path) -> FileState:
+    """Note what an open file is now, for `check_unchanged`."""
+    status = os.fstat(fd)
+    return FileState(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def check_unchanged(fd: int, state: FileState) -> None:
+    """Refuse a file that was written to since its state was noted.
+
+    A file that was replaced under its name is no matter: what is open is still the old one.
+
+    Raises
+    ------
+    FormatError
+        Its size or time is another.
+    """
+    if read_state(fd, state.path) != state:
+        raise FormatError(
+            "was changed while it was read; let nothing write to it and start again",
+            path=state.path,
+        )
 
 
 def forget_range(fd: int, offset: int, n_bytes: int) -> None:

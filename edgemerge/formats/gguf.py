@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.files import forget_range, read_exactly
+from edgemerge.formats.files import check_unchanged, forget_range, read_exactly, read_state
 from edgemerge.formats.gguf_header import HeaderParser
 from edgemerge.formats.gguf_split import COUNT_KEY, NUMBER_KEY, TOTAL_KEY, find_parts
 from edgemerge.formats.metadata import get_value
-from edgemerge.types import TensorSpec, UInt8
+from edgemerge.types import FileState, TensorSpec, UInt8
 
 __all__ = ["GgufFile", "GgufModel"]
 
@@ -33,6 +33,7 @@ class GgufFile:
         try:
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 raise FormatError("is not a regular file; give a GGUF file", path=self.path)
+            self.state = read_state(self._fd, self.path)
             header = HeaderParser(self.path, self._fd)
             self.metadata, self.specs, self._offsets = header.parse()
             self.trailing_bytes = header.trailing_bytes
@@ -49,6 +50,10 @@ class GgufFile:
     def forget(self, name: str) -> None:
         """Drop the tensor's pages from the page cache."""
         forget_range(self._fd, self._offsets[name], self.specs[name].nbytes)
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError where the file was written to since it was opened."""
+        check_unchanged(self._fd, self.state)
 
     def close(self) -> None:
         """Close the file."""
@@ -108,6 +113,15 @@ class GgufModel:
     def forget(self, name: str) -> None:
         """Drop the tensor's pages from the page cache."""
         self._homes[name].forget(name)
+
+    def states(self) -> Sequence[FileState]:
+        """Return what the files were when they were opened."""
+        return [part.state for part in self._parts]
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError where a file was written to since it was opened."""
+        for part in self._parts:
+            part.check_unchanged()
 
     def close(self) -> None:
         """Close the files."""

@@ -8,7 +8,7 @@ the metadata is what llama.cpp's converter would write.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,20 +26,19 @@ from edgemerge.architectures import (
     text_name,
 )
 from edgemerge.errors import FormatError
-from edgemerge.formats.files import forget_range
+from edgemerge.formats.files import check_unchanged, fill_buffers, forget_range, read_state
 from edgemerge.formats.hub_card import general_metadata
 from edgemerge.formats.hub_config import read_config
 from edgemerge.formats.hub_files import CONFIG, refuse_folder, stored_tensors
 from edgemerge.formats.hub_rope import rope_tensors
 from edgemerge.formats.safetensors import StoredTensor
 from edgemerge.formats.tokenizer_process import read_tokenizer
-from edgemerge.types import Float32, TensorSpec, UInt8
+from edgemerge.types import FileState, Float32, TensorSpec, UInt8
 
 __all__ = ["HubModel"]
 
 DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors -> ggml
 OUTPUT = GLOBAL["output.weight"]
-IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +105,7 @@ class HubModel:
                 raise FormatError(
                     f"cannot be opened ({e.strerror}); free it and start again", path=shard
                 ) from e
+        self._states = {shard: read_state(fd, shard) for shard, fd in self._fds.items()}
 
     def _add(self, shard: Path, name: str, stored_name: str, tensor: StoredTensor) -> None:
         """Check one stored tensor against config.json and file it under its GGUF name."""
@@ -295,28 +295,22 @@ class HubModel:
     def _fill(self, name: str, items: list[memoryview], place: tuple[Path, int]) -> None:
         """Fill the buffers one after the other from an offset in a shard; thread-safe."""
         shard, at = place
-        while items:
-            n_read = os.preadv(self._fds[shard], items[:IOV_MAX], at)
-            if n_read == 0:
-                raise FormatError(
-                    "the file ended while it was read; it changed under the merge, start again",
-                    path=shard,
-                    tensor=hf_name(self.architecture, name),
-                )
-            at += n_read
-            n_full = 0
-            while n_full < len(items) and n_read >= len(items[n_full]):
-                n_read -= len(items[n_full])
-                n_full += 1
-            items = items[n_full:]
-            if n_read:
-                items[0] = items[0][n_read:]
+        fill_buffers(self._fds[shard], items, at, shard, hf_name(self.architecture, name))
 
     def forget(self, name: str) -> None:
         """Tell the operating system that a tensor's pages will not be read again."""
         if place := self._places.get(name):
             for shard, offset in place.parts:
                 forget_range(self._fds[shard], offset, place.part_bytes)
+
+    def states(self) -> Sequence[FileState]:
+        """Return what the shards were when they were opened."""
+        return list(self._states.values())
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError where a shard was written to since it was opened."""
+        for shard, state in self._states.items():
+            check_unchanged(self._fds[shard], state)
 
     def close(self) -> None:
         """Close the shards."""

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.files import describe_foreign, read_exactly
+from edgemerge.formats.files import check_unchanged, describe_foreign, read_exactly, read_state
 from edgemerge.formats.gguf_header import HeaderParser
 from edgemerge.formats.metadata import get_value
 from edgemerge.types import Float32, Float64, TensorSpec
@@ -63,6 +63,8 @@ class ImportanceMatrix:
         Chunks of text; 0 where the file does not say.
     crc32 : int
         Of the whole file.
+    state : FileState
+        Of the file when it was opened.
 
     Raises
     ------
@@ -79,6 +81,7 @@ class ImportanceMatrix:
         except OSError as error:
             raise self._fail(f"cannot be read ({error.strerror}); check the path") from None
         try:
+            self.state = read_state(self._fd, self.path)
             is_gguf = os.pread(self._fd, 4, 0) == b"GGUF"
             self._entries = dict(self._parse_gguf() if is_gguf else self._parse_old())
             for name in self._entries:
@@ -100,6 +103,10 @@ class ImportanceMatrix:
         counts = entry.counts[(start + np.arange(out_f32.size)) // run].astype(np.float32)
         np.divide(out_f32, counts, out=out_f32, where=counts > 0)
         out_f32[counts == 0] = 1.0
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError where the file was written to since it was opened."""
+        check_unchanged(self._fd, self.state)
 
     def close(self) -> None:
         """Close the file."""

@@ -150,7 +150,7 @@ def test_vectored_reads_of_any_length(model: HubModel, monkeypatch: pytest.Monke
         first = buffers[:2] if len(buffers[0]) < 7 else [buffers[0][:7]]
         return real(fd, first, offset)
 
-    monkeypatch.setattr("edgemerge.formats.hub.IOV_MAX", 3)
+    monkeypatch.setattr("edgemerge.formats.files.IOV_MAX", 3)
     monkeypatch.setattr(os, "preadv", stingy)
     for name in list(whole)[-8:]:
         np.testing.assert_array_equal(read(model, name, 0, None), whole[name])
