@@ -32,7 +32,7 @@ from edgemerge.geometry import (
     row_order,
     row_runs,
 )
-from edgemerge.kernels import heads as kernels
+from edgemerge.native import KernelFile
 from edgemerge.sizes import format_size
 from edgemerge.sketch import Sketcher, sketch_bytes, sketched_names
 from edgemerge.team import Stopped
@@ -50,6 +50,8 @@ __all__ = [
     "row_order",
     "row_runs",
 ]
+
+kernels = KernelFile("heads")
 
 Float64: TypeAlias = NDArray[np.float64]
 

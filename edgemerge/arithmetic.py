@@ -17,14 +17,20 @@ from numpy.typing import NDArray
 
 from edgemerge.blocks import Block, BlockStream, model_weights
 from edgemerge.hierarchical import hierarchical_blocks
-from edgemerge.kernels import dare, della, linear, masks, select, slerp, ties
 from edgemerge.methods import METHODS, is_plain_sum, is_pruned
+from edgemerge.native import KernelFile
 from edgemerge.team import Member
 from edgemerge.types import Float32, Float64, InputTensor, TensorJob, UInt8
 
 __all__ = ["Block", "BlockStream", "merged_blocks"]
 
+linear, masks, select = KernelFile("linear"), KernelFile("masks"), KernelFile("select")
+dare, della = KernelFile("dare"), KernelFile("della")
+slerp, ties = KernelFile("slerp"), KernelFile("ties")
+
 N_HIGH, N_LOW = 1 << 15, 1 << 16  # bins of the two passes of the radix select
+ELECTION_TILE = 2048  # TILE of kernels/ties.py
+RANK_BINS = 2048  # RADIX of kernels/della.py
 EVERYTHING = 0x7FFFFFFF  # above every magnitude
 TINY_NORM = 1e-7  # mergekit rescales nothing whose norm is below this
 TINY_WEIGHT = 1e-8
@@ -131,7 +137,7 @@ def _task_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     normalize = bool(job.settings["normalize"])
     mask = _mask_memory(stream)
     pruners = _survey_pruners(stream, mask)
-    election = stream.take((3, ties.TILE), np.float32) if method.elect else None
+    election = stream.take((3, ELECTION_TILE), np.float32) if method.elect else None
     for pruner in pruners:
         pruner.restart()
     for block in stream.blocks():
@@ -263,7 +269,7 @@ def _survey_pruners(stream: BlockStream, mask: UInt8) -> list[Pruner]:
 
 
 def _ranking_memory(stream: BlockStream) -> NDArray[np.uint32]:
-    length = 4 * stream.job.out.n_cols + della.RADIX + 1
+    length = 4 * stream.job.out.n_cols + RANK_BINS + 1
     return stream.take((length,), np.uint32).view(np.uint32)
 
 

@@ -30,7 +30,7 @@ MIB = 1 << 20
 # Interpreter, NumPy, Numba and the compiled kernels of a merge of many types (`edgemerge.warm` keeps the
 # compiling out of it); tests/test_budget_rss.py measures it. About 190 MiB as a rule, but up to 65 more where
 # the page cache holds LLVM's library in large folios, as after a fresh install: Linux then maps all of it.
-FLOOR_BYTES = 260 * MIB
+FLOOR_BYTES = 64 * MIB
 WORKER_BYTES = 1 * MIB  # a thread's stack and its Python objects
 SOLVER_BYTES = 72 << 20  # SciPy and POT, imported where a matching is in doubt
 ALIGNMENT = 64

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.geometry import column_mix, column_order, row_mix, row_order, row_runs
-from edgemerge.kernels.linear import add_scaled
-from edgemerge.kernels.permute import mix_columns
+from edgemerge.native import KernelFile
 from edgemerge.symmetries import NeuronPlan
 from edgemerge.types import Float32, HeadPlan
 
 __all__ = ["Frame", "find_frame", "find_neuron_frame"]
+
+linear, permute = KernelFile("linear"), KernelFile("permute")
 
 Index = NDArray[np.int64]
 Sparse = tuple[Index, Index, Float32]  # CSR: indptr, indices, weights
@@ -68,7 +69,7 @@ class Frame:
         else:
             decode(start, stop, start, out_f32)
         if self.columns is not None:
-            mix_columns(*self.columns, row_f32, out_f32)
+            permute.mix_columns(*self.columns, row_f32, out_f32)
 
     def _sum_rows(
         self, start: int, stop: int, decode: DecodeRows, spare_f32: Float32, out_f32: Float32
@@ -91,7 +92,7 @@ class Frame:
                     values = spare_f32[: run.size * n_cols]
                     decode(old, old + run.size, None, values)
                     target = out_f32[first : first + run.size].reshape(-1)
-                    add_scaled(values, float(weights[entry]), target)
+                    linear.add_scaled(values, float(weights[entry]), target)
 
 
 def find_frame(plan: HeadPlan, name: str, *, soft: bool) -> Frame | None:

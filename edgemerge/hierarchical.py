@@ -13,11 +13,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from edgemerge.blocks import Block, BlockStream, model_weights
-from edgemerge.kernels import gram, linear
+from edgemerge.native import KernelFile
 from edgemerge.types import Float32, Float64
 from edgemerge.weighting import factors
 
 __all__ = ["hierarchical_blocks", "survey_gram"]
+
+gram, linear = KernelFile("gram"), KernelFile("linear")
 
 
 def survey_gram(stream: BlockStream) -> Float64:

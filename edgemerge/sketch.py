@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgemerge.budget import ALIGNMENT, TARGET_ELEMENTS, Arena, aligned
 from edgemerge.errors import FormatError
 from edgemerge.formats.codec import CODECS
-from edgemerge.kernels import heads as kernels
+from edgemerge.native import KernelFile
 from edgemerge.types import Float32, LayerHeads, Source, TensorSpec
 
 __all__ = [
@@ -24,6 +24,8 @@ __all__ = [
     "sketch_key",
     "sketched_names",
 ]
+
+kernels = KernelFile("heads")
 
 SKETCH = 64  # s; finds heads through noise of 4 times the weights' size, 16 only through 2
 ROW_MODULES = ("attn_qkv", "attn_q", "attn_k", "attn_v")  # rows in the order of a fused tensor

@@ -21,15 +21,16 @@ from edgemerge.formats.imatrix import ImportanceMatrix
 from edgemerge.formats.weighted import WEIGHTED_SCRATCH
 from edgemerge.frames import Frame, find_frame, find_neuron_frame
 from edgemerge.hierarchical import survey_gram
-from edgemerge.kernels.linear import subtract
-from edgemerge.kernels.masks import count_beyond
 from edgemerge.methods import METHODS, is_plain_sum, keeps_non_finite
+from edgemerge.native import KernelFile
 from edgemerge.output import OutputFile
 from edgemerge.symmetries import NeuronPlan
 from edgemerge.team import Member, Stopped
 from edgemerge.types import Float32, Float64, HeadPlan, InputTensor, Plan, Source, TensorJob, UInt8
 
 __all__ = ["Moves", "Share", "TensorStream", "Traffic", "join_shares"]
+
+linear, masks = KernelFile("linear"), KernelFile("masks")
 
 # (reference, model, layer of the reference, layer of the model) -> where heads and neurons belong
 Moves: TypeAlias = dict[tuple[int, int, int, int], list[HeadPlan | NeuronPlan]]
@@ -239,7 +240,7 @@ class TensorStream:
         for i, (tensor, values) in enumerate(zip(job.experts, experts, strict=True), start=first):
             self._load_expert(tensor, i, start, stop, values)
             if self._on_deltas:
-                subtract(base, values)
+                linear.subtract(base, values)
 
     def _load_expert(
         self, tensor: InputTensor, i_input: int, start: int, stop: int, out_f32: Float32
@@ -305,5 +306,5 @@ class TensorStream:
 
 def _count_beyond(values: Float32, limit: int) -> int:
     count = np.zeros(1, np.int64)
-    count_beyond(values, limit, count)
+    masks.count_beyond(values, limit, count)
     return int(count[0])

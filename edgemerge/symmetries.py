@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from edgemerge.architectures import layer_index
 from edgemerge.formats.codec import CODECS
-from edgemerge.kernels import heads as kernels
+from edgemerge.native import KernelFile
 from edgemerge.sizes import format_size
 from edgemerge.sketch import check_finite, sketch_key
 from edgemerge.transport import GUARD, assign
@@ -37,6 +37,8 @@ __all__ = [
     "rotate_outputs",
     "rotate_values",
 ]
+
+kernels = KernelFile("heads")
 
 log = logging.getLogger(__name__)
 

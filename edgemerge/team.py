@@ -14,10 +14,12 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemerge.kernels.gram import add_rows
+from edgemerge.native import KernelFile
 from edgemerge.types import Float64
 
 __all__ = ["Member", "RowSum", "Stopped", "Team"]
+
+gram = KernelFile("gram")
 
 
 class Stopped(Exception):
@@ -92,7 +94,7 @@ class RowSum:
         with self._team.changed:
             self._wait_for(i_block)
             before = self._sum.copy()
-            add_rows(rows_f64.reshape(len(rows_f64), -1), self._sum.reshape(-1))
+            gram.add_rows(rows_f64.reshape(len(rows_f64), -1), self._sum.reshape(-1))
             self._next += 1
             self._team.changed.notify_all()
         return before

@@ -17,10 +17,12 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemerge.kernels import sinkhorn
+from edgemerge.native import KernelFile
 from edgemerge.types import Mix
 
 __all__ = ["GUARD", "Match", "Transport", "assign", "match_heads", "select_support", "transport"]
+
+sinkhorn = KernelFile("sinkhorn")
 
 Float64: TypeAlias = NDArray[np.float64]
 Int32: TypeAlias = NDArray[np.int32]

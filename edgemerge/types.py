@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = [
     "FileState",
@@ -40,9 +41,12 @@ __all__ = [
     "UInt8",
 ]
 
-Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
-UInt8 = NDArray[np.uint8]
+if TYPE_CHECKING:
+    Float32 = NDArray[np.float32]
+    Float64 = NDArray[np.float64]
+    UInt8 = NDArray[np.uint8]
+else:  # names for annotations: no reason to import NumPy, which `edgemerge --help` does without
+    Float32 = Float64 = UInt8 = object
 
 Setting: TypeAlias = float | bool | str
 Gradient: TypeAlias = tuple[float, ...]  # interpolated over the layers of a slice

@@ -1,40 +1,34 @@
-"""Compiling kernels in a process of their own, once, so that the compiler's memory is never a merge's.
+"""Which kernels a merge will call, so that all that are missing are compiled at once, before the work.
 
-LLVM needs about 100 MB more than the code it makes, and the code is cached on disk: a merge that finds
-its kernels compiled keeps a smaller budget than one that compiles. So before Numba is imported, `warm_up`
-looks for a stamp beside Numba's cache for everything the plan will use; where one is missing, a child
-process (`edgemerge.warm_child`) merges a tiny model by the same method, which compiles what is needed.
+A kernel that is missing here costs no more than a second child process when it is first called.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Collection
-from contextlib import suppress
-from functools import cache
-from importlib.metadata import version
-from pathlib import Path
 
 from edgemerge.formats.codec import CODECS
-from edgemerge.formats.weighted import WEIGHTED_TYPES
+from edgemerge.formats.weighted import weighted_kernels
 from edgemerge.methods import METHODS
+from edgemerge.native.signatures import SIGNATURES
+from edgemerge.native.store import compile_missing, find_missing
 from edgemerge.types import Plan
 
-__all__ = ["find_cold_of_all", "warm_all", "warm_kernels", "warm_up"]
+__all__ = ["find_cold_of_all", "kernels_of", "warm_all", "warm_kernels", "warm_up"]
 
-log = logging.getLogger(__name__)
-
-CHILD = "EDGEMERGE_WARMING"  # set in the child, which must not ask for a child itself
+EVERY_MERGE = ("linear", "masks", "gram")
+ALIGNING = ("heads", "sinkhorn", "permute")
+PRUNING = {"magnitude": ("select",), "band": ("select",), "random": ("dare",), "rank": ("della",)}
+AT_ONCE = 8  # kernels that one child of `warm_all` compiles
 
 
 def warm_up(the_plan: Plan) -> None:
     """Make sure that the kernels of a plan are compiled; does nothing where they are.
 
-    A child that fails is no error: the merge then compiles in its own process.
+    Raises
+    ------
+    RuntimeFailure
+        The compiler failed.
     """
     jobs = [job for job in the_plan.jobs if not job.is_byte_copy]
     if jobs:
@@ -67,106 +61,45 @@ def warm_kernels(
         ggml types that are decoded, encoded, and encoded by an importance matrix.
     neurons : bool
         Whether feed-forward neurons are matched.
+
+    Raises
+    ------
+    RuntimeFailure
+        The compiler failed.
     """
-    if os.environ.get(CHILD):
-        return
-    request = [method, align, "on" if neurons else "off"]
-    request += [",".join(sorted(dtypes)) for dtypes in (read, written, weighed)]
-    needs = _needs(method, align, read, written, weighed, neurons=neurons)
-    with suppress(OSError):
-        cold = [need for need in needs if not _stamp(need).exists()]
-        if cold and _run_child(request):
-            for stamp in map(_stamp, cold):
-                stamp.parent.mkdir(parents=True, exist_ok=True)
-                stamp.touch()
+    moves = align != "off" or neurons
+    compile_missing(kernels_of(method, read, written, weighed, moves=moves))
 
 
-def _needs(
+def kernels_of(
     method: str,
-    align: str,
     read: Collection[str],
     written: Collection[str],
-    weighed: Collection[str],
+    weighed: Collection[str] = (),
     *,
-    neurons: bool = False,
-) -> list[str]:
-    """Name what is compiled: `method-ties`, `decode-F16`; parameters as for `warm_kernels`."""
-    needs = [f"method-{method}", f"align-{align}", *(["neurons-on"] if neurons else [])]
-    needs += [f"decode-{dtype}" for dtype in sorted(read)]
-    needs += [f"encode-{dtype}" for dtype in sorted(written)]
-    return needs + [f"weigh-{dtype}" for dtype in sorted(weighed)]
+    moves: bool = False,
+) -> set[str]:
+    """Name the kernels (FILE.KERNEL) of a merge; `moves`: heads or neurons are matched."""
+    files = {*EVERY_MERGE, *PRUNING.get(METHODS[method].prune or "", ())}
+    files |= {"ties"} if METHODS[method].elect else set()
+    files |= {"slerp"} if method == "slerp" else set()
+    files |= set(ALIGNING) if moves else set()
+    names = {f"{file}.{name}" for file in files for name in SIGNATURES[file]}
+    for way, dtypes in (("decode", read), ("encode", written)):
+        names |= {f"{CODECS[d].kernels}.{way}_{d.lower()}" for d in dtypes if CODECS[d].kernels}
+    return names.union(*map(weighted_kernels, weighed))
 
 
 def warm_all(on_step: Callable[[int, int], None]) -> None:
-    """Compile every method, and every type in both directions; `on_step` is told the steps done, of all."""
-    requests = _requests_of_all()
-    for done, (method, align, read, written, weighed) in enumerate(requests):
-        on_step(done, len(requests))
-        warm_kernels(method, align, read=read, written=written, weighed=weighed)
-    on_step(len(requests), len(requests))
+    """Compile every kernel; `on_step` is told how many are compiled, of all."""
+    missing, total = find_cold_of_all()
+    for i in range(0, len(missing), AT_ONCE):
+        on_step(total - len(missing) + i, total)
+        compile_missing(missing[i : i + AT_ONCE])
+    on_step(total, total)
 
 
 def find_cold_of_all() -> tuple[list[str], int]:
-    """Name what `warm_all` would compile, and count what it sees to in all."""
-    total = {need for request in _requests_of_all() for need in _needs(*request)}
-    return sorted(need for need in total if not _stamp(need).exists()), len(total)
-
-
-def _requests_of_all() -> list[tuple[str, str, Collection[str], Collection[str], Collection[str]]]:
-    """List what to ask `warm_kernels` for, so that every kernel but those of neurons is compiled."""
-    written = {name for name, codec in CODECS.items() if codec.can_encode}
-    return [
-        ("linear", "hard", set(CODECS), written, WEIGHTED_TYPES),
-        *((method, "off", {"F32"}, {"F32"}, ()) for method in METHODS),
-    ]
-
-
-def _run_child(request: list[str]) -> bool:
-    """Let a child compile; whether it did. With -P nothing in the user's folder is taken for a module."""
-    log.info("compiling kernels, once")
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "edgemerge.warm_child", *request],
-        env={**os.environ, CHILD: "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-    )
-    return done.returncode == 0
-
-
-def _stamp(need: str) -> Path:
-    """Where the proof lies that something was compiled: beside the code, and gone with it."""
-    return _cache_folder() / f"edgemerge-{_fingerprint()}-{need}.warm"
-
-
-def _cache_folder() -> Path:
-    """Folder of Numba's cache: as set, else beside the kernels, else the user's."""
-    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
-        return Path(chosen)
-    beside = _kernels() / "__pycache__"
-    if os.access(beside if beside.exists() else beside.parent, os.W_OK):
-        return beside
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgemerge"
-
-
-def _kernels() -> Path:
-    return (Path(__file__).parent / "kernels").resolve()
-
-
-@cache
-def _fingerprint() -> str:
-    """Hash what Numba's cache depends on: the kernels and their place, compiler, Python, processor."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in [*sorted(_kernels().glob("*.py")), Path(__file__).with_name("warm_child.py")]:
-        digest.update(path.read_bytes())
-    digest.update(f"{_kernels()} {version('numba')} {version('llvmlite')} {sys.version}".encode())
-    digest.update(_processor_features())
-    return digest.hexdigest()
-
-
-def _processor_features() -> bytes:
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    except OSError:
-        return b""
-    return next((line for line in lines if line.lower().startswith((b"flags", b"features"))), b"")
+    """Name the kernels that are not compiled, and count all there are."""
+    names = [f"{file}.{name}" for file, kernels in SIGNATURES.items() for name in kernels]
+    return find_missing(names), len(names)

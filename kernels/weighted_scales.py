@@ -115,19 +115,19 @@ def write_scales_q4_k(fit, top, scratch_f32, out_u8):
     out_u8 : (n_blocks, block_bytes) uint8
         the first 16 bytes of each block are written
     """
-    values = scratch_f32[:48].reshape((3, 16))
-    levels = scratch_f32[48:80].reshape((2, 16))
+    scales, minima, weights = scratch_f32[:16], scratch_f32[16:32], scratch_f32[32:48]
+    scale_levels, min_levels = scratch_f32[48:64], scratch_f32[64:80]
     for i in range(out_u8.shape[0]):
         block = out_u8[i]
         for j in range(8):
-            values[0, j] = fit[8 * i + j]
-            values[1, j] = -fit[LANES + 8 * i + j]
-            values[2, j] = fit[2 * LANES + 8 * i + j]
-        d = _fit_positive(values[0, :8], values[2, :8], 63, levels[0, :8])
-        dmin = _fit_positive(values[1, :8], values[2, :8], 63, levels[1, :8])
+            scales[j] = fit[8 * i + j]
+            minima[j] = -fit[LANES + 8 * i + j]
+            weights[j] = fit[2 * LANES + 8 * i + j]
+        d = _fit_positive(scales[:8], weights[:8], 63, scale_levels[:8])
+        dmin = _fit_positive(minima[:8], weights[:8], 63, min_levels[:8])
         for j in range(8):
-            scale = np.int32(min(np.int32(levels[0, j]), np.int32(top)))
-            minimum = np.int32(min(np.int32(levels[1, j]), np.int32(top)))
+            scale = np.int32(min(np.int32(scale_levels[j]), np.int32(top)))
+            minimum = np.int32(min(np.int32(min_levels[j]), np.int32(top)))
             if j < 4:
                 block[4 + j] = np.uint8(scale)
                 block[8 + j] = np.uint8(minimum)
@@ -156,18 +156,18 @@ def write_scales_q2_k(fit, scratch_f32, out_u8):
     out_u8 : (n_blocks, 84) uint8
         bytes 0 to 15 and 80 to 83 of each block are written
     """
-    values = scratch_f32[:48].reshape((3, 16))
-    levels = scratch_f32[48:80].reshape((2, 16))
+    scales, minima, weights = scratch_f32[:16], scratch_f32[16:32], scratch_f32[32:48]
+    scale_levels, min_levels = scratch_f32[48:64], scratch_f32[64:80]
     for i in range(out_u8.shape[0]):
         block = out_u8[i]
         for j in range(16):
-            values[0, j] = fit[16 * i + j]
-            values[1, j] = -fit[LANES + 16 * i + j]
-            values[2, j] = fit[2 * LANES + 16 * i + j]
-        d = _fit_positive(values[0], values[2], 15, levels[0])
-        dmin = _fit_positive(values[1], values[2], 15, levels[1])
+            scales[j] = fit[16 * i + j]
+            minima[j] = -fit[LANES + 16 * i + j]
+            weights[j] = fit[2 * LANES + 16 * i + j]
+        d = _fit_positive(scales, weights, 15, scale_levels)
+        dmin = _fit_positive(minima, weights, 15, min_levels)
         for j in range(16):
-            block[j] = np.uint8((np.int32(levels[0, j]) | np.int32(levels[1, j]) << 4) & 255)
+            block[j] = np.uint8((np.int32(scale_levels[j]) | np.int32(min_levels[j]) << 4) & 255)
         half = _float_to_half(d)
         block[80] = half & 255
         block[81] = half >> 8

@@ -23,6 +23,14 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 os.environ.setdefault("NUMBA_CACHE_DIR", str(_CACHE / "edgemerge" / "numba-tests"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_kernels() -> None:
+    """Compile all kernels by a few children, rather than one by one when a test comes to them."""
+    from edgemerge.warm import warm_all  # not before NUMBA_CACHE_DIR is set
+
+    warm_all(lambda done, total: None)
+
+
 @pytest.fixture(scope="session")
 def models_dir() -> Path:
     """Folder of the real models: base, expert-a, expert-b (safetensors directories)."""

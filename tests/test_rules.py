@@ -18,7 +18,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 FOLDERS = ("edgemerge", "kernels", "tools", "tests", "benchmarks")
 MAX_LINES = 400
 COMPILERS = {"njit", "jit", "vectorize", "guvectorize", "cfunc", "stencil"}
-HEAVY = {"numba", "llvmlite", "llama_cpp", "gguf", "matplotlib", "scipy", "ot"}
+HEAVY = {"numpy", "numba", "llvmlite", "llama_cpp", "gguf", "matplotlib", "scipy", "ot"}
 HEAVY |= {"jinja2", "fastapi", "pydantic", "uvicorn"}
 
 

@@ -112,7 +112,7 @@ def test_a_merge_that_is_stopped_says_how_to_go_on(
 
 
 @pytest.mark.parametrize("command", [COMMAND, SCRIPT], ids=["module", "script"])
-@pytest.mark.parametrize("module", ["numpy", "typer"])
+@pytest.mark.parametrize("module", ["typer", "click"])
 def test_ctrl_c_while_the_command_is_imported_is_quiet(
     tmp_path: Path, command: list[str], module: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Kernels are compiled once, in a child, and then no merge compiles anything."""
+"""A merge's kernels are compiled before its work, all at once, and none while it works."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 
 from edgemerge import warm
+from edgemerge.formats.codec import CODECS
+from edgemerge.formats.weighted import WEIGHTED_TYPES
 from edgemerge.merge import merge, plan
+from edgemerge.methods import METHODS
+from edgemerge.native.signatures import SIGNATURES
 from edgemerge.recipe import make_recipe
 from edgemerge.types import Recipe
 from tests.head_models import head_tensors, shuffle
@@ -120,13 +124,10 @@ def recipe_of(case: Case, models: dict[str, list[Path]]) -> Recipe:
     return make_recipe(method, experts, **options)
 
 
-def compiled(cache: Path) -> dict[str, int]:
-    """Everything that Numba keeps, and when it was written."""
-    found = [path for kind in ("nbi", "nbc") for path in cache.rglob(f"*.{kind}")]
-    return {str(path): path.stat().st_mtime_ns for path in found}
+def images(cache: Path) -> set[str]:
+    """Kernels that are compiled."""
+    return {path.name for path in cache.glob("native-*/*.image")}
 
-
-# -- what the child leaves behind ------------------------------------------------------------------
 
 MERGE = """
 import json, sys
@@ -134,6 +135,7 @@ from edgemerge.merge import merge
 from edgemerge.recipe import make_recipe
 method, models, options, output = json.loads(sys.argv[1])
 merge(make_recipe(method, models, **options), output, threads=1)
+print(sorted({name.split(".")[0] for name in sys.modules} & {"numba", "llvmlite"}))
 """
 
 
@@ -141,148 +143,53 @@ merge(make_recipe(method, models, **options), output, threads=1)
     "case",
     [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.slow else []) for c in CASES],
 )
-def test_the_child_compiles_all_that_a_merge_needs(
+def test_a_merge_finds_all_its_kernels(
     case: Case, models: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The merge runs in a fresh process, and there as in a child: it cannot ask for another one."""
+    """The merge runs in a fresh process, which compiles nothing and imports no compiler."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(cache))
     warm.warm_up(plan(recipe_of(case, models)))
-    before = compiled(cache)
+    before = images(cache)
     assert before
-    assert list(cache.glob("*.warm"))
-    monkeypatch.setenv(warm.CHILD, "1")
     request = json.dumps([*request_of(case, models), str(tmp_path / "out.gguf")])
-    subprocess.run([sys.executable, "-c", MERGE, request], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MERGE, request], check=True, capture_output=True, text=True
+    )
     assert stored(tmp_path / "out.gguf")
-    assert {Path(path).name for path, _ in compiled(cache).items() ^ before.items()} == set()
-
-
-# -- when a child is asked -------------------------------------------------------------------------
-
-
-class Children:
-    """Stands in for `subprocess.run` and remembers what was asked for."""
-
-    def __init__(self, status: int | OSError = 0) -> None:
-        self.status = status
-        self.requests: list[list[str]] = []
-
-    def __call__(self, command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
-        self.requests.append(command[command.index("edgemerge.warm_child") + 1 :])
-        assert options["env"][warm.CHILD] == "1"
-        if isinstance(self.status, OSError):
-            raise self.status
-        return subprocess.CompletedProcess(command, self.status)
-
-
-@pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder with nothing in it, not even itself."""
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "fresh"))
-    return tmp_path / "fresh"
-
-
-def test_one_child_and_no_second(
-    models: dict[str, list[Path]], fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    children = Children()
-    monkeypatch.setattr(warm.subprocess, "run", children)
-    ties = plan(recipe_of(CASES[0], models))
-    for _ in range(3):
-        warm.warm_up(ties)
-    assert children.requests == [["ties", "hard", "off", "F16", "F16", ""]]
-    kept = {path.name.split("-", 2)[2] for path in fresh.iterdir()}
-    assert kept == {"method-ties.warm", "align-hard.warm", "decode-F16.warm", "encode-F16.warm"}
-    # Whatever one stamp is missing for, a child is asked again; what is known is not asked twice.
-    for case in (
-        Case("ties", HALF, "soft"),
-        Case("ties", HALF, "hard", out_type="Q8_0"),
-        Case("ties", HALF, "hard", inputs="Q8_0", out_type="Q8_0"),
-        Case("linear"),
-        Case("linear", neurons=True),
-    ):
-        n_before = len(children.requests)
-        for _ in range(2):
-            warm.warm_up(plan(recipe_of(case, models)))
-        assert len(children.requests) == n_before + 1
-    warm.warm_up(plan(recipe_of(Case("linear", align="soft", inputs="Q8_0"), models)))
-    assert len(children.requests) == 6
-
-
-def test_another_kernel_or_child_needs_another_stamp(
-    models: dict[str, list[Path]], fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    children = Children()
-    monkeypatch.setattr(warm.subprocess, "run", children)
-    ties = plan(recipe_of(CASES[0], models))
-    warm.warm_up(ties)
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "new.py").write_text("# another kernel")
-    monkeypatch.setattr(warm, "_kernels", lambda: tmp_path / "kernels")
-    warm._fingerprint.cache_clear()
-    warm.warm_up(ties)
-    warm._fingerprint.cache_clear()
-    assert len(children.requests) == 2
+    assert images(cache) == before
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_copy_needs_no_kernels(
-    models: dict[str, list[Path]], fresh: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    children = Children()
-    monkeypatch.setattr(warm.subprocess, "run", children)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "fresh"))
     recipe = make_recipe("passthrough", [(str(models["Q8_0"][0]), None)], out_type="keep")
     warm.warm_up(plan(recipe))
-    assert not children.requests
-    assert not fresh.exists()
+    assert not (tmp_path / "fresh").exists()
 
 
-def test_a_child_has_no_children(
-    models: dict[str, list[Path]], fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    children = Children()
-    monkeypatch.setattr(warm.subprocess, "run", children)
-    monkeypatch.setenv(warm.CHILD, "1")
-    warm.warm_up(plan(recipe_of(CASES[0], models)))
-    assert not children.requests
+def test_everything_is_known_to_the_doctor() -> None:
+    written = {name for name, codec in CODECS.items() if codec.can_encode}
+    needed = {
+        name
+        for method in METHODS
+        for name in warm.kernels_of(method, CODECS, written, WEIGHTED_TYPES, moves=True)
+    }
+    _, total = warm.find_cold_of_all()
+    listed = {f"{file}.{name}" for file, kernels in SIGNATURES.items() for name in kernels}
+    assert total == len(listed)
+    assert needed == listed
 
 
-@pytest.mark.parametrize("status", [1, -9, OSError("no memory for a process")])
-def test_a_child_that_fails_is_no_error(
-    status: int | OSError,
-    models: dict[str, list[Path]],
-    tmp_path: Path,
-    fresh: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    children = Children(status)
-    monkeypatch.setattr(warm.subprocess, "run", children)
-    recipe = recipe_of(CASES[0], models)
-    merge(recipe, tmp_path / "one.gguf")
-    assert not list(tmp_path.rglob("*.warm"))  # so the next merge asks again
-    merge(recipe, tmp_path / "two.gguf")
-    assert len(children.requests) == 2
-    assert stored(tmp_path / "one.gguf") == stored(tmp_path / "two.gguf")
-
-
-def test_a_cache_that_cannot_be_written_is_no_error(
-    models: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    children = Children()
-    monkeypatch.setattr(warm.subprocess, "run", children)
-    warm.warm_up(plan(recipe_of(CASES[0], models)))
-    assert len(children.requests) == 1
-
-
-def test_a_module_in_the_users_folder_is_not_run(
-    models: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Somebody's `tempfile.py` beside the recipe would be imported, and run."""
-    (tmp_path / "tempfile.py").write_text("open('ran', 'w').close()\nraise SystemExit(1)")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
-    warm.warm_up(plan(recipe_of(Case("linear"), models)))
-    assert not (tmp_path / "ran").exists()
-    assert list((tmp_path / "cache").glob("*.warm"))
+def test_steps_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    names = sorted(f"{file}.{name}" for file, kernels in SIGNATURES.items() for name in kernels)
+    monkeypatch.setattr(warm, "find_missing", lambda _: names[:20])
+    monkeypatch.setattr(warm, "compile_missing", asked.extend)
+    steps: list[tuple[int, int]] = []
+    warm.warm_all(lambda done, total: steps.append((done, total)))
+    assert asked == names[:20]
+    assert steps[0] == (len(names) - 20, len(names))
+    assert steps[-1] == (len(names), len(names))

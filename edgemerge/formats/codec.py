@@ -4,8 +4,7 @@
 and write, which are all but the lattice types.
 `block_size` and `GGML_TYPES` also know the types that a GGUF file may hold but that are not for
 weights: integers, F64, and Q8_1 and Q8_K, which ggml keeps for products and turns into no floats.
-Importing this module is cheap: a codec imports its kernels (and so Numba: up to a second and 70 MB)
-when it is first used.
+Importing this module is cheap: a codec loads its kernels when it is first used.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from numpy.typing import NDArray
 from edgemerge.errors import MismatchError
 from edgemerge.formats.ggml_types import GGML_TYPES, block_size, row_bytes
 from edgemerge.formats.lattice import LATTICE_TYPES, decode_lattice
-from edgemerge.formats.lazy_kernel import load_kernel
 from edgemerge.formats.weighted import WEIGHTED_SCRATCH, WEIGHTED_TYPES, encode_weighted
+from edgemerge.native import load_kernel
 from edgemerge.types import Float32, TensorSpec, UInt8
 
 __all__ = ["CODECS", "GGML_TYPES", "Codec", "block_size", "find_codec", "row_bytes"]

@@ -32,7 +32,7 @@ from edgemerge.formats.hub_config import read_config
 from edgemerge.formats.hub_files import CONFIG, refuse_folder, stored_tensors
 from edgemerge.formats.hub_rope import rope_tensors
 from edgemerge.formats.safetensors import StoredTensor
-from edgemerge.formats.tokenizer import tokenizer_metadata
+from edgemerge.formats.tokenizer_process import read_tokenizer
 from edgemerge.types import FileState, Float32, TensorSpec, UInt8
 
 __all__ = ["HubModel"]
@@ -221,7 +221,7 @@ class HubModel:
             self._metadata = {
                 **general_metadata(self.path, self.architecture, self._specs.values()),
                 **self._config.metadata(),
-                **tokenizer_metadata(
+                **read_tokenizer(
                     self.path, self._config.raw, self._config.vocab_size, self._config.model_type
                 ),
             }

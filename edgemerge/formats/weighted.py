@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgemerge.formats.lazy_kernel import load_kernel
+from edgemerge.native import load_kernel
 from edgemerge.types import Float32, UInt8
 
-__all__ = ["WEIGHTED_SCRATCH", "WEIGHTED_TYPES", "encode_weighted"]
+__all__ = ["WEIGHTED_SCRATCH", "WEIGHTED_TYPES", "encode_weighted", "weighted_kernels"]
 
 LANES = 64
 FIT_ROWS = 16
@@ -196,3 +196,23 @@ _WRITERS: dict[str, Callable[[_Row, _Work, Float32, UInt8], None]] = {
     "Q5_0": _write_symmetric,
     "Q5_1": _write_affine,
 }
+
+_SYMMETRIC, _AFFINE = "weighted_symmetric.search_symmetric", "weighted_affine.search_affine"
+_KERNELS: dict[str, tuple[str, ...]] = {
+    "Q2_K": (_AFFINE, "weighted_scales.write_scales_q2_k", "q2_k.write_quants_q2_k"),
+    "Q3_K": (_SYMMETRIC, "weighted_symmetric.write_scales_q3_k", "q3_k.write_quants_q3_k"),
+    "Q4_K": (_AFFINE, "weighted_scales.write_scales_q4_k", "q4_k.write_quants_q4_k"),
+    "Q5_K": (_AFFINE, "weighted_scales.write_scales_q4_k", "q5_k.write_quants_q5_k"),
+    "Q6_K": (_SYMMETRIC, "q6_k.write_q6_k"),
+    "IQ4_NL": ("iq4.search_iq4", "iq4.write_iq4_nl"),
+    "IQ4_XS": ("iq4.search_iq4", "iq4.write_iq4_xs"),
+    "Q4_0": (_SYMMETRIC, "weighted_symmetric.write_q4_0_weighted"),
+    "Q4_1": (_AFFINE, "weighted_affine.write_q4_1_weighted"),
+    "Q5_0": (_SYMMETRIC, "weighted_symmetric.write_q5_0_weighted"),
+    "Q5_1": (_AFFINE, "weighted_affine.write_q5_1_weighted"),
+}
+
+
+def weighted_kernels(dtype: str) -> set[str]:
+    """Name the kernels (FILE.KERNEL) that encode one of `WEIGHTED_TYPES`."""
+    return {"importance.gather_weighted", *_KERNELS[dtype]}

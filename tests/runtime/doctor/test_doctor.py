@@ -127,7 +127,7 @@ def test_needs_where_layers_differ() -> None:
 
 @pytest.mark.parametrize(
     ("available", "budget"),
-    [(300, None), (320, 320), (500, 320), (1000, 448), (8192, 4096), (60000, 4096)],
+    [(120, None), (128, 128), (300, 128), (1000, 448), (8192, 4096), (60000, 4096)],
 )
 def test_budget_of_a_merge(available: int, budget: int | None) -> None:
     found = merge_budget(Memory(available * MIB, available * MIB, 0, 0))
@@ -150,10 +150,10 @@ def test_advice_names_the_largest_of_each_type() -> None:
 
 
 def test_advice_where_nothing_fits() -> None:
-    memory = Memory(GIB, 200 * MIB, 0, 0)
+    memory = Memory(GIB, 100 * MIB, 0, 0)
     nothing, _, merging = advise(memory, fit.fit_examples(memory.available), 1)
     assert nothing.startswith("no model of the table fits")
-    assert merging == "a merge needs about 320 MiB and 200 MiB are free: stop other programs first"
+    assert merging == "a merge needs about 124 MiB and 100 MiB are free: stop other programs first"
 
 
 def warnings_of(root: Path, storage: Storage = STORAGE) -> list[str]:

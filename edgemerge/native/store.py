@@ -1,0 +1,195 @@
+"""Where the machine code of kernels lies, and the child process that compiles what is missing.
+
+An image is looked for among those that a wheel brings (`prebuilt`), then in the folders where this machine
+keeps its own. What is found nowhere is compiled by `edgemerge.native.compiler` in a process of its own:
+LLVM's and Numba's memory, well over 100 MB, are never those of a merge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from edgemerge.errors import RuntimeFailure
+from edgemerge.native.image import BadImage, Image
+from edgemerge.native.signatures import SIGNATURES
+
+__all__ = ["compile_here", "compile_missing", "find_missing", "image_name", "load_image"]
+
+log = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+KERNELS = (HERE.parent / "kernels").resolve()
+PREBUILT = HERE / "prebuilt"
+# What x86-64-v3 has beyond x86-64, as /proc/cpuinfo names it: wheels bring code for it.
+X86_64_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+
+_in_memory: dict[str, Image] = {}  # compiled where no folder can be written
+
+
+def load_image(file: str, name: str) -> Image:
+    """Return a kernel's machine code, compiling it where it is found nowhere.
+
+    Parameters
+    ----------
+    file, name : str
+        As in `SIGNATURES`.
+
+    Raises
+    ------
+    RuntimeFailure
+        It could not be compiled.
+    """
+    image = _find(file, name)
+    if image is None:
+        compile_missing([f"{file}.{name}"])
+        image = _find(file, name)
+    if image is None:
+        raise RuntimeFailure(f"the kernel {file}.{name} was compiled and is gone again")
+    return image
+
+
+def find_missing(names: Collection[str]) -> list[str]:
+    """Of some kernels (FILE.KERNEL), list those that are not compiled."""
+    return sorted(name for name in names if _find(*name.split(".")) is None)
+
+
+def compile_missing(names: Collection[str]) -> None:
+    """Compile those of some kernels (FILE.KERNEL) that are not yet; does nothing where all are.
+
+    Raises
+    ------
+    RuntimeFailure
+        The compiler failed.
+    """
+    missing = find_missing(names)
+    if not missing:
+        return
+    folder = _writable_folder()
+    if folder is not None:
+        _run_compiler(folder, missing)
+        return
+    with tempfile.TemporaryDirectory(prefix="edgemerge-") as temporary:
+        _run_compiler(Path(temporary), missing)
+        for path in Path(temporary).glob("*.image"):
+            _in_memory[path.name] = Image.from_bytes(path.read_bytes())
+
+
+def compile_here(names: Sequence[str]) -> None:
+    """Compile kernels (FILE.KERNEL) in this process, for where none can be started: an emulator, a build.
+
+    Raises
+    ------
+    RuntimeFailure
+        No folder can be written.
+    """
+    from edgemerge.native.compiler import main
+
+    folder = _writable_folder()
+    if folder is None:
+        raise RuntimeFailure("no folder for compiled kernels can be written; set NUMBA_CACHE_DIR")
+    main(folder, list(names))
+
+
+def _run_compiler(folder: Path, names: list[str]) -> None:
+    """Let a child compile. With -P nothing in the user's folder is taken for a module."""
+    log.info("compiling %d kernels, once", len(names))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "edgemerge.native.compiler", str(folder), *names],
+            env={"NUMBA_CACHE_DIR": str(folder), **os.environ},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError as error:
+        raise RuntimeFailure(
+            f"the compiler of kernels could not be started ({error.strerror})"
+        ) from error
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"signal {-done.returncode}"])[-1]
+        raise RuntimeFailure(
+            f"the kernels could not be compiled ({reason}); edgemerge doctor says what this machine lacks"
+        )
+
+
+# -- where images lie ------------------------------------------------------------------------------------
+
+
+def image_name(file: str, name: str) -> str:
+    """Name the file of an image, after all that decides its code but processor and compiler."""
+    return f"{file}.{name}-{_source_hash(file)}.image"
+
+
+def _find(file: str, name: str) -> Image | None:
+    wanted = image_name(file, name)
+    if wanted in _in_memory:
+        return _in_memory[wanted]
+    for folder in (*_prebuilt_folders(), *_own_folders()):
+        with suppress(OSError, BadImage):
+            return Image.from_bytes((folder / wanted).read_bytes())
+    return None
+
+
+@cache
+def _source_hash(file: str) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for path in (KERNELS / f"{file}.py", HERE / "compiler.py", HERE / "linker.py"):
+        digest.update(path.read_bytes())
+    digest.update(repr(SIGNATURES[file]).encode())
+    return digest.hexdigest()
+
+
+def _prebuilt_folders() -> Iterator[Path]:
+    machine = platform.machine()
+    if machine == "aarch64" or (machine == "x86_64" and _processor_features() >= X86_64_V3):
+        yield PREBUILT / machine
+
+
+def _own_folders() -> list[Path]:
+    """Folders of this machine's images: as set, else beside the kernels, then the user's."""
+    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
+        parents = [Path(chosen)]
+    else:
+        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        parents = [KERNELS / "__pycache__", user / "edgemerge"]
+    return [parent / f"native-{_toolchain()}" for parent in parents]
+
+
+def _writable_folder() -> Path | None:
+    for folder in _own_folders():
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    return None
+
+
+@cache
+def _toolchain() -> str:
+    """Hash what else decides the machine code: compiler and processor."""
+    parts = [platform.machine(), version("numba"), version("llvmlite")]
+    parts += [os.environ.get(f"NUMBA_CPU_{part}", "") for part in ("NAME", "FEATURES")]
+    parts += sorted(_processor_features())
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
+
+
+@cache
+def _processor_features() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    stated = (line for line in lines if line.lower().startswith(("flags", "features")))
+    return frozenset(next(stated, "").partition(":")[2].split())

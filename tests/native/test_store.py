@@ -1,0 +1,141 @@
+"""Where machine code lies, and when the child that compiles is asked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgemerge.errors import RuntimeFailure
+from edgemerge.native import store
+from edgemerge.native.kernel import Kernel
+
+NAME = "linear.subtract"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder with nothing in it, not even itself."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "_in_memory", {})
+    return tmp_path / "cache"
+
+
+def image_path(cache: Path) -> Path:
+    (path,) = cache.glob("native-*/*.image")
+    return path
+
+
+def subtract_ones() -> list[float]:
+    values = np.arange(4, dtype=np.float32)
+    Kernel("linear", "subtract")(np.ones(4, np.float32), values)
+    return list(values)
+
+
+class Children:
+    """Stands in for `subprocess.run` and remembers what was asked for."""
+
+    def __init__(self, status: int | OSError = 0) -> None:
+        self.status = status
+        self.commands: list[list[str]] = []
+
+    def __call__(self, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        self.commands.append(command)
+        if isinstance(self.status, OSError):
+            raise self.status
+        return subprocess.CompletedProcess(command, self.status, "", "Traceback\nLinkError: no\n")
+
+
+def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.find_missing([NAME]) == [NAME]
+    assert subtract_ones() == [-1, 0, 1, 2]
+    assert store.find_missing([NAME]) == []
+    monkeypatch.setattr(store.subprocess, "run", None)  # nobody is asked again
+    store.compile_missing([NAME])
+    assert subtract_ones() == [-1, 0, 1, 2]
+
+
+def test_a_damaged_image_is_compiled_again(cache: Path) -> None:
+    store.compile_missing([NAME])
+    path = image_path(cache)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    assert store.find_missing([NAME]) == [NAME]
+    assert subtract_ones() == [-1, 0, 1, 2]
+    assert store.find_missing([NAME]) == []
+
+
+def test_another_source_or_processor_is_another_image(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.compile_missing([NAME])
+    monkeypatch.setattr(store, "_toolchain", lambda: "another")
+    assert store.find_missing([NAME]) == [NAME]
+    monkeypatch.undo()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(cache))
+    assert store.find_missing([NAME]) == []
+    monkeypatch.setattr(store, "_source_hash", lambda _: "another")
+    assert store.find_missing([NAME]) == [NAME]
+
+
+def test_a_wheels_images_come_first(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.compile_missing([NAME])
+    path = image_path(cache)
+    prebuilt = tmp_path / "prebuilt" / store.platform.machine()
+    prebuilt.mkdir(parents=True)
+    path.rename(prebuilt / path.name)
+    assert store.find_missing([NAME]) == [NAME]
+    monkeypatch.setattr(store, "PREBUILT", tmp_path / "prebuilt")
+    monkeypatch.setattr(store, "_processor_features", lambda: frozenset(store.X86_64_V3))
+    assert store.find_missing([NAME]) == []
+    assert subtract_ones() == [-1, 0, 1, 2]
+    if store.platform.machine() == "x86_64":  # an older processor must not run them
+        monkeypatch.setattr(store, "_processor_features", lambda: frozenset({"avx"}))
+        assert store.find_missing([NAME]) == [NAME]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert subtract_ones() == [-1, 0, 1, 2]
+    assert store.find_missing([NAME]) == []  # kept by the process
+
+
+@pytest.mark.parametrize("status", [1, -9, OSError(12, "no memory for a process")])
+def test_a_compiler_that_fails_is_one_sentence(
+    cache: Path, status: int | OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.subprocess, "run", Children(status))
+    with pytest.raises(RuntimeFailure, match="kernels could not be") as error:
+        store.load_image("linear", "subtract")
+    assert "\n" not in str(error.value)
+    assert not list(cache.glob("native-*/*"))
+
+
+def test_a_module_in_the_users_folder_is_not_run(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody's `tempfile.py` beside the recipe would be imported, and run."""
+    (tmp_path / "tempfile.py").write_text("open('ran', 'w').close()\nraise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    store.compile_missing([NAME])
+    assert not (tmp_path / "ran").exists()
+    assert image_path(cache)
+
+
+def test_the_child_is_this_python(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    children = Children()
+    monkeypatch.setattr(store.subprocess, "run", children)
+    store.compile_missing([NAME, "ties.elect"])
+    (command,) = children.commands
+    assert command[:3] == [sys.executable, "-P", "-m"]
+    assert command[-2:] == [NAME, "ties.elect"]
