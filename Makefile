@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv when there is none; a second run
 # finds everything in place. ARGS goes to the command: `make test ARGS='-k gguf -x'`.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check arm64 bench clean
+.PHONY: help demo test check arm64 bench wheel clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -24,8 +24,15 @@ arm64: .venv/bin/python  ## compare the bytes of codecs and merges with an emula
 bench: .venv/ready-dev  ## measure everything and rewrite the README's tables (ARGS picks: kernels align merge requant quality)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
+wheel: .venv/ready-run  ## build a wheel with kernels compiled for x86-64-v3 and AArch64 (ARGS=native: this machine only)
+	rm -rf build/lib
+	$(BIN)/python -m tools.prebuild
+	if [ "$(ARGS)" != native ]; then tools/arm64 --prebuild; fi
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+	rm -rf edgemerge/native/prebuilt
+
 clean:  ## remove .venv and all that was built here (the llama.cpp wheel stays in its cache)
-	rm -rf .venv build dist *.egg-info demo-output
+	rm -rf .venv build dist *.egg-info demo-output edgemerge/native/prebuilt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

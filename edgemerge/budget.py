@@ -27,9 +27,9 @@ __all__ = [
 
 MIB = 1 << 20
 
-# Interpreter, NumPy, Numba and the compiled kernels of a merge of many types (`edgemerge.warm` keeps the
-# compiling out of it); tests/test_budget_rss.py measures it. About 190 MiB as a rule, but up to 65 more where
-# the page cache holds LLVM's library in large folios, as after a fresh install: Linux then maps all of it.
+# Interpreter, NumPy, our modules and the machine code of the kernels: 42 to 50 MiB as a rule, and more where
+# the page cache holds libraries in large folios, all of which Linux then maps. Numba and LLVM, three times as
+# much, never enter the process (`edgemerge.native`). tests/test_budget_rss.py measures it.
 FLOOR_BYTES = 64 * MIB
 WORKER_BYTES = 1 * MIB  # a thread's stack and its Python objects
 SOLVER_BYTES = 72 << 20  # SciPy and POT, imported where a matching is in doubt

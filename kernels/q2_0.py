@@ -37,6 +37,14 @@ def _float_to_half(x):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def _word(four):
+    # Four bytes, the first lowest; LLVM makes one load of them
+    low = np.uint32(np.uint32(four[0]) | np.uint32(four[1]) << np.uint32(8))
+    high = np.uint32(np.uint32(four[2]) | np.uint32(four[3]) << np.uint32(8))
+    return np.uint32(low | high << np.uint32(16))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def decode_q2_0(raw_u8, out_f32):
     """Write the values of whole blocks (dequantize_row_q2_0).
 
@@ -50,11 +58,16 @@ def decode_q2_0(raw_u8, out_f32):
     for i in range(raw_u8.size // 18):
         block = raw_u8[18 * i : 18 * i + 18]
         d = _half_to_float(block[0], block[1])
+        y = out_f32[64 * i : 64 * i + 64]
+        w0, w1 = _word(block[2:6]), _word(block[6:10])
+        w2, w3 = _word(block[10:14]), _word(block[14:18])
+        # A word for 16 lanes: byte by byte LLVM finds four at most, for a fifth of the speed
         for j in range(16):
-            quants = np.int32(block[2 + j])
-            y = out_f32[64 * i + 4 * j : 64 * i + 4 * j + 4]
-            for r in range(y.size):
-                y[r] = np.float32(np.int32((quants >> np.int32(2 * r) & 3) - 1)) * d
+            shift = np.uint32(2 * j)
+            y[j] = np.float32(np.int32(np.int32(w0 >> shift & 3) - 1)) * d
+            y[16 + j] = np.float32(np.int32(np.int32(w1 >> shift & 3) - 1)) * d
+            y[32 + j] = np.float32(np.int32(np.int32(w2 >> shift & 3) - 1)) * d
+            y[48 + j] = np.float32(np.int32(np.int32(w3 >> shift & 3) - 1)) * d
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -66,6 +66,12 @@ def _float_to_half(x):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def _step_and_offset(d, dmin, code):
+    step = np.float32(d * np.float32(np.int32(code & 15)))
+    return step, np.float32(dmin * np.float32(np.int32(code >> 4)))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def decode_q2_k(raw_u8, out_f32):
     """Write the values of whole blocks (dequantize_row_q2_K).
 
@@ -80,18 +86,21 @@ def decode_q2_k(raw_u8, out_f32):
         block = raw_u8[84 * i : 84 * i + 84]
         d = _half_to_float(block[80], block[81])
         dmin = _half_to_float(block[82], block[83])
-        for j in range(16):
-            code = np.int32(block[j])
-            step = np.float32(d * np.float32(np.int32(code & 15)))
-            offset = np.float32(dmin * np.float32(np.int32(code >> 4)))
-            first = 16 + 32 * (j >> 3) + 16 * (j & 1)
-            quants = block[first : first + 16]
-            shift = np.int32(j & 6)
-            y = out_f32[256 * i + 16 * j : 256 * i + 16 * j + 16]
-            # y.size, not 16: LLVM unrolls a loop of known length before it tries to vectorise
-            for k in range(y.size):
-                q = np.int32(np.int32(quants[k]) >> shift & 3)
-                y[k] = step * np.float32(q) - offset
+        for j in range(4):
+            # Four sub-blocks that share their bytes, every other one
+            first = 8 * (j >> 1) + (j & 1)
+            d0, m0 = _step_and_offset(d, dmin, block[first])
+            d1, m1 = _step_and_offset(d, dmin, block[first + 2])
+            d2, m2 = _step_and_offset(d, dmin, block[first + 4])
+            d3, m3 = _step_and_offset(d, dmin, block[first + 6])
+            quants = block[16 + 16 * j : 32 + 16 * j]
+            y = out_f32[256 * i + 16 * first : 256 * i + 16 * first + 112]
+            for k in range(16):
+                q = np.int32(quants[k])
+                y[k] = d0 * np.float32(np.int32(q & 3)) - m0
+                y[32 + k] = d1 * np.float32(np.int32(q >> 2 & 3)) - m1
+                y[64 + k] = d2 * np.float32(np.int32(q >> 4 & 3)) - m2
+                y[96 + k] = d3 * np.float32(np.int32(q >> 6)) - m3
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

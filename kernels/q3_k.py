@@ -78,19 +78,22 @@ def decode_q3_k(raw_u8, out_f32):
     for i in range(raw_u8.size // 110):
         block = raw_u8[110 * i : 110 * i + 110]
         d = _half_to_float(block[108], block[109])
-        for j in range(16):
-            step = np.float32(d * _scale(block[96:108], j))
+        for j in range(4):
+            # Four sub-blocks that share their bytes, every other one
+            first = 8 * (j >> 1) + (j & 1)
+            d0 = np.float32(d * _scale(block[96:108], first))
+            d1 = np.float32(d * _scale(block[96:108], first + 2))
+            d2 = np.float32(d * _scale(block[96:108], first + 4))
+            d3 = np.float32(d * _scale(block[96:108], first + 6))
+            lower = block[32 + 16 * j : 48 + 16 * j]
             upper = block[16 * (j & 1) : 16 * (j & 1) + 16]
-            first = 32 + 32 * (j >> 3) + 16 * (j & 1)
-            lower = block[first : first + 16]
-            upper_shift = np.int32(j >> 1)
-            lower_shift = np.int32(j & 6)
-            y = out_f32[256 * i + 16 * j : 256 * i + 16 * j + 16]
-            # y.size, not 16: LLVM unrolls a loop of known length before it tries to vectorise
-            for k in range(y.size):
-                q = np.int32(np.int32(lower[k]) >> lower_shift & 3)
-                q = np.int32(q | (np.int32(upper[k]) >> upper_shift & 1) << 2)
-                y[k] = step * np.float32(np.int32(q - 4))
+            y = out_f32[256 * i + 16 * first : 256 * i + 16 * first + 112]
+            for k in range(16):
+                a, b = np.int32(lower[k]), np.int32(np.int32(upper[k]) >> np.int32(4 * (j >> 1)))
+                y[k] = d0 * np.float32(np.int32(np.int32(a & 3 | (b & 1) << 2) - 4))
+                y[32 + k] = d1 * np.float32(np.int32(np.int32(a >> 2 & 3 | (b & 2) << 1) - 4))
+                y[64 + k] = d2 * np.float32(np.int32(np.int32(a >> 4 & 3 | b & 4) - 4))
+                y[96 + k] = d3 * np.float32(np.int32(np.int32(a >> 6 | b >> 1 & 4) - 4))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

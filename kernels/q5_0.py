@@ -57,10 +57,9 @@ def decode_q5_0(raw_u8, out_f32):
         d = _half_to_float(block[0], block[1])
         fifth = np.int32(block[2]) | np.int32(block[3]) << 8
         fifth = np.int32(fifth | np.int32(block[4]) << 16 | np.int32(block[5]) << 24)
-        for j in range(quants.size):
+        for j in range(16):
             q = np.int32(quants[j] & 15) | np.int32(fifth >> np.int32(j)) << 4 & 16
             y[j] = np.float32(np.int32(q - 16)) * d
-        for j in range(quants.size):
             q = np.int32(quants[j] >> 4) | np.int32(fifth >> np.int32(j + 16)) << 4 & 16
             y[16 + j] = np.float32(np.int32(q - 16)) * d
 

@@ -58,10 +58,9 @@ def decode_q5_1(raw_u8, out_f32):
         m = _half_to_float(block[2], block[3])
         fifth = np.int32(block[4]) | np.int32(block[5]) << 8
         fifth = np.int32(fifth | np.int32(block[6]) << 16 | np.int32(block[7]) << 24)
-        for j in range(quants.size):
+        for j in range(16):
             q = np.int32(quants[j] & 15) | np.int32(fifth >> np.int32(j)) << 4 & 16
             y[j] = np.float32(np.int32(q)) * d + m
-        for j in range(quants.size):
             q = np.int32(quants[j] >> 4) | np.int32(fifth >> np.int32(j + 16)) << 4 & 16
             y[16 + j] = np.float32(np.int32(q)) * d + m
 

@@ -85,20 +85,25 @@ def decode_q6_k(raw_u8, out_f32):
     for i in range(raw_u8.size // 210):
         block = raw_u8[210 * i : 210 * i + 210]
         d = _half_to_float(block[208], block[209])
-        for j in range(16):
-            half = j >> 3
-            run = j >> 1 & 3
-            lower = block[64 * half + 16 * (j & 3) :]
-            upper = block[128 + 32 * half + 16 * (j & 1) :]
-            lower_shift = np.int32(4 * (run >> 1))
-            upper_shift = np.int32(2 * run)
-            step = np.float32(d * np.float32(np.int8(block[192 + j])))
-            y = out_f32[256 * i + 16 * j : 256 * i + 16 * j + 16]
-            # y.size, not 16: LLVM unrolls a loop of known length before it tries to vectorise
-            for k in range(y.size):
-                q = np.int32(np.int32(lower[k]) >> lower_shift & 15)
-                q = np.int32(q | (np.int32(upper[k]) >> upper_shift & 3) << 4)
-                y[k] = step * np.float32(np.int32(q - 32))
+        for j in range(4):
+            # Runs 0 to 3 of half a block, the first or the last 16 values of each
+            first = 64 * (j >> 1) + 16 * (j & 1)
+            lower = block[first : first + 48]
+            first = 128 + 32 * (j >> 1) + 16 * (j & 1)
+            upper = block[first : first + 16]
+            first = 192 + 8 * (j >> 1) + (j & 1)
+            d0 = np.float32(d * np.float32(np.int8(block[first])))
+            d1 = np.float32(d * np.float32(np.int8(block[first + 2])))
+            d2 = np.float32(d * np.float32(np.int8(block[first + 4])))
+            d3 = np.float32(d * np.float32(np.int8(block[first + 6])))
+            first = 256 * i + 128 * (j >> 1) + 16 * (j & 1)
+            y = out_f32[first : first + 112]
+            for k in range(16):
+                a, b, c = np.int32(lower[k]), np.int32(lower[32 + k]), np.int32(upper[k])
+                y[k] = d0 * np.float32(np.int32(np.int32(a & 15 | (c & 3) << 4) - 32))
+                y[32 + k] = d1 * np.float32(np.int32(np.int32(b & 15 | (c & 12) << 2) - 32))
+                y[64 + k] = d2 * np.float32(np.int32(np.int32(a >> 4 | c & 48) - 32))
+                y[96 + k] = d3 * np.float32(np.int32(np.int32(b >> 4 | c >> 2 & 48) - 32))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

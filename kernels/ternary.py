@@ -12,6 +12,8 @@ runs of 32 quants in 32 bytes, run r in bits 2 r and 2 r + 1; then d as binary16
 import numpy as np
 from numba import njit
 
+POWERS = np.array([3 ** (j // 4) for j in range(16)], np.int32)  # of the last 16 values of TQ1_0
+
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _half_to_float(low, high):
@@ -42,15 +44,18 @@ def _float_to_half(x):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _decode_digits(bytes_u8, n_digits, d, y):
-    power = np.int32(1)
-    for n in range(n_digits):
-        run = y[n * bytes_u8.size : (n + 1) * bytes_u8.size]
-        # run.size, not bytes_u8.size: LLVM then vectorises
-        for j in range(run.size):
-            fraction = np.int32(np.int32(bytes_u8[j]) * power & 255)
-            run[j] = np.float32(np.int32(np.int32(fraction * 3 >> 8) - 1)) * d
-        power = np.int32(power * 3)
+def _digit(byte, power):
+    # One less than the digit that is the first of byte * power
+    fraction = np.int32(byte * power & 255)
+    return np.float32(np.int32(np.int32(fraction * 3 >> 8) - 1))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _word(four):
+    # Four bytes, the first lowest; LLVM makes one load of them
+    low = np.uint32(np.uint32(four[0]) | np.uint32(four[1]) << np.uint32(8))
+    high = np.uint32(np.uint32(four[2]) | np.uint32(four[3]) << np.uint32(8))
+    return np.uint32(low | high << np.uint32(16))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -68,9 +73,24 @@ def decode_tq1_0(raw_u8, out_f32):
         block = raw_u8[54 * i : 54 * i + 54]
         y = out_f32[256 * i : 256 * i + 256]
         d = _half_to_float(block[52], block[53])
-        _decode_digits(block[:32], 5, d, y[:160])
-        _decode_digits(block[32:48], 5, d, y[160:240])
-        _decode_digits(block[48:52], 4, d, y[240:])
+        # All digits of a byte in one turn: loops of one digit each would be too short to vectorise
+        for j in range(32):
+            byte = np.int32(block[j])
+            y[j] = _digit(byte, 1) * d
+            y[32 + j] = _digit(byte, 3) * d
+            y[64 + j] = _digit(byte, 9) * d
+            y[96 + j] = _digit(byte, 27) * d
+            y[128 + j] = _digit(byte, 81) * d
+        last = _word(block[48:52])
+        for j in range(16):
+            byte = np.int32(block[32 + j])
+            y[160 + j] = _digit(byte, 1) * d
+            y[176 + j] = _digit(byte, 3) * d
+            y[192 + j] = _digit(byte, 9) * d
+            y[208 + j] = _digit(byte, 27) * d
+            y[224 + j] = _digit(byte, 81) * d
+            byte = np.int32(last >> np.uint32(8 * (j & 3)) & 255)
+            y[240 + j] = _digit(byte, POWERS[j]) * d
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -87,12 +107,15 @@ def decode_tq2_0(raw_u8, out_f32):
     for i in range(raw_u8.size // 66):
         block = raw_u8[66 * i : 66 * i + 66]
         d = _half_to_float(block[64], block[65])
-        for r in range(8):
-            quants = block[32 * (r >> 2) : 32 * (r >> 2) + 32]
-            shift = np.int32(2 * (r & 3))
-            y = out_f32[256 * i + 32 * r : 256 * i + 32 * r + 32]
-            for j in range(y.size):
-                y[j] = np.float32(np.int32((np.int32(quants[j]) >> shift & 3) - 1)) * d
+        for half in range(2):
+            quants = block[32 * half : 32 * half + 32]
+            y = out_f32[256 * i + 128 * half : 256 * i + 128 * half + 128]
+            for j in range(32):
+                q = np.int32(quants[j])
+                y[j] = np.float32(np.int32(np.int32(q & 3) - 1)) * d
+                y[32 + j] = np.float32(np.int32(np.int32(q >> 2 & 3) - 1)) * d
+                y[64 + j] = np.float32(np.int32(np.int32(q >> 4 & 3) - 1)) * d
+                y[96 + j] = np.float32(np.int32(np.int32(q >> 6) - 1)) * d
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

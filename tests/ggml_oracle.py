@@ -57,23 +57,31 @@ def traits(kind: int) -> TypeTraits:
     return library().ggml_get_type_traits(kind).contents
 
 
-def dequantize(kind: int, raw_u8: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """ggml's values of whole blocks."""
+def dequantize(
+    kind: int, raw_u8: NDArray[np.uint8], out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """ggml's values of whole blocks, in an array that may be given."""
     known = traits(kind)
-    out = np.empty(raw_u8.size // known.block_bytes * known.block_len, np.float32)
+    if out is None:
+        out = np.empty(raw_u8.size // known.block_bytes * known.block_len, np.float32)
     if known.to_float is None:  # F32
-        return raw_u8.view(np.float32).copy()
+        out[:] = raw_u8.view(np.float32)
+        return out
     _TO_FLOAT(known.to_float)(raw_u8.ctypes.data, out.ctypes.data, out.size)
     return out
 
 
 def quantize(
-    kind: int, x_f32: NDArray[np.float32], importance_f32: NDArray[np.float32] | None = None
+    kind: int,
+    x_f32: NDArray[np.float32],
+    importance_f32: NDArray[np.float32] | None = None,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """ggml's blocks of rows, as llama-quantize writes them, with the importances of columns or without."""
     n_rows, n_cols = x_f32.shape
     known = traits(kind)
-    out = np.empty(n_rows * n_cols // known.block_len * known.block_bytes, np.uint8)
+    if out is None:
+        out = np.empty(n_rows * n_cols // known.block_len * known.block_bytes, np.uint8)
     weights = None if importance_f32 is None else importance_f32.ctypes.data
     args = (kind, x_f32.ctypes.data, out.ctypes.data, 0, n_rows, n_cols, weights)
     assert library().ggml_quantize_chunk(*args) == out.size

@@ -63,7 +63,7 @@ def test_peak_stays_under_the_budget(
     random_models: list[Path], tmp_path: Path, method: str
 ) -> None:
     hashes = set()
-    for memory, threads in ((280, 1), (384, 2), (1024, 2)):
+    for memory, threads in ((96, 1), (160, 2), (1024, 2)):
         arguments = [*flags(random_models, method), "--memory", f"{memory}MiB"]
         report = run_merge([*arguments, "--threads", str(threads)], tmp_path / f"{memory}.gguf")
         assert report["budget_bytes"] == memory * MIB
@@ -83,7 +83,7 @@ def test_the_smallest_budget_works_with_a_cold_cache(
         method, [(e, None) for e in experts], base=base, parameters=pruned, out_type="Q5_K_M"
     )
     with pytest.raises(BudgetError) as error:
-        plan(recipe, memory=64 * MIB)
+        plan(recipe, memory=32 * MIB)
     arguments = [*flags(random_models, method), "-P", "epsilon=0.1", "--type", "Q5_K_M"]
     report = run_merge(
         [*arguments, "--memory", f"{error.value.needed // MIB}MiB"],

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from edgemerge.errors import MismatchError
 from edgemerge.formats.ggml_types import GGML_TYPES, block_size, row_bytes
-from edgemerge.formats.lattice import LATTICE_TYPES, decode_lattice
 from edgemerge.formats.weighted import WEIGHTED_SCRATCH, WEIGHTED_TYPES, encode_weighted
 from edgemerge.native import load_kernel
 from edgemerge.types import Float32, TensorSpec, UInt8
@@ -40,7 +39,7 @@ class Codec:
     """
 
     dtype: str
-    kernels: str | None  # file in kernels/; None: F32, which is copied, and the lattice types
+    kernels: str | None  # file in kernels/; None: F32, which is copied
     scratch_len: int = 0  # float32 elements that encode needs
     can_encode: bool = True
 
@@ -64,14 +63,11 @@ class Codec:
         out_f32 : (n_blocks * block_len,) float32
             written
         """
-        if self.dtype == "F32":
+        if self.kernels is None:
             out_f32.view(np.uint8)[:] = raw_u8
             return
         stored = self._stored(raw_u8, out_f32)
-        if self.kernels is None:
-            decode_lattice(self.dtype, stored, out_f32)
-        else:
-            load_kernel(self.kernels, f"decode_{self.dtype.lower()}")(stored, out_f32)
+        load_kernel(self.kernels, f"decode_{self.dtype.lower()}")(stored, out_f32)
 
     @property
     def is_weighted(self) -> bool:
@@ -148,7 +144,13 @@ CODECS: dict[str, Codec] = {
         Codec("NVFP4", kernels="fp4"),
         Codec("TQ1_0", kernels="ternary"),
         Codec("TQ2_0", kernels="ternary"),
-        *(Codec(dtype, kernels=None, can_encode=False) for dtype in LATTICE_TYPES),
+        Codec("IQ1_S", kernels="iq1", can_encode=False),
+        Codec("IQ1_M", kernels="iq1", can_encode=False),
+        Codec("IQ2_XXS", kernels="iq2", can_encode=False),
+        Codec("IQ2_XS", kernels="iq2", can_encode=False),
+        Codec("IQ2_S", kernels="iq2", can_encode=False),
+        Codec("IQ3_XXS", kernels="iq3", can_encode=False),
+        Codec("IQ3_S", kernels="iq3", can_encode=False),
     )
 }
 """ggml type name -> codec. Scratch is stated here, as asking a kernel for it would import Numba."""

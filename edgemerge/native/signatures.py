@@ -47,6 +47,19 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
     "importance": {
         "gather_weighted": "f4[::1], f4[::1], i8, i8, f4, f4, f4[::1], f4[::1]",
     },
+    "iq1": {
+        "decode_iq1_s": "u1[::1], f4[::1]",
+        "decode_iq1_m": "u1[::1], f4[::1]",
+    },
+    "iq2": {
+        "decode_iq2_xxs": "u1[::1], f4[::1]",
+        "decode_iq2_xs": "u1[::1], f4[::1]",
+        "decode_iq2_s": "u1[::1], f4[::1]",
+    },
+    "iq3": {
+        "decode_iq3_xxs": "u1[::1], f4[::1]",
+        "decode_iq3_s": "u1[::1], f4[::1]",
+    },
     "iq4": {
         "decode_iq4_nl": "u1[::1], f4[::1]",
         "decode_iq4_xs": "u1[::1], f4[::1]",

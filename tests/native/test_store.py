@@ -22,6 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder with nothing in it, not even itself."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "_in_memory", {})
+    monkeypatch.setattr(store, "PREBUILT", tmp_path / "no wheel")
     return tmp_path / "cache"
 
 
