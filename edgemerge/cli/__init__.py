@@ -1,6 +1,6 @@
 """The command line: parse, call the library, print; only here is printed and an exit code picked.
 
-Exit codes: 0 done; 1 an error of ours, one sentence on stderr; 2 usage; 130 interrupted.
+Exit codes: 0 done; 1 an error of ours, one sentence on stderr; 2 usage; 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
