@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 from bench_kernels import N_COLS, N_ROWS, rate
-from bench_merge import CACHE, make_models
-from measure import machine, run, table
+from bench_merge import make_models
+from measure import CACHE, machine, run, table
 
 from edgemerge import make_recipe, merge, open_model
 from edgemerge.formats.codec import CODECS
