@@ -2,12 +2,12 @@
 
     benchmarks/bench_scaling.py [--with-7b] [--work FOLDER]
 
-One of the four varies at a time, from 1.1B parameters (160M for experts), two experts, 512 MiB and two
-threads. Models are Q4_K_M and are merged to Q4_K_M, made once in --work by tools/make_gguf.py: 5 GB, and 13
-more for 7B. Llama-160M stands in for SmolLM2's 135M, whose rows of 576 no K-quant can hold: llama.cpp gives it
-other types, and its time per parameter would be that of other encoders. Each point is a fresh process; of some
-runs the one of least CPU time counts. Straight lines are fitted to CPU time by least squares of relative
-deviations, and the largest deviation from them is stated.
+One of the four varies at a time, from 1.1B parameters (160M where experts vary), two experts, 512 MiB and
+two threads. Models are Q4_K_M and are merged to Q4_K_M; tools/make_gguf.py makes them once in --work: 5 GB,
+and 13 more for 7B. Llama-160M stands in for SmolLM2's 135M, whose rows of 576 no K-quant can hold: llama.cpp
+gives it other types, and its time per parameter would be that of other encoders. Each point is a fresh
+process; of some runs the one of least CPU time counts. Straight lines are fitted to CPU time by least squares
+of relative deviations, and the largest deviation from them is stated.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class Bench:
             return [replace(small, experts=count) for count in EXPERTS]
         if axis == "threads":
             return [replace(centre, threads=count) for count in THREADS]
-        least = self._merge(method, centre).least_mib()
-        budgets = [least, *(mib for mib in BUDGETS if mib > least)]
+        least = {name: self._merge(name, centre).least_mib() for name in METHODS}
+        budgets = [least[method], *(mib for mib in BUDGETS if mib > max(least.values()))]
         return [replace(centre, budget=mib) for mib in budgets]
 
     def measure(self, method: str, axis: str, point: Point) -> Figures:
@@ -264,10 +264,10 @@ def draw(found: Sequence[Figures], lines: Mapping[str, Mapping[str, Line]], path
             above.plot(x, [one.cpu_s for one in points], label=method, **style)
             below.plot(x, [one.peak_mib for one in points], **{**style, "linestyle": "-"})
             if axis in lines:
-                draw_line(above, lines[axis][method], x, colour, logarithmic=axis == "parameters")
+                draw_line(above, lines[axis][method], x, colour)
         draw_budget(below, axis, found)
         below.set_xlabel(label)
-        set_scales(above, below, axis, found)
+        set_scales(above, below, axis)
     axes[0][0].set_ylabel("CPU seconds")
     axes[1][0].set_ylabel("peak memory, MiB")
     handles, names = axes[0][2].get_legend_handles_labels()
@@ -275,14 +275,10 @@ def draw(found: Sequence[Figures], lines: Mapping[str, Mapping[str, Line]], path
     save(figure, path)
 
 
-def draw_line(
-    panel: Any, line: Line, x: Sequence[float], colour: str, *, logarithmic: bool
-) -> None:
-    """Draw a fitted line, which is a curve on logarithmic scales."""
-    low, high = min(x), max(x)
-    steps = [i / 60 for i in range(61)]
-    places = [low * (high / low) ** t if logarithmic else low + (high - low) * t for t in steps]
-    panel.plot(places, [line.at(place) for place in places], color=colour, linewidth=1)
+def draw_line(panel: Any, line: Line, x: Sequence[float], colour: str) -> None:
+    """Draw a fitted line over the points' range."""
+    ends = min(x), max(x)
+    panel.plot(ends, [line.at(end) for end in ends], color=colour, linewidth=1)
 
 
 def draw_budget(panel: Any, axis: str, found: Sequence[Figures]) -> None:
@@ -307,14 +303,12 @@ def draw_budget(panel: Any, axis: str, found: Sequence[Figures]) -> None:
     )
 
 
-def set_scales(above: Any, below: Any, axis: str, found: Sequence[Figures]) -> None:
-    if axis == "parameters":
-        above.set_xscale("log")
-        above.set_yscale("log")
-        above.yaxis.set_major_formatter("{x:g}")
-        below.xaxis.set_major_formatter("{x:g}")
+def set_scales(above: Any, below: Any, axis: str) -> None:
+    """Let everything begin at zero, but budgets, which double."""
+    above.set_ylim(bottom=0)
     if axis == "experts":
         below.set_xticks(EXPERTS)
+        below.set_xlim(left=0)
     if axis == "budget":
         above.set_xscale("log", base=2)
         below.set_yscale("log", base=2)
@@ -322,8 +316,6 @@ def set_scales(above: Any, below: Any, axis: str, found: Sequence[Figures]) -> N
             scale.set_major_formatter("{x:g}")
     else:
         below.set_ylim(0, 600)
-    if axis != "parameters":
-        above.set_ylim(bottom=0)
 
 
 if __name__ == "__main__":

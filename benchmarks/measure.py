@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgemerge" / "bench"
+USERS_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+# where models are made that are worth keeping
+CACHE = Path(os.environ.get("EDGEMERGE_BENCH") or USERS_CACHE / "edgemerge" / "bench")
 FIGURES = ROOT / "benchmarks" / "figures"
 EDGEMERGE = (sys.executable, "-m", "edgemerge")
 BLOCK_BYTES = 512  # unit of the kernel's count of output
