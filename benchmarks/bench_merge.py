@@ -115,15 +115,16 @@ class Chain:
 
     def _merge(self, request: Path, words: list[str]) -> Cost:
         shutil.rmtree(self._merged, ignore_errors=True)
-        command = [self._python.with_name("mergekit-yaml"), request, self._merged, *words]
-        return run([*command, "--random-seed", "0"], QUIET)
+        program = self._python.with_name("mergekit-yaml")
+        return run([program, request, self._merged, *words, "--random-seed", "0"], QUIET)
 
     def _convert_and_quantise(self) -> None:
         threads = str(len(os.sched_getaffinity(0)))
-        convert = [self._python, self._converter, self._merged, "--outtype", "f16"]
-        self._rest["convert"] = run([*convert, "--outfile", self._half], QUIET)
-        quantise = [sys.executable, "-c", QUANTIZE, self._half, self._output, threads]
-        self._rest["quantise"] = run(quantise)
+        to_half = ["--outtype", "f16", "--outfile", str(self._half)]
+        self._rest["convert"] = run([self._python, self._converter, self._merged, *to_half], QUIET)
+        self._rest["quantise"] = run(
+            [sys.executable, "-c", QUANTIZE, self._half, self._output, threads]
+        )
         self._out_mib = self._output.stat().st_size / 2**20
         self._half.unlink()
         self._output.unlink()

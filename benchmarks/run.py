@@ -21,8 +21,7 @@ from measure import run
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 QUALITY = HERE / "QUALITY.md"
-ALONE = ("kernels", "align", "merge", "requant", "quality")
-ALONE += ("start", "profile", "memory", "scaling")
+ALONE = ["kernels", "align", "merge", "requant", "quality", "start", "profile", "memory", "scaling"]
 WHEN_ASKED = ("7b", "serve", "llama")
 
 

@@ -105,7 +105,7 @@ def write(plan: Plan, pools: Pools, path: Path) -> None:
         for spec in specs:
             file.seek(layout.offsets[spec.name])
             for raw in pieces(spec, pools.find(spec)):
-                file.write(raw)
+                file.write(raw.data)
         file.truncate(layout.n_bytes)
         file.flush()
         os.fsync(file.fileno())

@@ -35,8 +35,8 @@ START, IMPORTS, PLAN = "start of Python", "imports", "plan, headers, report"
 LOAD, READ, DECODE, MERGE = "kernels, first calls", "read", "decode", "merge arithmetic"
 ENCODE, CHECK, WRITE, BETWEEN = "encode", "CRC-32", "write", "Python between kernels"
 WAIT, ADVISE, HASH, SYNC = "wait for workers", "page-cache hints", "SHA-256", "reserve and sync"
-SECTIONS = (START, IMPORTS, PLAN, LOAD, READ, DECODE, MERGE, ENCODE)
-SECTIONS += (CHECK, WRITE, ADVISE, BETWEEN, WAIT, HASH, SYNC)
+SECTIONS = [START, IMPORTS, PLAN, LOAD, READ, DECODE, MERGE, ENCODE]
+SECTIONS += [CHECK, WRITE, ADVISE, BETWEEN, WAIT, HASH, SYNC]
 INPUT_OUTPUT = (READ, WRITE, SYNC)
 SYSTEM_CALLS = {
     READ: ("pread", "preadv", "read", "readv"),
