@@ -25,14 +25,13 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from types import ModuleType
 from typing import Any
 
 PROCESS_CPU = time.process_time()  # so far: the interpreter's own start
 STARTED = time.perf_counter()
 
 START, IMPORTS, PLAN = "start of Python", "imports", "plan, headers, report"
-LOAD, READ, DECODE, MERGE = "kernels, first calls", "read", "decode", "merge arithmetic"
+LOAD, READ, DECODE, MERGE = "load kernels", "read", "decode", "merge arithmetic"
 ENCODE, CHECK, WRITE, BETWEEN = "encode", "CRC-32", "write", "Python between kernels"
 WAIT, ADVISE, HASH, SYNC = "wait for workers", "page-cache hints", "SHA-256", "reserve and sync"
 SECTIONS = [START, IMPORTS, PLAN, LOAD, READ, DECODE, MERGE, ENCODE]
@@ -63,33 +62,24 @@ class Stopwatch:
     def __init__(self) -> None:
         self.spent: dict[tuple[str, bool], Spent] = {}
         self.first_write: float | None = None  # when the first write was done
-        self._known: set[object] = set()  # functions that were called before
         self._open = threading.local()
         self._lock = threading.Lock()
 
-    def time(self, section: str, function: Callable[..., Any], *, loads: bool = False) -> Any:
-        """Wrap a function; of one that `loads`, the first call counts as loading it."""
+    def time(self, section: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a function."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            return self.call(section, function, args, kwargs, key=function if loads else None)
+            return self.call(section, function, *args, **kwargs)
 
         return timed
 
-    def call(
-        self,
-        section: str,
-        function: Callable[..., Any],
-        args: Any = (),
-        kwargs: Any = None,
-        *,
-        key: object = None,
-    ) -> Any:
-        """Call a function on the clock; `key` names what its first call loads."""
+    def call(self, section: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function on the clock."""
         outer = getattr(self._open, "inner", None)
         self._open.inner = inner = [0.0, 0.0]  # wall and CPU seconds of the sections inside
         wall, cpu = time.perf_counter(), time.thread_time()
         try:
-            return function(*args, **(kwargs or {}))
+            return function(*args, **kwargs)
         finally:
             cpu, now = time.thread_time() - cpu, time.perf_counter()
             wall = now - wall
@@ -97,9 +87,7 @@ class Stopwatch:
             if outer is not None:
                 outer[0] += wall
                 outer[1] += cpu
-            is_first = key is not None and key not in self._known
-            self._add(LOAD if is_first else section, wall - inner[0], cpu - inner[1], now)
-            self._known.add(key)
+            self._add(section, wall - inner[0], cpu - inner[1], now)
 
     def _add(self, section: str, wall: float, cpu: float, now: float) -> None:
         in_worker = threading.current_thread() is not threading.main_thread()
@@ -116,17 +104,34 @@ class Stopwatch:
 
 
 def attach(watch: Stopwatch) -> None:
-    """Put stopwatches around what edgemerge calls; all of edgemerge has to be imported."""
+    """Put stopwatches around what edgemerge calls."""
+    from edgemerge.formats.codec import Codec
+    from edgemerge.native.kernel import Kernel
+
     for section, names in SYSTEM_CALLS.items():
         for name in names:
             setattr(os, name, watch.time(section, getattr(os, name)))
     zlib.crc32 = watch.time(CHECK, zlib.crc32)
     new_hash = hashlib.sha256
     hashlib.sha256 = lambda *data, **options: TimedHash(watch, new_hash(*data, **options))  # type: ignore[assignment]
-    threading.Condition.wait = _timed_method(watch, WAIT, threading.Condition.wait)  # type: ignore[method-assign]
-    threading.Thread.run = _timed_method(watch, BETWEEN, threading.Thread.run)  # type: ignore[method-assign]
-    _attach_codecs(watch)
-    _attach_kernels(watch)
+    for section, owner, name in (
+        (WAIT, threading.Condition, "wait"),
+        (BETWEEN, threading.Thread, "run"),
+        (DECODE, Codec, "decode"),  # F32 has no kernel
+        (ENCODE, Codec, "encode"),
+        (LOAD, Kernel, "_load"),
+    ):
+        setattr(owner, name, _timed_method(watch, section, getattr(owner, name)))
+    call = Kernel.__call__
+
+    def timed(kernel: Any, *args: Any) -> Any:
+        return watch.call(_section_of(kernel._name), call, kernel, *args)
+
+    Kernel.__call__ = timed  # type: ignore[assignment, method-assign]
+
+
+def _section_of(kernel: str) -> str:
+    return {"decode": DECODE, "encode": ENCODE}.get(kernel.partition("_")[0], MERGE)
 
 
 class TimedHash:
@@ -142,49 +147,9 @@ class TimedHash:
 
 def _timed_method(watch: Stopwatch, section: str, method: Callable[..., Any]) -> Any:
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return watch.call(section, method, (self, *args), kwargs)
+        return watch.call(section, method, self, *args, **kwargs)
 
     return timed
-
-
-def _attach_codecs(watch: Stopwatch) -> None:
-    """Time both directions of every type; the first use of each loads its kernels."""
-    from edgemerge.formats.codec import Codec
-
-    for section in (DECODE, ENCODE):
-        method = getattr(Codec, section)
-
-        def timed(codec: Any, *args: Any, _method: Any = method, _section: str = section) -> Any:
-            key = _section, codec.dtype
-            return watch.call(_section, _method, (codec, *args), key=key)
-
-        setattr(Codec, section, timed)
-
-
-def _attach_kernels(watch: Stopwatch) -> None:
-    """Time kernels where they are called: in kernels/ itself they have to stay what they are."""
-    inside = "edgemerge.kernels."
-    kernels = {name: module for name, module in sys.modules.items() if name.startswith(inside)}
-    functions = {
-        id(value): watch.time(MERGE, value, loads=True)
-        for module in kernels.values()
-        for name, value in vars(module).items()
-        if callable(value) and not isinstance(value, type) and not name.startswith("_")
-    }
-    stand_ins = {id(module): StandIn(module, functions) for module in kernels.values()}
-    for name, module in list(sys.modules.items()):
-        if name.startswith("edgemerge.") and not name.startswith(inside):
-            for attribute, value in list(vars(module).items()):
-                if stand_in := stand_ins.get(id(value)) or functions.get(id(value)):
-                    setattr(module, attribute, stand_in)
-
-
-class StandIn:
-    """A module of kernels, to those who call it."""
-
-    def __init__(self, module: ModuleType, functions: dict[int, Any]) -> None:
-        for name, value in vars(module).items():
-            setattr(self, name, functions.get(id(value), value))
 
 
 # -- one merge -------------------------------------------------------------------------------------------
@@ -204,14 +169,14 @@ def profile(arguments: list[str]) -> dict[str, Any]:
     watch = Stopwatch()
     watch.spent[START, False] = Spent(START, False, 1, before, PROCESS_CPU)
     for module in ("edgemerge.cli", "edgemerge.merge", "edgemerge.crew"):
-        watch.call(IMPORTS, importlib.import_module, (module,))
+        watch.call(IMPORTS, importlib.import_module, module)
     from edgemerge.cli import app
 
     attach(watch)
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        run = {"args": ["merge", *arguments, "--json"], "standalone_mode": False}
-        watch.call(PLAN, app, (), run)
+        words = ["merge", *arguments, "--json"]
+        watch.call(PLAN, app, args=words, standalone_mode=False)
     report = json.loads(output.getvalue())
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     wall = before + time.perf_counter() - STARTED
