@@ -50,8 +50,7 @@ def command_row(name: str, command: Sequence[str | Path]) -> dict[str, Any]:
 
 def median(costs: Sequence[Cost]) -> dict[str, float]:
     return {
-        key: statistics.median(getattr(cost, key) for cost in costs)
-        for key in ("wall_s", "cpu_s", "peak_rss_mib")
+        key: statistics.median(getattr(cost, key) for cost in costs) for key in ("wall_s", "cpu_s")
     }
 
 
@@ -61,7 +60,7 @@ def merge_rows(method: str, merge: Merge, output: Path) -> list[dict[str, Any]]:
         # Numba's cache and the user's, so that it holds however kernels are kept
         empty = {"NUMBA_CACHE_DIR": folder, "XDG_CACHE_HOME": folder}
         first = merge.profile(output, environment=empty)
-        again = [merge.run(output, environment=empty)[0] for _ in range(REPEATS)]
+        again = [merge.run(output, environment=empty) for _ in range(REPEATS)]
         profiles = [merge.profile(output, environment=empty) for _ in range(3)]
         cached = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
     return [
@@ -69,19 +68,22 @@ def merge_rows(method: str, merge: Merge, output: Path) -> list[dict[str, Any]]:
             "name": f"first merge, {method}",
             "wall_s": first["wall_s"],
             "cpu_s": first["cpu_s"] + first["children_cpu_s"],
-            "peak_rss_mib": max(
-                first["children_peak_mib"], first["report"]["peak_rss_bytes"] / 2**20
-            ),
+            "peak_mib": max(first["children_peak_mib"], peak_mib(first["report"])),
             "first_block_s": first["first_block_s"],
             "children_cpu_s": first["children_cpu_s"],
             "cached_mib": cached / 2**20,
         },
         {
             "name": f"second merge, {method}",
-            **median(again),
+            **median([cost for cost, _ in again]),
+            "peak_mib": statistics.median(peak_mib(report) for _, report in again),
             "first_block_s": statistics.median(one["first_block_s"] for one in profiles),
         },
     ]
+
+
+def peak_mib(report: dict[str, Any]) -> float:
+    return float(report["peak_rss_bytes"]) / 2**20
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
@@ -90,10 +92,9 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         cells = [row["name"], f"{row['wall_s']:.2f}", f"{row['cpu_s']:.2f}"]
-        cells += [
-            f"{row[key]:.2f}" if key in row else "" for key in ("children_cpu_s", "first_block_s")
-        ]
-        lines.append([*cells, f"{row['peak_rss_mib']:.0f}"])
+        for key, digits in (("children_cpu_s", 2), ("first_block_s", 2), ("peak_mib", 0)):
+            cells.append(f"{row[key]:.{digits}f}" if key in row else "")
+        lines.append(cells)
     return table(header, lines)
 
 

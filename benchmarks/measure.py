@@ -30,7 +30,7 @@ class Cost:
 
     wall_s: float
     cpu_s: float  # user and system, children included
-    peak_rss_mib: float  # of the largest process
+    peak_rss_mib: float  # of the largest process; Linux starts counting at this process's own
     written_mib: float  # to files, as the kernel counts it: deleted ones too
     output: str
 
