@@ -45,7 +45,7 @@ def main() -> None:
         for memory in options.memory:
             row = measure(merge, models, output, memory=memory, threads=options.threads)
             rows.append({"method": method, "memory": memory, "reading_s": reading, **row})
-            print(f"  {rows[-1]}", file=sys.stderr)
+            print(f"  {method}, {memory}: {row['wall_s']:.0f} s", file=sys.stderr)
     finish("7b", render(rows), rows, shape=options.shape)
 
 

@@ -35,13 +35,21 @@ class Cost:
     output: str
 
 
-def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Cost:
-    """Run a command to its end; its failure is an error that shows what it printed."""
+def run(
+    command: Sequence[str | Path],
+    environment: Mapping[str, str] | None = None,
+    *,
+    shows_progress: bool = False,
+) -> Cost:
+    """Run a command to its end; its failure is an error that shows what it printed.
+
+    What it says on stderr is part of the output, or goes to the terminal where it `shows_progress`.
+    """
     started = time.monotonic()
     child = subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=None if shows_progress else subprocess.STDOUT,
         text=True,
         env={**os.environ, **(environment or {})},
     )

@@ -56,7 +56,8 @@ def main() -> None:
     results = []
     for name in names:
         print(f"== {name}", file=sys.stderr)
-        lines = run([sys.executable, HERE / f"bench_{name}.py", *rest]).output.strip().splitlines()
+        command = [sys.executable, HERE / f"bench_{name}.py", *rest]
+        lines = run(command, shows_progress=True).output.strip().splitlines()
         result = json.loads(lines[-1])
         table = tables(lines)
         print(table)
