@@ -33,9 +33,10 @@ STARTED = time.perf_counter()
 START, IMPORTS, PLAN = "start of Python", "imports", "plan, headers, report"
 LOAD, READ, DECODE, MERGE = "load kernels", "read", "decode", "merge arithmetic"
 ENCODE, CHECK, WRITE, BETWEEN = "encode", "CRC-32", "write", "Python between kernels"
-WAIT, ADVISE, HASH, SYNC = "wait for workers", "page-cache hints", "SHA-256", "reserve and sync"
+WAIT, ADVISE, HASH, SYNC = "wait for each other", "page-cache hints", "SHA-256", "reserve and sync"
 SECTIONS = [START, IMPORTS, PLAN, LOAD, READ, DECODE, MERGE, ENCODE]
 SECTIONS += [CHECK, WRITE, ADVISE, BETWEEN, WAIT, HASH, SYNC]
+MAIN, WORKER, JOURNAL = "main", "worker", "journal"
 INPUT_OUTPUT = (READ, WRITE, SYNC)
 SYSTEM_CALLS = {
     READ: ("pread", "preadv", "read", "readv"),
@@ -50,7 +51,7 @@ class Spent:
     """What one section took, in one kind of thread, without the sections inside it."""
 
     section: str
-    in_worker: bool
+    thread: str  # main, worker, or journal, whose disk nobody waits for until the end
     calls: int = 0
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -60,7 +61,7 @@ class Stopwatch:
     """Adds up exclusive times per section, over all threads."""
 
     def __init__(self) -> None:
-        self.spent: dict[tuple[str, bool], Spent] = {}
+        self.spent: dict[tuple[str, str], Spent] = {}
         self.first_write: float | None = None  # when the first write was done
         self._open = threading.local()
         self._lock = threading.Lock()
@@ -90,14 +91,20 @@ class Stopwatch:
             self._add(section, wall - inner[0], cpu - inner[1], now)
 
     def _add(self, section: str, wall: float, cpu: float, now: float) -> None:
-        in_worker = threading.current_thread() is not threading.main_thread()
+        thread = _kind_of(threading.current_thread())
         with self._lock:
-            entry = self.spent.setdefault((section, in_worker), Spent(section, in_worker))
+            entry = self.spent.setdefault((section, thread), Spent(section, thread))
             entry.calls += 1
             entry.wall_s += wall
             entry.cpu_s += cpu
-            if section == WRITE and in_worker and self.first_write is None:
+            if section == WRITE and thread == WORKER and self.first_write is None:
                 self.first_write = now
+
+
+def _kind_of(thread: threading.Thread) -> str:
+    if thread is threading.main_thread():
+        return MAIN
+    return JOURNAL if "journal" in thread.name else WORKER
 
 
 # -- stopwatches everywhere ------------------------------------------------------------------------------
@@ -122,6 +129,12 @@ def attach(watch: Stopwatch) -> None:
         (LOAD, Kernel, "_load"),
     ):
         setattr(owner, name, _timed_method(watch, section, getattr(owner, name)))
+    join = threading.Thread.join
+
+    def timed_join(thread: threading.Thread, *args: Any) -> None:
+        watch.call(SYNC if _kind_of(thread) == JOURNAL else WAIT, join, thread, *args)
+
+    threading.Thread.join = timed_join  # type: ignore[assignment, method-assign]
     call = Kernel.__call__
 
     def timed(kernel: Any, *args: Any) -> Any:
@@ -167,7 +180,7 @@ def profile(arguments: list[str]) -> dict[str, Any]:
     """Merge as `edgemerge merge ARGUMENTS --json` does; return its report, and the profile."""
     before = seconds_before()
     watch = Stopwatch()
-    watch.spent[START, False] = Spent(START, False, 1, before, PROCESS_CPU)
+    watch.spent[START, MAIN] = Spent(START, MAIN, 1, before, PROCESS_CPU)
     for module in ("edgemerge.cli", "edgemerge.merge", "edgemerge.crew"):
         watch.call(IMPORTS, importlib.import_module, module)
     from edgemerge.cli import app
@@ -194,9 +207,11 @@ def profile(arguments: list[str]) -> dict[str, Any]:
 
 def _io_seconds(watch: Stopwatch, workers: int) -> float:
     """Wall seconds in which reads, writes and syncs held the merge up: per worker, and those of the end."""
-    spent = [one for one in watch.spent.values() if one.section in INPUT_OUTPUT]
-    in_workers = sum(one.wall_s for one in spent if one.in_worker)
-    return in_workers / workers + sum(one.wall_s for one in spent if not one.in_worker)
+    seconds = dict.fromkeys((MAIN, WORKER, JOURNAL), 0.0)
+    for spent in watch.spent.values():
+        if spent.section in INPUT_OUTPUT:
+            seconds[spent.thread] += spent.wall_s
+    return seconds[WORKER] / workers + seconds[MAIN]
 
 
 def add_up(sections: list[dict[str, Any]], kind: str) -> dict[str, float]:
