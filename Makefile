@@ -1,13 +1,13 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv when there is none; a second run
 # finds everything in place. ARGS goes to the command: `make test ARGS='-k gguf -x'`.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check arm64 bench wheel clean
+.PHONY: help demo test check arm64 bench bench-peers wheel clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/ready-run  ## merge small real models, score them, show what the best one answers, offline
 	$(BIN)/edgemerge demo $(ARGS)
@@ -21,8 +21,11 @@ check: .venv/ready-dev  ## lint, format, types, layers, then the tests (ARGS=--n
 arm64: .venv/bin/python  ## compare the bytes of codecs and merges with an emulated Arm's (ARGS=cortex-a53 picks the processor)
 	tools/arm64 $(ARGS)
 
-bench: .venv/ready-dev  ## measure everything and rewrite the README's tables (ARGS picks: kernels align merge requant quality)
+bench: .venv/ready-dev  ## measure everything and rewrite the README's tables (ARGS picks, as 'merge quality'; 7b, serve and llama only when asked for)
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through mergekit, llama.cpp's converter and quantiser; half an hour
+	$(BIN)/python benchmarks/run.py merge --peers .venv-peers $(ARGS)
 
 wheel: .venv/ready-run  ## build a wheel with kernels compiled for x86-64-v3 and AArch64 (ARGS=native: this machine only)
 	rm -rf build/lib
@@ -31,8 +34,8 @@ wheel: .venv/ready-run  ## build a wheel with kernels compiled for x86-64-v3 and
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 	rm -rf edgemerge/native/prebuilt
 
-clean:  ## remove .venv and all that was built here (the llama.cpp wheel stays in its cache)
-	rm -rf .venv build dist *.egg-info demo-output edgemerge/native/prebuilt
+clean:  ## remove the environments and all that was built here (the llama.cpp wheel stays in its cache)
+	rm -rf .venv .venv-peers build dist *.egg-info demo-output edgemerge/native/prebuilt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -58,4 +61,8 @@ clean:  ## remove .venv and all that was built here (the llama.cpp wheel stays i
 
 .venv/ready-dev: .venv/ready-run
 	$(PIP) -e '.[serve,dev]'
+	@touch $@
+
+.venv-peers/ready: .venv/bin/python benchmarks/make-peers
+	benchmarks/make-peers .venv-peers $(BIN)/python
 	@touch $@

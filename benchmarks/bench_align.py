@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from measure import machine, run, table
+from measure import CACHE, machine, run, table
 from numpy.typing import NDArray
 
 from edgemerge import open_model
@@ -24,7 +23,6 @@ from edgemerge.formats.gguf_writer import make_layout
 from edgemerge.formats.metadata import encode_value
 from edgemerge.types import TensorSpec
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgemerge" / "bench"
 N_HEADS, N_KV_HEADS, HEAD_DIM, WIDTH = 32, 8, 128, 4096
 SHAPES = {
     "attn_q": (N_HEADS * HEAD_DIM, WIDTH),

@@ -1,13 +1,14 @@
 """Merging a base and two experts of 1.1B parameters (bf16) into one Q4_K_M GGUF: time, memory, disk.
 
-    benchmarks/bench_merge.py                               edgemerge alone
-    benchmarks/bench_merge.py --peer-python VENV/bin/python \\
-        --converter llama.cpp/convert_hf_to_gguf.py         and the chain mergekit -> convert -> quantise
+    benchmarks/bench_merge.py                       edgemerge alone
+    benchmarks/bench_merge.py --peers .venv-peers   and the chain mergekit -> convert -> quantise
 
-The models are TinyLlama's shape with random weights, made once in --work (6.6 GB). The peer's
-environment needs torch and mergekit (and what the converter imports); llama-quantize is
-`llama_model_quantize` of our own llama-cpp-python. Every step is a fresh process; CPU seconds and ratios
-are what to compare, wall time depends on what else the machine does.
+The models are TinyLlama's shape with random weights, made once in --work (6.6 GB). benchmarks/make-peers
+makes the peers' environment; llama-quantize is `llama_model_quantize` of our own llama-cpp-python. Every
+step is a fresh process. mergekit runs twice, as it comes and with one thread, and the run of less CPU time
+counts. All methods give the converter and the quantiser tensors of the same shapes and types, so these two
+run once and count for every method. CPU seconds and ratios are what to compare; wall time depends on what
+else the machine does.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
-from measure import Cost, machine, run, table
+from charts import draw_bars
+from measure import CACHE, FIGURES, ROOT, Cost, Merge, figures, finish, run, table
 
-ROOT = Path(__file__).resolve().parents[1]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgemerge" / "bench"
+FILE_TYPE = "Q4_K_M"
 METHODS: dict[str, dict[str, float]] = {
     "linear": {},
     "task_arithmetic": {},
@@ -33,6 +35,9 @@ METHODS: dict[str, dict[str, float]] = {
     "breadcrumbs": {"density": 0.9},
     "hierarchical": {},
 }
+OURS = ("hierarchical",)  # which mergekit has not
+MERGEKIT = {"as it comes": [], "one thread": ["--num-threads", "1"]}
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 QUANTIZE = """
 import ctypes, sys, llama_cpp
 params = llama_cpp.llama_model_quantize_default_params()
@@ -70,34 +75,59 @@ def recipe(method: str, models: list[Path]) -> str:
     return f"merge_method: {method}\n{base_line}models:\n{entries}{rest}dtype: bfloat16\n"
 
 
-def merge_ours(request: Path, work: Path, memory: str, threads: int) -> Cost:
-    output = work / "ours.gguf"
-    command = [sys.executable, "-m", "edgemerge", "merge", request, "-o", output, "--force"]
-    cost = run(
-        [*command, "--type", "Q4_K_M", "--memory", memory, "--threads", str(threads), "--json"]
-    )
-    output.unlink()
-    return cost
+def merge_ours(request: Path, work: Path, memory: str, threads: int) -> dict[str, Any]:
+    merge = Merge((str(request), "--type", FILE_TYPE))
+    limits: dict[str, Any] = {"memory": memory, "threads": threads}
+    merge.run(work / "ours.gguf", **limits)  # compiles what is not compiled
+    cost, report = merge.run(work / "ours.gguf", **limits)
+    return {**figures(cost), "temporary_mib": cost.written_mib - report["out_bytes"] / 2**20}
 
 
-def merge_theirs(request: Path, work: Path, python: Path, converter: Path) -> dict[str, Cost]:
-    """Run the chain that people use today, one process per step."""
-    merged, half, output = work / "merged", work / "half.gguf", work / "theirs.gguf"
-    shutil.rmtree(merged, ignore_errors=True)
-    threads = str(len(os.sched_getaffinity(0)))
-    mergekit = python.parent / "mergekit-yaml"
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    steps = {
-        "mergekit": run([mergekit, request, merged, "--random-seed", "0"], quiet),
-        "convert": run([python, converter, merged, "--outtype", "f16", "--outfile", half], quiet),
-        "quantise": run([sys.executable, "-c", QUANTIZE, half, output, threads]),
-    }
-    temporary = sum(p.stat().st_size for p in merged.rglob("*")) + half.stat().st_size
-    print(f"    temporary files: {temporary / 2**30:.1f} GiB", file=sys.stderr)
-    shutil.rmtree(merged)
-    half.unlink()
-    output.unlink()
-    return steps
+class Chain:
+    """What people run today: mergekit, then llama.cpp's converter, then its quantiser."""
+
+    def __init__(self, peers: Path, work: Path) -> None:
+        self._python = peers.absolute() / "bin" / "python"
+        self._converter = peers.absolute() / "llama.cpp" / "convert_hf_to_gguf.py"
+        self._merged, self._half, self._output = (
+            work / name for name in ("merged", "half.gguf", "theirs.gguf")
+        )
+        self._rest: dict[str, Cost] = {}  # the steps that are the same for every method
+        self._out_mib = 0.0
+
+    def run(self, request: Path) -> dict[str, Any]:
+        """Run the steps of one method, a process each."""
+        tries = {name: self._merge(request, words) for name, words in MERGEKIT.items()}
+        best = min(tries, key=lambda name: tries[name].cpu_s)
+        if not self._rest:
+            self._convert_and_quantise()
+        shutil.rmtree(self._merged)
+        steps = {"mergekit": tries[best], **self._rest}
+        costs = list(steps.values())
+        return {
+            "wall_s": sum(cost.wall_s for cost in costs),
+            "cpu_s": sum(cost.cpu_s for cost in costs),
+            "peak_rss_mib": max(cost.peak_rss_mib for cost in costs),
+            "temporary_mib": sum(cost.written_mib for cost in costs) - self._out_mib,
+            "mergekit": best,
+            "steps": {name: figures(cost) for name, cost in {**steps, **tries}.items()},
+        }
+
+    def _merge(self, request: Path, words: list[str]) -> Cost:
+        shutil.rmtree(self._merged, ignore_errors=True)
+        program = self._python.with_name("mergekit-yaml")
+        return run([program, request, self._merged, *words, "--random-seed", "0"], QUIET)
+
+    def _convert_and_quantise(self) -> None:
+        threads = str(len(os.sched_getaffinity(0)))
+        to_half = ["--outtype", "f16", "--outfile", str(self._half)]
+        self._rest["convert"] = run([self._python, self._converter, self._merged, *to_half], QUIET)
+        self._rest["quantise"] = run(
+            [sys.executable, "-c", QUANTIZE, self._half, self._output, threads]
+        )
+        self._out_mib = self._output.stat().st_size / 2**20
+        self._half.unlink()
+        self._output.unlink()
 
 
 def main() -> None:
@@ -106,59 +136,73 @@ def main() -> None:
     parser.add_argument("--shape", default="tinyllama")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--memory", default="384MiB")
-    parser.add_argument("--peer-python", type=Path)
-    parser.add_argument("--converter", type=Path)
-    parser.add_argument("--peer-methods", nargs="+", default=["linear", "task_arithmetic", "ties"])
+    parser.add_argument("--peers", type=Path, help="environment of benchmarks/make-peers")
+    parser.add_argument("--figure", type=Path, default=FIGURES / "merge.png")
     options = parser.parse_args()
-    if (options.peer_python is None) != (options.converter is None):
-        parser.error("--peer-python and --converter go together")
     models = make_models(options.work, options.shape)
     threads = len(os.sched_getaffinity(0))
-    figures: list[dict[str, object]] = []
+    chain = Chain(options.peers, options.work) if options.peers else None
+    rows: list[dict[str, Any]] = []
     for method in options.methods:
         request = options.work / "recipe.yml"
         request.write_text(recipe(method, models))
-        merge_ours(request, options.work, options.memory, threads)  # compiles what is not compiled
-        cost = merge_ours(request, options.work, options.memory, threads)
-        row: dict[str, object] = {"method": method, **_figures(cost)}
-        if options.peer_python is not None and method in options.peer_methods:
-            steps = merge_theirs(request, options.work, options.peer_python, options.converter)
-            row["chain"] = {
-                "wall_s": sum(step.wall_s for step in steps.values()),
-                "cpu_s": sum(step.cpu_s for step in steps.values()),
-                "peak_rss_mib": max(step.peak_rss_mib for step in steps.values()),
-                "steps": {name: _figures(step) for name, step in steps.items()},
-            }
+        row = {"method": method, **merge_ours(request, options.work, options.memory, threads)}
+        if chain is not None and method not in OURS:
+            row["chain"] = chain.run(request)
         print(f"  {row}", file=sys.stderr)
-        figures.append(row)
-    print(render(figures, options.memory))
-    print(json.dumps({"bench": "merge", "machine": machine(), "rows": figures}))
+        rows.append(row)
+    if chain is not None:
+        draw(rows, options.figure)
+    finish("merge", render(rows, options.memory), rows)
 
 
-def _figures(cost: Cost) -> dict[str, float]:
-    return {"wall_s": cost.wall_s, "cpu_s": cost.cpu_s, "peak_rss_mib": cost.peak_rss_mib}
-
-
-def render(figures: list[dict[str, object]], memory: str) -> str:
+def render(rows: list[dict[str, Any]], memory: str) -> str:
     """Return the Markdown table of the README."""
-    header = ["method", "edgemerge: wall s", "CPU s", f"peak MiB (budget {memory})"]
-    with_chain = any("chain" in row for row in figures)
+    header = [
+        "method",
+        "edgemerge: wall s",
+        "CPU s",
+        f"peak MiB (budget {memory})",
+        "temporary GiB",
+    ]
+    with_chain = any("chain" in row for row in rows)
     if with_chain:
-        header += ["chain: wall s", "CPU s", "peak MiB", "CPU ratio", "memory ratio"]
-    rows = []
-    for row in figures:
-        cells = [f"{row['method']}", f"{row['wall_s']:.1f}", f"{row['cpu_s']:.1f}"]
-        cells.append(f"{row['peak_rss_mib']:.0f}")
-        chain = row.get("chain")
-        if isinstance(chain, dict):
+        header += ["chain: wall s", "CPU s", "peak MiB", "temporary GiB"]
+        header += ["CPU ratio", "memory ratio"]
+    lines = []
+    for row in rows:
+        cells = [row["method"], f"{row['wall_s']:.1f}", f"{row['cpu_s']:.1f}"]
+        cells += [f"{row['peak_rss_mib']:.0f}", gib(row["temporary_mib"])]
+        if chain := row.get("chain"):
             cells += [f"{chain['wall_s']:.0f}", f"{chain['cpu_s']:.0f}"]
-            cells += [f"{chain['peak_rss_mib']:.0f}"]
-            cells += [f"{chain['cpu_s'] / float(str(row['cpu_s'])):.0f}x"]
-            cells += [f"{chain['peak_rss_mib'] / float(str(row['peak_rss_mib'])):.0f}x"]
+            cells += [f"{chain['peak_rss_mib']:.0f}", gib(chain["temporary_mib"])]
+            cells += [f"{chain[key] / row[key]:.0f}x" for key in ("cpu_s", "peak_rss_mib")]
         elif with_chain:
-            cells += ["not run"] + [""] * 4
-        rows.append(cells)
-    return table(header, rows)
+            cells += ["not in mergekit"] + [""] * 5
+        lines.append(cells)
+    return table(header, lines)
+
+
+def gib(mib: float) -> str:
+    """Say a size in GiB; what is less than half a unit is nothing, not minus nothing."""
+    return f"{abs(mib) / 1024:.1f}"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw CPU time and peak memory of both, method by method."""
+    compared = [row for row in rows if "chain" in row]
+    bars = {
+        kind: {
+            "edgemerge": [row[kind] for row in compared],
+            "mergekit, convert, quantise": [row["chain"][kind] for row in compared],
+        }
+        for kind in ("cpu_s", "peak_rss_mib")
+    }
+    draw_bars(
+        [row["method"] for row in compared],
+        {"CPU seconds": bars["cpu_s"], "peak memory, MiB": bars["peak_rss_mib"]},
+        path,
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     benchmarks/bench_requant.py [--shape tinyllama] [--method task_arithmetic]
 
-A base and two experts (of bench_merge, converted once) are merged in a fresh process with one worker.
+A base and two experts (made by tools/make_gguf.py) are merged in a fresh process with one worker.
 Beside it stands what the same run says of the codecs: every tensor of three inputs decoded and of one
 output encoded, at the rates of bench_kernels. The difference is reading, checking and summing task
 vectors, checksums, writing, and the start of Python, which is also shown by itself.
@@ -18,23 +18,13 @@ from pathlib import Path
 
 import numpy as np
 from bench_kernels import N_COLS, N_ROWS, rate
-from bench_merge import CACHE, make_models
-from measure import machine, run, table
+from measure import CACHE, machine, make_gguf, run, table
 
-from edgemerge import make_recipe, merge, open_model
+from edgemerge import open_model
 from edgemerge.formats.codec import CODECS
 
 FILE_TYPE = "Q4_K_M"
 REPEATS = 3
-
-
-def quantise(models: list[Path]) -> list[Path]:
-    """Convert the models of bench_merge, unless that is done."""
-    made = [model.with_name(f"{model.name}-{FILE_TYPE}.gguf") for model in models]
-    for model, path in zip(models, made, strict=True):
-        if not path.exists():
-            merge(make_recipe("passthrough", [(str(model), None)], out_type=FILE_TYPE), path)
-    return made
 
 
 def codec_seconds(models: list[Path], output: Path) -> float:
@@ -68,7 +58,7 @@ def main() -> None:
     parser.add_argument("--method", default="task_arithmetic")
     parser.add_argument("--memory", default="512MiB")
     options = parser.parse_args()
-    models = quantise(make_models(options.work, options.shape))
+    models = make_gguf(options.work, options.shape, FILE_TYPE, n_experts=2)
     output = options.work / "requantised.gguf"
     base, *experts = [str(path) for path in models]
     command = [sys.executable, "-m", "edgemerge", "merge", "-m", options.method, "--base", base]

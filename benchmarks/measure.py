@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import re
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+USERS_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+# where models are made that are worth keeping
+CACHE = Path(os.environ.get("EDGEMERGE_BENCH") or USERS_CACHE / "edgemerge" / "bench")
+FIGURES = ROOT / "benchmarks" / "figures"
+EDGEMERGE = (sys.executable, "-m", "edgemerge")
+BLOCK_BYTES = 512  # unit of the kernel's count of output
 
 
 @dataclass(frozen=True)
@@ -18,17 +30,26 @@ class Cost:
 
     wall_s: float
     cpu_s: float  # user and system, children included
-    peak_rss_mib: float  # of the largest process
+    peak_rss_mib: float  # of the largest process; Linux starts counting at this process's own
+    written_mib: float  # to files, as the kernel counts it: deleted ones too
     output: str
 
 
-def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> Cost:
-    """Run a command to its end; its failure is an error that shows what it printed."""
+def run(
+    command: Sequence[str | Path],
+    environment: Mapping[str, str] | None = None,
+    *,
+    shows_progress: bool = False,
+) -> Cost:
+    """Run a command to its end; its failure is an error that shows what it printed.
+
+    What it says on stderr is part of the output, or goes to the terminal where it `shows_progress`.
+    """
     started = time.monotonic()
     child = subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=None if shows_progress else subprocess.STDOUT,
         text=True,
         env={**os.environ, **(environment or {})},
     )
@@ -38,7 +59,99 @@ def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = N
     wall = time.monotonic() - started
     if status:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{output}")
-    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, output)
+    cpu = usage.ru_utime + usage.ru_stime
+    written = usage.ru_oublock * BLOCK_BYTES / 2**20
+    return Cost(wall, cpu, usage.ru_maxrss / 1024, written, output)
+
+
+def figures(cost: Cost) -> dict[str, float]:
+    """Return the figures of a cost by name."""
+    return {key: value for key, value in vars(cost).items() if key != "output"}
+
+
+# -- merges --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What to merge: the arguments of `edgemerge merge` but output, memory and threads."""
+
+    arguments: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, method: str, models: Sequence[Path], file_type: str, settings: Mapping[str, float] = {}
+    ) -> Merge:
+        """Merge experts, with a weight of 0.5 each, into their base, which is the first model."""
+        base, *experts = models
+        words = ["-m", method, "--type", file_type, "--base", str(base)]
+        words += [f"{expert}=0.5" for expert in experts]
+        words += [word for key, value in settings.items() for word in ("-P", f"{key}={value}")]
+        return cls(tuple(words))
+
+    def words(self, output: Path, memory: str | None, threads: int | None) -> list[str]:
+        """Return all arguments."""
+        words = [*self.arguments, "-o", str(output), "--force"]
+        words += ["--memory", memory] if memory else []
+        return words + (["--threads", str(threads)] if threads else [])
+
+    def run(
+        self,
+        output: Path,
+        *,
+        memory: str | None = None,
+        threads: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> tuple[Cost, dict[str, Any]]:
+        """Merge in a fresh process; the output is removed. Returns the cost and `--json`'s report."""
+        words = ["merge", *self.words(output, memory, threads), "--json"]
+        cost = run([*EDGEMERGE, *words], environment)
+        output.unlink()
+        return cost, json.loads(cost.output)
+
+    def profile(self, output: Path, **limits: Any) -> dict[str, Any]:
+        """Merge in a fresh process with stopwatches everywhere (tools/profile_merge.py)."""
+        environment = limits.pop("environment", None)
+        words = self.words(output, limits.get("memory"), limits.get("threads"))
+        cost = run(
+            [sys.executable, ROOT / "tools" / "profile_merge.py", *words, "--json"], environment
+        )
+        output.unlink()
+        found: dict[str, Any] = json.loads(cost.output)
+        return found
+
+    def least_mib(self) -> int:
+        """Return the smallest budget that the plan takes, in MiB."""
+        words = ["plan", *self.arguments, "--memory", "1MiB"]
+        done = subprocess.run([*EDGEMERGE, *words], capture_output=True, text=True, check=False)
+        found = re.search(r"--memory (\d+)MiB", done.stderr)
+        if not found:
+            raise SystemExit(f"edgemerge plan names no smallest budget:\n{done.stderr}")
+        return int(found[1])
+
+
+def make_gguf(work: Path, shape: str, file_type: str, n_experts: int) -> list[Path]:
+    """Make a base and experts with tools/make_gguf.py, unless they are there; return them."""
+    folder = work / shape
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["base", *(f"expert-{i + 1}" for i in range(n_experts))]
+    paths = [folder / f"{name}-{file_type}.gguf" for name in names]
+    for number, path in enumerate(paths):
+        if not path.exists():
+            words = ["--shape", shape, "--type", file_type, "--expert", str(number), "--out", path]
+            run([sys.executable, ROOT / "tools" / "make_gguf.py", *map(str, words)])
+    return paths
+
+
+def forget(paths: Iterable[Path]) -> None:
+    """Drop files from the page cache, so that reading them reads the disk."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# -- the machine, and tables -----------------------------------------------------------------------------
 
 
 def machine() -> dict[str, str]:
@@ -69,3 +182,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def finish(name: str, rendered: str, rows: object, **about: object) -> None:
+    """Print what run.py takes: the table, and one JSON object in the last line."""
+    print(rendered)
+    print(json.dumps({"bench": name, "machine": machine(), **about, "rows": rows}))

@@ -1,8 +1,10 @@
 """Run the benchmarks and write their tables into README.md and QUALITY.md, between their markers.
 
 benchmarks/run.py                    all that need nothing
-benchmarks/run.py merge quality      these; options that run.py does not know go to bench_merge
-benchmarks/run.py serve MODEL.gguf   what is no benchmark's name goes to it, too: serve and llama need models
+benchmarks/run.py merge quality      these
+benchmarks/run.py merge --shape zoo  options that run.py does not know go to the one benchmark asked for
+benchmarks/run.py 7b                 only when asked for: needs 18 GB of disk
+benchmarks/run.py serve MODEL.gguf   only when asked for, as llama: what is no benchmark's name goes to it
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from measure import run
@@ -18,8 +21,8 @@ from measure import run
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 QUALITY = HERE / "QUALITY.md"
-ALONE = ("kernels", "align", "merge", "requant", "quality")
-WITH_MODELS = ("serve", "llama")
+ALONE = ["kernels", "align", "merge", "requant", "quality", "start", "profile", "memory", "scaling"]
+WHEN_ASKED = ("7b", "serve", "llama")
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:
@@ -35,20 +38,28 @@ def rewrite(name: str, table: str, about: dict[str, str]) -> None:
     page.write_text(text)
 
 
+def tables(lines: Sequence[str]) -> str:
+    """Return the Markdown tables of an output, and what stands between them."""
+    found = [i for i, line in enumerate(lines) if line.startswith("|")]
+    return "\n".join(lines[found[0] : found[-1] + 1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = (*ALONE, *WITH_MODELS)
+    known = (*ALONE, *WHEN_ASKED)
     parser.add_argument("words", nargs="*", metavar="name", help=", ".join(known))
     options, rest = parser.parse_known_args()
     names = [word for word in options.words if word in known] or ALONE
     rest = [word for word in options.words if word not in known] + rest
+    if rest and len(names) > 1:
+        parser.error(f"whose is {rest[0]}? Options go to one benchmark")
     results = []
     for name in names:
-        extra = rest if name in ("merge", *WITH_MODELS) else []
         print(f"== {name}", file=sys.stderr)
-        lines = run([sys.executable, HERE / f"bench_{name}.py", *extra]).output.strip().splitlines()
+        command = [sys.executable, HERE / f"bench_{name}.py", *rest]
+        lines = run(command, shows_progress=True).output.strip().splitlines()
         result = json.loads(lines[-1])
-        table = "\n".join(line for line in lines if line.startswith("|"))
+        table = tables(lines)
         print(table)
         rewrite(name, table, result["machine"])
         results.append(result)

@@ -42,6 +42,10 @@ SHAPES: dict[str, dict[str, int | float | bool | str]] = {
         hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
         intermediate_size=1536, vocab_size=49152, max_position_embeddings=8192,
         rope_theta=100000.0, tie_word_embeddings=True, model_type="llama"),
+    "llama-160m": dict(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12,
+        intermediate_size=3072, vocab_size=32000, max_position_embeddings=2048,
+        rope_theta=10000.0, tie_word_embeddings=False, model_type="llama"),
     "tinyllama": dict(
         hidden_size=2048, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
         intermediate_size=5632, vocab_size=32000, max_position_embeddings=2048,
@@ -113,9 +117,14 @@ def tensor_shapes(config: dict[str, object]) -> Iterator[tuple[str, tuple[int, .
 
 
 def lay_out(
-    shapes: list[tuple[str, tuple[int, ...]]], dtype: str, shard_bytes: int, folder: Path
+    shapes: list[tuple[str, tuple[int, ...]]],
+    dtype: str,
+    shard_bytes: int,
+    folder: Path,
+    *,
+    allocate: Callable[[int, int, int], None] = os.posix_fallocate,
 ) -> list[Tensor]:
-    """Write the headers of all shards, reserve their data, and say where each tensor goes."""
+    """Write the headers of all shards, allocate their data, and say where each tensor goes."""
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     used = 0
     for name, shape in shapes:
@@ -139,7 +148,8 @@ def lay_out(
         text += b" " * (-len(text) % 8)
         with file.open("wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)
-            os.posix_fallocate(out.fileno(), 0, 8 + len(text) + end)
+            out.flush()
+            allocate(out.fileno(), 0, 8 + len(text) + end)
         tensors += read_header(file)
     if len(shards) > 1:
         index = {
