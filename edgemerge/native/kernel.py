@@ -113,13 +113,19 @@ def _packer(kind: str) -> Callable[[Any, list[Any]], None]:
         convert = _SCALARS[kind][1]
         return lambda argument, flat: flat.append(convert(argument))
     dtype, n_dims = np.dtype(code), kind.count(":,") + 1
+    item_size = dtype.itemsize
+    byte_at, address_of = ctypes.c_char.from_buffer, ctypes.addressof
 
     def pack(array: Any, flat: list[Any]) -> None:
         # Machine code checks nothing: another type or layout would be read as something else.
         if array.dtype != dtype or array.ndim != n_dims or not array.flags.carray:
             raise TypeError(f"{array.dtype}, {array.ndim}-D: a kernel takes contiguous {kind}")
-        flat += (None, None, array.size, array.itemsize, array.ctypes.data)
-        flat += array.shape
-        flat += array.strides
+        size = array.size
+        # A quarter of what array.ctypes.data takes, but there is no first byte of nothing.
+        address = address_of(byte_at(array)) if size else array.ctypes.data
+        if n_dims == 1:
+            flat += (None, None, size, item_size, address, size, item_size)
+        else:
+            flat += (None, None, size, item_size, address, *array.shape, *array.strides)
 
     return pack
