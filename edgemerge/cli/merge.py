@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.sign import sign_output
 from edgemerge.cli.terminal import plain, print_json, print_table, progress_bar, speaks_plainly
 from edgemerge.types import Plan, Recipe, TensorJob
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from edgemerge.report import MergeReport
 
 __all__ = ["merge_command", "plan_command", "print_report", "run_merge"]
@@ -39,10 +42,14 @@ def merge_command(
     force: request.Force = False,
     json_: request.Json = False,
     report: request.Report = None,
+    sign: request.Sign = None,
 ) -> None:
     """Merge models into one GGUF."""
     from edgemerge.output import check_output
     from edgemerge.page import write_page
+    from edgemerge.signature import signature_path
+
+    key = None if sign is None else _read_key(sign)  # now, not after an hour's work
 
     recipe = request.read_request(
         models,
@@ -60,7 +67,9 @@ def merge_command(
     inputs = (*recipe.models(), *(Path(text).resolve() for text in models))
     if split is None:  # else the names follow from the plan
         check_output(output, inputs, force=force)
-    if report is not None:  # now, not after an hour's work
+        if key is not None:
+            check_output(signature_path(output), inputs, force=force)
+    if report is not None:
         if report.resolve() == output.resolve():
             raise typer.BadParameter("-o and --report name the same file")
         check_output(report, inputs, force=force)
@@ -70,7 +79,14 @@ def merge_command(
     )
     if report is not None:
         write_page(result, report)
-    print_report(result, as_json=json_)
+    signature = None if key is None else sign_output(result.output, key, force=force, quiet=json_)
+    print_report(result, as_json=json_, signature=signature)
+
+
+def _read_key(path: Path) -> Ed25519PrivateKey:
+    from edgemerge.keys import read_private_key
+
+    return read_private_key(path)
 
 
 def run_merge(
@@ -103,12 +119,15 @@ def run_merge(
         )
 
 
-def print_report(report: MergeReport, *, as_json: bool) -> None:
+def print_report(report: MergeReport, *, as_json: bool, signature: Path | None = None) -> None:
     """Say on stdout what was done."""
+    signed = {} if signature is None else {"signature": str(signature)}
     if as_json:
-        print_json(report.as_json())
-    else:
-        print("\n".join(map(plain, report.lines())))
+        print_json(report.as_json() | signed)
+        return
+    print("\n".join(map(plain, report.lines())))
+    if signature is not None:
+        print(f"  signed in {plain(str(signature))}")
 
 
 @speaks_plainly

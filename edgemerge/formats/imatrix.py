@@ -35,7 +35,9 @@ CHUNKS_KEY = "imatrix.chunk_count"
 NEEDED_KEYS = (DATASETS_KEY, CHUNKS_KEY, "imatrix.chunk_size")
 SUMS, COUNTS = ".in_sum2", ".counts"
 MAX_DATASET_BYTES = 1 << 10
-MAX_COUNTS = 1 << 20  # in all: held in memory, as sums are not; 256 experts in 61 layers have 47 000
+MAX_COUNTS = (
+    1 << 20
+)  # in all: held in memory, as sums are not; 256 experts in 61 layers have 47 000
 MIN_ENTRY_BYTES = 4 + 1 + 4 + 4 + 4  # length, one byte of name, calls, number of values, one value
 CHUNK = 1 << 20
 LARGEST = 1e20  # mean squares are far below; beyond, an encoder's weighted sums could overflow
@@ -132,7 +134,9 @@ class ImportanceMatrix:
             raise self._fail("holds no importances; make it again with llama-imatrix")
         n_counts = sum(spec.n_elements for name, spec in specs.items() if name.endswith(COUNTS))
         if n_counts > MAX_COUNTS:
-            raise self._fail(f"has {n_counts} counts, the most are {MAX_COUNTS}; get the file again")
+            raise self._fail(
+                f"has {n_counts} counts, the most are {MAX_COUNTS}; get the file again"
+            )
         for name in sorted(names):
             sums, counts = specs.get(name + SUMS), specs.get(name + COUNTS)
             if sums is None or counts is None:

@@ -1,0 +1,106 @@
+"""`edgemerge verify`: whether a merged file is what was written, what made it, and who signed it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgemerge.cli import request
+from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plainly
+
+if TYPE_CHECKING:
+    from edgemerge.inspection import Provenance
+    from edgemerge.signature import Signed
+    from edgemerge.verification import Verification
+
+__all__ = ["verify_command"]
+
+
+@speaks_plainly
+def verify_command(
+    model: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Merged GGUF; of a split, any part.")
+    ],
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key", metavar="PUB.pem", help="Also check the signature beside it with this key."
+        ),
+    ] = None,
+    threads: request.Threads = None,
+    json_: request.Json = False,
+) -> None:
+    """Check a merged file against its own checksums, and say what made it."""
+    from edgemerge.merge import default_threads
+    from edgemerge.verification import verify_model
+
+    signed = None if key is None else _check_signature(model, key, quiet=json_)
+    with progress_bar(f"verify {model.name}", quiet=json_) as progress:
+        found = verify_model(model, threads=threads or default_threads(), progress=progress)
+    if json_:
+        print_json(_as_json(found, signed))
+    elif found.is_sound:
+        _print(found, signed)
+    found.check()
+
+
+def _check_signature(model: Path, key: Path, *, quiet: bool) -> Signed:
+    from edgemerge.keys import read_public_key
+    from edgemerge.signature import check_signature
+
+    public = read_public_key(key)
+    with progress_bar(f"signature of {model.name}", quiet=quiet) as progress:
+        return check_signature(model, public, progress=progress)
+
+
+def _as_json(found: Verification, signed: Signed | None) -> dict[str, Any]:
+    from edgemerge.inspection import shorten
+
+    provenance = found.provenance
+    return {
+        "files": [str(path) for path in found.files],
+        "sound": found.is_sound,
+        "tensors": found.tensors,
+        "bytes": found.nbytes,
+        "damaged": list(found.damaged),
+        "trailing_bytes": found.trailing_bytes,
+        "version": provenance.version,
+        "method": provenance.method,
+        "seed": shorten(provenance.seed),
+        "inputs": [{"name": name, "crc32": crc32} for name, crc32 in provenance.inputs],
+        "recipe": _read_recipe(provenance),
+        "signature": None if signed is None else {"path": str(signed.path), "key": signed.key},
+    }
+
+
+def _read_recipe(provenance: Provenance) -> object:
+    """Return the recipe as the JSON that it is, or its text where another program has changed it."""
+    try:
+        recipe: object = json.loads(provenance.recipe)
+        json.dumps(recipe, allow_nan=False)
+        return recipe
+    except (ValueError, RecursionError):
+        return provenance.recipe
+
+
+def _print(found: Verification, signed: Signed | None) -> None:
+    from edgemerge.sizes import format_size
+
+    provenance = found.provenance
+    parts = f" in {len(found.files)} files" if len(found.files) > 1 else ""
+    print(f"{found.files[0]}{parts}: all {found.tensors} tensors are as they were written")
+    lines = [
+        f"{format_size(found.nbytes)}, made by edgemerge {provenance.version}: "
+        f"{provenance.method}, seed {provenance.seed}",
+        *(f"input {name}, checksum {crc32}" for name, crc32 in provenance.inputs),
+        f"recipe {provenance.recipe}",
+    ]
+    if signed is None:
+        lines.append("checksums find damage, not forgery: for that, sign it and give --key")
+    else:
+        lines.append(f"signed, every byte, by the key {signed.key} ({signed.path})")
+    for line in lines:
+        print(f"  {plain(line)}")
