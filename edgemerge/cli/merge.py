@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,15 +108,34 @@ def run_merge(
     from edgemerge.merge import merge
     from edgemerge.sizes import parse_size
 
+    budget = parse_size(memory) if memory is not None else None
+    _say_if_scarce(budget or recipe.memory)
     with progress_bar(label, quiet=quiet) as progress:
         return merge(
             recipe,
             output,
-            memory=parse_size(memory) if memory is not None else None,
+            memory=budget,
             threads=threads,
             split_bytes=parse_size(split) if split is not None else None,
             force=force,
             progress=progress,
+        )
+
+
+def _say_if_scarce(budget: int | None) -> None:
+    """Say so where the machine, or the control group, has less memory to give than the merge may take."""
+    from edgemerge.plan import DEFAULT_MEMORY
+    from edgemerge.process import read_process
+    from edgemerge.runtime.board.memory import read_memory
+    from edgemerge.sizes import format_size
+
+    wanted, free = budget or DEFAULT_MEMORY, read_memory().available
+    available = free + read_process().rss  # the budget is for all that this process takes
+    if free and available < wanted:
+        print(
+            f"note: the budget of {format_size(wanted)} is more than the {format_size(available)} "
+            "of memory that can be had now; give a smaller --memory if the merge is killed",
+            file=sys.stderr,
         )
 
 
