@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv when there is none; a second run
 # finds everything in place. ARGS goes to the command: `make test ARGS='-k gguf -x'`.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check arm64 bench clean
+.PHONY: help demo test check arm64 bench sbom clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -23,6 +23,9 @@ arm64: .venv/bin/python  ## compare the bytes of codecs and merges with an emula
 
 bench: .venv/ready-dev  ## measure everything and rewrite the README's tables (ARGS picks: kernels align merge requant quality)
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+sbom: .venv/ready-dev  ## build the wheel and the list of all that is in a release (CycloneDX), into dist
+	tools/sbom
 
 clean:  ## remove .venv and all that was built here (the llama.cpp wheel stays in its cache)
 	rm -rf .venv build dist *.egg-info demo-output
