@@ -28,7 +28,7 @@ from edgemerge.formats.metadata import get_value
 from edgemerge.inspection import Provenance, read_provenance
 from edgemerge.types import Progress, TensorSpec
 
-__all__ = ["Verification", "verify_model"]
+__all__ = ["Verification", "has_provenance", "verify_model"]
 
 CHECKSUMS_KEY = "edgemerge.tensor_crc32"
 PIECE = 1 << 20  # bytes of a tensor that one thread reads at a time
@@ -88,6 +88,18 @@ class Verification:
                 "get the file again",
                 path=path,
             )
+
+
+def has_provenance(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a model says that edgemerge merged it; reads the header alone.
+
+    Raises
+    ------
+    FormatError
+        It is no model, or its header is damaged.
+    """
+    with closing(open_model(path)) as source:
+        return read_provenance(source.metadata()) is not None
 
 
 def verify_model(

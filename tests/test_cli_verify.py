@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from edgemerge.cli import app
 from tests.bits import flip_bit
+from tests.tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +125,21 @@ def test_each_way_in_which_a_signature_does_not_hold() -> None:
     assert "is a private key" in refuse("verify", "out.gguf", "--key", "ward.pem")
     assert "is a public key" in refuse("sign", "out.gguf", "--key", "ward.pub.pem")
     assert "never replaced" in refuse("keygen", "ward")
+
+
+def test_a_signed_model_that_nothing_merged() -> None:
+    """It may be served, so its signature can be checked like any other."""
+    write_tiny_gguf(Path("base.gguf"))
+    assert "has no provenance section" in refuse("verify", "base.gguf")
+    succeed("sign", "base.gguf", "--key", "ward.pem")
+    assert succeed("verify", "base.gguf", "--key", "ward.pub.pem").startswith(
+        "base.gguf: every byte is as it was signed by the key "
+    )
+    document = json.loads(succeed("verify", "base.gguf", "--key", "ward.pub.pem", "--json"))
+    assert document["sound"] is True
+    assert document["signature"]["path"] == "base.gguf.sig"
+    flip_bit(Path("base.gguf"), 8 * 9000)
+    assert "is not what was signed" in refuse("verify", "base.gguf", "--key", "ward.pub.pem")
 
 
 def test_all_parts_of_a_split_are_signed_and_checked() -> None:

@@ -35,9 +35,12 @@ def verify_command(
 ) -> None:
     """Check a merged file against its own checksums, and say what made it."""
     from edgemerge.merge import default_threads
-    from edgemerge.verification import verify_model
+    from edgemerge.verification import has_provenance, verify_model
 
     signed = None if key is None else _check_signature(model, key, quiet=json_)
+    if signed is not None and not has_provenance(model):  # every byte is known to be right
+        _print_signed(signed, as_json=json_)
+        return
     with progress_bar(f"verify {model.name}", quiet=json_) as progress:
         found = verify_model(model, threads=threads or default_threads(), progress=progress)
     if json_:
@@ -72,8 +75,12 @@ def _as_json(found: Verification, signed: Signed | None) -> dict[str, Any]:
         "seed": shorten(provenance.seed),
         "inputs": [{"name": name, "crc32": crc32} for name, crc32 in provenance.inputs],
         "recipe": _read_recipe(provenance),
-        "signature": None if signed is None else {"path": str(signed.path), "key": signed.key},
+        "signature": None if signed is None else _signature_json(signed),
     }
+
+
+def _signature_json(signed: Signed) -> dict[str, str]:
+    return {"path": str(signed.path), "key": signed.key}
 
 
 def _read_recipe(provenance: Provenance) -> object:
@@ -84,6 +91,16 @@ def _read_recipe(provenance: Provenance) -> object:
         return recipe
     except (ValueError, RecursionError):
         return provenance.recipe
+
+
+def _print_signed(signed: Signed, *, as_json: bool) -> None:
+    """Show what is known of a model that edgemerge did not merge."""
+    if as_json:
+        files = [str(file.path) for file in signed.files]
+        print_json({"files": files, "sound": True, "signature": _signature_json(signed)})
+        return
+    print(f"{signed.files[0].path}: every byte is as it was signed by the key {signed.key}")
+    print("  it has no provenance section, so nothing says what made it")
 
 
 def _print(found: Verification, signed: Signed | None) -> None:
