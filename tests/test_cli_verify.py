@@ -170,3 +170,15 @@ def test_without_cryptography_one_sentence_names_the_extra() -> None:
             "edgemerge: signatures need cryptography: "
             "install it with pip install 'edgemerge[sign]'\n"
         )
+
+
+def test_given_inputs_are_compared(golden_dir: Path) -> None:
+    merge()
+    given = ("--input", golden_dir / "inputs_f32" / "a", "--input", "b")
+    text = succeed("verify", "out.gguf", *given)
+    assert text.count(", as the given model's\n") == 2
+    assert json.loads(succeed("verify", "out.gguf", *given, "--json"))["inputs_checked"] is True
+    assert "b is missing" in refuse("verify", "out.gguf", *given[:2])
+    Path("b").unlink()
+    Path("b").symlink_to(golden_dir / "inputs_f32" / "base")
+    assert refuse("verify", "out.gguf", *given).startswith("b: is not the input of that name")

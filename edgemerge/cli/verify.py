@@ -30,23 +30,36 @@ def verify_command(
             "--key", metavar="PUB.pem", help="Also check the signature beside it with this key."
         ),
     ] = None,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--input",
+            metavar="MODEL",
+            help="Also check that it was made of these; give all of its inputs, one --input each.",
+        ),
+    ] = None,
     threads: request.Threads = None,
     json_: request.Json = False,
 ) -> None:
     """Check a merged file against its own checksums, and say what made it."""
     from edgemerge.merge import default_threads
+    from edgemerge.origins import check_inputs
     from edgemerge.verification import has_provenance, verify_model
 
     signed = None if key is None else _check_signature(model, key, quiet=json_)
-    if signed is not None and not has_provenance(model):  # every byte is known to be right
+    if (
+        signed is not None and not inputs and not has_provenance(model)
+    ):  # every byte is known to be right
         _print_signed(signed, as_json=json_)
         return
     with progress_bar(f"verify {model.name}", quiet=json_) as progress:
         found = verify_model(model, threads=threads or default_threads(), progress=progress)
+    if found.is_sound and inputs:
+        check_inputs(model, inputs)
     if json_:
-        print_json(_as_json(found, signed))
+        print_json(_as_json(found, signed, checked=bool(inputs)))
     elif found.is_sound:
-        _print(found, signed)
+        _print(found, signed, checked=bool(inputs))
     found.check()
 
 
@@ -59,7 +72,7 @@ def _check_signature(model: Path, key: Path, *, quiet: bool) -> Signed:
         return check_signature(model, public, progress=progress)
 
 
-def _as_json(found: Verification, signed: Signed | None) -> dict[str, Any]:
+def _as_json(found: Verification, signed: Signed | None, *, checked: bool) -> dict[str, Any]:
     from edgemerge.inspection import shorten
 
     provenance = found.provenance
@@ -74,6 +87,7 @@ def _as_json(found: Verification, signed: Signed | None) -> dict[str, Any]:
         "method": provenance.method,
         "seed": shorten(provenance.seed),
         "inputs": [{"name": name, "crc32": crc32} for name, crc32 in provenance.inputs],
+        "inputs_checked": checked and found.is_sound,
         "recipe": _read_recipe(provenance),
         "signature": None if signed is None else _signature_json(signed),
     }
@@ -103,16 +117,17 @@ def _print_signed(signed: Signed, *, as_json: bool) -> None:
     print("  it has no provenance section, so nothing says what made it")
 
 
-def _print(found: Verification, signed: Signed | None) -> None:
+def _print(found: Verification, signed: Signed | None, *, checked: bool) -> None:
     from edgemerge.sizes import format_size
 
     provenance = found.provenance
+    same = ", as the given model's" if checked else ""
     parts = f" in {len(found.files)} files" if len(found.files) > 1 else ""
     print(f"{found.files[0]}{parts}: all {found.tensors} tensors are as they were written")
     lines = [
         f"{format_size(found.nbytes)}, made by edgemerge {provenance.version}: "
         f"{provenance.method}, seed {provenance.seed}",
-        *(f"input {name}, checksum {crc32}" for name, crc32 in provenance.inputs),
+        *(f"input {name}, checksum {crc32}{same}" for name, crc32 in provenance.inputs),
         f"recipe {provenance.recipe}",
     ]
     if signed is None:
