@@ -14,6 +14,7 @@ from edgemerge.merge import merge
 from edgemerge.recipe import make_recipe
 from edgemerge.verification import PIECE, verify_model
 from tests.bits import flip_bit
+from tests.bounded import bounded
 from tests.small_models import write_gguf
 
 
@@ -100,6 +101,14 @@ def test_a_tensor_of_several_pieces_and_one_of_none(tmp_path: Path) -> None:
     assert len(done) == 3
     flip_bit(tmp_path / "out.gguf", 8 * (place(tmp_path / "out.gguf", "token_embd.weight") + PIECE))
     assert verify_model(tmp_path / "out.gguf").damaged == ("token_embd.weight",)
+
+
+def test_a_tensor_larger_than_the_memory_for_it(tmp_path: Path) -> None:
+    """One row of 96 MiB, as only a vector or a hostile file has."""
+    tensors = {"output_norm.weight": np.zeros(24 << 20, np.float32)}
+    source = write_gguf(tmp_path / "in.gguf", tensors)
+    merge(make_recipe("passthrough", [(str(source), None)]), tmp_path / "out.gguf", memory=1 << 30)
+    bounded(lambda: verify_model(tmp_path / "out.gguf", threads=2).check())
 
 
 def test_a_file_without_provenance(tmp_path: Path) -> None:

@@ -47,9 +47,8 @@ def verify_command(
     from edgemerge.verification import has_provenance, verify_model
 
     signed = None if key is None else _check_signature(model, key, quiet=json_)
-    if (
-        signed is not None and not inputs and not has_provenance(model)
-    ):  # every byte is known to be right
+    # Every byte is then known to be right, whatever else cannot be told.
+    if signed is not None and not inputs and not has_provenance(model):
         _print_signed(signed, as_json=json_)
         return
     with progress_bar(f"verify {model.name}", quiet=json_) as progress:
