@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv when there is none; a second run
 # finds everything in place. ARGS goes to the command: `make test ARGS='-k gguf -x'`.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check arm64 bench bench-peers wheel clean
+.PHONY: help demo test check arm64 bench bench-peers wheel sbom clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -27,12 +27,15 @@ bench: .venv/ready-dev  ## measure everything and rewrite the README's tables (A
 bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through mergekit, llama.cpp's converter and quantiser; half an hour
 	$(BIN)/python benchmarks/run.py merge --peers .venv-peers $(ARGS)
 
-wheel: .venv/ready-run  ## build a wheel with kernels compiled for x86-64-v3 and AArch64 (ARGS=native: this machine only)
-	rm -rf build/lib
+wheel: .venv/ready-dev  ## build a wheel with kernels compiled for x86-64-v3 and AArch64 (ARGS=native: this machine only)
+	rm -rf build/lib dist/edgemerge-*.whl
 	$(BIN)/python -m tools.prebuild
 	if [ "$(ARGS)" != native ]; then tools/arm64 --prebuild; fi
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 	rm -rf edgemerge/native/prebuilt
+
+sbom: wheel  ## build the wheel, and beside it the list of all that is in a release (CycloneDX)
+	tools/sbom
 
 clean:  ## remove the environments and all that was built here (the llama.cpp wheel stays in its cache)
 	rm -rf .venv .venv-peers build dist *.egg-info demo-output edgemerge/native/prebuilt

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from edgemerge.types import UInt8
 
-__all__ = ["RowChecksum", "TensorResult", "join_checksums"]
+__all__ = ["RowChecksum", "TensorResult", "combine_checksums", "join_checksums"]
 
 # Polynomials over GF(2) as zlib keeps them: reflected, x^0 in the highest of 32 bits.
 ONE = 1 << 31
@@ -54,15 +54,20 @@ class RowChecksum:
 
 
 def join_checksums(parts: Sequence[RowChecksum]) -> int:
-    """Return the CRC-32 of all rows in order; 0 of none.
-
-    CRC(A then B) = CRC(A) * x^(8 * bytes of B) + CRC(B), as in zlib's `crc32_combine`.
-    """
+    """Return the CRC-32 of all rows in order; 0 of none."""
     runs = sorted((run for part in parts for run in part.runs), key=lambda run: run.start)
     total = 0
     for run in runs:
-        total = _multiply(_power_of_x(8 * run.n_bytes), total) ^ run.crc32
+        total = combine_checksums(total, run.crc32, run.n_bytes)
     return total
+
+
+def combine_checksums(first: int, second: int, n_bytes: int) -> int:
+    """Return the CRC-32 of one piece and a second one, of `n_bytes`, behind it.
+
+    CRC(A then B) = CRC(A) * x^(8 * bytes of B) + CRC(B), as in zlib's `crc32_combine`.
+    """
+    return _multiply(_power_of_x(8 * n_bytes), first) ^ second
 
 
 @lru_cache(maxsize=64)  # blocks of one tensor have one size

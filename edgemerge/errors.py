@@ -8,6 +8,7 @@
     ├─ MismatchError(tensor, shapes)  the models do not fit together
     ├─ BudgetError(needed, budget)    carries the smallest budget that works
     ├─ OutputError(path)              the result cannot be written there
+    ├─ VerificationError(path)        the file is not what was written, or not what was signed
     └─ RuntimeFailure(detail)         llama.cpp refused, or the extra that holds it is missing
 
 Each message is one sentence: what is wrong, where, what to do about it.
@@ -26,6 +27,7 @@ __all__ = [
     "OutputError",
     "RecipeError",
     "RuntimeFailure",
+    "VerificationError",
 ]
 
 
@@ -78,6 +80,14 @@ class BudgetError(EdgemergeError):
 
 class OutputError(EdgemergeError):
     """The result cannot be written: it exists already, or the disk has no room."""
+
+    def __init__(self, message: str, *, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        super().__init__(f"{path}: {message}")
+
+
+class VerificationError(EdgemergeError):
+    """A file is not what was written, not what was signed, or nobody can tell."""
 
     def __init__(self, message: str, *, path: str | PathLike[str]) -> None:
         self.path = Path(path)

@@ -24,6 +24,7 @@ __all__ = [
     "Tokenizer",
     "TypeShare",
     "inspect_model",
+    "read_provenance",
     "shorten",
 ]
 
@@ -169,7 +170,7 @@ def inspect_model(source: Source) -> Inspection:
         tokenizer=_tokenizer(metadata),
         templates=tuple(_templates(metadata)),
         types=_type_shares(source),
-        provenance=_provenance(metadata),
+        provenance=read_provenance(metadata),
     )
 
 
@@ -249,8 +250,11 @@ def _type_shares(source: Source) -> tuple[TypeShare, ...]:
     )
 
 
-def _provenance(metadata: Mapping[str, bytes]) -> Provenance | None:
-    """Read what `edgemerge.merge` wrote; another program may have changed it since."""
+def read_provenance(metadata: Mapping[str, bytes]) -> Provenance | None:
+    """Read what `edgemerge.merge` wrote; another program may have changed it since.
+
+    None where nothing says that edgemerge made the file.
+    """
     method = get_value(metadata, "edgemerge.method")
     if method is None:
         return None

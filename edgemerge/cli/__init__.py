@@ -22,6 +22,8 @@ from edgemerge.cli.inspect import inspect_command
 from edgemerge.cli.merge import merge_command, plan_command
 from edgemerge.cli.run import run_command
 from edgemerge.cli.serve import serve_command
+from edgemerge.cli.sign import keygen_command, sign_command
+from edgemerge.cli.verify import verify_command
 
 __all__ = ["app", "main"]
 
@@ -58,6 +60,7 @@ def _root(
 app.command("merge")(merge_command)
 app.command("plan")(plan_command)
 app.command("inspect")(inspect_command)
+app.command("verify")(verify_command)
 app.command("align")(align_command)
 app.command("convert")(convert_command)
 app.command("run")(run_command)
@@ -66,6 +69,8 @@ app.command("serve")(serve_command)
 app.command("eval")(eval_command)
 app.command("bench")(bench_command)
 app.command("doctor")(doctor_command)
+app.command("keygen")(keygen_command)
+app.command("sign")(sign_command)
 app.command("demo")(demo_command)
 
 

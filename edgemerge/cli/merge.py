@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.sign import sign_output
 from edgemerge.cli.terminal import plain, print_json, print_table, progress_bar, speaks_plainly
 from edgemerge.types import Plan, Recipe, TensorJob
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from edgemerge.report import MergeReport
 
 __all__ = ["merge_command", "plan_command", "print_report", "run_merge"]
@@ -39,11 +43,15 @@ def merge_command(
     force: request.Force = False,
     json_: request.Json = False,
     report: request.Report = None,
+    sign: request.Sign = None,
 ) -> None:
     """Merge models into one GGUF."""
     from edgemerge.output import check_output
     from edgemerge.output_parts import is_begun
     from edgemerge.page import write_page
+    from edgemerge.signature import signature_path
+
+    key = None if sign is None else _read_key(sign)  # now, not after an hour's work
 
     recipe = request.read_request(
         models,
@@ -61,6 +69,8 @@ def merge_command(
     inputs = (*recipe.models(), *(Path(text).resolve() for text in models))
     if split is None:  # else the names follow from the plan
         check_output(output, inputs, force=force or is_begun(output))
+        if key is not None:
+            check_output(signature_path(output), inputs, force=force)
     if report is not None:  # now, not after an hour's work
         if report.resolve() == output.resolve():
             raise typer.BadParameter("-o and --report name the same file")
@@ -71,7 +81,14 @@ def merge_command(
     )
     if report is not None:
         write_page(result, report)
-    print_report(result, as_json=json_)
+    signature = None if key is None else sign_output(result.output, key, force=force, quiet=json_)
+    print_report(result, as_json=json_, signature=signature)
+
+
+def _read_key(path: Path) -> Ed25519PrivateKey:
+    from edgemerge.keys import read_private_key
+
+    return read_private_key(path)
 
 
 def run_merge(
@@ -92,11 +109,13 @@ def run_merge(
     from edgemerge.merge import merge
     from edgemerge.sizes import parse_size
 
+    budget = parse_size(memory) if memory is not None else None
+    _say_if_scarce(budget or recipe.memory)
     with progress_bar(label, quiet=quiet) as progress:
         return merge(
             recipe,
             output,
-            memory=parse_size(memory) if memory is not None else None,
+            memory=budget,
             threads=threads,
             split_bytes=parse_size(split) if split is not None else None,
             force=force,
@@ -104,12 +123,32 @@ def run_merge(
         )
 
 
-def print_report(report: MergeReport, *, as_json: bool) -> None:
+def _say_if_scarce(budget: int | None) -> None:
+    """Say so where the machine, or the control group, has less memory to give than the merge may take."""
+    from edgemerge.plan import DEFAULT_MEMORY
+    from edgemerge.process import read_process
+    from edgemerge.runtime.board.memory import read_memory
+    from edgemerge.sizes import format_size
+
+    wanted, free = budget or DEFAULT_MEMORY, read_memory().available
+    available = free + read_process().rss  # the budget is for all that this process takes
+    if free and available < wanted:
+        print(
+            f"note: the budget of {format_size(wanted)} is more than the {format_size(available)} "
+            "of memory that can be had now; give a smaller --memory if the merge is killed",
+            file=sys.stderr,
+        )
+
+
+def print_report(report: MergeReport, *, as_json: bool, signature: Path | None = None) -> None:
     """Say on stdout what was done."""
+    signed = {} if signature is None else {"signature": str(signature)}
     if as_json:
-        print_json(report.as_json())
-    else:
-        print("\n".join(map(plain, report.lines())))
+        print_json(report.as_json() | signed)
+        return
+    print("\n".join(map(plain, report.lines())))
+    if signature is not None:
+        print(f"  signed in {plain(str(signature))}")
 
 
 @speaks_plainly

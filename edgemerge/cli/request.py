@@ -11,7 +11,7 @@ import typer
 from edgemerge.types import Recipe
 
 __all__ = ["Base", "Force", "Json", "Memory", "Method", "Models", "Output", "Parameter", "Preset"]
-__all__ += ["Align", "Imatrix", "Neurons", "Report", "Seed", "Split"]
+__all__ += ["Align", "Imatrix", "Neurons", "Report", "Seed", "Sign", "Split"]
 __all__ += ["TensorTypes", "Threads", "Type"]
 __all__ += ["read_request", "read_tensor_types"]
 
@@ -101,6 +101,10 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Report = Annotated[
     Path | None, typer.Option("--report", metavar="R.html", help="Also write a page with plots.")
+]
+Sign = Annotated[
+    Path | None,
+    typer.Option("--sign", metavar="PRIVATE.pem", help="Also sign the output; see keygen."),
 ]
 
 

@@ -95,6 +95,14 @@ def serve_command(
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Log a line per request on stderr.")
     ] = False,
+    require_signature: Annotated[
+        Path | None,
+        typer.Option(
+            "--require-signature",
+            metavar="PUB.pem",
+            help="Load only models and adapters that were signed with this key.",
+        ),
+    ] = None,
     install: Annotated[
         bool, typer.Option("--install", help="Write a systemd unit that does this, and end.")
     ] = False,
@@ -126,6 +134,7 @@ def serve_command(
         open_metrics=open_metrics,
         log_requests=log_requests,
         limits=Limits(max_tokens=max_tokens, request_seconds=request_timeout),
+        public_key=require_signature,
     )
     if options.loras and len(models) > 1:
         raise typer.BadParameter("--lora goes with one model")
@@ -169,6 +178,7 @@ def _install(options: ServeOptions, directory: Path | None, *, force: bool) -> N
         grace=options.grace,
         memory=options.memory,
         loras=options.loras,
+        public_key=options.public_key,
         gpu=bool(options.n_gpu_layers),
         api_key=options.key,
         options=_other_arguments(options),

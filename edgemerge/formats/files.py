@@ -14,10 +14,11 @@ __all__ += ["read_exactly", "read_state"]
 
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 
+_PICKLE = "is a Python pickle, which is never read; export safetensors or GGUF instead"
 _FOREIGN = (
     (b"version https://git-lfs", "is a git-LFS pointer, not the file itself; run git lfs pull"),
     (b"PK\x03\x04", "is a PyTorch zip; pickle is never read, export safetensors or GGUF instead"),
-    (b"\x80\x02", "is a Python pickle, which is never read; export safetensors or GGUF instead"),
+    *((bytes([0x80, protocol]), _PICKLE) for protocol in range(2, 6)),
     (b"<!doctype", "is a web page, not a model; the download went wrong, get it again"),
     (b"<html", "is a web page, not a model; the download went wrong, get it again"),
 )

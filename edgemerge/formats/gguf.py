@@ -45,7 +45,12 @@ class GgufFile:
         """Fill `out_u8` with the stored bytes of rows [start, stop)."""
         row_bytes = self.specs[name].row_bytes
         assert out_u8.nbytes == (stop - start) * row_bytes
-        read_exactly(self._fd, out_u8, self._offsets[name] + start * row_bytes, self.path, name)
+        self.read_bytes(name, start * row_bytes, out_u8)
+
+    def read_bytes(self, name: str, start: int, out_u8: UInt8) -> None:
+        """Fill `out_u8` with the stored bytes of a tensor from byte `start` on."""
+        assert start + out_u8.nbytes <= self.specs[name].nbytes
+        read_exactly(self._fd, out_u8, self._offsets[name] + start, self.path, name)
 
     def forget(self, name: str) -> None:
         """Drop the tensor's pages from the page cache."""
@@ -109,6 +114,14 @@ class GgufModel:
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` with the stored bytes of rows [start, stop)."""
         self._homes[name].read_rows(name, start, stop, out_u8)
+
+    def read_bytes(self, name: str, start: int, out_u8: UInt8) -> None:
+        """Fill `out_u8` with the stored bytes of a tensor from byte `start` on; a row may be huge."""
+        self._homes[name].read_bytes(name, start, out_u8)
+
+    def files(self) -> list[Path]:
+        """Name the files, in order."""
+        return [part.path for part in self._parts]
 
     def forget(self, name: str) -> None:
         """Drop the tensor's pages from the page cache."""

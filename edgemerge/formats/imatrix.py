@@ -13,6 +13,7 @@ checked against the file before it is used, and every value once, when the file 
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ import numpy as np
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.files import check_unchanged, describe_foreign, read_exactly, read_state
-from edgemerge.formats.gguf_header import HeaderParser
+from edgemerge.formats.gguf_header import MAX_NAME_BYTES, MAX_TENSORS, HeaderParser
 from edgemerge.formats.metadata import get_value
 from edgemerge.types import Float32, Float64, TensorSpec
 
@@ -33,7 +34,10 @@ DATASETS_KEY = "imatrix.datasets"
 CHUNKS_KEY = "imatrix.chunk_count"
 NEEDED_KEYS = (DATASETS_KEY, CHUNKS_KEY, "imatrix.chunk_size")
 SUMS, COUNTS = ".in_sum2", ".counts"
-MAX_NAME_BYTES = 1 << 10
+MAX_DATASET_BYTES = 1 << 10
+MAX_COUNTS = (
+    1 << 20
+)  # in all: held in memory, as sums are not; 256 experts in 61 layers have 47 000
 MIN_ENTRY_BYTES = 4 + 1 + 4 + 4 + 4  # length, one byte of name, calls, number of values, one value
 CHUNK = 1 << 20
 LARGEST = 1e20  # mean squares are far below; beyond, an encoder's weighted sums could overflow
@@ -77,10 +81,13 @@ class ImportanceMatrix:
         self.dataset = ""
         self.n_chunks = 0
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            # O_NONBLOCK: a named pipe in the place of a file must not hang us.
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise self._fail(f"cannot be read ({error.strerror}); check the path") from None
         try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise self._fail("is not a regular file; give what llama-imatrix wrote")
             self.state = read_state(self._fd, self.path)
             is_gguf = os.pread(self._fd, 4, 0) == b"GGUF"
             self._entries = dict(self._parse_gguf() if is_gguf else self._parse_old())
@@ -132,6 +139,11 @@ class ImportanceMatrix:
         names |= {name.removesuffix(COUNTS) for name in specs if name.endswith(COUNTS)}
         if not names:
             raise self._fail("holds no importances; make it again with llama-imatrix")
+        n_counts = sum(spec.n_elements for name, spec in specs.items() if name.endswith(COUNTS))
+        if n_counts > MAX_COUNTS:
+            raise self._fail(
+                f"has {n_counts} counts, the most are {MAX_COUNTS}; get the file again"
+            )
         for name in sorted(names):
             sums, counts = specs.get(name + SUMS), specs.get(name + COUNTS)
             if sums is None or counts is None:
@@ -163,9 +175,13 @@ class ImportanceMatrix:
             head = os.pread(self._fd, 512, 0)
             remedy = "give what llama-imatrix wrote"
             raise self._fail(describe_foreign(head, "llama-imatrix", remedy))
+        if n_entries > MAX_TENSORS:
+            raise self._fail(
+                f"claims {n_entries} tensors, the most are {MAX_TENSORS}; get the file again"
+            )
         seen: set[str] = set()
         for _ in range(n_entries):
-            name = self._text(at)
+            name = self._text(at, MAX_NAME_BYTES)
             if name in seen:
                 raise self._fail("stands in the file twice; make it again", name)
             seen.add(name)
@@ -181,8 +197,8 @@ class ImportanceMatrix:
             at += 4 * n_values
         if size - at >= 8:  # what it was made of need not be there
             self.n_chunks = max(0, self._i32(at))
-            if 0 < self._i32(at + 4) <= min(size - at - 8, MAX_NAME_BYTES):
-                self.dataset = self._text(at + 4)
+            if 0 < self._i32(at + 4) <= min(size - at - 8, MAX_DATASET_BYTES):
+                self.dataset = self._text(at + 4, MAX_DATASET_BYTES)
 
     def _i32(self, at: int) -> int:
         raw = os.pread(self._fd, 4, at)
@@ -190,9 +206,9 @@ class ImportanceMatrix:
             raise self._fail("is cut off; get it again")
         return int(struct.unpack("<i", raw)[0])
 
-    def _text(self, at: int) -> str:
+    def _text(self, at: int, max_bytes: int) -> str:
         length = self._i32(at)
-        raw = os.pread(self._fd, length, at + 4) if 0 < length <= MAX_NAME_BYTES else b""
+        raw = os.pread(self._fd, length, at + 4) if 0 < length <= max_bytes else b""
         if not raw or len(raw) < length or b"\0" in raw:
             raise self._fail(f"has a name of {length} bytes that cannot be; get it again")
         try:

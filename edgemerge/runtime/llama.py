@@ -22,7 +22,7 @@ import numpy as np
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.board.device import default_threads
 from edgemerge.runtime.library import Buffers, load_library
-from edgemerge.runtime.model_files import model_files
+from edgemerge.runtime.model_files import check_adapter, model_files
 from edgemerge.types import Float32
 
 __all__ = ["Context", "Lora", "Model"]
@@ -70,13 +70,7 @@ class Model:
         self.n_threads = n_threads or default_threads()
         files = model_files(self.path)  # what is missing is said better here than by llama.cpp
         for lora in loras:
-            if lora.path.is_dir():
-                raise RuntimeFailure(
-                    f"{lora.path}: is a folder; make a GGUF of it with llama.cpp's "
-                    "convert_lora_to_gguf.py first"
-                )
-            if not lora.path.is_file():
-                raise RuntimeFailure(f"{lora.path}: there is no such file")
+            check_adapter(lora.path)
         self.library = load_library()
         self.api = self.library.api
         self.loras: tuple[Lora, ...] = tuple(loras)

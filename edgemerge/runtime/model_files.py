@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.formats.gguf import GgufModel
+from edgemerge.formats.gguf import GgufFile, GgufModel
 from edgemerge.formats.gguf_split import sibling_parts
 
-__all__ = ["model_files", "open_gguf"]
+__all__ = ["check_adapter", "model_files", "open_gguf"]
 
 
 def model_files(path: Path) -> list[Path]:
@@ -52,6 +52,25 @@ def open_gguf(path: Path) -> GgufModel:
     """
     _check_file(path)
     return GgufModel(path)
+
+
+def check_adapter(path: Path) -> None:
+    """See that a LoRA adapter is a sound GGUF by its header, before llama.cpp has to read it.
+
+    Raises
+    ------
+    RuntimeFailure
+        There is no such file, or it is a folder.
+    FormatError
+        It is no GGUF, is cut off or damaged.
+    """
+    if path.is_dir():
+        raise RuntimeFailure(
+            f"{path}: is a folder; make a GGUF of it with llama.cpp's convert_lora_to_gguf.py first"
+        )
+    if not path.is_file():
+        raise RuntimeFailure(f"{path}: there is no such file")
+    GgufFile(path).close()
 
 
 def _check_file(path: Path) -> None:

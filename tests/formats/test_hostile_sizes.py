@@ -57,23 +57,48 @@ def refuse(opens: Callable[[], object], reason: str) -> None:
     bounded(refused)
 
 
-@pytest.mark.parametrize(
-    ("head", "reason"),
-    [
-        (header(0, 1) + text(b"k") + struct.pack("<IQ", STRING, 5 * GIB), "bytes of metadata"),
-        (header(0, 1) + text(b"k") + struct.pack("<IIQ", ARRAY, U8, 5 * GIB), "bytes of metadata"),
-        (
-            header(0, 1) + text(b"k") + struct.pack("<IIQ", ARRAY, STRING, GIB // 2),
-            f"the most are {MAX_STRINGS}",
-        ),
-        (header(MAX_TENSORS + 1, 0), "which no model needs"),
-        (header(0, MAX_PAIRS + 1), "which no model needs"),
-    ],
-    ids=["string", "array", "strings", "tensors", "pairs"],
-)
-def test_a_large_gguf_is_refused_at_once(tmp_path: Path, head: bytes, reason: str) -> None:
-    path = sparse(tmp_path / "m.gguf", head, 6 * GIB)
-    refuse(lambda: GgufModel(path), reason)
+LARGE_GGUFS = {
+    "string": (
+        header(0, 1) + text(b"k") + struct.pack("<IQ", STRING, 5 * GIB),
+        "bytes of metadata",
+    ),
+    "array": (
+        header(0, 1) + text(b"k") + struct.pack("<IIQ", ARRAY, U8, 5 * GIB),
+        "bytes of metadata",
+    ),
+    "strings": (
+        header(0, 1) + text(b"k") + struct.pack("<IIQ", ARRAY, STRING, GIB // 2),
+        f"the most are {MAX_STRINGS}",
+    ),
+    "tensors": (header(MAX_TENSORS + 1, 0), "which no model needs"),
+    "pairs": (header(0, MAX_PAIRS + 1), "which no model needs"),
+}
+LARGE_HEADERS = {
+    "text": b'{"__metadata__":{"a":"' + b"x" * (MAX_HEADER_BYTES - 30) + b'"}}',
+    "nested": b'{"a":' + b"[" * (MAX_HEADER_VALUES - 9) + b"]" * (MAX_HEADER_VALUES - 9) + b"}",
+    "values": b'{"a":[' + b"[]," * (MAX_HEADER_VALUES // 2 - 9) + b"[]]}",
+    "digits": b'{"a":' + b"9" * (MAX_HEADER_BYTES - 10) + b"}",
+    "spaces": b"{" + b" " * (MAX_HEADER_BYTES - 10) + b"}",
+    "too many values": b'{"a":[' + b"[]," * MAX_HEADER_VALUES + b"[]]}",
+}
+
+
+def write_large_gguf(path: Path, what: str) -> Path:
+    """A file of 6 GiB, nearly all of them a hole."""
+    return sparse(path, LARGE_GGUFS[what][0], 6 * GIB)
+
+
+def write_large_header(path: Path, what: str) -> Path:
+    """A safetensors file with as much of a header as may be."""
+    raw = LARGE_HEADERS[what]
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + b"data")
+    return path
+
+
+@pytest.mark.parametrize("what", LARGE_GGUFS)
+def test_a_large_gguf_is_refused_at_once(tmp_path: Path, what: str) -> None:
+    path = write_large_gguf(tmp_path / "m.gguf", what)
+    refuse(lambda: GgufModel(path), LARGE_GGUFS[what][1])
 
 
 def test_metadata_is_bounded_in_all(tmp_path: Path) -> None:
@@ -84,21 +109,9 @@ def test_metadata_is_bounded_in_all(tmp_path: Path) -> None:
     refuse(lambda: GgufModel(path), "bytes of metadata")
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b'{"__metadata__":{"a":"' + b"x" * (MAX_HEADER_BYTES - 30) + b'"}}',
-        b'{"a":' + b"[" * (MAX_HEADER_VALUES - 9) + b"]" * (MAX_HEADER_VALUES - 9) + b"}",
-        b'{"a":[' + b"[]," * (MAX_HEADER_VALUES // 2 - 9) + b"[]]}",
-        b'{"a":' + b"9" * (MAX_HEADER_BYTES - 10) + b"}",
-        b"{" + b" " * (MAX_HEADER_BYTES - 10) + b"}",
-        b'{"a":[' + b"[]," * MAX_HEADER_VALUES + b"[]]}",
-    ],
-    ids=["text", "nested", "values", "digits", "spaces", "too many values"],
-)
-def test_the_largest_safetensors_header(tmp_path: Path, raw: bytes) -> None:
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(struct.pack("<Q", len(raw)) + raw + b"data")
+@pytest.mark.parametrize("what", LARGE_HEADERS)
+def test_the_largest_safetensors_header(tmp_path: Path, what: str) -> None:
+    path = write_large_header(tmp_path / "m.safetensors", what)
     refuse(lambda: read_header(path), "get the file again")
 
 

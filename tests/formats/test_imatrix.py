@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -76,6 +77,8 @@ def old(*parts: bytes | int) -> bytes:
         (old(1 << 30) + bytes(100), "not a llama-imatrix file"),
         (old(1, -5) + bytes(100), "a name of -5 bytes"),
         (old(1, 1 << 30) + bytes(100), "a name of 1073741824 bytes"),
+        (old(1, 64, b"a" * 64, 1, 1) + bytes(4), "a name of 64 bytes"),
+        (old(1 << 17) + bytes(17 << 17), "claims 131072 tensors"),
         (old(1, 3, b"a\0b", 1, 1) + bytes(4), "a name of 3 bytes"),
         (old(1, 2, b"\xff\xfe", 1, 1) + bytes(4), "not UTF-8"),
         (old(1, 1, b"a", 1, 0) + bytes(4), "claims 0 values"),
@@ -118,6 +121,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, write: Callable[..., dic
         ({"a": np.ones((3, 4))}, {"a": np.full(3, -1.0)}, "no number from 0 on"),
         ({"a": np.ones((3, 4))}, {"a": np.ones(5)}, "12 sums for 5 counts"),
         ({"a": np.full((3, 4), -1.0)}, {"a": np.ones(3)}, "the importance -1"),
+        ({"a": np.ones(1 << 21)}, {"a": np.ones(1 << 21)}, "has 2097152 counts, the most are"),
     ],
 )
 def test_gguf_files_that_make_no_sense_are_refused(
@@ -136,6 +140,13 @@ def test_gguf_files_that_make_no_sense_are_refused(
     writer.close()
     with pytest.raises(FormatError, match=message):
         ImportanceMatrix(path)
+
+
+def test_what_is_no_file_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(FormatError, match="is not a regular file"):
+            ImportanceMatrix(path)
 
 
 def test_a_model_is_no_importance_matrix(tmp_path: Path) -> None:

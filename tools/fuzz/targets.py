@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tools.fuzz.directory import read_directory
 from tools.fuzz.gguf_file import read_gguf
+from tools.fuzz.imatrix_file import read_imatrix
 from tools.fuzz.recipe import read_recipe
 from tools.fuzz.safetensors_file import read_safetensors
 
@@ -16,6 +17,7 @@ __all__ = ["TARGETS"]
 TARGETS: dict[str, Callable[[bytes, Path], None]] = {
     "gguf": read_gguf,
     "safetensors": read_safetensors,
+    "imatrix": read_imatrix,
     "directory": read_directory,
     "recipe": read_recipe,
 }

@@ -19,7 +19,7 @@ import numpy as np
 
 from edgemerge.runtime.library import load_library
 from edgemerge.runtime.llama import Lora
-from edgemerge.runtime.model_files import model_files
+from edgemerge.runtime.model_files import check_adapter, model_files
 from edgemerge.runtime.serve.chat import make_chat_handler
 from edgemerge.runtime.serve.embeddings import embed
 from edgemerge.runtime.serve.models import BATCH, OUTPUTS
@@ -121,6 +121,7 @@ class ServedLlama(Llama):  # type: ignore[misc]
         """Add adapters; Llama's own way takes one only, and then reads the weights into memory."""
         adapters = []
         for lora in loras:
+            check_adapter(lora.path)
             adapters.append(_api.llama_adapter_lora_init(self.model, os.fsencode(lora.path)))
             if not adapters[-1]:
                 raise _library.failure(f"{lora.path}: llama.cpp cannot add this LoRA to {path}")

@@ -6,6 +6,7 @@ import ipaddress
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from edgemerge.errors import RecipeError, RuntimeFailure
 from edgemerge.process import read_process
@@ -53,6 +54,8 @@ class ServeOptions:
         Whether to log a line per request.
     limits : Limits
         Bounds of one request.
+    public_key : Path or None
+        Key with which every model and adapter must be signed.
     """
 
     models: tuple[str, ...]
@@ -71,6 +74,7 @@ class ServeOptions:
     open_metrics: bool = False
     log_requests: bool = False
     limits: Limits = field(default_factory=Limits)
+    public_key: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +116,11 @@ def serve(options: ServeOptions, on_start: Callable[[Started], None]) -> None:
     RecipeError
         A key is missing or cannot be sent, or two models have one name.
     FormatError
-        A model is no GGUF file.
+        A model is no GGUF file, or the key for signatures is none.
     BudgetError
         A model does not fit into the memory.
+    VerificationError
+        A model or adapter is not signed with the key that is required.
     """
     load_library()
     try:
@@ -127,10 +133,11 @@ def serve(options: ServeOptions, on_start: Callable[[Started], None]) -> None:
             f"serving needs {error.name}: install it with pip install 'edgemerge[serve]'"
         ) from error
     from edgemerge.runtime.serve.gate import Access, Gate
-    from edgemerge.runtime.serve.models import ModelFile, ModelStore, read_model_file
+    from edgemerge.runtime.serve.models import ModelFile, ModelStore, Servable, read_model_file
     from edgemerge.runtime.serve.queue import Queue
+    from edgemerge.runtime.serve.signed import SignedLoader
 
-    def load(file: ModelFile) -> ServedLlama:
+    def load_unsigned(file: ModelFile) -> ServedLlama:
         return ServedLlama(
             file.path,
             n_ctx=file.n_ctx,
@@ -140,6 +147,12 @@ def serve(options: ServeOptions, on_start: Callable[[Started], None]) -> None:
         )
 
     files = [read_model_file(text, options.n_ctx) for text in options.models]
+    load: Callable[[ModelFile], Servable] = load_unsigned
+    if options.public_key is not None:
+        loras = (lora.path for lora in options.loras)
+        load = signed = SignedLoader(load_unsigned, options.public_key, loras)
+        for file in files[1:]:  # the first is loaded right away
+            signed.check(file.path)
     floor = read_process().rss
     budget = options.memory or floor + int(_SHARE * read_memory().available)
     models = ModelStore(files, load, budget=budget, floor=floor)

@@ -20,6 +20,7 @@ from pathlib import Path
 from edgemerge.errors import OutputError, RecipeError
 from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.serve.key import check_characters
+from edgemerge.signature import signature_path
 
 __all__ = ["Service", "make_unit", "write_unit"]
 
@@ -98,6 +99,8 @@ class Service:
         Budget in bytes.
     loras : sequence of Lora
         Adapters to add.
+    public_key : Path, optional
+        Key with which every model must be signed.
     gpu : bool
         Whether layers go to a GPU, whose devices are then open to the service.
     api_key : str, optional
@@ -112,6 +115,7 @@ class Service:
     grace: float
     memory: int | None = None
     loras: Sequence[Lora] = ()
+    public_key: Path | None = None
     gpu: bool = False
     api_key: str | None = field(default=None, repr=False)
     options: Sequence[str] = ()
@@ -134,13 +138,18 @@ class Service:
             command += ["--memory", str(self.memory)]
         for lora in self.loras:
             command += ["--lora", f"{lora.path.absolute()}={lora.scale}"]
+        if self.public_key is not None:
+            command += ["--require-signature", str(self.public_key.absolute())]
         models = [f"{name}={path.absolute()}" for name, path in self.models.items()]
         return [*command, *self.options, "--", *models]
 
     def files(self) -> list[Path]:
         """Name what the service reads: models, adapters, the interpreter and the package."""
         own = [Path(sys.executable), Path(sys.prefix), Path(__file__)]
-        return [*self.models.values(), *(lora.path for lora in self.loras), *own]
+        given = [*self.models.values(), *(lora.path for lora in self.loras)]
+        if self.public_key is not None:
+            given += [self.public_key, *map(signature_path, given)]
+        return [*given, *own]
 
 
 def write_unit(service: Service, *, directory: Path | None = None, force: bool = False) -> str:

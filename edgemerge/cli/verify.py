@@ -1,0 +1,137 @@
+"""`edgemerge verify`: whether a merged file is what was written, what made it, and who signed it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgemerge.cli import request
+from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plainly
+
+if TYPE_CHECKING:
+    from edgemerge.inspection import Provenance
+    from edgemerge.signature import Signed
+    from edgemerge.verification import Verification
+
+__all__ = ["verify_command"]
+
+
+@speaks_plainly
+def verify_command(
+    model: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Merged GGUF; of a split, any part.")
+    ],
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key", metavar="PUB.pem", help="Also check the signature beside it with this key."
+        ),
+    ] = None,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--input",
+            metavar="MODEL",
+            help="Also check that it was made of these; give all of its inputs, one --input each.",
+        ),
+    ] = None,
+    threads: request.Threads = None,
+    json_: request.Json = False,
+) -> None:
+    """Check a merged file against its own checksums, and say what made it."""
+    from edgemerge.merge import default_threads
+    from edgemerge.origins import check_inputs
+    from edgemerge.verification import has_provenance, verify_model
+
+    signed = None if key is None else _check_signature(model, key, quiet=json_)
+    # Every byte is then known to be right, whatever else cannot be told.
+    if signed is not None and not inputs and not has_provenance(model):
+        _print_signed(signed, as_json=json_)
+        return
+    with progress_bar(f"verify {model.name}", quiet=json_) as progress:
+        found = verify_model(model, threads=threads or default_threads(), progress=progress)
+    if found.is_sound and inputs:
+        check_inputs(model, inputs)
+    if json_:
+        print_json(_as_json(found, signed, checked=bool(inputs)))
+    elif found.is_sound:
+        _print(found, signed, checked=bool(inputs))
+    found.check()
+
+
+def _check_signature(model: Path, key: Path, *, quiet: bool) -> Signed:
+    from edgemerge.keys import read_public_key
+    from edgemerge.signature import check_signature
+
+    public = read_public_key(key)
+    with progress_bar(f"signature of {model.name}", quiet=quiet) as progress:
+        return check_signature(model, public, progress=progress)
+
+
+def _as_json(found: Verification, signed: Signed | None, *, checked: bool) -> dict[str, Any]:
+    from edgemerge.inspection import shorten
+
+    provenance = found.provenance
+    return {
+        "files": [str(path) for path in found.files],
+        "sound": found.is_sound,
+        "tensors": found.tensors,
+        "bytes": found.nbytes,
+        "damaged": list(found.damaged),
+        "trailing_bytes": found.trailing_bytes,
+        "version": provenance.version,
+        "method": provenance.method,
+        "seed": shorten(provenance.seed),
+        "inputs": [{"name": name, "crc32": crc32} for name, crc32 in provenance.inputs],
+        "inputs_checked": checked and found.is_sound,
+        "recipe": _read_recipe(provenance),
+        "signature": None if signed is None else _signature_json(signed),
+    }
+
+
+def _signature_json(signed: Signed) -> dict[str, str]:
+    return {"path": str(signed.path), "key": signed.key}
+
+
+def _read_recipe(provenance: Provenance) -> object:
+    """Return the recipe as the JSON that it is, or its text where another program has changed it."""
+    try:
+        recipe: object = json.loads(provenance.recipe)
+        json.dumps(recipe, allow_nan=False)
+        return recipe
+    except (ValueError, RecursionError):
+        return provenance.recipe
+
+
+def _print_signed(signed: Signed, *, as_json: bool) -> None:
+    """Show what is known of a model that edgemerge did not merge."""
+    if as_json:
+        files = [str(file.path) for file in signed.files]
+        print_json({"files": files, "sound": True, "signature": _signature_json(signed)})
+        return
+    print(f"{signed.files[0].path}: every byte is as it was signed by the key {signed.key}")
+    print("  it has no provenance section, so nothing says what made it")
+
+
+def _print(found: Verification, signed: Signed | None, *, checked: bool) -> None:
+    from edgemerge.sizes import format_size
+
+    provenance = found.provenance
+    same = ", as the given model's" if checked else ""
+    parts = f" in {len(found.files)} files" if len(found.files) > 1 else ""
+    print(f"{found.files[0]}{parts}: all {found.tensors} tensors are as they were written")
+    lines = [
+        f"{format_size(found.nbytes)}, made by edgemerge {provenance.version}: "
+        f"{provenance.method}, seed {provenance.seed}",
+        *(f"input {name}, checksum {crc32}{same}" for name, crc32 in provenance.inputs),
+        f"recipe {provenance.recipe}",
+    ]
+    if signed is None:
+        lines.append("checksums find damage, not forgery: for that, sign it and give --key")
+    else:
+        lines.append(f"signed, every byte, by the key {signed.key} ({signed.path})")
+    for line in lines:
+        print(f"  {plain(line)}")

@@ -1,0 +1,75 @@
+"""Only models that a key signed are loaded: `edgemerge serve --require-signature`.
+
+What holds: every byte of a model and of its adapters is hashed before llama.cpp opens the files, each
+time that they are loaded, and after it has, the names still stand for the same inodes with the same
+times. So a file that was put in their place, or written to, is not served. What does not: llama.cpp opens
+files by name and maps them, so one who may write to them, or move their folders, at the right moment, can
+still change what is computed. Files that only another account may write to, leave no such moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from edgemerge.keys import read_public_key
+from edgemerge.runtime.serve.models import ModelFile, Servable
+from edgemerge.signature import check_signature
+
+__all__ = ["SignedLoader"]
+
+
+class SignedLoader:
+    """Loads models whose signature is good; takes the place of a store's `load`.
+
+    Parameters
+    ----------
+    load : callable
+        Loads a file with llama.cpp.
+    key : Path
+        Public key.
+    loras : iterable of Path
+        Adapters that `load` adds to every model.
+
+    Raises
+    ------
+    FormatError
+        The key is none.
+    RuntimeFailure
+        `cryptography` is not installed.
+    """
+
+    def __init__(
+        self, load: Callable[[ModelFile], Servable], key: Path, loras: Iterable[Path]
+    ) -> None:
+        self._load = load
+        self._key = read_public_key(key)
+        self._loras = tuple(loras)
+
+    def check(self, path: Path) -> None:
+        """See that a file, which will be loaded later, is signed.
+
+        Raises
+        ------
+        VerificationError, FormatError
+            As of `check_signature`.
+        """
+        check_signature(path, self._key)
+
+    def __call__(self, file: ModelFile) -> Servable:
+        """Load a model.
+
+        Raises
+        ------
+        VerificationError, FormatError
+            As of `check_signature`, or it changed while it was loaded.
+        """
+        signed = [check_signature(path, self._key) for path in (file.path, *self._loras)]
+        model = self._load(file)
+        try:
+            for one in signed:
+                one.check_unchanged()
+        except BaseException:
+            model.close()
+            raise
+        return model
