@@ -1,8 +1,8 @@
 """A process that runs merges in forks of itself, which kill themselves where they are told to.
 
 `python -m tests.crash_server` answers lines of JSON; `tests.crashing` is its other end. The kernels are
-loaded once, so that a run costs milliseconds instead of a second. Every call by which a merge changes what is
-on disk, or reads its own output back, is counted; at the call `at`, a number or the first of a phase, the
+loaded once, so that a run costs milliseconds instead of a second. Every call by which a merge changes what
+is on disk, or reads its own output back, is counted; at the call `at`, a number or the first of a phase, the
 process ends by SIGKILL: before it, after it, or when half of a write is done.
 """
 
