@@ -1,4 +1,4 @@
-"""Run the benchmarks and write their tables into README.md and QUALITY.md, between their markers.
+"""Run the benchmarks and write their tables into README.md, SPEED.md and QUALITY.md, between their markers.
 
 benchmarks/run.py                    all that need nothing
 benchmarks/run.py merge quality      these
@@ -19,8 +19,7 @@ from pathlib import Path
 from measure import run
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
-QUALITY = HERE / "QUALITY.md"
+PAGES = (HERE.parent / "README.md", HERE / "SPEED.md", HERE / "QUALITY.md")
 ALONE = ["kernels", "align", "merge", "requant", "quality", "start", "profile", "memory", "scaling"]
 WHEN_ASKED = ("7b", "serve", "llama")
 
@@ -29,13 +28,14 @@ def rewrite(name: str, table: str, about: dict[str, str]) -> None:
     """Replace the text between `<!-- bench:NAME -->` and `<!-- /bench -->`."""
     stamp = ", ".join(f"{key} {value}" for key, value in about.items())
     pattern = re.compile(rf"(<!-- bench:{name} -->\n).*?(<!-- /bench -->)", re.DOTALL)
-    page = QUALITY if name == "quality" else README
-    text, count = pattern.subn(
-        lambda m: f"{m[1]}{table}\n\nMeasured on: {stamp}.\n{m[2]}", page.read_text()
-    )
-    if count != 1:
-        raise SystemExit(f"{page.name} has no place for the benchmark {name}")
-    page.write_text(text)
+    for page in PAGES:
+        text, count = pattern.subn(
+            lambda m: f"{m[1]}{table}\n\nMeasured on: {stamp}.\n{m[2]}", page.read_text()
+        )
+        if count:
+            page.write_text(text)
+            return
+    raise SystemExit(f"no page has a place for the benchmark {name}")
 
 
 def tables(lines: Sequence[str]) -> str:
