@@ -6,6 +6,7 @@ them is 7 and 4. A merge counts what it holds against its budget, and so never h
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError, RuntimeFailure
-from edgemerge.formats.tokenizer import tokenizer_metadata
+from edgemerge.formats.tokenizer import MAX_TOKENIZER_BYTES, tokenizer_metadata
 
 __all__ = ["read_tokenizer"]
 
 LARGE = 1 << 20  # bytes of tokenizer.json; a smaller one takes less memory than a process does time
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+_last: tuple[bytes, dict[str, bytes]] = b"", {}  # what was read last, and of which bytes
 
 
 def read_tokenizer(
     path: Path, config: dict[str, Any], vocab_size: int, model_type: str
 ) -> dict[str, bytes]:
-    """Return what `tokenizer_metadata` does.
+    """Return what `tokenizer_metadata` does; fine-tunes of one base, whose files are equal, share it.
 
     Raises
     ------
@@ -32,6 +36,30 @@ def read_tokenizer(
     RuntimeFailure
         The process could not be started, or ended without an answer.
     """
+    global _last
+    digest = _digest(path, config, vocab_size, model_type)
+    if not digest or digest != _last[0]:
+        _last = digest, _read(path, config, vocab_size, model_type)
+    return _last[1]
+
+
+def _digest(path: Path, config: dict[str, Any], vocab_size: int, model_type: str) -> bytes:
+    """Hash all that the tokenizer of a directory may depend on: each of its files but the weights.
+
+    Nothing where one of them is larger than any tokenizer: that is for its reader to refuse.
+    """
+    digest = hashlib.blake2b(repr((config, vocab_size, model_type)).encode())
+    for file in sorted(path.iterdir()):
+        if file.suffix not in WEIGHTS and file.is_file():
+            if file.stat().st_size > MAX_TOKENIZER_BYTES:
+                return b""
+            with file.open("rb") as opened:
+                digest.update(f"{file.name!r} {file.stat().st_size}\n".encode())
+                digest.update(hashlib.file_digest(opened, "blake2b").digest())
+    return digest.digest()
+
+
+def _read(path: Path, config: dict[str, Any], vocab_size: int, model_type: str) -> dict[str, bytes]:
     file = path / "tokenizer.json"
     if not file.is_file() or file.stat().st_size < LARGE:
         return tokenizer_metadata(path, config, vocab_size, model_type)

@@ -41,6 +41,23 @@ def test_the_same_keys(folder: Path) -> None:
     assert list(apart) == list(tokenizer_metadata(folder, config, VOCAB, "llama"))
 
 
+def test_equal_files_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(folder)
+    first = read_tokenizer(folder, config, VOCAB, "llama")
+    monkeypatch.setattr(tokenizer_process, "_read", lambda *_: {"read": b"again"})
+    assert read_tokenizer(folder, config, VOCAB, "llama") is first
+    assert read_tokenizer(folder, config, VOCAB + 1, "llama") == {"read": b"again"}
+    (folder / "added_tokens.json").write_text("{}")
+    assert read_tokenizer(folder, config, VOCAB, "llama") == {"read": b"again"}
+
+
+def test_a_huge_file_is_not_hashed(folder: Path) -> None:
+    with (folder / "chat_template.jinja").open("wb") as file:
+        file.truncate(1 << 40)
+    config = config_of(folder)
+    assert tokenizer_process._digest(folder, config, VOCAB, "llama") == b""
+
+
 def test_the_same_refusal(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"model": [')
     refusals = []
