@@ -36,6 +36,9 @@ linear, masks = KernelFile("linear"), KernelFile("masks")
 Moves: TypeAlias = dict[tuple[int, int, int, int], list[HeadPlan | NeuronPlan]]
 
 NON_FINITE = 0x7F800000  # bits of infinity: everything from here on is infinite or NaN
+# Pages that were read are given back while a tensor is read, not after it: the system then reads the next
+# ones into the same memory, which saves half of the processor's time for reading where memory is virtual.
+FORGET_BYTES = 8 << 20
 BEYOND_HALF = 0x477FF000  # bits of 65520, the least magnitude that float16 rounds to infinity
 
 
@@ -98,6 +101,7 @@ class TensorStream:
         self._matrix = -1  # number of the matrix whose importances are in the arena; -1: none
         self._loaded = -1  # first row of the block in the arena; -1: none
         self._is_first_pass = True  # which alone is in the checksums
+        self._forgotten = [0] * len(job.inputs)  # rows whose pages were given back
         arena.reset()
         rows = max(1, job.rows_per_block)
         widest = max(tensor.spec.row_bytes for tensor in job.inputs)
@@ -285,7 +289,14 @@ class TensorStream:
         self._traffic.add(raw.nbytes, 0)
         if at is not None and self._is_first_pass:
             self.share.inputs[i_input].add(at, stop - start, raw)
+        if at == start and self.job.passes == 1:  # in order, and not again
+            self._give_back(tensor, i_input, stop)
         return raw
+
+    def _give_back(self, tensor: InputTensor, i_input: int, n_rows: int) -> None:
+        if (n_rows - self._forgotten[i_input]) * tensor.spec.row_bytes >= FORGET_BYTES:
+            self._sources[tensor.model].forget(tensor.spec.name, n_rows)
+            self._forgotten[i_input] = n_rows
 
     def _check_range(self, block: Block, values: Float32) -> None:
         """Refuse a result that the output type cannot hold: never a silent infinity."""

@@ -114,8 +114,8 @@ class Source(Protocol):
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` ((stop - start) * row_bytes,) with rows [start, stop) of a tensor, as stored."""
 
-    def forget(self, name: str) -> None:
-        """Tell the operating system that a tensor's pages will not be read again."""
+    def forget(self, name: str, n_rows: int | None = None) -> None:
+        """Tell the system that a tensor's pages, or those of its first rows, will not be read again."""
 
     def states(self) -> Sequence[FileState]:
         """Return what the files of the tensors were when they were opened."""

@@ -68,7 +68,7 @@ class FakeSource:
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         raise AssertionError(f"planning read {name}")
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str, n_rows: int | None = None) -> None:
         raise AssertionError("planning reads no tensor data")
 
     def close(self) -> None:

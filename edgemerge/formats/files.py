@@ -130,5 +130,7 @@ def check_unchanged(fd: int, state: FileState) -> None:
 
 def forget_range(fd: int, offset: int, n_bytes: int) -> None:
     """Give the pages of a byte range back, so that one pass over a model leaves the page cache alone."""
+    if n_bytes == 0:  # which would mean the rest of the file
+        return
     with contextlib.suppress(OSError):  # a hint; some file systems do not know it
         os.posix_fadvise(fd, offset, n_bytes, os.POSIX_FADV_DONTNEED)

@@ -52,9 +52,11 @@ class GgufFile:
         assert start + out_u8.nbytes <= self.specs[name].nbytes
         read_exactly(self._fd, out_u8, self._offsets[name] + start, self.path, name)
 
-    def forget(self, name: str) -> None:
-        """Drop the tensor's pages from the page cache."""
-        forget_range(self._fd, self._offsets[name], self.specs[name].nbytes)
+    def forget(self, name: str, n_rows: int | None = None) -> None:
+        """Drop the tensor's pages, or those of its first rows, from the page cache."""
+        spec = self.specs[name]
+        n_bytes = spec.nbytes if n_rows is None else n_rows * spec.row_bytes
+        forget_range(self._fd, self._offsets[name], n_bytes)
 
     def check_unchanged(self) -> None:
         """Raise FormatError where the file was written to since it was opened."""
@@ -123,9 +125,9 @@ class GgufModel:
         """Name the files, in order."""
         return [part.path for part in self._parts]
 
-    def forget(self, name: str) -> None:
-        """Drop the tensor's pages from the page cache."""
-        self._homes[name].forget(name)
+    def forget(self, name: str, n_rows: int | None = None) -> None:
+        """Drop the tensor's pages, or those of its first rows, from the page cache."""
+        self._homes[name].forget(name, n_rows)
 
     def states(self) -> Sequence[FileState]:
         """Return what the files were when they were opened."""

@@ -297,11 +297,14 @@ class HubModel:
         shard, at = place
         fill_buffers(self._fds[shard], items, at, shard, hf_name(self.architecture, name))
 
-    def forget(self, name: str) -> None:
-        """Tell the operating system that a tensor's pages will not be read again."""
+    def forget(self, name: str, n_rows: int | None = None) -> None:
+        """Tell the system that a tensor's pages, or those of its first rows, will not be read again."""
         if place := self._places.get(name):
+            spec = self._specs[name]
+            left = spec.nbytes if n_rows is None else n_rows * spec.row_bytes
             for shard, offset in place.parts:
-                forget_range(self._fds[shard], offset, place.part_bytes)
+                forget_range(self._fds[shard], offset, min(left, place.part_bytes))
+                left = max(0, left - place.part_bytes)
 
     def states(self) -> Sequence[FileState]:
         """Return what the shards were when they were opened."""
