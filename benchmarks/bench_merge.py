@@ -6,7 +6,7 @@
 The models are TinyLlama's shape with random weights, made once in --work (6.6 GB). benchmarks/make-peers
 makes the peers' environment; llama-quantize is `llama_model_quantize` of our own llama-cpp-python. Every
 step is a fresh process. mergekit runs twice, as it comes and with one thread, and the run of less CPU time
-counts. All methods give the converter and the quantiser tensors of the same shapes and types, so these two
+counts; that was one thread wherever both were tried, and --once asks only for it. All methods give the converter and the quantiser tensors of the same shapes and types, so these two
 run once and count for every method. CPU seconds and ratios are what to compare; wall time depends on what
 else the machine does.
 """
@@ -95,9 +95,9 @@ class Chain:
         self._rest: dict[str, Cost] = {}  # the steps that are the same for every method
         self._out_mib = 0.0
 
-    def run(self, request: Path) -> dict[str, Any]:
-        """Run the steps of one method, a process each."""
-        tries = {name: self._merge(request, words) for name, words in MERGEKIT.items()}
+    def run(self, request: Path, settings: dict[str, list[str]]) -> dict[str, Any]:
+        """Run the steps of one method, a process each; mergekit once by each of the settings."""
+        tries = {name: self._merge(request, words) for name, words in settings.items()}
         best = min(tries, key=lambda name: tries[name].cpu_s)
         if not self._rest:
             self._convert_and_quantise()
@@ -137,6 +137,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--memory", default="384MiB")
     parser.add_argument("--peers", type=Path, help="environment of benchmarks/make-peers")
+    parser.add_argument(
+        "--once", nargs="+", default=[], metavar="METHOD", help="run mergekit only with one thread"
+    )
     parser.add_argument("--figure", type=Path, default=FIGURES / "merge.png")
     options = parser.parse_args()
     models = make_models(options.work, options.shape)
@@ -148,7 +151,8 @@ def main() -> None:
         request.write_text(recipe(method, models))
         row = {"method": method, **merge_ours(request, options.work, options.memory, threads)}
         if chain is not None and method not in OURS:
-            row["chain"] = chain.run(request)
+            one = {name: words for name, words in MERGEKIT.items() if words}
+            row["chain"] = chain.run(request, one if method in options.once else MERGEKIT)
         print(f"  {row}", file=sys.stderr)
         rows.append(row)
     if chain is not None:
