@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,24 +37,34 @@ def subtract_ones() -> list[float]:
 
 
 class Children:
-    """Stands in for `subprocess.run` and remembers what was asked for."""
+    """Stands in for `subprocess.Popen` and remembers what was asked for."""
 
     def __init__(self, status: int | OSError = 0) -> None:
-        self.status = status
+        self.returncode = status
         self.commands: list[list[str]] = []
+        self.n_ended = 0
 
-    def __call__(self, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    def __call__(self, command: list[str], **options: Any) -> Children:
         self.commands.append(command)
-        if isinstance(self.status, OSError):
-            raise self.status
-        return subprocess.CompletedProcess(command, self.status, "", "Traceback\nLinkError: no\n")
+        if isinstance(self.returncode, OSError):
+            raise self.returncode
+        return self
+
+    def communicate(self) -> tuple[None, str]:
+        return None, "Traceback\nLinkError: no\n"
+
+    def kill(self) -> None:
+        self.n_ended += 1
+
+    def wait(self) -> None:
+        """It has ended."""
 
 
 def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.find_missing([NAME]) == [NAME]
     assert subtract_ones() == [-1, 0, 1, 2]
     assert store.find_missing([NAME]) == []
-    monkeypatch.setattr(store.subprocess, "run", None)  # nobody is asked again
+    monkeypatch.setattr(store.subprocess, "Popen", None)  # nobody is asked again
     store.compile_missing([NAME])
     assert subtract_ones() == [-1, 0, 1, 2]
 
@@ -115,7 +124,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 def test_a_compiler_that_fails_is_one_sentence(
     cache: Path, status: int | OSError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store.subprocess, "run", Children(status))
+    monkeypatch.setattr(store.subprocess, "Popen", Children(status))
     with pytest.raises(RuntimeFailure, match="kernels could not be") as error:
         store.load_image("linear", "subtract")
     assert "\n" not in str(error.value)
@@ -133,10 +142,20 @@ def test_a_module_in_the_users_folder_is_not_run(
     assert image_path(cache)
 
 
-def test_the_child_is_this_python(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_children_are_this_python(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     children = Children()
-    monkeypatch.setattr(store.subprocess, "run", children)
+    monkeypatch.setattr(store.subprocess, "Popen", children)
     store.compile_missing([NAME, "ties.elect"])
     (command,) = children.commands
     assert command[:3] == [sys.executable, "-P", "-m"]
     assert command[-2:] == [NAME, "ties.elect"]
+    children.commands.clear()
+    many = ["q4_k.encode_q4_k", "q6_k.encode_q6_k", NAME, "ties.elect"]
+    store.compile_missing(many)
+    shares = [
+        command[command.index("edgemerge.native.compiler") + 2 :] for command in children.commands
+    ]
+    assert sorted(name for share in shares for name in share) == sorted(many)
+    if len(shares) == 2:  # the slow ones one each
+        assert [share[0] for share in shares] == many[:2]
+    assert children.n_ended == 1 + len(shares)
