@@ -104,8 +104,11 @@ class TensorStream:
         self._forgotten = [0] * len(job.inputs)  # rows whose pages were given back
         arena.reset()
         rows = max(1, job.rows_per_block)
-        widest = max(tensor.spec.row_bytes for tensor in job.inputs)
-        self._raw = self.take((rows * max(widest, job.out.row_bytes),), np.uint8).view(np.uint8)
+        # Of a specification they are computed anew each time, which every block would pay for.
+        self._row_bytes = [tensor.spec.row_bytes for tensor in job.inputs]
+        self._out_row_bytes = job.out.row_bytes
+        widest = max(*self._row_bytes, self._out_row_bytes)
+        self._raw = self.take((rows * widest,), np.uint8).view(np.uint8)
         if not job.is_byte_copy:
             self._checks_inputs = not keeps_non_finite(job)  # else the result alone says it
             self._on_deltas = METHODS[job.method].on_deltas and not is_plain_sum(job)
@@ -185,7 +188,7 @@ class TensorStream:
         codec = CODECS[self.job.out.dtype]
         for block, values in merged_blocks(self, shared_gram):
             self._check_range(block, values)
-            raw = self._raw[: block.n_rows * self.job.out.row_bytes]
+            raw = self._raw[: block.n_rows * self._out_row_bytes]
             row = block.first // block.n_cols
             if self.job.is_weighted:
                 self._encode_weighted(values, raw, row)
@@ -213,7 +216,7 @@ class TensorStream:
             at = stop
 
     def _write(self, output: OutputFile, offset: int, start: int, n_rows: int, raw: UInt8) -> None:
-        output.write(raw, offset + start * self.job.out.row_bytes)
+        output.write(raw, offset + start * self._out_row_bytes)
         self.share.output.add(start, n_rows, raw)
         self._traffic.add(0, raw.nbytes)
 
@@ -284,7 +287,7 @@ class TensorStream:
         self, tensor: InputTensor, i_input: int, start: int, stop: int, at: int | None
     ) -> UInt8:
         """Read stored rows, which will be rows from `at` on of the output; None: a part of some."""
-        raw = self._raw[: (stop - start) * tensor.spec.row_bytes]
+        raw = self._raw[: (stop - start) * self._row_bytes[i_input]]
         self._sources[tensor.model].read_rows(tensor.spec.name, start, stop, raw)
         self._traffic.add(raw.nbytes, 0)
         if at is not None and self._is_first_pass:
@@ -294,7 +297,7 @@ class TensorStream:
         return raw
 
     def _give_back(self, tensor: InputTensor, i_input: int, n_rows: int) -> None:
-        if (n_rows - self._forgotten[i_input]) * tensor.spec.row_bytes >= FORGET_BYTES:
+        if (n_rows - self._forgotten[i_input]) * self._row_bytes[i_input] >= FORGET_BYTES:
             self._sources[tensor.model].forget(tensor.spec.name, n_rows)
             self._forgotten[i_input] = n_rows
 

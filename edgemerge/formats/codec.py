@@ -112,12 +112,15 @@ class Codec:
 
     def _stored(self, raw_u8: UInt8, values_f32: Float32) -> NDArray[Any]:
         """View the stored side as a kernel wants it: bytes, or the patterns of a 16-bit type."""
-        n_blocks = raw_u8.size // self.block_bytes
-        _check(raw_u8, n_blocks * self.block_bytes)
-        _check(values_f32, n_blocks * self.block_len)
-        stored: NDArray[Any] = raw_u8.view(np.uint16) if self.block_len == 1 else raw_u8
-        assert stored.flags.aligned, "16-bit types start at an even address"
-        return stored
+        block_len, block_bytes = block_size(self.dtype)
+        n_blocks = raw_u8.size // block_bytes
+        _check(raw_u8, n_blocks * block_bytes)
+        _check(values_f32, n_blocks * block_len)
+        if block_len > 1:
+            return raw_u8
+        halves = raw_u8.view(np.uint16)
+        assert halves.flags.aligned, "16-bit types start at an even address"
+        return halves
 
 
 CODECS: dict[str, Codec] = {
