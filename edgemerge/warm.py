@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from edgemerge.formats.codec import CODECS
 from edgemerge.formats.weighted import weighted_kernels
 from edgemerge.methods import METHODS
-from edgemerge.native.signatures import SIGNATURES
+from edgemerge.native.signatures import KERNEL_NAMES, SIGNATURES
 from edgemerge.native.store import compile_missing, find_missing
 from edgemerge.types import Plan
 
@@ -120,5 +120,4 @@ def warm_all(on_step: Callable[[int, int], None]) -> None:
 
 def find_cold_of_all() -> tuple[list[str], int]:
     """Name the kernels that are not compiled, and count all there are."""
-    names = [f"{file}.{name}" for file, kernels in SIGNATURES.items() for name in kernels]
-    return find_missing(names), len(names)
+    return find_missing(KERNEL_NAMES), len(KERNEL_NAMES)

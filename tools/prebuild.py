@@ -17,12 +17,10 @@ import shutil
 import tempfile
 import time
 
-from edgemerge.native.signatures import SIGNATURES
-from edgemerge.native.store import PREBUILT
+from edgemerge.native.signatures import KERNEL_NAMES
+from edgemerge.native.store import PREBUILT, slow_first
 
 PROCESSORS = {"x86_64": "x86-64-v3", "aarch64": "generic"}
-# Kernels that take long to compile come first, so that two processes end at about the same time.
-SLOW = ("q5_k", "q4_k", "q2_k", "q6_k", "q3_k", "della", "iq4", "weighted_scales")
 
 
 def main() -> None:
@@ -30,8 +28,6 @@ def main() -> None:
     folder = PREBUILT / machine
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    names = [f"{file}.{name}" for file, kernels in SIGNATURES.items() for name in kernels]
-    names.sort(key=lambda name: name.split(".")[0] not in SLOW)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as cache:
         # Numba reads these when it is first imported, which is in the workers.
@@ -41,11 +37,11 @@ def main() -> None:
             "NUMBA_CACHE_DIR": cache,
         }
         with multiprocessing.get_context("fork").Pool(2) as pool:
-            pool.map(_compile, names, chunksize=1)
+            pool.map(_compile, slow_first(KERNEL_NAMES), chunksize=1)
     size = sum(path.stat().st_size for path in folder.iterdir())
     took = time.monotonic() - started
     print(
-        f"{machine}: {len(names)} kernels for {PROCESSORS[machine]}, {size >> 10} KiB, {took:.0f} s"
+        f"{machine}: {len(KERNEL_NAMES)} kernels for {PROCESSORS[machine]}, {size >> 10} KiB, {took:.0f} s"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["SIGNATURES"]
+__all__ = ["KERNEL_NAMES", "SIGNATURES"]
 
 SIGNATURES: Mapping[str, Mapping[str, str]] = {
     "dare": {
@@ -175,3 +175,6 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
     },
 }
 """File in kernels/ -> function -> argument types."""
+
+KERNEL_NAMES = tuple(f"{file}.{name}" for file, kernels in SIGNATURES.items() for name in kernels)
+"""All of them as FILE.KERNEL."""

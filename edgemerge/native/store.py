@@ -25,6 +25,7 @@ from edgemerge.native.image import BadImage, Image
 from edgemerge.native.signatures import SIGNATURES
 
 __all__ = ["compile_here", "compile_missing", "find_missing", "image_name", "load_image"]
+__all__ += ["slow_first"]
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def _run_compiler(folder: Path, names: list[str]) -> None:
     log.info("compiling %d kernels, once", len(names))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     n_children = 2 if len(names) > 3 and (os.cpu_count() or 1) > 1 and memory >= 1 << 30 else 1
-    by_cost = sorted(names, key=lambda name: not name.partition(".")[2].startswith(SLOW))
+    by_cost = slow_first(names)
     children: list[subprocess.Popen[str]] = []
     try:
         for i in range(n_children):
@@ -128,6 +129,11 @@ def _run_compiler(folder: Path, names: list[str]) -> None:
         for child in children:  # where one failed, or the user interrupted
             child.kill()
             child.wait()
+
+
+def slow_first(names: Collection[str]) -> list[str]:
+    """Order kernels (FILE.KERNEL) so that compilers that share them end at about the same time."""
+    return sorted(names, key=lambda name: not name.partition(".")[2].startswith(SLOW))
 
 
 def _start_compiler(folder: Path, names: list[str]) -> subprocess.Popen[str]:
