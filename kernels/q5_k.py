@@ -20,7 +20,9 @@ TOP = 31  # largest quant
 STEPS = 16  # candidate scales of the search
 FIRST = -0.5  # what the first candidate adds to TOP; each further one adds 0.1
 
-# Rows of LANES float32 in the scratch, after the 32 rows of the tile and the 32 of its quants.
+BEYOND = np.float32(1 << 22)
+
+# Rows of LANES float32 in the scratch, after the 32 rows of the tile, of its weights and of its quants.
 WEIGHT = 0 * LANES  # root mean square; |x| is added to it to weigh an error
 SUM_W = 1 * LANES
 SUM_X = 2 * LANES  # weighted, like the sums below
@@ -37,7 +39,8 @@ SUM_XL = 12 * LANES
 NEW_SCALE = 13 * LANES  # least squares for those quants
 NEW_MIN = 14 * LANES
 NEW_ERROR = 15 * LANES
-SCRATCH_LEN = (32 + 32 + 16) * LANES
+LEAST = 16 * LANES  # value of the lane
+SCRATCH_LEN = (32 + 32 + 32 + 17) * LANES
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -125,7 +128,14 @@ def _level(v):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _measure(tile, state):
+def _regular_level(v):
+    # The same for 0 <= v < BEYOND, without leaving float.
+    level = np.float32(np.float32(v + np.float32(12582912.0)) - np.float32(12582912.0))
+    return level if level < np.float32(TOP) else np.float32(TOP)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _measure(tile, weights, state):
     # Weights, their sums and the range of each lane.
     for lane in range(LANES):
         state[WEIGHT + lane] = np.float32(0.0)
@@ -148,16 +158,19 @@ def _measure(tile, state):
             for k in range(8):
                 x = tile[(i + k) * LANES + lane]
                 w = np.float32(state[WEIGHT + lane] + abs(x))
+                weights[(i + k) * LANES + lane] = w
                 smallest = x if x < smallest else smallest
                 largest = x if x > largest else largest
                 state[SUM_W + lane] += w
                 state[SUM_X + lane] += np.float32(w * x)
             state[SMALLEST + lane] = smallest
             state[LARGEST + lane] = largest
+    for lane in range(LANES):
+        state[LEAST + lane] = state[SMALLEST + lane]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _fit_range(tile, state):
+def _fit_range(tile, weights, state):
     # First fit: the quants span the range of the lane, and zero.
     for lane in range(LANES):
         smallest = state[SMALLEST + lane]
@@ -175,7 +188,7 @@ def _fit_range(tile, state):
                 x = tile[(i + k) * LANES + lane]
                 level = _level(np.float32(state[INVERSE + lane] * np.float32(x - smallest)))
                 diff = np.float32(np.float32(state[SCALE + lane] * level) + smallest - x)
-                w = np.float32(state[WEIGHT + lane] + abs(x))
+                w = weights[(i + k) * LANES + lane]
                 error = np.float32(error + np.float32(w * np.float32(diff * diff)))
             state[ERROR + lane] = error
     for lane in range(LANES):
@@ -189,14 +202,25 @@ def _fit_range(tile, state):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _project(tile, quants, state, divisor):
+def _is_regular(state, lane):
+    # Whether all v of the lane are numbers to `_round`, and grow with x; of a flat lane no v matters.
+    smallest, inverse = state[SMALLEST + lane], state[INVERSE + lane]
+    first = np.float32(inverse * np.float32(state[LEAST + lane] - smallest))
+    last = np.float32(inverse * np.float32(state[LARGEST + lane] - smallest))
+    return ((inverse > 0) & (first > -BEYOND) & (last < BEYOND)) | (state[ERROR + lane] < 0)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _project(tile, weights, quants, state, divisor):
     # Quants of a candidate, and their weighted sums.
+    n_regular = np.int32(0)
     for lane in range(LANES):
         spread = np.float32(state[LARGEST + lane] - state[SMALLEST + lane])
         state[INVERSE + lane] = np.float32(divisor / spread)
         state[SUM_L + lane] = np.float32(0.0)
         state[SUM_L2 + lane] = np.float32(0.0)
         state[SUM_XL + lane] = np.float32(0.0)
+        n_regular = np.int32(n_regular + np.int32(_is_regular(state, lane)))
     for i in range(0, 32, 8):
         for lane in range(LANES):
             sum_l = state[SUM_L + lane]
@@ -204,10 +228,11 @@ def _project(tile, quants, state, divisor):
             sum_xl = state[SUM_XL + lane]
             for k in range(8):
                 x = tile[(i + k) * LANES + lane]
-                v = np.float32(x - state[SMALLEST + lane])
-                level = _level(np.float32(state[INVERSE + lane] * v))
+                w = weights[(i + k) * LANES + lane]
+                smallest = state[SMALLEST + lane]
+                v = np.float32((x if x > smallest else smallest) - smallest)
+                level = _regular_level(np.float32(state[INVERSE + lane] * v))
                 quants[(i + k) * LANES + lane] = level
-                w = np.float32(state[WEIGHT + lane] + abs(x))
                 wl = np.float32(w * level)
                 sum_l = np.float32(sum_l + wl)
                 sum_l2 = np.float32(sum_l2 + np.float32(wl * level))
@@ -215,6 +240,28 @@ def _project(tile, quants, state, divisor):
             state[SUM_L + lane] = sum_l
             state[SUM_L2 + lane] = sum_l2
             state[SUM_XL + lane] = sum_xl
+    if n_regular < LANES:
+        for lane in range(LANES):
+            if not _is_regular(state, lane):
+                _project_lane(tile, weights, quants, state, lane)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _project_lane(tile, weights, quants, state, lane):
+    # The same for a lane of extremes.
+    sum_l = sum_l2 = sum_xl = np.float32(0.0)
+    for at in range(lane, tile.size, LANES):
+        x = tile[at]
+        v = np.float32(x - state[SMALLEST + lane])
+        level = _level(np.float32(state[INVERSE + lane] * v))
+        quants[at] = level
+        wl = np.float32(weights[at] * level)
+        sum_l = np.float32(sum_l + wl)
+        sum_l2 = np.float32(sum_l2 + np.float32(wl * level))
+        sum_xl = np.float32(sum_xl + np.float32(wl * x))
+    state[SUM_L + lane] = sum_l
+    state[SUM_L2 + lane] = sum_l2
+    state[SUM_XL + lane] = sum_xl
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -228,10 +275,10 @@ def _solve(state):
         sum_xl = state[SUM_XL + lane]
         det = np.float32(np.float32(sum_w * sum_l2) - np.float32(sum_l * sum_l))
         scale = np.float32(np.float32(sum_w * sum_xl) - np.float32(sum_x * sum_l))
-        scale = np.float32(scale / det)
         minimum = np.float32(np.float32(sum_l2 * sum_x) - np.float32(sum_l * sum_xl))
         minimum = np.float32(minimum / det)
-        scale = np.float32(sum_xl / sum_l2) if minimum > 0 else scale
+        scale = sum_xl if minimum > 0 else scale
+        scale = np.float32(scale / (sum_l2 if minimum > 0 else det))
         # Without a positive determinant there is no candidate: NaN compares as no better.
         state[NEW_SCALE + lane] = scale if det > 0 else np.float32(np.nan)
         state[NEW_MIN + lane] = np.float32(0.0) if minimum > 0 else minimum
@@ -239,7 +286,7 @@ def _solve(state):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _judge(tile, quants, state):
+def _judge(tile, weights, quants, state):
     # Error of a candidate; the better of it and the best so far stays.
     for i in range(0, 32, 8):
         for lane in range(LANES):
@@ -249,7 +296,7 @@ def _judge(tile, quants, state):
                 level = quants[(i + k) * LANES + lane]
                 diff = np.float32(state[NEW_SCALE + lane] * level)
                 diff = np.float32(np.float32(diff + state[NEW_MIN + lane]) - x)
-                w = np.float32(state[WEIGHT + lane] + abs(x))
+                w = weights[(i + k) * LANES + lane]
                 error = np.float32(error + np.float32(w * np.float32(diff * diff)))
             state[NEW_ERROR + lane] = error
     for lane in range(LANES):
@@ -365,8 +412,9 @@ def encode_q5_k(x_f32, scratch_f32, out_u8):
         written
     """
     tile = scratch_f32[: 32 * LANES]
-    quants = scratch_f32[32 * LANES : 64 * LANES]
-    state = scratch_f32[64 * LANES : SCRATCH_LEN]
+    weights = scratch_f32[32 * LANES : 64 * LANES]
+    quants = scratch_f32[64 * LANES : 96 * LANES]
+    state = scratch_f32[96 * LANES : SCRATCH_LEN]
     n_sub = x_f32.size // 32
     for first in range(0, n_sub, LANES):
         n_lanes = min(LANES, n_sub - first)
@@ -374,14 +422,14 @@ def encode_q5_k(x_f32, scratch_f32, out_u8):
             x = x_f32[32 * (first + lane) : 32 * (first + lane) + 32]
             for k in range(32):
                 tile[k * LANES + lane] = x[k]
-        _measure(tile, state)
-        _fit_range(tile, state)
+        _measure(tile, weights, state)
+        _fit_range(tile, weights, state)
         for step in range(STEPS):
             tenths = np.float32(np.float32(0.1) * np.float32(step))
             divisor = np.float32(np.float32(np.float32(FIRST) + tenths) + np.float32(TOP))
-            _project(tile, quants, state, divisor)
+            _project(tile, weights, quants, state, divisor)
             _solve(state)
-            _judge(tile, quants, state)
+            _judge(tile, weights, quants, state)
         for lane in range(0, n_lanes, 8):
             i = (first + lane) // 8
             x = x_f32[256 * i : 256 * i + 256]

@@ -19,7 +19,8 @@ LANES = 128
 STEPS = 19  # candidate scales of the search
 EPSILON = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: what is smaller counts as zero
 
-# Rows of LANES float32 in the scratch, after the 16 rows of the tile and 256 quants of one block.
+# Rows of LANES float32 in the scratch, after 16 of the tile, 16 of its squares, 16 of its cubes and 256
+# quants of one block.
 EXTREME = 0 * LANES  # value of largest magnitude, with its sign
 SCALE = 1 * LANES  # scale of the best fit so far
 QUALITY = 2 * LANES  # its scale times its sum of x l; a better fit has more
@@ -27,7 +28,8 @@ FIT_INVERSE = 3 * LANES  # quants of the best fit: round(FIT_INVERSE * x)
 INVERSE = 4 * LANES  # 1 / scale of the candidate
 SUM_XL = 5 * LANES  # of its quants, l in ggml's code; weighted by x squared
 SUM_L2 = 6 * LANES
-SCRATCH_LEN = 16 * LANES + 256 + 7 * LANES
+LOWEST = 7 * LANES  # quant
+SCRATCH_LEN = (16 + 16 + 16 + 8) * LANES + 256
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -72,6 +74,15 @@ def _level(v):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def _search_level(v, lowest):
+    # The same for |v| < 2^22, without leaving float. Were both bounds constants, LLVM would make four
+    # instructions of the two that clamp.
+    level = np.float32(np.float32(v + np.float32(12582912.0)) - np.float32(12582912.0))
+    level = level if level > lowest else lowest
+    return level if level < np.float32(31.0) else np.float32(31.0)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def decode_q6_k(raw_u8, out_f32):
     """Write the values of whole blocks (dequantize_row_q6_K).
 
@@ -107,20 +118,25 @@ def decode_q6_k(raw_u8, out_f32):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _find_extremes(tile, state):
+def _measure(tile, squares, cubes, state):
+    # Weights and weighted values, and the extreme of each lane.
     for lane in range(LANES):
         largest = np.float32(0.0)
         extreme = np.float32(0.0)
         for k in range(16):
             x = tile[k * LANES + lane]
+            square = np.float32(x * x)
+            squares[k * LANES + lane] = square
+            cubes[k * LANES + lane] = np.float32(square * x)
             extreme = x if abs(x) > largest else extreme
             largest = abs(x) if abs(x) > largest else largest
         state[EXTREME + lane] = extreme
+        state[LOWEST + lane] = np.float32(-32.0)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _project(tile, state, dividend):
-    # Quants of a candidate, and their weighted sums.
+def _project(tile, squares, cubes, state, dividend):
+    # Quants of a candidate, and their weighted sums. Only in a lane that counts as zero is a |v| above 33.
     for lane in range(LANES):
         state[INVERSE + lane] = np.float32(dividend / state[EXTREME + lane])
         state[SUM_XL + lane] = np.float32(0.0)
@@ -132,10 +148,11 @@ def _project(tile, state, dividend):
             sum_l2 = state[SUM_L2 + lane]
             for k in range(8):
                 x = tile[(i + k) * LANES + lane]
-                level = _level(np.float32(state[INVERSE + lane] * x))
-                w = np.float32(x * x)
-                sum_xl = np.float32(sum_xl + np.float32(np.float32(w * x) * level))
-                sum_l2 = np.float32(sum_l2 + np.float32(np.float32(w * level) * level))
+                v = np.float32(state[INVERSE + lane] * x)
+                level = _search_level(v, state[LOWEST + lane])
+                sum_xl = np.float32(sum_xl + np.float32(cubes[(i + k) * LANES + lane] * level))
+                weighted = np.float32(squares[(i + k) * LANES + lane] * level)
+                sum_l2 = np.float32(sum_l2 + np.float32(weighted * level))
             state[SUM_XL + lane] = sum_xl
             state[SUM_L2 + lane] = sum_l2
 
@@ -157,13 +174,13 @@ def _judge(state, first):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _search(tile, state):
-    _find_extremes(tile, state)
+def _search(tile, squares, cubes, state):
+    _measure(tile, squares, cubes, state)
     for step in range(STEPS):
         tenths = 0 if step == 0 else step - 10 if step < 10 else step - 9  # 0, -9 ... -1, 1 ... 9
         dividend = np.float32(np.float32(0.1) * np.float32(tenths))
         dividend = np.float32(-np.float32(np.float32(32.0) + dividend))
-        _project(tile, state, dividend)
+        _project(tile, squares, cubes, state, dividend)
         _judge(state, step == 0)
     for lane in range(LANES):
         zero = abs(state[EXTREME + lane]) < EPSILON
@@ -259,8 +276,10 @@ def encode_q6_k(x_f32, scratch_f32, out_u8):
         written
     """
     tile = scratch_f32[: 16 * LANES]
-    levels = scratch_f32[16 * LANES : 16 * LANES + 256]
-    state = scratch_f32[16 * LANES + 256 : SCRATCH_LEN]
+    squares = scratch_f32[16 * LANES : 32 * LANES]
+    cubes = scratch_f32[32 * LANES : 48 * LANES]
+    state = scratch_f32[48 * LANES : 56 * LANES]
+    levels = scratch_f32[56 * LANES : SCRATCH_LEN]
     n_sub = x_f32.size // 16
     for first in range(0, n_sub, LANES):
         n_lanes = min(LANES, n_sub - first)
@@ -268,7 +287,7 @@ def encode_q6_k(x_f32, scratch_f32, out_u8):
             x = x_f32[16 * (first + lane) : 16 * (first + lane) + 16]
             for k in range(16):
                 tile[k * LANES + lane] = x[k]
-        _search(tile, state)
+        _search(tile, squares, cubes, state)
         for lane in range(0, n_lanes, 16):
             i = (first + lane) // 16
             x = x_f32[256 * i : 256 * i + 256]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ TESTS = Path(__file__).resolve().parent
 # next run warm and the tree clean; subprocesses inherit it. Numba reads it when first imported.
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 os.environ.setdefault("NUMBA_CACHE_DIR", str(_CACHE / "edgemerge" / "numba-tests"))
+
+# No time limit for one example: the first call imports a library, and a test machine is shared.
+hypothesis.settings.register_profile("edgemerge", deadline=None)
+hypothesis.settings.load_profile("edgemerge")
 
 
 @pytest.fixture(scope="session", autouse=True)

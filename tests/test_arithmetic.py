@@ -144,7 +144,7 @@ def survivors(method: str, delta: Float32, own: dict[str, Any], rows: int) -> ND
     return merge_in_memory(method, base, [(delta, own)], rows_per_block=rows) != 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(delta=task_vectors(), density=st.floats(0, 0.999), rows=st.integers(1, 6))
 def test_ties_keeps_the_largest_and_of_equal_ones_the_first(
     delta: Float32, density: float, rows: int
@@ -158,7 +158,7 @@ def test_ties_keeps_the_largest_and_of_equal_ones_the_first(
         assert np.array_equal(np.sort(np.abs(delta[kept]))[::-1], largest)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     delta=task_vectors(),
     density=st.floats(0, 0.999),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
@@ -119,7 +119,6 @@ def test_block_height_does_not_show(weighting: str, scope: str) -> None:
 NUMBERS = st.floats(-8, 8, width=32)
 
 
-@settings(deadline=None)
 @given(
     pair=arrays(np.float32, (2, 3, 5), elements=NUMBERS),
     count=st.sampled_from([2, 4]),
@@ -140,7 +139,6 @@ def test_equal_experts_are_kept(
     assert (np.abs(got - expert) <= np.spacing(largest) + shares).all()
 
 
-@settings(deadline=None)
 @given(
     stack=arrays(np.float32, (4, 3, 5), elements=NUMBERS),
     scope=st.sampled_from(["tensor", "row"]),
@@ -156,7 +154,6 @@ def test_the_order_of_experts_is_rounding(
     assert np.abs(one - two).max() <= 16 * 1e-6
 
 
-@settings(deadline=None)
 @given(
     stack=arrays(np.float32, (3, 3, 5), elements=NUMBERS),
     scope=st.sampled_from(["tensor", "row"]),

@@ -195,7 +195,7 @@ def test_an_average_of_one_model_is_that_model(
     assert stored(tmp_path / "half.gguf") == stored(tmp_path / "converted.gguf")
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     method=st.sampled_from([name for name, row in METHODS.items() if row[0] == 2]),
     seed=st.integers(0, 2**32),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemerge.checksums import TensorResult
@@ -54,7 +54,6 @@ def test_it_lies_beside_the_part(path: Path) -> None:
     assert path.name == "out.gguf.part.journal"
 
 
-@settings(deadline=None)  # a disk takes its time
 @given(results=RESULTS, marks=MARKS, finishes=st.booleans())
 def test_what_was_written_is_read(
     path: Path, results: dict[int, TensorResult], marks: list[tuple[int, int, int]], finishes: bool
@@ -64,7 +63,6 @@ def test_what_was_written_is_read(
     assert read_journal(path) == Entries(ORIGIN, results, files, len(raw))
 
 
-@settings(deadline=None)
 @given(first=RESULTS, second=RESULTS)
 def test_another_run_adds_to_it(
     path: Path, first: dict[int, TensorResult], second: dict[int, TensorResult]
@@ -83,7 +81,6 @@ def test_another_run_adds_to_it(
     assert found.results == earlier.results | second
 
 
-@settings(deadline=None)
 @given(results=RESULTS, data=st.data())
 def test_a_journal_that_is_cut_says_what_is_whole(
     path: Path, results: dict[int, TensorResult], data: st.DataObject
@@ -96,7 +93,6 @@ def test_a_journal_that_is_cut_says_what_is_whole(
         assert raw.startswith(path.read_bytes()[: found.n_bytes])
 
 
-@settings(deadline=None)
 @given(results=RESULTS, junk=st.binary(min_size=1, max_size=40), data=st.data())
 def test_a_damaged_journal_tells_no_lies(
     path: Path, results: dict[int, TensorResult], junk: bytes, data: st.DataObject

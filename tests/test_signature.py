@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemerge.errors import EdgemergeError, FormatError, OutputError, VerificationError
@@ -107,7 +107,6 @@ def test_a_signature_of_fewer_files_does_not_do_for_a_split(
 # -- what does not
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_any_flipped_bit_is_refused(
     signed: Path,

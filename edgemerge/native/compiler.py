@@ -14,6 +14,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import numba
 from numba.core import config
+from numba.core.codegen import get_host_cpu_features
 from numba.core.registry import cpu_target
 from numba.core.sigutils import normalize_signature
 
@@ -25,6 +26,13 @@ __all__ = ["compile_image", "compile_object"]
 
 # All that a kernel may call: what compilers make of loops, and mathematics.
 LIBRARY = {"memcpy", "memmove", "memset", "exp", "log", "log2", "floorf", NEVER_CALLED}
+
+# LLVM keeps to half of AVX-512's width on Intel's processors, as the first that had it ran slower while it
+# was used. From Ice Lake on, which has VBMI2, whole vectors make the searches of encoders 1.3 times as fast.
+if config.CPU_NAME is None and config.CPU_FEATURES is None:
+    features = get_host_cpu_features()
+    if "+avx512vbmi2" in features:
+        config.CPU_FEATURES = f"{features},-prefer-256-bit"
 
 
 def compile_image(file: str, name: str) -> Image:

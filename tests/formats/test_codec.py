@@ -92,7 +92,7 @@ def test_decode_with_any_scale_is_ggmls(ggml: object, name: str) -> None:
 
 @pytest.mark.llama
 @pytest.mark.parametrize("name", CODECS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_decode_of_anything_is_ggmls(ggml: object, name: str, data: st.DataObject) -> None:
     n_bytes = CODECS[name].block_bytes * data.draw(st.integers(1, 9))
@@ -115,7 +115,7 @@ def test_encode_of_weights_is_ggmls(exact_ggml: object, name: str) -> None:
 
 @pytest.mark.llama
 @pytest.mark.parametrize("name", WRITTEN)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(x=BLOCKS | SMALL)
 def test_encode_of_anything_finite_is_ggmls(
     exact_ggml: object, name: str, x: NDArray[np.float32]

@@ -105,9 +105,7 @@ def models(draw: st.DrawFn) -> Model:
 
 
 @pytest.mark.llama
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(model=models(), file_type=st.sampled_from([*FILE_TYPES][3:]))
 def test_types_of_any_model_in_any_order(
     model: Model, file_type: str, quantiser: Quantiser

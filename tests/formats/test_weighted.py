@@ -87,7 +87,7 @@ def test_bytes_are_ggmls(name: str, importance: str) -> None:
 @pytest.mark.llama
 @pytest.mark.usefixtures("ggml")
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(x=hnp.arrays(np.float32, (1, 256), elements=FINITE), weights=WEIGHTS)
 def test_anything_finite(name: str, x: Float32, weights: Float32) -> None:
     got = encode(name, x, weights)

@@ -158,7 +158,7 @@ def test_threads_give_the_same_bytes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(x=BLOCKS | SMALL)
 def test_any_block_encodes_as_its_twin(name: str, x: NDArray[np.float32]) -> None:
     got, want = encode(CODECS[name], x), twin("encode", name)(x)

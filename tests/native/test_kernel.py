@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemerge import arithmetic
@@ -143,7 +143,6 @@ def test_an_image_survives_the_disk() -> None:
     assert Image.from_bytes(IMAGE.to_bytes()) == IMAGE
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_one_flipped_bit_is_seen(data: st.DataObject) -> None:
     raw = bytearray(IMAGE.to_bytes())
