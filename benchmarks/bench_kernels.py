@@ -23,12 +23,17 @@ from charts import COLOURS, INK, SOFT, new_figure, save
 from measure import machine, table
 from numpy.typing import NDArray
 
+from edgemerge.arithmetic import ELECTION_TILE, NORM_LANES, RANK_BINS
+from edgemerge.checksums import crc32
 from edgemerge.formats.codec import CODECS, Codec
 from edgemerge.formats.ggml_types import GGML_TYPES
-from edgemerge.kernels import dare, della, gram, linear, masks, select, slerp, ties
+from edgemerge.native import KernelFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests import ggml_oracle
+
+dare, della, gram, linear = (KernelFile(name) for name in ("dare", "della", "gram", "linear"))
+norms, select, slerp, ties = (KernelFile(name) for name in ("norms", "select", "slerp", "ties"))
 
 FIGURE = Path(__file__).with_name("figures") / "kernels.png"
 N_ROWS, N_COLS = 256, 4096
@@ -136,21 +141,17 @@ def merge_works() -> dict[str, tuple[Work, int]]:
     rng = np.random.default_rng(1)
     models = rng.standard_normal((N_MODELS, N)).astype(np.float32)
     changes, votes, base = models.copy(), models.copy(), models[0].copy()
-    x, y = models[1].copy(), models[2].copy()
-    mask, counts = np.empty(N, np.uint8), np.zeros(2**15, np.uint32)
-    kept = rng.integers(0, 2, N, np.uint8)
+    x, y, z = models[1].copy(), models[2].copy(), models[2].copy()
+    high, low = np.zeros(2**15, np.uint32), np.zeros(2**16, np.uint32)
     ones, third = np.ones(N_MODELS, np.float32), np.full(N_MODELS, 1 / N_MODELS, np.float32)
-    tiles, tied = np.empty((3, ties.TILE), np.float32), np.empty(2, np.int64)
-    ranks = np.empty(4 * N_COLS + della.RADIX + 1, np.uint32)
-    norms, dots = np.empty((N_ROWS, 2)), np.empty((N_ROWS, 3))
+    tiles, tied = np.empty((3, ELECTION_TILE), np.float32), np.empty(2, np.int64)
+    ranks = np.empty(5 * N_COLS + RANK_BINS + 1, np.uint32)
+    lanes, sums, dots = np.empty(NORM_LANES), np.empty((N_ROWS, 1)), np.empty((N_ROWS, 3))
     grams, count = np.empty((N_ROWS, N_MODELS, N_MODELS)), np.empty(1, np.int64)
     factors = np.full((N_ROWS, N_MODELS), 1 / N_MODELS, np.float32)
     middle, largest = int(np.float32(0.7).view(np.int32)), int(np.float32(9).view(np.int32))
-    cuts = np.array([middle, 0, 0, largest, 0, 0], np.int64)
-    key = np.uint64(12345)
-    half = np.uint64(2**23)
-    all_models = models.nbytes
-    one, bits = x.nbytes, mask.nbytes
+    key, nothing = np.uint64(12345), np.uint64(2**24)  # is dropped
+    all_models, one = models.nbytes, x.nbytes
     return {
         "linear.weighted_sum": (
             lambda: linear.weighted_sum(third, models),
@@ -164,20 +165,29 @@ def merge_works() -> dict[str, tuple[Work, int]]:
             lambda: gram.combine_rows(factors, N_COLS, models),
             all_models + one,
         ),
+        "linear.add_deltas": (
+            lambda: linear.add_deltas(third, ones, 0.01, changes, base),
+            all_models + 3 * one,
+        ),
         "ties.elect": (
-            lambda: ties.elect(ones, True, tiles, votes),
-            2 * all_models,
+            lambda: ties.elect(ones, ones, True, 0.0, tiles, votes, base),
+            2 * all_models + 2 * one,
         ),
-        "select.count_high": (lambda: select.count_high(x, counts), one),
-        "select.mask_between": (lambda: select.mask_between(cuts, x, mask, tied), one + bits),
-        "dare.bernoulli_mask": (lambda: dare.bernoulli_mask(key, key, half, mask), bits),
-        "della.rank_mask": (
-            lambda: della.rank_mask(key, key, N_COLS, 0.5, 0.1, False, ranks, x, mask),
-            one + bits,
+        "select.count_high": (lambda: select.count_high(x, high), one),
+        "select.count_low": (lambda: select.count_low(x, middle >> 16, low), one),
+        "select.count_ties": (lambda: select.count_ties(middle, largest, x, tied), one),
+        "select.keep_between": (lambda: select.keep_between(0, largest, y), 2 * one),
+        "dare.drop_random": (lambda: dare.drop_random(key, key, nothing, y), 2 * one),
+        "della.drop_by_rank": (
+            lambda: (
+                np.copyto(z, x),
+                della.drop_by_rank(key, key, N_COLS, 0.5, 0.1, False, ranks, z),
+            ),
+            4 * one,
         ),
-        "masks.apply_mask": (lambda: masks.apply_mask(kept, 1.0, y), 2 * one + bits),
-        "masks.row_norms": (lambda: masks.row_norms(x, kept, N_COLS, norms), one + bits),
-        "masks.count_beyond": (lambda: masks.count_beyond(x, 0x7F800000, count), one),
+        "norms.row_norms": (lambda: norms.row_norms(x, N_COLS, 0, lanes, sums), one),
+        "norms.count_beyond": (lambda: norms.count_beyond(x, 0x7F800000, count), one),
+        "crc.fold_crc32": (lambda: crc32(x.view(np.uint8)), one),
         "slerp.row_dots": (lambda: slerp.row_dots(x, y, N_COLS, dots), 2 * one),
         "gram.row_grams": (lambda: gram.row_grams(models, N_COLS, grams), all_models),
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +20,19 @@ from edgemerge.blocks import Block, BlockStream, model_weights
 from edgemerge.hierarchical import hierarchical_blocks
 from edgemerge.methods import METHODS, is_plain_sum, is_pruned
 from edgemerge.native import KernelFile
-from edgemerge.team import Member
-from edgemerge.types import Float32, Float64, InputTensor, TensorJob, UInt8
+from edgemerge.team import RowSum
+from edgemerge.types import Float32, Float64, InputTensor, TensorJob
 
 __all__ = ["Block", "BlockStream", "merged_blocks"]
 
-linear, masks, select = KernelFile("linear"), KernelFile("masks"), KernelFile("select")
+linear, norms, select = KernelFile("linear"), KernelFile("norms"), KernelFile("select")
 dare, della = KernelFile("dare"), KernelFile("della")
 slerp, ties = KernelFile("slerp"), KernelFile("ties")
 
 N_HIGH, N_LOW = 1 << 15, 1 << 16  # bins of the two passes of the radix select
-ELECTION_TILE = 2048  # TILE of kernels/ties.py
+ELECTION_TILE = 1024  # TILE of kernels/ties.py
 RANK_BINS = 2048  # RADIX of kernels/della.py
+NORM_LANES = 32  # LANES of kernels/norms.py
 EVERYTHING = 0x7FFFFFFF  # above every magnitude
 TINY_NORM = 1e-7  # mergekit rescales nothing whose norm is below this
 TINY_WEIGHT = 1e-8
@@ -67,7 +69,6 @@ def _linear_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     if stream.job.settings["normalize"]:
         weights = weights / float(weights.sum())  # the plan refuses a sum of zero
     for block in stream.blocks():
-        stream.overwrite()
         linear.weighted_sum(weights.astype(np.float32), block.experts)
         yield block, block.experts[0]
 
@@ -75,7 +76,6 @@ def _linear_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
 def _scaled_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     scale = np.array([stream.job.experts[0].settings["scale"]], np.float32)
     for block in stream.blocks():
-        stream.overwrite()
         linear.weighted_sum(scale, block.experts)
         yield block, block.experts[0]
 
@@ -89,7 +89,6 @@ def _slerp_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
         dots.add(block.number, own)
     from_base, from_expert = _slerp_factors(dots.total(), float(stream.job.settings["t"]))
     for block in stream.blocks():
-        stream.overwrite()
         assert block.base is not None
         linear.weighted_sum(np.array([from_expert], np.float32), block.experts)
         linear.weighted_sum(np.array([from_base], np.float32), block.base.reshape(1, -1))
@@ -124,7 +123,6 @@ def _task_factors(job: TensorJob) -> Float32:
 def _sum_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     factors, scale = _task_factors(stream.job), float(stream.job.settings["lambda"])
     for block in stream.blocks():
-        stream.overwrite()
         assert block.base is not None
         linear.add_changes(factors, scale, block.experts, block.base)
         yield block, block.base
@@ -133,31 +131,21 @@ def _sum_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
 def _task_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     job = stream.job
     method = METHODS[job.method]
-    factors = _task_factors(job)
+    factors, scale = _task_factors(job), float(job.settings["lambda"])
     normalize = bool(job.settings["normalize"])
-    mask = _mask_memory(stream)
-    pruners = _survey_pruners(stream, mask)
+    pruners = _survey_pruners(stream)
+    scales = np.array([pruner.scale for pruner in pruners], np.float32)
     election = stream.take((3, ELECTION_TILE), np.float32) if method.elect else None
-    for pruner in pruners:
-        pruner.restart()
     for block in stream.blocks():
-        stream.overwrite()
         assert block.base is not None
-        for pruner, delta in zip(pruners, block.experts, strict=True):
-            pruner.prune(block, delta, mask[: delta.size])
+        if not block.is_pruned:
+            for pruner, delta in zip(pruners, block.experts, strict=True):
+                pruner.prune(block, delta)
         if election is not None:
-            ties.elect(factors, normalize, election, block.experts)
+            ties.elect(factors, scales, normalize, scale, election, block.experts, block.base)
         else:
-            linear.weighted_sum(factors, block.experts)
-        linear.add_scaled(block.experts[0], float(job.settings["lambda"]), block.base)
+            linear.add_deltas(factors, scales, scale, block.experts, block.base)
         yield block, block.base
-
-
-def _mask_memory(stream: BlockStream) -> UInt8:
-    job = stream.job
-    prunes = any(is_pruned(METHODS[job.method], expert.settings) for expert in job.experts)
-    n_elements = job.rows_per_block * job.out.n_cols if prunes else 0
-    return stream.take((n_elements,), np.uint8).view(np.uint8)
 
 
 class Pruner:
@@ -165,43 +153,31 @@ class Pruner:
 
     scale = 1.0  # of what survives
 
-    def restart(self) -> None:
-        """Begin another pass over the blocks."""
-
-    def mask(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
-        """Write 1 for what is kept of this block's rows, 0 for the rest."""
-
-    def prune(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
-        """Overwrite this block's task vector by its pruned, rescaled self."""
+    def prune(self, block: Block, delta_f32: Float32) -> None:
+        """Zero what is dropped of this block's rows."""
 
 
-class _Masking(Pruner):
-    def prune(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
-        self.mask(block, delta_f32, mask_u8)
-        masks.apply_mask(mask_u8, self.scale, delta_f32)
-
-
-class NothingLeft(_Masking):
+class NothingLeft(Pruner):
     """Density zero."""
 
-    def mask(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
+    def prune(self, block: Block, delta_f32: Float32) -> None:
         """Drop everything."""
-        mask_u8[:] = 0
+        delta_f32[:] = 0
 
 
-class RandomPruner(_Masking):
+class RandomPruner(Pruner):
     """DARE: an independent draw per element."""
 
     def __init__(self, key: int, density: float) -> None:
         self.key = np.uint64(key)
         self.threshold = np.uint64(math.ceil(density * (1 << 24)))
 
-    def mask(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
+    def prune(self, block: Block, delta_f32: Float32) -> None:
         """Draw by flat index."""
-        dare.bernoulli_mask(self.key, np.uint64(block.first), self.threshold, mask_u8)
+        dare.drop_random(self.key, np.uint64(block.first), self.threshold, delta_f32)
 
 
-class RankPruner(_Masking):
+class RankPruner(Pruner):
     """DELLA: a draw whose probability grows with the magnitude's rank in its row."""
 
     def __init__(
@@ -212,9 +188,9 @@ class RankPruner(_Masking):
         self.unbiased = unbiased  # divide what is kept by its own probability
         self.scratch = scratch
 
-    def mask(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
+    def prune(self, block: Block, delta_f32: Float32) -> None:
         """Draw by flat index and rank; with `unbiased`, rescale at once."""
-        della.rank_mask(
+        della.drop_by_rank(
             self.key,
             np.uint64(block.first),
             block.n_cols,
@@ -223,32 +199,57 @@ class RankPruner(_Masking):
             self.unbiased,
             self.scratch,
             delta_f32,
-            mask_u8,
         )
 
 
-class CutPruner(_Masking):
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A magnitude (as bits), and those of its ties that are kept: [first, stop) in flat index order."""
+
+    magnitude: int
+    first: int
+    stop: int
+
+
+class CutPruner(Pruner):
     """TIES and Breadcrumbs: keep the magnitudes between two exact order statistics."""
 
-    def __init__(self, cuts: tuple[int, ...], team: Member) -> None:
-        self.cuts = np.array(cuts, np.int64)
-        self.team = team
+    def __init__(self, low: Cut, high: Cut, n_before: RowSum) -> None:
+        self._cuts = low, high
+        self._n_before = n_before
+        self._ties: dict[int, NDArray[np.int64]] = {}  # by block: ties before it, and in it
 
-    def restart(self) -> None:
-        """Count ties from the first row again."""
-        self.seen = self.team.row_sum((2,))
+    def prune(self, block: Block, delta_f32: Float32) -> None:
+        """Compare magnitudes; of ties keep those whose turn it is."""
+        if block.number not in self._ties:
+            self._ties[block.number] = self._count(block, delta_f32)
+        before, own = self._ties[block.number]
+        kept = [cut.first <= n < cut.stop for cut, n in zip(self._cuts, before, strict=True)]
+        turns = []  # index from which on ties of a cut are kept, or are not
+        for i, cut in enumerate(self._cuts):
+            for edge in (cut.first, cut.stop):
+                if before[i] < edge < before[i] + own[i]:
+                    index = np.empty(1, np.int64)
+                    select.find_tie(cut.magnitude, edge - before[i], delta_f32, index)
+                    turns.append((int(index[0]), i, cut.first <= edge < cut.stop))
+        low, high = self._cuts
+        start = 0
+        for stop, i, is_kept in [*sorted(turns), (delta_f32.size, 0, False)]:
+            least, most = low.magnitude + (not kept[0]), high.magnitude - (not kept[1])
+            select.keep_between(least, most, delta_f32[start:stop])
+            kept[i] = is_kept
+            start = stop
 
-    def mask(self, block: Block, delta_f32: Float32, mask_u8: UInt8) -> None:
-        """Compare magnitudes, and count ties in flat index order."""
-        ties = np.empty(2, np.int64)
-        select.mask_between(self.cuts, delta_f32, mask_u8, ties)
+    def _count(self, block: Block, delta_f32: Float32) -> NDArray[np.int64]:
+        low, high = self._cuts
+        own = np.empty(2, np.int64)
+        select.count_ties(low.magnitude, high.magnitude, delta_f32, own)
         # Counts below 2^32 are exact in float64.
-        seen = self.seen.add(block.number, ties.astype(np.float64).reshape(1, 2))
-        if ties.any():
-            select.keep_ties(self.cuts, seen.astype(np.int64), delta_f32, mask_u8)
+        before = self._n_before.add(block.number, own.astype(np.float64).reshape(1, 2))
+        return np.stack([before.astype(np.int64), own])
 
 
-def _survey_pruners(stream: BlockStream, mask: UInt8) -> list[Pruner]:
+def _survey_pruners(stream: BlockStream) -> list[Pruner]:
     job = stream.job
     method = METHODS[job.method]
     active = [k for k, expert in enumerate(job.experts) if is_pruned(method, expert.settings)]
@@ -264,12 +265,12 @@ def _survey_pruners(stream: BlockStream, mask: UInt8) -> list[Pruner]:
         for k, expert in drawn.items():
             pruners[k] = _random_pruner(stream, k, expert, ranking)
     if drawn and job.settings["rescale"] in (True, "l1"):
-        _match_norms(stream, pruners, mask)
+        _match_norms(stream, pruners)
     return pruners
 
 
 def _ranking_memory(stream: BlockStream) -> NDArray[np.uint32]:
-    length = 4 * stream.job.out.n_cols + RANK_BINS + 1
+    length = 5 * stream.job.out.n_cols + RANK_BINS + 1
     return stream.take((length,), np.uint32).view(np.uint32)
 
 
@@ -293,26 +294,26 @@ def _random_key(seed: int, k: int, tensor: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _match_norms(stream: BlockStream, pruners: list[Pruner], mask: UInt8) -> None:
+def _match_norms(stream: BlockStream, pruners: list[Pruner]) -> None:
     """Scale every pruned task vector back to its L1 norm, as mergekit does since 0.1.0."""
-    norms = [stream.team.row_sum((2,)) for _ in pruners]
+    n_cols = stream.job.out.n_cols
+    sums = {
+        k: stream.team.row_sum((2,)) for k, own in enumerate(pruners) if type(own) is not Pruner
+    }
     rows = stream.take((stream.job.rows_per_block, 2), np.float64).view(np.float64)
-    for pruner in pruners:
-        pruner.restart()
+    lanes = stream.take((NORM_LANES,), np.float64)
     for block in stream.blocks():
         own = rows[: block.n_rows]
-        for k, pruner in enumerate(pruners):
-            if type(pruner) is not Pruner:
-                delta = block.experts[k]
-                pruner.mask(block, delta, mask[: delta.size])
-                masks.row_norms(delta, mask[: delta.size], block.n_cols, own)
-                norms[k].add(block.number, own)
-    for pruner, norm in zip(pruners, norms, strict=True):
-        if type(pruner) is Pruner:
-            continue
-        before, after = norm.total()
+        for k, total in sums.items():
+            norms.row_norms(block.experts[k], n_cols, 0, lanes, own)
+            pruners[k].prune(block, block.experts[k])
+            norms.row_norms(block.experts[k], n_cols, 1, lanes, own)
+            total.add(block.number, own)
+        block.is_pruned = True
+    for k, total in sums.items():
+        before, after = total.total()
         if before >= TINY_NORM and after >= TINY_NORM:
-            pruner.scale = float(before) / float(after)
+            pruners[k].scale = float(before) / float(after)
 
 
 # -- exact selection --------------------------------------------------------------------------------------
@@ -343,7 +344,8 @@ def _select_cuts(
     ties_at = {at: _locate(end, low[at[0], end[0]]) for at, end in ends.items()}
     pruners: dict[int, Pruner] = dict.fromkeys(drawn, NothingLeft())
     for k, ranks in kept.items():
-        pruners[k] = CutPruner(_cuts(*(ties_at[k, rank] for rank in ranks)), stream.team)
+        low_cut, high_cut = _cuts(*(ties_at[k, rank] for rank in ranks))
+        pruners[k] = CutPruner(low_cut, high_cut, stream.team.row_sum((2,)))
     return pruners
 
 
@@ -377,16 +379,17 @@ def _locate(at: tuple[int, int], counts: NDArray[np.uint32]) -> tuple[int, int, 
     return (at[0] << 16) | index, rank, int(counts[index])
 
 
-def _cuts(first: tuple[int, int, int], last: tuple[int, int, int] | None = None) -> tuple[int, ...]:
-    """Arguments of `mask_between` for the kept ranks, from the first to the last or to the largest.
+def _cuts(first: tuple[int, int, int], last: tuple[int, int, int] | None = None) -> tuple[Cut, Cut]:
+    """Cuts for the kept ranks, from the first to the last or to the largest.
 
     TIES keeps the k largest: at its only cut the earlier ties stay. Breadcrumbs is defined by a stable
     ascending sort: at the low cut the later ties stay, at the high cut the earlier ones.
     """
     low, skipped, n_ties = first
     if last is None:
-        return low, 0, n_ties - skipped, EVERYTHING, 0, 0
+        return Cut(low, 0, n_ties - skipped), Cut(EVERYTHING, 0, 0)
     high, last_kept, _ = last
     if low == high:
-        return low, skipped, last_kept + 1, low, 0, 0
-    return low, skipped, n_ties, high, 0, last_kept + 1
+        both = Cut(low, skipped, last_kept + 1)
+        return both, both
+    return Cut(low, skipped, n_ties), Cut(high, 0, last_kept + 1)

@@ -24,6 +24,7 @@ class Block:
     n_cols: int
     base: Float32 | None  # (n,)
     experts: Float32  # (n_experts, n); task vectors for methods that keep them
+    is_pruned: bool = False  # in place, by an earlier pass
 
     @property
     def n_rows(self) -> int:
@@ -39,10 +40,11 @@ class BlockStream(Protocol):
     team: Member  # this worker's place among those who make the tensor
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the blocks that this worker makes, in row order, loading each."""
+        """Yield the blocks that this worker makes, in row order, the same in every pass.
 
-    def overwrite(self) -> None:
-        """Declare that the current block's arrays no longer hold what was loaded."""
+        Some are held from one pass to the next and come as they were left; the others are loaded again.
+        So only the last pass overwrites blocks, but for pruning, which a block remembers.
+        """
 
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
         """Return working memory, uninitialised, that lives as long as the stream."""

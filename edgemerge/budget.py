@@ -20,6 +20,7 @@ __all__ = [
     "SOLVER_BYTES",
     "Arena",
     "ArenaNeed",
+    "blocks_in_arena",
     "divide_budget",
     "rows_in_arena",
     "workers_on",
@@ -47,27 +48,37 @@ class ArenaNeed:
     n_rows: int
     n_cols: int
     fixed_bytes: int
-    row_bytes: int  # per row of a block, all arrays together
-    surveyed: bool  # read more than once: holding all of it saves the second read
+    row_bytes: int  # per row of the block at hand: stored rows, and what is worked out beside them
+    held_row_bytes: int  # per row of every block that is held: its decoded inputs
+    surveyed: bool  # read more than once: what is held is not read again
 
-    def at(self, rows: int) -> int:
-        """Bytes for blocks of so many rows."""
-        return self.fixed_bytes + rows * self.row_bytes
+    def at(self, rows: int, blocks: int = 1) -> int:
+        """Bytes for blocks of so many rows, of which so many are held."""
+        return self.fixed_bytes + rows * (self.row_bytes + blocks * self.held_row_bytes)
 
     def wanted_rows(self) -> int:
-        """Block height that more memory would not improve, short of the whole tensor."""
+        """Block height that more memory would not improve."""
         return min(self.n_rows, max(1, TARGET_ELEMENTS // max(1, self.n_cols)))
+
+    def most_useful(self) -> int:
+        """Bytes that more memory would not improve."""
+        rows = self.wanted_rows()
+        return self.at(rows, -(-self.n_rows // max(1, rows)) if self.surveyed else 1)
 
 
 def rows_in_arena(need: ArenaNeed, arena_bytes: int) -> int:
-    """Block height for one tensor: all of it where that saves a read, else a cache-sized piece.
-
-    Returns 0 where not even one row fits.
-    """
-    fits = (arena_bytes - need.fixed_bytes) // max(1, need.row_bytes)
-    if need.surveyed and fits >= need.n_rows:
-        return need.n_rows
+    """Block height for one tensor: a cache-sized piece. Returns 0 where not even one row fits."""
+    fits = (arena_bytes - need.fixed_bytes) // max(1, need.row_bytes + need.held_row_bytes)
     return max(0, min(fits, need.wanted_rows()))
+
+
+def blocks_in_arena(need: ArenaNeed, rows: int, arena_bytes: int) -> int:
+    """Blocks of so many rows that are held from one pass to the next; one more passes through."""
+    if not (need.surveyed and rows):
+        return 0
+    left = arena_bytes - need.fixed_bytes - rows * need.row_bytes
+    places, n_blocks = left // max(1, rows * need.held_row_bytes), -(-need.n_rows // rows)
+    return n_blocks if places >= n_blocks else max(0, places - 1)
 
 
 def workers_on(n_elements: int, total: int, workers: int) -> int:
@@ -108,9 +119,7 @@ def divide_budget(
     """
     fixed = FLOOR_BYTES + header_bytes
     least = max((need.at(1) for need in needs), default=0) + WORKER_BYTES
-    useful = max(
-        (need.at(need.n_rows if need.surveyed else need.wanted_rows()) for need in needs), default=0
-    )
+    useful = max((need.most_useful() for need in needs), default=0)
     if fixed + least > budget:
         needed = -(-(fixed + least) // MIB) * MIB
         raise BudgetError(

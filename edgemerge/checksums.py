@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import numpy as np
+
+from edgemerge.native import KernelFile
 from edgemerge.types import UInt8
 
-__all__ = ["RowChecksum", "TensorResult", "combine_checksums", "join_checksums"]
+__all__ = ["RowChecksum", "TensorResult", "combine_checksums", "crc32", "join_checksums"]
+
+kernels = KernelFile("crc")
 
 # Polynomials over GF(2) as zlib keeps them: reflected, x^0 in the highest of 32 bits.
 ONE = 1 << 31
 CRC_POLYNOMIAL = 0xEDB88320
+FOLDED = 128  # FOLDED of kernels/crc.py: bytes
+LEAST_FOLDED = 4096  # below, a call of a kernel costs more than it saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +56,44 @@ class RowChecksum:
         if not self.runs or self.runs[-1].stop != start:
             self.runs.append(_Run(start, start, 0, 0))
         run = self.runs[-1]
-        run.crc32 = zlib.crc32(raw_u8.data, run.crc32)
+        run.crc32 = crc32(raw_u8, run.crc32)
         run.n_bytes += raw_u8.nbytes
         run.stop += n_rows
+
+
+def crc32(raw_u8: UInt8, value: int = 0) -> int:
+    """Return the CRC-32 of bytes behind others, whose CRC-32 is the value; four times as fast as zlib.
+
+    Parameters
+    ----------
+    raw_u8 : (n,) uint8
+        C-contiguous, writable.
+    value : int
+        CRC-32 of what comes before.
+    """
+    if raw_u8.size < LEAST_FOLDED or not _Folding.is_possible:
+        return zlib.crc32(raw_u8.data, value)
+    state, is_done = raw_u8[:FOLDED].copy(), np.empty(1, np.uint8)
+    state[:4].view("<u4")[0] ^= value ^ 0xFFFFFFFF
+    kernels.fold_crc32(raw_u8[FOLDED:], *_Folding.factors(), state, is_done)
+    if not is_done[0]:
+        _Folding.is_possible = False
+        return zlib.crc32(raw_u8.data, value)
+    # zlib starts from the complement of what it is given: here from nothing, as the state has it all.
+    folded = zlib.crc32(state.data, 0xFFFFFFFF)
+    return zlib.crc32(raw_u8[raw_u8.size // FOLDED * FOLDED :].data, folded)
+
+
+class _Folding:
+    """What `crc32` knows of this machine; the kernel itself finds out whether the processor can."""
+
+    is_possible = os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
+
+    @staticmethod
+    @lru_cache(maxsize=1)
+    def factors() -> tuple[int, int]:
+        """Return what the halves of 128 bits are multiplied by to move on by FOLDED bytes."""
+        return _power_of_x(8 * FOLDED + 32) << 1, _power_of_x(8 * FOLDED - 32) << 1
 
 
 def join_checksums(parts: Sequence[RowChecksum]) -> int:

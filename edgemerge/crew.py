@@ -12,7 +12,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -68,13 +69,14 @@ class Crew:
         self._grams: dict[int, Float64] = {}
         self._results: dict[int, TensorResult] = {}
         self._taken_over = 0  # bytes read and written by an earlier run
+        self._total = the_plan.read_bytes + sum(job.out.nbytes for job in the_plan.jobs)
         self._arenas: queue.SimpleQueue[Arena] = queue.SimpleQueue()
 
     def take_over(self, i: int, result: TensorResult) -> None:
         """Count a tensor, by its number in the plan, as made already; before anything else."""
         job = self.plan.jobs[i]
         self._results[i] = result
-        self._taken_over += job.out.nbytes + job.passes * sum(t.spec.nbytes for t in job.inputs)
+        self._taken_over += job.out.nbytes + job.read_bytes
         self._report()
 
     def prepare(self) -> tuple[str, ...]:
@@ -252,21 +254,25 @@ class Crew:
 
     def _wait(self, futures: Sequence[Future[R]]) -> None:
         """Wait for all, or raise the first error in time: the others stopped because of it."""
-        pending = set(futures)
-        while pending:
-            done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
-            # Stopped is what became of the others in a team; the reason is on its way.
-            errors = [error for future in done if (error := future.exception())]
-            for error in errors:
-                if not isinstance(error, Stopped):
+        finished: queue.Queue[Future[R]] = queue.Queue()
+        for future in futures:
+            future.add_done_callback(finished.put)
+        left = len(futures)
+        while left:
+            with suppress(queue.Empty):
+                error = finished.get(timeout=POLL_SECONDS).exception()
+                left -= 1
+                # Stopped is what became of the others in a team; the reason is on its way.
+                if error is not None and not isinstance(error, Stopped):
                     raise error
             self._report()
 
     def _report(self) -> None:
         """Tell how far it is; what was taken over counts as read and written."""
         if self._progress is not None:
-            total = self.plan.read_bytes + sum(job.out.nbytes for job in self.plan.jobs)
-            self._progress(self._taken_over + self.traffic.read + self.traffic.written, total)
+            done = self._taken_over + self.traffic.read + self.traffic.written
+            # A worker of a team that takes more blocks than its share reads some again.
+            self._progress(min(done, self._total), self._total)
 
 
 def _say(model: str, found: Sequence[HeadPlan | Skipped]) -> list[str]:

@@ -55,10 +55,8 @@ def hierarchical_blocks(
     measured = survey_gram(stream) if shared_gram is None else shared_gram
     shares = factors(measured, weights, weighting).astype(np.float32)
     for block in stream.blocks():
-        stream.overwrite()
         assert block.base is not None
-        linear.weighted_sum(shares, block.experts)
-        linear.add_scaled(block.experts[0], scale, block.base)
+        linear.add_deltas(shares, np.ones_like(shares), scale, block.experts, block.base)
         yield block, block.base
 
 
@@ -72,7 +70,6 @@ def _row_blocks(
         rows = grams[: block.experts.shape[1] // block.n_cols]
         gram.row_grams(block.experts, block.n_cols, rows)
         shares = factors(rows, weights, weighting).astype(np.float32)
-        stream.overwrite()
         assert block.base is not None
         gram.combine_rows(shares, block.n_cols, block.experts)
         linear.add_scaled(block.experts[0], scale, block.base)

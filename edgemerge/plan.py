@@ -13,6 +13,7 @@ from edgemerge.budget import (
     SOLVER_BYTES,
     ArenaNeed,
     aligned,
+    blocks_in_arena,
     divide_budget,
     rows_in_arena,
     workers_on,
@@ -32,7 +33,8 @@ __all__ = ["DEFAULT_MEMORY", "alignment_pairs", "make_plan"]
 
 DEFAULT_MEMORY = 512 << 20
 COUNTER_BYTES = 4 * ((1 << 15) + 2 * (1 << 16))  # of the radix select, per expert
-ELECTION_BYTES = 3 * 2048 * 4
+ELECTION_BYTES = 3 * 1024 * 4
+NORM_BYTES = 8 * 32
 COMPARED = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
 TINY_WEIGHT = 1e-8
 MAX_ELEMENTS = 1 << 32  # of one tensor: the radix select counts in 32 bits
@@ -199,7 +201,7 @@ def _alignment_needs(
     from edgemerge.align import arena_need  # imports Numba
 
     needs = [
-        ArenaNeed(1, 1, arena_need(sources[left], sources[right], layers)[0], 0, surveyed=False)
+        ArenaNeed(1, 1, arena_need(sources[left], sources[right], layers)[0], 0, 0, surveyed=False)
         for (left, right), layers in alignment_pairs(jobs).items()
     ]
     return (SOLVER_BYTES if needs else 0), needs
@@ -238,7 +240,7 @@ def _arena_need(job: TensorJob, align: str, *, moves: bool) -> ArenaNeed:
     n_cols = job.out.n_cols
     widest = max(tensor.spec.row_bytes for tensor in (*job.inputs,))
     if job.is_byte_copy:
-        return ArenaNeed(job.out.n_rows, n_cols, aligned(1) * ARRAYS, widest, surveyed=False)
+        return ArenaNeed(job.out.n_rows, n_cols, aligned(1) * ARRAYS, widest, 0, surveyed=False)
     method = find_method(job.method)
     pruned = any(is_pruned(method, expert.settings) for expert in job.experts)
     fixed = aligned(1) * ARRAYS * (1 + len(job.experts))
@@ -251,24 +253,26 @@ def _arena_need(job: TensorJob, align: str, *, moves: bool) -> ArenaNeed:
     if pruned and method.prune in ("magnitude", "band"):
         fixed += COUNTER_BYTES * len(job.experts)
     if pruned and method.prune == "rank":
-        fixed += 4 * (4 * n_cols + 2049)
+        fixed += 4 * (5 * n_cols + 2049)
+    if pruned:
+        fixed += NORM_BYTES
     if method.name == "hierarchical":
         fixed += 8 * len(job.experts) ** 2
     if moves:
         fixed += 4 * n_cols
-    per_row = 4 * n_cols * len(job.inputs) + max(widest, job.out.row_bytes)
-    per_row += n_cols if pruned else 0
+    per_row = max(widest, job.out.row_bytes)
     per_row += 8 * len(job.experts) ** 2 if method.name == "hierarchical" else 0
     per_row += 16 if pruned else 0  # norms of a row
     per_row += 24 if method.name == "slerp" else 0
     per_row += 4 * n_cols if align == "soft" else 0
-    return ArenaNeed(job.out.n_rows, n_cols, fixed, per_row, surveyed=job.passes > 1)
+    inputs = 4 * n_cols * len(job.inputs)
+    surveyed = job.passes > 1 and not job.is_layer_scoped  # else all of a layer comes in between
+    return ArenaNeed(job.out.n_rows, n_cols, fixed, per_row, inputs, surveyed=surveyed)
 
 
 def _with_rows(job: TensorJob, need: ArenaNeed, arena_bytes: int, workers: int) -> TensorJob:
-    # Nobody can hold the whole of what all make in turn.
-    rows = rows_in_arena(replace(need, surveyed=need.surveyed and workers == 1), arena_bytes)
-    # A tensor that is held whole is read once, however often it is surveyed; not so where all of a
-    # layer is surveyed before any of it is merged.
-    passes = 1 if rows >= need.n_rows and not job.is_layer_scoped else job.passes
-    return replace(job, rows_per_block=rows, passes=passes, workers=workers)
+    rows = rows_in_arena(need, arena_bytes)
+    held = blocks_in_arena(need, rows, arena_bytes)
+    # A tensor that is held whole is read once, however often it is surveyed.
+    passes = 1 if workers == 1 and held * rows >= need.n_rows else job.passes
+    return replace(job, rows_per_block=rows, passes=passes, workers=workers, held_blocks=held)

@@ -30,7 +30,7 @@ from edgemerge.types import Float32, Float64, HeadPlan, InputTensor, Plan, Sourc
 
 __all__ = ["Moves", "Share", "TensorStream", "Traffic", "join_shares"]
 
-linear, masks = KernelFile("linear"), KernelFile("masks")
+linear, norms = KernelFile("linear"), KernelFile("norms")
 
 # (reference, model, layer of the reference, layer of the model) -> where heads and neurons belong
 Moves: TypeAlias = dict[tuple[int, int, int, int], list[HeadPlan | NeuronPlan]]
@@ -99,8 +99,9 @@ class TensorStream:
         self._traffic = traffic
         self._importance = importance
         self._matrix = -1  # number of the matrix whose importances are in the arena; -1: none
-        self._loaded = -1  # first row of the block in the arena; -1: none
+        self._held: dict[int, Block] = {}  # by number; they stay in the arena
         self._is_first_pass = True  # which alone is in the checksums
+        self._gives_back = job.passes == 1  # pages of what was read, as it is not read again
         self._forgotten = [0] * len(job.inputs)  # rows whose pages were given back
         arena.reset()
         rows = max(1, job.rows_per_block)
@@ -110,11 +111,14 @@ class TensorStream:
         widest = max(*self._row_bytes, self._out_row_bytes)
         self._raw = self.take((rows * widest,), np.uint8).view(np.uint8)
         if not job.is_byte_copy:
-            self._checks_inputs = not keeps_non_finite(job)  # else the result alone says it
             self._on_deltas = METHODS[job.method].on_deltas and not is_plain_sum(job)
+            # Else task vectors say it, or the result alone.
+            self._checks_inputs = not (self._on_deltas or keeps_non_finite(job))
             n = rows * job.out.n_cols
-            self._experts = self.take((len(job.experts) * n,), np.float32).view(np.float32)
-            self._base = self.take((n if job.base else 0,), np.float32).view(np.float32)
+            # One block after the other, and in each all inputs: what is worked on at a time lies together.
+            self._n_places = min(job.n_blocks, job.held_blocks + 1)
+            self._values = self.take((self._n_places, len(job.inputs) * n), np.float32)
+            self._n_beyond = np.zeros(1, np.int64)
             scratch = WEIGHTED_SCRATCH if job.is_weighted else CODECS[job.out.dtype].scratch_len
             self._scratch = self.take((scratch,), np.float32).view(np.float32)
             columns = job.out.n_cols if job.is_weighted else 0
@@ -147,10 +151,6 @@ class TensorStream:
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
         """Return memory from the arena, its contents whatever was there."""
         return self._arena.take(shape, dtype)
-
-    def overwrite(self) -> None:
-        """Declare the arena's block spoilt."""
-        self._loaded = -1
 
     def measure(self) -> Float64:
         """Return the Gram matrix of the tensor's task vectors, (n_experts, n_experts)."""
@@ -227,27 +227,51 @@ class TensorStream:
             yield number, number * height, min((number + 1) * height, n_rows)
 
     def blocks(self) -> Iterator[Block]:
-        """Yield this worker's blocks in row order; one still in the arena is not loaded again."""
-        job = self.job
+        """Yield this worker's blocks in row order; those that are held are not loaded again."""
         for number, start, stop in self._ranges():
-            n = (stop - start) * job.out.n_cols
-            experts = self._experts[: len(job.experts) * n].reshape(len(job.experts), n)
-            base = self._base[:n] if job.base else None
-            if self._loaded != start:
-                self._load(start, stop, base, experts)
-                self._loaded = start
-            yield Block(number, start * job.out.n_cols, job.out.n_cols, base, experts)
+            block = self._held.get(number)
+            if block is None:
+                is_held = len(self._held) < self.job.held_blocks
+                self._gives_back = is_held or self.job.passes == 1
+                block = self._load(number, start, stop)
+                if is_held:
+                    self._held[number] = block
+            yield block
         self._is_first_pass = False
 
-    def _load(self, start: int, stop: int, base: Float32 | None, experts: Float32) -> None:
+    def _load(self, number: int, start: int, stop: int) -> Block:
+        """Load rows into the next free place, or the last, through which pass all that are not held."""
         job = self.job
-        if job.base is not None and base is not None:
-            self._decode(job.base, 0, start, stop, start, base)
+        n = (stop - start) * job.out.n_cols
+        place = self._values[min(len(self._held), self._n_places - 1)]
+        values = place[: len(job.inputs) * n].reshape(len(job.inputs), n).view(np.float32)
+        base, experts = (values[0], values[1:]) if job.base else (None, values)
+        block = Block(number, start * job.out.n_cols, job.out.n_cols, base, experts)
+        self._fill(block, start, stop)
+        return block
+
+    def _fill(self, block: Block, start: int, stop: int) -> None:
+        """Decode all inputs of a block; experts as task vectors where the method keeps them."""
+        job = self.job
+        if job.base is not None and block.base is not None:
+            self._decode(job.base, 0, start, stop, start, block.base)
         first = 0 if job.base is None else 1
-        for i, (tensor, values) in enumerate(zip(job.experts, experts, strict=True), start=first):
+        for i, (tensor, values) in enumerate(zip(job.experts, block.experts, strict=True), first):
             self._load_expert(tensor, i, start, stop, values)
             if self._on_deltas:
-                linear.subtract(base, values)
+                linear.subtract(block.base, values, self._n_beyond)
+                if self._n_beyond[0] and not self._checks_inputs:
+                    self._check_inputs(block)
+
+    def _check_inputs(self, block: Block) -> None:
+        """Load a block again and look at each input; raise FormatError where one is not finite."""
+        first, was_first_pass = block.first // block.n_cols, self._is_first_pass
+        self._checks_inputs, self._is_first_pass = (
+            True,
+            False,
+        )  # its rows are in the checksums already
+        self._fill(block, first, first + block.n_rows)
+        self._checks_inputs, self._is_first_pass = False, was_first_pass
 
     def _load_expert(
         self, tensor: InputTensor, i_input: int, start: int, stop: int, out_f32: Float32
@@ -292,7 +316,7 @@ class TensorStream:
         self._traffic.add(raw.nbytes, 0)
         if at is not None and self._is_first_pass:
             self.share.inputs[i_input].add(at, stop - start, raw)
-        if at == start and self.job.passes == 1:  # in order, and not again
+        if at == start and self._gives_back:  # in order, and not again
             self._give_back(tensor, i_input, stop)
         return raw
 
@@ -308,9 +332,7 @@ class TensorStream:
         if _count_beyond(values, limit):
             largest = float(np.abs(values).max())
             if not self._checks_inputs:  # whose fault is it?
-                self._checks_inputs = True
-                first = block.first // block.n_cols
-                self._load(first, first + block.n_rows, block.base, block.experts)
+                self._check_inputs(block)
             raise MismatchError(
                 f"the merged tensor {self.job.out.name!r} reaches {largest:g}, "
                 f"which {dtype} cannot hold; use --type BF16 or F32, or smaller weights",
@@ -320,5 +342,5 @@ class TensorStream:
 
 def _count_beyond(values: Float32, limit: int) -> int:
     count = np.zeros(1, np.int64)
-    masks.count_beyond(values, limit, count)
+    norms.count_beyond(values, limit, count)
     return int(count[0])

@@ -42,7 +42,7 @@ class Team:
         self.n_blocks = n_blocks
         self.changed = threading.Condition()
         self.failed = False
-        self.next_blocks: list[int] = []  # per pass over the tensor: the first that nobody took
+        self.next_block = 0  # the first that nobody took
         self.sums: list[RowSum] = []
         self.counts: list[NDArray[np.uint32]] = []  # of those who wait at the barrier
         self.barrier = threading.Barrier(n_workers, self._add_up)
@@ -116,22 +116,27 @@ class Member:
 
     def __init__(self, team: Team) -> None:
         self._team = team
-        self._n_passes = 0
+        self._blocks: list[int] | None = None  # that were taken in the first pass
         self._n_sums = 0
 
     def take_blocks(self) -> Iterator[int]:
-        """Yield the numbers of the blocks that this worker makes in another pass, ascending."""
-        team, this_pass = self._team, self._n_passes
-        self._n_passes += 1
-        while True:
-            with team.changed:
-                if this_pass == len(team.next_blocks):
-                    team.next_blocks.append(0)
-                number = team.next_blocks[this_pass]
-                team.next_blocks[this_pass] += 1
-            if number >= team.n_blocks:
-                return
-            yield number
+        """Yield the numbers of the blocks that this worker makes in another pass, ascending.
+
+        In the first pass they are taken in turn, later they are the same, as some are held in memory.
+        """
+        if self._blocks is None:
+            self._blocks = []
+            while (number := self._take_next()) < self._team.n_blocks:
+                self._blocks.append(number)
+                yield number
+        else:
+            yield from self._blocks
+
+    def _take_next(self) -> int:
+        with self._team.changed:
+            number = self._team.next_block
+            self._team.next_block += 1
+        return number
 
     def row_sum(self, shape: tuple[int, ...]) -> RowSum:
         """Return a sum over rows, zero as yet, that the team has in common."""

@@ -202,9 +202,10 @@ class TensorJob:
     experts: tuple[InputTensor, ...]
     settings: Mapping[str, Setting]  # global parameters, resolved for this tensor
     rows_per_block: int
-    passes: int  # how often the inputs are read
+    passes: int  # how often the inputs are read, but for the blocks that are held
     is_weighted: bool = False  # encoded by the importance matrix
     workers: int = 1  # who take its blocks in turn; more than one where it is much of the model
+    held_blocks: int = 0  # that each worker keeps in memory from one pass to the next
 
     @property
     def inputs(self) -> tuple[InputTensor, ...]:
@@ -215,6 +216,13 @@ class TensorJob:
     def n_blocks(self) -> int:
         """Blocks of rows that the tensor is cut into."""
         return -(-self.out.n_rows // max(1, self.rows_per_block))
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that are read from the inputs, all passes together."""
+        held_rows = min(self.out.n_rows, self.workers * self.held_blocks * self.rows_per_block)
+        again = (self.passes - 1) * (self.out.n_rows - held_rows)
+        return sum(t.spec.nbytes + again * t.spec.row_bytes for t in self.inputs)
 
     @property
     def is_layer_scoped(self) -> bool:
@@ -251,8 +259,7 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Bytes that will be read from the inputs, all passes together."""
-        merging = (job.passes * t.spec.nbytes for job in self.jobs for t in job.inputs)
-        return self.alignment_bytes + sum(merging)
+        return self.alignment_bytes + sum(job.read_bytes for job in self.jobs)
 
     @property
     def n_elements(self) -> int:

@@ -18,7 +18,7 @@ __all__ = ["find_cold_of_all", "kernels_of", "warm_all", "warm_kernels", "warm_u
 
 ALIGNING = ("heads", "sinkhorn", "permute")  # all kernels of these files
 PRUNING = {"magnitude": "select", "band": "select", "random": "dare", "rank": "della"}
-SUMMING = ("linear.subtract", "linear.weighted_sum", "linear.add_scaled")  # of task vectors
+SUMMING = ("linear.subtract", "linear.add_deltas")  # of task vectors
 AT_ONCE = 8  # kernels that one child of `warm_all` compiles
 
 
@@ -80,10 +80,10 @@ def kernels_of(
     moves: bool = False,
 ) -> set[str]:
     """Name the kernels (FILE.KERNEL) of a merge; `moves`: heads or neurons are matched."""
-    names = {"masks.count_beyond", *_summing(method)}
+    names = {"crc.fold_crc32", "norms.count_beyond", *_summing(method)}
     files = [*(ALIGNING if moves else ())]
     if prune := METHODS[method].prune:
-        names |= {"masks.apply_mask", "masks.row_norms", "gram.add_rows"}
+        names |= {"norms.row_norms", "gram.add_rows"}
         files.append(PRUNING[prune])
     if moves:
         names |= {"linear.add_scaled"}
@@ -102,9 +102,9 @@ def _summing(method: str) -> tuple[str, ...]:
             return ("slerp.row_dots", "gram.add_rows", "linear.weighted_sum", "linear.add_scaled")
         case "hierarchical":
             grams = [f"gram.{name}" for name in SIGNATURES["gram"]]
-            return (*SUMMING, *grams)
+            return (*SUMMING, "linear.add_scaled", *grams)  # which only its scope `row` needs
     if METHODS[method].elect:
-        return (*SUMMING, "ties.elect")
+        return ("linear.subtract", "ties.elect")
     sums = SUMMING if METHODS[method].prune else ()
     return (*sums, "linear.add_changes")  # which alone adds up what nothing is pruned of
 

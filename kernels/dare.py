@@ -9,11 +9,11 @@ MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 @njit(cache=True, nogil=True)
-def bernoulli_mask(key, first, threshold, mask_u8):
-    """Keep each element with one probability, by a hash of its index.
+def drop_random(key, first, threshold, delta_f32):
+    """Keep each element with one probability, by a hash of its index, and zero the others.
 
     Element i is kept when the top 24 bits of `splitmix64(key + (first + i) * gamma)` (Steele et al.
-    2014) are below the threshold: the mask depends on key and index alone, never on blocks or threads.
+    2014) are below the threshold: what is kept depends on key and index alone, never on blocks or threads.
 
     Parameters
     ----------
@@ -23,12 +23,13 @@ def bernoulli_mask(key, first, threshold, mask_u8):
         flat index of element 0 in its tensor
     threshold : uint64
         probability to keep, times 2^24
-    mask_u8 : (n,) uint8
-        written: 1 keep, 0 drop
+    delta_f32 : (n,) float32
+        task vector, overwritten
     """
-    for i in range(mask_u8.size):
+    for i in range(delta_f32.size):
         z = np.uint64(key) + (np.uint64(first) + np.uint64(i)) * GAMMA
         z = (z ^ (z >> np.uint64(30))) * MIX_1
         z = (z ^ (z >> np.uint64(27))) * MIX_2
         z = z ^ (z >> np.uint64(31))
-        mask_u8[i] = np.uint8((z >> np.uint64(40)) < np.uint64(threshold))
+        kept = (z >> np.uint64(40)) < np.uint64(threshold)
+        delta_f32[i] = delta_f32[i] if kept else np.float32(0.0)

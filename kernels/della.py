@@ -95,8 +95,30 @@ def _rank(bits, i):
 
 
 @njit(cache=True, nogil=True)
-def rank_mask(key, first, n_cols, density, epsilon, unbiased, scratch_u32, delta_f32, mask_u8):
-    """Keep each element with a probability that grows with its rank in its row.
+def _settle(bits, draws, bounds, n_bins, mask, bins, open_, ends):
+    # Decide on all but a few elements of a row, which are listed in open_; return how many.
+    least = bounds[0]
+    most = bounds[bits.size - 1]
+    for i in range(bits.size):
+        mask[i] = np.uint32(draws[i] < least)
+    n_open = 0
+    for i in range(bits.size):
+        open_[n_open] = np.uint32(i)
+        n_open += np.int64((draws[i] >= least) & (draws[i] < most))
+    _count_bins(bits, n_bins, bins, ends)
+    n_left = 0
+    for k in range(n_open):
+        i = np.int64(open_[k])
+        j = np.int64(bins[i])
+        mask[i] = np.uint32(draws[i] < bounds[ends[j]])
+        open_[n_left] = np.uint32(i)
+        n_left += np.int64(mask[i] == 0) & np.int64(draws[i] < bounds[np.int64(ends[j + 1]) - 1])
+    return n_left
+
+
+@njit(cache=True, nogil=True)
+def drop_by_rank(key, first, n_cols, density, epsilon, unbiased, scratch_u32, delta_f32):
+    """Keep each element with a probability that grows with its rank in its row, and zero the others.
 
     Ranks r = 0 .. n_cols - 1 ascend by magnitude, ties by index; the probability is
     `density - epsilon + r / (n_cols - 1) * 2 * epsilon`, and `density` in a row of one.
@@ -113,18 +135,17 @@ def rank_mask(key, first, n_cols, density, epsilon, unbiased, scratch_u32, delta
         mean probability to keep, and half the span over the ranks, which is not negative
     unbiased : bool
         divide what is kept by its own probability, as the authors' code does
-    scratch_u32 : (4 * n_cols + RADIX + 1,) uint32
+    scratch_u32 : (5 * n_cols + RADIX + 1,) uint32
         overwritten with nothing of use
     delta_f32 : (n_rows * n_cols,) float32
-        task vector; overwritten with `unbiased` only
-    mask_u8 : (n_rows * n_cols,) uint8
-        written: 1 keep, 0 drop
+        task vector, overwritten
     """
     bounds = scratch_u32[:n_cols]
     draws = scratch_u32[n_cols : 2 * n_cols]
     bins = scratch_u32[2 * n_cols : 3 * n_cols]
     open_ = scratch_u32[3 * n_cols : 4 * n_cols]
-    ends = scratch_u32[4 * n_cols : 4 * n_cols + RADIX + 1]
+    mask = scratch_u32[4 * n_cols : 5 * n_cols]  # 1 keep, 0 drop
+    ends = scratch_u32[5 * n_cols : 5 * n_cols + RADIX + 1]
     n_bins = min(n_cols, RADIX)
     for rank in range(n_cols):
         share = density
@@ -132,43 +153,26 @@ def rank_mask(key, first, n_cols, density, epsilon, unbiased, scratch_u32, delta
             share = density - epsilon + rank / (n_cols - 1) * 2.0 * epsilon
         # A draw is whole, so it is below the bound where it is below the bound rounded up.
         bounds[rank] = np.uint32(max(np.ceil(share * 16777216.0), 0.0))
-    least = bounds[0]
-    most = bounds[n_cols - 1]
     for start in range(0, delta_f32.size, n_cols):
         delta = delta_f32[start : start + n_cols]
-        bits = delta.view(np.uint32)
-        mask = mask_u8[start : start + n_cols]
         _draw(key, np.uint64(first) + np.uint64(start), draws)
-        n_open = 0
+        n_left = n_cols
         if not unbiased:
-            for i in range(n_cols):
-                mask[i] = np.uint8(draws[i] < least)
-            for i in range(n_cols):
-                open_[n_open] = np.uint32(i)
-                n_open += np.int64((draws[i] >= least) & (draws[i] < most))
-            _count_bins(bits, n_bins, bins, ends)
-            n_left = 0
-            for k in range(n_open):
+            n_left = _settle(delta.view(np.uint32), draws, bounds, n_bins, mask, bins, open_, ends)
+        if n_left <= MAX_COUNTED and not unbiased:
+            for k in range(n_left):
                 i = np.int64(open_[k])
-                j = np.int64(bins[i])
-                mask[i] = np.uint8(draws[i] < bounds[ends[j]])
-                open_[n_left] = np.uint32(i)
-                n_left += np.int64(mask[i] == 0) & np.int64(
-                    draws[i] < bounds[np.int64(ends[j + 1]) - 1]
-                )
-            if n_left <= MAX_COUNTED:
-                for k in range(n_left):
-                    i = np.int64(open_[k])
-                    mask[i] = np.uint8(draws[i] < bounds[_rank(bits, i)])
-                continue
-        order = open_
-        _sort_row(bits, ends, bins, order)
-        for rank in range(n_cols):
-            i = np.int64(order[rank])
-            kept = draws[i] < bounds[rank]
-            mask[i] = np.uint8(kept)
-            if unbiased and kept:
-                share = density
-                if n_cols > 1:
-                    share = density - epsilon + rank / (n_cols - 1) * 2.0 * epsilon
-                delta[i] /= np.float32(share)
+                mask[i] = np.uint32(draws[i] < bounds[_rank(delta.view(np.uint32), i)])
+        else:
+            order = open_
+            _sort_row(delta.view(np.uint32), ends, bins, order)
+            for rank in range(n_cols):
+                i = np.int64(order[rank])
+                mask[i] = np.uint32(draws[i] < bounds[rank])
+                if unbiased:
+                    share = density
+                    if n_cols > 1:
+                        share = density - epsilon + rank / (n_cols - 1) * 2.0 * epsilon
+                    delta[i] /= np.float32(share)
+        for i in range(n_cols):
+            delta[i] = delta[i] if mask[i] else np.float32(0.0)

@@ -7,7 +7,7 @@ TILE = 4096  # elements: sums of one tile stay in the first-level cache while th
 
 
 @njit(cache=True, nogil=True)
-def subtract(base_f32, x_f32):
+def subtract(base_f32, x_f32, n_beyond_i64):
     """Turn a model into its task vector: `x -= base` (Ilharco et al. 2023).
 
     Parameters
@@ -16,9 +16,15 @@ def subtract(base_f32, x_f32):
         weights of the common base
     x_f32 : (n,) float32
         weights of an expert; overwritten by the difference
+    n_beyond_i64 : (1,) int64
+        written: differences that are infinite or no number, which cost nothing to count here
     """
+    bits = x_f32.view(np.uint32)
+    count = 0
     for i in range(x_f32.size):
         x_f32[i] -= base_f32[i]
+        count += np.int64((bits[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
+    n_beyond_i64[0] = count
 
 
 @njit(cache=True, nogil=True)
@@ -78,6 +84,41 @@ def add_changes(weights_f32, scale, x_f32, base_f32):
             weight = weights_f32[k]
             for i in range(total.size):
                 total[i] += weight * (model[i] - base[i])
+        for i in range(total.size):
+            base[i] += factor * total[i]
+
+
+@njit(cache=True, nogil=True)
+def add_deltas(weights_f32, scales_f32, scale, delta_f32, base_f32):
+    """Move the base along a sum of task vectors: `base += scale * sum_k weights[k] * (scales[k] * delta[k])`.
+
+    Parameters
+    ----------
+    weights_f32, scales_f32 : (n_models,) float32
+        per task vector: its weight, and what its survivors are rescaled by
+    scale : float
+        lambda of the recipe; rounded to float32
+    delta_f32 : (n_models, n) float32
+        task vectors; row 0 is overwritten
+    base_f32 : (n,) float32
+        weights of the base; overwritten by the result
+    """
+    n_models, n = delta_f32.shape
+    factor = np.float32(scale)
+    for start in range(0, n, TILE):
+        stop = min(start + TILE, n)
+        total = delta_f32[0, start:stop]
+        weight = weights_f32[0]
+        own = scales_f32[0]
+        for i in range(total.size):
+            total[i] = weight * np.float32(own * total[i])
+        for k in range(1, n_models):
+            delta = delta_f32[k, start:stop]
+            weight = weights_f32[k]
+            own = scales_f32[k]
+            for i in range(total.size):
+                total[i] += weight * np.float32(own * delta[i])
+        base = base_f32[start:stop]
         for i in range(total.size):
             base[i] += factor * total[i]
 

@@ -9,6 +9,8 @@ import numpy as np
 from numba import njit
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
+LOW = np.uint32(0xFFFF)
+GROUP = 32
 
 
 @njit(cache=True, nogil=True)
@@ -41,65 +43,90 @@ def count_low(x_f32, high, counts_u32):
         running counts, added to
     """
     bits = x_f32.view(np.uint32)
-    wanted = np.uint32(high)
-    for i in range(bits.size):
-        magnitude = bits[i] & MAGNITUDE
-        if magnitude >> np.uint32(16) == wanted:
-            counts_u32[magnitude & np.uint32(0xFFFF)] += np.uint32(1)
+    first = np.uint32(np.uint32(high) << np.uint32(16))
+    whole = bits.size // GROUP * GROUP
+    for start in range(0, whole, GROUP):
+        # Most groups have nothing in the bin, which SIMD sees at once.
+        found = np.uint32(0)
+        for i in range(start, start + GROUP):
+            found |= np.uint32(((bits[i] & MAGNITUDE) - first) <= LOW)
+        if found:
+            for i in range(start, start + GROUP):
+                low = np.uint32((bits[i] & MAGNITUDE) - first)
+                if low <= LOW:
+                    counts_u32[low] += np.uint32(1)
+    for i in range(whole, bits.size):
+        low = np.uint32((bits[i] & MAGNITUDE) - first)
+        if low <= LOW:
+            counts_u32[low] += np.uint32(1)
 
 
 @njit(cache=True, nogil=True)
-def mask_between(cuts_i64, x_f32, mask_u8, ties_i64):
-    """Keep what lies strictly between two magnitudes, and count what equals them.
+def count_ties(low, high, x_f32, ties_i64):
+    """Count what equals either of two magnitudes.
 
     Parameters
     ----------
-    cuts_i64 : (6,) int64
-        low cut (bits of a magnitude), first and last + 1 tie to keep there; then the high cut
+    low, high : int
+        bits of two magnitudes
     x_f32 : (n,) float32
-        finite values
-    mask_u8 : (n,) uint8
-        written: 1 keep, 0 drop; ties are dropped
+        any values
     ties_i64 : (2,) int64
-        written: ties at the low cut, and at the high cut where that is another
+        written: how many equal the one, and the other
     """
     bits = x_f32.view(np.uint32)
-    low = np.uint32(cuts_i64[0])
-    high = np.uint32(cuts_i64[3])
-    n_low = 0
-    n_high = 0
+    first = np.uint32(low)
+    second = np.uint32(high)
+    n_first = 0
+    n_second = 0
     for i in range(bits.size):
         magnitude = bits[i] & MAGNITUDE
-        mask_u8[i] = np.uint8((magnitude > low) & (magnitude < high))
-        n_low += np.int64(magnitude == low)
-        n_high += np.int64(magnitude == high)
-    ties_i64[0] = n_low
-    ties_i64[1] = n_high if high != low else 0
+        n_first += np.int64(magnitude == first)
+        n_second += np.int64(magnitude == second)
+    ties_i64[0] = n_first
+    ties_i64[1] = n_second
 
 
 @njit(cache=True, nogil=True)
-def keep_ties(cuts_i64, seen_i64, x_f32, mask_u8):
-    """Keep those ties that are asked for; they are counted in flat index order over a whole tensor.
+def find_tie(magnitude, number, x_f32, index_i64):
+    """Find the tie of some number, from 0, among those that equal a magnitude.
 
     Parameters
     ----------
-    cuts_i64 : (6,) int64
-        as for `mask_between`
-    seen_i64 : (2,) int64
-        ties in all blocks before, at the low and the high cut; added to
+    magnitude : int
+        its bits
+    number : int
+        less than there are
     x_f32 : (n,) float32
-        finite values
-    mask_u8 : (n,) uint8
-        of `mask_between`, overwritten where there are ties
+        any values
+    index_i64 : (1,) int64
+        written
     """
     bits = x_f32.view(np.uint32)
-    low = np.uint32(cuts_i64[0])
-    high = np.uint32(cuts_i64[3])
+    wanted = np.uint32(magnitude)
+    left = number
     for i in range(bits.size):
-        magnitude = bits[i] & MAGNITUDE
-        if magnitude == low:
-            mask_u8[i] = np.uint8(cuts_i64[1] <= seen_i64[0] < cuts_i64[2])
-            seen_i64[0] += 1
-        elif magnitude == high:
-            mask_u8[i] = np.uint8(cuts_i64[4] <= seen_i64[1] < cuts_i64[5])
-            seen_i64[1] += 1
+        if bits[i] & MAGNITUDE == wanted:
+            if left == 0:
+                index_i64[0] = i
+                return
+            left -= 1
+
+
+@njit(cache=True, nogil=True)
+def keep_between(low, high, x_f32):
+    """Zero what does not lie between two magnitudes, both of which are kept.
+
+    Parameters
+    ----------
+    low, high : int
+        bits of the least and the largest magnitude to keep; nothing is kept where high is less
+    x_f32 : (n,) float32
+        overwritten
+    """
+    bits = x_f32.view(np.int32)
+    least = np.int32(low)
+    most = np.int32(high)
+    for i in range(bits.size):
+        magnitude = np.int32(bits[i] & np.int32(0x7FFFFFFF))
+        bits[i] = bits[i] if (magnitude >= least) & (magnitude <= most) else np.int32(0)

@@ -3,55 +3,89 @@
 import numpy as np
 from numba import njit
 
-TILE = 2048
+TILE = 1024  # elements: the arrays of a tile stay in the first-level cache
 
 
 @njit(cache=True, nogil=True)
-def elect(weights_f32, normalize, scratch_f32, delta_f32):
-    """Merge task vectors by elected sign; the sign of the weighted sum wins, zero counts as plus.
+def elect(weights_f32, scales_f32, normalize, scale, scratch_f32, delta_f32, base_f32):
+    """Move the base along what agrees of task vectors; the sign of their weighted sum wins, zero is plus.
 
-    `delta[0] = sum_k agree_k * w_k * delta_k`, divided by `sum_k agree_k * w_k` with `normalize`
-    (by 1 where that is below 1e-8). A zero entry agrees with no sign. Same rules as mergekit 0.1.5.
+    With `d_k = scales[k] * delta[k]`, `base += scale * sum_k agree_k * w_k * d_k`, the sum divided by
+    `sum_k agree_k * w_k` with `normalize` (by 1 where that is below 1e-8). A zero entry agrees with no
+    sign. Same rules as mergekit 0.1.5.
 
     Parameters
     ----------
-    weights_f32 : (n_models,) float32
-        one factor per task vector
+    weights_f32, scales_f32 : (n_models,) float32
+        per task vector: its weight, and what its survivors are rescaled by
     normalize : bool
         divide by the weights of those that agree
+    scale : float
+        lambda of the recipe; rounded to float32
     scratch_f32 : (3, TILE) float32
         overwritten with nothing of use
     delta_f32 : (n_models, n) float32
-        trimmed task vectors; overwritten, row 0 by the result
+        trimmed task vectors, overwritten
+    base_f32 : (n,) float32
+        weights of the base; overwritten by the result
     """
     n_models, n = delta_f32.shape
-    zero = np.float32(0.0)
-    one = np.float32(1.0)
-    tiny = np.float32(1e-8)
+    factor = np.float32(scale)
     for start in range(0, n, TILE):
         size = min(TILE, n - start)
+        base = base_f32[start : start + size]
         vote = scratch_f32[0, :size]
         total = scratch_f32[1, :size]
         divisor = scratch_f32[2, :size]
-        for i in range(size):
-            vote[i] = zero
-            total[i] = zero
-            divisor[i] = zero
         for k in range(n_models):
-            delta = delta_f32[k, start : start + size]
-            weight = weights_f32[k]
-            for i in range(size):
-                weighted = weight * delta[i]
-                delta[i] = weighted
-                vote[i] += weighted
+            _vote(weights_f32[k], scales_f32[k], k == 0, delta_f32[k, start : start + size], vote)
+        if normalize:
+            for k in range(n_models):
+                delta = delta_f32[k, start : start + size]
+                _add_weights(weights_f32[k], k == 0, vote, delta, divisor)
         for k in range(n_models):
-            delta = delta_f32[k, start : start + size]
-            weight = weights_f32[k]
+            _add_agreeing(k == 0, vote, delta_f32[k, start : start + size], total)
+        if normalize:
             for i in range(size):
-                agrees = (delta[i] > zero) if vote[i] >= zero else (delta[i] < zero)
-                total[i] += delta[i] if agrees else zero
-                divisor[i] += weight if agrees else zero
-        merged = delta_f32[0, start : start + size]
-        for i in range(size):
-            by = divisor[i] if normalize and abs(divisor[i]) >= tiny else one
-            merged[i] = total[i] / by
+                by = divisor[i] if abs(divisor[i]) >= np.float32(1e-8) else np.float32(1.0)
+                base[i] += factor * np.float32(total[i] / by)
+        else:
+            for i in range(size):
+                base[i] += factor * total[i]
+
+
+@njit(cache=True, nogil=True)
+def _vote(weight, scale, is_first, delta, vote):
+    if is_first:
+        for i in range(vote.size):
+            delta[i] = weight * np.float32(scale * delta[i])
+            vote[i] = delta[i]
+    else:
+        for i in range(vote.size):
+            delta[i] = weight * np.float32(scale * delta[i])
+            vote[i] += delta[i]
+
+
+@njit(cache=True, nogil=True)
+def _agrees(delta, vote):
+    return (delta > np.float32(0.0)) if vote >= np.float32(0.0) else (delta < np.float32(0.0))
+
+
+@njit(cache=True, nogil=True)
+def _add_weights(weight, is_first, vote, delta, divisor):
+    if is_first:
+        for i in range(vote.size):
+            divisor[i] = weight if _agrees(delta[i], vote[i]) else np.float32(0.0)
+    else:
+        for i in range(vote.size):
+            divisor[i] += weight if _agrees(delta[i], vote[i]) else np.float32(0.0)
+
+
+@njit(cache=True, nogil=True)
+def _add_agreeing(is_first, vote, delta, total):
+    if is_first:
+        for i in range(vote.size):
+            total[i] = delta[i] if _agrees(delta[i], vote[i]) else np.float32(0.0)
+    else:
+        for i in range(vote.size):
+            total[i] += delta[i] if _agrees(delta[i], vote[i]) else np.float32(0.0)

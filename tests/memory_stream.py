@@ -61,9 +61,6 @@ class MemoryStream:
                 experts = experts - base
             yield Block(number, part.start, spec.n_cols, base, experts)
 
-    def overwrite(self) -> None:
-        """Nothing is kept between passes."""
-
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
         """Memory full of rubbish."""
         return np.frombuffer(

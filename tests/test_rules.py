@@ -46,7 +46,7 @@ def test_a_kernel_file_stands_alone(path: Path) -> None:
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add("." if node.level else str(node.module).split(".")[0])
-    assert imported <= {"numba", "numpy", "math", "__future__"}
+    assert imported <= {"numba", "llvmlite", "numpy", "math", "__future__"}
 
 
 def compilations(path: Path) -> Iterator[tuple[str, dict[str, object]]]:

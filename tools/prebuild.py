@@ -20,11 +20,12 @@ import time
 from edgemerge.native.signatures import KERNEL_NAMES
 from edgemerge.native.store import PREBUILT, slow_first
 
-PROCESSORS = {"x86_64": "x86-64-v3", "aarch64": "generic"}
+PROCESSORS = {"x86_64": ("x86-64-v3", "+pclmul"), "aarch64": ("generic", "")}
 
 
 def main() -> None:
     machine = platform.machine()
+    processor, features = PROCESSORS[machine]
     folder = PREBUILT / machine
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -32,17 +33,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         # Numba reads these when it is first imported, which is in the workers.
         os.environ |= {
-            "NUMBA_CPU_NAME": PROCESSORS[machine],
-            "NUMBA_CPU_FEATURES": "",
+            "NUMBA_CPU_NAME": processor,
+            "NUMBA_CPU_FEATURES": features,
             "NUMBA_CACHE_DIR": cache,
         }
         with multiprocessing.get_context("fork").Pool(2) as pool:
             pool.map(_compile, slow_first(KERNEL_NAMES), chunksize=1)
     size = sum(path.stat().st_size for path in folder.iterdir())
     took = time.monotonic() - started
-    print(
-        f"{machine}: {len(KERNEL_NAMES)} kernels for {PROCESSORS[machine]}, {size >> 10} KiB, {took:.0f} s"
-    )
+    print(f"{machine}: {len(KERNEL_NAMES)} kernels for {processor}, {size >> 10} KiB, {took:.0f} s")
 
 
 def _compile(name: str) -> None:

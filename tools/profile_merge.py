@@ -22,7 +22,6 @@ import resource
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -112,13 +111,14 @@ def _kind_of(thread: threading.Thread) -> str:
 
 def attach(watch: Stopwatch) -> None:
     """Put stopwatches around what edgemerge calls."""
+    from edgemerge import checksums
     from edgemerge.formats.codec import Codec
     from edgemerge.native.kernel import Kernel
 
     for section, names in SYSTEM_CALLS.items():
         for name in names:
             setattr(os, name, watch.time(section, getattr(os, name)))
-    zlib.crc32 = watch.time(CHECK, zlib.crc32)
+    checksums.crc32 = watch.time(CHECK, checksums.crc32)
     new_hash = hashlib.sha256
     hashlib.sha256 = lambda *data, **options: TimedHash(watch, new_hash(*data, **options))  # type: ignore[assignment]
     for section, owner, name in (
@@ -144,7 +144,7 @@ def attach(watch: Stopwatch) -> None:
 
 
 def _section_of(kernel: str) -> str:
-    return {"decode": DECODE, "encode": ENCODE}.get(kernel.partition("_")[0], MERGE)
+    return {"decode": DECODE, "encode": ENCODE, "fold": CHECK}.get(kernel.partition("_")[0], MERGE)
 
 
 class TimedHash:

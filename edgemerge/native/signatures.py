@@ -12,11 +12,14 @@ from collections.abc import Mapping
 __all__ = ["KERNEL_NAMES", "SIGNATURES"]
 
 SIGNATURES: Mapping[str, Mapping[str, str]] = {
+    "crc": {
+        "fold_crc32": "u1[::1], u8, u8, u1[::1], u1[::1]",
+    },
     "dare": {
-        "bernoulli_mask": "u8, u8, u8, u1[::1]",
+        "drop_random": "u8, u8, u8, f4[::1]",
     },
     "della": {
-        "rank_mask": "u8, u8, i8, f8, f8, b1, u4[::1], f4[::1], u1[::1]",
+        "drop_by_rank": "u8, u8, i8, f8, f8, b1, u4[::1], f4[::1]",
     },
     "fp4": {
         "decode_mxfp4": "u1[::1], f4[::1]",
@@ -70,14 +73,14 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
         "encode_iq4_xs": "f4[::1], f4[::1], u1[::1]",
     },
     "linear": {
-        "subtract": "f4[::1], f4[::1]",
+        "subtract": "f4[::1], f4[::1], i8[::1]",
         "weighted_sum": "f4[::1], f4[:,::1]",
         "add_changes": "f4[::1], f8, f4[:,::1], f4[::1]",
+        "add_deltas": "f4[::1], f4[::1], f8, f4[:,::1], f4[::1]",
         "add_scaled": "f4[::1], f8, f4[::1]",
     },
-    "masks": {
-        "apply_mask": "u1[::1], f8, f4[::1]",
-        "row_norms": "f4[::1], u1[::1], i8, f8[:,::1]",
+    "norms": {
+        "row_norms": "f4[::1], i8, i8, f8[::1], f8[:,::1]",
         "count_beyond": "f4[::1], i8, i8[::1]",
     },
     "permute": {
@@ -139,8 +142,9 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
     "select": {
         "count_high": "f4[::1], u4[::1]",
         "count_low": "f4[::1], i8, u4[::1]",
-        "mask_between": "i8[::1], f4[::1], u1[::1], i8[::1]",
-        "keep_ties": "i8[::1], i8[::1], f4[::1], u1[::1]",
+        "count_ties": "i8, i8, f4[::1], i8[::1]",
+        "find_tie": "i8, i8, f4[::1], i8[::1]",
+        "keep_between": "i8, i8, f4[::1]",
     },
     "sinkhorn": {
         "sweep": "f8[::1], i4[::1], i4[::1], f8, i8, f8[:,::1], f8[:,::1]",
@@ -156,7 +160,7 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
         "encode_tq2_0": "f4[::1], u1[::1]",
     },
     "ties": {
-        "elect": "f4[::1], b1, f4[:,::1], f4[:,::1]",
+        "elect": "f4[::1], f4[::1], b1, f8, f4[:,::1], f4[:,::1], f4[::1]",
     },
     "weighted_affine": {
         "search_affine": "f4[::1], f4[::1], i8, f4[::1], f4[::1]",

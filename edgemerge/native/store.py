@@ -32,9 +32,10 @@ log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 KERNELS = (HERE.parent / "kernels").resolve()
 PREBUILT = HERE / "prebuilt"
-SLOW = ("encode", "search", "write", "rank")  # how kernels begin that take long to compile
-# What x86-64-v3 has beyond x86-64, as /proc/cpuinfo names it: wheels bring code for it.
-X86_64_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+SLOW = ("encode", "search", "write", "drop_by")  # how kernels begin that take long to compile
+# What x86-64-v3 has beyond x86-64, as /proc/cpuinfo names it, and what all of its processors have besides:
+# wheels bring code for it.
+X86_64_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "pclmulqdq"}
 
 _in_memory: dict[str, Image] = {}  # compiled where no folder can be written
 

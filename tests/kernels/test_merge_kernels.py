@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgemerge.kernels import dare, della, linear, masks, select, slerp, ties
+from edgemerge.kernels import dare, della, linear, norms, select, slerp, ties
 from tests import reference_methods as reference
 
 Float32 = NDArray[np.float32]
@@ -61,8 +61,22 @@ def magnitudes(x: Float32) -> Bits:
 def test_subtract_rounds_once(shape: tuple[int, int], kind: str) -> None:
     base, x = models(shape, kind, 2)
     want = reference.subtract(base, x)
-    linear.subtract(base, x)
+    subtract(base, x)
     assert np.array_equal(x.view(np.uint32), want.view(np.uint32))
+
+
+def subtract(base: Float32, x: Float32) -> int:
+    count = np.full(1, -1, np.int64)
+    linear.subtract(base, x, count)
+    return int(count[0])
+
+
+def test_subtract_counts_what_is_not_finite() -> None:
+    base = np.float32([0, np.inf, np.nan, -3e38, 1, np.inf, 5])
+    x = np.float32([0, 1, 1, 3e38, -np.inf, np.inf, 7])
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert subtract(base, x) == 5
+    assert subtract(base[:1], np.float32([3e38])) == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -101,15 +115,28 @@ def test_add_scaled(shape: tuple[int, int], kind: str, scale: float) -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(("shape", "kind"), CASES)
-def test_changes_are_added_as_in_three_steps(shape: tuple[int, int], kind: str, count: int) -> None:
+def test_deltas_are_added_as_in_three_steps(shape: tuple[int, int], kind: str, count: int) -> None:
+    base, *experts = models(shape, kind, 1 + count)
+    deltas = np.stack(experts)
+    weights, scales = np.float32([0.6, -0.3, 1.7])[:count], np.float32([1.0, 1.9, 0.4])[:count]
+    want, scaled = base.copy(), scales[:, None] * deltas
+    assert scaled.dtype == np.float32
+    linear.weighted_sum(weights, scaled)
+    linear.add_scaled(scaled[0], 0.7, want)
+    linear.add_deltas(weights, scales, 0.7, deltas, base)
+    assert np.array_equal(base.view(np.uint32), want.view(np.uint32))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("shape", "kind"), CASES)
+def test_changes_are_added_as_deltas(shape: tuple[int, int], kind: str, count: int) -> None:
     base, *experts = models(shape, kind, 1 + count)
     x = np.stack(experts)
     weights = np.float32([0.6, -0.3, 1.7])[:count]
     want, deltas = base.copy(), x.copy()
     for delta in deltas:
-        linear.subtract(base, delta)
-    linear.weighted_sum(weights, deltas)
-    linear.add_scaled(deltas[0], 0.7, want)
+        subtract(base, delta)
+    linear.add_deltas(weights, np.ones_like(weights), 0.7, deltas, want)
     linear.add_changes(weights, 0.7, x, base)
     assert np.array_equal(base.view(np.uint32), want.view(np.uint32))
 
@@ -133,29 +160,28 @@ def test_dots_do_not_depend_on_blocks(shape: tuple[int, int], kind: str) -> None
 @pytest.mark.parametrize(("shape", "kind"), CASES)
 def test_norms_do_not_depend_on_blocks(shape: tuple[int, int], kind: str) -> None:
     x = numbers(kind, shape[0] * shape[1], 0)
-    mask = np.random.default_rng(1).integers(0, 2, x.size, np.uint8)
-    norms = np.full((shape[0], 2), np.nan)
-    masks.row_norms(x, mask, shape[1], norms)
-    sizes = np.abs(x.astype(np.float64))
-    for norm, want in zip(
-        norms.sum(0), (math.fsum(sizes), math.fsum(sizes[mask == 1])), strict=True
-    ):
-        assert norm == pytest.approx(want, rel=x.size * 2.0**-53, abs=0)
-    by_rows = np.full((shape[0], 2), np.nan)
-    for i, (row, kept) in enumerate(zip(x.reshape(shape), mask.reshape(shape), strict=True)):
-        masks.row_norms(row.copy(), kept.copy(), shape[1], by_rows[i : i + 1])
-    assert np.array_equal(by_rows, norms)
+    found, lanes = np.full((shape[0], 2), np.nan), np.full(norms.LANES, np.nan)
+    norms.row_norms(x, shape[1], 1, lanes, found)
+    assert np.isnan(found[:, 0]).all()
+    for norm, row in zip(found[:, 1], x.reshape(shape), strict=True):
+        want = math.fsum(np.abs(row.astype(np.float64)))
+        assert norm == pytest.approx(want, rel=shape[1] * 2.0**-53, abs=0)
+        alone = np.empty((1, 1))
+        norms.row_norms(row.copy(), shape[1], 0, lanes, alone)
+        assert alone[0, 0] == norm
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.7])
-@pytest.mark.parametrize(("shape", "kind"), CASES)
-def test_apply_mask(shape: tuple[int, int], kind: str, scale: float) -> None:
-    x = numbers(kind, shape[0] * shape[1], 0)
-    mask = np.random.default_rng(1).integers(0, 2, x.size, np.uint8)
-    factor = np.float64(np.float32(scale))
-    want = np.where(mask == 1, factor * x.astype(np.float64), 0.0).astype(np.float32)
-    masks.apply_mask(mask, scale, x)
-    assert np.array_equal(x, want)
+@pytest.mark.parametrize("n_cols", [1, 31, 32, 33, 100])
+def test_a_norm_is_added_in_lanes_and_these_in_halves(n_cols: int) -> None:
+    x = numbers("wide", n_cols, 0)
+    lanes = np.zeros(norms.LANES)
+    for i, value in enumerate(x.tolist()):
+        lanes[i % norms.LANES] += abs(value)
+    while lanes.size > 1:
+        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+    found = np.empty((1, 1))
+    norms.row_norms(x, n_cols, 0, np.empty(norms.LANES), found)
+    assert found[0, 0] == lanes[0]
 
 
 @pytest.mark.parametrize("limit", [0x7F800000, 0x477FF000])
@@ -165,7 +191,7 @@ def test_count_beyond(limit: int) -> None:
     )
     x = np.concatenate([x, numbers("denormal", 40, 0)])
     count = np.full(1, -1, np.int64)
-    masks.count_beyond(x, limit, count)
+    norms.count_beyond(x, limit, count)
     with np.errstate(over="ignore"):
         halves = x.astype(np.float16)
     beyond = ~np.isfinite(x) if limit == 0x7F800000 else ~np.isfinite(halves)
@@ -173,6 +199,14 @@ def test_count_beyond(limit: int) -> None:
 
 
 # -- sign election -------------------------------------------------------------
+
+
+def elect(weights: Float32, normalize: bool, delta: Float32) -> Float32:
+    """Move a base of zeros by all that is elected."""
+    base = np.zeros(delta.shape[1], np.float32)
+    scratch = np.full((3, ties.TILE), np.nan, np.float32)
+    ties.elect(weights, np.ones_like(weights), normalize, 1.0, scratch, delta, base)
+    return base
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -183,13 +217,28 @@ def test_elect(shape: tuple[int, int], kind: str, normalize: bool) -> None:
     exact = reference.elect(weights.tolist(), normalize, delta)
     votes = reference.weighted_sum(weights.tolist(), delta)
     sizes = reference.weighted_sum(weights.tolist(), np.abs(delta))
-    ties.elect(weights, normalize, np.empty((3, ties.TILE), np.float32), delta)
+    elected = elect(weights, normalize, delta)
     bound = 8 * (EPS * sizes + STEP) * (4 if normalize else 1)  # the least divisor is 0.25
     clear = np.abs(votes) > bound
     clear |= sizes == 0
-    assert (np.abs(delta[0] - exact.values) <= bound)[clear].all()
+    assert (np.abs(elected - exact.values) <= bound)[clear].all()
     if kind != "denormal":  # where rounding is relative, few votes hang on it
         assert clear.mean() > 0.99
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("shape", "kind"), CASES)
+def test_election_rescales_and_moves_in_two_roundings(
+    shape: tuple[int, int], kind: str, normalize: bool
+) -> None:
+    base, *experts = models(shape, kind, 4)
+    weights, scales = np.float32([0.6, 0.25, 1.5]), np.float32([1.0, 1.7, 0.9])
+    scaled = scales[:, None] * np.stack(experts)
+    want = base + np.float32(0.7) * elect(weights, normalize, scaled)
+    scratch, delta = np.empty((3, ties.TILE), np.float32), np.stack(experts)
+    ties.elect(weights, scales, normalize, 0.7, scratch, delta, base)
+    assert want.dtype == np.float32
+    assert np.array_equal(base, want)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -198,21 +247,18 @@ def test_elect_is_exact_on_small_integers(normalize: bool) -> None:
     delta = np.random.default_rng(0).integers(-1, 2, (4, 9001)).astype(np.float32)
     weights = np.float32([1, 2, -1, 1])
     want = reference.elect(weights.tolist(), normalize, delta)
-    ties.elect(weights, normalize, np.empty((3, ties.TILE), np.float32), delta)
-    assert np.array_equal(delta[0], want.values.astype(np.float32))
+    assert np.array_equal(elect(weights, normalize, delta), want.values.astype(np.float32))
 
 
 def test_elect_gives_the_example_of_the_specification() -> None:
     delta = np.float32([[1, -1, 2, 0], [-1, 1, -1, 0]])
-    ties.elect(np.float32([1, 1]), True, np.empty((3, ties.TILE), np.float32), delta)
-    assert delta[0].tolist() == [1, 1, 2, 0]
+    assert elect(np.float32([1, 1]), True, delta).tolist() == [1, 1, 2, 0]
 
 
 def test_a_divisor_of_zero_is_one() -> None:
     """Weights 1 and -1 on opposite vectors agree, and their sum does not divide."""
     delta = np.float32([[3, -3], [-3, 3]])
-    ties.elect(np.float32([1, -1]), True, np.empty((3, ties.TILE), np.float32), delta)
-    assert delta[0].tolist() == [6, -6]
+    assert elect(np.float32([1, -1]), True, delta).tolist() == [6, -6]
 
 
 # -- exact selection -----------------------------------------------------------
@@ -232,40 +278,36 @@ def test_counts_order_magnitudes(shape: tuple[int, int], kind: str) -> None:
         assert np.array_equal(low, np.bincount(inside, minlength=1 << 16))
 
 
-def keep_between(low: int, high: int, x: Float32, ranges: tuple[int, int, int, int]) -> list[int]:
-    """Twin of `mask_between` and `keep_ties`: one decision after the other."""
-    kept, seen = [], {low: 0, high: 0}
-    first = {low: ranges[:2], high: ranges[2:]} if low != high else {low: ranges[:2]}
-    for magnitude in magnitudes(x).tolist():
-        if magnitude in first:
-            kept.append(int(first[magnitude][0] <= seen[magnitude] < first[magnitude][1]))
-            seen[magnitude] += 1
-        else:
-            kept.append(int(low < magnitude < high))
-    return kept
+@pytest.mark.parametrize(("shape", "kind"), CASES)
+def test_ties_are_counted_and_found(shape: tuple[int, int], kind: str) -> None:
+    x = numbers(kind, shape[0] * shape[1], 0)
+    first, second = (int(magnitudes(x)[i]) for i in (0, x.size // 2))
+    counts, index = np.full(2, -1, np.int64), np.full(1, -1, np.int64)
+    select.count_ties(first, second, x, counts)
+    for magnitude, count in zip((first, second), counts, strict=True):
+        places = np.flatnonzero(magnitudes(x) == magnitude)
+        assert count == places.size
+        for number in {0, places.size // 2, places.size - 1}:
+            select.find_tie(magnitude, number, x, index)
+            assert index[0] == places[number]
 
 
 @pytest.mark.parametrize(("shape", "kind"), CASES)
-def test_mask_between(shape: tuple[int, int], kind: str) -> None:
-    x = numbers(kind, shape[0] * shape[1], 0)
-    ascending = np.sort(magnitudes(x))
-    n = x.size
+def test_keep_between(shape: tuple[int, int], kind: str) -> None:
+    given = numbers(kind, shape[0] * shape[1], 0)
+    ascending = np.sort(magnitudes(given)).astype(np.int64)
+    n = given.size
     for low, high in [(0, n - 1), (n // 3, 2 * n // 3), (n // 2, n // 2)]:
-        bounds = int(ascending[low]), int(ascending[high])
-        ranges = (1, 3, 0, 2)
-        cuts = np.array([bounds[0], *ranges[:2], bounds[1], *ranges[2:]], np.int64)
-        seen, mask = np.zeros(2, np.int64), np.full(n, 9, np.uint8)
-        for i in range(shape[0]):
-            row = slice(i * shape[1], (i + 1) * shape[1])
-            ties = np.full(2, -1, np.int64)
-            select.mask_between(cuts, x[row], mask[row], ties)
-            ties += seen
-            select.keep_ties(cuts, seen, x[row], mask[row])
-            assert np.array_equal(seen, ties)
-        assert mask.tolist() == keep_between(*bounds, x, ranges)
+        for least in (ascending[low], ascending[low] + 1):
+            for most in (ascending[high] - 1, ascending[high], 0x7FFFFFFF):
+                x = given.copy()
+                select.keep_between(least, most, x)
+                is_kept = (least <= magnitudes(given)) & (magnitudes(given) <= most)
+                want = np.where(is_kept, given, np.float32(0))
+                assert np.array_equal(x.view(np.uint32), want.view(np.uint32))
 
 
-# -- random masks --------------------------------------------------------------
+# -- random drops --------------------------------------------------------------
 
 
 def test_the_hash_is_splitmix64() -> None:
@@ -282,41 +324,39 @@ def test_the_hash_is_splitmix64() -> None:
 
 @pytest.mark.parametrize("density", [0.0, 1e-7, 0.3, 0.6, 1.0])
 @pytest.mark.parametrize(("key", "first"), [(0, 0), (2**64 - 1, 5), (2**63 + 12345, 10**12)])
-def test_bernoulli_mask(density: float, key: int, first: int) -> None:
-    mask = np.full(4097, 9, np.uint8)
-    threshold = np.uint64(math.ceil(density * 2**24))
-    dare.bernoulli_mask(np.uint64(key), np.uint64(first), threshold, mask)
-    assert np.array_equal(mask, reference.uniforms(key, 4097, first) < density)
+def test_drop_random(density: float, key: int, first: int) -> None:
+    given = numbers("wide", 4097, 0)
+    x, threshold = given.copy(), np.uint64(math.ceil(density * 2**24))
+    dare.drop_random(np.uint64(key), np.uint64(first), threshold, x)
+    kept = reference.uniforms(key, 4097, first) < density
+    assert np.array_equal(x, np.where(kept, given, np.float32(0)))
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize(("shape", "kind"), CASES)
-def test_rank_mask(shape: tuple[int, int], kind: str, unbiased: bool) -> None:
-    check_rank_mask(numbers(kind, shape[0] * shape[1], 0), shape, unbiased)
+def test_drop_by_rank(shape: tuple[int, int], kind: str, unbiased: bool) -> None:
+    check_drop_by_rank(numbers(kind, shape[0] * shape[1], 0), shape, unbiased)
 
 
 @pytest.mark.parametrize("n_infinite", [1, 100, 4097])
-def test_rank_mask_of_differences_that_overflowed(n_infinite: int) -> None:
+def test_drop_by_rank_of_differences_that_overflowed(n_infinite: int) -> None:
     x = numbers("normal", 4097, 0)
     x[-n_infinite:] = np.inf
     x[-n_infinite // 2 :] *= -1
-    check_rank_mask(x, (1, 4097), unbiased=False)
+    check_drop_by_rank(x, (1, 4097), unbiased=False)
 
 
-def check_rank_mask(x: Float32, shape: tuple[int, int], unbiased: bool) -> None:
+def check_drop_by_rank(x: Float32, shape: tuple[int, int], unbiased: bool) -> None:
     given = x.copy()
     key, density, epsilon = 2**63 + 99, 0.5, 0.35
-    scratch = np.full(4 * shape[1] + della.RADIX + 1, 0xA5A5A5A5, np.uint32)
-    mask = np.full(x.size, 9, np.uint8)
+    scratch = np.full(5 * shape[1] + della.RADIX + 1, 0xA5A5A5A5, np.uint32)
     n = shape[1]
     for i in range(shape[0]):  # row by row, as if every block held one
         row = slice(i * n, (i + 1) * n)
         first = np.uint64(i * n)
-        arguments = (density, epsilon, unbiased, scratch, x[row], mask[row])
-        della.rank_mask(np.uint64(key), first, n, *arguments)
+        della.drop_by_rank(np.uint64(key), first, n, density, epsilon, unbiased, scratch, x[row])
     p = reference.keep_probabilities(given.reshape(shape), density, epsilon).ravel()
-    want = reference.uniforms(key, x.size) < p
-    assert np.array_equal(mask, want)
-    share = np.where(want & unbiased, p.astype(np.float32), np.float32(1))
-    exact = given.astype(np.float64) / share.astype(np.float64)
+    kept = reference.uniforms(key, x.size) < p
+    share = p.astype(np.float32) if unbiased else np.ones(x.size, np.float32)
+    exact = np.where(kept, given.astype(np.float64) / share.astype(np.float64), 0.0)
     assert np.array_equal(x, exact.astype(np.float32))

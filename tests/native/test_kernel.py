@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemerge import arithmetic
-from edgemerge.kernels import della, gram, heads, linear, sinkhorn, ties
+from edgemerge import arithmetic, checksums
+from edgemerge.kernels import crc, della, gram, heads, linear, norms, sinkhorn, ties
 from edgemerge.native import KernelFile, load_kernel
 from edgemerge.native.compiler import compile_object
 from edgemerge.native.image import BadImage, Image
@@ -47,6 +47,8 @@ def test_every_kernel_has_a_signature() -> None:
 def test_constants_of_kernels_that_size_their_scratch() -> None:
     assert arithmetic.ELECTION_TILE == ties.TILE
     assert arithmetic.RANK_BINS == della.RADIX
+    assert arithmetic.NORM_LANES == norms.LANES
+    assert checksums.FOLDED == crc.FOLDED
 
 
 # -- the same as Numba's dispatcher --------------------------------------------------------------------
@@ -58,7 +60,11 @@ def floats(*shape: int, dtype: Any = np.float32) -> Any:
 
 CASES: list[tuple[Any, str, list[Any]]] = [
     (linear, "add_changes", [floats(3), 0.7, floats(3, 1000), floats(1000)]),
-    (ties, "elect", [floats(3), True, floats(3, ties.TILE), floats(3, 5000)]),
+    (
+        ties,
+        "elect",
+        [floats(3), floats(3), True, 0.7, floats(3, ties.TILE), floats(3, 5000), floats(5000)],
+    ),
     (gram, "row_grams", [floats(3, 600), 100, np.zeros((6, 3, 3))]),
     (heads, "rotate", [floats(7, 16), floats(16, 16, dtype=np.float64), floats(7, 16)]),
     (
@@ -119,7 +125,7 @@ def test_threads_share_a_kernel() -> None:
 def test_other_arrays_are_refused(array: Any) -> None:
     """Machine code would read them as something else."""
     with pytest.raises(TypeError, match="contiguous"):
-        KernelFile("linear").subtract(np.zeros(4, np.float32), array)
+        KernelFile("linear").add_scaled(np.zeros(4, np.float32), 1.0, array)
 
 
 def test_unknown_kernels_and_argument_counts() -> None:

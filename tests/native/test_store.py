@@ -32,7 +32,7 @@ def image_path(cache: Path) -> Path:
 
 def subtract_ones() -> list[float]:
     values = np.arange(4, dtype=np.float32)
-    Kernel("linear", "subtract")(np.ones(4, np.float32), values)
+    Kernel("linear", "subtract")(np.ones(4, np.float32), values, np.empty(1, np.int64))
     return list(values)
 
 

@@ -1,0 +1,67 @@
+"""Sums and checks over the numbers of a block."""
+
+import numpy as np
+from numba import njit
+
+LANES = (
+    32  # partial sums of one row: several vectors, so that no addition waits for the one before it
+)
+
+
+@njit(cache=True, nogil=True)
+def row_norms(delta_f32, n_cols, column, lanes_f64, norms_f64):
+    """L1 norms, row by row.
+
+    Each row is summed on its own in float64, so no result depends on how a tensor is cut into blocks of
+    rows: column i into partial sum i % LANES, and these in halves, each onto the other.
+
+    Parameters
+    ----------
+    delta_f32 : (n_rows * n_cols,) float32
+        task vector
+    n_cols : int
+        elements in one row
+    column : int
+        where to write
+    lanes_f64 : (LANES,) float64
+        overwritten with nothing of use
+    norms_f64 : (n_rows, n_columns) float64
+        one column is written
+    """
+    whole = n_cols // LANES * LANES
+    for row in range(delta_f32.size // n_cols):
+        x = delta_f32[row * n_cols : (row + 1) * n_cols]
+        for k in range(LANES):
+            lanes_f64[k] = 0.0
+        for i in range(0, whole, LANES):
+            for k in range(LANES):
+                lanes_f64[k] += np.float64(abs(x[i + k]))
+        for k in range(n_cols - whole):
+            lanes_f64[k] += np.float64(abs(x[whole + k]))
+        width = LANES // 2
+        while width > 0:
+            for k in range(width):
+                lanes_f64[k] += lanes_f64[width + k]
+            width //= 2
+        norms_f64[row, column] = lanes_f64[0]
+
+
+@njit(cache=True, nogil=True)
+def count_beyond(x_f32, limit, count_i64):
+    """Count magnitudes of at least the bits `limit`: NaN, infinity, or what F16 lacks.
+
+    Parameters
+    ----------
+    x_f32 : (n,) float32
+        any values
+    limit : int
+        bits of a non-negative float32; 0x7F800000 counts NaN and infinity
+    count_i64 : (1,) int64
+        written
+    """
+    bits = x_f32.view(np.uint32)
+    least = np.uint32(limit)
+    count = 0
+    for i in range(bits.size):
+        count += np.int64((bits[i] & np.uint32(0x7FFFFFFF)) >= least)
+    count_i64[0] = count
