@@ -23,7 +23,8 @@ from charts import COLOURS, INK, SOFT, new_figure, save
 from measure import machine, table
 from numpy.typing import NDArray
 
-from edgemerge.arithmetic import ELECTION_TILE, NORM_LANES, RANK_BINS
+from edgemerge.arithmetic import ELECTION_TILE, RANK_BINS
+from edgemerge.blocks import SUM_LANES
 from edgemerge.checksums import crc32
 from edgemerge.formats.codec import CODECS, Codec
 from edgemerge.formats.ggml_types import GGML_TYPES
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests import ggml_oracle
 
 dare, della, gram, linear = (KernelFile(name) for name in ("dare", "della", "gram", "linear"))
-norms, select, slerp, ties = (KernelFile(name) for name in ("norms", "select", "slerp", "ties"))
+norms, select, ties = (KernelFile(name) for name in ("norms", "select", "ties"))
 
 FIGURE = Path(__file__).with_name("figures") / "kernels.png"
 N_ROWS, N_COLS = 256, 4096
@@ -146,7 +147,7 @@ def merge_works() -> dict[str, tuple[Work, int]]:
     ones, third = np.ones(N_MODELS, np.float32), np.full(N_MODELS, 1 / N_MODELS, np.float32)
     tiles, tied = np.empty((3, ELECTION_TILE), np.float32), np.empty(2, np.int64)
     ranks = np.empty(5 * N_COLS + RANK_BINS + 1, np.uint32)
-    lanes, sums, dots = np.empty(NORM_LANES), np.empty((N_ROWS, 1)), np.empty((N_ROWS, 3))
+    lanes, sums, dots = np.empty(SUM_LANES), np.empty((N_ROWS, 1)), np.empty((N_ROWS, 3))
     grams, count = np.empty((N_ROWS, N_MODELS, N_MODELS)), np.empty(1, np.int64)
     factors = np.full((N_ROWS, N_MODELS), 1 / N_MODELS, np.float32)
     middle, largest = int(np.float32(0.7).view(np.int32)), int(np.float32(9).view(np.int32))
@@ -188,8 +189,8 @@ def merge_works() -> dict[str, tuple[Work, int]]:
         "norms.row_norms": (lambda: norms.row_norms(x, N_COLS, 0, lanes, sums), one),
         "norms.count_beyond": (lambda: norms.count_beyond(x, 0x7F800000, count), one),
         "crc.fold_crc32": (lambda: crc32(x.view(np.uint8)), one),
-        "slerp.row_dots": (lambda: slerp.row_dots(x, y, N_COLS, dots), 2 * one),
-        "gram.row_grams": (lambda: gram.row_grams(models, N_COLS, grams), all_models),
+        "gram.row_dots": (lambda: gram.row_dots(x, y, N_COLS, lanes, dots), 2 * one),
+        "gram.row_grams": (lambda: gram.row_grams(models, N_COLS, lanes, grams), all_models),
     }
 
 

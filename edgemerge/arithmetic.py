@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemerge.blocks import Block, BlockStream, model_weights
+from edgemerge.blocks import SUM_LANES, Block, BlockStream, model_weights
 from edgemerge.hierarchical import hierarchical_blocks
 from edgemerge.methods import METHODS, is_plain_sum, is_pruned
 from edgemerge.native import KernelFile
@@ -27,12 +27,11 @@ __all__ = ["Block", "BlockStream", "merged_blocks"]
 
 linear, norms, select = KernelFile("linear"), KernelFile("norms"), KernelFile("select")
 dare, della = KernelFile("dare"), KernelFile("della")
-slerp, ties = KernelFile("slerp"), KernelFile("ties")
+gram, ties = KernelFile("gram"), KernelFile("ties")
 
 N_HIGH, N_LOW = 1 << 15, 1 << 16  # bins of the two passes of the radix select
 ELECTION_TILE = 1024  # TILE of kernels/ties.py
 RANK_BINS = 2048  # RADIX of kernels/della.py
-NORM_LANES = 32  # LANES of kernels/norms.py
 EVERYTHING = 0x7FFFFFFF  # above every magnitude
 TINY_NORM = 1e-7  # mergekit rescales nothing whose norm is below this
 TINY_WEIGHT = 1e-8
@@ -83,9 +82,10 @@ def _scaled_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
 def _slerp_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     dots = stream.team.row_sum((3,))
     rows = stream.take((stream.job.rows_per_block, 3), np.float64).view(np.float64)
+    lanes = stream.take((SUM_LANES,), np.float64)
     for block in stream.blocks():
         own = rows[: block.n_rows]
-        slerp.row_dots(block.base, block.experts[0], block.n_cols, own)
+        gram.row_dots(block.base, block.experts[0], block.n_cols, lanes, own)
         dots.add(block.number, own)
     from_base, from_expert = _slerp_factors(dots.total(), float(stream.job.settings["t"]))
     for block in stream.blocks():
@@ -301,7 +301,7 @@ def _match_norms(stream: BlockStream, pruners: list[Pruner]) -> None:
         k: stream.team.row_sum((2,)) for k, own in enumerate(pruners) if type(own) is not Pruner
     }
     rows = stream.take((stream.job.rows_per_block, 2), np.float64).view(np.float64)
-    lanes = stream.take((NORM_LANES,), np.float64)
+    lanes = stream.take((SUM_LANES,), np.float64)
     for block in stream.blocks():
         own = rows[: block.n_rows]
         for k, total in sums.items():

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from edgemerge.team import Member
 from edgemerge.types import Float32, Float64, TensorJob
 
-__all__ = ["Block", "BlockStream", "model_weights"]
+__all__ = ["SUM_LANES", "Block", "BlockStream", "model_weights"]
+
+SUM_LANES = 32  # LANES of kernels/gram.py and kernels/norms.py: partial sums of one row
 
 
 @dataclass(slots=True)

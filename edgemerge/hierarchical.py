@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from edgemerge.blocks import Block, BlockStream, model_weights
+from edgemerge.blocks import SUM_LANES, Block, BlockStream, model_weights
 from edgemerge.native import KernelFile
 from edgemerge.types import Float32, Float64
 from edgemerge.weighting import factors
@@ -26,10 +26,10 @@ def survey_gram(stream: BlockStream) -> Float64:
     """Measure the Gram matrix of a tensor's task vectors, (n_experts, n_experts)."""
     n_experts = len(stream.job.experts)
     total = stream.team.row_sum((n_experts, n_experts))
-    grams = _row_memory(stream)
+    grams, lanes = _row_memory(stream)
     for block in stream.blocks():
-        rows = grams[: block.experts.shape[1] // block.n_cols]
-        gram.row_grams(block.experts, block.n_cols, rows)
+        rows = grams[: block.n_rows]
+        gram.row_grams(block.experts, block.n_cols, lanes, rows)
         total.add(block.number, rows)
     return total.total()
 
@@ -65,10 +65,10 @@ def _row_blocks(
 ) -> Iterator[tuple[Block, Float32]]:
     """Every row with factors of its own: one read, since a row is always whole."""
     weights = model_weights(stream.job)
-    grams = _row_memory(stream)
+    grams, lanes = _row_memory(stream)
     for block in stream.blocks():
-        rows = grams[: block.experts.shape[1] // block.n_cols]
-        gram.row_grams(block.experts, block.n_cols, rows)
+        rows = grams[: block.n_rows]
+        gram.row_grams(block.experts, block.n_cols, lanes, rows)
         shares = factors(rows, weights, weighting).astype(np.float32)
         assert block.base is not None
         gram.combine_rows(shares, block.n_cols, block.experts)
@@ -76,7 +76,9 @@ def _row_blocks(
         yield block, block.base
 
 
-def _row_memory(stream: BlockStream) -> Float64:
+def _row_memory(stream: BlockStream) -> tuple[Float64, Float64]:
+    """Return memory for the Gram matrices of a block's rows, and for the partial sums of one row."""
     n_experts = len(stream.job.experts)
     shape = (max(1, stream.job.rows_per_block), n_experts, n_experts)
-    return stream.take(shape, np.float64).view(np.float64)
+    grams, lanes = stream.take(shape, np.float64), stream.take((SUM_LANES,), np.float64)
+    return grams.view(np.float64), lanes.view(np.float64)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgemerge.architectures import layer_index
+from edgemerge.blocks import SUM_LANES
 from edgemerge.budget import (
     FLOOR_BYTES,
     SOLVER_BYTES,
@@ -34,7 +35,6 @@ __all__ = ["DEFAULT_MEMORY", "alignment_pairs", "make_plan"]
 DEFAULT_MEMORY = 512 << 20
 COUNTER_BYTES = 4 * ((1 << 15) + 2 * (1 << 16))  # of the radix select, per expert
 ELECTION_BYTES = 3 * 1024 * 4
-NORM_BYTES = 8 * 32
 COMPARED = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
 TINY_WEIGHT = 1e-8
 MAX_ELEMENTS = 1 << 32  # of one tensor: the radix select counts in 32 bits
@@ -243,7 +243,7 @@ def _arena_need(job: TensorJob, align: str, *, moves: bool) -> ArenaNeed:
         return ArenaNeed(job.out.n_rows, n_cols, aligned(1) * ARRAYS, widest, 0, surveyed=False)
     method = find_method(job.method)
     pruned = any(is_pruned(method, expert.settings) for expert in job.experts)
-    fixed = aligned(1) * ARRAYS * (1 + len(job.experts))
+    fixed = aligned(1) * ARRAYS * (1 + len(job.experts)) + 8 * SUM_LANES
     if job.is_weighted:
         fixed += 4 * (WEIGHTED_SCRATCH + n_cols)
     else:
@@ -254,8 +254,6 @@ def _arena_need(job: TensorJob, align: str, *, moves: bool) -> ArenaNeed:
         fixed += COUNTER_BYTES * len(job.experts)
     if pruned and method.prune == "rank":
         fixed += 4 * (5 * n_cols + 2049)
-    if pruned:
-        fixed += NORM_BYTES
     if method.name == "hierarchical":
         fixed += 8 * len(job.experts) ** 2
     if moves:

@@ -99,7 +99,7 @@ def _summing(method: str) -> tuple[str, ...]:
         case "linear" | "passthrough":
             return ("linear.weighted_sum",)
         case "slerp":
-            return ("slerp.row_dots", "gram.add_rows", "linear.weighted_sum", "linear.add_scaled")
+            return ("gram.row_dots", "gram.add_rows", "linear.weighted_sum", "linear.add_scaled")
         case "hierarchical":
             grams = [f"gram.{name}" for name in SIGNATURES["gram"]]
             return (*SUMMING, "linear.add_scaled", *grams)  # which only its scope `row` needs

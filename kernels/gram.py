@@ -1,15 +1,19 @@
-"""Gram matrices of task vectors: all that cosine weighting and spherical interpolation need to know."""
+"""Gram matrices: all that cosine weighting and spherical interpolation (Shoemake 1985) need to know."""
 
 import numpy as np
 from numba import njit
 
+LANES = (
+    32  # partial sums of one row: several vectors, so that no addition waits for the one before it
+)
+
 
 @njit(cache=True, nogil=True)
-def row_grams(x_f32, n_cols, grams_f64):
+def row_grams(x_f32, n_cols, lanes_f64, grams_f64):
     """Dot products of every pair of models, row by row.
 
-    Each row is summed on its own in float64, front to back, so no result depends on how a tensor is
-    cut into blocks of rows.
+    Each row is summed on its own in float64, so no result depends on how a tensor is cut into blocks of
+    rows: column i into partial sum i % LANES, and these in halves, each onto the other.
 
     Parameters
     ----------
@@ -17,6 +21,8 @@ def row_grams(x_f32, n_cols, grams_f64):
         the same rows of several models
     n_cols : int
         elements in one row
+    lanes_f64 : (LANES,) float64
+        overwritten with nothing of use
     grams_f64 : (n_rows, n_models, n_models) float64
         written, both triangles
     """
@@ -27,11 +33,50 @@ def row_grams(x_f32, n_cols, grams_f64):
             left = x_f32[a, start : start + n_cols]
             for b in range(a, n_models):
                 right = x_f32[b, start : start + n_cols]
-                total = 0.0
-                for i in range(n_cols):
-                    total += np.float64(left[i]) * np.float64(right[i])
+                total = _dot(left, right, lanes_f64)
                 grams_f64[row, a, b] = total
                 grams_f64[row, b, a] = total
+
+
+@njit(cache=True, nogil=True)
+def _dot(left, right, lanes):
+    whole = left.size // LANES * LANES
+    for k in range(LANES):
+        lanes[k] = 0.0
+    for i in range(0, whole, LANES):
+        for k in range(LANES):
+            lanes[k] += np.float64(left[i + k]) * np.float64(right[i + k])
+    for k in range(left.size - whole):
+        lanes[k] += np.float64(left[whole + k]) * np.float64(right[whole + k])
+    width = LANES // 2
+    while width > 0:
+        for k in range(width):
+            lanes[k] += lanes[width + k]
+        width //= 2
+    return lanes[0]
+
+
+@njit(cache=True, nogil=True)
+def row_dots(a_f32, b_f32, n_cols, lanes_f64, dots_f64):
+    """Dot products `a.a`, `a.b` and `b.b`, row by row, added as in `row_grams`.
+
+    Parameters
+    ----------
+    a_f32, b_f32 : (n_rows * n_cols,) float32
+        the same rows of two models
+    n_cols : int
+        elements in one row
+    lanes_f64 : (LANES,) float64
+        overwritten with nothing of use
+    dots_f64 : (n_rows, 3) float64
+        written
+    """
+    for row in range(a_f32.size // n_cols):
+        a = a_f32[row * n_cols : (row + 1) * n_cols]
+        b = b_f32[row * n_cols : (row + 1) * n_cols]
+        dots_f64[row, 0] = _dot(a, a, lanes_f64)
+        dots_f64[row, 1] = _dot(a, b, lanes_f64)
+        dots_f64[row, 2] = _dot(b, b, lanes_f64)
 
 
 @njit(cache=True, nogil=True)

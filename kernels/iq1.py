@@ -18,6 +18,8 @@ numbers from 0 to 9. A loop takes two words apart in SIMD: three times the speed
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import half_to_float
+
 MINUS = 0x11111111  # what a shift of -1/8 takes off all nibbles
 
 # iq1s_grid: the points, one more than each coordinate in two bits.
@@ -127,19 +129,6 @@ POINTS = _words(4 * _unpack(PACKED) + 1)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _half_to_float(low, high):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # The two branches are those of half.py's decode_f16, where they are explained.
-    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
-    magnitude = np.uint32(bits & 0x7FFF)
-    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
-    normal = np.float32(normal * np.float32(2.0**-112))
-    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
-    value = np.float32(denormal if magnitude < 0x0400 else normal)
-    return -value if bits & 0x8000 else value
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _word(lower, upper, minus):
     # The point of eleven bits, the upper three at their place, and its shift
     point = POINTS[np.uint32(lower | upper & np.uint32(0x700))]
@@ -176,7 +165,7 @@ def decode_iq1_s(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 50):
         block = raw_u8[50 * i : 50 * i + 50]
-        d = _half_to_float(block[0], block[1])
+        d = half_to_float(block[0], block[1])
         for j in range(8):
             lower = block[2 + 4 * j : 6 + 4 * j]
             upper = np.uint32(block[34 + 2 * j] | np.uint32(block[35 + 2 * j]) << np.uint32(8))
@@ -204,7 +193,7 @@ def decode_iq1_m(raw_u8, out_f32):
     for i in range(raw_u8.size // 56):
         block = raw_u8[56 * i : 56 * i + 56]
         scales = block[48:56]
-        d = _half_to_float(scales[1] >> 4 | scales[3] & 0xF0, scales[5] >> 4 | scales[7] & 0xF0)
+        d = half_to_float(scales[1] >> 4 | scales[3] & 0xF0, scales[5] >> 4 | scales[7] & 0xF0)
         for j in range(8):
             lower = block[4 * j : 4 * j + 4]
             upper = np.uint32(block[32 + 2 * j] | np.uint32(block[33 + 2 * j]) << np.uint32(8))

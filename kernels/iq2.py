@@ -21,6 +21,8 @@ those apart in SIMD: three times the speed of looking up eight floats.
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import half_to_float
+
 LEVELS = 0x2B1908  # 8, 25 and 43: eight bits for each, the first lowest
 
 # iq2xxs_grid, iq2xs_grid and iq2s_grid: the points, two bits for the number of each coordinate's level.
@@ -129,19 +131,6 @@ EVEN_SIGNS = SIGNS[[s | (s.bit_count() & 1) << 7 for s in range(128)]]  # ksigns
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _half_to_float(low, high):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # The two branches are those of half.py's decode_f16, where they are explained.
-    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
-    magnitude = np.uint32(bits & 0x7FFF)
-    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
-    normal = np.float32(normal * np.float32(2.0**-112))
-    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
-    value = np.float32(denormal if magnitude < 0x0400 else normal)
-    return -value if bits & 0x8000 else value
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _word(four):
     # Four bytes, the first lowest; LLVM makes one load of them
     low = np.uint32(np.uint32(four[0]) | np.uint32(four[1]) << np.uint32(8))
@@ -184,7 +173,7 @@ def decode_iq2_xxs(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 66):
         block = raw_u8[66 * i : 66 * i + 66]
-        d = _half_to_float(block[0], block[1])
+        d = half_to_float(block[0], block[1])
         for j in range(8):
             points = block[2 + 8 * j : 6 + 8 * j]
             signs = _word(block[6 + 8 * j : 10 + 8 * j])
@@ -216,7 +205,7 @@ def decode_iq2_xs(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 74):
         block = raw_u8[74 * i : 74 * i + 74]
-        d = _half_to_float(block[0], block[1])
+        d = half_to_float(block[0], block[1])
         for j in range(8):
             quants = block[2 + 8 * j : 10 + 8 * j]
             w0 = _word_xs(quants[0], quants[1])
@@ -241,7 +230,7 @@ def decode_iq2_s(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 82):
         block = raw_u8[82 * i : 82 * i + 82]
-        d = _half_to_float(block[0], block[1])
+        d = half_to_float(block[0], block[1])
         for j in range(8):
             lower = block[2 + 4 * j : 6 + 4 * j]
             signs = block[34 + 4 * j : 38 + 4 * j]

@@ -19,6 +19,8 @@ takes those apart in SIMD: twice the speed of looking up eight floats.
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import half_to_float
+
 # iq3xxs_grid and iq3s_grid: the points, a digit for the number of each coordinate's level.
 DIGITS_XXS = (
     "000020004000110031007100020022001300240037005700101030100110211012105210031023101410451007100020"
@@ -74,19 +76,6 @@ POINTS_S = _words(_unpack(DIGITS_S))
 # The signs of a byte, a set bit for a minus, where the words have room; of seven the eighth makes them even.
 SIGNS = _words(np.array([[s >> j & 1 for j in range(8)] for s in range(256)])) << np.uint32(3)
 EVEN_SIGNS = SIGNS[[s | (s.bit_count() & 1) << 7 for s in range(128)]]  # ksigns_iq2xs
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _half_to_float(low, high):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # The two branches are those of half.py's decode_f16, where they are explained.
-    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
-    magnitude = np.uint32(bits & 0x7FFF)
-    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
-    normal = np.float32(normal * np.float32(2.0**-112))
-    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
-    value = np.float32(denormal if magnitude < 0x0400 else normal)
-    return -value if bits & 0x8000 else value
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -148,7 +137,7 @@ def decode_iq3_xxs(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 98):
         block = raw_u8[98 * i : 98 * i + 98]
-        d = _half_to_float(block[0], block[1])
+        d = half_to_float(block[0], block[1])
         for j in range(8):
             points = block[2 + 8 * j : 10 + 8 * j]
             signs = _word(block[66 + 4 * j : 70 + 4 * j])
@@ -182,7 +171,7 @@ def decode_iq3_s(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 110):
         block = raw_u8[110 * i : 110 * i + 110]
-        d = _half_to_float(block[0], block[1])
+        d = half_to_float(block[0], block[1])
         for j in range(8):
             lower = block[2 + 8 * j : 10 + 8 * j]
             ninths = np.uint32(block[66 + j])

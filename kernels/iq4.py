@@ -17,6 +17,8 @@ ggml's speed with AVX-512, 15 with AVX2.
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
+
 LANES = 64
 REACH = 7  # the search tries scales from this many steps below the extreme to as many above
 EPSILON = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: what is smaller counts as zero
@@ -33,34 +35,6 @@ INVERSE = 3 * LANES  # 1 / scale of the candidate
 SUM_XQ = 4 * LANES  # of its levels; weighted
 SUM_Q2 = 5 * LANES
 SCRATCH_LEN = (32 + 32 + 6) * LANES
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _half_to_float(low, high):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # The two branches are those of half.py's decode_f16, where they are explained.
-    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
-    magnitude = np.uint32(bits & 0x7FFF)
-    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
-    normal = np.float32(normal * np.float32(2.0**-112))
-    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
-    value = np.float32(denormal if magnitude < 0x0400 else normal)
-    return -value if bits & 0x8000 else value
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _float_to_half(x):
-    # half.py's encode_f16
-    bits = np.uint32(np.float32(x).view(np.uint32))
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
-    value = np.float32(value * np.float32(2.0**-110))
-    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
-    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
-    pattern = np.uint32(rounded.view(np.uint32))
-    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
-    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
-    return np.uint32((bits >> 16) & 0x8000 | half)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -95,7 +69,7 @@ def decode_iq4_nl(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 18):
         block = raw_u8[18 * i : 18 * i + 18]
-        d = _half_to_float(block[0], block[1])
+        d = half_to_float(block[0], block[1])
         _decode_run(block[2:18], d, out_f32[32 * i : 32 * i + 32])
 
 
@@ -112,7 +86,7 @@ def decode_iq4_xs(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 136):
         block = raw_u8[136 * i : 136 * i + 136]
-        d = _half_to_float(block[0], block[1])
+        d = half_to_float(block[0], block[1])
         for j in range(8):
             lower = np.int32(block[4 + (j >> 1)]) >> np.int32(4 * (j & 1)) & 15
             upper = np.int32(block[2 + (j >> 2)]) >> np.int32(2 * (j & 3)) & 3
@@ -259,7 +233,7 @@ def write_iq4_nl(x_f32, scales_f32, out_u8):
     for i in range(out_u8.size // 18):
         block = out_u8[18 * i : 18 * i + 18]
         # Squares of huge values overflow, and what comes of that is a negative NaN on x86 only
-        half = np.uint32(0xFE00) if np.isnan(scales_f32[i]) else _float_to_half(scales_f32[i])
+        half = np.uint32(0xFE00) if np.isnan(scales_f32[i]) else float_to_half(scales_f32[i])
         block[0] = half & 255
         block[1] = half >> 8
         _write_run(x_f32[32 * i : 32 * i + 32], scales_f32[i], block[2:18])
@@ -291,14 +265,6 @@ def encode_iq4_nl(x_f32, scratch_f32, out_u8):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _round(v):
-    # ggml's nearest_int: to even, through the bits of v + 1.5 * 2^23. What it makes of infinity and
-    # NaN decides the bytes of rows of extremes, so that is kept too.
-    bits = np.int32(np.float32(v + np.float32(12582912.0)).view(np.int32))
-    return np.int32(np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _write_super_block(x, scales, block):
     largest = np.float32(0.0)
     extreme = np.float32(0.0)
@@ -307,12 +273,12 @@ def _write_super_block(x, scales, block):
         largest = abs(scales[j]) if abs(scales[j]) > largest else largest
     d = np.float32(-extreme / np.float32(32.0))
     inverse = np.float32(np.float32(1.0) / d) if d != 0 else np.float32(0.0)
-    half = _float_to_half(d)
+    half = float_to_half(d)
     block[0] = half & 255
     block[1] = half >> 8
     block[2:8] = 0
     for j in range(scales.size):
-        scale_q = _round(np.float32(inverse * scales[j]))
+        scale_q = nearest_int(np.float32(inverse * scales[j]))
         scale_q = np.int32(min(max(scale_q, np.int32(-32)), np.int32(31)))
         step = np.float32(d * np.float32(scale_q))  # with d as it was before binary16
         _write_run(x[32 * j : 32 * j + 32], step, block[8 + 16 * j : 24 + 16 * j])

@@ -7,33 +7,7 @@ bits 2 r and 2 r + 1 of byte j.
 import numpy as np
 from numba import njit
 
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _half_to_float(low, high):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # The two branches are those of half.py's decode_f16, where they are explained.
-    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
-    magnitude = np.uint32(bits & 0x7FFF)
-    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
-    normal = np.float32(normal * np.float32(2.0**-112))
-    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
-    value = np.float32(denormal if magnitude < 0x0400 else normal)
-    return -value if bits & 0x8000 else value
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _float_to_half(x):
-    # half.py's encode_f16
-    bits = np.uint32(np.float32(x).view(np.uint32))
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
-    value = np.float32(value * np.float32(2.0**-110))
-    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
-    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
-    pattern = np.uint32(rounded.view(np.uint32))
-    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
-    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
-    return np.uint32((bits >> 16) & 0x8000 | half)
+from edgemerge.kernels.scalars import float_to_half, half_to_float
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -57,7 +31,7 @@ def decode_q2_0(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 18):
         block = raw_u8[18 * i : 18 * i + 18]
-        d = _half_to_float(block[0], block[1])
+        d = half_to_float(block[0], block[1])
         y = out_f32[64 * i : 64 * i + 64]
         w0, w1 = _word(block[2:6]), _word(block[6:10])
         w2, w3 = _word(block[10:14]), _word(block[14:18])
@@ -90,7 +64,7 @@ def encode_q2_0(x_f32, out_u8):
             largest = max(largest, np.int32(np.float32(x[j]).view(np.int32) & np.int32(0x7FFFFFFF)))
         d = np.int32(largest).view(np.float32)
         inverse = np.float32(np.float32(1.0) / d) if d > 0 else np.float32(0.0)
-        half = _float_to_half(d)
+        half = float_to_half(d)
         block[0] = half & 255
         block[1] = half >> 8
         block[2:18] = 0

@@ -13,6 +13,8 @@ ggml's speed with AVX-512, 9 with AVX2.
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
+
 LANES = 64
 TOP = 3  # largest quant
 STEPS = 16  # candidate scales of the search
@@ -38,34 +40,6 @@ SCRATCH_LEN = (16 + 16 + 15) * LANES
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _half_to_float(low, high):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # The two branches are those of half.py's decode_f16, where they are explained.
-    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
-    magnitude = np.uint32(bits & 0x7FFF)
-    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
-    normal = np.float32(normal * np.float32(2.0**-112))
-    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
-    value = np.float32(denormal if magnitude < 0x0400 else normal)
-    return -value if bits & 0x8000 else value
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _float_to_half(x):
-    # half.py's encode_f16
-    bits = np.uint32(np.float32(x).view(np.uint32))
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
-    value = np.float32(value * np.float32(2.0**-110))
-    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
-    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
-    pattern = np.uint32(rounded.view(np.uint32))
-    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
-    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
-    return np.uint32((bits >> 16) & 0x8000 | half)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _step_and_offset(d, dmin, code):
     step = np.float32(d * np.float32(np.int32(code & 15)))
     return step, np.float32(dmin * np.float32(np.int32(code >> 4)))
@@ -84,8 +58,8 @@ def decode_q2_k(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 84):
         block = raw_u8[84 * i : 84 * i + 84]
-        d = _half_to_float(block[80], block[81])
-        dmin = _half_to_float(block[82], block[83])
+        d = half_to_float(block[80], block[81])
+        dmin = half_to_float(block[82], block[83])
         for j in range(4):
             # Four sub-blocks that share their bytes, every other one
             first = 8 * (j >> 1) + (j & 1)
@@ -104,16 +78,8 @@ def decode_q2_k(raw_u8, out_f32):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _round(v):
-    # ggml's nearest_int: to even, through the bits of v + 1.5 * 2^23. What it makes of infinity and
-    # NaN decides the bytes of rows of extremes, so that is kept too.
-    bits = np.int32(np.float32(v + np.float32(12582912.0)).view(np.int32))
-    return np.int32(np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _level(v):
-    return np.float32(min(max(_round(v), np.int32(0)), np.int32(TOP)))
+    return np.float32(min(max(nearest_int(v), np.int32(0)), np.int32(TOP)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -257,13 +223,13 @@ def _write_header(state, first_lane, block):
     inv_min = np.float32(np.float32(15.0) / max_min) if max_min > 0 else np.float32(0.0)
     for j in range(16):
         lane = first_lane + j
-        scale_q = _round(np.float32(inv_scale * state[SCALE + lane]))
-        min_q = _round(np.float32(inv_min * np.float32(-state[SMALLEST + lane])))
+        scale_q = nearest_int(np.float32(inv_scale * state[SCALE + lane]))
+        min_q = nearest_int(np.float32(inv_min * np.float32(-state[SMALLEST + lane])))
         block[j] = np.uint8((scale_q | min_q << 4) & 255)  # not clamped: ggml trusts the division
-    half = _float_to_half(np.float32(max_scale / np.float32(15.0)))
+    half = float_to_half(np.float32(max_scale / np.float32(15.0)))
     block[80] = half & 255
     block[81] = half >> 8
-    half = _float_to_half(np.float32(max_min / np.float32(15.0)))
+    half = float_to_half(np.float32(max_min / np.float32(15.0)))
     block[82] = half & 255
     block[83] = half >> 8
 
@@ -271,8 +237,8 @@ def _write_header(state, first_lane, block):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _write_quants(x, inverses, minima, levels, block):
     # Quants for the scales as they were rounded.
-    d = _half_to_float(block[80], block[81])
-    dmin = _half_to_float(block[82], block[83])
+    d = half_to_float(block[80], block[81])
+    dmin = half_to_float(block[82], block[83])
     for j in range(16):
         code = np.int32(block[j])
         step = np.float32(d * np.float32(np.int32(code & 15)))

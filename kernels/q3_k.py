@@ -15,6 +15,8 @@ stay as they are in further rounds. 2.8 times ggml's speed with AVX-512, 2 with 
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
+
 LANES = 64
 ROUNDS = 5  # how often the search passes over the elements
 EPSILON = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: what is smaller counts as zero
@@ -27,34 +29,6 @@ SUM_L2 = 2 * LANES
 SCALE = 3 * LANES
 MOVED = 4 * LANES  # 1 where a quant moved in this round
 SCRATCH_LEN = 32 * LANES + 256 + 5 * LANES
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _half_to_float(low, high):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # The two branches are those of half.py's decode_f16, where they are explained.
-    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
-    magnitude = np.uint32(bits & 0x7FFF)
-    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
-    normal = np.float32(normal * np.float32(2.0**-112))
-    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
-    value = np.float32(denormal if magnitude < 0x0400 else normal)
-    return -value if bits & 0x8000 else value
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _float_to_half(x):
-    # half.py's encode_f16
-    bits = np.uint32(np.float32(x).view(np.uint32))
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
-    value = np.float32(value * np.float32(2.0**-110))
-    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
-    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
-    pattern = np.uint32(rounded.view(np.uint32))
-    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
-    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
-    return np.uint32((bits >> 16) & 0x8000 | half)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -77,7 +51,7 @@ def decode_q3_k(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 110):
         block = raw_u8[110 * i : 110 * i + 110]
-        d = _half_to_float(block[108], block[109])
+        d = half_to_float(block[108], block[109])
         for j in range(4):
             # Four sub-blocks that share their bytes, every other one
             first = 8 * (j >> 1) + (j & 1)
@@ -97,16 +71,8 @@ def decode_q3_k(raw_u8, out_f32):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _round(v):
-    # ggml's nearest_int: to even, through the bits of v + 1.5 * 2^23. What it makes of infinity and
-    # NaN decides the bytes of rows of extremes, so that is kept too.
-    bits = np.int32(np.float32(v + np.float32(12582912.0)).view(np.int32))
-    return np.int32(np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _level(v):
-    return np.float32(min(max(_round(v), np.int32(-4)), np.int32(3)))
+    return np.float32(min(max(nearest_int(v), np.int32(-4)), np.int32(3)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -193,13 +159,15 @@ def _write_header(state, first_lane, block):
     if extreme == 0:
         return
     inverse = np.float32(np.float32(-32.0) / extreme)
-    half = _float_to_half(np.float32(np.float32(1.0) / inverse))
+    half = float_to_half(np.float32(np.float32(1.0) / inverse))
     block[108] = half & 255
     block[109] = half >> 8
     packed = block[96:108]
     for j in range(16):
         # ggml rounds into an int8 before it clamps
-        scale_q = np.int32(np.int8(_round(np.float32(inverse * state[SCALE + first_lane + j]))))
+        scale_q = np.int32(
+            np.int8(nearest_int(np.float32(inverse * state[SCALE + first_lane + j])))
+        )
         scale_q = np.int32(min(max(scale_q, np.int32(-32)), np.int32(31)) + 32)
         packed[j & 7] |= np.uint8((scale_q & 15) << np.int32(4 * (j >> 3)))
         packed[8 + (j & 3)] |= np.uint8(scale_q >> 4 << np.int32(2 * (j >> 2)))
@@ -208,7 +176,7 @@ def _write_header(state, first_lane, block):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _write_quants(x, quants, first_lane, levels, block):
     # Quants for the scales as they were rounded.
-    d = _half_to_float(block[108], block[109])
+    d = half_to_float(block[108], block[109])
     for j in range(16):
         step = np.float32(d * _scale(block[96:108], j))
         sub = x[16 * j : 16 * j + 16]

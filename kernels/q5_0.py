@@ -10,33 +10,7 @@ vectorise, and then finds nothing (half the speed).
 import numpy as np
 from numba import njit
 
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _half_to_float(low, high):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # The two branches are those of half.py's decode_f16, where they are explained.
-    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
-    magnitude = np.uint32(bits & 0x7FFF)
-    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
-    normal = np.float32(normal * np.float32(2.0**-112))
-    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
-    value = np.float32(denormal if magnitude < 0x0400 else normal)
-    return -value if bits & 0x8000 else value
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _float_to_half(x):
-    # half.py's encode_f16
-    bits = np.uint32(np.float32(x).view(np.uint32))
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
-    value = np.float32(value * np.float32(2.0**-110))
-    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
-    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
-    pattern = np.uint32(rounded.view(np.uint32))
-    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
-    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
-    return np.uint32((bits >> 16) & 0x8000 | half)
+from edgemerge.kernels.scalars import float_to_half, half_to_float
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -54,7 +28,7 @@ def decode_q5_0(raw_u8, out_f32):
         block = raw_u8[22 * i : 22 * i + 22]
         quants = block[6:]
         y = out_f32[32 * i : 32 * i + 32]
-        d = _half_to_float(block[0], block[1])
+        d = half_to_float(block[0], block[1])
         fifth = np.int32(block[2]) | np.int32(block[3]) << 8
         fifth = np.int32(fifth | np.int32(block[4]) << 16 | np.int32(block[5]) << 24)
         for j in range(16):
@@ -97,7 +71,7 @@ def encode_q5_0(x_f32, out_u8):
                     break
         d = np.float32(extreme / np.float32(-16.0))
         scale = np.float32(np.float32(1.0) / d) if d != 0 else np.float32(0.0)
-        half = _float_to_half(d)
+        half = float_to_half(d)
         block[0] = half & 255
         block[1] = half >> 8
         fifth = np.uint32(0)

@@ -15,6 +15,8 @@ its unused lanes is never written out.
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
+
 LANES = 64
 TOP = 31  # largest quant
 STEPS = 16  # candidate scales of the search
@@ -44,34 +46,6 @@ SCRATCH_LEN = (32 + 32 + 32 + 17) * LANES
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _half_to_float(low, high):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # The two branches are those of half.py's decode_f16, where they are explained.
-    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
-    magnitude = np.uint32(bits & 0x7FFF)
-    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
-    normal = np.float32(normal * np.float32(2.0**-112))
-    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
-    value = np.float32(denormal if magnitude < 0x0400 else normal)
-    return -value if bits & 0x8000 else value
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _float_to_half(x):
-    # half.py's encode_f16
-    bits = np.uint32(np.float32(x).view(np.uint32))
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
-    value = np.float32(value * np.float32(2.0**-110))
-    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
-    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
-    pattern = np.uint32(rounded.view(np.uint32))
-    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
-    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
-    return np.uint32((bits >> 16) & 0x8000 | half)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _scale_and_minimum(packed, j):
     # get_scale_min_k4: the upper two bits of the last four stand above the first four
     if j < 4:
@@ -96,8 +70,8 @@ def decode_q5_k(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 176):
         block = raw_u8[176 * i : 176 * i + 176]
-        d = _half_to_float(block[0], block[1])
-        dmin = _half_to_float(block[2], block[3])
+        d = half_to_float(block[0], block[1])
+        dmin = half_to_float(block[2], block[3])
         fifth = block[16:48]
         for j in range(0, 8, 2):
             scale, minimum = _scale_and_minimum(block[4:16], j)
@@ -115,16 +89,8 @@ def decode_q5_k(raw_u8, out_f32):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _round(v):
-    # ggml's nearest_int: to even, through the bits of v + 1.5 * 2^23. What it makes of infinity and
-    # NaN decides the bytes of denormal rows, so that is kept too.
-    bits = np.int32(np.float32(v + np.float32(12582912.0)).view(np.int32))
-    return np.int32(np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _level(v):
-    return np.float32(min(max(_round(v), np.int32(0)), np.int32(TOP)))
+    return np.float32(min(max(nearest_int(v), np.int32(0)), np.int32(TOP)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -164,46 +130,13 @@ def _measure(tile, weights, state):
                 state[SUM_W + lane] += w
                 state[SUM_X + lane] += np.float32(w * x)
             state[SMALLEST + lane] = smallest
+            state[LEAST + lane] = smallest
             state[LARGEST + lane] = largest
-    for lane in range(LANES):
-        state[LEAST + lane] = state[SMALLEST + lane]
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _fit_range(tile, weights, state):
-    # First fit: the quants span the range of the lane, and zero.
-    for lane in range(LANES):
-        smallest = state[SMALLEST + lane]
-        smallest = np.float32(0.0) if smallest > 0 else smallest
-        inverse = np.float32(np.float32(TOP) / np.float32(state[LARGEST + lane] - smallest))
-        state[SMALLEST + lane] = smallest
-        state[INVERSE + lane] = inverse
-        state[SCALE + lane] = np.float32(np.float32(1.0) / inverse)
-        state[ERROR + lane] = np.float32(0.0)
-    for i in range(0, 32, 8):
-        for lane in range(LANES):
-            smallest = state[SMALLEST + lane]
-            error = state[ERROR + lane]
-            for k in range(8):
-                x = tile[(i + k) * LANES + lane]
-                level = _level(np.float32(state[INVERSE + lane] * np.float32(x - smallest)))
-                diff = np.float32(np.float32(state[SCALE + lane] * level) + smallest - x)
-                w = weights[(i + k) * LANES + lane]
-                error = np.float32(error + np.float32(w * np.float32(diff * diff)))
-            state[ERROR + lane] = error
-    for lane in range(LANES):
-        smallest = state[SMALLEST + lane]
-        flat = state[LARGEST + lane] == smallest
-        # A flat lane has scale 0 and quants 0 for good: no candidate has an error below -1.
-        state[SCALE + lane] = np.float32(0.0) if flat else state[SCALE + lane]
-        state[ERROR + lane] = np.float32(-1.0) if flat else state[ERROR + lane]
-        state[FIT_INVERSE + lane] = np.float32(0.0) if flat else state[INVERSE + lane]
-        state[FIT_MIN + lane] = smallest
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _is_regular(state, lane):
-    # Whether all v of the lane are numbers to `_round`, and grow with x; of a flat lane no v matters.
+    # Whether all v of the lane are numbers to `nearest_int`, and grow with x; of a flat lane no v matters.
     smallest, inverse = state[SMALLEST + lane], state[INVERSE + lane]
     first = np.float32(inverse * np.float32(state[LEAST + lane] - smallest))
     last = np.float32(inverse * np.float32(state[LARGEST + lane] - smallest))
@@ -286,7 +219,7 @@ def _solve(state):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _judge(tile, weights, quants, state):
+def _judge(tile, weights, quants, state, is_first):
     # Error of a candidate; the better of it and the best so far stays.
     for i in range(0, 32, 8):
         for lane in range(LANES):
@@ -300,7 +233,7 @@ def _judge(tile, weights, quants, state):
                 error = np.float32(error + np.float32(w * np.float32(diff * diff)))
             state[NEW_ERROR + lane] = error
     for lane in range(LANES):
-        better = state[NEW_ERROR + lane] < state[ERROR + lane]
+        better = is_first or state[NEW_ERROR + lane] < state[ERROR + lane]
         smallest = state[SMALLEST + lane]
         inverse = state[INVERSE + lane]
         state[FIT_INVERSE + lane] = inverse if better else state[FIT_INVERSE + lane]
@@ -308,6 +241,27 @@ def _judge(tile, weights, quants, state):
         state[SMALLEST + lane] = state[NEW_MIN + lane] if better else smallest
         state[SCALE + lane] = state[NEW_SCALE + lane] if better else state[SCALE + lane]
         state[ERROR + lane] = state[NEW_ERROR + lane] if better else state[ERROR + lane]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _fit_range(tile, weights, quants, state):
+    # First fit: the quants span the range of the lane, and zero.
+    for lane in range(LANES):
+        smallest = state[SMALLEST + lane]
+        state[SMALLEST + lane] = np.float32(0.0) if smallest > 0 else smallest
+        state[ERROR + lane] = np.float32(0.0)
+    _project(tile, weights, quants, state, np.float32(TOP))
+    for lane in range(LANES):
+        state[NEW_SCALE + lane] = np.float32(np.float32(1.0) / state[INVERSE + lane])
+        state[NEW_MIN + lane] = state[SMALLEST + lane]
+        state[NEW_ERROR + lane] = np.float32(0.0)
+    _judge(tile, weights, quants, state, True)
+    for lane in range(LANES):
+        flat = state[LARGEST + lane] == state[SMALLEST + lane]
+        # A flat lane has scale 0 and quants 0 for good: no candidate has an error below -1.
+        state[SCALE + lane] = np.float32(0.0) if flat else state[SCALE + lane]
+        state[ERROR + lane] = np.float32(-1.0) if flat else state[ERROR + lane]
+        state[FIT_INVERSE + lane] = np.float32(0.0) if flat else state[FIT_INVERSE + lane]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -322,17 +276,17 @@ def _write_header(state, first_lane, block):
         max_min = minimum if minimum > max_min else max_min
     inv_scale = np.float32(np.float32(63.0) / max_scale) if max_scale > 0 else np.float32(0.0)
     inv_min = np.float32(np.float32(63.0) / max_min) if max_min > 0 else np.float32(0.0)
-    half = _float_to_half(np.float32(max_scale / np.float32(63.0)))
+    half = float_to_half(np.float32(max_scale / np.float32(63.0)))
     block[0] = half & 255
     block[1] = half >> 8
-    half = _float_to_half(np.float32(max_min / np.float32(63.0)))
+    half = float_to_half(np.float32(max_min / np.float32(63.0)))
     block[2] = half & 255
     block[3] = half >> 8
     packed = block[4:16]
     for j in range(8):
         lane = first_lane + j
-        scale_q = _round(np.float32(inv_scale * state[SCALE + lane]))
-        min_q = _round(np.float32(inv_min * np.float32(-state[SMALLEST + lane])))
+        scale_q = nearest_int(np.float32(inv_scale * state[SCALE + lane]))
+        min_q = nearest_int(np.float32(inv_min * np.float32(-state[SMALLEST + lane])))
         scale_q = np.int32(min(scale_q & 255, 63))  # & 255: C's cast to uint8
         min_q = np.int32(min(min_q & 255, 63))
         if j < 4:
@@ -347,8 +301,8 @@ def _write_header(state, first_lane, block):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _write_quants(x, inverses, minima, levels, block):
     # Quants for the scales as they were rounded.
-    d = _half_to_float(block[0], block[1])
-    dmin = _half_to_float(block[2], block[3])
+    d = half_to_float(block[0], block[1])
+    dmin = half_to_float(block[2], block[3])
     for j in range(8):
         scale, minimum = _scale_and_minimum(block[4:16], j)
         step = np.float32(d * scale)
@@ -423,13 +377,13 @@ def encode_q5_k(x_f32, scratch_f32, out_u8):
             for k in range(32):
                 tile[k * LANES + lane] = x[k]
         _measure(tile, weights, state)
-        _fit_range(tile, weights, state)
+        _fit_range(tile, weights, quants, state)
         for step in range(STEPS):
             tenths = np.float32(np.float32(0.1) * np.float32(step))
             divisor = np.float32(np.float32(np.float32(FIRST) + tenths) + np.float32(TOP))
             _project(tile, weights, quants, state, divisor)
             _solve(state)
-            _judge(tile, weights, quants, state)
+            _judge(tile, weights, quants, state, False)
         for lane in range(0, n_lanes, 8):
             i = (first + lane) // 8
             x = x_f32[256 * i : 256 * i + 256]

@@ -15,6 +15,8 @@ its unused lanes is never written out.
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
+
 LANES = 128
 STEPS = 19  # candidate scales of the search
 EPSILON = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: what is smaller counts as zero
@@ -33,44 +35,8 @@ SCRATCH_LEN = (16 + 16 + 16 + 8) * LANES + 256
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _half_to_float(low, high):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # The two branches are those of half.py's decode_f16, where they are explained.
-    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
-    magnitude = np.uint32(bits & 0x7FFF)
-    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
-    normal = np.float32(normal * np.float32(2.0**-112))
-    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
-    value = np.float32(denormal if magnitude < 0x0400 else normal)
-    return -value if bits & 0x8000 else value
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _float_to_half(x):
-    # half.py's encode_f16
-    bits = np.uint32(np.float32(x).view(np.uint32))
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
-    value = np.float32(value * np.float32(2.0**-110))
-    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
-    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
-    pattern = np.uint32(rounded.view(np.uint32))
-    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
-    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
-    return np.uint32((bits >> 16) & 0x8000 | half)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _round(v):
-    # ggml's nearest_int: to even, through the bits of v + 1.5 * 2^23. What it makes of infinity and
-    # NaN decides the bytes of rows of extremes, so that is kept too.
-    bits = np.int32(np.float32(v + np.float32(12582912.0)).view(np.int32))
-    return np.int32(np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _level(v):
-    return np.float32(min(max(_round(v), np.int32(-32)), np.int32(31)))
+    return np.float32(min(max(nearest_int(v), np.int32(-32)), np.int32(31)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -95,7 +61,7 @@ def decode_q6_k(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 210):
         block = raw_u8[210 * i : 210 * i + 210]
-        d = _half_to_float(block[208], block[209])
+        d = half_to_float(block[208], block[209])
         for j in range(4):
             # Runs 0 to 3 of half a block, the first or the last 16 values of each
             first = 64 * (j >> 1) + 16 * (j & 1)
@@ -199,12 +165,12 @@ def _write_block(x, scales, extremes, inverses, levels, block):
         block[:] = 0
         return
     inverse = np.float32(np.float32(-128.0) / extreme)
-    half = _float_to_half(np.float32(np.float32(1.0) / inverse))
+    half = float_to_half(np.float32(np.float32(1.0) / inverse))
     block[208] = half & 255
     block[209] = half >> 8
-    d = _half_to_float(block[208], block[209])
+    d = half_to_float(block[208], block[209])
     for j in range(16):
-        scale_q = min(_round(np.float32(inverse * scales[j])), np.int32(127))
+        scale_q = min(nearest_int(np.float32(inverse * scales[j])), np.int32(127))
         block[192 + j] = np.uint8(scale_q & 255)
         step = np.float32(d * np.float32(np.int32(scale_q)))
         sub = x[16 * j : 16 * j + 16]

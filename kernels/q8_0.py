@@ -9,33 +9,7 @@ and then finds nothing (half the speed).
 import numpy as np
 from numba import njit
 
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _half_to_float(low, high):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # The two branches are those of half.py's decode_f16, where they are explained.
-    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
-    magnitude = np.uint32(bits & 0x7FFF)
-    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
-    normal = np.float32(normal * np.float32(2.0**-112))
-    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
-    value = np.float32(denormal if magnitude < 0x0400 else normal)
-    return -value if bits & 0x8000 else value
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _float_to_half(x):
-    # half.py's encode_f16
-    bits = np.uint32(np.float32(x).view(np.uint32))
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
-    value = np.float32(value * np.float32(2.0**-110))
-    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
-    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
-    pattern = np.uint32(rounded.view(np.uint32))
-    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
-    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
-    return np.uint32((bits >> 16) & 0x8000 | half)
+from edgemerge.kernels.scalars import float_to_half, half_to_float
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -55,10 +29,10 @@ def decode_q8_0(raw_u8, out_f32):
     for i in range(n_blocks // 4):
         four = raw_u8[136 * i : 136 * i + 136]
         y = out_f32[128 * i : 128 * i + 128]
-        d0 = _half_to_float(four[0], four[1])
-        d1 = _half_to_float(four[34], four[35])
-        d2 = _half_to_float(four[68], four[69])
-        d3 = _half_to_float(four[102], four[103])
+        d0 = half_to_float(four[0], four[1])
+        d1 = half_to_float(four[34], four[35])
+        d2 = half_to_float(four[68], four[69])
+        d3 = half_to_float(four[102], four[103])
         for j in range(32):
             y[j] = np.float32(np.int8(four[2 + j])) * d0
             y[32 + j] = np.float32(np.int8(four[36 + j])) * d1
@@ -67,7 +41,7 @@ def decode_q8_0(raw_u8, out_f32):
     for i in range(n_blocks // 4 * 4, n_blocks):
         block = raw_u8[34 * i : 34 * i + 34]
         y = out_f32[32 * i : 32 * i + 32]
-        d = _half_to_float(block[0], block[1])
+        d = half_to_float(block[0], block[1])
         for j in range(y.size):
             y[j] = np.float32(np.int8(block[2 + j])) * d
 
@@ -91,7 +65,7 @@ def encode_q8_0(x_f32, out_u8):
             magnitude = max(magnitude, np.int32(np.float32(x[j]).view(np.int32) & 0x7FFFFFFF))
         d = np.float32(np.int32(magnitude).view(np.float32) / np.float32(127.0))
         scale = np.float32(np.float32(1.0) / d) if d != 0 else np.float32(0.0)
-        half = _float_to_half(d)
+        half = float_to_half(d)
         block[0] = half & 255
         block[1] = half >> 8
         for j in range(x.size):

@@ -12,35 +12,9 @@ runs of 32 quants in 32 bytes, run r in bits 2 r and 2 r + 1; then d as binary16
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import float_to_half, half_to_float
+
 POWERS = np.array([3 ** (j // 4) for j in range(16)], np.int32)  # of the last 16 values of TQ1_0
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _half_to_float(low, high):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # The two branches are those of half.py's decode_f16, where they are explained.
-    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
-    magnitude = np.uint32(bits & 0x7FFF)
-    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
-    normal = np.float32(normal * np.float32(2.0**-112))
-    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
-    value = np.float32(denormal if magnitude < 0x0400 else normal)
-    return -value if bits & 0x8000 else value
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _float_to_half(x):
-    # half.py's encode_f16
-    bits = np.uint32(np.float32(x).view(np.uint32))
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
-    value = np.float32(value * np.float32(2.0**-110))
-    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
-    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
-    pattern = np.uint32(rounded.view(np.uint32))
-    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
-    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
-    return np.uint32((bits >> 16) & 0x8000 | half)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -72,7 +46,7 @@ def decode_tq1_0(raw_u8, out_f32):
     for i in range(raw_u8.size // 54):
         block = raw_u8[54 * i : 54 * i + 54]
         y = out_f32[256 * i : 256 * i + 256]
-        d = _half_to_float(block[52], block[53])
+        d = half_to_float(block[52], block[53])
         # All digits of a byte in one turn: loops of one digit each would be too short to vectorise
         for j in range(32):
             byte = np.int32(block[j])
@@ -106,7 +80,7 @@ def decode_tq2_0(raw_u8, out_f32):
     """
     for i in range(raw_u8.size // 66):
         block = raw_u8[66 * i : 66 * i + 66]
-        d = _half_to_float(block[64], block[65])
+        d = half_to_float(block[64], block[65])
         for half in range(2):
             quants = block[32 * half : 32 * half + 32]
             y = out_f32[256 * i + 128 * half : 256 * i + 128 * half + 128]
@@ -168,7 +142,7 @@ def encode_tq1_0(x_f32, out_u8):
         x = x_f32[256 * i : 256 * i + 256]
         block = out_u8[54 * i : 54 * i + 54]
         d = _find_scale(x)
-        half = _float_to_half(d)
+        half = float_to_half(d)
         block[52] = half & 255
         block[53] = half >> 8
         _encode_digits(x[:160], 5, _inverse(d), block[:32])
@@ -191,7 +165,7 @@ def encode_tq2_0(x_f32, out_u8):
         block = out_u8[66 * i : 66 * i + 66]
         d = _find_scale(x_f32[256 * i : 256 * i + 256])
         inverse = _inverse(d)
-        half = _float_to_half(d)
+        half = float_to_half(d)
         block[64] = half & 255
         block[65] = half >> 8
         for r in range(2):

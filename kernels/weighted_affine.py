@@ -7,6 +7,8 @@ sub-blocks stand beside each other, tile[element, lane], and every loop runs ove
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import float_to_half, nearest_int
+
 LANES = 64
 STEPS = 37  # candidate scales of the search
 FIRST = -0.9  # what the first candidate adds to the largest quant; each further one adds 0.05
@@ -30,32 +32,8 @@ NEW_ERROR = 14 * LANES
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _float_to_half(x):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # half.py's encode_f16
-    bits = np.uint32(np.float32(x).view(np.uint32))
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
-    value = np.float32(value * np.float32(2.0**-110))
-    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
-    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
-    pattern = np.uint32(rounded.view(np.uint32))
-    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
-    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
-    return np.uint32((bits >> 16) & 0x8000 | half)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _round(v):
-    # ggml's nearest_int: to even, through the bits of v + 1.5 * 2^23. What it makes of infinity and
-    # NaN decides the bytes of denormal rows, so that is kept too.
-    bits = np.int32(np.float32(v + np.float32(12582912.0)).view(np.int32))
-    return np.int32(np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _level(v, top):
-    return np.float32(min(max(_round(v), np.int32(0)), np.int32(top)))
+    return np.float32(min(max(nearest_int(v), np.int32(0)), np.int32(top)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -247,10 +225,10 @@ def write_q4_1_weighted(fit, quants, out_u8):
     """
     for i in range(out_u8.size // 20):
         block = out_u8[20 * i : 20 * i + 20]
-        half = _float_to_half(fit[SCALE + i])
+        half = float_to_half(fit[SCALE + i])
         block[0] = half & 255
         block[1] = half >> 8
-        half = _float_to_half(fit[SMALLEST + i])
+        half = float_to_half(fit[SMALLEST + i])
         block[2] = half & 255
         block[3] = half >> 8
         for k in range(16):
@@ -274,10 +252,10 @@ def write_q5_1_weighted(fit, quants, out_u8):
     """
     for i in range(out_u8.size // 24):
         block = out_u8[24 * i : 24 * i + 24]
-        half = _float_to_half(fit[SCALE + i])
+        half = float_to_half(fit[SCALE + i])
         block[0] = half & 255
         block[1] = half >> 8
-        half = _float_to_half(fit[SMALLEST + i])
+        half = float_to_half(fit[SMALLEST + i])
         block[2] = half & 255
         block[3] = half >> 8
         block[4:8] = 0

@@ -6,32 +6,10 @@ ggml's make_qp_quants, bit for bit, in C's own order: a block has only eight or 
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import float_to_half, nearest_int
+
 LANES = 64  # of the fit, whose rows begin with scales, minima and sums of the weights
 EPSILON = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: what is smaller counts as zero
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _float_to_half(x):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # half.py's encode_f16
-    bits = np.uint32(np.float32(x).view(np.uint32))
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
-    value = np.float32(value * np.float32(2.0**-110))
-    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
-    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
-    pattern = np.uint32(rounded.view(np.uint32))
-    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
-    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
-    return np.uint32((bits >> 16) & 0x8000 | half)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _round(v):
-    # ggml's nearest_int: to even, through the bits of v + 1.5 * 2^23. What it makes of infinity and
-    # NaN decides the bytes of denormal rows, so that is kept too.
-    bits = np.int32(np.float32(v + np.float32(12582912.0)).view(np.int32))
-    return np.int32(np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -49,7 +27,7 @@ def _fit_positive(x, w, top, levels):
     scale = np.float32(np.float32(1.0) / inverse)
     best = np.float32(0.0)
     for j in range(n):
-        level = np.float32(np.int32(_round(np.float32(inverse * x[j])) & 255))
+        level = np.float32(np.int32(nearest_int(np.float32(inverse * x[j])) & 255))
         diff = np.float32(x[j] - np.float32(scale * level))
         best = np.float32(best + np.float32(np.float32(w[j] * diff) * diff))
     for step in range(-4, 5):
@@ -60,7 +38,7 @@ def _fit_positive(x, w, top, levels):
         scale = np.float32(np.float32(1.0) / candidate)
         error = np.float32(0.0)
         for j in range(n):
-            level = np.float32(min(_round(np.float32(candidate * x[j])), np.int32(top)))
+            level = np.float32(min(nearest_int(np.float32(candidate * x[j])), np.int32(top)))
             diff = np.float32(x[j] - np.float32(scale * level))
             error = np.float32(error + np.float32(np.float32(w[j] * diff) * diff))
         inverse = candidate if error < best else inverse
@@ -68,7 +46,7 @@ def _fit_positive(x, w, top, levels):
     sum_xl = np.float32(0.0)
     sum_l2 = np.float32(0.0)
     for j in range(n):
-        quant = np.int32(min(_round(np.float32(inverse * x[j])), np.int32(top)))
+        quant = np.int32(min(nearest_int(np.float32(inverse * x[j])), np.int32(top)))
         levels[j] = np.float32(np.int32(quant & 255))
         level = np.float32(quant)
         sum_xl = np.float32(sum_xl + np.float32(np.float32(w[j] * x[j]) * level))
@@ -83,7 +61,7 @@ def _fit_positive(x, w, top, levels):
             if not (other_xl > 0 and other_l2 > 0):
                 continue
             wanted = np.float32(np.float32(x[j] * other_l2) / other_xl)
-            quant = np.int32(min(_round(wanted), np.int32(top)))
+            quant = np.int32(min(nearest_int(wanted), np.int32(top)))
             if quant == np.int32(levels[j]):
                 continue
             wanted = np.float32(quant)
@@ -135,10 +113,10 @@ def write_scales_q4_k(fit, top, scratch_f32, out_u8):
                 block[8 + j] = np.uint8(scale & 15 | (minimum & 15) << 4)
                 block[j] |= np.uint8(scale >> 4 << 6 & 255)
                 block[4 + j] |= np.uint8(minimum >> 4 << 6 & 255)
-        half = _float_to_half(d)
+        half = float_to_half(d)
         block[0] = half & 255
         block[1] = half >> 8
-        half = _float_to_half(dmin)
+        half = float_to_half(dmin)
         block[2] = half & 255
         block[3] = half >> 8
 
@@ -168,9 +146,9 @@ def write_scales_q2_k(fit, scratch_f32, out_u8):
         dmin = _fit_positive(minima, weights, 15, min_levels)
         for j in range(16):
             block[j] = np.uint8((np.int32(scale_levels[j]) | np.int32(min_levels[j]) << 4) & 255)
-        half = _float_to_half(d)
+        half = float_to_half(d)
         block[80] = half & 255
         block[81] = half >> 8
-        half = _float_to_half(dmin)
+        half = float_to_half(dmin)
         block[82] = half & 255
         block[83] = half >> 8

@@ -7,6 +7,8 @@ ggml's make_qx_quants with weights (rmse_type 1), bit for bit, turned on its sid
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import float_to_half, nearest_int
+
 LANES = 64
 STEPS = 19  # candidate scales of the search
 EPSILON = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: what is smaller counts as zero
@@ -23,32 +25,8 @@ SUM_L2 = 7 * LANES
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _float_to_half(x):
-    # Copied into every file on purpose: Numba would not notice a change in an imported helper.
-    # half.py's encode_f16
-    bits = np.uint32(np.float32(x).view(np.uint32))
-    magnitude = np.uint32(bits & 0x7FFFFFFF)
-    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
-    value = np.float32(value * np.float32(2.0**-110))
-    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
-    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
-    pattern = np.uint32(rounded.view(np.uint32))
-    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
-    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
-    return np.uint32((bits >> 16) & 0x8000 | half)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _round(v):
-    # ggml's nearest_int: to even, through the bits of v + 1.5 * 2^23. What it makes of infinity and
-    # NaN decides the bytes of denormal rows, so that is kept too.
-    bits = np.int32(np.float32(v + np.float32(12582912.0)).view(np.int32))
-    return np.int32(np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _level(v, top):
-    return np.float32(min(max(_round(v), np.int32(-top)), np.int32(top - 1)))
+    return np.float32(min(max(nearest_int(v), np.int32(-top)), np.int32(top - 1)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -160,7 +138,7 @@ def write_scales_q3_k(fit, scratch_f32, out_u8):
         block[96:110] = 0
         scales = fit[SCALE + 16 * i : SCALE + 16 * i + 16]
         sums = fit[SUM_W + 16 * i : SUM_W + 16 * i + 16]
-        half = _float_to_half(_fit_scales(scales, sums, levels))
+        half = float_to_half(_fit_scales(scales, sums, levels))
         block[108] = half & 255
         block[109] = half >> 8
         for j in range(16):
@@ -217,7 +195,7 @@ def write_q4_0_weighted(fit, quants, out_u8):
     """
     for i in range(out_u8.size // 18):
         block = out_u8[18 * i : 18 * i + 18]
-        half = _float_to_half(fit[SCALE + i])
+        half = float_to_half(fit[SCALE + i])
         block[0] = half & 255
         block[1] = half >> 8
         for k in range(16):
@@ -240,7 +218,7 @@ def write_q5_0_weighted(fit, quants, out_u8):
     """
     for i in range(out_u8.size // 22):
         block = out_u8[22 * i : 22 * i + 22]
-        half = _float_to_half(fit[SCALE + i])
+        half = float_to_half(fit[SCALE + i])
         block[0] = half & 255
         block[1] = half >> 8
         block[2:6] = 0

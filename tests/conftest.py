@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import tempfile
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).resolve().parent
 
 # Compiling every kernel takes longer than testing it. One stable folder outside the tree keeps the
-# next run warm and the tree clean; subprocesses inherit it. Numba reads it when first imported.
+# next run warm and the tree clean; subprocesses inherit it. Numba reads it when first imported, and does
+# not see that a function was changed which another file uses: these are part of the folder's name.
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-os.environ.setdefault("NUMBA_CACHE_DIR", str(_CACHE / "edgemerge" / "numba-tests"))
+_SHARED = hashlib.sha256((TESTS.parent / "kernels" / "scalars.py").read_bytes()).hexdigest()[:8]
+os.environ.setdefault("NUMBA_CACHE_DIR", str(_CACHE / "edgemerge" / f"numba-tests-{_SHARED}"))
 
 # No time limit for one example: the first call imports a library, and a test machine is shared.
 hypothesis.settings.register_profile("edgemerge", deadline=None)

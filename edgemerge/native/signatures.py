@@ -28,7 +28,8 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
         "encode_nvfp4": "f4[::1], u1[::1]",
     },
     "gram": {
-        "row_grams": "f4[:,::1], i8, f8[:,:,::1]",
+        "row_grams": "f4[:,::1], i8, f8[::1], f8[:,:,::1]",
+        "row_dots": "f4[::1], f4[::1], i8, f8[::1], f8[:,::1]",
         "add_rows": "f8[:,::1], f8[::1]",
         "combine_rows": "f4[:,::1], i8, f4[:,::1]",
     },
@@ -149,9 +150,6 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
     "sinkhorn": {
         "sweep": "f8[::1], i4[::1], i4[::1], f8, i8, f8[:,::1], f8[:,::1]",
         "fill_plan": "f8[::1], i4[::1], i4[::1], f8, f8[:,::1], f8[::1]",
-    },
-    "slerp": {
-        "row_dots": "f4[::1], f4[::1], i8, f8[:,::1]",
     },
     "ternary": {
         "decode_tq1_0": "u1[::1], f4[::1]",

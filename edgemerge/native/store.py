@@ -111,9 +111,11 @@ def _run_compiler(folder: Path, names: list[str]) -> None:
     n_children = 2 if len(names) > 3 and (os.cpu_count() or 1) > 1 and memory >= 1 << 30 else 1
     by_cost = slow_first(names)
     children: list[subprocess.Popen[str]] = []
+    # Numba's own cache does not see that a function was changed which another file uses.
+    scratch = tempfile.TemporaryDirectory(prefix="edgemerge-", ignore_cleanup_errors=True)
     try:
         for i in range(n_children):
-            children.append(_start_compiler(folder, by_cost[i::n_children]))
+            children.append(_start_compiler(folder, by_cost[i::n_children], scratch.name))
         for child in children:
             _, errors = child.communicate()
             if child.returncode:
@@ -130,6 +132,7 @@ def _run_compiler(folder: Path, names: list[str]) -> None:
         for child in children:  # where one failed, or the user interrupted
             child.kill()
             child.wait()
+        scratch.cleanup()
 
 
 def slow_first(names: Collection[str]) -> list[str]:
@@ -137,11 +140,11 @@ def slow_first(names: Collection[str]) -> list[str]:
     return sorted(names, key=lambda name: not name.partition(".")[2].startswith(SLOW))
 
 
-def _start_compiler(folder: Path, names: list[str]) -> subprocess.Popen[str]:
+def _start_compiler(folder: Path, names: list[str], scratch: str) -> subprocess.Popen[str]:
     """Start a child. With -P nothing in the user's folder is taken for a module."""
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "edgemerge.native.compiler", str(folder), *names],
-        env={"NUMBA_CACHE_DIR": str(folder), **os.environ},
+        env={**os.environ, "NUMBA_CACHE_DIR": scratch},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -170,7 +173,13 @@ def _find(file: str, name: str) -> Image | None:
 @cache
 def _source_hash(file: str) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for path in (KERNELS / f"{file}.py", HERE / "compiler.py", HERE / "linker.py"):
+    sources = (
+        KERNELS / f"{file}.py",
+        KERNELS / "scalars.py",
+        HERE / "compiler.py",
+        HERE / "linker.py",
+    )
+    for path in sources:
         digest.update(path.read_bytes())
     digest.update(repr(SIGNATURES[file]).encode())
     return digest.hexdigest()

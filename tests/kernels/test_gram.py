@@ -35,7 +35,7 @@ def grams_of(x: Float32, n_cols: int) -> Float64:
     """The kernel's answer in memory that was full of rubbish."""
     n_models, n = x.shape
     out = np.full((n // n_cols, n_models, n_models), np.nan)
-    gram.row_grams(x, n_cols, out)
+    gram.row_grams(x, n_cols, np.full(gram.LANES, np.nan), out)
     return out
 
 
@@ -44,13 +44,18 @@ def grams_of(x: Float32, n_cols: int) -> Float64:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n_models", "n_rows", "n_cols"), SHAPES)
-def test_a_rows_gram_is_summed_front_to_back(
+def test_a_rows_gram_is_summed_in_lanes_and_these_in_halves(
     n_models: int, n_rows: int, n_cols: int, kind: str
 ) -> None:
     x = numbers(kind, (n_models, n_rows * n_cols))
     rows = x.reshape(n_models, n_rows, n_cols).astype(np.float64)
     products = np.einsum("ari,bri->rabi", rows, rows)
-    want = np.cumsum(products, axis=-1)[..., -1]  # NumPy's sum would go pairwise
+    lanes = np.zeros((*products.shape[:-1], -(-n_cols // gram.LANES) * gram.LANES))
+    lanes[..., :n_cols] = products
+    lanes = np.cumsum(lanes.reshape(*products.shape[:-1], -1, gram.LANES), axis=-2)[..., -1, :]
+    while (half := lanes.shape[-1] // 2) > 0:
+        lanes = lanes[..., :half] + lanes[..., half:]
+    want = lanes[..., 0]
     got = grams_of(x, n_cols)
     assert np.array_equal(got, want)
     assert np.array_equal(got, got.swapaxes(1, 2))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgemerge.kernels import dare, della, linear, norms, select, slerp, ties
+from edgemerge.kernels import dare, della, gram, linear, norms, select, ties
 from tests import reference_methods as reference
 
 Float32 = NDArray[np.float32]
@@ -145,7 +145,8 @@ def test_changes_are_added_as_deltas(shape: tuple[int, int], kind: str, count: i
 def test_dots_do_not_depend_on_blocks(shape: tuple[int, int], kind: str) -> None:
     a, b = models(shape, kind, 2)
     dots = np.full((shape[0], 3), np.nan)
-    slerp.row_dots(a, b, shape[1], dots)
+    lanes = np.full(gram.LANES, np.nan)
+    gram.row_dots(a, b, shape[1], lanes, dots)
     pairs = [(a, a), (a, b), (b, b)]
     for dot, (x, y) in zip(dots.sum(0), pairs, strict=True):
         products = x.astype(np.float64) * y.astype(np.float64)
@@ -153,7 +154,7 @@ def test_dots_do_not_depend_on_blocks(shape: tuple[int, int], kind: str) -> None
         assert abs(dot - math.fsum(products)) <= bound
     by_rows = np.full((shape[0], 3), np.nan)
     for i, (x, y) in enumerate(zip(a.reshape(shape), b.reshape(shape), strict=True)):
-        slerp.row_dots(x.copy(), y.copy(), shape[1], by_rows[i : i + 1])
+        gram.row_dots(x.copy(), y.copy(), shape[1], lanes, by_rows[i : i + 1])
     assert np.array_equal(by_rows, dots)
 
 

@@ -1,0 +1,41 @@
+"""What codecs do to single numbers: binary16 in and out, and ggml's rounding. Compiled into their callers."""
+
+import numpy as np
+from numba import njit
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def half_to_float(low, high):
+    """Widen the binary16 of two bytes, the lower first; its two branches are explained in half.py."""
+    bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
+    magnitude = np.uint32(bits & 0x7FFF)
+    normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
+    normal = np.float32(normal * np.float32(2.0**-112))
+    denormal = np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
+    value = np.float32(denormal if magnitude < 0x0400 else normal)
+    return -value if bits & 0x8000 else value
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def float_to_half(x):
+    """Round a float32 to the bits of a binary16, as encode_f16 of half.py does."""
+    bits = np.uint32(np.float32(x).view(np.uint32))
+    magnitude = np.uint32(bits & 0x7FFFFFFF)
+    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
+    value = np.float32(value * np.float32(2.0**-110))
+    exponent = max(np.uint32(magnitude & 0x7F800000), np.uint32(0x38800000))
+    rounded = np.float32(np.uint32(exponent + 0x07800000).view(np.float32) + value)
+    pattern = np.uint32(rounded.view(np.uint32))
+    half = np.uint32(((pattern >> 13) & 0x7C00) + (pattern & 0x0FFF))
+    half = np.uint32(0x7E00) if magnitude > 0x7F800000 else half
+    return np.uint32((bits >> 16) & 0x8000 | half)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def nearest_int(v):
+    """Round to the nearest int32, to even, through the bits of v + 1.5 * 2^23 (ggml's nearest_int).
+
+    What it makes of infinity, NaN and |v| >= 2^22 decides the bytes of rows of extremes, so that is kept.
+    """
+    bits = np.int32(np.float32(v + np.float32(12582912.0)).view(np.int32))
+    return np.int32(np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000))
