@@ -36,9 +36,9 @@ WORKER_BYTES = 1 * MIB  # a thread's stack and its Python objects
 SOLVER_BYTES = 72 << 20  # SciPy and POT, imported where a matching is in doubt
 ALIGNMENT = 64
 
-# Blocks beyond this gain nothing: Python's share of a block is then below 2 %, and a block of each
-# input still fits common second-level caches.
-TARGET_ELEMENTS = 1 << 18
+# Blocks beyond this gain nothing: Python's share of a block is then 2 to 4 %. Smaller ones, which would fit
+# second-level caches, cost more Python than they save (1 << 16: 20 % of a merge).
+TARGET_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,10 +44,14 @@ def _dot(left, right, lanes):
     for k in range(LANES):
         lanes[k] = 0.0
     for i in range(0, whole, LANES):
+        a = left[i : i + LANES]  # slices, whose indices LLVM sees not to be negative
+        b = right[i : i + LANES]
         for k in range(LANES):
-            lanes[k] += np.float64(left[i + k]) * np.float64(right[i + k])
-    for k in range(left.size - whole):
-        lanes[k] += np.float64(left[whole + k]) * np.float64(right[whole + k])
+            lanes[k] += np.float64(a[k]) * np.float64(b[k])
+    a = left[whole:]
+    b = right[whole:]
+    for k in range(a.size):
+        lanes[k] += np.float64(a[k]) * np.float64(b[k])
     width = LANES // 2
     while width > 0:
         for k in range(width):

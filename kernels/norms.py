@@ -28,22 +28,30 @@ def row_norms(delta_f32, n_cols, column, lanes_f64, norms_f64):
     norms_f64 : (n_rows, n_columns) float64
         one column is written
     """
-    whole = n_cols // LANES * LANES
     for row in range(delta_f32.size // n_cols):
-        x = delta_f32[row * n_cols : (row + 1) * n_cols]
-        for k in range(LANES):
-            lanes_f64[k] = 0.0
-        for i in range(0, whole, LANES):
-            for k in range(LANES):
-                lanes_f64[k] += np.float64(abs(x[i + k]))
-        for k in range(n_cols - whole):
-            lanes_f64[k] += np.float64(abs(x[whole + k]))
-        width = LANES // 2
-        while width > 0:
-            for k in range(width):
-                lanes_f64[k] += lanes_f64[width + k]
-            width //= 2
-        norms_f64[row, column] = lanes_f64[0]
+        norms_f64[row, column] = _norm(delta_f32[row * n_cols : (row + 1) * n_cols], lanes_f64)
+
+
+@njit(cache=True, nogil=True)
+def _norm(x, lanes):
+    whole = x.size // LANES * LANES
+    for k in range(LANES):
+        lanes[k] = 0.0
+    for i in range(0, whole, LANES):
+        # A slice, whose indices LLVM sees not to be negative, and a length that it does not know: else it
+        # unrolls the loop before it tries to vectorise.
+        part = x[i : i + LANES]
+        for k in range(lanes.size):
+            lanes[k] += np.float64(abs(part[k]))
+    rest = x[whole:]
+    for k in range(rest.size):
+        lanes[k] += np.float64(abs(rest[k]))
+    width = LANES // 2
+    while width > 0:
+        for k in range(width):
+            lanes[k] += lanes[width + k]
+        width //= 2
+    return lanes[0]
 
 
 @njit(cache=True, nogil=True)

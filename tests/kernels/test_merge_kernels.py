@@ -243,6 +243,17 @@ def test_election_rescales_and_moves_in_two_roundings(
 
 
 @pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("shape", "kind"), CASES)
+def test_two_are_elected_as_among_three(shape: tuple[int, int], kind: str, normalize: bool) -> None:
+    """A third that is zero everywhere agrees with no sign and has no part in a vote."""
+    two = models(shape, kind, 2)
+    three = np.stack([*two, np.zeros_like(two[0])])
+    weights = np.float32([0.6, -0.25, 1.5])
+    want = elect(weights, normalize, three)
+    assert np.array_equal(elect(weights[:2], normalize, two), want)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
 def test_elect_is_exact_on_small_integers(normalize: bool) -> None:
     """Many votes are zero, which counts as positive; an entry of zero agrees with no sign."""
     delta = np.random.default_rng(0).integers(-1, 2, (4, 9001)).astype(np.float32)
