@@ -266,12 +266,11 @@ class TensorStream:
     def _check_inputs(self, block: Block) -> None:
         """Load a block again and look at each input; raise FormatError where one is not finite."""
         first, was_first_pass = block.first // block.n_cols, self._is_first_pass
-        self._checks_inputs, self._is_first_pass = (
-            True,
-            False,
-        )  # its rows are in the checksums already
+        self._checks_inputs = True
+        self._is_first_pass = False  # what it reads is in the checksums already
         self._fill(block, first, first + block.n_rows)
-        self._checks_inputs, self._is_first_pass = False, was_first_pass
+        self._checks_inputs = False
+        self._is_first_pass = was_first_pass
 
     def _load_expert(
         self, tensor: InputTensor, i_input: int, start: int, stop: int, out_f32: Float32
