@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import edgemerge
 from edgemerge import budget
 from edgemerge.budget import ArenaNeed
-from edgemerge.errors import BudgetError, FormatError
+from edgemerge.errors import BudgetError, FormatError, MismatchError
 from edgemerge.types import Recipe
+from edgemerge.verification import verify_model
 from tests.small_models import edit_hub, stored, wide_tensors, write_gguf
 
 INPUTS = Path(__file__).resolve().parent / "data" / "golden" / "inputs_f32"
@@ -171,6 +172,38 @@ def test_a_damaged_tensor_stops_all_who_share_it(
     )
     with pytest.raises(FormatError, match=rf"1\.gguf.*{name}.*holds nan"):
         edgemerge.merge(recipe, tmp_path / "out.gguf", threads=3)
+
+
+def test_a_difference_that_overflows_is_no_damage(tmp_path: Path) -> None:
+    """The inputs are read again to see whose fault it is, which leaves no trace in their checksums."""
+    tensors = wide_tensors(0)
+    name = max(tensors, key=lambda name: tensors[name].size)
+    paths = []
+    for i, extreme in enumerate((-3e38, 3e38)):
+        tensors[name] = tensors[name].copy()
+        tensors[name].ravel()[0] = extreme
+        paths.append(write_gguf(tmp_path / f"{i}.gguf", tensors))
+
+    def recipe(method: str, **parameters: float) -> Recipe:
+        return edgemerge.make_recipe(
+            method,
+            [(str(paths[1]), 1.0)],
+            base=str(paths[0]),
+            parameters=parameters,
+            out_type="F32",
+        )
+
+    output = tmp_path / "out.gguf"
+    with pytest.raises(MismatchError, match=f"{name}.* reaches inf"):
+        edgemerge.merge(recipe("ties", density=0.5), output)
+    checksums = []
+    for what in (
+        recipe("breadcrumbs", density=0.5, gamma=0.1),
+        recipe("linear"),
+    ):  # drops the largest
+        edgemerge.merge(what, output, force=True)
+        checksums.append(verify_model(output).provenance.inputs)
+    assert checksums[0][1:] == checksums[1][-1:]
 
 
 @pytest.mark.parametrize("method", METHODS)
