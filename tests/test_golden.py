@@ -50,11 +50,11 @@ def inject_masks(monkeypatch: pytest.MonkeyPatch, name: str, roles: list[str]) -
         pruner = make(stream, k, *args, **kwargs)
         stored = masks[stream.job.out.name, roles[k]]
 
-        def mask(block: arithmetic.Block, delta_f32: Any, mask_u8: Any) -> None:
+        def prune(block: arithmetic.Block, delta_f32: Any) -> None:
             used.add(f"{stream.job.out.name}|{roles[k]}")
-            mask_u8[:] = stored[block.first : block.first + mask_u8.size]
+            delta_f32[stored[block.first : block.first + delta_f32.size] == 0] = 0
 
-        monkeypatch.setattr(pruner, "mask", mask)
+        monkeypatch.setattr(pruner, "prune", prune)
         return pruner
 
     monkeypatch.setattr(arithmetic, "_random_pruner", make_with_stored_mask)
