@@ -35,6 +35,8 @@ class PageStub:
         Whether the stream ends after its pieces without saying so.
     key : str or None
         What the server asks for.
+    listing : float
+        Seconds that the list of models takes.
     requests : list of dict
         Bodies of the questions.
     """
@@ -46,6 +48,7 @@ class PageStub:
         self.broken = False
         self.key: str | None = None
         self.models = ["ward", "base"]
+        self.listing = 0.0
         self.requests: list[dict[str, Any]] = []
         self.looks = 0  # at /health
         self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
@@ -95,6 +98,7 @@ class PageStub:
                     return self._send_json(200, health)
                 if not self._is_known():
                     return self._refuse()
+                time.sleep(stub.listing)
                 return self._send_json(200, {"data": [{"id": name} for name in stub.models]})
 
             def do_POST(self) -> None:

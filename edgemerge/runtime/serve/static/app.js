@@ -87,13 +87,14 @@ function askAgain() {
 
 async function answer() {
   tell("");
+  setRunning(new AbortController());
+  if (!state.model && !await loadModels()) return setRunning(null); // asked before the list was there
   const request = {
     model: state.model, messages: turns(), temperature: state.temperature, max_tokens: state.limit,
   };
   const message = { role: "assistant", content: "", model: state.model, note: "", cut: true };
   const shown = showMessage(message);
   scrollToEnd();
-  setRunning(new AbortController());
   state.messages.push(message); // so that a reload keeps what has come so far
   const begin = performance.now();
   let first = 0;
@@ -189,7 +190,7 @@ async function loadModels() {
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     if (error.status === 401) askForKey();
-    else if (error.status) tell(error.message); // silence is told by the banner
+    else if (error.status) tell(error.message, isUnanswered() ? askAgain : null); // silence is told by the banner
     return false;
   }
   $("unlock").hidden = true;
