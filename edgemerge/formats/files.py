@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 from pathlib import Path
+
+import numpy as np
 
 from edgemerge.errors import FormatError
 from edgemerge.types import FileState, UInt8
 
-__all__ = ["check_unchanged", "describe_foreign", "fill_buffers", "forget_range", "read_bounded"]
-__all__ += ["read_exactly", "read_state"]
+__all__ = ["cached_share", "check_unchanged", "describe_foreign", "fill_buffers", "forget_range"]
+__all__ += ["read_bounded", "read_exactly", "read_state", "was_cached"]
 
 IOV_MAX = os.sysconf("SC_IOV_MAX")
+MAPPED = 1 << 30  # bytes of a file whose pages are asked for at once
 
 _PICKLE = "is a Python pickle, which is never read; export safetensors or GGUF instead"
 _FOREIGN = (
@@ -134,3 +139,44 @@ def forget_range(fd: int, offset: int, n_bytes: int) -> None:
         return
     with contextlib.suppress(OSError):  # a hint; some file systems do not know it
         os.posix_fadvise(fd, offset, n_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def was_cached(fd: int) -> bool:
+    """Tell whether nearly all of a file is in the page cache: then who put it there may want it again.
+
+    False where the system does not tell, as of other users' files.
+    """
+    is_told = os.fstat(fd).st_uid == os.geteuid() or os.geteuid() == 0
+    try:
+        return is_told and cached_share(fd) > 0.9
+    except (OSError, ValueError):  # a file system without mappings
+        return False
+
+
+def cached_share(fd: int) -> float:
+    """Return the share of a file's pages that are in the page cache (mincore(2)); 0 of an empty file.
+
+    Of a file that belongs to another user and may not be written, Linux says that all of them are.
+
+    Raises
+    ------
+    OSError
+        The file cannot be mapped, or the system does not say.
+    """
+    size = os.fstat(fd).st_size
+    n_cached = 0
+    for offset in range(0, size, MAPPED):
+        n_bytes = min(MAPPED, size - offset)
+        pages = np.empty(-(-n_bytes // mmap.PAGESIZE), np.uint8)
+        with mmap.mmap(fd, n_bytes, prot=mmap.PROT_READ, offset=offset) as mapping:
+            _look_up(mapping, pages)
+        n_cached += int(np.count_nonzero(pages & 1))
+    return n_cached / max(1, -(-size // mmap.PAGESIZE))
+
+
+def _look_up(mapping: mmap.mmap, pages_u8: UInt8) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    address = np.frombuffer(mapping, np.uint8).ctypes.data
+    size, pages = ctypes.c_size_t(len(mapping)), ctypes.c_void_p(pages_u8.ctypes.data)
+    if libc.mincore(ctypes.c_void_p(address), size, pages) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -8,7 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.files import check_unchanged, forget_range, read_exactly, read_state
+from edgemerge.formats.files import (
+    check_unchanged,
+    forget_range,
+    read_exactly,
+    read_state,
+    was_cached,
+)
 from edgemerge.formats.gguf_header import HeaderParser
 from edgemerge.formats.gguf_split import COUNT_KEY, NUMBER_KEY, TOTAL_KEY, find_parts
 from edgemerge.formats.metadata import get_value
@@ -34,6 +40,7 @@ class GgufFile:
             if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 raise FormatError("is not a regular file; give a GGUF file", path=self.path)
             self.state = read_state(self._fd, self.path)
+            self._stays_cached = was_cached(self._fd)
             header = HeaderParser(self.path, self._fd)
             self.metadata, self.specs, self._offsets = header.parse()
             self.trailing_bytes = header.trailing_bytes
@@ -53,7 +60,9 @@ class GgufFile:
         read_exactly(self._fd, out_u8, self._offsets[name] + start, self.path, name)
 
     def forget(self, name: str, n_rows: int | None = None) -> None:
-        """Drop the tensor's pages, or those of its first rows, from the page cache."""
+        """Drop a tensor's pages, or those of its first rows, from the page cache, if we put them there."""
+        if self._stays_cached:
+            return
         spec = self.specs[name]
         n_bytes = spec.nbytes if n_rows is None else n_rows * spec.row_bytes
         forget_range(self._fd, self._offsets[name], n_bytes)
@@ -126,7 +135,7 @@ class GgufModel:
         return [part.path for part in self._parts]
 
     def forget(self, name: str, n_rows: int | None = None) -> None:
-        """Drop the tensor's pages, or those of its first rows, from the page cache."""
+        """Drop a tensor's pages, or those of its first rows, from the page cache, if we put them there."""
         self._homes[name].forget(name, n_rows)
 
     def states(self) -> Sequence[FileState]:

@@ -26,7 +26,13 @@ from edgemerge.architectures import (
     text_name,
 )
 from edgemerge.errors import FormatError
-from edgemerge.formats.files import check_unchanged, fill_buffers, forget_range, read_state
+from edgemerge.formats.files import (
+    check_unchanged,
+    fill_buffers,
+    forget_range,
+    read_state,
+    was_cached,
+)
 from edgemerge.formats.hub_card import general_metadata
 from edgemerge.formats.hub_config import read_config
 from edgemerge.formats.hub_files import CONFIG, refuse_folder, stored_tensors
@@ -106,6 +112,7 @@ class HubModel:
                     f"cannot be opened ({e.strerror}); free it and start again", path=shard
                 ) from e
         self._states = {shard: read_state(fd, shard) for shard, fd in self._fds.items()}
+        self._stay_cached = {shard for shard, fd in self._fds.items() if was_cached(fd)}
 
     def _add(self, shard: Path, name: str, stored_name: str, tensor: StoredTensor) -> None:
         """Check one stored tensor against config.json and file it under its GGUF name."""
@@ -303,7 +310,8 @@ class HubModel:
             spec = self._specs[name]
             left = spec.nbytes if n_rows is None else n_rows * spec.row_bytes
             for shard, offset in place.parts:
-                forget_range(self._fds[shard], offset, min(left, place.part_bytes))
+                if shard not in self._stay_cached:
+                    forget_range(self._fds[shard], offset, min(left, place.part_bytes))
                 left = max(0, left - place.part_bytes)
 
     def states(self) -> Sequence[FileState]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from edgemerge.formats.files import cached_share
 from edgemerge.runtime.library import load_library
 from edgemerge.runtime.llama import Model
 
@@ -79,39 +76,18 @@ def drop_cache(paths: Sequence[Path]) -> str:
     OSError
         A file cannot be read.
     """
+    kept = 0.0
     for path in paths:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(fd)  # what is not on the disk yet cannot be dropped
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            kept = max(kept, cached_share(fd))
         finally:
             os.close(fd)
-    kept = max(_cached_share(path) for path in paths)
     if kept <= _LEFT:
         return ""
     return (
         f"the kernel keeps {100 * kept:.0f} % of the file in memory: "
         "it lies on a disk in memory, belongs to another user, or another program has it open"
     )
-
-
-def _cached_share(path: Path) -> float:
-    """Share of a file's pages that are in memory (mincore(2))."""
-    size = path.stat().st_size
-    if size == 0:
-        return 0.0
-    libc = ctypes.CDLL(None, use_errno=True)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping:
-        pages = np.zeros(-(-size // mmap.PAGESIZE), dtype=np.uint8)
-        view = np.frombuffer(mapping, dtype=np.uint8)
-        try:
-            status = libc.mincore(
-                ctypes.c_void_p(view.ctypes.data),
-                ctypes.c_size_t(size),
-                ctypes.c_void_p(pages.ctypes.data),
-            )
-        finally:
-            del view  # a mapping that is still looked at cannot be closed
-    if status != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
-    return float(np.mean(pages & 1))

@@ -5,17 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from edgemerge.runtime.bench.load_time import _cached_share, drop_cache, load_timed
+from edgemerge.runtime.bench.load_time import drop_cache, load_timed
+from tests.page_cache import share_of
 
 
 def test_the_cache_is_dropped_or_it_is_said_why_not(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(os.urandom(1 << 20))
-    assert _cached_share(path) == 1.0
+    assert share_of(path) == 1.0
     note = drop_cache([path])
-    assert (note == "") == (_cached_share(path) <= 0.01)
+    assert (note == "") == (share_of(path) <= 0.01)
     path.read_bytes()
-    assert _cached_share(path) == 1.0
+    assert share_of(path) == 1.0
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no disk in memory here")

@@ -1,0 +1,65 @@
+"""Inputs and the page cache: a merge leaves it as it found it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgemerge import open_model
+from edgemerge.formats import files
+from edgemerge.types import Source
+from tests.page_cache import is_dropped, share_of
+from tests.small_models import wide_tensors, write_gguf
+
+
+def read_and_forget(model: Source) -> None:
+    for name, spec in model.specs().items():
+        model.read_rows(name, 0, spec.n_rows, np.empty(spec.nbytes, np.uint8))
+        model.forget(name)
+
+
+@pytest.fixture(params=["GGUF", "Hugging Face"])
+def weights(request: pytest.FixtureRequest, tmp_path: Path, models_dir: Path) -> Path:
+    """The file with the tensors of a model, this test's own."""
+    if request.param == "GGUF":
+        return write_gguf(tmp_path / "base.gguf", wide_tensors(0))
+    shutil.copytree(models_dir / "base", tmp_path / "base")
+    return tmp_path / "base" / "model.safetensors"
+
+
+def open_weights(weights: Path) -> Source:
+    return open_model(weights if weights.suffix == ".gguf" else weights.parent)
+
+
+def test_a_file_that_was_in_the_page_cache_stays_there(weights: Path) -> None:
+    weights.read_bytes()
+    model = open_weights(weights)
+    read_and_forget(model)
+    assert share_of(weights) == 1.0
+    model.close()
+
+
+def test_pages_that_reading_brought_are_given_back(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_dropped([weights]):
+        pytest.skip("this disk keeps its files in memory")
+    # The header of so small a file brings all of it; of a real one it is a small part.
+    monkeypatch.setattr(files, "cached_share", lambda fd: 0.5)
+    model = open_weights(weights)
+    read_and_forget(model)
+    assert share_of(weights) < 0.9
+    model.close()
+
+
+def test_share_of_a_file_in_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(300_000))
+    monkeypatch.setattr(files, "MAPPED", 1 << 16)
+    assert share_of(path) == 1.0
+    path.write_bytes(b"")
+    assert share_of(path) == 0.0
