@@ -151,6 +151,14 @@ def forget(paths: Iterable[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def read_in(paths: Iterable[Path]) -> None:
+    """Bring files into the page cache."""
+    for path in paths:
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
+
+
 # -- the machine, and tables -----------------------------------------------------------------------------
 
 

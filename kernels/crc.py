@@ -3,8 +3,8 @@
 A message is a polynomial over GF(2). What a checksum of it needs stays when 128 of its bits are taken away
 and their product with x^n mod P is added n bits further on (Gopal et al. 2009, "Fast CRC computation using
 the PCLMULQDQ instruction"). Sixteen such sums stand side by side and move on by 2048 bits a turn, in vectors
-as wide as the processor multiplies: 16 GB/s with 128 bits on Zen 5, 32 with 256, 60 with 512 (zlib 1.2.13: 7).
-Numba knows no such product, so the loop is written in LLVM's own language.
+as wide as the processor multiplies: 16 GB/s with 128 bits on Zen 5, 32 with 256, 60 with 512, where zlib
+1.2.13 reaches 7. Numba knows no such product, so the loop is written in LLVM's own language.
 """
 
 from llvmlite import ir

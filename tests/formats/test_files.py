@@ -56,10 +56,19 @@ def test_pages_that_reading_brought_are_given_back(
     model.close()
 
 
-def test_share_of_a_file_in_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_share_of_a_file_by_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "data"
-    path.write_bytes(os.urandom(300_000))
-    monkeypatch.setattr(files, "MAPPED", 1 << 16)
-    assert share_of(path) == 1.0
+    path.write_bytes(os.urandom(3_300_000))
+    monkeypatch.setattr(files, "SAMPLE", 1 << 16)
+    for n_samples in (1, 10, 64):
+        monkeypatch.setattr(files, "N_SAMPLES", n_samples)
+        assert share_of(path) == 1.0
+    if not is_dropped([path]):
+        pytest.skip("this disk keeps its files in memory")
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # reads nothing ahead
+    os.pread(fd, path.stat().st_size // 2, 0)
+    assert files.cached_share(fd) == pytest.approx(0.5, abs=0.05)
+    os.close(fd)
     path.write_bytes(b"")
     assert share_of(path) == 0.0
