@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 an error of ours, one sentence on stderr; 2 usage; 130 int
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Annotated
 
@@ -79,4 +80,6 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names and metadata may hold what the terminal cannot show; that is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
+    # What computes is our own threads, as many as the plan says; NumPy's would only spin beside them.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     app()
