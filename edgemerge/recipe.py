@@ -16,7 +16,6 @@ from edgemerge.errors import RecipeError
 from edgemerge.recipe_values import MAX_SEED, ValueReader, check_alignment
 from edgemerge.recipe_yaml import RecipeReader
 from edgemerge.types import ModelInput, Recipe, Rule, Slice
-from edgemerge.yaml_file import read_yaml
 
 __all__ = ["MAX_SEED", "check_alignment", "find_imatrix", "load_recipe", "make_recipe"]
 
@@ -31,6 +30,8 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     RecipeError
         The file cannot be read, is no YAML, or asks for something that does not exist.
     """
+    from edgemerge.yaml_file import read_yaml  # a recipe of flags needs no YAML
+
     path = Path(path)
     document = read_yaml(path)
     if not isinstance(document, dict):

@@ -15,7 +15,7 @@ from typing import Self
 
 from typer.testing import CliRunner, Result
 
-from edgemerge.cli import app
+from edgemerge.cli import make_app
 
 COMMAND = [sys.executable, "-m", "edgemerge"]
 # A random model says random bytes at a thousand tokens a second. This one says a word of four
@@ -45,7 +45,9 @@ TEMPLATE = (
 
 def run(*arguments: object, stdin: str | bytes | None = None) -> Result:
     """Run a command in this process; stdin is no terminal."""
-    return CliRunner().invoke(app, list(map(str, arguments)), input=stdin, prog_name="edgemerge")
+    return CliRunner().invoke(
+        make_app(), list(map(str, arguments)), input=stdin, prog_name="edgemerge"
+    )
 
 
 class Terminal:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from edgemerge import budget
 from edgemerge.align import SOFT_WARNING, align_models
-from edgemerge.cli import app
+from edgemerge.cli import make_app
 from edgemerge.errors import BudgetError, RecipeError
 from edgemerge.formats import open_model
 from edgemerge.merge import merge, plan
@@ -282,11 +282,11 @@ def test_align_on_the_command_line(models: dict[str, Models], tmp_path: Path) ->
     wanted = load_gguf(found["expert-b"])
     for align, succeeds in (("hard", True), ("off", False), (None, False)):
         flags = [] if align is None else ["--align", align]
-        result = CliRunner().invoke(app, [*command, *flags], prog_name="edgemerge")
+        result = CliRunner().invoke(make_app(), [*command, *flags], prog_name="edgemerge")
         assert (result.exit_code, result.stderr) == (0, "")
         assert (largest_difference(load_gguf(output), wanted) <= 1e-6) == succeeds
         assert ("moved in 4 of 4 layers" in " ".join(result.stdout.split())) == succeeds
-    result = CliRunner().invoke(app, [*command, "--align", "maybe"], prog_name="edgemerge")
+    result = CliRunner().invoke(make_app(), [*command, "--align", "maybe"], prog_name="edgemerge")
     assert result.exit_code == 1
     assert result.stderr == ("edgemerge: alignment is 'maybe'; choose one of hard, soft, off\n")
 

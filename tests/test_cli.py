@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from edgemerge.budget import FLOOR_BYTES
-from edgemerge.cli import app
+from edgemerge.cli import make_app
 from edgemerge.output import OutputFile
 from tests.small_models import stored
 
@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden_dir: Path) ->
 @pytest.fixture
 def run(folder: Path) -> Run:
     def run_command(*arguments: str) -> Result:
-        return CliRunner().invoke(app, list(arguments), prog_name="edgemerge")
+        return CliRunner().invoke(make_app(), list(arguments), prog_name="edgemerge")
 
     return run_command
 

@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from edgemerge.cli import app
+from edgemerge.cli import make_app
 
 Run = Callable[..., Result]
 MIB = 1 << 20
@@ -34,7 +34,7 @@ def run(tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Ru
     monkeypatch.chdir(tmp_path)
 
     def run_command(*arguments: str) -> Result:
-        return CliRunner().invoke(app, ["align", *arguments], prog_name="edgemerge")
+        return CliRunner().invoke(make_app(), ["align", *arguments], prog_name="edgemerge")
 
     return run_command
 

@@ -7,7 +7,7 @@ import gguf
 import pytest
 from typer.testing import CliRunner
 
-from edgemerge.cli import app
+from edgemerge.cli import make_app
 from tests.small_models import stored
 
 
@@ -18,7 +18,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments))
+    result = CliRunner().invoke(make_app(), list(arguments))
     assert (result.exit_code, result.stderr) == (0, "")
     return result.stdout
 

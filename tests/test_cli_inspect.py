@@ -7,13 +7,13 @@ import gguf
 import pytest
 from typer.testing import CliRunner, Result
 
-from edgemerge.cli import app
+from edgemerge.cli import make_app
 
 TEMPLATE = "{% if a %}\n\tred \x1b[31m{{ a }}\n{% endif %}"
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", *arguments], prog_name="edgemerge")
+    return CliRunner().invoke(make_app(), ["inspect", *arguments], prog_name="edgemerge")
 
 
 def succeed(*arguments: str) -> str:

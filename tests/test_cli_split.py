@@ -11,7 +11,7 @@ import gguf
 import pytest
 from typer.testing import CliRunner, Result
 
-from edgemerge.cli import app
+from edgemerge.cli import make_app
 from tests.small_models import stored
 
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(make_app(), [str(argument) for argument in arguments])
 
 
 def converted(*arguments: object) -> dict[str, object]:

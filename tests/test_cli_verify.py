@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from edgemerge.cli import app
+from edgemerge.cli import make_app
 from tests.bits import flip_bit
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden_dir: Path) ->
 
 
 def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(make_app(), [str(argument) for argument in arguments])
 
 
 def succeed(*arguments: object) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from edgemerge.cli import app
+from edgemerge.cli import make_app
 from tests.tiny_gguf import write_tiny_gguf
 
 SENTENCES = ("pickle is never read", "is a Python pickle, which is never read")
@@ -48,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden_dir: Path) ->
 
 def refuse(*arguments: str) -> str:
     """Run a command that has to end in one sentence, having read no pickle."""
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(make_app(), arguments)
     assert result.exit_code == 1, (result.stdout, result.stderr)
     assert not Path("caught").exists()
     assert not Path("out.gguf").exists()

@@ -181,15 +181,16 @@ def profile(arguments: list[str]) -> dict[str, Any]:
     before = seconds_before()
     watch = Stopwatch()
     watch.spent[START, MAIN] = Spent(START, MAIN, 1, before, PROCESS_CPU)
-    for module in ("edgemerge.cli", "edgemerge.merge", "edgemerge.crew"):
+    command_line = watch.call(IMPORTS, importlib.import_module, "edgemerge.cli")
+    command_line.settle_process()
+    for module in ("edgemerge.cli.merge", "edgemerge.merge", "edgemerge.crew"):
         watch.call(IMPORTS, importlib.import_module, module)
-    from edgemerge.cli import app
 
     attach(watch)
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         words = ["merge", *arguments, "--json"]
-        watch.call(PLAN, app, args=words, standalone_mode=False)
+        watch.call(PLAN, command_line.make_app(["merge"]), args=words, standalone_mode=False)
     report = json.loads(output.getvalue())
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     wall = before + time.perf_counter() - STARTED

@@ -8,34 +8,65 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterable
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
-from edgemerge.cli.align import align_command
-from edgemerge.cli.bench import bench_command
-from edgemerge.cli.chat import chat_command
-from edgemerge.cli.convert import convert_command
-from edgemerge.cli.demo import demo_command
-from edgemerge.cli.doctor import doctor_command
-from edgemerge.cli.eval import eval_command
-from edgemerge.cli.inspect import inspect_command
-from edgemerge.cli.merge import merge_command, plan_command
-from edgemerge.cli.run import run_command
-from edgemerge.cli.serve import serve_command
-from edgemerge.cli.sign import keygen_command, sign_command
-from edgemerge.cli.verify import verify_command
+__all__ = ["COMMANDS", "main", "make_app", "settle_process"]
 
-__all__ = ["app", "main"]
+# Command -> its module here, whose function is NAME_command; in the order of --help.
+COMMANDS = {
+    "merge": "merge",
+    "plan": "merge",
+    "inspect": "inspect",
+    "verify": "verify",
+    "align": "align",
+    "convert": "convert",
+    "run": "run",
+    "chat": "chat",
+    "serve": "serve",
+    "eval": "eval",
+    "bench": "bench",
+    "doctor": "doctor",
+    "keygen": "sign",
+    "sign": "sign",
+    "demo": "demo",
+}
 
-app = typer.Typer(
-    name="edgemerge",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Merge fine-tuned language models on the device, inside a memory budget, into one GGUF.",
-)
+
+def main() -> None:
+    """Entry point of the `edgemerge` command."""
+    settle_process()
+    named = [word for word in sys.argv[1:2] if word in COMMANDS]
+    make_app(named or COMMANDS)()
+
+
+def settle_process() -> None:
+    """Set what a process that is a command needs; before NumPy is imported."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names and metadata may hold what the terminal cannot show; that is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # What computes is our own threads, as many as the plan says; NumPy's would only spin beside them.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
+    """Make the command line of some commands: reading the options of all takes longer than most of them."""
+    app = typer.Typer(
+        name="edgemerge",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        help="Merge fine-tuned language models on the device, inside a memory budget, into one GGUF.",
+    )
+    app.callback()(_root)
+    for name in names:
+        module = import_module(f"edgemerge.cli.{COMMANDS[name]}")
+        app.command(name)(getattr(module, f"{name}_command"))
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -46,7 +77,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     _version: Annotated[
         bool,
@@ -56,30 +86,3 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-app.command("merge")(merge_command)
-app.command("plan")(plan_command)
-app.command("inspect")(inspect_command)
-app.command("verify")(verify_command)
-app.command("align")(align_command)
-app.command("convert")(convert_command)
-app.command("run")(run_command)
-app.command("chat")(chat_command)
-app.command("serve")(serve_command)
-app.command("eval")(eval_command)
-app.command("bench")(bench_command)
-app.command("doctor")(doctor_command)
-app.command("keygen")(keygen_command)
-app.command("sign")(sign_command)
-app.command("demo")(demo_command)
-
-
-def main() -> None:
-    """Entry point of the `edgemerge` command."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names and metadata may hold what the terminal cannot show; that is no reason to fail.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    # What computes is our own threads, as many as the plan says; NumPy's would only spin beside them.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    app()

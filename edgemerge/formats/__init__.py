@@ -7,7 +7,6 @@ from pathlib import Path
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf import GgufModel
-from edgemerge.formats.hub import HubModel
 from edgemerge.types import Source
 
 __all__ = ["open_model"]
@@ -23,6 +22,9 @@ def open_model(path: str | os.PathLike[str]) -> Source:
     """
     path = Path(path)
     if path.is_dir():
+        # Not always wanted, and a third of what reading models imports.
+        from edgemerge.formats.hub import HubModel
+
         return HubModel(path)
     if path.exists() and not path.is_file():
         raise FormatError("is neither a file nor a folder; give a model", path=path)
