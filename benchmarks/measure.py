@@ -51,7 +51,8 @@ def run(
         stdout=subprocess.PIPE,
         stderr=None if shows_progress else subprocess.STDOUT,
         text=True,
-        env={**os.environ, **(environment or {})},
+        # Modules are compiled once, as pip does when it installs them.
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "", **(environment or {})},
     )
     assert child.stdout is not None
     output = child.stdout.read()
