@@ -4,8 +4,8 @@
 
 A base and two experts (made by tools/make_gguf.py), which are in the page cache, are merged in a fresh
 process with one worker. Beside it stands what the same run says of the codecs: every tensor of three
-inputs decoded and of one output encoded. The difference is reading, checking
-and summing task vectors, checksums, writing, and the start of Python, which is also shown by itself.
+inputs decoded and of one output encoded, medians of runs in turn. The difference is reading, checking and
+summing task vectors, checksums, writing, and the start of Python, which is also shown by itself.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 from bench_kernels import N, aligned
@@ -25,7 +26,7 @@ from edgemerge import open_model
 from edgemerge.formats.codec import CODECS
 
 FILE_TYPE = "Q4_K_M"
-REPEATS = 3
+REPEATS = 7
 
 
 def codec_seconds(models: list[Path], output: Path) -> float:
@@ -79,12 +80,12 @@ def main() -> None:
         costs.append(run(command))
         codecs.append(codec_seconds(models, output))
     output.unlink()
-    merged, alone = min(cost.cpu_s for cost in costs), min(codecs)
-    start = min(run([*command[:4], "--help"]).cpu_s for _ in range(REPEATS))
+    merged, alone = median(cost.cpu_s for cost in costs), median(codecs)
+    start = median(run([*command[:4], "--help"]).cpu_s for _ in range(REPEATS))
     figures = {
         "method": options.method,
         "merge_cpu_s": merged,
-        "merge_wall_s": min(cost.wall_s for cost in costs),
+        "merge_wall_s": median(cost.wall_s for cost in costs),
         "codecs_cpu_s": alone,
         "python_start_cpu_s": start,
         "ratio": merged / alone,

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 an error of ours, one sentence on stderr; 2 usage; 130 int
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -40,16 +41,21 @@ def main() -> None:
     """Entry point of the `edgemerge` command."""
     settle_process()
     named = [word for word in sys.argv[1:2] if word in COMMANDS]
-    make_app(named or COMMANDS)()
+    try:
+        make_app(named or COMMANDS)()
+    finally:
+        gc.freeze()  # the process ends: what is garbage need not be found
 
 
 def settle_process() -> None:
-    """Set what a process that is a command needs; before NumPy is imported."""
+    """Set what a process that is a command needs, before NumPy is imported."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names and metadata may hold what the terminal cannot show; that is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
     # What computes is our own threads, as many as the plan says; NumPy's would only spin beside them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Imports make a hundred thousand objects and no garbage; Python would look for it every 700.
+    gc.set_threshold(20_000)
 
 
 def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
