@@ -169,7 +169,7 @@ def merge_works() -> dict[str, tuple[Work, int]]:
             all_models + one,
         ),
         "linear.add_changes": (
-            lambda: linear.add_changes(third, 0.01, changes, base),
+            lambda: linear.add_changes(third, 0.01, changes, 0x7F800000, count, base),
             all_models + 3 * one,
         ),
         "gram.combine_rows": (

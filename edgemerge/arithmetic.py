@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemerge.blocks import SUM_LANES, Block, BlockStream, model_weights
+from edgemerge.blocks import SUM_LANES, Block, BlockStream, least_beyond, model_weights
 from edgemerge.hierarchical import hierarchical_blocks
 from edgemerge.methods import METHODS, is_plain_sum, is_pruned
 from edgemerge.native import KernelFile
@@ -122,9 +122,11 @@ def _task_factors(job: TensorJob) -> Float32:
 
 def _sum_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     factors, scale = _task_factors(stream.job), float(stream.job.settings["lambda"])
+    limit, n_beyond = least_beyond(stream.job.out.dtype), np.empty(1, np.int64)
     for block in stream.blocks():
         assert block.base is not None
-        linear.add_changes(factors, scale, block.experts, block.base)
+        linear.add_changes(factors, scale, block.experts, limit, n_beyond, block.base)
+        block.n_beyond = int(n_beyond[0])
         yield block, block.base
 
 

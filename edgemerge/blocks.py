@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from edgemerge.team import Member
 from edgemerge.types import Float32, Float64, TensorJob
 
-__all__ = ["SUM_LANES", "Block", "BlockStream", "model_weights"]
+__all__ = ["NON_FINITE", "SUM_LANES", "Block", "BlockStream", "least_beyond", "model_weights"]
+
+NON_FINITE = 0x7F800000  # bits of infinity: everything from here on is infinite or NaN
+BEYOND_HALF = 0x477FF000  # bits of 65520, the least magnitude that float16 rounds to infinity
 
 SUM_LANES = 32  # LANES of kernels/gram.py and kernels/norms.py: partial sums of one row
 
@@ -27,6 +30,9 @@ class Block:
     base: Float32 | None  # (n,)
     experts: Float32  # (n_experts, n); task vectors for methods that keep them
     is_pruned: bool = False  # in place, by an earlier pass
+    n_beyond: int | None = (
+        None  # results that the output cannot hold, where the method has counted them
+    )
 
     @property
     def n_rows(self) -> int:
@@ -55,3 +61,8 @@ class BlockStream(Protocol):
 def model_weights(job: TensorJob) -> Float64:
     """Return the recipe's weight of every expert, (n_experts,)."""
     return np.array([expert.settings["weight"] for expert in job.experts], np.float64)
+
+
+def least_beyond(dtype: str) -> int:
+    """Return the bits of the least magnitude, as float32, that a type cannot hold."""
+    return NON_FINITE if dtype in ("F32", "BF16") else BEYOND_HALF

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgemerge.architectures import layer_index
 from edgemerge.arithmetic import merged_blocks
-from edgemerge.blocks import Block
+from edgemerge.blocks import NON_FINITE, Block, least_beyond
 from edgemerge.budget import Arena
 from edgemerge.checksums import RowChecksum, TensorResult, join_checksums
 from edgemerge.errors import FormatError, MismatchError
@@ -35,11 +35,9 @@ linear, norms = KernelFile("linear"), KernelFile("norms")
 # (reference, model, layer of the reference, layer of the model) -> where heads and neurons belong
 Moves: TypeAlias = dict[tuple[int, int, int, int], list[HeadPlan | NeuronPlan]]
 
-NON_FINITE = 0x7F800000  # bits of infinity: everything from here on is infinite or NaN
 # Pages that were read are given back while a tensor is read, not after it: the system then reads the next
 # ones into the same memory, which saves half of the processor's time for reading where memory is virtual.
 FORGET_BYTES = 8 << 20
-BEYOND_HALF = 0x477FF000  # bits of 65520, the least magnitude that float16 rounds to infinity
 
 
 class Traffic:
@@ -327,8 +325,10 @@ class TensorStream:
     def _check_range(self, block: Block, values: Float32) -> None:
         """Refuse a result that the output type cannot hold: never a silent infinity."""
         dtype = self.job.out.dtype
-        limit = NON_FINITE if dtype in ("F32", "BF16") else BEYOND_HALF
-        if _count_beyond(values, limit):
+        n_beyond = block.n_beyond
+        if n_beyond is None:
+            n_beyond = _count_beyond(values, least_beyond(dtype))
+        if n_beyond:
             largest = float(np.abs(values).max())
             if not self._checks_inputs:  # whose fault is it?
                 self._check_inputs(block)

@@ -53,11 +53,11 @@ def weighted_sum(weights_f32, x_f32):
 
 
 @njit(cache=True, nogil=True)
-def add_changes(weights_f32, scale, x_f32, base_f32):
+def add_changes(weights_f32, scale, x_f32, limit, n_beyond_i64, base_f32):
     """Move the base along the sum of task vectors: `base += scale * sum_k weights[k] * (x[k] - base)`.
 
     `subtract`, `weighted_sum` and `add_scaled` in one pass over the first-level cache: the same roundings,
-    and 0.11 instead of 0.18 ns an element and model.
+    and 0.1 instead of 0.2 ns an element and model.
 
     Parameters
     ----------
@@ -67,25 +67,52 @@ def add_changes(weights_f32, scale, x_f32, base_f32):
         lambda of the recipe; rounded to float32
     x_f32 : (n_models, n) float32
         weights of the experts; row 0 is overwritten
+    limit : int
+        bits of a non-negative float32
+    n_beyond_i64 : (1,) int64
+        written: results of at least this magnitude, or no numbers, as `norms.count_beyond` counts them
     base_f32 : (n,) float32
         weights of the base; overwritten by the result
     """
     n_models, n = x_f32.shape
-    factor = np.float32(scale)
+    factor, least = np.float32(scale), np.uint32(limit)
+    count = 0
     for start in range(0, n, TILE):
         stop = min(start + TILE, n)
         base = base_f32[start:stop]
-        total = x_f32[0, start:stop]
-        weight = weights_f32[0]
+        first = x_f32[0, start:stop]
+        if n_models == 2:  # the sums stay in registers
+            _add_changes_of_two(weights_f32, factor, first, x_f32[1, start:stop], base)
+        else:
+            _sum_changes(weights_f32, x_f32[:, start:stop], base)
+            for i in range(base.size):
+                base[i] += factor * first[i]
+        bits = base.view(np.uint32)
+        for i in range(bits.size):
+            count += np.int64((bits[i] & np.uint32(0x7FFFFFFF)) >= least)
+    n_beyond_i64[0] = count
+
+
+@njit(cache=True, nogil=True)
+def _add_changes_of_two(weights, factor, first, second, base):
+    first_weight, second_weight = weights[0], weights[1]
+    for i in range(base.size):
+        total = first_weight * (first[i] - base[i])
+        total += second_weight * (second[i] - base[i])
+        base[i] += factor * total
+
+
+@njit(cache=True, nogil=True)
+def _sum_changes(weights, x, base):
+    total = x[0]
+    weight = weights[0]
+    for i in range(total.size):
+        total[i] = weight * (total[i] - base[i])
+    for k in range(1, weights.size):
+        model = x[k]
+        weight = weights[k]
         for i in range(total.size):
-            total[i] = weight * (total[i] - base[i])
-        for k in range(1, n_models):
-            model = x_f32[k, start:stop]
-            weight = weights_f32[k]
-            for i in range(total.size):
-                total[i] += weight * (model[i] - base[i])
-        for i in range(total.size):
-            base[i] += factor * total[i]
+            total[i] += weight * (model[i] - base[i])
 
 
 @njit(cache=True, nogil=True)

@@ -76,7 +76,7 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
     "linear": {
         "subtract": "f4[::1], f4[::1], i8[::1]",
         "weighted_sum": "f4[::1], f4[:,::1]",
-        "add_changes": "f4[::1], f8, f4[:,::1], f4[::1]",
+        "add_changes": "f4[::1], f8, f4[:,::1], i8, i8[::1], f4[::1]",
         "add_deltas": "f4[::1], f4[::1], f8, f4[:,::1], f4[::1]",
         "add_scaled": "f4[::1], f8, f4[::1]",
     },

@@ -127,7 +127,7 @@ def test_deltas_are_added_as_in_three_steps(shape: tuple[int, int], kind: str, c
     assert np.array_equal(base.view(np.uint32), want.view(np.uint32))
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(("shape", "kind"), CASES)
 def test_changes_are_added_as_deltas(shape: tuple[int, int], kind: str, count: int) -> None:
     base, *experts = models(shape, kind, 1 + count)
@@ -137,8 +137,10 @@ def test_changes_are_added_as_deltas(shape: tuple[int, int], kind: str, count: i
     for delta in deltas:
         subtract(base, delta)
     linear.add_deltas(weights, np.ones_like(weights), 0.7, deltas, want)
-    linear.add_changes(weights, 0.7, x, base)
+    limit, n_beyond = 0x3F800000, np.full(1, -1)
+    linear.add_changes(weights, 0.7, x, limit, n_beyond, base)
     assert np.array_equal(base.view(np.uint32), want.view(np.uint32))
+    assert n_beyond[0] == np.count_nonzero(~(np.abs(base) < 1))
 
 
 @pytest.mark.parametrize(("shape", "kind"), CASES)

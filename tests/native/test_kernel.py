@@ -61,7 +61,11 @@ def floats(*shape: int, dtype: Any = np.float32) -> Any:
 
 
 CASES: list[tuple[Any, str, list[Any]]] = [
-    (linear, "add_changes", [floats(3), 0.7, floats(3, 1000), floats(1000)]),
+    (
+        linear,
+        "add_changes",
+        [floats(3), 0.7, floats(3, 1000), 0, np.zeros(1, np.int64), floats(1000)],
+    ),
     (
         ties,
         "elect",
