@@ -3,8 +3,10 @@
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import fold_lanes
+
 LANES = (
-    32  # partial sums of one row: several vectors, so that no addition waits for the one before it
+    32  # partial sums of a row: several vectors, so that no addition waits for the one before it
 )
 
 
@@ -52,12 +54,7 @@ def _dot(left, right, lanes):
     b = right[whole:]
     for k in range(a.size):
         lanes[k] += np.float64(a[k]) * np.float64(b[k])
-    width = LANES // 2
-    while width > 0:
-        for k in range(width):
-            lanes[k] += lanes[width + k]
-        width //= 2
-    return lanes[0]
+    return fold_lanes(lanes)
 
 
 @njit(cache=True, nogil=True)

@@ -3,8 +3,10 @@
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import fold_lanes
+
 LANES = (
-    32  # partial sums of one row: several vectors, so that no addition waits for the one before it
+    32  # partial sums of a row: several vectors, so that no addition waits for the one before it
 )
 
 
@@ -46,12 +48,7 @@ def _norm(x, lanes):
     rest = x[whole:]
     for k in range(rest.size):
         lanes[k] += np.float64(abs(rest[k]))
-    width = LANES // 2
-    while width > 0:
-        for k in range(width):
-            lanes[k] += lanes[width + k]
-        width //= 2
-    return lanes[0]
+    return fold_lanes(lanes)
 
 
 @njit(cache=True, nogil=True)

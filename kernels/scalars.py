@@ -1,4 +1,4 @@
-"""What codecs do to single numbers: binary16 in and out, and ggml's rounding. Compiled into their callers."""
+"""What kernels share: binary16 in and out, ggml's rounding, the end of a sum. Compiled into their callers."""
 
 import numpy as np
 from numba import njit
@@ -39,3 +39,14 @@ def nearest_int(v):
     """
     bits = np.int32(np.float32(v + np.float32(12582912.0)).view(np.int32))
     return np.int32(np.int32(bits & np.int32(0x7FFFFF)) - np.int32(0x400000))
+
+
+@njit(cache=True, nogil=True)
+def fold_lanes(lanes):
+    """Add the upper half of partial sums to the lower one until one is left; a power of two of them."""
+    width = lanes.size // 2
+    while width > 0:
+        for k in range(width):
+            lanes[k] += lanes[width + k]
+        width //= 2
+    return lanes[0]

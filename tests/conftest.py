@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from edgemerge.native.signatures import SHARED
+
 if TYPE_CHECKING:
     from tests.crashing import Crasher
     from tests.llama_quantize import Quantiser
@@ -23,7 +25,8 @@ TESTS = Path(__file__).resolve().parent
 # next run warm and the tree clean; subprocesses inherit it. Numba reads it when first imported, and does
 # not see that a function was changed which another file uses: these are part of the folder's name.
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-_SHARED = hashlib.sha256((TESTS.parent / "kernels" / "scalars.py").read_bytes()).hexdigest()[:8]
+_SOURCES = [TESTS.parent / "kernels" / f"{file}.py" for file in SHARED]
+_SHARED = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:8]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(_CACHE / "edgemerge" / f"numba-tests-{_SHARED}"))
 
 # No time limit for one example: the first call imports a library, and a test machine is shared.

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["KERNEL_NAMES", "SIGNATURES"]
+__all__ = ["KERNEL_NAMES", "SHARED", "SIGNATURES"]
+
+# Files in kernels/ that are compiled into their callers; each may use those after it.
+SHARED = ("affine_search", "scalars")
 
 SIGNATURES: Mapping[str, Mapping[str, str]] = {
     "crc": {

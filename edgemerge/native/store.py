@@ -22,7 +22,7 @@ from pathlib import Path
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.native.image import BadImage, Image
-from edgemerge.native.signatures import SIGNATURES
+from edgemerge.native.signatures import SHARED, SIGNATURES
 
 __all__ = ["compile_here", "compile_missing", "find_missing", "image_name", "load_image"]
 __all__ += ["slow_first"]
@@ -175,7 +175,7 @@ def _source_hash(file: str) -> str:
     digest = hashlib.blake2b(digest_size=8)
     sources = (
         KERNELS / f"{file}.py",
-        KERNELS / "scalars.py",
+        *(KERNELS / f"{shared}.py" for shared in SHARED),
         HERE / "compiler.py",
         HERE / "linker.py",
     )

@@ -18,7 +18,7 @@ from edgemerge.native import KernelFile, load_kernel
 from edgemerge.native.compiler import compile_object
 from edgemerge.native.image import BadImage, Image
 from edgemerge.native.linker import LinkError, link
-from edgemerge.native.signatures import SIGNATURES
+from edgemerge.native.signatures import SHARED, SIGNATURES
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 RNG = np.random.default_rng(0)
@@ -28,7 +28,7 @@ def public_kernels() -> dict[str, dict[str, int]]:
     """File -> compiled function that others may call -> number of parameters."""
     found: dict[str, dict[str, int]] = {}
     for path in sorted(KERNELS.glob("*.py")):
-        if path.stem == "scalars":  # compiled into their callers
+        if path.stem in SHARED:
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
