@@ -24,8 +24,7 @@ from charts import COLOURS, INK, SOFT, new_figure, save
 from measure import machine, table
 from numpy.typing import NDArray
 
-from edgemerge.arithmetic import ELECTION_TILE, RANK_BINS
-from edgemerge.blocks import SUM_LANES
+from edgemerge.blocks import ELECTION_TILE, RANK_BINS, SUM_LANES
 from edgemerge.checksums import crc32
 from edgemerge.formats.codec import CODECS, Codec
 from edgemerge.formats.ggml_types import GGML_TYPES

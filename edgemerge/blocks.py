@@ -12,12 +12,17 @@ from numpy.typing import NDArray
 from edgemerge.team import Member
 from edgemerge.types import Float32, Float64, TensorJob
 
-__all__ = ["NON_FINITE", "SUM_LANES", "Block", "BlockStream", "least_beyond", "model_weights"]
+__all__ = ["ELECTION_TILE", "NON_FINITE", "N_HIGH", "N_LOW", "RANK_BINS", "SUM_LANES"]
+__all__ += ["Block", "BlockStream", "least_beyond", "model_weights"]
 
 NON_FINITE = 0x7F800000  # bits of infinity: everything from here on is infinite or NaN
 BEYOND_HALF = 0x477FF000  # bits of 65520, the least magnitude that float16 rounds to infinity
 
+# What working memory is measured by.
 SUM_LANES = 32  # LANES of kernels/gram.py and kernels/norms.py: partial sums of one row
+ELECTION_TILE = 1024  # TILE of kernels/ties.py
+RANK_BINS = 2048  # RADIX of kernels/della.py
+N_HIGH, N_LOW = 1 << 15, 1 << 16  # bins of the two passes of the radix select
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgemerge.architectures import layer_index
-from edgemerge.blocks import SUM_LANES
+from edgemerge.blocks import ELECTION_TILE, N_HIGH, N_LOW, RANK_BINS, SUM_LANES
 from edgemerge.budget import (
     FLOOR_BYTES,
     SOLVER_BYTES,
@@ -33,8 +33,7 @@ from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
 __all__ = ["DEFAULT_MEMORY", "alignment_pairs", "make_plan"]
 
 DEFAULT_MEMORY = 512 << 20
-COUNTER_BYTES = 4 * ((1 << 15) + 2 * (1 << 16))  # of the radix select, per expert
-ELECTION_BYTES = 3 * 1024 * 4
+COUNTER_BYTES = 4 * (N_HIGH + 2 * N_LOW)  # of the radix select, per expert
 COMPARED = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
 TINY_WEIGHT = 1e-8
 MAX_ELEMENTS = 1 << 32  # of one tensor: the radix select counts in 32 bits
@@ -249,11 +248,11 @@ def _arena_need(job: TensorJob, align: str, *, moves: bool) -> ArenaNeed:
     else:
         fixed += 4 * CODECS[job.out.dtype].scratch_len
     if method.elect:
-        fixed += ELECTION_BYTES
+        fixed += 4 * 3 * ELECTION_TILE
     if pruned and method.prune in ("magnitude", "band"):
         fixed += COUNTER_BYTES * len(job.experts)
     if pruned and method.prune == "rank":
-        fixed += 4 * (5 * n_cols + 2049)
+        fixed += 4 * (5 * n_cols + RANK_BINS + 1)
     if method.name == "hierarchical":
         fixed += 8 * len(job.experts) ** 2
     if moves:

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 import edgemerge
 from edgemerge import arithmetic
+from edgemerge.pruning import Pruner
 from tests.small_models import gguf_name as to_gguf_name
 from tests.small_models import load_gguf, load_hub, to_gguf_rows
 
@@ -46,7 +47,7 @@ def inject_masks(monkeypatch: pytest.MonkeyPatch, name: str, roles: list[str]) -
     make = arithmetic._random_pruner
     used: set[str] = set()
 
-    def make_with_stored_mask(stream: Any, k: int, *args: Any, **kwargs: Any) -> arithmetic.Pruner:
+    def make_with_stored_mask(stream: Any, k: int, *args: Any, **kwargs: Any) -> Pruner:
         pruner = make(stream, k, *args, **kwargs)
         stored = masks[stream.job.out.name, roles[k]]
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemerge import arithmetic, blocks, checksums
+from edgemerge import blocks, checksums
 from edgemerge.kernels import crc, della, gram, heads, linear, norms, sinkhorn, ties
 from edgemerge.native import KernelFile, load_kernel
 from edgemerge.native.compiler import compile_object
@@ -47,8 +47,8 @@ def test_every_kernel_has_a_signature() -> None:
 
 
 def test_constants_of_kernels_that_size_their_scratch() -> None:
-    assert arithmetic.ELECTION_TILE == ties.TILE
-    assert arithmetic.RANK_BINS == della.RADIX
+    assert blocks.ELECTION_TILE == ties.TILE
+    assert blocks.RANK_BINS == della.RADIX
     assert blocks.SUM_LANES == norms.LANES == gram.LANES
     assert checksums.FOLDED == crc.FOLDED
 
