@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from charts import draw_bars
-from measure import CACHE, FIGURES, ROOT, Cost, Merge, figures, finish, run, table
+from measure import CACHE, FIGURES, ROOT, Cost, Merge, figures, finish, read_in, run, table
 
 FILE_TYPE = "Q4_K_M"
 METHODS: dict[str, dict[str, float]] = {
@@ -75,10 +75,13 @@ def recipe(method: str, models: list[Path]) -> str:
     return f"merge_method: {method}\n{base_line}models:\n{entries}{rest}dtype: bfloat16\n"
 
 
-def merge_ours(request: Path, work: Path, memory: str, threads: int) -> dict[str, Any]:
+def merge_ours(
+    request: Path, models: list[Path], work: Path, memory: str, threads: int
+) -> dict[str, Any]:
     merge = Merge((str(request), "--type", FILE_TYPE))
     limits: dict[str, Any] = {"memory": memory, "threads": threads}
     merge.run(work / "ours.gguf", **limits)  # compiles what is not compiled
+    read_in(path for model in models for path in model.glob("*.safetensors"))
     cost, report = merge.run(work / "ours.gguf", **limits)
     return {**figures(cost), "temporary_mib": cost.written_mib - report["out_bytes"] / 2**20}
 
@@ -149,7 +152,10 @@ def main() -> None:
     for method in options.methods:
         request = options.work / "recipe.yml"
         request.write_text(recipe(method, models))
-        row = {"method": method, **merge_ours(request, options.work, options.memory, threads)}
+        row = {
+            "method": method,
+            **merge_ours(request, models, options.work, options.memory, threads),
+        }
         if chain is not None and method not in OURS:
             one = {name: words for name, words in MERGEKIT.items() if words}
             row["chain"] = chain.run(request, one if method in options.once else MERGEKIT)

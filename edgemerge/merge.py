@@ -26,6 +26,7 @@ from edgemerge.formats.gguf_split import MAX_PARTS, part_paths, whole_name
 from edgemerge.formats.gguf_writer import GgufLayout, make_layouts
 from edgemerge.formats.imatrix import ImportanceMatrix
 from edgemerge.formats.metadata import encode_value
+from edgemerge.interrupts import hold_interrupts
 from edgemerge.output import check_output
 from edgemerge.output_parts import OutputParts, find_named, hash_named, is_begun
 from edgemerge.plan import make_plan
@@ -140,7 +141,8 @@ def merge(
         else:
             warm_up(the_plan)
             sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
-            parts = stack.enter_context(OutputParts(sizes, origin))
+            with hold_interrupts():
+                parts = stack.enter_context(OutputParts(sizes, origin))
             _check_outputs(paths, recipe, force=force)  # again, now that nobody else can make them
             outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress)
     return MergeReport(

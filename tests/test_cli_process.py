@@ -94,7 +94,7 @@ def test_json_is_alone_on_stdout_whatever_the_encoding(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_merge_that_is_stopped_leaves_nothing(folder: Path, number: signal.Signals) -> None:
+def test_a_merge_that_is_stopped_says_what_it_leaves(folder: Path, number: signal.Signals) -> None:
     models = [write_sparse(folder / f"{name}.gguf") for name in ("x", "y", "z")]
     given = ("merge", "-m", "della", "--base", *models, "-P", "density=0.5", "-o", "out.gguf")
     part = folder / "out.gguf.part"
@@ -110,8 +110,11 @@ def test_a_merge_that_is_stopped_leaves_nothing(folder: Path, number: signal.Sig
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=30)
     assert (process.returncode, stdout) == (128 + number, "")
-    assert stderr.endswith("edgemerge: interrupted; nothing was changed\n")
-    assert made() == set(models)
+    if "go on after" in stderr:  # a small tensor was finished already
+        assert made() == {*models, "out.gguf.part", "out.gguf.part.journal"}
+    else:
+        assert stderr.endswith("edgemerge: interrupted; nothing was changed\n")
+        assert made() == set(models)
 
 
 def test_nohup_still_protects() -> None:

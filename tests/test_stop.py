@@ -9,13 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgemerge.formats.gguf_writer import make_layout
+from edgemerge.recipe import make_recipe
 from tests.fake_source import FakeSource, tensor
+
+merging = import_module("edgemerge.merge")  # `edgemerge.merge` is the function
 
 COMMAND = [sys.executable, "-m", "edgemerge"]
 SCRIPT = [str(Path(sys.executable).with_name("edgemerge"))]
@@ -145,3 +149,25 @@ def test_the_library_leaves_signals_alone() -> None:
         check=True,
     )
     assert result.stdout == "True\n"
+
+
+def test_a_stop_while_the_files_are_made_leaves_none(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class StoppedParts(merging.OutputParts):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            os.kill(os.getpid(), signal.SIGTERM)  # before anybody takes care of the parts
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging, "OutputParts", StoppedParts)
+    recipe = make_recipe("linear", [(str(models / f"{name}.gguf"), 0.5) for name in "xy"])
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            merging.merge(recipe, tmp_path / "out.gguf")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert list(tmp_path.iterdir()) == []
