@@ -1,4 +1,4 @@
-"""Ctrl-C at moments when nobody listens: before the command has begun to, and while files are made.
+"""Ctrl-C before the command has begun to listen: a quiet end, as of any program.
 
 Imported before everything else, which takes a few tenths of a second; Python would answer with a traceback.
 A program that only imports the library keeps its own way.
@@ -8,25 +8,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-__all__ = ["hold_interrupts"]
-
-STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-
-
-@contextmanager
-def hold_interrupts() -> Iterator[None]:
-    """Let Ctrl-C and requests to end wait: one between making a file and taking care of it would leave it.
-
-    Threads that are started meanwhile never see these signals.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+__all__: list[str] = []
 
 
 def _is_the_command() -> bool:

@@ -26,7 +26,6 @@ from edgemerge.formats.gguf_split import MAX_PARTS, part_paths, whole_name
 from edgemerge.formats.gguf_writer import GgufLayout, make_layouts
 from edgemerge.formats.imatrix import ImportanceMatrix
 from edgemerge.formats.metadata import encode_value
-from edgemerge.interrupts import hold_interrupts
 from edgemerge.output import check_output
 from edgemerge.output_parts import OutputParts, find_named, hash_named, is_begun
 from edgemerge.plan import make_plan
@@ -141,8 +140,9 @@ def merge(
         else:
             warm_up(the_plan)
             sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
-            with hold_interrupts():
-                parts = stack.enter_context(OutputParts(sizes, origin))
+            parts = OutputParts(sizes, origin)
+            stack.push(parts)
+            parts.open()
             _check_outputs(paths, recipe, force=force)  # again, now that nobody else can make them
             outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress)
     return MergeReport(
@@ -222,7 +222,7 @@ def _run(
     notes = crew.prepare()
 
     def note(i: int, result: TensorResult) -> None:
-        parts.journal.add(i, result, the_plan.jobs[i].out.nbytes)
+        parts.note(i, result, the_plan.jobs[i].out.nbytes)
 
     try:
         results = crew.run(places, note)

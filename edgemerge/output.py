@@ -74,11 +74,8 @@ class OutputFile:
     ----------
     keeps : bool
         Whether the part stays where the file is left without `publish`.
-
-    Raises
-    ------
-    OutputError
-        The folder cannot be written, the disk is too full, or another merge writes the same file.
+    is_ours : bool
+        Whether the part is locked, and so ours to remove.
     """
 
     def __init__(self, path: Path, n_bytes: int, *, keeps: bool = False) -> None:
@@ -88,16 +85,21 @@ class OutputFile:
         self.keeps = keeps
         self._published = False
         self._fd = -1
-        self._is_ours = False  # locked, and so ours to remove
-        try:
-            while not self._is_ours:
-                self._open_part()
-                self._is_ours = self._lock_part()
-            if not keeps:
-                self.reserve()
-        except BaseException:
-            self._leave()
-            raise
+        self.is_ours = False
+
+    def open(self) -> None:
+        """Make the part and lock it; `__exit__` is to be called whatever becomes of this.
+
+        Raises
+        ------
+        OutputError
+            The folder cannot be written, the disk is too full, or another merge writes the same file.
+        """
+        while not self.is_ours:
+            self._open_part()
+            self.is_ours = self._lock_part()
+        if not self.keeps:
+            self.reserve()
 
     def _open_part(self) -> None:
         self._close()
@@ -160,10 +162,10 @@ class OutputFile:
 
     def _leave(self) -> None:
         """Remove the part, or keep it, then give up its lock."""
-        if self._is_ours and not self.keeps and not self._published:
+        if self.is_ours and not self.keeps and not self._published:
             with contextlib.suppress(OSError):
                 self.part.unlink()
-        if self._is_ours:  # else the lock lasts as long as a thread that is inside a sync
+        if self.is_ours:  # else the lock lasts as long as a thread that is inside a sync
             fcntl.flock(self._fd, fcntl.LOCK_UN)
         self._close()
 
@@ -264,6 +266,11 @@ class OutputFile:
             ) from error
 
     def __enter__(self) -> OutputFile:
+        try:
+            self.open()
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def __exit__(

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from edgemerge.checksums import TensorResult
 from edgemerge.errors import EdgemergeError, FormatError, OutputError
 from edgemerge.formats.files import read_state
 from edgemerge.journal import (
@@ -33,7 +34,8 @@ __all__ = ["OutputParts", "find_named", "hash_named", "is_begun"]
 class OutputParts:
     """Output files, each under a part's name until all are published.
 
-    Used as a context manager, as `OutputFile` is.
+    Used as a context manager, as `OutputFile` is, or by `open` with `__exit__` in somebody's care before:
+    then Ctrl-C at no moment leaves what nobody knows of.
 
     Parameters
     ----------
@@ -46,35 +48,41 @@ class OutputParts:
     ----------
     files : list of OutputFile
         In order.
-    journal : Journal
-        Of the tensors that are finished.
+    journal : Journal or None
+        Of the tensors that are finished; None until all is open.
     earlier : Entries or None
         What an earlier run finished, by its own account; None: this is a new start.
     notes : tuple of str
         Why it is a new start although an earlier run left something.
-
-    Raises
-    ------
-    OutputError
-        A file cannot be made; see `OutputFile`.
     """
 
     def __init__(self, sizes: Sequence[tuple[Path, int]], origin: Origin) -> None:
-        path = journal_path(sizes[0][0])
         keeps = is_begun(sizes[0][0])
         self.earlier: Entries | None = None
         self.notes: tuple[str, ...] = ()
-        self.files: list[OutputFile] = []
-        with ExitStack() as stack:
-            for final, n_bytes in sizes:
-                self.files.append(stack.enter_context(OutputFile(final, n_bytes, keeps=keeps)))
-                if keeps and len(self.files) == 1:  # now that the journal is ours too
-                    self._read_earlier(path, origin)
-                    self._take_back([final for final, _ in sizes])
-            if keeps:
-                self._reserve(path)
-            self.journal = Journal(path, origin, self.earlier, self._sync_data)
-            self._stack = stack.pop_all()
+        self.files = [OutputFile(final, n_bytes, keeps=keeps) for final, n_bytes in sizes]
+        self.journal: Journal | None = None
+        self._origin = origin
+
+    def open(self) -> None:
+        """Make the files; `__exit__` is to be called whatever becomes of this.
+
+        Raises
+        ------
+        OutputError
+            A file cannot be made; see `OutputFile`.
+        """
+        first, *others = self.files
+        path = journal_path(first.path)
+        first.open()
+        if first.keeps:  # now that the journal is ours too
+            self._read_earlier(path, self._origin)
+            self._take_back([file.path for file in self.files])
+        for file in others:
+            file.open()
+        if first.keeps:
+            self._reserve(path)
+        self.journal = Journal(path, self._origin, self.earlier, self._sync_data)
 
     def _read_earlier(self, path: Path, origin: Origin) -> None:
         """Read what an earlier run of the same origin finished; say why not."""
@@ -109,6 +117,11 @@ class OutputParts:
             file.keeps = self.earlier is not None
             file.reserve()
 
+    def note(self, number: int, result: TensorResult, n_bytes: int) -> None:
+        """Note a finished tensor, as `Journal.add` does."""
+        assert self.journal is not None
+        self.journal.add(number, result, n_bytes)
+
     def _sync_data(self) -> None:
         for file in self.files:
             file.sync_data()
@@ -128,6 +141,7 @@ class OutputParts:
         OutputError
             The disk refused.
         """
+        assert self.journal is not None
         for file in self.files:
             file.sync()
         self.journal.complete([mark_file(file.state()) for file in self.files])
@@ -144,6 +158,11 @@ class OutputParts:
         self.journal.remove()
 
     def __enter__(self) -> OutputParts:
+        try:
+            self.open()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(
@@ -152,19 +171,30 @@ class OutputParts:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        n_finished = len(self.journal.finished)
+        with ExitStack() as stack:
+            for file in self.files:
+                stack.push(file)
+            if self.journal is not None:
+                self._end(self.journal, error)
+            elif self.files[0].is_ours and not self.files[0].keeps:  # a new start, cut short
+                journal = journal_path(self.files[0].path)
+                if journal.is_file() and not journal.is_symlink():
+                    journal.unlink()
+
+    def _end(self, journal: Journal, error: BaseException | None) -> None:
+        """Keep or remove what there is of an output that is not finished."""
+        n_finished = len(journal.finished)
         stays = error is not None and n_finished > 0 and _may_go_on(error)
         for file in self.files:
             file.keeps = stays
         if error is not None and stays:
-            self.journal.close()
+            journal.close()
             error.add_note(
                 f"run the same command again to go on after the {n_finished} tensors that are "
                 f"finished, or delete {self.files[0].part}"
             )
         else:
-            self.journal.remove()
-        self._stack.__exit__(kind, error, trace)
+            journal.remove()
 
 
 def is_begun(output: Path) -> bool:

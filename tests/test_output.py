@@ -114,7 +114,7 @@ def test_a_part_of_a_killed_merge_is_taken_over(target: Path) -> None:
 def test_a_second_merge_to_the_same_file_is_refused_and_harms_nothing(target: Path) -> None:
     with OutputFile(target, 4) as first:
         with pytest.raises(OutputError, match="another merge is writing it; wait for that one"):
-            OutputFile(target, 8)
+            OutputFile(target, 8).__enter__()
         first.write(b"full", 0)
         first.publish()
     assert target.read_bytes() == b"full"
@@ -144,11 +144,11 @@ def test_a_part_that_is_no_file_is_left_alone(target: Path) -> None:
     part = target.with_name("out.gguf.part")
     os.mkfifo(part)
     with pytest.raises(OutputError, match=r"out\.gguf\.part beside it is no regular file"):
-        OutputFile(target, 8)
+        OutputFile(target, 8).__enter__()
     part.unlink()
     part.symlink_to("elsewhere")
     with pytest.raises(OutputError, match=r"cannot be written \(Too many levels of symbolic"):
-        OutputFile(target, 8)
+        OutputFile(target, 8).__enter__()
     assert part.is_symlink()
 
 
@@ -170,7 +170,7 @@ def test_too_small_a_disk_is_known_before_the_work(
     monkeypatch.setattr(os, "fstatvfs", lambda _fd: small)
     message = "needs 12 KiB and the disk lacks 8 KiB of it; free some space or choose another"
     with refused(target, message):
-        OutputFile(target, 12 << 10)
+        OutputFile(target, 12 << 10).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_disk_that_cannot_reserve(
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with refused(target, message):
-        OutputFile(target, 12 << 10)
+        OutputFile(target, 12 << 10).__enter__()
 
 
 def test_an_interrupt_while_reserving_leaves_nothing(
@@ -200,7 +200,7 @@ def test_an_interrupt_while_reserving_leaves_nothing(
 
     monkeypatch.setattr(os, "posix_fallocate", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        OutputFile(target, 8)
+        OutputFile(target, 8).__enter__()
     assert os.listdir(target.parent) == []
 
 
@@ -236,7 +236,7 @@ def test_a_lock_that_the_file_system_does_not_know(
 
     monkeypatch.setattr("edgemerge.output.fcntl.flock", fail)
     with pytest.raises(OutputError, match=r"cannot be locked \(No locks available\); choose a fo"):
-        OutputFile(target, 8)
+        OutputFile(target, 8).__enter__()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -244,7 +244,7 @@ def test_a_folder_without_permission(target: Path) -> None:
     target.parent.chmod(0o555)
     try:
         with refused(target, "cannot be written (Permission denied)"):
-            OutputFile(target, 8)
+            OutputFile(target, 8).__enter__()
     finally:
         target.parent.chmod(0o755)
 
@@ -253,4 +253,4 @@ def test_a_name_that_is_too_long(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 252)
     check_output(long, (), force=False)
     with pytest.raises(OutputError, match=r"cannot be written \(File name too long\)"):
-        OutputFile(long, 8)
+        OutputFile(long, 8).__enter__()

@@ -50,7 +50,7 @@ def test_a_failure_leaves_nothing_new(tmp_path: Path) -> None:
 def test_a_part_that_cannot_be_made_removes_the_others(tmp_path: Path) -> None:
     (tmp_path / "3.gguf.part").mkdir()
     with pytest.raises(OutputError, match=r"3\.gguf: cannot be written"):
-        parts_in(tmp_path)
+        parts_in(tmp_path).__enter__()
     assert names(tmp_path) == ["3.gguf.part"]
 
 
@@ -154,5 +154,5 @@ def test_a_run_that_goes_on_is_alone(tmp_path: Path) -> None:
     with parts_in(tmp_path):
         before = journal.read_bytes()
         with pytest.raises(OutputError, match="another merge is writing it; wait for that one"):
-            parts_in(tmp_path)
+            parts_in(tmp_path).__enter__()
         assert journal.read_bytes() == before

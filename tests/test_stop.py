@@ -9,17 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edgemerge import merge
 from edgemerge.formats.gguf_writer import make_layout
+from edgemerge.journal import Journal
+from edgemerge.output import OutputFile
+from edgemerge.output_parts import OutputParts
 from edgemerge.recipe import make_recipe
 from tests.fake_source import FakeSource, tensor
-
-merging = import_module("edgemerge.merge")  # `edgemerge.merge` is the function
 
 COMMAND = [sys.executable, "-m", "edgemerge"]
 SCRIPT = [str(Path(sys.executable).with_name("edgemerge"))]
@@ -151,23 +152,29 @@ def test_the_library_leaves_signals_alone() -> None:
     assert result.stdout == "True\n"
 
 
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [(OutputFile, "reserve"), (Journal, "__init__"), (OutputParts, "open"), (OutputParts, "note")],
+)
 def test_a_stop_while_the_files_are_made_leaves_none(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: type, step: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class StoppedParts(merging.OutputParts):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            os.kill(os.getpid(), signal.SIGTERM)  # before anybody takes care of the parts
+    make = getattr(owner, step)
+
+    def make_and_stop(*arguments: Any, **options: Any) -> None:
+        if step != "note":
+            make(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging, "OutputParts", StoppedParts)
+    monkeypatch.setattr(owner, step, make_and_stop)
     recipe = make_recipe("linear", [(str(models / f"{name}.gguf"), 0.5) for name in "xy"])
     before = signal.signal(signal.SIGTERM, stop)
     try:
         with pytest.raises(KeyboardInterrupt):
-            merging.merge(recipe, tmp_path / "out.gguf")
+            merge(recipe, tmp_path / "out.gguf")
     finally:
         signal.signal(signal.SIGTERM, before)
     assert list(tmp_path.iterdir()) == []
