@@ -19,9 +19,9 @@ export class Refusal extends Error {
 export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 export const setKey = (key) => sessionStorage.setItem(KEY, key);
 
-/** Names of the models on the server. */
-export async function listModels() {
-  const response = await ask("/v1/models");
+/** Names of the models on the server; the signal, if any, ends the wait for them. */
+export async function listModels(signal) {
+  const response = await ask("/v1/models", { signal });
   return (await response.json()).data.map((model) => String(model.id));
 }
 

@@ -88,7 +88,7 @@ function askAgain() {
 async function answer() {
   tell("");
   setRunning(new AbortController());
-  if (!state.model && !await loadModels()) return setRunning(null); // asked before the list was there
+  if (!state.model && !await learnModels(running.signal)) return setRunning(null);
   const request = {
     model: state.model, messages: turns(), temperature: state.temperature, max_tokens: state.limit,
   };
@@ -122,6 +122,20 @@ async function answer() {
   save();
   if (follow) scrollToEnd();
   look();
+}
+
+/** Wait for the list of models, where a question came before it; tell whether it may be asked. */
+async function learnModels(signal) {
+  try {
+    if (!await loadModels(signal)) return false;
+  } catch (error) {
+    if (!signal.aborted) {
+      setRunning(null);
+      throw error;
+    }
+  }
+  if (signal.aborted && isUnanswered()) tell("Stopped before the first word.", askAgain);
+  return !signal.aborted;
 }
 
 /** An answer without a word is none; the question stays. */
@@ -184,9 +198,9 @@ $("unlock").addEventListener("submit", async (event) => {
   askAgain();
 });
 
-async function loadModels() {
+async function loadModels(signal = null) {
   try {
-    showModels(await listModels());
+    showModels(await listModels(signal));
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     if (error.status === 401) askForKey();
