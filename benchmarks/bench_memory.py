@@ -35,7 +35,7 @@ def note(name):
 note("Python")
 import numpy
 note("NumPy")
-import edgemerge.cli
+import edgemerge.cli.merge
 note("edgemerge's command line")
 import edgemerge.crew
 from edgemerge.merge import merge

@@ -35,9 +35,7 @@ class Block:
     base: Float32 | None  # (n,)
     experts: Float32  # (n_experts, n); task vectors for methods that keep them
     is_pruned: bool = False  # in place, by an earlier pass
-    n_beyond: int | None = (
-        None  # results that the output cannot hold, where the method has counted them
-    )
+    n_beyond: int | None = None  # results that the output cannot hold, if counted
 
     @property
     def n_rows(self) -> int:

@@ -115,7 +115,10 @@ class Source(Protocol):
         """Fill `out_u8` ((stop - start) * row_bytes,) with rows [start, stop) of a tensor, as stored."""
 
     def forget(self, name: str, n_rows: int | None = None) -> None:
-        """Tell the system that a tensor's pages, or those of its first rows, will not be read again."""
+        """Drop a tensor's pages, or those of its first rows, from the page cache; a hint.
+
+        Files that were nearly all there when they were opened stay.
+        """
 
     def states(self) -> Sequence[FileState]:
         """Return what the files of the tensors were when they were opened."""

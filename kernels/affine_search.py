@@ -40,7 +40,15 @@ SCRATCH_LEN = STATE + 17 * LANES
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def scale_and_minimum(packed, j):
-    """Return scale and minimum of a sub-block as they are packed (get_scale_min_k4)."""
+    """Return scale and minimum of a sub-block, as float32 (get_scale_min_k4).
+
+    Parameters
+    ----------
+    packed : (12,) uint8
+        scales and minima of a block
+    j : int
+        number of the sub-block in it
+    """
     # The upper two bits of the last four stand above the first four.
     if j < 4:
         scale = packed[j] & 63
@@ -53,9 +61,20 @@ def scale_and_minimum(packed, j):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def search_tile(x, first, n_lanes, top, n_steps, first_step, scratch):
-    """Find scale and minimum of up to LANES sub-blocks from `first` on; the rows of the state say them.
+    """Find scale and minimum of sub-blocks beside each other.
 
-    `top` is the largest quant; candidates divide the range by top + first_step, and 0.1 more each step.
+    Parameters
+    ----------
+    x : (n,) float32
+        finite values, whole sub-blocks of 32
+    first, n_lanes : int
+        the sub-blocks: from this one on, up to LANES of them
+    top : float32
+        largest quant
+    n_steps, first_step : int, float32
+        candidates: the range is divided by top + first_step, and by 0.1 more each step
+    scratch : (>= SCRATCH_LEN,) float32
+        overwritten; from STATE on it holds rows of one number a lane: SCALE, SMALLEST, FIT_INVERSE, FIT_MIN
     """
     tile = scratch[: 32 * LANES]
     weights = scratch[32 * LANES : 64 * LANES]
@@ -253,7 +272,17 @@ def _fit_range(tile, weights, quants, state, top):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def write_head(state, first_lane, block):
-    """Write d, dmin and the eight 6-bit scales and minima of the sub-blocks from a lane on."""
+    """Write d, dmin and the eight 6-bit scales and minima of a block.
+
+    Parameters
+    ----------
+    state : (17 * LANES,) float32
+        what `search_tile` left from STATE on
+    first_lane : int
+        of the block's first sub-block
+    block : (>= 16,) uint8
+        its first bytes are written
+    """
     max_scale = np.float32(0.0)
     max_min = np.float32(0.0)
     for lane in range(first_lane, first_lane + 8):
@@ -287,7 +316,21 @@ def write_head(state, first_lane, block):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def find_levels(x, inverses, minima, top, levels, block):
-    """Find the quants of a block, as floats, for its scales and minima as they were rounded."""
+    """Find the quants of a block for its scales and minima as they were rounded.
+
+    Parameters
+    ----------
+    x : (256,) float32
+        values
+    inverses, minima : (8,) float32
+        of the sub-blocks whose scale is zero: quants are round(inverse * (x - minimum))
+    top : float32
+        largest quant
+    levels : (>= 256,) float32
+        written: the quants; may be the tile of a search that is over
+    block : (>= 16,) uint8
+        its head, as `write_head` wrote it
+    """
     d = half_to_float(block[0], block[1])
     dmin = half_to_float(block[2], block[3])
     for j in range(8):

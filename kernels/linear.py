@@ -66,7 +66,7 @@ def add_changes(weights_f32, scale, x_f32, limit, n_beyond_i64, base_f32):
     scale : float
         lambda of the recipe; rounded to float32
     x_f32 : (n_models, n) float32
-        weights of the experts; row 0 is overwritten
+        weights of the experts; row 0 may be overwritten
     limit : int
         bits of a non-negative float32
     n_beyond_i64 : (1,) int64

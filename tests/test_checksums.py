@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import zlib
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,3 +69,34 @@ def test_factors_are_those_that_were_published() -> None:
     """For 512 and 128 bits, in Intel's paper of 2009; ours are for 2048."""
     powers = [checksums._power_of_x(n) << 1 for n in (544, 480, 160, 96)]
     assert powers == [0x154442BD4, 0x1C6E41596, 0x1751997D0, 0x0CCAA009E]
+
+
+WIDTHS = {  # sums an instruction -> what the processor needs, in LLVM's words and in Linux's
+    1: ("+pclmul", {"pclmulqdq"}),
+    2: ("+pclmul,+vpclmulqdq", {"avx2", "vpclmulqdq"}),
+    4: ("+pclmul,+vpclmulqdq,+avx512f", {"avx512f", "vpclmulqdq"}),
+}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_width_folds_to_the_same(width: int, tmp_path: Path) -> None:
+    """A wheel folds 128 bits at a time, what is compiled here as many as there are."""
+    features, flags = WIDTHS[width]
+    info = Path("/proc/cpuinfo")
+    if not info.exists() or not flags <= set(info.read_text().split()):
+        pytest.skip("this processor does not multiply so")
+    code = (
+        "import zlib, numpy as np\n"
+        "from edgemerge import checksums\n"
+        "raw = np.random.default_rng(0).integers(0, 256, 99_999, np.uint8)\n"
+        "print(checksums.crc32(raw, 7) == zlib.crc32(raw, 7), checksums._Folding.is_possible)"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "x86-64-v3"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment, "NUMBA_CPU_FEATURES": features},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.stdout, result.stderr) == ("True True\n", "")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from edgemerge.cli import COMMANDS
 from edgemerge.native.signatures import SHARED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,6 +144,23 @@ def test_help_is_light(start: list[str]) -> None:
     assert "merge" in result.stdout
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert {name.split(".")[0] for name in imported} & HEAVY == set()
+    assert all(f"\n  {name} " in result.stdout for name in COMMANDS)
+
+
+def test_a_command_imports_no_other() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "edgemerge", "convert", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.startswith("Usage: python -m edgemerge convert ")
+    imported = set(re.findall(r"edgemerge\.cli\.(\w+)$", result.stderr, re.M))
+    assert imported & set(COMMANDS.values()) == {"merge", "sign"}  # which it uses itself
+
+
+def test_blas_is_told_before_numpy_comes() -> None:
+    code = "import os, sys, edgemerge.cli as c; c.settle_process(); "
+    code += "print(os.environ['OPENBLAS_NUM_THREADS'], 'numpy' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout == "1 False\n"
 
 
 @pytest.mark.parametrize("path", python_files(), ids=ids)

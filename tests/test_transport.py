@@ -198,7 +198,8 @@ def test_soft_is_hard_where_heads_stand_apart() -> None:
 
 
 def test_the_command_line_does_not_import_the_solvers() -> None:
-    code = "import sys, edgemerge.cli; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    code = "import sys, edgemerge.cli as cli; cli.make_app(); "
+    code += "print(*sorted({m.split('.')[0] for m in sys.modules}))"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert set(result.stdout.split()) & {"scipy", "ot", "numba"} == set()

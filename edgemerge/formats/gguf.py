@@ -60,7 +60,7 @@ class GgufFile:
         read_exactly(self._fd, out_u8, self._offsets[name] + start, self.path, name)
 
     def forget(self, name: str, n_rows: int | None = None) -> None:
-        """Drop a tensor's pages, or those of its first rows, from the page cache, if we put them there."""
+        """Drop a tensor's pages, or its first rows', from the page cache, unless the file was in it."""
         if self._stays_cached:
             return
         spec = self.specs[name]
@@ -135,7 +135,7 @@ class GgufModel:
         return [part.path for part in self._parts]
 
     def forget(self, name: str, n_rows: int | None = None) -> None:
-        """Drop a tensor's pages, or those of its first rows, from the page cache, if we put them there."""
+        """Drop a tensor's pages, or its first rows', from the page cache, unless the file was in it."""
         self._homes[name].forget(name, n_rows)
 
     def states(self) -> Sequence[FileState]:

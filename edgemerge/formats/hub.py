@@ -305,7 +305,7 @@ class HubModel:
         fill_buffers(self._fds[shard], items, at, shard, hf_name(self.architecture, name))
 
     def forget(self, name: str, n_rows: int | None = None) -> None:
-        """Tell the system that a tensor's pages, or those of its first rows, will not be read again."""
+        """Drop a tensor's pages, or its first rows', from the page cache, unless the shard was in it."""
         if place := self._places.get(name):
             spec = self._specs[name]
             left = spec.nbytes if n_rows is None else n_rows * spec.row_bytes

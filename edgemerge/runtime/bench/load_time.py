@@ -83,6 +83,8 @@ def drop_cache(paths: Sequence[Path]) -> str:
             os.fsync(fd)  # what is not on the disk yet cannot be dropped
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             kept = max(kept, cached_share(fd))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             os.close(fd)
     if kept <= _LEFT:
