@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-TILE = 4096  # elements: sums of one tile stay in the first-level cache while the models pass by
+TILE = 2048  # elements: sums of one tile stay in the first-level cache while the models pass by
 
 
 @njit(cache=True, nogil=True)
@@ -57,7 +57,7 @@ def add_changes(weights_f32, scale, x_f32, limit, n_beyond_i64, base_f32):
     """Move the base along the sum of task vectors: `base += scale * sum_k weights[k] * (x[k] - base)`.
 
     `subtract`, `weighted_sum` and `add_scaled` in one pass over the first-level cache: the same roundings,
-    and 0.1 instead of 0.2 ns an element and model.
+    and two thirds of the time, with the count.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def add_changes(weights_f32, scale, x_f32, limit, n_beyond_i64, base_f32):
     scale : float
         lambda of the recipe; rounded to float32
     x_f32 : (n_models, n) float32
-        weights of the experts; row 0 may be overwritten
+        weights of the experts; row 0 is overwritten
     limit : int
         bits of a non-negative float32
     n_beyond_i64 : (1,) int64
@@ -80,39 +80,40 @@ def add_changes(weights_f32, scale, x_f32, limit, n_beyond_i64, base_f32):
     for start in range(0, n, TILE):
         stop = min(start + TILE, n)
         base = base_f32[start:stop]
-        first = x_f32[0, start:stop]
-        if n_models == 2:  # the sums stay in registers
-            _add_changes_of_two(weights_f32, factor, first, x_f32[1, start:stop], base)
+        total = x_f32[0, start:stop]
+        weight = weights_f32[0]
+        for i in range(total.size):
+            total[i] = weight * (total[i] - base[i])
+        for k in range(1, n_models - 1):
+            model = x_f32[k, start:stop]
+            weight = weights_f32[k]
+            for i in range(total.size):
+                total[i] += weight * (model[i] - base[i])
+        if n_models == 1:
+            for i in range(total.size):
+                base[i] += factor * total[i]
         else:
-            _sum_changes(weights_f32, x_f32[:, start:stop], base)
-            for i in range(base.size):
-                base[i] += factor * first[i]
-        bits = base.view(np.uint32)
-        for i in range(bits.size):
-            count += np.int64((bits[i] & np.uint32(0x7FFFFFFF)) >= least)
+            _add_last(
+                weights_f32[n_models - 1], factor, total, x_f32[n_models - 1, start:stop], base
+            )
+        count += _count_beyond(base.view(np.uint32), least)
     n_beyond_i64[0] = count
 
 
 @njit(cache=True, nogil=True)
-def _add_changes_of_two(weights, factor, first, second, base):
-    first_weight, second_weight = weights[0], weights[1]
+def _add_last(weight, factor, total, model, base):
     for i in range(base.size):
-        total = first_weight * (first[i] - base[i])
-        total += second_weight * (second[i] - base[i])
-        base[i] += factor * total
+        sum_of_all = total[i] + weight * (model[i] - base[i])
+        base[i] += factor * sum_of_all
 
 
 @njit(cache=True, nogil=True)
-def _sum_changes(weights, x, base):
-    total = x[0]
-    weight = weights[0]
-    for i in range(total.size):
-        total[i] = weight * (total[i] - base[i])
-    for k in range(1, weights.size):
-        model = x[k]
-        weight = weights[k]
-        for i in range(total.size):
-            total[i] += weight * (model[i] - base[i])
+def _count_beyond(bits, least):
+    # In 32 bits, as wide as the numbers: a tile has fewer.
+    count = np.int32(0)
+    for i in range(bits.size):
+        count = np.int32(count + np.int32((bits[i] & np.uint32(0x7FFFFFFF)) >= least))
+    return count
 
 
 @njit(cache=True, nogil=True)
