@@ -5,10 +5,11 @@
 
 The models are TinyLlama's shape with random weights, made once in --work (6.6 GB). benchmarks/make-peers
 makes the peers' environment; llama-quantize is `llama_model_quantize` of our own llama-cpp-python. Every
-step is a fresh process; the inputs are in the page cache. mergekit runs twice, as it comes and with one thread, and the run of less CPU time
-counts; that was one thread wherever both were tried, and --once asks only for it. All methods give the
-converter and the quantiser tensors of the same shapes and types, so these two run once and count for every
-method. CPU seconds and ratios are what to compare; wall time depends on what else the machine does.
+step is a fresh process; the inputs are in the page cache. mergekit runs twice, as it comes and with one
+thread, and the run of less CPU time counts; that was one thread wherever both were tried, and --once asks
+only for it. All methods give the converter and the quantiser tensors of the same shapes and types, so these
+two run once and count for every method. CPU seconds and ratios are what to compare; wall time depends on
+what else the machine does.
 """
 
 from __future__ import annotations
