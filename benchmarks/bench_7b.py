@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import CACHE, Merge, figures, finish, forget, make_gguf, table
+from measure import CACHE, Merge, figures, finish, make_gguf, read_in, table
+
+from edgemerge.runtime.bench.load_time import drop_cache
 
 FILE_TYPE = "Q4_K_M"
 SETTINGS = {"ties": {"density": 0.5}, "dare_ties": {"density": 0.6}}
-CHUNK = 4 << 20
 
 
 def main() -> None:
@@ -51,21 +52,17 @@ def main() -> None:
 
 def read_once(paths: Sequence[Path]) -> float:
     """Seconds to read files from the disk."""
-    forget(paths)
+    drop_cache(paths)
     started = time.monotonic()
-    buffer = memoryview(bytearray(CHUNK))
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+    read_in(paths)
     return time.monotonic() - started
 
 
 def measure(merge: Merge, models: Sequence[Path], output: Path, **limits: Any) -> dict[str, Any]:
     """Merge twice: as it is, and with stopwatches."""
-    forget(models)
+    drop_cache(models)
     cost, report = merge.run(output, **limits)
-    forget(models)
+    drop_cache(models)
     profile = merge.profile(output, **limits)
     return {
         **figures(cost),

@@ -25,6 +25,7 @@ from measure import machine, table
 from numpy.typing import NDArray
 
 from edgemerge.blocks import ELECTION_TILE, RANK_BINS, SUM_LANES
+from edgemerge.budget import Arena
 from edgemerge.checksums import crc32
 from edgemerge.formats.codec import CODECS, Codec
 from edgemerge.formats.ggml_types import GGML_TYPES
@@ -48,11 +49,8 @@ Row = dict[str, float | str]
 
 
 def aligned(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Memory at a multiple of 64 bytes, as a merge's own is: no vector spans two lines of a cache."""
-    n_bytes = 4 * math.prod(shape)
-    memory = np.empty(n_bytes + 64, np.uint8)
-    first = -memory.ctypes.data % 64
-    return memory[first : first + n_bytes].view(np.float32).reshape(shape)
+    """Memory that lies as a merge's own does: no vector spans two lines of a cache."""
+    return Arena(4 * math.prod(shape)).take(shape, np.float32).view(np.float32)
 
 
 def rate(work: Work) -> float:

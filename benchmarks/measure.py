@@ -21,6 +21,7 @@ USERS_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 CACHE = Path(os.environ.get("EDGEMERGE_BENCH") or USERS_CACHE / "edgemerge" / "bench")
 FIGURES = ROOT / "benchmarks" / "figures"
 EDGEMERGE = (sys.executable, "-m", "edgemerge")
+CHUNK = 4 << 20  # bytes read at once
 BLOCK_BYTES = 512  # unit of the kernel's count of output
 
 
@@ -144,19 +145,12 @@ def make_gguf(work: Path, shape: str, file_type: str, n_experts: int) -> list[Pa
     return paths
 
 
-def forget(paths: Iterable[Path]) -> None:
-    """Drop files from the page cache, so that reading them reads the disk."""
-    for path in paths:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def read_in(paths: Iterable[Path]) -> None:
-    """Bring files into the page cache."""
+    """Read files once: what is not in the page cache comes into it."""
+    buffer = memoryview(bytearray(CHUNK))
     for path in paths:
-        with path.open("rb") as file:
-            while file.read(1 << 24):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
                 pass
 
 

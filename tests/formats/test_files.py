@@ -12,8 +12,9 @@ import pytest
 
 from edgemerge import open_model
 from edgemerge.formats import files
+from edgemerge.runtime.bench.load_time import drop_cache
 from edgemerge.types import Source
-from tests.page_cache import is_dropped, share_of
+from tests.page_cache import share_of
 from tests.small_models import wide_tensors, write_gguf
 
 
@@ -47,7 +48,7 @@ def test_a_file_that_was_in_the_page_cache_stays_there(weights: Path) -> None:
 def test_pages_that_reading_brought_are_given_back(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not is_dropped([weights]):
+    if drop_cache([weights]):
         pytest.skip("this disk keeps its files in memory")
     # The header of so small a file brings all of it; of a real one it is a small part.
     monkeypatch.setattr(files, "cached_share", lambda fd: 0.5)
@@ -63,7 +64,7 @@ def test_share_of_a_file_by_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(files, "SAMPLE", 1 << 16)
     monkeypatch.setattr(files, "N_SAMPLES", 10)
     assert share_of(path) == 1.0
-    if not is_dropped([path]):
+    if drop_cache([path]):
         pytest.skip("this disk keeps its files in memory")
     fd = os.open(path, os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # reads nothing ahead
