@@ -1,4 +1,4 @@
-"""What Q4_K and Q5_K share: the search for scales and minima, and the head of a block.
+"""What Q4_K and Q5_K share, and Q2_K in part: the search for scales and minima, and the head of a block.
 
 Super-blocks of 256 values, eight sub-blocks of 32, each with its own scale and minimum. The search is that
 of ggml's quantize_row_q4_K_ref and quantize_row_q5_K_ref (make_qkx2_quants), bit for bit, turned on its
@@ -90,7 +90,7 @@ def search_tile(x, first, n_lanes, top, n_steps, first_step, scratch):
         tenths = np.float32(np.float32(0.1) * np.float32(step))
         divisor = np.float32(np.float32(first_step + tenths) + top)
         _project(tile, weights, quants, state, divisor, top)
-        _solve(state)
+        solve(state)
         _judge(tile, weights, quants, state, False)
 
 
@@ -204,8 +204,14 @@ def _project_lane(tile, weights, quants, state, lane, top):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _solve(state):
-    # Weighted least squares for scale and minimum; the minimum must not be positive.
+def solve(state):
+    """Fit scale and minimum to a candidate's quants by weighted least squares; the minimum is not positive.
+
+    Parameters
+    ----------
+    state : (17 * LANES,) float32
+        SUM_W to SUM_XL are read; NEW_SCALE and NEW_MIN are written, and NEW_ERROR begins at zero
+    """
     for lane in range(LANES):
         sum_w = state[SUM_W + lane]
         sum_x = state[SUM_X + lane]
@@ -238,6 +244,20 @@ def _judge(tile, weights, quants, state, is_first):
                 w = weights[(i + k) * LANES + lane]
                 error = np.float32(error + np.float32(w * np.float32(diff * diff)))
             state[NEW_ERROR + lane] = error
+    keep_better(state, is_first)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def keep_better(state, is_first):
+    """Keep the candidate where its error is less than that of the best fit so far.
+
+    Parameters
+    ----------
+    state : (17 * LANES,) float32
+        the best fit is overwritten where the candidate is better
+    is_first : bool
+        whether there is no fit yet
+    """
     for lane in range(LANES):
         better = is_first or state[NEW_ERROR + lane] < state[ERROR + lane]
         smallest = state[SMALLEST + lane]

@@ -5,7 +5,7 @@ bytes (ggml-common.h, block_q2_K): 16 bytes with a scale below and a minimum abo
 quants, d and dmin as binary16. Each half of the block holds four runs of 32 quants in 32 bytes, run
 r in bits 2 r and 2 r + 1.
 
-The encoder is ggml's quantize_row_q2_K_ref, bit for bit, turned on its side as q4_k.py explains: 64
+The encoder is ggml's quantize_row_q2_K_ref, bit for bit, turned on its side as affine_search.py explains: 64
 sub-blocks stand beside each other, tile[element, lane], and every loop runs over lanes: 14 times
 ggml's speed with AVX-512, 9 with AVX2.
 """
@@ -13,30 +13,34 @@ ggml's speed with AVX-512, 9 with AVX2.
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.affine_search import (
+    ERROR,
+    FIT_INVERSE,
+    FIT_MIN,
+    INVERSE,
+    LANES,
+    LARGEST,
+    NEW_ERROR,
+    NEW_MIN,
+    NEW_SCALE,
+    SCALE,
+    SMALLEST,
+    SUM_L,
+    SUM_L2,
+    SUM_W,
+    SUM_X,
+    SUM_XL,
+    keep_better,
+    solve,
+)
 from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
 
-LANES = 64
 TOP = 3  # largest quant
 STEPS = 16  # candidate scales of the search
 FIRST = -0.5  # what the first candidate adds to TOP; each further one adds 0.1
 
-# Rows of LANES float32 in the scratch, after the 16 rows of the tile and the 16 of its quants.
-SUM_W = 0 * LANES  # a value's weight is its magnitude
-SUM_X = 1 * LANES  # weighted, like the sums below
-LARGEST = 2 * LANES
-SMALLEST = 3 * LANES  # minimum of the best fit so far, never positive
-SCALE = 4 * LANES  # scale of the best fit so far
-ERROR = 5 * LANES  # its weighted absolute error
-FIT_INVERSE = 6 * LANES  # quants of the best fit: round(FIT_INVERSE * (x - FIT_MIN))
-FIT_MIN = 7 * LANES
-INVERSE = 8 * LANES  # 1 / scale of the candidate
-SUM_L = 9 * LANES  # of its quants, l in ggml's code
-SUM_L2 = 10 * LANES
-SUM_XL = 11 * LANES
-NEW_SCALE = 12 * LANES  # least squares for those quants
-NEW_MIN = 13 * LANES
-NEW_ERROR = 14 * LANES
-SCRATCH_LEN = (16 + 16 + 15) * LANES
+STATE = (16 + 16) * LANES  # after the tile and its quants; WEIGHT and LEAST are not used
+SCRATCH_LEN = STATE + 17 * LANES
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -166,27 +170,6 @@ def _project(tile, quants, state, divisor):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _solve(state):
-    # Weighted least squares for scale and minimum; the minimum must not be positive.
-    for lane in range(LANES):
-        sum_w = state[SUM_W + lane]
-        sum_x = state[SUM_X + lane]
-        sum_l = state[SUM_L + lane]
-        sum_l2 = state[SUM_L2 + lane]
-        sum_xl = state[SUM_XL + lane]
-        det = np.float32(np.float32(sum_w * sum_l2) - np.float32(sum_l * sum_l))
-        scale = np.float32(np.float32(sum_w * sum_xl) - np.float32(sum_x * sum_l))
-        scale = np.float32(scale / det)
-        minimum = np.float32(np.float32(sum_l2 * sum_x) - np.float32(sum_l * sum_xl))
-        minimum = np.float32(minimum / det)
-        scale = np.float32(sum_xl / sum_l2) if minimum > 0 else scale
-        # Without a positive determinant there is no candidate: NaN compares as no better.
-        state[NEW_SCALE + lane] = scale if det > 0 else np.float32(np.nan)
-        state[NEW_MIN + lane] = np.float32(0.0) if minimum > 0 else minimum
-        state[NEW_ERROR + lane] = np.float32(0.0)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _judge(tile, quants, state):
     # Error of a candidate; the better of it and the best so far stays.
     for i in range(0, 16, 8):
@@ -198,15 +181,7 @@ def _judge(tile, quants, state):
                 diff = np.float32(np.float32(diff + state[NEW_MIN + lane]) - x)
                 error = np.float32(error + np.float32(np.float32(abs(x)) * abs(diff)))
             state[NEW_ERROR + lane] = error
-    for lane in range(LANES):
-        better = state[NEW_ERROR + lane] < state[ERROR + lane]
-        smallest = state[SMALLEST + lane]
-        inverse = state[INVERSE + lane]
-        state[FIT_INVERSE + lane] = inverse if better else state[FIT_INVERSE + lane]
-        state[FIT_MIN + lane] = smallest if better else state[FIT_MIN + lane]
-        state[SMALLEST + lane] = state[NEW_MIN + lane] if better else smallest
-        state[SCALE + lane] = state[NEW_SCALE + lane] if better else state[SCALE + lane]
-        state[ERROR + lane] = state[NEW_ERROR + lane] if better else state[ERROR + lane]
+    keep_better(state, False)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -298,7 +273,7 @@ def encode_q2_k(x_f32, scratch_f32, out_u8):
     """
     tile = scratch_f32[: 16 * LANES]
     quants = scratch_f32[16 * LANES : 32 * LANES]
-    state = scratch_f32[32 * LANES : SCRATCH_LEN]
+    state = scratch_f32[STATE:SCRATCH_LEN]
     n_sub = x_f32.size // 16
     for first in range(0, n_sub, LANES):
         n_lanes = min(LANES, n_sub - first)
@@ -312,7 +287,7 @@ def encode_q2_k(x_f32, scratch_f32, out_u8):
             tenths = np.float32(np.float32(0.1) * np.float32(step))
             divisor = np.float32(np.float32(np.float32(FIRST) + tenths) + np.float32(TOP))
             _project(tile, quants, state, divisor)
-            _solve(state)
+            solve(state)
             _judge(tile, quants, state)
         for lane in range(0, n_lanes, 16):
             i = (first + lane) // 16

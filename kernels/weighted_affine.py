@@ -1,6 +1,6 @@
 """Scales and minima by weighted errors: Q2_K, Q4_K, Q5_K, Q4_1 and Q5_1 with an importance matrix.
 
-ggml's make_qkx3_quants with weights, bit for bit, turned on its side as q4_k.py explains: 64
+ggml's make_qkx3_quants with weights, bit for bit, turned on its side as affine_search.py explains: 64
 sub-blocks stand beside each other, tile[element, lane], and every loop runs over lanes.
 """
 

@@ -136,7 +136,7 @@ CODECS: dict[str, Codec] = {
         Codec("Q5_0", kernels="q5_0"),
         Codec("Q5_1", kernels="q5_1"),
         Codec("Q8_0", kernels="q8_0"),
-        Codec("Q2_K", kernels="q2_k", scratch_len=3008),
+        Codec("Q2_K", kernels="q2_k", scratch_len=3136),
         Codec("Q3_K", kernels="q3_k", scratch_len=2624),
         Codec("Q4_K", kernels="q4_k", scratch_len=7232),
         Codec("Q5_K", kernels="q5_k", scratch_len=7232),
