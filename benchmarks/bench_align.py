@@ -19,8 +19,8 @@ from measure import CACHE, machine, run, table
 from numpy.typing import NDArray
 
 from edgemerge import open_model
-from edgemerge.formats.gguf_writer import make_layout
-from edgemerge.formats.metadata import encode_value
+from edgemerge.formats.gguf.metadata import encode_value
+from edgemerge.formats.gguf.writer import make_layout
 from edgemerge.types import TensorSpec
 
 N_HEADS, N_KV_HEADS, HEAD_DIM, WIDTH = 32, 8, 128, 4096

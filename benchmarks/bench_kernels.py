@@ -24,15 +24,15 @@ from charts import COLOURS, INK, SOFT, new_figure, save
 from measure import machine, table
 from numpy.typing import NDArray
 
-from edgemerge.blocks import ELECTION_TILE, RANK_BINS, SUM_LANES
 from edgemerge.budget import Arena
-from edgemerge.checksums import crc32
-from edgemerge.formats.codec import CODECS, Codec
-from edgemerge.formats.ggml_types import GGML_TYPES
+from edgemerge.formats.gguf.types import GGML_TYPES
+from edgemerge.formats.quants.codec import CODECS, Codec
+from edgemerge.methods.blocks import ELECTION_TILE, RANK_BINS, SUM_LANES
 from edgemerge.native import KernelFile
+from edgemerge.output.checksums import crc32
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests import ggml_oracle
+from tests.support import ggml_oracle
 
 dare, della, gram, linear = (KernelFile(name) for name in ("dare", "della", "gram", "linear"))
 norms, select, ties = (KernelFile(name) for name in ("norms", "select", "ties"))

@@ -37,8 +37,8 @@ import numpy
 note("NumPy")
 import edgemerge.cli.merge
 note("edgemerge's command line")
-import edgemerge.crew
-from edgemerge.merge import merge
+import edgemerge.merging.workers
+from edgemerge.merging.run import merge
 note("what a merge imports")
 import json, pathlib
 request = json.loads(sys.argv[1])

@@ -19,7 +19,7 @@ from typing import Any
 from measure import machine, table
 
 from edgemerge import make_recipe, merge
-from edgemerge.presets import with_preset
+from edgemerge.recipe.presets import with_preset
 from edgemerge.runtime.evaluation.evaluate import Score, evaluate
 from edgemerge.runtime.evaluation.questions import read_questions
 from edgemerge.runtime.llama import Model

@@ -21,9 +21,9 @@ import numpy as np
 from measure import machine, table
 
 from edgemerge import make_recipe, merge, open_model
-from edgemerge.formats.codec import CODECS
-from edgemerge.formats.gguf_writer import make_layout
-from edgemerge.methods import METHODS
+from edgemerge.formats.gguf.writer import make_layout
+from edgemerge.formats.quants.codec import CODECS
+from edgemerge.methods.table import METHODS
 from edgemerge.runtime.generate import complete
 from edgemerge.runtime.llama import Model
 

@@ -23,7 +23,7 @@ from bench_kernels import N, aligned
 from measure import CACHE, machine, make_gguf, read_in, run, table
 
 from edgemerge import open_model
-from edgemerge.formats.codec import CODECS
+from edgemerge.formats.quants.codec import CODECS
 
 FILE_TYPE = "Q4_K_M"
 REPEATS = 7

@@ -109,7 +109,7 @@ class Source(Protocol):
         """All tensors by GGUF name, in the order in which GGUF lists them."""
 
     def metadata(self) -> Mapping[str, bytes]:
-        """GGUF key -> typed value as GGUF encodes it (see `edgemerge.formats.metadata`)."""
+        """GGUF key -> typed value as GGUF encodes it (see `edgemerge.formats.gguf.metadata`)."""
 
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` ((stop - start) * row_bytes,) with rows [start, stop) of a tensor, as stored."""
@@ -160,7 +160,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What to merge, as checked by `edgemerge.recipe`; never changed afterwards."""
+    """What to merge, as checked by `edgemerge.recipe.recipe`; never changed afterwards."""
 
     method: str
     base: Path | None

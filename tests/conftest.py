@@ -16,8 +16,8 @@ import pytest
 from edgemerge.native.signatures import SHARED
 
 if TYPE_CHECKING:
-    from tests.crashing import Crasher
-    from tests.llama_quantize import Quantiser
+    from tests.support.crashing import Crasher
+    from tests.support.llama_quantize import Quantiser
 
 TESTS = Path(__file__).resolve().parent
 
@@ -37,7 +37,7 @@ hypothesis.settings.load_profile("edgemerge")
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_kernels() -> None:
     """Compile all kernels by a few children, rather than one by one when a test comes to them."""
-    from edgemerge.warm import warm_all  # not before NUMBA_CACHE_DIR is set
+    from edgemerge.merging.precompile import warm_all  # not before NUMBA_CACHE_DIR is set
 
     warm_all(lambda done, total: None)
 
@@ -64,7 +64,7 @@ def golden_dir() -> Path:
 def quantiser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quantiser]:
     """llama_model_quantize, silent."""
     llama = pytest.importorskip("llama_cpp")
-    from tests.llama_quantize import Quantiser  # imports gguf, which not every machine has
+    from tests.support.llama_quantize import Quantiser  # imports gguf, which not every machine has
 
     logger = logging.getLogger("llama-cpp-python")  # its level decides what llama.cpp may print
     level = logger.level
@@ -76,7 +76,7 @@ def quantiser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quantiser]:
 @pytest.fixture(scope="session")
 def crasher() -> Iterator[Crasher]:
     """Runs merges that die where they are told to."""
-    from tests.crashing import crash_server
+    from tests.support.crashing import crash_server
 
     with crash_server() as server:
         yield server
@@ -85,7 +85,7 @@ def crasher() -> Iterator[Crasher]:
 @pytest.fixture(scope="session")
 def crash_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Small models for it: base, a, b."""
-    from tests.crashing import write_models
+    from tests.support.crashing import write_models
 
     return write_models(tmp_path_factory.mktemp("crash-models"))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests import portable_hashes
-from tests.reference import hard_rows
+from tests.support import portable_hashes
+from tests.twins.codecs import hard_rows
 
 STORED = portable_hashes.load()
 

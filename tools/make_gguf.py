@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgemerge
-from edgemerge.formats.codec import CODECS, row_bytes
-from edgemerge.formats.gguf_writer import make_layout
+from edgemerge.formats.gguf.writer import make_layout
+from edgemerge.formats.quants.codec import CODECS, row_bytes
 from edgemerge.types import Plan, TensorSpec
 
 PIECE = 256  # elements: a block of the K-quants, whole blocks of every other type

@@ -111,9 +111,9 @@ def _kind_of(thread: threading.Thread) -> str:
 
 def attach(watch: Stopwatch) -> None:
     """Put stopwatches around what edgemerge calls."""
-    from edgemerge import checksums
-    from edgemerge.formats.codec import Codec
+    from edgemerge.formats.quants.codec import Codec
     from edgemerge.native.kernel import Kernel
+    from edgemerge.output import checksums
 
     for section, names in SYSTEM_CALLS.items():
         for name in names:
@@ -183,7 +183,7 @@ def profile(arguments: list[str]) -> dict[str, Any]:
     watch.spent[START, MAIN] = Spent(START, MAIN, 1, before, PROCESS_CPU)
     command_line = watch.call(IMPORTS, importlib.import_module, "edgemerge.cli")
     command_line.settle_process()
-    for module in ("edgemerge.cli.merge", "edgemerge.merge", "edgemerge.crew"):
+    for module in ("edgemerge.cli.merge", "edgemerge.merging.run", "edgemerge.merging.workers"):
         watch.call(IMPORTS, importlib.import_module, module)
 
     attach(watch)

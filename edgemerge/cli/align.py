@@ -63,11 +63,11 @@ def align_command(
     json_: request.Json = False,
 ) -> None:
     """Find the attention heads of model A in model B, layer by layer."""
-    from edgemerge.compatibility import check_models
     from edgemerge.formats import open_model
-    from edgemerge.merge import default_threads
+    from edgemerge.merging.precompile import warm_kernels
+    from edgemerge.merging.run import default_threads
+    from edgemerge.planning.compatibility import check_models
     from edgemerge.sizes import parse_size
-    from edgemerge.warm import warm_kernels
 
     started = time.monotonic()
     budget = parse_size(memory) if memory is not None else None
@@ -88,7 +88,7 @@ def align_command(
     names = _names(paths)
     verdict = _judge(plans, *names)
     if plot is not None:
-        from edgemerge.plots import draw_alignment
+        from edgemerge.reports.plots import draw_alignment
 
         draw_alignment(plans, plot, reference=names[0], model=names[1], verdict=verdict.finding)
     if json_:
@@ -115,15 +115,15 @@ def align_command(
 
 def _attention_types(sources: Sequence[Source]) -> set[str]:
     """Types that will be decoded."""
-    from edgemerge.formats.codec import CODECS
+    from edgemerge.formats.quants.codec import CODECS
 
     specs = (spec for source in sources for spec in source.specs().values())
     return {spec.dtype for spec in specs if ".attn_" in spec.name and spec.dtype in CODECS}
 
 
 def _check_plot(plot: Path, models: Sequence[Path], *, force: bool) -> None:
-    from edgemerge.output import check_output
-    from edgemerge.plots import check_matplotlib
+    from edgemerge.output.file import check_output
+    from edgemerge.reports.plots import check_matplotlib
 
     if plot.suffix.lower() != ".png":
         raise typer.BadParameter(f"--plot {plot} must end in .png")
@@ -135,13 +135,13 @@ def _plan(
     reference: Source, other: Source, budget: int | None, threads: int, plotted: bool
 ) -> Work:
     """Divide the budget among workers, or refuse it with the smallest that works."""
-    from edgemerge.align import arena_need, layer_geometry
+    from edgemerge.alignment.heads import arena_need, layer_geometry
+    from edgemerge.alignment.sketch import sketched_names
     from edgemerge.budget import FLOOR_BYTES, MIB, SOLVER_BYTES, WORKER_BYTES
     from edgemerge.errors import BudgetError
-    from edgemerge.plan import DEFAULT_MEMORY
-    from edgemerge.plots import drawing_bytes
+    from edgemerge.planning.plan import DEFAULT_MEMORY
+    from edgemerge.reports.plots import drawing_bytes
     from edgemerge.sizes import format_size
-    from edgemerge.sketch import sketched_names
     from edgemerge.types import LayerHeads
 
     geometry = [
@@ -175,7 +175,7 @@ def _plan(
 
 
 def _align(reference: Source, other: Source, work: Work, seed: int, *, quiet: bool) -> Plans:
-    from edgemerge.align import align_models
+    from edgemerge.alignment.heads import align_models
 
     label = f"align {other.path.name}"
     with progress_bar(label, quiet=quiet) as progress:
@@ -247,7 +247,7 @@ def _reason(plan: HeadPlan | Skipped) -> str:
 def _as_json(
     paths: Sequence[Path], plans: Plans, verdict: Verdict, work: Work, seed: int
 ) -> dict[str, Any]:
-    from edgemerge.report import peak_rss_bytes
+    from edgemerge.output.report import peak_rss_bytes
 
     return {
         "reference": str(paths[0]),

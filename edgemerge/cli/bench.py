@@ -164,7 +164,7 @@ def bench_command(
 
 def _shortest_context(models: list[Path]) -> int:
     """Tokens that all models were trained for; a model that is none is refused here, not after an hour."""
-    from edgemerge.formats.metadata import get_value
+    from edgemerge.formats.gguf.metadata import get_value
     from edgemerge.runtime.model_files import open_gguf
 
     found = []
@@ -283,10 +283,10 @@ def _print_rest(benches: list[ModelBench], name: str, output_format: Format) -> 
 def _bench_merge(recipe: Path, output_format: Format) -> None:
     from edgemerge.cli.bench_records import csv_lines, merge_record
     from edgemerge.cli.bench_table import merge_table
-    from edgemerge.merge import plan
-    from edgemerge.recipe import load_recipe
+    from edgemerge.merging.precompile import warm_up
+    from edgemerge.merging.run import plan
+    from edgemerge.recipe.recipe import load_recipe
     from edgemerge.runtime.bench.merge_cost import measure_merge
-    from edgemerge.warm import warm_up
 
     intent = load_recipe(recipe)
     with _status() as show:
@@ -303,9 +303,9 @@ def _bench_merge(recipe: Path, output_format: Format) -> None:
 
 
 def _check_plot(plot: Path, models: list[Path], *, force: bool) -> None:
-    from edgemerge.output import check_output
-    from edgemerge.plots import check_matplotlib
-    from edgemerge.plots_bench import FORMATS
+    from edgemerge.output.file import check_output
+    from edgemerge.reports.plots import check_matplotlib
+    from edgemerge.reports.plots_bench import FORMATS
 
     if plot.suffix.lower() not in FORMATS:
         raise typer.BadParameter(f"--plot {plot}: the name must end in {', '.join(FORMATS)}")
@@ -314,7 +314,7 @@ def _check_plot(plot: Path, models: list[Path], *, force: bool) -> None:
 
 
 def _draw(benches: list[ModelBench], name: str, plot: Path) -> None:
-    from edgemerge.plots_bench import BenchPoint, draw_bench
+    from edgemerge.reports.plots_bench import BenchPoint, draw_bench
 
     points = []
     for bench in benches:

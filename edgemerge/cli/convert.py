@@ -27,7 +27,7 @@ def convert_command(
     json_: request.Json = False,
 ) -> None:
     """Convert one model: Hugging Face to GGUF, or GGUF to another type."""
-    from edgemerge.recipe import make_recipe
+    from edgemerge.recipe.recipe import make_recipe
 
     recipe = make_recipe(
         "passthrough",

@@ -113,8 +113,8 @@ def _output_folder(kept: Path | None) -> Iterator[Path]:
 
 def _make_files(folder: Path, out: Path, *, force: bool) -> dict[str, Path]:
     """Convert the three models and make all merges; say what is done."""
-    from edgemerge.merge import merge
-    from edgemerge.recipe import make_recipe
+    from edgemerge.merging.run import merge
+    from edgemerge.recipe.recipe import make_recipe
 
     files: dict[str, Path] = {}
     for name in ("base", *EXPERTS):

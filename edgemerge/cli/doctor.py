@@ -55,7 +55,7 @@ def _warm() -> None:
     """Compile, and count the steps on stderr while it is a terminal."""
     import sys
 
-    from edgemerge.warm import warm_all
+    from edgemerge.merging.precompile import warm_all
 
     shown = sys.stderr is not None and sys.stderr.isatty()
 

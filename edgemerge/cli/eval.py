@@ -113,7 +113,7 @@ def eval_command(
     right option scores highest, acc_norm the same per character of the option. Further models are
     compared with the first.
     """
-    from edgemerge.output import check_output
+    from edgemerge.output.file import check_output
     from edgemerge.runtime.evaluation import run as evaluation
     from edgemerge.runtime.library import load_library
     from edgemerge.runtime.model_files import open_gguf

@@ -13,8 +13,8 @@ from edgemerge.cli.terminal import plain, print_json, print_table, speaks_plainl
 from edgemerge.types import Source
 
 if TYPE_CHECKING:
-    from edgemerge.inspection import Inspection
-    from edgemerge.survival import Verdict
+    from edgemerge.formats.inspection import Inspection
+    from edgemerge.planning.losses import Verdict
 
 __all__ = ["inspect_command"]
 
@@ -42,8 +42,8 @@ def inspect_command(
     from pathlib import Path
 
     from edgemerge.formats import open_model
-    from edgemerge.inspection import inspect_model
-    from edgemerge.survival import judge_merge
+    from edgemerge.formats.inspection import inspect_model
+    from edgemerge.planning.losses import judge_merge
 
     with ExitStack() as stack:
         source = open_model(Path(model))
@@ -69,9 +69,9 @@ def inspect_command(
 
 
 def _as_json(source: Source, inspection: Inspection, *, with_templates: bool) -> dict[str, Any]:
-    from edgemerge.formats.metadata import decode_value
-    from edgemerge.inspection import shorten
-    from edgemerge.survival import foresee_losses
+    from edgemerge.formats.gguf.metadata import decode_value
+    from edgemerge.formats.inspection import shorten
+    from edgemerge.planning.losses import foresee_losses
 
     document: dict[str, Any] = shorten(asdict(inspection))
     document["bytes"] = document.pop("nbytes")
@@ -101,7 +101,7 @@ def _as_json(source: Source, inspection: Inspection, *, with_templates: bool) ->
 
 def _print_template(source: Source) -> None:
     from edgemerge.errors import FormatError
-    from edgemerge.inspection import inspect_model
+    from edgemerge.formats.inspection import inspect_model
 
     templates = inspect_model(source).templates
     if not templates:
@@ -112,8 +112,8 @@ def _print_template(source: Source) -> None:
 
 
 def _print(source: Source, inspection: Inspection) -> None:
-    from edgemerge.formats.gguf import GgufModel
-    from edgemerge.survival import foresee_losses
+    from edgemerge.formats.gguf.model import GgufModel
+    from edgemerge.planning.losses import foresee_losses
 
     print(f"{plain(inspection.name)}  ({source.path})")
     for line in _summary(inspection):
@@ -216,7 +216,7 @@ def _print_verdict(verdict: Verdict, base: str) -> None:
 
 
 def _show(raw: bytes) -> str:
-    from edgemerge.formats.metadata import decode_value
+    from edgemerge.formats.gguf.metadata import decode_value
 
     value = decode_value(raw)
     if isinstance(value, list):

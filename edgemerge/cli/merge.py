@@ -18,7 +18,7 @@ from edgemerge.types import Plan, Recipe, TensorJob
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from edgemerge.report import MergeReport
+    from edgemerge.output.report import MergeReport
 
 __all__ = ["merge_command", "plan_command", "print_report", "run_merge"]
 
@@ -46,10 +46,10 @@ def merge_command(
     sign: request.Sign = None,
 ) -> None:
     """Merge models into one GGUF."""
-    from edgemerge.output import check_output
-    from edgemerge.output_parts import is_begun
-    from edgemerge.page import write_page
-    from edgemerge.signature import signature_path
+    from edgemerge.output.file import check_output
+    from edgemerge.output.parts import is_begun
+    from edgemerge.provenance.signature import signature_path
+    from edgemerge.reports.page import write_page
 
     key = None if sign is None else _read_key(sign)  # now, not after an hour's work
 
@@ -86,7 +86,7 @@ def merge_command(
 
 
 def _read_key(path: Path) -> Ed25519PrivateKey:
-    from edgemerge.keys import read_private_key
+    from edgemerge.provenance.keys import read_private_key
 
     return read_private_key(path)
 
@@ -106,7 +106,7 @@ def run_merge(
 
     `memory` and `split` are sizes as the user wrote them.
     """
-    from edgemerge.merge import merge
+    from edgemerge.merging.run import merge
     from edgemerge.sizes import parse_size
 
     budget = parse_size(memory) if memory is not None else None
@@ -125,7 +125,7 @@ def run_merge(
 
 def _say_if_scarce(budget: int | None) -> None:
     """Say so where the machine, or the control group, has less memory to give than the merge may take."""
-    from edgemerge.plan import DEFAULT_MEMORY
+    from edgemerge.planning.plan import DEFAULT_MEMORY
     from edgemerge.process import read_process
     from edgemerge.runtime.board.memory import read_memory
     from edgemerge.sizes import format_size
@@ -169,7 +169,7 @@ def plan_command(
     json_: request.Json = False,
 ) -> None:
     """Show what a merge would read, write and need, without doing it."""
-    from edgemerge.merge import plan
+    from edgemerge.merging.run import plan
     from edgemerge.sizes import parse_size
 
     recipe = request.read_request(

@@ -131,8 +131,8 @@ def read_request(
     RecipeError
         What they ask for does not exist or is not possible.
     """
-    from edgemerge.presets import with_preset
-    from edgemerge.recipe import check_alignment, find_imatrix, load_recipe, make_recipe
+    from edgemerge.recipe.presets import with_preset
+    from edgemerge.recipe.recipe import check_alignment, find_imatrix, load_recipe, make_recipe
 
     pairs = read_tensor_types(tensor_types)
     if method is None:

@@ -22,7 +22,7 @@ def keygen_command(
     ],
 ) -> None:
     """Make a pair of Ed25519 keys, to sign models and to check signatures."""
-    from edgemerge.keys import create_keys, key_id, read_public_key
+    from edgemerge.provenance.keys import create_keys, key_id, read_public_key
 
     private, public = create_keys(name)
     print(f"{private}  signs; keep it where only you can read it")
@@ -41,7 +41,7 @@ def sign_command(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing signature.")] = False,
 ) -> None:
     """Sign every byte of a model: FILE.sig is written beside it."""
-    from edgemerge.keys import key_id, read_private_key
+    from edgemerge.provenance.keys import key_id, read_private_key
 
     private = read_private_key(key)
     target = sign_output(model, private, force=force, quiet=False)
@@ -50,7 +50,7 @@ def sign_command(
 
 def sign_output(model: Path, key: Ed25519PrivateKey, *, force: bool, quiet: bool) -> Path:
     """Sign under a progress bar, which `quiet` leaves out; return the signature's path."""
-    from edgemerge.signature import sign_model
+    from edgemerge.provenance.signature import sign_model
 
     with progress_bar(f"sign {model.name}", quiet=quiet) as progress:
         return sign_model(model, key, force=force, progress=progress)

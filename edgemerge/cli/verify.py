@@ -12,9 +12,9 @@ from edgemerge.cli import request
 from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plainly
 
 if TYPE_CHECKING:
-    from edgemerge.inspection import Provenance
-    from edgemerge.signature import Signed
-    from edgemerge.verification import Verification
+    from edgemerge.formats.inspection import Provenance
+    from edgemerge.provenance.signature import Signed
+    from edgemerge.provenance.verification import Verification
 
 __all__ = ["verify_command"]
 
@@ -42,9 +42,9 @@ def verify_command(
     json_: request.Json = False,
 ) -> None:
     """Check a merged file against its own checksums, and say what made it."""
-    from edgemerge.merge import default_threads
-    from edgemerge.origins import check_inputs
-    from edgemerge.verification import has_provenance, verify_model
+    from edgemerge.merging.run import default_threads
+    from edgemerge.provenance.inputs import check_inputs
+    from edgemerge.provenance.verification import has_provenance, verify_model
 
     signed = None if key is None else _check_signature(model, key, quiet=json_)
     # Every byte is then known to be right, whatever else cannot be told.
@@ -63,8 +63,8 @@ def verify_command(
 
 
 def _check_signature(model: Path, key: Path, *, quiet: bool) -> Signed:
-    from edgemerge.keys import read_public_key
-    from edgemerge.signature import check_signature
+    from edgemerge.provenance.keys import read_public_key
+    from edgemerge.provenance.signature import check_signature
 
     public = read_public_key(key)
     with progress_bar(f"signature of {model.name}", quiet=quiet) as progress:
@@ -72,7 +72,7 @@ def _check_signature(model: Path, key: Path, *, quiet: bool) -> Signed:
 
 
 def _as_json(found: Verification, signed: Signed | None, *, checked: bool) -> dict[str, Any]:
-    from edgemerge.inspection import shorten
+    from edgemerge.formats.inspection import shorten
 
     provenance = found.provenance
     return {

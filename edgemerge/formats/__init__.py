@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.gguf import GgufModel
+from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.types import Source
 
 __all__ = ["open_model"]
@@ -23,7 +23,7 @@ def open_model(path: str | os.PathLike[str]) -> Source:
     path = Path(path)
     if path.is_dir():
         # Not always wanted, and a third of what reading models imports.
-        from edgemerge.formats.hub import HubModel
+        from edgemerge.formats.hub.model import HubModel
 
         return HubModel(path)
     if path.exists() and not path.is_file():

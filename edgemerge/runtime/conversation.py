@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgemerge.errors import FormatError, RuntimeFailure
-from edgemerge.output import check_output, write_file
+from edgemerge.output.file import check_output, write_file
 from edgemerge.runtime.generate import End, Session, read_prompt
 from edgemerge.runtime.template import Message, Template
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.formats.gguf import GgufFile, GgufModel
-from edgemerge.formats.gguf_split import sibling_parts
+from edgemerge.formats.gguf.model import GgufFile, GgufModel
+from edgemerge.formats.gguf.split import sibling_parts
 
 __all__ = ["check_adapter", "model_files", "open_gguf"]
 

@@ -14,8 +14,8 @@ from edgemerge import open_model
 from edgemerge.formats import files
 from edgemerge.runtime.bench.load_time import drop_cache
 from edgemerge.types import Source
-from tests.page_cache import share_of
-from tests.small_models import wide_tensors, write_gguf
+from tests.support.page_cache import share_of
+from tests.support.small_models import wide_tensors, write_gguf
 
 
 def read_and_forget(model: Source) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.gguf import GgufModel
-from tests.bounded import bounded
+from edgemerge.formats.gguf.model import GgufModel
+from tests.support.bounded import bounded
 
 HOSTILE = Path(__file__).resolve().parent.parent / "data" / "hostile"
 CASES = [

@@ -1,6 +1,6 @@
 """Every hostile file of all families, each in a process of its own: a named error, soon, in little memory.
 
-`tests.bounded` counts what Python and NumPy ask for; here it is what the kernel gives.
+`tests.support.bounded` counts what Python and NumPy ask for; here it is what the kernel gives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.bounded import MAX_BYTES, MAX_SECONDS
 from tests.formats.test_hostile_families import REFUSED
 from tests.formats.test_hostile_sizes import (
     GIB,
@@ -25,6 +24,7 @@ from tests.formats.test_hostile_sizes import (
     write_large_gguf,
     write_large_header,
 )
+from tests.support.bounded import MAX_BYTES, MAX_SECONDS
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 PATIENCE = 120.0  # seconds for all of them
@@ -41,7 +41,7 @@ class Cost(NamedTuple):
 def measure(jobs: list[tuple[str, Path]]) -> dict[Path, Cost]:
     """Read all files, each in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.hostile_child"],
+        [sys.executable, "-m", "tests.support.hostile_child"],
         input=json.dumps([(reader, str(path)) for reader, path in jobs]),
         capture_output=True,
         text=True,

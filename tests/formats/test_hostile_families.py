@@ -11,8 +11,8 @@ import pytest
 
 from edgemerge.errors import FormatError
 from edgemerge.formats import open_model
-from edgemerge.formats.gguf import GgufModel
-from tests.bounded import bounded
+from edgemerge.formats.gguf.model import GgufModel
+from tests.support.bounded import bounded
 
 F32, Q4_0, BOOL, U32, STRING, ARRAY = 0, 2, 7, 4, 8, 9
 U64_MAX = (1 << 64) - 1

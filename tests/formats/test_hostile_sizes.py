@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.gguf import GgufModel
-from edgemerge.formats.gguf_header import (
+from edgemerge.formats.gguf.header import (
     MAX_METADATA_BYTES,
     MAX_PAIRS,
     MAX_STRINGS,
     MAX_TENSORS,
 )
-from edgemerge.formats.hub import HubModel
-from edgemerge.formats.hub_card import general_metadata
-from edgemerge.formats.hub_files import stored_tensors
+from edgemerge.formats.gguf.model import GgufModel
+from edgemerge.formats.hub.card import general_metadata
+from edgemerge.formats.hub.files import stored_tensors
+from edgemerge.formats.hub.model import HubModel
+from edgemerge.formats.hub.safetensors import MAX_HEADER_BYTES, MAX_HEADER_VALUES, read_header
 from edgemerge.formats.json_file import MAX_BYTES, MAX_VALUES, read_object
-from edgemerge.formats.safetensors import MAX_HEADER_BYTES, MAX_HEADER_VALUES, read_header
-from tests.bounded import bounded
+from tests.support.bounded import bounded
 
 ARCHITECTURES = Path(__file__).parents[1] / "data" / "architectures"
 GIB = 1 << 30

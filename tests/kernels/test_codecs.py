@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from edgemerge.formats.codec import CODECS, Codec
-from tests import reference, reference_codecs, reference_lattice
+from edgemerge.formats.quants.codec import CODECS, Codec
+from tests.twins import codecs as reference
+from tests.twins import few_bits as reference_codecs
+from tests.twins import lattice as reference_lattice
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgemerge.kernels import dare, della, gram, linear, norms, select, ties
-from tests import reference_methods as reference
+from tests.twins import methods as reference
 
 Float32 = NDArray[np.float32]
 Bits = NDArray[np.uint32]

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
+from edgemerge.alignment.transport import REG, select_support, solve_sinkhorn
 from edgemerge.kernels import sinkhorn
-from edgemerge.transport import REG, select_support, solve_sinkhorn
 
 Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemerge import blocks, checksums
 from edgemerge.kernels import crc, della, gram, heads, linear, norms, sinkhorn, ties
+from edgemerge.methods import blocks
 from edgemerge.native import KernelFile, load_kernel
 from edgemerge.native.compiler import compile_object
 from edgemerge.native.image import BadImage, Image
 from edgemerge.native.linker import LinkError, link
 from edgemerge.native.signatures import SHARED, SIGNATURES
+from edgemerge.output import checksums
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 RNG = np.random.default_rng(0)

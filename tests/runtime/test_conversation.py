@@ -14,7 +14,7 @@ from edgemerge.runtime.generate import End, Session, read_prompt
 from edgemerge.runtime.llama import Model
 from edgemerge.runtime.sampling import Sampling
 from edgemerge.runtime.template import Template
-from tests.tiny_gguf import CONTEXT
+from tests.support.tiny_gguf import CONTEXT
 
 pytestmark = pytest.mark.llama
 

@@ -9,7 +9,7 @@ import pytest
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.generate import complete, read_prompt
 from edgemerge.runtime.llama import Model
-from tests.tiny_gguf import CONTEXT
+from tests.support.tiny_gguf import CONTEXT
 
 pytestmark = pytest.mark.llama
 

@@ -8,7 +8,7 @@ import pytest
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.llama import Lora, Model
-from tests.tiny_gguf import CONTEXT, N_EMBD, N_LAYERS, write_tiny_gguf
+from tests.support.tiny_gguf import CONTEXT, N_EMBD, N_LAYERS, write_tiny_gguf
 
 pytestmark = pytest.mark.llama
 

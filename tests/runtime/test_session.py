@@ -13,7 +13,7 @@ from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.generate import End, Session, _Text, read_prompt
 from edgemerge.runtime.llama import Model
 from edgemerge.runtime.sampling import MAX_SEED, Sampling
-from tests.tiny_gguf import CONTEXT
+from tests.support.tiny_gguf import CONTEXT
 
 pytestmark = pytest.mark.llama
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgemerge.errors import EdgemergeError
-from tests.bounded import bounded
+from tests.support.bounded import bounded
 from tools.fuzz.targets import TARGETS
 
 CORPUS = Path(__file__).resolve().parents[1] / "data" / "fuzz"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgemerge import open_model
-from edgemerge.formats.codec import CODECS
+from edgemerge.formats.quants.codec import CODECS
 from edgemerge.types import Float32
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "make_gguf.py"

@@ -17,7 +17,7 @@ from edgemerge.runtime.serve.app import make_app
 from edgemerge.runtime.serve.models import ModelFile, ModelStore, Servable, read_model_file
 from edgemerge.runtime.serve.queue import Queue
 from edgemerge.runtime.serve.status import Status
-from tests.serving import Serving
+from tests.support.serving import Serving
 
 KEY = "fuzz"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from edgemerge.formats.hub import HubModel
+from edgemerge.formats.hub.model import HubModel
 
 __all__ = ["read_directory"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from edgemerge.formats import open_model
-from edgemerge.formats.metadata import decode_value
+from edgemerge.formats.gguf.metadata import decode_value
 
 __all__ = ["read_gguf"]
 

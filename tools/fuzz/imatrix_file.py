@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgemerge.formats.imatrix import ImportanceMatrix
+from edgemerge.formats.quants.imatrix import ImportanceMatrix
 
 __all__ = ["read_imatrix"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgemerge.recipe import load_recipe
+from edgemerge.recipe.recipe import load_recipe
 
 __all__ = ["read_recipe"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgemerge.formats.safetensors import read_header
+from edgemerge.formats.hub.safetensors import read_header
 
 __all__ = ["read_safetensors"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.merging.precompile import find_cold_of_all
 from edgemerge.runtime.board.device import (
     Board,
     Swap,
@@ -25,7 +26,6 @@ from edgemerge.runtime.board.storage import Storage, measure_storage
 from edgemerge.runtime.doctor.advice import advise, merge_budget, warn_of_board, warn_of_llama
 from edgemerge.runtime.doctor.build import LlamaBuild, read_build
 from edgemerge.runtime.doctor.fit import Fit, ModelFit, fit_examples, fit_model
-from edgemerge.warm import find_cold_of_all
 
 __all__ = ["Diagnosis", "Kernels", "Power", "examine"]
 

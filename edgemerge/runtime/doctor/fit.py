@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgemerge.formats import open_model
-from edgemerge.formats.filetypes import tensor_types
-from edgemerge.formats.ggml_types import row_bytes
-from edgemerge.formats.metadata import encode_value, get_value
+from edgemerge.formats.gguf.metadata import encode_value, get_value
+from edgemerge.formats.gguf.types import row_bytes
+from edgemerge.formats.quants.filetypes import tensor_types
 from edgemerge.types import Source, TensorSpec
 
 __all__ = ["EXAMPLES", "FILE_TYPES", "PROCESS_BYTES", "TABLE_CONTEXT", "Example", "Fit", "ModelFit"]

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from edgemerge.errors import OutputError
-from edgemerge.output import write_file
+from edgemerge.output.file import write_file
 from edgemerge.runtime.model_files import model_files
 
 __all__ = ["Journal", "Results", "identify", "sha256_of"]

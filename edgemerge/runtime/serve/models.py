@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from edgemerge.errors import BudgetError, EdgemergeError, RecipeError
-from edgemerge.formats.gguf import GgufModel
-from edgemerge.formats.metadata import get_value
+from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.runtime.doctor.fit import Needs, read_needs
 from edgemerge.runtime.model_files import open_gguf
 from edgemerge.runtime.serve.errors import SERVER, Refusal

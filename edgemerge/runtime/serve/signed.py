@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from edgemerge.keys import read_public_key
+from edgemerge.provenance.keys import read_public_key
+from edgemerge.provenance.signature import check_signature
 from edgemerge.runtime.serve.models import ModelFile, Servable
-from edgemerge.signature import check_signature
 
 __all__ = ["SignedLoader"]
 

@@ -18,9 +18,9 @@ from itertools import product
 from pathlib import Path
 
 from edgemerge.errors import OutputError, RecipeError
+from edgemerge.provenance.signature import signature_path
 from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.serve.key import check_characters
-from edgemerge.signature import signature_path
 
 __all__ = ["Service", "make_unit", "write_unit"]
 

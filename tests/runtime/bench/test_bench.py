@@ -12,7 +12,7 @@ from edgemerge.runtime.bench.bench import BenchSettings, bench_model
 from edgemerge.runtime.evaluation.evaluate import evaluate
 from edgemerge.runtime.evaluation.questions import Question
 from edgemerge.runtime.llama import Model
-from tests.tiny_gguf import CONTEXT
+from tests.support.tiny_gguf import CONTEXT
 
 pytestmark = pytest.mark.llama
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from edgemerge.runtime.bench.load_time import drop_cache, load_timed
-from tests.page_cache import share_of
+from tests.support.page_cache import share_of
 
 
 def test_the_cache_is_dropped_or_it_is_said_why_not(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from edgemerge.process import read_process
 from edgemerge.runtime.bench.bench import BenchSettings, Measured
 from edgemerge.runtime.bench.peak_memory import MemorySplit, PeakMemory, mapped_bytes
 from edgemerge.runtime.library import Buffers
-from tests.tiny_gguf import N_EMBD, N_HEADS, N_KV_HEADS, N_LAYERS
+from tests.support.tiny_gguf import N_EMBD, N_HEADS, N_KV_HEADS, N_LAYERS
 
 MIB = 1 << 20
 

@@ -11,7 +11,7 @@ import pytest
 
 from edgemerge.budget import FLOOR_BYTES, MIB
 from edgemerge.errors import FormatError, RuntimeFailure
-from edgemerge.formats.metadata import encode_value
+from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.runtime.board.device import (
     Memory,
     Swap,

@@ -10,7 +10,7 @@ from edgemerge.runtime.evaluation import likelihood as module
 from edgemerge.runtime.evaluation.likelihood import option_likelihoods, score_questions
 from edgemerge.runtime.evaluation.questions import Question
 from edgemerge.runtime.llama import Model
-from tests.tiny_gguf import CONTEXT
+from tests.support.tiny_gguf import CONTEXT
 
 pytestmark = pytest.mark.llama
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgemerge.merge import merge
-from edgemerge.recipe import make_recipe
+from edgemerge.merging.run import merge
+from edgemerge.recipe.recipe import make_recipe
 from edgemerge.runtime.evaluation.evaluate import mark, score
 from edgemerge.runtime.evaluation.likelihood import option_likelihoods
 from edgemerge.runtime.evaluation.tasks import Task, read_task

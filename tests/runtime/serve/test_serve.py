@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from edgemerge.runtime.llama import Model
-from tests.serving import Serving, make_served_gguf
+from tests.support.serving import Serving, make_served_gguf
 
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.llama

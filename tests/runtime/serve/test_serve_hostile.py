@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from edgemerge.merge import merge
-from edgemerge.recipe import make_recipe
+from edgemerge.merging.run import merge
+from edgemerge.recipe.recipe import make_recipe
 from edgemerge.runtime.serve.errors import Refusal
 from edgemerge.runtime.serve.gate import Access
-from tests.malformed_requests import make_request
-from tests.serving import Serving, make_served_gguf
+from tests.support.malformed_requests import make_request
+from tests.support.serving import Serving, make_served_gguf
 
 pytestmark = pytest.mark.llama
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import Answer, Serving, make_served_gguf
+from tests.support.serving import Answer, Serving, make_served_gguf
 
 pytestmark = pytest.mark.llama
 

@@ -15,7 +15,7 @@ import pytest
 from edgemerge.runtime.evaluation.likelihood import option_likelihoods
 from edgemerge.runtime.evaluation.questions import read_questions
 from edgemerge.runtime.llama import Model
-from tests.serving import Serving, make_served_gguf
+from tests.support.serving import Serving, make_served_gguf
 
 pytestmark = pytest.mark.llama
 

@@ -10,8 +10,8 @@ from edgemerge.runtime.library import load_library
 from edgemerge.runtime.serve.errors import Refusal
 from edgemerge.runtime.serve.models import ModelFile, ModelStore, read_model_file
 from tests.runtime.test_llama import add_lora, write_lora
-from tests.serving import Serving, make_served_gguf
-from tests.tiny_gguf import CONTEXT, write_tiny_gguf
+from tests.support.serving import Serving, make_served_gguf
+from tests.support.tiny_gguf import CONTEXT, write_tiny_gguf
 
 MIB = 1 << 20
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from edgemerge.errors import VerificationError
-from edgemerge.keys import create_keys, read_private_key
+from edgemerge.provenance.keys import create_keys, read_private_key
+from edgemerge.provenance.signature import sign_model, signature_path
 from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.serve.models import ModelFile
 from edgemerge.runtime.serve.signed import SignedLoader
 from edgemerge.runtime.serve.systemd import Service
-from edgemerge.signature import sign_model, signature_path
-from tests.bits import flip_bit
+from tests.cli.test_serve import assert_refused, serve
 from tests.runtime.test_llama import write_lora
-from tests.serving import Serving
-from tests.test_cli_serve import assert_refused, serve
-from tests.tiny_gguf import write_tiny_gguf
+from tests.support.bits import flip_bit
+from tests.support.serving import Serving
+from tests.support.tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.runtime.serve.page_stub import PageStub
-from tests.serving import Serving, make_served_gguf
+from tests.support.serving import Serving, make_served_gguf
 
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 

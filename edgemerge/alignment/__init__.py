@@ -1,0 +1,1 @@
+"""Which attention heads and feed-forward neurons of two models belong together."""

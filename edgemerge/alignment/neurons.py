@@ -1,0 +1,318 @@
+"""Two more transformations that leave a model's function alone; off unless asked for.
+
+Both matter only for models that were trained apart, after their heads are aligned:
+
+- Values of a KV group may be rotated, if the columns of o that read them are rotated back: attention
+  only averages values. `find_rotations` takes the rotation that fits a reference best.
+- Neurons of a feed-forward layer may be permuted: rows of gate and up with columns of down.
+  `match_neurons` finds the best order (Ainsworth et al. 2023, "Git Re-Basin"). With the residual stream
+  fixed, layers do not depend on one another, so one assignment per layer is exact and none of that
+  paper's alternation is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemerge.alignment.sketch import check_finite, sketch_key
+from edgemerge.alignment.transport import GUARD, assign
+from edgemerge.formats.architectures import layer_index
+from edgemerge.formats.quants.codec import CODECS
+from edgemerge.native import KernelFile
+from edgemerge.sizes import format_size
+from edgemerge.types import Float32, HeadPlan, LayerHeads, Skipped, Source, TensorSpec
+
+__all__ = [
+    "NeuronPlan",
+    "Rotations",
+    "find_rotations",
+    "match_neurons",
+    "rotate_outputs",
+    "rotate_values",
+]
+
+kernels = KernelFile("heads")
+
+log = logging.getLogger(__name__)
+
+Float64: TypeAlias = NDArray[np.float64]
+Index: TypeAlias = NDArray[np.int64]
+
+NEURON_SKETCH = 256  # a neuron is one row, not a whole head: 64 would be too noisy
+BLOCK_ROWS = 64  # of a feed-forward tensor
+BYTES_PER_NEURON = 2 * 3 * 4 * NEURON_SKETCH + 8 * NEURON_SKETCH  # gate, up, down of two models
+BYTES_PER_PAIR = 16  # of neurons: float64 costs, and float32 products on their way there
+
+
+# -- values ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rotations:
+    """How the values of one layer's KV groups turn into a reference's; after the layer's `HeadPlan`."""
+
+    plan: HeadPlan
+    identity_cost: float  # squared distance of v and o, relative to their norms, as the heads are
+    cost: float
+    matrices: Float64 = field(repr=False)  # (n_kv_heads, value_length, value_length), orthogonal
+
+
+def find_rotations(
+    reference: Source, other: Source, plan: HeadPlan, *, guard: float = GUARD
+) -> Rotations:
+    """Find the rotation R of every KV group that brings its values closest to the reference's.
+
+    Minimises |V_A - R V_B|^2 + sum_h |O_A,h - O_B,h R^T|^2 over the query heads h of the group: the
+    orthogonal Procrustes problem (Schoenemann 1966), R = U W^T from the singular value decomposition
+    U S W^T of V_A V_B^T + sum_h O_A,h^T O_B,h. Sums run row by row in float64. Takes the memory of
+    value_length rows of v and o of both models, and a matrix of value_length squared per group.
+
+    Parameters
+    ----------
+    reference, other : Source
+        The models that the plan was made from.
+    plan : HeadPlan
+        Of the layer; its order of heads comes first.
+    guard : float
+        Values stay as they are unless rotating saves at least this share of the cost.
+    """
+    heads = plan.geometry
+    length, n_groups = heads.value_length, heads.n_kv_heads
+    per_group = heads.n_heads // n_groups
+    products = np.zeros((n_groups, length, length))
+    norms: list[float] = []
+    for group, theirs in enumerate(plan.kv_groups):
+        a = _read_values(reference, heads, plan.reference_layer, group)
+        b = _read_values(other, heads, plan.layer, theirs)
+        norms += [_squares(a), _squares(b)]
+        kernels.add_products(a, b, products[group])
+    blocks = zip(
+        _blocks(reference, f"blk.{plan.reference_layer}.attn_output.weight", length),
+        _blocks(other, f"blk.{plan.layer}.attn_output.weight", length),
+        strict=True,
+    )
+    for a, b in blocks:
+        norms += [_squares(a), _squares(b)]
+        for head, theirs in enumerate(plan.heads):
+            ours = np.ascontiguousarray(a[:, head * length : (head + 1) * length])
+            its = np.ascontiguousarray(b[:, theirs * length : (theirs + 1) * length])
+            kernels.add_products(ours, its, products[head // per_group])
+    left, sizes, right = np.linalg.svd(products)
+    total = math.fsum(norms)
+    kept = float(np.trace(products, axis1=1, axis2=2).sum())
+    costs = [
+        max(0.0, 1.0 - 2.0 * found / total) if total > 0.0 else 0.0
+        for found in (kept, float(sizes.sum()))
+    ]
+    matrices = np.ascontiguousarray(left @ right)
+    scaled = any(".attn_sub_norm." in name for name in heads.axes)  # o reads them scaled one by one
+    if scaled or costs[0] - costs[1] <= guard * costs[0]:
+        matrices[:] = np.eye(length)
+    return Rotations(plan, costs[0], costs[1], matrices)
+
+
+def rotate_values(found: Rotations, group: int, values_f32: Float32) -> Float32:
+    """Rotate the values of one KV group, already in the reference's order of groups.
+
+    Parameters
+    ----------
+    found : Rotations
+        Of the layer.
+    group : int
+        Index in the reference.
+    values_f32 : (value_length, n_cols) float32
+        The group's rows of v; or (value_length, 1), its part of the bias.
+
+    Returns
+    -------
+    (value_length, n_cols) float32
+    """
+    columns = np.ascontiguousarray(values_f32.T)
+    out = np.empty_like(columns)
+    kernels.rotate(columns, found.matrices[group], out)
+    return np.ascontiguousarray(out.T)
+
+
+def rotate_outputs(found: Rotations, rows_f32: Float32) -> Float32:
+    """Rotate rows of o, already in the reference's order of heads, to read rotated values.
+
+    Parameters
+    ----------
+    found : Rotations
+        Of the layer.
+    rows_f32 : (n_rows, n_heads * value_length) float32
+        Any rows of o.
+
+    Returns
+    -------
+    (n_rows, n_heads * value_length) float32
+    """
+    heads = found.plan.geometry
+    per_group = heads.n_heads // heads.n_kv_heads
+    parts = []
+    for head, part in enumerate(np.split(rows_f32, heads.n_heads, axis=1)):
+        out = np.empty(part.shape, np.float32)
+        kernels.rotate(np.ascontiguousarray(part), found.matrices[head // per_group], out)
+        parts.append(out)
+    return np.concatenate(parts, axis=1)
+
+
+def _read_values(source: Source, heads: LayerHeads, layer: int, group: int) -> Float32:
+    """Read a group's values, transposed: a row per model dimension, and one for the bias."""
+    prefix, first = f"blk.{layer}.attn_v", group * heads.value_length
+    if f"{prefix}.weight" not in source.specs():
+        prefix = f"blk.{layer}.attn_qkv"
+        first += (heads.n_heads + heads.n_kv_heads) * heads.key_length
+    stop = first + heads.value_length
+    values = _read(source, source.specs()[f"{prefix}.weight"], first, stop).T
+    if (bias := source.specs().get(f"{prefix}.bias")) is not None:
+        values = np.concatenate([values, _read(source, bias, 0, 1)[:, first:stop]])
+    return np.ascontiguousarray(values)
+
+
+# -- neurons -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronPlan:
+    """The order of one feed-forward layer's neurons that fits a reference best."""
+
+    layer: int
+    order: Index = field(repr=False)  # new neuron i is the model's neuron order[i]
+    identity_cost: float  # 0 equal, 1 unrelated
+    cost: float
+
+    def row_order(self, name: str, n_rows: int) -> Index | None:
+        """Rows of gate and up; a fused tensor of both holds the order twice."""
+        if name not in (f"blk.{self.layer}.ffn_gate.weight", f"blk.{self.layer}.ffn_up.weight"):
+            return None
+        n = len(self.order)
+        return np.concatenate([self.order + part for part in range(0, n_rows, n)])
+
+    def column_order(self, name: str) -> Index | None:
+        """Columns of down."""
+        return self.order if name == f"blk.{self.layer}.ffn_down.weight" else None
+
+
+def match_neurons(
+    reference: Source, other: Source, *, seed: int = 0, memory: int
+) -> list[NeuronPlan | Skipped]:
+    """Match the feed-forward neurons of every layer with a reference's.
+
+    Maximises the sum of <gate_A,i, gate_B,i> + <up_A,i, up_B,i> + <down_A,i, down_B,i>, each relative to
+    its mean norm and seen through sketches, by one linear assignment per layer.
+
+    Parameters
+    ----------
+    reference, other : Source
+        Two models of one architecture; the second is the one to move.
+    seed : int
+        Of the sketches.
+    memory : int
+        Bytes. n neurons take 16 n^2 and 8 KiB n of them; wider layers are skipped.
+
+    Returns
+    -------
+    list of NeuronPlan or Skipped
+        One per layer of the other model, in order. Identity where less than `GUARD` is saved.
+    """
+    specs = other.specs()
+    layers = sorted({i for name in specs if (i := layer_index(name)) is not None})
+    plans: list[NeuronPlan | Skipped] = []
+    for layer in layers:
+        reason = _cannot_match(reference, other, layer, memory)
+        if reason is not None:
+            log.info("%s: neurons of layer %d are not matched: %s", other.path, layer, reason)
+            plans.append(Skipped(layer, reason))
+        else:
+            plans.append(_match_layer(reference, other, layer, seed))
+    return plans
+
+
+def _cannot_match(reference: Source, other: Source, layer: int, memory: int) -> str | None:
+    prefix = f"blk.{layer}.ffn_"
+    names = {n for n in other.specs() if n.startswith(prefix) and not n.startswith(f"{prefix}norm")}
+    known = {f"{prefix}{part}.weight" for part in ("gate", "up", "down")}
+    if not names <= known or not {f"{prefix}up.weight", f"{prefix}down.weight"} <= names:
+        return "the layer is not a plain feed-forward layer without biases"
+    for name in names:
+        ours, theirs = reference.specs().get(name), other.specs()[name]
+        if ours is None or ours.shape != theirs.shape:
+            return f"{name} is not alike in the two models"
+        if ours.dtype not in CODECS or theirs.dtype not in CODECS:
+            return f"{name} is stored in no type of weights"
+    n = other.specs()[f"{prefix}down.weight"].n_cols
+    if any(other.specs()[name].n_rows % n for name in names if "down" not in name):
+        return f"the rows of up do not belong to {n} neurons"
+    need = BYTES_PER_PAIR * n * n + BYTES_PER_NEURON * n
+    if need > memory:
+        return f"{n} neurons take {format_size(need)} to match, of {format_size(memory)}"
+    return None
+
+
+def _match_layer(reference: Source, other: Source, layer: int, seed: int) -> NeuronPlan:
+    ours = _neuron_features(reference, layer, seed)
+    theirs = _neuron_features(other, layer, seed)
+    cost = np.zeros((len(ours[0]), len(theirs[0])))
+    for a, b in zip(ours, theirs, strict=True):
+        scale = math.sqrt(float(np.square(a).sum()) * float(np.square(b).sum())) / len(a)
+        cost -= (a @ b.T) / np.float32(scale or 1.0)
+    order = assign(cost)
+    rows = np.arange(len(order))
+    costs = [1.0 + float(cost[rows, taken].mean()) / len(ours) for taken in (rows, order)]
+    if costs[0] - costs[1] <= GUARD * costs[0]:
+        order = rows
+    return NeuronPlan(layer, order, costs[0], costs[1])
+
+
+def _neuron_features(source: Source, layer: int, seed: int) -> list[Float32]:
+    """Sketch gate, up and down: for each, a row per neuron."""
+    down = source.specs()[f"blk.{layer}.ffn_down.weight"]
+    buckets, signs = np.empty(down.n_rows, np.int32), np.empty(down.n_rows)
+    kernels.draw_sketch(sketch_key(seed), NEURON_SKETCH, buckets, signs)
+    sums, columns = np.empty(NEURON_SKETCH), np.zeros((NEURON_SKETCH, down.n_cols))
+    for i, block in enumerate(_blocks(source, down.name, BLOCK_ROWS)):
+        kernels.sketch_columns(block.reshape(-1), i * BLOCK_ROWS, buckets, signs, columns)
+    features = [np.ascontiguousarray(columns.T, np.float32)]
+    check_finite(source, down.name, features[0])
+    for part in ("gate", "up"):
+        spec = source.specs().get(f"blk.{layer}.ffn_{part}.weight")
+        if spec is None:
+            continue
+        rows = np.empty((spec.n_rows, NEURON_SKETCH), np.float32)
+        for i, block in enumerate(_blocks(source, spec.name, BLOCK_ROWS)):
+            out = rows[i * BLOCK_ROWS :][: len(block)]
+            kernels.sketch_rows(block.reshape(-1), buckets, signs, sums, out)
+        check_finite(source, spec.name, rows)
+        features += np.split(rows, spec.n_rows // down.n_cols)
+    return features
+
+
+# -- reading -----------------------------------------------------------------------------------------
+
+
+def _read(source: Source, spec: TensorSpec, start: int, stop: int) -> Float32:
+    raw = np.empty((stop - start) * spec.row_bytes, np.uint8)
+    values = np.empty((stop - start, spec.n_cols), np.float32)
+    source.read_rows(spec.name, start, stop, raw)
+    CODECS[spec.dtype].decode(raw, values.reshape(-1))
+    return values
+
+
+def _blocks(source: Source, name: str, height: int) -> Iterator[Float32]:
+    spec = source.specs()[name]
+    for start in range(0, spec.n_rows, height):
+        yield _read(source, spec, start, min(start + height, spec.n_rows))
+
+
+def _squares(x_f32: Float32) -> float:
+    norms = np.empty(len(x_f32))
+    kernels.squared_norms(x_f32, norms)
+    return math.fsum(norms)

@@ -1,0 +1,1 @@
+"""GGUF files: headers, metadata, tensors, splits, writing."""

@@ -1,0 +1,194 @@
+"""Reading GGUF files, whole or split: metadata, and rows of tensors over `pread`."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from edgemerge.errors import FormatError
+from edgemerge.formats.files import (
+    check_unchanged,
+    forget_range,
+    read_exactly,
+    read_state,
+    was_cached,
+)
+from edgemerge.formats.gguf.header import HeaderParser
+from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.split import COUNT_KEY, NUMBER_KEY, TOTAL_KEY, find_parts
+from edgemerge.types import FileState, TensorSpec, UInt8
+
+__all__ = ["GgufFile", "GgufModel"]
+
+
+class GgufFile:
+    """One GGUF file (version 2 or 3, little-endian), whatever it holds.
+
+    Raises
+    ------
+    FormatError
+        The header breaks the format, or the file is not a GGUF at all.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        # O_NONBLOCK: a named pipe in the place of a model must not hang us.
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise FormatError("is not a regular file; give a GGUF file", path=self.path)
+            self.state = read_state(self._fd, self.path)
+            self._stays_cached = was_cached(self._fd)
+            header = HeaderParser(self.path, self._fd)
+            self.metadata, self.specs, self._offsets = header.parse()
+            self.trailing_bytes = header.trailing_bytes
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
+        """Fill `out_u8` with the stored bytes of rows [start, stop)."""
+        row_bytes = self.specs[name].row_bytes
+        assert out_u8.nbytes == (stop - start) * row_bytes
+        self.read_bytes(name, start * row_bytes, out_u8)
+
+    def read_bytes(self, name: str, start: int, out_u8: UInt8) -> None:
+        """Fill `out_u8` with the stored bytes of a tensor from byte `start` on."""
+        assert start + out_u8.nbytes <= self.specs[name].nbytes
+        read_exactly(self._fd, out_u8, self._offsets[name] + start, self.path, name)
+
+    def forget(self, name: str, n_rows: int | None = None) -> None:
+        """Drop a tensor's pages, or its first rows', from the page cache, unless the file was in it."""
+        if self._stays_cached:
+            return
+        spec = self.specs[name]
+        n_bytes = spec.nbytes if n_rows is None else n_rows * spec.row_bytes
+        forget_range(self._fd, self._offsets[name], n_bytes)
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError where the file was written to since it was opened."""
+        check_unchanged(self._fd, self.state)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+class GgufModel:
+    """A model in one GGUF file, or in the files of a split, as a `Source`.
+
+    Any part's path opens the whole. The parts are those of llama.cpp's gguf-split: the first has the
+    metadata, and all state how many there are.
+
+    Raises
+    ------
+    FormatError
+        A header breaks the format, a part is missing, or the parts do not make a whole.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._parts: list[GgufFile] = []
+        try:
+            self._open()
+            self._metadata = self._parts[0].metadata
+            self.architecture = _architecture(self._parts[0])
+        except BaseException:
+            self.close()
+            raise
+        self._homes = {name: part for part in self._parts for name in part.specs}
+        self._specs = {name: part.specs[name] for name, part in self._homes.items()}
+        self.trailing_bytes = sum(part.trailing_bytes for part in self._parts)
+
+    def _open(self) -> None:
+        self._parts.append(GgufFile(self.path))
+        count = _integer(self._parts[0], COUNT_KEY) or 0
+        number = _integer(self._parts[0], NUMBER_KEY) or 0
+        if count <= 1:
+            return
+        for i, path in enumerate(find_parts(self.path, number, count)):
+            if i != number:
+                self._parts.append(GgufFile(path))
+        self._parts.insert(number, self._parts.pop(0))
+        _check_parts(self._parts)
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """All tensors by name, in the order of the files."""
+        return self._specs
+
+    def metadata(self) -> Mapping[str, bytes]:
+        """Key -> typed value, raw."""
+        return self._metadata
+
+    def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
+        """Fill `out_u8` with the stored bytes of rows [start, stop)."""
+        self._homes[name].read_rows(name, start, stop, out_u8)
+
+    def read_bytes(self, name: str, start: int, out_u8: UInt8) -> None:
+        """Fill `out_u8` with the stored bytes of a tensor from byte `start` on; a row may be huge."""
+        self._homes[name].read_bytes(name, start, out_u8)
+
+    def files(self) -> list[Path]:
+        """Name the files, in order."""
+        return [part.path for part in self._parts]
+
+    def forget(self, name: str, n_rows: int | None = None) -> None:
+        """Drop a tensor's pages, or its first rows', from the page cache, unless the file was in it."""
+        self._homes[name].forget(name, n_rows)
+
+    def states(self) -> Sequence[FileState]:
+        """Return what the files were when they were opened."""
+        return [part.state for part in self._parts]
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError where a file was written to since it was opened."""
+        for part in self._parts:
+            part.check_unchanged()
+
+    def close(self) -> None:
+        """Close the files."""
+        for part in self._parts:
+            part.close()
+
+
+def _architecture(file: GgufFile) -> str:
+    value = get_value(file.metadata, "general.architecture")
+    if not isinstance(value, str) or not value:
+        raise FormatError(
+            "has no general.architecture, so it is no model; export it again with llama.cpp's converter",
+            path=file.path,
+        )
+    return value
+
+
+def _check_parts(parts: list[GgufFile]) -> None:
+    """Refuse what llama.cpp refuses (`llama_model_loader`), and parts of splits of other lengths."""
+    seen: set[str] = set()
+    for i, part in enumerate(parts):
+        stated = _integer(part, NUMBER_KEY), _integer(part, COUNT_KEY)
+        if stated != (i, len(parts)):
+            raise FormatError(
+                f"does not state that it is part {i + 1} of {len(parts)}, as its name does; "
+                "get all parts of one split",
+                path=part.path,
+            )
+        if twice := seen & part.specs.keys():
+            raise FormatError(
+                "stands in another part too; get all parts of one split",
+                path=part.path,
+                tensor=min(twice),
+            )
+        seen |= part.specs.keys()
+    if (total := _integer(parts[0], TOTAL_KEY)) != len(seen):
+        raise FormatError(
+            f"states {total} tensors in all its parts, which hold {len(seen)}; "
+            "get all parts of one split",
+            path=parts[0].path,
+        )
+
+
+def _integer(file: GgufFile, key: str) -> int | None:
+    value = get_value(file.metadata, key)
+    return value if isinstance(value, int) else None

@@ -1,0 +1,1 @@
+"""Hugging Face directories, seen through the eyes of GGUF."""

@@ -1,0 +1,223 @@
+"""config.json of a Hugging Face directory: checked, and as GGUF's keys of its architecture.
+
+`hub_families` says what there is to read for each model type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgemerge.errors import FormatError
+from edgemerge.formats.architectures import FAMILIES, Family
+from edgemerge.formats.gguf.metadata import encode_value
+from edgemerge.formats.hub.checker import Checker
+from edgemerge.formats.hub.families import READERS, Reader, Shapes
+from edgemerge.formats.hub.rope import Rope, read_rope, rope_metadata
+from edgemerge.formats.json_file import read_object
+
+__all__ = ["HubConfig", "read_config"]
+
+MAX_LAYERS, MAX_HEAD_DIM = 1 << 12, 1 << 14  # lists and tables of so many are made from them
+ROPE_THETA = 10000.0  # llama.cpp's own, where it is not told
+WRAPPED, UNWRAPPED = "gemma3", "gemma3_text"  # a model with a vision tower, the text model in it
+
+
+@dataclass(frozen=True, slots=True)
+class HubConfig:
+    """What config.json says of the shapes and the arithmetic of a model."""
+
+    model_type: str  # a key of `FAMILIES`
+    n_layers: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    n_experts: int  # 0: a dense model
+    n_ff_expert: int
+    vocab_size: int
+    rope: Rope
+    tied: bool
+    attention_bias: bool
+    mlp_bias: bool
+    wrapped: bool  # whether the weights lie beside those of a vision tower
+    keys: dict[str, bytes]  # of GGUF, without the architecture's name, in the converter's order
+    raw: dict[str, Any]  # config.json itself, for the tokenizer's token ids
+
+    @property
+    def family(self) -> Family:
+        """Names of its tensors."""
+        return FAMILIES[self.model_type]
+
+    def expected_shape(self, stem: str) -> tuple[int, ...]:
+        """Shape of a stored matrix or vector, by its GGUF name without `blk.N.`; one expert's."""
+        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        name, _, suffix = stem.rpartition(".")
+        # OLMo 2 normalises all heads together, the others each head by itself.
+        whole = self.model_type == "olmo2"
+        up = 2 * self.n_ff if "ffn_gate.weight" not in self.family.block else self.n_ff
+        n_out, n_in = {
+            "token_embd": (self.vocab_size, self.n_embd),
+            "output": (self.vocab_size, self.n_embd),
+            "output_norm": (self.n_embd, 0),
+            "attn_norm": (self.n_embd, 0),
+            "attn_q_norm": (q if whole else self.head_dim, 0),
+            "attn_k_norm": (kv if whole else self.head_dim, 0),
+            "post_attention_norm": (self.n_embd, 0),
+            "ffn_norm": (self.n_embd, 0),
+            "post_ffw_norm": (self.n_embd, 0),
+            "attn_q": (q, self.n_embd),
+            "attn_k": (kv, self.n_embd),
+            "attn_v": (kv, self.n_embd),
+            "attn_qkv": (q + 2 * kv, self.n_embd),
+            "attn_output": (self.n_embd, q),
+            "ffn_gate": (self.n_ff, self.n_embd),
+            "ffn_up": (up, self.n_embd),
+            "ffn_down": (self.n_embd, self.n_ff),
+            "ffn_gate_inp": (self.n_experts, self.n_embd),
+            "ffn_gate_exps": (self.n_ff_expert, self.n_embd),
+            "ffn_up_exps": (self.n_ff_expert, self.n_embd),
+            "ffn_down_exps": (self.n_embd, self.n_ff_expert),
+        }[name]
+        return (n_out,) if suffix == "bias" or n_in == 0 else (n_out, n_in)
+
+    def required(self, stem: str) -> bool:
+        """Tell whether every layer must have this tensor; llama.cpp takes the others or not."""
+        if stem.endswith(".weight"):
+            return True
+        return self.attention_bias if stem.startswith("attn") else self.mlp_bias
+
+    def metadata(self) -> dict[str, bytes]:
+        """Return the architecture's keys, encoded, in the converter's order."""
+        return {f"{self.family.architecture}.{key}": value for key, value in self.keys.items()}
+
+
+def read_config(path: Path) -> HubConfig:
+    """Read and check config.json.
+
+    Raises
+    ------
+    FormatError
+        The model is of a kind that edgemerge does not read, or a value is missing or absurd.
+    """
+    raw = read_object(path)
+    wrapped = raw.get("model_type") == WRAPPED and isinstance(raw.get("text_config"), dict)
+    if wrapped:
+        raw = {**raw, **raw["text_config"], "model_type": UNWRAPPED}
+    model_type = _model_type(raw, path)
+    reader = READERS[model_type]
+    check = Checker(raw, path, reader.defaults)
+    _refuse_other_models(check, reader)
+    n_embd = check.count("hidden_size")
+    n_head = check.count("num_attention_heads")
+    n_kv_head = check.count("num_key_value_heads", n_head)
+    head_dim = check.count("head_dim", n_embd // n_head, most=MAX_HEAD_DIM)
+    if n_head % n_kv_head:
+        raise check.refuse("num_key_value_heads", n_kv_head, f"a divisor of the {n_head} heads")
+    if head_dim % 2:
+        raise check.refuse("head_dim", head_dim, "even, as the rotation needs")
+    if reader.splits_embedding and head_dim * n_head != n_embd:
+        raise check.unlike("head_dim", head_dim, f"hidden_size / {n_head} heads")
+    tied = check.flag("tie_word_embeddings")
+    if reader.tied not in (None, tied):
+        raise check.unlike("tie_word_embeddings", tied, str(reader.tied).lower())
+    n_experts = _count_experts(check, reader)
+    n_ff_expert = check.count(reader.experts[2]) if reader.experts else 0
+    shapes = Shapes(check.count("num_hidden_layers", most=MAX_LAYERS), n_embd, n_head, head_dim)
+    context_length = check.count("max_position_embeddings")
+    rope = read_rope(check, reader.ropes, head_dim, context_length)
+    if "rope.freq_base" not in reader.keys and rope.theta != ROPE_THETA:
+        raise check.unlike("rope_theta", rope.theta, f"{ROPE_THETA:g}")
+    values = {
+        "context_length": encode_value(context_length, "u32"),
+        **_common_keys(check, reader, shapes, n_kv_head),
+        **rope_metadata(rope),
+        **reader.own_keys(check, shapes),
+    }
+    family = FAMILIES[model_type]
+    for flag, stem in (("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_up.bias")):
+        if check.flag(flag) and stem not in family.block:
+            raise check.unlike(flag, True, "none")
+    return HubConfig(
+        model_type=model_type,
+        n_layers=shapes.n_layers,
+        n_embd=n_embd,
+        n_ff=check.count("intermediate_size"),
+        n_head=n_head,
+        n_kv_head=n_kv_head,
+        head_dim=head_dim,
+        n_experts=n_experts,
+        n_ff_expert=n_ff_expert,
+        vocab_size=check.count("vocab_size"),
+        rope=rope,
+        tied=tied,
+        attention_bias=check.flag("attention_bias") or family.is_biased,
+        mlp_bias=check.flag("mlp_bias"),
+        wrapped=wrapped,
+        keys={key: values[key] for key in reader.keys if key in values},
+        raw=raw,
+    )
+
+
+def _model_type(raw: dict[str, Any], path: Path) -> str:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in READERS:
+        raise FormatError(
+            f"model_type {str(model_type)[:80]!r} is not read from a directory (only "
+            f"{', '.join(READERS)}); convert the model to GGUF with llama.cpp first",
+            path=path,
+        )
+    return model_type
+
+
+def _refuse_other_models(check: Checker, reader: Reader) -> None:
+    """Refuse what is no plain language model of the family."""
+    classes = check.raw.get("architectures")
+    if isinstance(classes, list) and classes and classes[0] not in reader.classes:
+        raise FormatError(
+            f"architecture {str(classes[0])[:80]!r} is not a language model that edgemerge "
+            f"reads (only {', '.join(reader.classes)}); convert it to GGUF with llama.cpp first",
+            path=check.path,
+        )
+    quantised = check.raw.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise FormatError(
+            f"its weights are quantised by {str(method)[:40]!r}, which is not read from here; "
+            "give the original fp16 or bf16 model, or a GGUF",
+            path=check.path,
+        )
+    key, wanted = reader.activation
+    activation = check.get(key)
+    if activation not in (None, wanted):
+        raise check.refuse(key, activation, f"{wanted}, as in llama.cpp")
+
+
+def _common_keys(
+    check: Checker, reader: Reader, shapes: Shapes, n_kv_head: int
+) -> dict[str, bytes]:
+    keys = {
+        "block_count": shapes.n_layers,
+        "embedding_length": shapes.n_embd,
+        "feed_forward_length": check.count("intermediate_size"),
+        "attention.head_count": shapes.n_head,
+        "attention.head_count_kv": n_kv_head,
+        "vocab_size": check.count("vocab_size"),
+    }
+    if reader.states_head_dim or check.get("head_dim") is not None:
+        keys |= {f"attention.{which}_length": shapes.head_dim for which in ("key", "value")}
+    if reader.experts:
+        keys["expert_count"] = _count_experts(check, reader)
+        keys["expert_used_count"] = check.count(reader.experts[1])
+    eps = encode_value(check.number("rms_norm_eps", 1e-6), "f32")
+    encoded = {key: encode_value(value, "u32") for key, value in keys.items()}
+    return encoded | {"attention.layer_norm_rms_epsilon": eps}
+
+
+def _count_experts(check: Checker, reader: Reader) -> int:
+    if reader.experts is None:
+        return 0
+    names = reader.experts[0]
+    return check.count(next((name for name in names if name in check.raw), names[0]))

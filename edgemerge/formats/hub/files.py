@@ -1,0 +1,116 @@
+"""The files of a Hugging Face directory: what makes it one, and where its shards hold which tensor."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from edgemerge.errors import FormatError
+from edgemerge.formats.hub.safetensors import StoredTensor, read_header
+from edgemerge.formats.json_file import read_object
+
+__all__ = ["CONFIG", "is_hub_dir", "refuse_folder", "stored_tensors"]
+
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# DeepSeek-V3's index has 9 MB and 91 000 tensors.
+MAX_INDEX_BYTES, MAX_INDEX_VALUES = 24_000_000, 250_000
+
+
+def is_hub_dir(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a path is a directory that looks like a Hugging Face model or adapter."""
+    return any((Path(path) / name).is_file() for name in (CONFIG, ADAPTER))
+
+
+def refuse_folder(path: Path) -> None:
+    """Refuse a folder that is no model.
+
+    Raises
+    ------
+    FormatError
+        It has no config.json.
+    """
+    if not is_hub_dir(path):
+        raise FormatError(
+            f"is no model folder: it has no {CONFIG}; give a GGUF file or a Hugging Face directory",
+            path=path,
+        )
+    if (path / ADAPTER).is_file() and not (path / CONFIG).is_file():
+        raise FormatError(
+            "is a LoRA adapter, not a model; merge it into its base model and give the result",
+            path=path,
+        )
+
+
+def stored_tensors(path: Path) -> dict[Path, dict[str, StoredTensor]]:
+    """Return the headers of all shards in the order of their names, checked against the index.
+
+    Raises
+    ------
+    FormatError
+        A file is missing, or two of them contradict each other.
+    """
+    if (path / INDEX).is_file():
+        return _read_shards(path)
+    if (path / SINGLE).is_file():
+        return {path / SINGLE: read_header(path / SINGLE)}
+    if list(path.glob("model*.safetensors")):
+        raise FormatError(f"has shards but no {INDEX}; get that file too", path=path)
+    pickles = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in path.glob(s))
+    if pickles:
+        raise FormatError(
+            f"holds its weights as pickle only ({pickles[0]}), which is never read because it can "
+            "run code; save the model as safetensors, or give a GGUF",
+            path=path,
+        )
+    raise FormatError(
+        f"has neither {SINGLE} nor {INDEX}; get one of them, or give a GGUF", path=path
+    )
+
+
+def _read_shards(path: Path) -> dict[Path, dict[str, StoredTensor]]:
+    index = path / INDEX
+    weight_map = _read_weight_map(index)
+    shards: dict[Path, dict[str, StoredTensor]] = {}
+    for shard_name in sorted(set(weight_map.values())):
+        shard = path / shard_name
+        if not shard.is_file():
+            raise FormatError(f"shard {shard_name!r} is missing; get it too", path=path)
+        shards[shard] = read_header(shard)
+        for name in shards[shard]:
+            if weight_map.get(name) != shard_name:
+                raise FormatError(
+                    f"is in this shard, but {INDEX} does not list it there; get both files again",
+                    path=shard,
+                    tensor=name,
+                )
+    for name, shard_name in weight_map.items():
+        if name not in shards[path / shard_name]:
+            raise FormatError(
+                f"{INDEX} lists it in this shard, which does not hold it; get both files again",
+                path=path / shard_name,
+                tensor=name,
+            )
+    return shards
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    table = read_object(index, max_bytes=MAX_INDEX_BYTES, max_values=MAX_INDEX_VALUES)
+    weight_map: Any = table.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError("has no weight_map; get the file again", path=index)
+    for name, shard in weight_map.items():
+        plain = isinstance(shard, str) and shard.endswith(".safetensors") and "\0" not in shard
+        if (
+            not plain
+            or shard != os.path.basename(shard)
+            or len(shard.encode("utf-8", "replace")) > 255
+        ):
+            raise FormatError(
+                f"its shard {str(shard)[:80]!r} is not a plain *.safetensors file name in the same "
+                "directory; get the file again",
+                path=index,
+                tensor=name[:80],
+            )
+    return weight_map

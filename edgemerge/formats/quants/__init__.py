@@ -1,0 +1,1 @@
+"""Types of weights: codecs, mixtures of them, importance matrices."""

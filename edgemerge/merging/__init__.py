@@ -1,0 +1,1 @@
+"""Doing what was planned: workers, streams of blocks, kernels compiled before the work."""

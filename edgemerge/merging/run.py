@@ -1,0 +1,326 @@
+"""Runs a plan: every tensor through a worker, into one GGUF, or into the files of a split one.
+
+Read top-down: `merge` plans, looks for what an interrupted run left (`edgemerge.output.resume`), lets the
+workers loose on the rest (`edgemerge.merging.workers`), writes the header and seals the file. The result is
+the same for every budget and thread count, and however often it was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from edgemerge.errors import EdgemergeError, OutputError
+from edgemerge.formats import open_model
+from edgemerge.formats.gguf.metadata import encode_value
+from edgemerge.formats.gguf.split import MAX_PARTS, part_paths, whole_name
+from edgemerge.formats.gguf.writer import GgufLayout, make_layouts
+from edgemerge.formats.quants.imatrix import ImportanceMatrix
+from edgemerge.merging.precompile import warm_up
+from edgemerge.output.checksums import TensorResult
+from edgemerge.output.file import check_output
+from edgemerge.output.parts import OutputParts, find_named, hash_named, is_begun
+from edgemerge.output.report import FileReport, MergeReport, peak_rss_bytes
+from edgemerge.output.resume import find_origin, verify_earlier
+from edgemerge.planning.plan import make_plan
+from edgemerge.types import Plan, Progress, Recipe, Source
+
+if TYPE_CHECKING:  # Numba takes most of a second to import: only a merge that runs pays for it
+    from edgemerge.merging.workers import Crew
+
+__all__ = ["Progress", "default_threads", "merge", "plan"]
+
+
+def default_threads() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = None) -> Plan:
+    """Decide a merge without doing it; reads headers, and of tensors only the factors of NVFP4 weights.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        From `load_recipe` or `make_recipe`.
+    memory : int, optional
+        Budget in bytes for the whole process; else the recipe's, else 512 MiB.
+    threads : int, optional
+        Workers at most; else the processors that this process may use.
+
+    Raises
+    ------
+    EdgemergeError
+        The recipe, a file, the models together or the budget are wrong.
+    """
+    with ExitStack() as stack:
+        return make_plan(
+            recipe,
+            lambda path: _open(path, stack),
+            memory=memory,
+            threads=threads or default_threads(),
+        )
+
+
+def merge(
+    recipe: Recipe,
+    output: str | os.PathLike[str],
+    *,
+    memory: int | None = None,
+    threads: int | None = None,
+    split_bytes: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge models into one GGUF file, or a split one.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        From `load_recipe` or `make_recipe`.
+    output : path
+        The file to make; it gets its name only when it is whole.
+    memory, threads : int, optional
+        As for `plan`.
+    split_bytes : int, optional
+        Write OUT-00001-of-00003.gguf and so on instead of OUT.gguf, with at most so many bytes of
+        tensors in each, as llama.cpp's gguf-split does.
+    force : bool
+        Replace an existing output.
+    progress : callable, optional
+        Called with bytes done and bytes in all, from this thread.
+
+    Returns
+    -------
+    MergeReport
+        What was done, and what it took.
+
+    Raises
+    ------
+    EdgemergeError
+        See `edgemerge.errors`; the output is as it was.
+
+    Notes
+    -----
+    A merge that is stopped, or whose disk fails, leaves its finished tensors beside the output: the same
+    call goes on with them.
+    """
+    started = time.monotonic()
+    output = Path(output)
+    if split_bytes is None:  # else the names follow from the plan
+        check_output(output, recipe.models(), force=force or is_begun(output))
+    with ExitStack() as stack:
+        opened: dict[Path, Source] = {}
+
+        def open_once(path: Path) -> Source:
+            opened[path] = _open(path, stack)
+            return opened[path]
+
+        the_plan = make_plan(recipe, open_once, memory=memory, threads=threads or default_threads())
+        importance = None
+        if recipe.imatrix is not None:
+            importance = stack.enter_context(closing(ImportanceMatrix(recipe.imatrix)))
+        layouts = _layouts(the_plan, [], split_bytes)
+        paths = _name_files(output, layouts, split_bytes)
+        inputs = _Inputs(list(opened.values()), importance)
+        origin = find_origin(the_plan, layouts, paths, *inputs)
+        named = find_named(paths, origin)
+        _check_outputs([path for path in paths if path not in named], recipe, force=force)
+        if len(named) == len(paths):
+            outcome = _finish(the_plan, paths)
+        else:
+            warm_up(the_plan)
+            sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
+            parts = OutputParts(sizes, origin)
+            stack.push(parts)
+            parts.open()
+            _check_outputs(paths, recipe, force=force)  # again, now that nobody else can make them
+            outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress)
+    return MergeReport(
+        output=paths[0],
+        out_bytes=sum(layout.n_bytes for layout in layouts),
+        method=recipe.method,
+        models=tuple(whole_name(path) for path in the_plan.models),
+        type_bytes=_type_bytes(the_plan),
+        file_type=the_plan.file_type,
+        tensors=len(the_plan.jobs),
+        elements=the_plan.n_elements,
+        seconds=time.monotonic() - started,
+        budget_bytes=the_plan.budget,
+        peak_rss_bytes=peak_rss_bytes(),
+        read_bytes=outcome.read_bytes,
+        written_bytes=outcome.written_bytes,
+        passes=max((job.passes for job in the_plan.jobs), default=0),
+        workers=the_plan.workers,
+        resumed_tensors=outcome.n_resumed,
+        damaged_tensors=outcome.n_damaged,
+        sha256=outcome.sha256,
+        notes=the_plan.notes + outcome.notes,
+        files=outcome.files if split_bytes is not None else (),
+    )
+
+
+class _Inputs(NamedTuple):
+    sources: Sequence[Source]
+    importance: ImportanceMatrix | None
+
+    def check_unchanged(self) -> None:
+        for source in self.sources:
+            source.check_unchanged()
+        if self.importance is not None:
+            self.importance.check_unchanged()
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What the report says of the run itself."""
+
+    sha256: str
+    files: tuple[FileReport, ...]
+    notes: tuple[str, ...]
+    n_resumed: int
+    n_damaged: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+
+def _finish(the_plan: Plan, paths: Sequence[Path]) -> _Outcome:
+    """End a run that was cut short when all its files had their names."""
+    digest, files = hash_named(paths)
+    note = "an earlier run had finished it, and was stopped before it could say so"
+    return _Outcome(digest, files, (note,), n_resumed=len(the_plan.jobs))
+
+
+def _run(
+    the_plan: Plan,
+    inputs: _Inputs,
+    parts: OutputParts,
+    layouts: Sequence[GgufLayout],
+    split_bytes: int | None,
+    progress: Progress | None,
+) -> _Outcome:
+    """Make what no earlier run has finished; seal the files and give them their names."""
+    crew = _new_crew(the_plan, inputs, progress)
+    places = {
+        name: (file, offset)
+        for file, layout in zip(parts.files, layouts, strict=True)
+        for name, offset in layout.offsets.items()
+    }
+    n_resumed = n_damaged = 0
+    if parts.earlier is not None:
+        n_damaged = verify_earlier(parts.earlier, the_plan.jobs, places, crew.take_over)
+        n_resumed = len(parts.earlier.results) - n_damaged
+    notes = crew.prepare()
+
+    def note(i: int, result: TensorResult) -> None:
+        parts.note(i, result, the_plan.jobs[i].out.nbytes)
+
+    try:
+        results = crew.run(places, note)
+    except EdgemergeError:
+        inputs.check_unchanged()  # else a model is blamed for what somebody writes to it
+        raise
+    inputs.check_unchanged()
+    layouts = _layouts(the_plan, results, split_bytes)
+    for file, layout in zip(parts.files, layouts, strict=True):
+        file.write(layout.header, 0)
+    digest, files = parts.hash()
+    parts.publish()
+    return _Outcome(
+        digest,
+        files,
+        parts.notes + notes,
+        n_resumed,
+        n_damaged,
+        crew.traffic.read,
+        crew.traffic.written + sum(len(layout.header) for layout in layouts),
+    )
+
+
+def _type_bytes(the_plan: Plan) -> dict[str, int]:
+    sizes: Counter[str] = Counter()
+    for job in the_plan.jobs:
+        sizes[job.out.dtype] += job.out.nbytes
+    return dict(sizes.most_common())
+
+
+def _open(path: Path, stack: ExitStack) -> Source:
+    source = open_model(path)
+    stack.callback(source.close)
+    return source
+
+
+def _new_crew(the_plan: Plan, inputs: _Inputs, progress: Progress | None) -> Crew:
+    from edgemerge.merging.workers import Crew
+
+    return Crew(the_plan, inputs.sources, progress, inputs.importance)
+
+
+# -- the header ------------------------------------------------------------------------------------------
+
+
+def _layouts(
+    the_plan: Plan, results: Sequence[TensorResult], split_bytes: int | None
+) -> list[GgufLayout]:
+    """Lay the output out; checksums are zero until there are results, which does not change its size."""
+    metadata = {**the_plan.metadata, **_provenance(the_plan, results)}
+    return make_layouts(metadata, [job.out for job in the_plan.jobs], split_bytes)
+
+
+def _name_files(output: Path, layouts: Sequence[GgufLayout], split_bytes: int | None) -> list[Path]:
+    """Name the files of the output, one for each layout."""
+    if split_bytes is None:
+        return [output]
+    if len(layouts) > MAX_PARTS:
+        raise OutputError(
+            f"would be a split of {len(layouts)} files; allow larger ones with --split-max-size",
+            path=output,
+        )
+    return part_paths(output, len(layouts))
+
+
+def _check_outputs(paths: Sequence[Path], recipe: Recipe, *, force: bool) -> None:
+    for path in paths:
+        check_output(path, recipe.models(), force=force)
+
+
+def _provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str, bytes]:
+    """Say in the file itself what it was made of; no path and no date, so that equal merges are equal.
+
+    The checksum of an input is the CRC-32 of the CRC-32s (little-endian u32) of its tensors, in the
+    order of the output's tensors; `edgemerge.tensor_crc32` holds those of the output's own tensors.
+    """
+    models = the_plan.models
+    inputs = [0] * len(models)
+    tensors = [0] * len(the_plan.jobs)
+    for i, (job, result) in enumerate(zip(the_plan.jobs, results, strict=False)):
+        tensors[i] = result.output
+        for tensor, checksum in zip(job.inputs, result.inputs, strict=True):
+            inputs[tensor.model] = zlib.crc32(checksum.to_bytes(4, "little"), inputs[tensor.model])
+    return {
+        "edgemerge.version": encode_value(version("edgemerge"), "str"),
+        "edgemerge.method": encode_value(the_plan.recipe.method, "str"),
+        "edgemerge.recipe": encode_value(_recipe_json(the_plan), "str"),
+        "edgemerge.seed": encode_value(the_plan.recipe.seed, "u64"),
+        "edgemerge.inputs": encode_value([whole_name(path) for path in models], "[str]"),
+        "edgemerge.input_crc32": encode_value(inputs, "[u32]"),
+        "edgemerge.tensor_crc32": encode_value(tensors, "[u32]"),
+    }
+
+
+def _recipe_json(the_plan: Plan) -> str:
+    """Return the recipe as canonical JSON, models by file name."""
+    recipe = asdict(the_plan.recipe)
+    for dropped in ("notes", "memory", "chat_template", "tokenizer_source"):
+        del recipe[dropped]
+    recipe["out_type"] = the_plan.file_type
+    return json.dumps(recipe, default=whole_name, sort_keys=True)

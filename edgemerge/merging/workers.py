@@ -1,0 +1,290 @@
+"""The workers of one merge: first what spans tensors, then every tensor.
+
+A worker takes a whole tensor, largest first, and cuts it into blocks of rows. Only a tensor that is much of
+the model, as the embedding of a small one is, is made by all workers together
+(`edgemerge.methods.shared_tensor`). The result is the same for every budget and thread count. What spans
+tensors comes before: the alignment of attention heads, and the Gram matrices of whole layers where the
+hierarchical method is asked to weight by layer.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+
+from edgemerge.alignment.heads import SOFT_WARNING, align_models
+from edgemerge.alignment.neurons import NeuronPlan, match_neurons
+from edgemerge.budget import Arena
+from edgemerge.formats.architectures import layer_index
+from edgemerge.formats.quants.imatrix import ImportanceMatrix
+from edgemerge.merging.stream import Moves, Share, TensorStream, Traffic, join_shares
+from edgemerge.methods.shared_tensor import Stopped, Team
+from edgemerge.output.checksums import TensorResult
+from edgemerge.output.file import OutputFile
+from edgemerge.planning.plan import alignment_pairs
+from edgemerge.types import Float64, HeadPlan, Plan, Progress, Skipped, Source, TensorJob
+
+__all__ = ["Crew"]
+
+R = TypeVar("R")
+
+POLL_SECONDS = 0.1
+
+
+class Crew:
+    """Workers with an arena each.
+
+    Parameters
+    ----------
+    the_plan : Plan
+        What to do.
+    sources : sequence of Source
+        The open models, as `the_plan.models` lists them.
+    progress : callable, optional
+        Called from the thread that waits.
+    importance : ImportanceMatrix, optional
+        Open; where the plan has weighted tensors.
+    """
+
+    def __init__(
+        self,
+        the_plan: Plan,
+        sources: Sequence[Source],
+        progress: Progress | None,
+        importance: ImportanceMatrix | None = None,
+    ) -> None:
+        self._importance = importance
+        self.plan = the_plan
+        self.sources = sources
+        self.traffic = Traffic()
+        self._progress = progress
+        self._moves: Moves = {}
+        self._grams: dict[int, Float64] = {}
+        self._results: dict[int, TensorResult] = {}
+        self._taken_over = 0  # bytes read and written by an earlier run
+        self._total = the_plan.read_bytes + sum(job.out.nbytes for job in the_plan.jobs)
+        self._arenas: queue.SimpleQueue[Arena] = queue.SimpleQueue()
+
+    def take_over(self, i: int, result: TensorResult) -> None:
+        """Count a tensor, by its number in the plan, as made already; before anything else."""
+        job = self.plan.jobs[i]
+        self._results[i] = result
+        self._taken_over += job.out.nbytes + job.read_bytes
+        self._report()
+
+    def prepare(self) -> tuple[str, ...]:
+        """Do what spans tensors; return what the user should know of it."""
+        try:
+            notes = self._align() if self.plan.align != "off" else []
+            notes += self._match_neurons() if self.plan.recipe.neurons else []
+        except BaseException:
+            self.traffic.stop.set()
+            raise
+        for _ in range(self.plan.workers):
+            self._arenas.put(Arena(self.plan.arena_bytes))
+        self._measure_layers()
+        return tuple(notes)
+
+    def run(
+        self,
+        places: Mapping[str, tuple[OutputFile, int]],
+        on_finished: Callable[[int, TensorResult], None],
+    ) -> list[TensorResult]:
+        """Make every tensor that was not taken over; return the results of all, in the plan's order.
+
+        Parameters
+        ----------
+        places : mapping
+            The file and the offset that each tensor is written to.
+        on_finished : callable
+            Called with the number of every finished tensor and its result, from any thread.
+        """
+        numbers = {job.out.name: i for i, job in enumerate(self.plan.jobs)}
+        shares: dict[str, list[Share]] = {name: [] for name in numbers}
+        lock = threading.Lock()
+
+        def make(stream: TensorStream) -> None:
+            job = stream.job
+            layer = layer_index(job.out.name)
+            gram = self._grams.get(layer) if job.is_layer_scoped and layer is not None else None
+            share = stream.run(*places[job.out.name], gram)
+            with lock:
+                shares[job.out.name].append(share)
+                is_finished = len(shares[job.out.name]) == job.workers
+            if is_finished:
+                i = numbers[job.out.name]
+                self._results[i] = join_shares(shares[job.out.name])
+                on_finished(i, self._results[i])
+
+        self._each(self._jobs_left(), make)
+        return [self._results[i] for i in range(len(self.plan.jobs))]
+
+    def _jobs_left(self) -> list[TensorJob]:
+        return [job for i, job in enumerate(self.plan.jobs) if i not in self._results]
+
+    # -- what spans tensors ------------------------------------------------------------------------
+
+    def _align(self) -> list[str]:
+        """Find where every expert's heads belong."""
+        notes = [SOFT_WARNING] if self.plan.align == "soft" else []
+        for (left, right), layers in alignment_pairs(self.plan.jobs).items():
+            found = align_models(
+                self.sources[left],
+                self.sources[right],
+                seed=self.plan.recipe.seed,
+                arena_bytes=self.plan.arena_bytes,
+                threads=self.plan.workers,
+                layers=layers,
+                on_read=self._count_read,
+            )
+            for (reference_layer, layer), heads in zip(layers, found, strict=True):
+                if isinstance(heads, HeadPlan):
+                    at = (left, right, reference_layer, layer)
+                    self._moves.setdefault(at, []).append(heads)
+            notes += _say(self.sources[right].path.name, found)
+        return notes
+
+    def _match_neurons(self) -> list[str]:
+        """Find where every expert's feed-forward neurons belong."""
+        notes = []
+        for left, right in alignment_pairs(self.plan.jobs):
+            found = self._do_aside(
+                partial(
+                    match_neurons,
+                    self.sources[left],
+                    self.sources[right],
+                    seed=self.plan.recipe.seed,
+                    memory=self.plan.neuron_bytes,
+                )
+            )
+            moved = 0
+            for plan in found:
+                if isinstance(plan, NeuronPlan):
+                    moved += bool(np.any(plan.order != np.arange(len(plan.order))))
+                    at = (left, right, plan.layer, plan.layer)
+                    self._moves.setdefault(at, []).append(plan)
+            name = self.sources[right].path.name
+            notes.append(f"neurons of {name} moved in {moved} of {len(found)} layers")
+            reasons = {plan.reason for plan in found if isinstance(plan, Skipped)}
+            notes += [f"neurons of {name} left as they are: {reason}" for reason in sorted(reasons)]
+        return notes
+
+    def _do_aside(self, work: Callable[[], R]) -> R:
+        """Do what may be inside SciPy for many seconds; an interrupt does not wait for its end."""
+        done: Future[R] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, name="edgemerge-match", daemon=True).start()
+        while not wait([done], POLL_SECONDS).done:
+            self._report()
+        return done.result()
+
+    def _count_read(self, n_bytes: int) -> None:
+        self.traffic.add(n_bytes, 0)
+
+    def _measure_layers(self) -> None:
+        """Sum the Gram matrices of each layer's tensors, in the order of the jobs."""
+        layers = {layer_index(job.out.name) for job in self._jobs_left()}
+        jobs = [job for job in self.plan.jobs if job.is_layer_scoped and not job.is_byte_copy]
+        jobs = [job for job in jobs if layer_index(job.out.name) in layers]
+        for job, (gram, *_) in zip(jobs, self._each(jobs, TensorStream.measure), strict=True):
+            layer = layer_index(job.out.name)
+            assert layer is not None
+            self._grams[layer] = self._grams[layer] + gram if layer in self._grams else gram
+
+    # -- workers -----------------------------------------------------------------------------------
+
+    def _each(self, jobs: Sequence[TensorJob], work: Callable[[TensorStream], R]) -> list[list[R]]:
+        """Do the work on every tensor, largest first so that nobody is left alone with a large one.
+
+        Returns what each worker of each tensor returned. A team is complete in the end, as the executor
+        has a thread for each of its members, and these stand one after the other in its queue.
+        """
+
+        def run(job: TensorJob, team: Team) -> R:
+            arena = self._arenas.get()
+            try:
+                stream = TensorStream(
+                    job,
+                    self.sources,
+                    arena,
+                    self.plan,
+                    self.traffic,
+                    self._moves,
+                    self._importance,
+                    team.join(),
+                )
+                return work(stream)
+            except BaseException:
+                team.abort()
+                raise
+            finally:
+                self._arenas.put(arena)
+
+        teams = [Team(job.workers, job.n_blocks) for job in jobs]
+        order = sorted(range(len(jobs)), key=lambda i: -jobs[i].out.n_elements)
+        with ThreadPoolExecutor(self.plan.workers, "edgemerge") as executor:
+            futures = {
+                i: [executor.submit(run, jobs[i], teams[i]) for _ in range(jobs[i].workers)]
+                for i in order
+            }
+            try:
+                self._wait([future for members in futures.values() for future in members])
+            except BaseException:
+                self.traffic.stop.set()
+                for team in teams:
+                    team.abort()
+                for members in futures.values():
+                    for future in members:
+                        future.cancel()
+                raise
+        return [[future.result() for future in futures[i]] for i in range(len(jobs))]
+
+    def _wait(self, futures: Sequence[Future[R]]) -> None:
+        """Wait for all, or raise the first error in time: the others stopped because of it."""
+        finished: queue.Queue[Future[R]] = queue.Queue()
+        for future in futures:
+            future.add_done_callback(finished.put)
+        left = len(futures)
+        while left:
+            with suppress(queue.Empty):
+                error = finished.get(timeout=POLL_SECONDS).exception()
+                left -= 1
+                # Stopped is what became of the others in a team; the reason is on its way.
+                if error is not None and not isinstance(error, Stopped):
+                    raise error
+            self._report()
+
+    def _report(self) -> None:
+        """Tell how far it is; what was taken over counts as read and written."""
+        if self._progress is not None:
+            done = self._taken_over + self.traffic.read + self.traffic.written
+            # A worker of a team that takes more blocks than its share reads some again.
+            self._progress(min(done, self._total), self._total)
+
+
+def _say(model: str, found: Sequence[HeadPlan | Skipped]) -> list[str]:
+    """One sentence on what moved, one for every reason why something was left alone."""
+    plans = [heads for heads in found if isinstance(heads, HeadPlan)]
+    moved = sum(not heads.is_identity for heads in plans)
+    notes = [f"attention heads of {model} moved in {moved} of {len(plans)} layers"] if plans else []
+    reasons: dict[str, list[int]] = {}
+    for heads in found:
+        if isinstance(heads, Skipped):
+            reasons.setdefault(heads.reason, []).append(heads.layer)
+    for reason, layers in reasons.items():
+        where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
+        notes.append(f"heads of {model} left as they are in {where}: {reason}")
+    return notes

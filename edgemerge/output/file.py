@@ -1,0 +1,313 @@
+"""The output file: written beside its name as a part, renamed when it is whole.
+
+Nothing under the final name is touched before the last step, so an interrupted or failed merge
+leaves what was there. The part is locked: a second merge to the same name is refused. What is in a part
+that an earlier run left may be kept; `edgemerge.output.journal` knows what it is worth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from edgemerge.errors import OutputError
+from edgemerge.formats.files import forget_range, read_state
+from edgemerge.formats.gguf.split import sibling_parts
+from edgemerge.sizes import format_size
+from edgemerge.types import FileState, UInt8
+
+__all__ = ["OutputFile", "check_output", "read_chunks", "sync_folder", "write_file"]
+
+CHUNK = 1 << 20
+
+
+def check_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
+    """Refuse an output that cannot or must not be written, before any work.
+
+    Raises
+    ------
+    OutputError
+        It exists and `force` is not given, is no regular file, one of the inputs or a part of one,
+        or its folder is missing.
+    """
+    if path.is_dir():
+        raise OutputError("is a folder; give the name of a file", path=path)
+    if path.resolve() in {part for given in inputs for part in sibling_parts(given)}:
+        raise OutputError("is one of the inputs; choose another name", path=path)
+    if not path.parent.is_dir():
+        raise OutputError(f"the folder {path.parent} does not exist; make it first", path=path)
+    if not os.path.lexists(path):
+        return
+    if not path.is_file() and not path.is_symlink():
+        raise OutputError("is no regular file; choose another name", path=path)
+    if path.resolve().parent in inputs and path.suffix != ".gguf":
+        raise OutputError("belongs to one of the inputs; choose another name", path=path)
+    if not force:
+        raise OutputError("exists already; choose another name or give --force", path=path)
+
+
+class OutputFile:
+    """`NAME.part`, with its space reserved up front; `publish` gives it its name.
+
+    Used as a context manager: left without `publish`, the part is removed.
+
+    Parameters
+    ----------
+    path : Path
+        The final name.
+    n_bytes : int
+        Size of the finished file.
+    keeps : bool
+        Leave a part that is there as it is, also at the end; until `reserve` is called, only its lock
+        is taken.
+
+    Attributes
+    ----------
+    keeps : bool
+        Whether the part stays where the file is left without `publish`.
+    is_ours : bool
+        Whether the part is locked, and so ours to remove.
+    """
+
+    def __init__(self, path: Path, n_bytes: int, *, keeps: bool = False) -> None:
+        self.path = path
+        self.part = path.with_name(path.name + ".part")
+        self.n_bytes = n_bytes
+        self.keeps = keeps
+        self._published = False
+        self._fd = -1
+        self.is_ours = False
+
+    def open(self) -> None:
+        """Make the part and lock it; `__exit__` is to be called whatever becomes of this.
+
+        Raises
+        ------
+        OutputError
+            The folder cannot be written, the disk is too full, or another merge writes the same file.
+        """
+        while not self.is_ours:
+            self._open_part()
+            self.is_ours = self._lock_part()
+        if not self.keeps:
+            self.reserve()
+
+    def _open_part(self) -> None:
+        self._close()
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            self._fd = os.open(self.part, flags, 0o644)
+        except OSError as error:
+            reason = error.strerror
+            raise OutputError(f"cannot be written ({reason})", path=self.path) from error
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            raise OutputError(
+                f"{self.part.name} beside it is no regular file; remove it", path=self.path
+            )
+
+    def _lock_part(self) -> bool:
+        """Lock the part; tell whether it still has its name, which whoever held the lock may take."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                "another merge is writing it; wait for that one", path=self.path
+            ) from error
+        except OSError as error:
+            raise OutputError(
+                f"cannot be locked ({error.strerror}); choose a folder on a local disk",
+                path=self.path,
+            ) from error
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(self.part, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
+
+    def reserve(self) -> None:
+        """Allocate every block now, so that a full disk is known before the work.
+
+        Where the part is kept, what is in it stays, cut or filled up by zeros to its size.
+
+        Raises
+        ------
+        OutputError
+            The disk has no room.
+        """
+        available = 0
+        try:
+            os.ftruncate(self._fd, self.n_bytes if self.keeps else 0)
+            free = os.fstatvfs(self._fd)
+            available = free.f_bavail * free.f_frsize + 512 * os.fstat(self._fd).st_blocks
+            if available < self.n_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.posix_fallocate(self._fd, 0, self.n_bytes)
+        except OSError as error:
+            size = format_size(self.n_bytes)
+            if error.errno == errno.ENOSPC:
+                missing = max(0, self.n_bytes - available)
+                lacks = f"lacks {format_size(missing)} of it" if missing else "is full"
+                message = f"needs {size} and the disk {lacks}; free some space or choose another"
+            else:
+                message = f"needs {size}, which cannot be had there ({error.strerror})"
+            raise OutputError(message, path=self.path) from error
+
+    def _leave(self) -> None:
+        """Remove the part, or keep it, then give up its lock."""
+        if self.is_ours and not self.keeps and not self._published:
+            with contextlib.suppress(OSError):
+                self.part.unlink()
+        if self.is_ours:  # else the lock lasts as long as a thread that is inside a sync
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+        self._close()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def write(self, data: UInt8 | bytes, offset: int) -> None:
+        """Write all of a buffer at a position; thread-safe.
+
+        Raises
+        ------
+        OutputError
+            The disk refused.
+        """
+        view = (data.data if isinstance(data, np.ndarray) else memoryview(data)).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._fd, view[done:], offset + done)
+        except OSError as error:
+            raise OutputError(f"could not be written ({error.strerror})", path=self.path) from error
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Read the file as it stands on disk; each piece is valid until the next."""
+        with self._finishing():
+            yield from read_chunks(self._fd, 0, self.n_bytes)
+
+    def crc32(self, offset: int, n_bytes: int) -> int:
+        """Return the CRC-32 of a piece as it stands on disk: not of what a cache may hold."""
+        forget_range(self._fd, offset, n_bytes)
+        crc = 0
+        for chunk in read_chunks(self._fd, offset, n_bytes):
+            crc = zlib.crc32(chunk, crc)
+        forget_range(self._fd, offset, n_bytes)
+        return crc
+
+    def state(self) -> FileState:
+        """Return what the part is now."""
+        return read_state(self._fd, self.part)
+
+    def publish(self) -> None:
+        """Make the file durable and give it its final name, replacing what was there.
+
+        Raises
+        ------
+        OutputError
+            The disk refused.
+        """
+        self.sync()
+        self.rename()
+
+    def sync(self) -> None:
+        """Make what was written durable.
+
+        Raises
+        ------
+        OutputError
+            The disk refused.
+        """
+        with self._finishing():
+            os.fsync(self._fd)
+
+    def sync_data(self) -> None:
+        """Make what was written so far durable, in the middle of the work; thread-safe.
+
+        Raises
+        ------
+        OutputError
+            The disk refused.
+        """
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise OutputError(f"could not be written ({error.strerror})", path=self.path) from error
+
+    def rename(self) -> None:
+        """Give the file its final name, durably, replacing what was there.
+
+        Raises
+        ------
+        OutputError
+            The disk refused.
+        """
+        with self._finishing():
+            os.replace(self.part, self.path)
+            self._published = True
+            sync_folder(self.path.parent)
+
+    @contextlib.contextmanager
+    def _finishing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"could not be finished ({error.strerror})", path=self.path
+            ) from error
+
+    def __enter__(self) -> OutputFile:
+        try:
+            self.open()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leave()
+
+
+def read_chunks(fd: int, offset: int, n_bytes: int) -> Iterator[memoryview]:
+    """Read a piece of a file as far as it goes; each chunk is valid until the next."""
+    view = memoryview(bytearray(CHUNK))
+    end = offset + n_bytes
+    while n_read := os.preadv(fd, [view[: end - offset]], offset):
+        yield view[:n_read]
+        offset += n_read
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_file(path: Path, raw: bytes) -> None:
+    """Write bytes that are all there as a file, replacing what was there by a whole one.
+
+    Raises
+    ------
+    OutputError
+        As of `OutputFile`.
+    """
+    with OutputFile(path, len(raw)) as file:
+        file.write(raw, 0)
+        file.publish()

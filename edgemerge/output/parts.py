@@ -1,0 +1,262 @@
+"""The files of one output: usually one, several of a split model; all named at the end, or none.
+
+Beside them lies a journal. Left in the middle, by an interrupt or a disk that fails, parts and journal stay
+and the next run goes on with them; left by an error that a second run would meet again, nothing stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from edgemerge.errors import EdgemergeError, FormatError, OutputError
+from edgemerge.formats.files import read_state
+from edgemerge.output.checksums import TensorResult
+from edgemerge.output.file import OutputFile, read_chunks
+from edgemerge.output.journal import (
+    Entries,
+    FileMark,
+    Journal,
+    Origin,
+    journal_path,
+    mark_file,
+    read_journal,
+)
+from edgemerge.output.report import FileReport
+
+__all__ = ["OutputParts", "find_named", "hash_named", "is_begun"]
+
+
+class OutputParts:
+    """Output files, each under a part's name until all are published.
+
+    Used as a context manager, as `OutputFile` is, or by `open` with `__exit__` in somebody's care before:
+    then Ctrl-C at no moment leaves what nobody knows of.
+
+    Parameters
+    ----------
+    sizes : sequence of (path, bytes)
+        Final names and sizes, in order.
+    origin : Origin
+        What the bytes follow from; what an earlier run left of another origin is given up.
+
+    Attributes
+    ----------
+    files : list of OutputFile
+        In order.
+    journal : Journal or None
+        Of the tensors that are finished; None until all is open.
+    earlier : Entries or None
+        What an earlier run finished, by its own account; None: this is a new start.
+    notes : tuple of str
+        Why it is a new start although an earlier run left something.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[Path, int]], origin: Origin) -> None:
+        keeps = is_begun(sizes[0][0])
+        self.earlier: Entries | None = None
+        self.notes: tuple[str, ...] = ()
+        self.files = [OutputFile(final, n_bytes, keeps=keeps) for final, n_bytes in sizes]
+        self.journal: Journal | None = None
+        self._origin = origin
+
+    def open(self) -> None:
+        """Make the files; `__exit__` is to be called whatever becomes of this.
+
+        Raises
+        ------
+        OutputError
+            A file cannot be made; see `OutputFile`.
+        """
+        first, *others = self.files
+        path = journal_path(first.path)
+        first.open()
+        if first.keeps:  # now that the journal is ours too
+            self._read_earlier(path, self._origin)
+            self._take_back([file.path for file in self.files])
+        for file in others:
+            file.open()
+        if first.keeps:
+            self._reserve(path)
+        self.journal = Journal(path, self._origin, self.earlier, self._sync_data)
+
+    def _read_earlier(self, path: Path, origin: Origin) -> None:
+        """Read what an earlier run of the same origin finished; say why not."""
+        try:
+            earlier = read_journal(path)
+        except FormatError as error:
+            self.notes = (f"the merge starts anew: {error}",)
+            return
+        if earlier is None:
+            return
+        if earlier.origin == origin:
+            self.earlier = earlier
+        elif earlier.results:
+            what = (
+                "the models" if earlier.origin.work == origin.work else "the recipe or the version"
+            )
+            self.notes = (f"the merge starts anew: {what} changed since it was interrupted",)
+
+    def _take_back(self, finals: Sequence[Path]) -> None:
+        """Make parts again of the files that an earlier run named before its power went."""
+        marks = self.earlier.files if self.earlier is not None else ()
+        if len(marks) != len(finals) or _is_marked(finals[0], marks[0]):
+            return
+        for final, mark in zip(finals[1:], marks[1:], strict=True):
+            if _is_marked(final, mark):
+                os.replace(final, final.with_name(final.name + ".part"))
+
+    def _reserve(self, journal: Path) -> None:
+        if self.earlier is None:
+            journal.unlink()  # before the parts that it speaks of
+        for file in self.files:
+            file.keeps = self.earlier is not None
+            file.reserve()
+
+    def note(self, number: int, result: TensorResult, n_bytes: int) -> None:
+        """Note a finished tensor, as `Journal.add` does."""
+        assert self.journal is not None
+        self.journal.add(number, result, n_bytes)
+
+    def _sync_data(self) -> None:
+        for file in self.files:
+            file.sync_data()
+
+    def hash(self) -> tuple[str, tuple[FileReport, ...]]:
+        """Hash what stands on disk: the files one after the other, and each by itself."""
+        return _hash((file.path, file.n_bytes, file.chunks()) for file in self.files)
+
+    def publish(self) -> None:
+        """Make all files durable, then give them their names, replacing what was there.
+
+        The first file is what a model is loaded by: it goes before the others come, and comes last,
+        so that old and new files never make a model together, even after a power cut.
+
+        Raises
+        ------
+        OutputError
+            The disk refused.
+        """
+        assert self.journal is not None
+        for file in self.files:
+            file.sync()
+        self.journal.complete([mark_file(file.state()) for file in self.files])
+        first, *others = self.files
+        if others:
+            try:
+                first.path.unlink(missing_ok=True)
+            except OSError as error:
+                raise OutputError(
+                    f"could not be replaced ({error.strerror})", path=first.path
+                ) from error
+        for file in (*others, first):
+            file.rename()
+        self.journal.remove()
+
+    def __enter__(self) -> OutputParts:
+        try:
+            self.open()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with ExitStack() as stack:
+            for file in self.files:
+                stack.push(file)
+            if self.journal is not None:
+                self._end(self.journal, error)
+            elif self.files[0].is_ours and not self.files[0].keeps:  # a new start, cut short
+                journal = journal_path(self.files[0].path)
+                if journal.is_file() and not journal.is_symlink():
+                    journal.unlink()
+
+    def _end(self, journal: Journal, error: BaseException | None) -> None:
+        """Keep or remove what there is of an output that is not finished."""
+        n_finished = len(journal.finished)
+        stays = error is not None and n_finished > 0 and _may_go_on(error)
+        for file in self.files:
+            file.keeps = stays
+        if error is not None and stays:
+            journal.close()
+            error.add_note(
+                f"run the same command again to go on after the {n_finished} tensors that are "
+                f"finished, or delete {self.files[0].part}"
+            )
+        else:
+            journal.remove()
+
+
+def is_begun(output: Path) -> bool:
+    """Tell whether an interrupted run left a journal of an output; of a split one, give its first file."""
+    return journal_path(output).is_file()
+
+
+def find_named(finals: Sequence[Path], origin: Origin) -> set[Path]:
+    """Find the files to which an interrupted run had given their names: by inode and time.
+
+    Where these are all, that run had finished, and only lacked the time to say so.
+    """
+    try:
+        earlier = read_journal(journal_path(finals[0]))
+    except FormatError:
+        return set()
+    if earlier is None or earlier.origin != origin or len(earlier.files) != len(finals):
+        return set()
+    marks = zip(finals, earlier.files, strict=True)
+    return {final for final, mark in marks if _is_marked(final, mark)}
+
+
+def hash_named(finals: Sequence[Path]) -> tuple[str, tuple[FileReport, ...]]:
+    """Hash finished files, as `OutputParts.hash` does, and remove their journal."""
+    with ExitStack() as stack:
+        fds = [stack.enter_context(final.open("rb")).fileno() for final in finals]
+        sizes = [os.fstat(fd).st_size for fd in fds]
+        chunks = [read_chunks(fd, 0, size) for fd, size in zip(fds, sizes, strict=True)]
+        hashes = _hash(zip(finals, sizes, chunks, strict=True))
+    journal_path(finals[0]).unlink(missing_ok=True)
+    return hashes
+
+
+def _hash(
+    files: Iterable[tuple[Path, int, Iterable[memoryview]]],
+) -> tuple[str, tuple[FileReport, ...]]:
+    together = hashlib.sha256()
+    reports: list[FileReport] = []
+    files = list(files)
+    for path, n_bytes, chunks in files:
+        alone = hashlib.sha256() if len(files) > 1 else together  # a gigabyte takes half a second
+        for chunk in chunks:
+            alone.update(chunk)
+            if alone is not together:
+                together.update(chunk)
+        reports.append(FileReport(path, n_bytes, alone.hexdigest()))
+    return together.hexdigest(), tuple(reports)
+
+
+def _is_marked(path: Path, mark: FileMark) -> bool:
+    """Tell whether a file is the one that a journal speaks of."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return mark_file(read_state(fd, path)) == mark
+    finally:
+        os.close(fd)
+
+
+def _may_go_on(error: BaseException) -> bool:
+    """Tell whether a second run may end otherwise: it was stopped, or a disk failed."""
+    is_verdict = isinstance(error, EdgemergeError) and not isinstance(error, OutputError)
+    return not is_verdict or isinstance(error.__cause__, OSError)

@@ -1,0 +1,242 @@
+"""Do these models fit together? Asked before any work, answered with the tensor and both shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from edgemerge.errors import FormatError, MismatchError
+from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.types import Source, TensorSpec
+
+__all__ = [
+    "check_models",
+    "check_scaled_output",
+    "find_tensor",
+    "is_constant",
+    "is_scale",
+    "layer_settings",
+    "missing_tensor",
+    "read_tensor",
+    "same_scale",
+    "same_shape",
+]
+
+# Hyper-parameters that decide what a weight means; {} stands for the architecture.
+DECISIVE_KEYS = (
+    "{}.attention.head_count",
+    "{}.attention.head_count_kv",
+    "{}.attention.key_length",
+    "{}.attention.value_length",
+    "{}.rope.dimension_count",
+    "{}.expert_count",
+    "{}.expert_used_count",
+)
+# Differences that a merge survives, but that its user should know.
+TELLING_KEYS = (
+    "{}.rope.freq_base",
+    "{}.rope.scaling.type",
+    "{}.rope.scaling.factor",
+    "{}.context_length",
+    "{}.attention.layer_norm_rms_epsilon",
+    "{}.attention.sliding_window",
+)
+LAYOUT_KEY = "{}.tensor_data_layout"
+KNOWN_LAYOUTS = (None, "Meta AI original pth")
+# Computed from the configuration, not learnt: copied from the base, never merged.
+CONSTANTS = ("rope_freqs", "rope_factors_long", "rope_factors_short", "attn_rot_embd")
+UNSCALED = "get these models as F16, BF16 or F32, whose weights have no factors"
+
+
+def is_constant(name: str) -> bool:
+    """Tell whether a tensor is derived from the configuration rather than learnt."""
+    stem = name.rpartition(".")[0]
+    return stem.split(".")[-1] in CONSTANTS
+
+
+def is_scale(name: str) -> bool:
+    """Tell whether a tensor is the factor of another one, as NVFP4 weights have it.
+
+    llama.cpp multiplies the product with `NAME.weight` by `NAME.scale` (`build_lora_mm`), one number
+    or one per expert. So it is as much part of the weights as a block's own scale, and no weight.
+    """
+    return name.endswith((".scale", ".input_scale"))
+
+
+def layer_settings(metadata: Mapping[str, bytes], n_layers: object) -> list[str]:
+    """List the hyper-parameters that are arrays with an entry per layer."""
+    own = (key for key in metadata if not key.startswith(("tokenizer.", "general.")))
+    return [
+        key
+        for key in own
+        if isinstance(value := get_value(metadata, key), list) and len(value) == n_layers
+    ]
+
+
+def check_models(sources: Sequence[Source]) -> list[str]:
+    """Compare all models with the first.
+
+    Returns
+    -------
+    list of str
+        One sentence for each difference that the merge survives.
+
+    Raises
+    ------
+    MismatchError
+        Architectures, head counts or vocabulary sizes differ.
+    FormatError
+        A GGUF states a tensor layout that nobody knows.
+    """
+    first, *others = sources
+    arch = first.architecture
+    for source in sources:
+        layout = get_value(source.metadata(), LAYOUT_KEY.format(source.architecture))
+        if layout not in KNOWN_LAYOUTS:
+            raise FormatError(
+                f"its tensor_data_layout {layout!r} is unknown; convert the model anew",
+                path=source.path,
+            )
+    notes: list[str] = []
+    for other in others:
+        if other.architecture != arch:
+            raise MismatchError(
+                f"{first.path} is a {arch} model and {other.path} is a {other.architecture} model; "
+                "only fine-tunes of one architecture can be merged"
+            )
+        _check_hyper_parameters(first, other, notes)
+        _check_vocabularies(first, other, notes)
+    return notes
+
+
+def _check_hyper_parameters(first: Source, other: Source, notes: list[str]) -> None:
+    for pattern in DECISIVE_KEYS + TELLING_KEYS:
+        key = pattern.format(first.architecture)
+        ours, theirs = first.metadata().get(key), other.metadata().get(key)
+        if ours is None or theirs is None or ours == theirs:
+            continue
+        left, right = get_value(first.metadata(), key), get_value(other.metadata(), key)
+        if left == right:  # the same number in another integer type
+            continue
+        if pattern in DECISIVE_KEYS:
+            raise MismatchError(
+                f"{key} is {left} in {first.path} and {right} in {other.path}; "
+                "only fine-tunes of one base can be merged"
+            )
+        notes.append(f"{key} is {left} in {first.path.name} and {right} in {other.path.name}")
+
+
+def _check_vocabularies(first: Source, other: Source, notes: list[str]) -> None:
+    key = "tokenizer.ggml.tokens"
+    ours, theirs = first.metadata().get(key), other.metadata().get(key)
+    if ours is None or theirs is None or ours == theirs:
+        return
+    left, right = (int.from_bytes(raw[8:16], "little") for raw in (ours, theirs))
+    if left != right:
+        embeddings = [source.specs().get("token_embd.weight") for source in (first, other)]
+        shapes = tuple(spec.shape if spec else None for spec in embeddings)
+        raise MismatchError(
+            f"the vocabularies differ: {left} tokens in {first.path} and {right} in {other.path} "
+            f"(token_embd.weight {_show(shapes[0])} and {_show(shapes[1])}); "
+            "give all models the base's tokenizer first",
+            tensor="token_embd.weight",
+            shapes=shapes,
+        )
+    notes.append(f"{other.path.name} spells some tokens differently from {first.path.name}")
+
+
+def same_shape(
+    left: TensorSpec, right: TensorSpec, left_model: Source, right_model: Source
+) -> None:
+    """Refuse two tensors that are to be merged and are not alike.
+
+    Raises
+    ------
+    MismatchError
+        Their shapes differ.
+    """
+    if left.shape != right.shape:
+        raise MismatchError(
+            f"tensor {left.name!r} is {_show(left.shape)} in {left_model.path} and "
+            f"{_show(right.shape)} in {right_model.path}; only fine-tunes of one base can be "
+            "merged",
+            tensor=left.name,
+            shapes=(left.shape, right.shape),
+        )
+
+
+def find_tensor(source: Source, name: str) -> TensorSpec:
+    """Look a tensor up in one model.
+
+    Raises
+    ------
+    MismatchError
+        The model lacks it.
+    """
+    specs = source.specs()
+    if name not in specs:
+        raise missing_tensor(name, source)
+    return specs[name]
+
+
+def missing_tensor(name: str, source: Source, owner: Source | None = None) -> MismatchError:
+    """Say that a model lacks a tensor, which `owner` has."""
+    whose = f" of {owner.path}" if owner else ""
+    remedy = UNSCALED if is_scale(name) else "only fine-tunes of one base can be merged"
+    return MismatchError(
+        f"tensor {name!r}{whose} is missing in {source.path}; {remedy}", tensor=name
+    )
+
+
+def same_scale(name: str, left: Source, other: str, right: Source) -> None:
+    """Refuse two factors that are not equal; reads them, a few bytes.
+
+    Raises
+    ------
+    MismatchError
+        They differ: a sum of weights that stand under different factors has no factor.
+    """
+    if read_tensor(left, name) != read_tensor(right, other):
+        raise MismatchError(
+            f"tensor {name!r}, by which llama.cpp multiplies its weights, is not the same in "
+            f"{left.path} and {right.path}; {UNSCALED}",
+            tensor=name,
+        )
+
+
+def read_tensor(source: Source, name: str) -> bytes:
+    """Read all of a small tensor, as stored."""
+    spec = source.specs()[name]
+    raw = np.empty(spec.nbytes, np.uint8)
+    source.read_rows(name, 0, spec.n_rows, raw)
+    return raw.tobytes()
+
+
+def check_scaled_output(types: Mapping[str, str], model: Source) -> None:
+    """Refuse to take the type from an output matrix that has a factor.
+
+    Parameters
+    ----------
+    types : mapping of GGUF name to ggml type name
+        All tensors of the output.
+    model : Source
+        Where the factor comes from.
+
+    Raises
+    ------
+    MismatchError
+        `output.weight` is no longer NVFP4, beside which alone llama.cpp looks for `output.scale`
+        (the end of `load_tensors`; in a layer it does so for any type).
+    """
+    found = [name for name in ("output.scale", "output.input_scale") if name in types]
+    if found and types.get("output.weight") != "NVFP4":
+        raise MismatchError(
+            f"tensor {found[0]!r} of {model.path} is used by llama.cpp only where output.weight is "
+            "NVFP4; keep the types (--type keep), or get that model as F16, BF16 or F32",
+            tensor=found[0],
+        )
+
+
+def _show(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else "[" + ", ".join(map(str, shape)) + "]"

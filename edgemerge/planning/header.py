@@ -1,0 +1,179 @@
+"""What the header of an output says: the type of every tensor, and the metadata."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from edgemerge.errors import RecipeError
+from edgemerge.formats.architectures import layer_index
+from edgemerge.formats.gguf.metadata import encode_value, get_value
+from edgemerge.formats.gguf.split import whole_name
+from edgemerge.formats.quants.filetypes import (
+    FILE_TYPES,
+    dominant_file_type,
+    keep_types,
+    tensor_types,
+)
+from edgemerge.formats.quants.overrides import TypeOverrides
+from edgemerge.methods.table import Method
+from edgemerge.planning.compatibility import layer_settings
+from edgemerge.planning.jobs import Draft, may_copy
+from edgemerge.types import Recipe, Source
+
+__all__ = ["DROPPED_KEYS", "TOKENS_KEY", "choose_types", "output_metadata"]
+
+KEEP = "keep"
+UNQUANTISED = ("F32", "F16", "BF16")
+DROPPED_KEYS = re.compile(
+    r"general\.(file_type|quantization_version|name)|(split|quantize|edgemerge)\..*"
+)
+TOKENS_KEY = "tokenizer.ggml.tokens"
+
+
+def choose_types(
+    recipe: Recipe,
+    method: Method,
+    drafts: Sequence[Draft],
+    sources: Mapping[Path, Source],
+    notes: list[str],
+) -> tuple[str, dict[str, str]]:
+    """Choose the file type, and from it the type of every tensor.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        What is wanted.
+    method : Method
+        The recipe's.
+    drafts : sequence of Draft
+        The tensors of the output.
+    sources : mapping of Path to Source
+        The open models.
+    notes : list of str
+        What the user should know is added to it.
+
+    Returns
+    -------
+    file_type : str
+        A key of `FILE_TYPES`, or `keep`.
+    types : dict
+        GGUF tensor name -> ggml type name.
+
+    Raises
+    ------
+    RecipeError
+        No such type, or a type for a tensor that the file type does not allow.
+    MismatchError
+        A tensor cannot have its type.
+    """
+    reference = sources[recipe.models()[0]]
+    specs = {draft.name: replace(draft.reference, name=draft.name) for draft in drafts}
+    quantised = any(spec.dtype not in UNQUANTISED for spec in specs.values())
+    default = KEEP if quantised else "F32" if recipe.dtype == "float32" else "F16"
+    file_type = default if recipe.out_type is None else recipe.out_type
+    overrides = TypeOverrides(recipe.tensor_types)
+    if file_type.lower() == KEEP:
+        overrides.refuse_for(KEEP)
+        copied = {d.name: d.reference.dtype for d in drafts if may_copy(d, method)}
+        kept, said = keep_types({n: s for n, s in specs.items() if n not in copied})
+        notes += said
+        return KEEP, {name: copied.get(name) or kept[name] for name in specs}
+    if file_type.upper() not in FILE_TYPES:
+        known = ", ".join([*FILE_TYPES, KEEP])
+        raise RecipeError(f"unknown type {file_type!r}; choose one of {known}", field="type")
+    metadata = _with_block_count(reference, drafts)
+    types = tensor_types(
+        file_type.upper(),
+        specs,
+        metadata,
+        reference.architecture,
+        overrides=overrides,
+        has_importance=recipe.imatrix is not None,
+    )
+    notes += [f"no tensor's type was chosen by {pattern!r}" for pattern in overrides.unused()]
+    return file_type.upper(), types
+
+
+def _with_block_count(reference: Source, drafts: Sequence[Draft]) -> dict[str, bytes]:
+    layers = {layer for draft in drafts if (layer := layer_index(draft.name)) is not None}
+    key = f"{reference.architecture}.block_count"
+    metadata = dict(reference.metadata())
+    old = get_value(metadata, key)
+    if layers and len(layers) != old and layer_settings(metadata, old):
+        raise RecipeError(
+            f"{reference.path} has settings per layer, which slices cannot re-order yet; "
+            "merge whole models",
+            field="slices",
+        )
+    if layers and len(layers) != old:
+        metadata[key] = encode_value(len(layers), "u32")
+    return metadata
+
+
+def output_metadata(
+    recipe: Recipe,
+    method: Method,
+    sources: Mapping[Path, Source],
+    drafts: Sequence[Draft],
+    file_type: str,
+    types: Mapping[str, str],
+) -> dict[str, bytes]:
+    """Take the base's metadata, the tokenizer source's tokenizer, and say what the output is."""
+    reference = sources[recipe.models()[0]]
+    metadata = {
+        k: v
+        for k, v in _with_block_count(reference, drafts).items()
+        if not DROPPED_KEYS.fullmatch(k)
+    }
+    theirs = _tokenizer_source(recipe, sources).metadata()
+    metadata = {k: v for k, v in metadata.items() if not k.startswith("tokenizer.")}
+    metadata |= {k: v for k, v in theirs.items() if k.startswith("tokenizer.")}
+    if recipe.chat_template is not None:
+        metadata["tokenizer.chat_template"] = encode_value(recipe.chat_template, "str")
+    names = [
+        Path(whole_name(path)).stem if path.is_file() else path.name for path in recipe.models()
+    ]
+    title = names[0] if len(names) == 1 else f"{method.name} merge of {', '.join(names)}"
+    metadata["general.name"] = encode_value(title, "str")
+    metadata["general.file_type"] = _file_type_id(file_type, reference, drafts, types)
+    if any(dtype not in UNQUANTISED for dtype in types.values()):
+        metadata["general.quantization_version"] = encode_value(2, "u32")
+    return metadata
+
+
+def _tokenizer_source(recipe: Recipe, sources: Mapping[Path, Source]) -> Source:
+    """Find the model whose tokenizer the output gets; a union is possible where all are one."""
+    reference = sources[recipe.models()[0]]
+    if recipe.tokenizer_source == "base":
+        return reference
+    if recipe.tokenizer_source == "union":
+        for source in sources.values():
+            if source.metadata().get(TOKENS_KEY) != reference.metadata().get(TOKENS_KEY):
+                raise RecipeError(
+                    f"tokenizer_source union needs models of one vocabulary, and {source.path} has "
+                    f"other tokens than {reference.path}; give base or one of the models",
+                    field="tokenizer_source",
+                )
+        return reference
+    if (path := Path(recipe.tokenizer_source)) not in sources:
+        raise RecipeError(
+            f"tokenizer_source {path} is none of the models; give base or one of them",
+            field="tokenizer_source",
+        )
+    return sources[path]
+
+
+def _file_type_id(
+    file_type: str, reference: Source, drafts: Sequence[Draft], types: Mapping[str, str]
+) -> bytes:
+    if file_type != KEEP:
+        return encode_value(FILE_TYPES[file_type].id, "u32")
+    stated = reference.metadata().get("general.file_type")
+    if stated is not None and all(types[d.name] == d.reference.dtype for d in drafts):
+        return stated
+    return encode_value(
+        dominant_file_type(types, {draft.name: draft.reference for draft in drafts}), "u32"
+    )

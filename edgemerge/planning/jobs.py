@@ -1,0 +1,293 @@
+"""Which output tensors there are, what each is made from, and with which parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgemerge.errors import FormatError, RecipeError
+from edgemerge.formats.architectures import hf_name, layer_index
+from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.methods.table import Method
+from edgemerge.planning.compatibility import (
+    find_tensor,
+    is_constant,
+    is_scale,
+    missing_tensor,
+    same_scale,
+    same_shape,
+)
+from edgemerge.recipe.parameters import check_settings, look_up
+from edgemerge.types import (
+    InputTensor,
+    ModelInput,
+    Parameters,
+    Recipe,
+    Setting,
+    Slice,
+    Source,
+    TensorSpec,
+)
+
+__all__ = ["Draft", "draft_jobs", "list_experts", "may_copy", "unused_settings"]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A job before types and block heights are known."""
+
+    name: str  # in the output
+    base: InputTensor | None
+    experts: tuple[InputTensor, ...]
+    settings: Mapping[str, Setting]
+    is_constant: bool = False  # taken over as it is
+
+    @property
+    def reference(self) -> TensorSpec:
+        """The input whose shape and type the output follows."""
+        return (self.base or self.experts[0]).spec
+
+
+def list_experts(part: Slice, base: Path | None, method: Method) -> list[ModelInput]:
+    """List a slice's models, without the base's own entry where the method has a base."""
+    if not method.needs_base:
+        return list(part.inputs)
+    return [model for model in part.inputs if model.path != base]
+
+
+def draft_jobs(
+    recipe: Recipe, method: Method, models: tuple[Path, ...], sources: Mapping[Path, Source]
+) -> Iterator[Draft]:
+    """Yield the output's tensors in its order: what precedes the layers, the layers, the rest.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        What is wanted.
+    method : Method
+        The recipe's.
+    models : tuple of Path
+        All models, as `Plan.models` lists them.
+    sources : mapping of Path to Source
+        The same models, open.
+
+    Raises
+    ------
+    RecipeError, FormatError, MismatchError
+        A parameter or a layer range is wrong, or the models do not fit together.
+    """
+    parts = [_Part(recipe, method, part, models, sources) for part in recipe.slices]
+    names = list(parts[0].reference.specs())
+    layers = [layer for name in names if (layer := layer_index(name)) is not None]
+    first = next((i for i, name in enumerate(names) if layer_index(name) is not None), len(names))
+    for name in names[:first]:
+        yield _part_of(name, parts).draft(name, name, 0)
+    if len(parts) == 1 and parts[0].is_whole(max(layers, default=-1) + 1):
+        # The usual merge: the base's own order, which for GGUF inputs need not go layer by layer.
+        for name in names[first:]:
+            yield parts[0].draft(name, name, layer_index(name) or 0)
+        _refuse_extra(parts[0], set(names))
+        return
+    n_done = 0
+    for part in parts:
+        _refuse_extra_in_slice(part, {name for name in names if layer_index(name) is None})
+        for offset in range(part.n_layers):
+            for stem in part.stems(offset):
+                yield part.draft(f"blk.{n_done}.{stem}", stem, offset)
+            n_done += 1
+    for name in names[first:]:
+        if layer_index(name) is None:
+            yield _part_of(name, parts).draft(name, name, 0)
+
+
+def _part_of(name: str, parts: Sequence[_Part]) -> _Part:
+    """Choose the slice of a tensor outside the layers: what embeds from the first, the rest from the last."""
+    return parts[0] if name.split(".")[0].endswith(("_embd", "_embd_norm", "_types")) else parts[-1]
+
+
+def unused_settings(recipe: Recipe, method: Method) -> list[str]:
+    """Say which parts of the recipe its method never looks at, one sentence each."""
+    of_models = method.model_parameters.keys() | {"int8_mask"}  # a memory switch of mergekit's
+    of_merge = of_models | method.global_parameters.keys()
+    notes = [_unused(method, key, None) for key in recipe.parameters if key not in of_merge]
+    for part in recipe.slices:
+        notes += [_unused(method, key, None) for key in part.parameters if key not in of_merge]
+        for model in list_experts(part, recipe.base, method):
+            notes += [
+                _unused(method, key, model) for key in model.parameters if key not in of_models
+            ]
+    listed = [model.path for part in recipe.slices for model in part.inputs]
+    if recipe.base is not None and not method.needs_base and recipe.base not in listed:
+        notes.append(
+            f"{method.name} has no base: {recipe.base.name} gives the metadata, but its weights "
+            "are not part of the merge"
+        )
+    return notes
+
+
+def _unused(method: Method, key: str, model: ModelInput | None) -> str:
+    if model is None:
+        return f"{method.name} does not use the parameter {key}"
+    if key in method.global_parameters:
+        return f"{key} belongs to the whole merge, so that of {model.path.name} is not used"
+    return f"{method.name} does not use the parameter {key} of {model.path.name}"
+
+
+def _refuse_extra(part: _Part, known: set[str]) -> None:
+    """Refuse a tensor that only an expert has, which would be lost without a word."""
+    for model in part.models:
+        for name in part.sources[model.path].specs():
+            if name not in known and not is_constant(name):
+                raise missing_tensor(name, part.reference, part.sources[model.path])
+
+
+def _refuse_extra_in_slice(part: _Part, known: set[str]) -> None:
+    """Do the same where only some layers are taken; `known` are the tensors outside the layers."""
+    for i, model in enumerate(part.models):
+        for name in part.sources[model.path].specs():
+            outside = layer_index(name) is None
+            if outside and name not in known and not is_constant(name):
+                raise missing_tensor(name, part.reference, part.sources[model.path])
+        for offset in range(part.n_layers):
+            for stem in sorted(set(part.stems(offset, i)) - set(part.stems(offset))):
+                name = f"blk.{part.starts[i] + offset}.{stem}"
+                if not is_constant(name):
+                    raise missing_tensor(name, part.reference, part.sources[model.path])
+
+
+class _Part:
+    """One slice, with its models open and its layers counted."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method,
+        part: Slice,
+        models: tuple[Path, ...],
+        sources: Mapping[Path, Source],
+    ) -> None:
+        self.recipe, self.method, self.slice = recipe, method, part
+        self.sources = sources
+        self.indices = {path: i for i, path in enumerate(models)}
+        self.experts = list_experts(part, recipe.base, method)
+        self.base = self._base() if method.needs_base else None
+        self.models = ([self.base] if self.base else []) + self.experts
+        self.reference = sources[self.models[0].path]
+        ranges = [self._range(model) for model in self.models]
+        self.starts = [start for start, _ in ranges]
+        self.n_layers = ranges[0][1] - ranges[0][0]
+        self.positions = [
+            offset / (self.n_layers - 1) if self.n_layers > 1 else 1.0
+            for offset in range(self.n_layers)
+        ]
+
+    def _base(self) -> ModelInput:
+        """Return the base's own entry in the slice, else the base with the first model's layers."""
+        assert self.recipe.base is not None
+        for model in self.slice.inputs:
+            if model.path == self.recipe.base:
+                return model
+        return ModelInput(self.recipe.base, self.experts[0].layer_range)
+
+    def _range(self, model: ModelInput) -> tuple[int, int]:
+        source = self.sources[model.path]
+        count = get_value(source.metadata(), f"{source.architecture}.block_count")
+        if not isinstance(count, int):
+            raise FormatError(
+                f"states no {source.architecture}.block_count; convert the model anew",
+                path=model.path,
+            )
+        start, stop = model.layer_range or (0, count)
+        if stop > count:
+            raise RecipeError(
+                f"layer_range [{start}, {stop}] goes beyond the {count} layers of {model.path}",
+                field="layer_range",
+            )
+        return start, stop
+
+    def is_whole(self, n_layers: int) -> bool:
+        """Tell whether every model gives all of its layers, in place."""
+        return set(self.starts) == {0} and self.n_layers >= n_layers
+
+    def stems(self, offset: int, i_model: int = 0) -> list[str]:
+        """List what a model has in one layer, without its `blk.N.`; by default the reference."""
+        prefix = f"blk.{self.starts[i_model] + offset}."
+        specs = self.sources[self.models[i_model].path].specs()
+        return [name.removeprefix(prefix) for name in specs if name.startswith(prefix)]
+
+    def draft(self, name: str, tensor: str, offset: int) -> Draft:
+        """Collect one output tensor; `tensor` is a stem inside a layer or a whole name."""
+        if is_constant(name):
+            found = self._input(0, self._source_name(0, name, tensor, offset))
+            return Draft(name, None, (found,), {"scale": 1.0}, is_constant=True)
+        names = [self._source_name(i, name, tensor, offset) for i in range(len(self.models))]
+        inputs = [self._input(i, source_name) for i, source_name in enumerate(names)]
+        for model, other in zip(self.models[1:], inputs[1:], strict=True):
+            source = self.sources[model.path]
+            same_shape(inputs[0].spec, other.spec, self.reference, source)
+            if is_scale(name):
+                same_scale(names[0], self.reference, other.spec.name, source)
+        if is_scale(name):  # equal in all models, and no weight that settings could scale
+            return Draft(name, None, (inputs[0],), {"scale": 1.0}, is_constant=True)
+        position = self.positions[offset] if layer_index(name) is not None else 0.0
+        n_bases = 1 if self.base else 0
+        experts = tuple(
+            replace(found, settings=self._settings(model, names[n_bases + i], position))
+            for i, (model, found) in enumerate(zip(self.experts, inputs[n_bases:], strict=True))
+        )
+        return Draft(
+            name,
+            inputs[0] if self.base else None,
+            experts,
+            self._settings(None, names[0], position),
+        )
+
+    def _source_name(self, i: int, name: str, tensor: str, offset: int) -> str:
+        if layer_index(name) is None or layer_index(tensor) is not None:
+            return tensor
+        return f"blk.{self.starts[i] + offset}.{tensor}"
+
+    def _input(self, i: int, name: str) -> InputTensor:
+        path = self.models[i].path
+        return InputTensor(self.indices[path], find_tensor(self.sources[path], name))
+
+    def _settings(
+        self, model: ModelInput | None, tensor: str, position: float
+    ) -> dict[str, Setting]:
+        """Resolve the parameters of one model, or with None those of the merge."""
+        levels: list[Parameters] = [model.parameters] if model else []
+        levels += [self.slice.parameters, self.recipe.parameters, self.recipe.defaults]
+        names = [n for n in (hf_name(self.reference.architecture, tensor), tensor) if n]
+        table = self.method.model_parameters if model else self.method.global_parameters
+        found = {key: look_up(key, levels, names, position) for key in table}
+        for key, default in table.items():
+            if found[key] is None and default is None:
+                raise RecipeError(_missing(self.method, key, model, tensor, levels), field=key)
+        return check_settings(
+            {
+                key: default if (value := found[key]) is None else value
+                for key, default in table.items()
+            }
+        )
+
+
+def _missing(
+    method: Method, key: str, model: ModelInput | None, tensor: str, levels: Sequence[Parameters]
+) -> str:
+    whose = f" for {model.path.name}" if model else ""
+    sentence = f"{method.name} needs the parameter {key}{whose}"
+    if any(key in level for level in levels):  # rules, none of which fits
+        sentence += f", and no rule gives one to {tensor}; add an entry with value alone"
+    return sentence
+
+
+def may_copy(draft: Draft, method: Method) -> bool:
+    """Whether the result is the tensor of one model as it is, whose stored bytes say it exactly."""
+    if draft.is_constant:
+        return True
+    settings = draft.experts[0].settings
+    if method.name == "linear":  # of one model: its weight is 1, or divided by itself
+        is_one = bool(draft.settings["normalize"]) or settings["weight"] == 1.0
+        return len(draft.experts) == 1 and is_one
+    return method.name == "passthrough" and settings["scale"] == 1.0

@@ -1,0 +1,189 @@
+"""Whether given models are those that a merged file says it was made of.
+
+The provenance has a checksum of each input: the CRC-32 of the CRC-32s of the tensors that were read of it,
+in the order of the output's (`edgemerge.merging.run`). Which these were follows from the recipe, so the
+drafts of the merge are made once more. Where heads or neurons were brought into another order, the
+checksums are of rows in that order, and nothing short of the alignment would give it again.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgemerge.errors import VerificationError
+from edgemerge.formats import open_model
+from edgemerge.formats.gguf.split import whole_name
+from edgemerge.formats.inspection import Provenance, read_provenance
+from edgemerge.formats.json_file import parse_object
+from edgemerge.methods.table import find_method
+from edgemerge.planning.jobs import draft_jobs
+from edgemerge.types import ModelInput, Parameters, Recipe, Rule, Slice, Source
+
+__all__ = ["check_inputs"]
+
+PIECE = 1 << 20  # bytes of rows that are read at a time; one row at least
+
+
+def check_inputs(path: str | os.PathLike[str], given: Sequence[Path]) -> None:
+    """See that models are the inputs of a merged file, going by the checksums that it states.
+
+    Parameters
+    ----------
+    path : path
+        The merged GGUF.
+    given : sequence of Path
+        All of its inputs, in any order, under the names that they had.
+
+    Raises
+    ------
+    VerificationError
+        One is missing or another model; or the file does not allow to tell.
+    EdgemergeError
+        A model is damaged, or does not fit to the others.
+    """
+    path = Path(path)
+    with ExitStack() as stack:
+        merged = _open(path, stack)
+        provenance = read_provenance(merged.metadata())
+        if provenance is None:
+            raise VerificationError("has no provenance section, so it names no inputs", path=path)
+        recipe = _read_recipe(provenance, _match_names(provenance, given, path), path)
+        _refuse_aligned(recipe, path)
+        sources = {model: _open(model, stack) for model in recipe.models()}
+        found = _checksums(recipe, sources)
+    stated = [crc32 for _, crc32 in provenance.inputs]
+    for model, crc32, wanted in zip(recipe.models(), found, stated, strict=True):
+        if f"{crc32:08x}" != wanted:
+            raise VerificationError(
+                f"is not the input of that name: its tensors have the checksum {crc32:08x}, and "
+                f"{path.name} was made of {wanted}; give the model that was merged",
+                path=model,
+            )
+
+
+def _open(path: Path, stack: ExitStack) -> Source:
+    source = open_model(path)
+    stack.callback(source.close)
+    return source
+
+
+def _match_names(provenance: Provenance, given: Sequence[Path], path: Path) -> dict[str, Path]:
+    """Find the given model for each name that the provenance states."""
+    names = [name for name, _ in provenance.inputs]
+    found = {whole_name(model.absolute()): model for model in given}
+    if len(set(names)) < len(names) or len(found) < len(given):
+        raise VerificationError(
+            "has inputs of one name, which cannot be told apart, or was given one twice", path=path
+        )
+    if missing := [name for name in names if name not in found]:
+        raise VerificationError(
+            f"was made of {', '.join(names)}; give all of them with --input ({missing[0]} is missing)",
+            path=path,
+        )
+    if others := sorted(found.keys() - set(names)):
+        raise VerificationError(
+            f"was made of {', '.join(names)}, and not of {others[0]}; leave that out", path=path
+        )
+    return found
+
+
+def _refuse_aligned(recipe: Recipe, path: Path) -> None:
+    align = recipe.align or find_method(recipe.method).align
+    if align != "off" or recipe.neurons:
+        raise VerificationError(
+            "was aligned before it was merged, and its inputs' checksums are of the rows in their new "
+            "order; these can only be had by merging again",
+            path=path,
+        )
+
+
+# -- the recipe ------------------------------------------------------------------------------------
+
+
+def _read_recipe(provenance: Provenance, paths: Mapping[str, Path], path: Path) -> Recipe:
+    """Rebuild as much of the recipe as says which tensors were read; it may be a stranger's."""
+    stated = parse_object(provenance.recipe.encode(), path)
+    try:
+        recipe = Recipe(
+            method=str(stated["method"]),
+            base=None if stated["base"] is None else paths[stated["base"]],
+            slices=tuple(_read_slice(part, paths) for part in stated["slices"]),
+            parameters=_read_parameters(stated["parameters"]),
+            defaults=_read_parameters(stated["defaults"]),
+            align=None if stated["align"] is None else str(stated["align"]),
+            neurons=bool(stated["neurons"]),
+        )
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _unreadable(path) from error
+    models = tuple(paths[name] for name, _ in provenance.inputs)
+    if recipe.models() != models or not all(part.inputs for part in recipe.slices):
+        raise _unreadable(path)
+    return recipe
+
+
+def _unreadable(path: Path) -> VerificationError:
+    return VerificationError(
+        "states a recipe that this edgemerge cannot read, so its inputs cannot be checked",
+        path=path,
+    )
+
+
+def _read_slice(stated: Mapping[str, Any], paths: Mapping[str, Path]) -> Slice:
+    inputs = []
+    for model in stated["inputs"]:
+        layers = model["layer_range"]
+        if layers is not None:
+            first, last = layers
+            layers = int(first), int(last)
+        inputs.append(
+            ModelInput(paths[model["path"]], layers, _read_parameters(model["parameters"]))
+        )
+    return Slice(tuple(inputs), _read_parameters(stated["parameters"]))
+
+
+def _read_parameters(stated: Mapping[str, Any]) -> Parameters:
+    return {name: tuple(map(_read_rule, rules)) for name, rules in stated.items()}
+
+
+def _read_rule(stated: Mapping[str, Any]) -> Rule:
+    value, name = stated["value"], stated["filter"]
+    if isinstance(value, list):
+        value = tuple(map(float, value))
+    elif not isinstance(value, int | float | str):
+        raise TypeError("neither a number nor a word")
+    return Rule(value, None if name is None else str(name))
+
+
+# -- the checksums ---------------------------------------------------------------------------------
+
+
+def _checksums(recipe: Recipe, sources: Mapping[Path, Source]) -> list[int]:
+    """Compute the checksum of each input, as the merge did."""
+    models = recipe.models()
+    found = [0] * len(models)
+    for draft in draft_jobs(recipe, find_method(recipe.method), models, sources):
+        for tensor in (*([draft.base] if draft.base else []), *draft.experts):
+            crc32 = _checksum(sources[models[tensor.model]], tensor.spec.name)
+            found[tensor.model] = zlib.crc32(crc32.to_bytes(4, "little"), found[tensor.model])
+    return found
+
+
+def _checksum(source: Source, name: str) -> int:
+    """Compute the CRC-32 of a tensor's rows as they are stored."""
+    spec = source.specs()[name]
+    step = max(1, PIECE // max(1, spec.row_bytes))
+    crc32 = 0
+    for start in range(0, spec.n_rows, step):
+        stop = min(start + step, spec.n_rows)
+        raw_u8 = np.empty((stop - start) * spec.row_bytes, np.uint8)
+        source.read_rows(name, start, stop, raw_u8)
+        crc32 = zlib.crc32(raw_u8.data, crc32)
+    source.forget(name)
+    return crc32

@@ -1,0 +1,1 @@
+"""What was asked: YAML or flags, checked, with presets and parameters."""

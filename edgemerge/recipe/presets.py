@@ -1,0 +1,37 @@
+"""Published settings by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from edgemerge.errors import RecipeError
+from edgemerge.methods.table import PRESETS, find_method
+from edgemerge.types import Recipe, Rule
+
+__all__ = ["with_preset"]
+
+
+def with_preset(recipe: Recipe, name: str) -> Recipe:
+    """Give a recipe the settings of a preset where it does not say otherwise.
+
+    Weights, too, are the preset's where none are given: equal, with a sum of one.
+
+    Raises
+    ------
+    RecipeError
+        There is no such preset, or it says nothing of the recipe's method.
+    """
+    if name not in PRESETS:
+        raise RecipeError(
+            f"unknown preset {name!r}; known are {', '.join(PRESETS)}", field="preset"
+        )
+    methods = PRESETS[name]
+    if recipe.method not in methods:
+        find_method(recipe.method)
+        raise RecipeError(
+            f"the preset {name} says nothing of {recipe.method}; it has {', '.join(methods)}",
+            field="preset",
+        )
+    n_models = max(len([m for m in part.inputs if m.path != recipe.base]) for part in recipe.slices)
+    settings = {"weight": 1.0 / max(1, n_models), **methods[recipe.method]}
+    return replace(recipe, defaults={key: (Rule(value),) for key, value in settings.items()})

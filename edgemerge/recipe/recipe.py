@@ -1,0 +1,116 @@
+"""What the user asks for: a mergekit YAML file, or flags, as a checked `Recipe`.
+
+The schema is mergekit's (merge_method, base_model, models | slices, parameters, dtype, out_dtype,
+tokenizer_source, chat_template); our additions stand under the one key `edgemerge`. Unknown keys
+are refused by name. How parameters are looked up for one tensor is in `edgemerge.recipe.parameters`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgemerge.errors import RecipeError
+from edgemerge.recipe.mergekit import RecipeReader
+from edgemerge.recipe.values import MAX_SEED, ValueReader, check_alignment
+from edgemerge.types import ModelInput, Recipe, Rule, Slice
+
+__all__ = ["MAX_SEED", "check_alignment", "find_imatrix", "load_recipe", "make_recipe"]
+
+
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read a mergekit recipe from a YAML file.
+
+    Model paths are taken from the working directory, else from the recipe's folder.
+
+    Raises
+    ------
+    RecipeError
+        The file cannot be read, is no YAML, or asks for something that does not exist.
+    """
+    from edgemerge.formats.yaml_file import read_yaml  # a recipe of flags needs no YAML
+
+    path = Path(path)
+    document = read_yaml(path)
+    if not isinstance(document, dict):
+        raise RecipeError(
+            "is not a recipe: it needs keys such as merge_method and models", path=path
+        )
+    return RecipeReader(path).recipe(document)
+
+
+def make_recipe(
+    method: str,
+    models: Sequence[tuple[str, float | None]],
+    *,
+    base: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    out_type: str | None = None,
+    memory: int | None = None,
+    seed: int = 0,
+    align: str | None = None,
+    neurons: bool = False,
+    tensor_types: Sequence[tuple[str, str]] = (),
+    imatrix: str | None = None,
+) -> Recipe:
+    """Build a recipe from flags.
+
+    Parameters
+    ----------
+    method : str
+        A key of `edgemerge.methods.table.METHODS`.
+    models : sequence of (path, weight)
+        The models to merge; a weight of None is 1.0.
+    base : str, optional
+        The common base, for the methods that need one.
+    parameters : mapping, optional
+        mergekit's parameter names -> number, bool, text, or list of numbers (a gradient).
+    out_type : str, optional
+        File type of the output, or `keep`.
+    memory : int, optional
+        Budget in bytes.
+    seed : int
+        Of the random methods and of the alignment's sketches.
+    align : str, optional
+        hard, soft or off: whether attention heads are brought into the base's order (without a base,
+        the first model's); by default what the method does.
+    neurons : bool
+        Match feed-forward neurons too; for models trained apart.
+    tensor_types : sequence of (pattern, type)
+        ggml types for the tensors whose GGUF name a regular expression finds, first match first;
+        see `edgemerge.formats.quants.overrides`.
+    imatrix : str, optional
+        Path of an importance matrix, which guides the encoders.
+    """
+    reader = ValueReader(None)
+    inputs = []
+    for text, weight in models:
+        own = {} if weight is None else {"weight": reader.rules(weight, f"the weight of {text}")}
+        inputs.append(ModelInput(reader.model_path(text, "model"), parameters=own))
+    return Recipe(
+        method=method,
+        base=reader.model_path(base, "--base") if base is not None else None,
+        slices=(Slice(tuple(inputs)),),
+        parameters=reader.parameters(dict(parameters or {}), "-P"),
+        defaults={"weight": (Rule(1.0),)},
+        out_type=out_type,
+        memory=memory,
+        seed=reader.seed(seed, "seed"),
+        align=check_alignment(align) if align is not None else None,
+        neurons=neurons,
+        tensor_types=tuple(tensor_types),
+        imatrix=find_imatrix(imatrix) if imatrix is not None else None,
+    )
+
+
+def find_imatrix(path: str) -> Path:
+    """Find the importance matrix that a flag names.
+
+    Raises
+    ------
+    RecipeError
+        There is no such file.
+    """
+    return ValueReader(None).file_path(path, "--imatrix")

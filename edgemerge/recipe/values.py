@@ -1,0 +1,213 @@
+"""Checking the values of a recipe: paths, numbers, parameters, and tables of known keys.
+
+What the keys of a recipe mean is in `edgemerge.recipe.mergekit`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from edgemerge.errors import RecipeError
+from edgemerge.sizes import parse_size
+from edgemerge.types import Gradient, Parameters, Rule, Setting
+
+__all__ = ["MAX_SEED", "ValueReader", "brief", "check_alignment", "is_utf8"]
+
+MAX_SEED = (1 << 64) - 1  # the file keeps it as u64
+# mergekit's parameter names: per model, then for the whole merge.
+MODEL_PARAMETERS = ("weight", "density", "gamma", "epsilon", "scale")
+GLOBAL_PARAMETERS = ("normalize", "lambda", "rescale", "int8_mask", "t", "weighting", "scope")
+PARAMETERS = MODEL_PARAMETERS + GLOBAL_PARAMETERS
+ALIGNMENTS = ("hard", "soft", "off")
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
+
+
+def check_alignment(value: str) -> str:
+    """Refuse what is no way to align.
+
+    Raises
+    ------
+    RecipeError
+        It is none of hard, soft and off.
+    """
+    if value not in ALIGNMENTS:
+        raise RecipeError(
+            f"alignment is {brief(value)}; choose one of {', '.join(ALIGNMENTS)}", field="align"
+        )
+    return value
+
+
+class ValueReader:
+    """Checks one value after the other; `path` is the recipe's, for its errors and its models."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.notes: list[str] = []
+
+    def fail(self, message: str, field: str | None = None) -> NoReturn:
+        """Refuse the recipe."""
+        raise RecipeError(message, path=self.path, field=field)
+
+    # -- parameters -------------------------------------------------------------------------------
+
+    def parameters(self, value: Any, where: str) -> Parameters:
+        """Read a table of mergekit's parameters."""
+        table = self.mapping(value if value is not None else {}, where)
+        for name in table:
+            if name not in PARAMETERS:
+                self.fail(
+                    f"{where} has the unknown parameter {name!r}{_suggest(name, PARAMETERS)}", name
+                )
+        dot = " " if where == "-P" else "."
+        return {name: self.rules(entry, f"{where}{dot}{name}") for name, entry in table.items()}
+
+    def rules(self, value: Any, where: str) -> tuple[Rule, ...]:
+        """Read one parameter: a value, a gradient, or a list of filters with values."""
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return tuple(self.rule(entry, where) for entry in value)
+        return (Rule(self.setting(value, where)),)
+
+    def rule(self, entry: Any, where: str) -> Rule:
+        """Read one filter and its value."""
+        entry = self.mapping(entry, where)
+        self.check_keys(entry, ("filter", "value"), where)
+        name = entry.get("filter")
+        if "value" not in entry or not (name is None or isinstance(name, str)):
+            self.fail(f"{where} needs entries of the form {{filter: TEXT, value: NUMBER}}", where)
+        return Rule(self.setting(entry["value"], where), None if name == "*" else name)
+
+    def setting(self, value: Any, where: str) -> Setting | Gradient:
+        """Read a value or a gradient."""
+        if isinstance(value, list):
+            numbers = [self.number(x) for x in value]
+            if not numbers or None in numbers:
+                self.fail(f"{where} must be a number, or a list of numbers (a gradient)", where)
+            return tuple(x for x in numbers if x is not None)
+        if isinstance(value, bool):
+            return value
+        if (number := self.number(value)) is not None:
+            return number
+        if isinstance(value, str):
+            return value
+        self.fail(
+            f"{where} is {brief(value)}; it must be a finite number, true, false or text", where
+        )
+
+    def number(self, value: Any) -> float | None:
+        """Return a finite number; YAML 1.1 takes 1e-3, without a point, for text."""
+        if isinstance(value, str) and not NUMBER.fullmatch(value):
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            return None
+        try:
+            number = float(value)
+        except OverflowError:
+            return None
+        return number if math.isfinite(number) else None
+
+    # -- small checks -----------------------------------------------------------------------------
+
+    def check_keys(self, table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+        """Refuse keys that are not known."""
+        for key in table:
+            if key not in known:
+                self.fail(f"{where} has the unknown key {key!r}{_suggest(key, known)}", key)
+
+    def mapping(self, value: Any, where: str) -> Mapping[str, Any]:
+        """Take a table."""
+        if not isinstance(value, dict):
+            self.fail(f"{where} must be a table of keys and values", where)
+        return value
+
+    def sequence(self, value: Any, where: str) -> Sequence[Any]:
+        """Take a list that is not empty."""
+        if not isinstance(value, list) or not value:
+            self.fail(f"{where} must be a list that is not empty", where)
+        return value
+
+    def text(self, table: Mapping[str, Any], key: str, where: str | None = None) -> str:
+        """Take a text that is not empty."""
+        value = table.get(key)
+        if not isinstance(value, str) or not value:
+            self.fail(f"{where or key} is missing or is no text", key)
+        return value
+
+    def model_path(self, value: Any, where: str) -> Path:
+        """Find a model as mergekit does."""
+        if isinstance(value, dict) and isinstance(value.get("model"), dict):
+            value = value["model"].get("path")
+        if not isinstance(value, str) or not value:
+            self.fail(f"{where} must be the path of a model", where)
+        found = self.find(value, where)
+        if found is None and "+" in value:
+            self.fail(f"{where}: {value!r} is not here; merge LoRA adapters into their model first")
+        if found is None:
+            self.fail(
+                f"{where}: no file or folder {value!r}; download the model and give its path", where
+            )
+        return found
+
+    def file_path(self, value: Any, where: str) -> Path:
+        """Find another file, where a model would be looked for."""
+        if not isinstance(value, str) or not value:
+            self.fail(f"{where} must be the path of a file", where)
+        found = self.find(value, where)
+        if found is None:
+            self.fail(f"{where}: there is no file {value!r}; check the path", where)
+        return found
+
+    def find(self, name: str, where: str) -> Path | None:
+        """Look in the working directory, then beside the recipe."""
+        if not is_utf8(name):
+            self.fail(f"{where}: the name {name!r} is not UTF-8; rename it", where)
+        folders = [Path()] if self.path is None else [Path(), self.path.parent]
+        for folder in folders:
+            found = folder / os.path.expanduser(name)  # unlike Path's, it never raises
+            if os.path.exists(found):  # unlike Path.exists, False for what can be no name
+                return found.resolve()
+        return None
+
+    def memory(self, value: Any) -> int:
+        """Take a size in bytes."""
+        try:
+            return parse_size(value)
+        except RecipeError as error:
+            self.fail(f"edgemerge.memory: {error}", error.field)
+
+    def seed(self, value: Any, where: str) -> int:
+        """Take a whole number that the file can keep."""
+        if type(value) is not int or not 0 <= value <= MAX_SEED:
+            self.fail(f"{where} must be a whole number from 0 to 2^64 - 1", "seed")
+        return value
+
+    def switch(self, value: Any, where: str) -> bool:
+        """Take true or false."""
+        if not isinstance(value, bool):
+            self.fail(f"{where} is {brief(value)}; it must be true or false", where)
+        return value
+
+
+def brief(value: object) -> str:
+    """Show a value in a message, cut off where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def is_utf8(text: str) -> bool:
+    """Tell whether a text can be written to a file; half a surrogate pair cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

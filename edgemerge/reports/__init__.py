@@ -1,0 +1,1 @@
+"""Pictures and pages that tell people about merges, alignments and measurements."""

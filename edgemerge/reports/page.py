@@ -1,0 +1,88 @@
+"""A merge's report as one HTML page without scripts, fonts or links: it opens anywhere, offline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+
+from edgemerge.errors import OutputError
+from edgemerge.output.report import MergeReport
+from edgemerge.sizes import format_count, format_size
+
+__all__ = ["write_page"]
+
+BAR_WIDTH = 560  # SVG units
+STYLE = """
+:root { color-scheme: light dark;
+  --ink: #1d2a36; --paper: #fbfbf9; --bar: #2a7f9e; --rest: #d9dfe3; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e9ed; --paper: #14191e; --bar: #56b3d3; --rest: #33404b; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 46rem; margin: 2.5rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
+svg { width: 100%; height: auto; } text { fill: var(--ink); font-size: 13px; }
+td { padding: .15rem 1.2rem .15rem 0; vertical-align: top; } code { word-break: break-all; }
+"""
+
+
+def write_page(report: MergeReport, path: Path) -> None:
+    """Write the page.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    try:
+        path.write_text("\n".join(_page(report)), encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise OutputError(f"the report cannot be written ({error.strerror})", path=path) from error
+
+
+def _page(report: MergeReport) -> Iterator[str]:
+    yield "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+    name = escape(report.output.name)
+    yield f"<title>{name}: edgemerge</title><style>{STYLE}</style></head><body><h1>{name}</h1>"
+    yield (
+        f"<p>{escape(report.method)} of {escape(', '.join(report.models))} to "
+        f"{escape(report.file_type)}: {format_count(report.elements)} parameters "
+        f"in {report.seconds:.1f} s.</p>"
+    )
+    yield "<h2>Memory of the process</h2>"
+    yield from _bars(
+        [("peak", report.peak_rss_bytes), ("budget", report.budget_bytes)], report.budget_bytes
+    )
+    yield "<h2>Bytes moved</h2>"
+    moved = [("read", report.read_bytes), ("written", report.written_bytes)]
+    yield from _bars(moved, max(n for _, n in moved))
+    yield "<h2>Types in the output</h2>"
+    yield from _bars(list(report.type_bytes.items()), report.out_bytes)
+    yield "<h2>Details</h2><table>"
+    for name, value in (
+        ("tensors", str(report.tensors)),
+        ("reads of each input", f"at most {report.passes}"),
+        ("workers", str(report.workers)),
+        ("size", f"{report.out_bytes:,} bytes"),
+        ("sha256", report.sha256),
+        *(("note", note) for note in report.notes),
+    ):
+        yield f"<tr><td>{escape(name)}</td><td><code>{escape(value)}</code></td></tr>"
+    yield "</table></body></html>"
+
+
+def _bars(values: Sequence[tuple[str, int]], whole: int) -> Iterator[str]:
+    yield f"<svg viewBox='0 0 {BAR_WIDTH + 200} {28 * len(values)}' role='img'>"
+    for i, (name, value) in enumerate(values):
+        y = 28 * i
+        width = BAR_WIDTH * min(1.0, value / max(1, whole))
+        yield f"<text x='0' y='{y + 17}'>{escape(name)}</text>"
+        yield (
+            f"<rect x='80' y='{y + 4}' width='{BAR_WIDTH}' height='18' rx='3' fill='var(--rest)'/>"
+        )
+        yield (
+            f"<rect x='80' y='{y + 4}' width='{width:.1f}' height='18' rx='3' fill='var(--bar)'/>"
+        )
+        yield f"<text x='{BAR_WIDTH + 90}' y='{y + 17}'>{escape(format_size(value))}</text>"
+    yield "</svg>"

@@ -1,0 +1,148 @@
+"""Names of tensors, against gguf's own table."""
+
+import gguf
+import pytest
+
+from edgemerge.formats import architectures as arch
+
+N_LAYERS = 3
+MODEL_ARCHS = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+
+
+def all_names(model_type: str) -> list[tuple[str, str]]:
+    family = arch.FAMILIES[model_type]
+    pairs = list(arch.GLOBAL.items())
+    for i in range(N_LAYERS):
+        pairs += [(f"blk.{i}.{g}", f"model.layers.{i}.{h}") for g, h in family.block.items()]
+    return pairs
+
+
+@pytest.mark.parametrize("model_type", arch.FAMILIES)
+def test_names_are_those_of_the_converter(model_type: str) -> None:
+    architecture = MODEL_ARCHS[arch.FAMILIES[model_type].architecture]
+    theirs = gguf.get_tensor_name_map(architecture, N_LAYERS)
+    for gguf_name, hf_name in all_names(model_type):
+        if hf_name != "lm_head.weight" or model_type != "gemma2":  # which is always tied
+            assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == gguf_name
+
+
+@pytest.mark.parametrize("model_type", arch.FAMILIES)
+def test_names_go_there_and_back(model_type: str) -> None:
+    for gguf_name, hf_name in all_names(model_type):
+        assert arch.gguf_name(model_type, hf_name) == gguf_name
+        assert arch.hf_name(arch.FAMILIES[model_type].architecture, gguf_name) == hf_name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "expected"),
+    [
+        (
+            "mixtral",
+            "model.layers.2.block_sparse_moe.experts.7.w1.weight",
+            ("blk.2.ffn_gate_exps.weight", 7),
+        ),
+        (
+            "qwen3_moe",
+            "model.layers.0.mlp.experts.127.down_proj.weight",
+            ("blk.0.ffn_down_exps.weight", 127),
+        ),
+        ("qwen3_moe", "model.layers.0.mlp.experts.1.w1.weight", None),
+        ("qwen3_moe", "model.layers.0.mlp.experts.01.up_proj.weight", None),
+        ("llama", "model.layers.0.block_sparse_moe.experts.0.w1.weight", None),
+        ("mixtral", "model.layers.0.block_sparse_moe.gate.weight", None),
+        ("mixtral", "lm_head.weight", None),
+    ],
+)
+def test_expert_name(model_type: str, name: str, expected: tuple[str, int] | None) -> None:
+    assert arch.expert_name(model_type, name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("language_model.model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("model.language_model.norm.weight", "model.norm.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("vision_tower.vision_model.embeddings.patch_embedding.weight", None),
+        ("model.multi_modal_projector.mm_soft_emb_norm.weight", None),
+    ],
+)
+def test_text_name(name: str, expected: str | None) -> None:
+    assert arch.text_name(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.00.mlp.up_proj.weight",
+        "model.layers.-1.mlp.up_proj.weight",
+        "model.layers.0.block_sparse_moe.gate.weight",
+        "model.embed_tokens.bias",
+        "lm_head.weight.scale",
+        "",
+    ],
+)
+def test_unknown_hugging_face_names(name: str) -> None:
+    assert arch.gguf_name("llama", name) is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "expected"),
+    [
+        ("llama", "rope_freqs.weight", None),
+        ("llama", "blk.1.attn_q_norm.weight", None),
+        ("llama", "blk.12.ffn_norm.weight", "model.layers.12.post_attention_layernorm.weight"),
+        (
+            "llama",
+            "blk.3.ffn_up_exps.weight",
+            "model.layers.3.block_sparse_moe.experts.w3.weight",
+        ),
+        ("llama", "blk.0.ffn_gate_inp.weight", "model.layers.0.block_sparse_moe.gate.weight"),
+        ("qwen3moe", "blk.0.ffn_down_exps.weight", "model.layers.0.mlp.experts.down_proj.weight"),
+        ("qwen2", "blk.0.attn_k.bias", "model.layers.0.self_attn.k_proj.bias"),
+        ("qwen3", "blk.7.attn_q_norm.weight", "model.layers.7.self_attn.q_norm.weight"),
+        ("qwen3", "token_embd.weight", "model.embed_tokens.weight"),
+        ("gemma", "blk.0.ffn_norm.weight", "model.layers.0.post_attention_layernorm.weight"),
+        ("gemma3", "blk.0.ffn_norm.weight", "model.layers.0.pre_feedforward_layernorm.weight"),
+        (
+            "gemma2",
+            "blk.0.post_attention_norm.weight",
+            "model.layers.0.post_attention_layernorm.weight",
+        ),
+        ("phi3", "blk.0.attn_qkv.weight", "model.layers.0.self_attn.qkv_proj.weight"),
+        ("phi3", "blk.0.ffn_up.weight", "model.layers.0.mlp.gate_up_proj.weight"),
+        ("phi2", "blk.0.ffn_up.bias", "model.layers.0.mlp.fc1.bias"),
+        ("phi2", "output_norm.bias", "model.final_layernorm.bias"),
+        ("qwen2", "output.weight", "lm_head.weight"),
+        ("mamba", "blk.0.ssm_a", None),
+        ("qwen3", "blk.0.attn_rot_embd.weight", None),
+        ("qwen3", "nonsense", None),
+    ],
+)
+def test_hf_name(architecture: str, name: str, expected: str | None) -> None:
+    assert arch.hf_name(architecture, name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("blk.0.attn_q.weight", 0),
+        ("blk.79.ffn_up.weight", 79),
+        ("blk.x.ffn_up.weight", None),
+        ("blk.1", None),
+        ("token_embd.weight", None),
+    ],
+)
+def test_layer_index(name: str, expected: int | None) -> None:
+    assert arch.layer_index(name) == expected
+
+
+def test_ignored_tensors() -> None:
+    assert arch.is_ignored("model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert arch.is_ignored("model.rotary_emb.inv_freq")
+    assert not arch.is_ignored("model.norm.weight")
+
+
+def test_rotary_tensors_are_known_ones() -> None:
+    assert set(arch.ROTARY_HEADS) <= set(arch.FAMILIES["llama"].block)

@@ -1,0 +1,94 @@
+"""The budget holds for the process: peak resident memory of fresh processes, kernels compiled or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgemerge.errors import BudgetError
+from edgemerge.merging.run import plan
+from edgemerge.recipe.recipe import make_recipe
+from tests.support.places import ROOT, TESTS
+
+MIB = 1 << 20
+GOLDEN = TESTS / "data" / "golden" / "inputs_f32"
+SHAPE = ("--shape", "smollm2-135m")
+
+
+def run_merge(
+    arguments: list[str], output: Path, *, cache: Path | None = None
+) -> dict[str, int | str]:
+    """Run `edgemerge merge --json` in a process of its own."""
+    environment = dict(os.environ)
+    if cache is not None:
+        environment["NUMBA_CACHE_DIR"] = str(cache)
+    done = subprocess.run(
+        [sys.executable, "-m", "edgemerge", "merge", *arguments, "-o", str(output), "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report: dict[str, int | str] = json.loads(done.stdout)
+    return report
+
+
+@pytest.fixture(scope="module")
+def random_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A base and two experts with the shape of SmolLM2-135M, in bf16."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    tool = ROOT / "tools" / "make_tiny_model.py"
+    base = folder / "base"
+    subprocess.run([sys.executable, tool, *SHAPE, "--out", base], check=True, capture_output=True)
+    experts = [folder / f"expert-{i}" for i in (1, 2)]
+    for i, expert in enumerate(experts, start=1):
+        command = [sys.executable, tool, "--noise-of", base, "--seed", str(i), "--out", expert]
+        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    return [base, *experts]
+
+
+def flags(models: list[Path], method: str) -> list[str]:
+    base, *experts = map(str, models)
+    pruned = ["-P", "density=0.5"] if method != "task_arithmetic" else []
+    return ["-m", method, "--base", base, *experts, "--type", "Q4_K_M", *pruned]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "della"])
+def test_peak_stays_under_the_budget(
+    random_models: list[Path], tmp_path: Path, method: str
+) -> None:
+    hashes = set()
+    for memory, threads in ((96, 1), (160, 2), (1024, 2)):
+        arguments = [*flags(random_models, method), "--memory", f"{memory}MiB"]
+        report = run_merge([*arguments, "--threads", str(threads)], tmp_path / f"{memory}.gguf")
+        assert report["budget_bytes"] == memory * MIB
+        assert int(report["peak_rss_bytes"]) <= memory * MIB
+        hashes.add(report["sha256"])
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("method", ["della", "ties"])
+def test_the_smallest_budget_works_with_a_cold_cache(
+    random_models: list[Path], tmp_path: Path, method: str
+) -> None:
+    """Kernels are compiled in another process, so that a first merge keeps the budget too."""
+    base, *experts = map(str, random_models)
+    pruned = {"density": 0.5, "epsilon": 0.1} if method == "della" else {"density": 0.5}
+    recipe = make_recipe(
+        method, [(e, None) for e in experts], base=base, parameters=pruned, out_type="Q5_K_M"
+    )
+    with pytest.raises(BudgetError) as error:
+        plan(recipe, memory=32 * MIB)
+    arguments = [*flags(random_models, method), "-P", "epsilon=0.1", "--type", "Q5_K_M"]
+    report = run_merge(
+        [*arguments, "--memory", f"{error.value.needed // MIB}MiB"],
+        tmp_path / "out.gguf",
+        cache=tmp_path / "numba",
+    )
+    assert int(report["peak_rss_bytes"]) <= error.value.needed

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pytest
+
+from edgemerge.errors import FormatError, MismatchError
+from edgemerge.planning.compatibility import check_models, find_tensor, is_constant, same_shape
+from tests.support.fake_source import FakeSource, tensor
+
+BASE = FakeSource("/models/base")
+
+
+def refusal(other: FakeSource) -> MismatchError:
+    with pytest.raises(MismatchError) as caught:
+        check_models([BASE, other])
+    return caught.value
+
+
+def test_fine_tunes_of_one_base_fit_without_a_word() -> None:
+    assert check_models([BASE, FakeSource("/models/a"), FakeSource("/models/b")]) == []
+    assert check_models([BASE]) == []
+
+
+def test_architectures_differ() -> None:
+    assert str(refusal(FakeSource("/models/q", architecture="qwen2"))) == (
+        "/models/base is a llama model and /models/q is a qwen2 model; "
+        "only fine-tunes of one architecture can be merged"
+    )
+
+
+def test_head_counts_differ() -> None:
+    other = FakeSource("/models/a", metadata={"llama.attention.head_count": (8, "u32")})
+    assert str(refusal(other)) == (
+        "llama.attention.head_count is 4 in /models/base and 8 in /models/a; "
+        "only fine-tunes of one base can be merged"
+    )
+
+
+def test_the_integer_type_of_a_number_does_not_matter() -> None:
+    same = {"llama.attention.head_count": (4, "u64"), "llama.context_length": (256, "i32")}
+    assert check_models([BASE, FakeSource("/models/a", metadata=same)]) == []
+
+
+def test_vocabulary_sizes_differ() -> None:
+    error = refusal(FakeSource("/models/a", tokens=("x",) * 65))
+    assert str(error) == (
+        "the vocabularies differ: 64 tokens in /models/base and 65 in /models/a "
+        "(token_embd.weight [64, 256] and [65, 256]); give all models the base's tokenizer first"
+    )
+    assert error.tensor == "token_embd.weight"
+    assert error.shapes == ((64, 256), (65, 256))
+
+
+@pytest.mark.parametrize(
+    ("other", "note"),
+    [
+        (
+            FakeSource("/models/a", metadata={"llama.context_length": (512, "u32")}),
+            "llama.context_length is 256 in base and 512 in a",
+        ),
+        (
+            FakeSource("/models/a", tokens=("x",) * 64),
+            "a spells some tokens differently from base",
+        ),
+    ],
+)
+def test_what_a_merge_survives_is_a_note(other: FakeSource, note: str) -> None:
+    assert check_models([BASE, other]) == [note]
+
+
+def test_an_unknown_layout_is_a_damaged_file() -> None:
+    other = FakeSource("/models/a", metadata={"llama.tensor_data_layout": ("odd", "str")})
+    with pytest.raises(FormatError, match="'odd' is unknown; convert the model anew") as caught:
+        check_models([BASE, other])
+    assert caught.value.path == other.path
+
+
+def test_shapes_differ() -> None:
+    left, right = tensor("blk.0.attn_q.weight", (4, 8)), tensor("blk.0.attn_q.weight", (8, 4))
+    same_shape(left, left, BASE, BASE)
+    with pytest.raises(MismatchError) as caught:
+        same_shape(left, right, BASE, FakeSource("/models/a"))
+    assert str(caught.value) == (
+        "tensor 'blk.0.attn_q.weight' is [4, 8] in /models/base and [8, 4] in /models/a; "
+        "only fine-tunes of one base can be merged"
+    )
+    assert caught.value.shapes == ((4, 8), (8, 4))
+
+
+def test_a_tensor_is_missing() -> None:
+    assert find_tensor(BASE, "output_norm.weight").shape == (256,)
+    with pytest.raises(MismatchError) as caught:
+        find_tensor(BASE, "output.weight")
+    assert str(caught.value) == (
+        "tensor 'output.weight' is missing in /models/base; "
+        "only fine-tunes of one base can be merged"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "constant"),
+    [
+        ("rope_freqs.weight", True),
+        ("rope_factors_long.weight", True),
+        ("blk.3.attn_rot_embd.weight", True),
+        ("blk.3.attn_q.weight", False),
+        ("token_embd.weight", False),
+    ],
+)
+def test_constants_are_known_by_name(name: str, constant: bool) -> None:
+    assert is_constant(name) == constant

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+
+from edgemerge.errors import RecipeError
+from edgemerge.recipe.parameters import check_settings, look_up
+from edgemerge.types import Parameters, Rule
+
+Q = ("model.layers.0.self_attn.q_proj.weight", "blk.0.attn_q.weight")
+DOWN = ("model.layers.1.mlp.down_proj.weight", "blk.1.ffn_down.weight")
+
+
+def rules(*pairs: tuple[float | tuple[float, ...], str | None]) -> Parameters:
+    return {"t": tuple(Rule(value, name) for value, name in pairs)}
+
+
+def test_the_first_rule_that_fits_wins() -> None:
+    levels = [rules((0.1, "self_attn"), (0.2, "mlp"), (0.3, None))]
+    assert look_up("t", levels, Q, 0.0) == 0.1
+    assert look_up("t", levels, DOWN, 0.0) == 0.2
+    assert look_up("t", levels, ["output_norm.weight"], 0.0) == 0.3
+    assert look_up("t", [rules((0.3, None), (0.1, "self_attn"))], Q, 0.0) == 0.3
+
+
+def test_a_filter_may_use_either_name() -> None:
+    assert look_up("t", [rules((0.5, "attn_q"))], Q, 0.0) == 0.5
+    assert look_up("t", [rules((0.5, "q_proj"))], Q, 0.0) == 0.5
+    assert look_up("t", [rules((0.5, "k_proj"))], Q, 0.0) is None
+
+
+def test_the_most_specific_level_with_a_rule_wins() -> None:
+    model, whole = rules((0.1, "mlp")), rules((0.9, None))
+    assert look_up("t", [model, whole], DOWN, 0.0) == 0.1
+    assert look_up("t", [model, whole], Q, 0.0) == 0.9
+    assert look_up("weight", [model, whole], Q, 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("gradient", "position", "value"),
+    [
+        ((0.0, 1.0), 0.0, 0.0),
+        ((0.0, 1.0), 0.25, 0.25),
+        ((0.0, 1.0), 1.0, 1.0),
+        ((0.0, 0.5, 0.3, 0.7, 1.0), 0.5, 0.3),
+        ((0.0, 0.5, 0.3, 0.7, 1.0), 0.875, 0.85),
+        ((0.4,), 0.7, 0.4),
+    ],
+)
+def test_gradients_interpolate(gradient: tuple[float, ...], position: float, value: float) -> None:
+    assert look_up("t", [rules((gradient, None))], Q, position) == pytest.approx(value)
+
+
+def test_settings_are_brought_to_their_type() -> None:
+    checked = check_settings({"weight": 1, "normalize": 1.0, "int8_mask": False, "rescale": "l1"})
+    assert checked == {"weight": 1.0, "normalize": True, "int8_mask": False, "rescale": "l1"}
+    assert [type(value) for value in checked.values()] == [float, bool, bool, str]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("density", 1.5, "a number from 0 to 1"),
+        ("gamma", -0.1, "a number from 0 to 1"),
+        ("epsilon", "small", "a number from 0 to 1"),
+        ("weight", "one", "a number"),
+        ("weight", True, "a number"),
+        ("lambda", 1e39, "a number"),
+        ("weight", float("nan"), "a number"),
+        ("normalize", "yes", "one of true, false"),
+        ("normalize", 2.0, "one of true, false"),
+        ("rescale", "l2", "one of true, false, l1, expectation"),
+    ],
+)
+def test_impossible_settings_say_what_is_possible(
+    name: str, value: float | str, wanted: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_settings({name: value})
+    assert str(caught.value) == f"the parameter {name} is {value!r}; it must be {wanted}"
+    assert caught.value.field == name
+
+
+@pytest.mark.parametrize(("density", "epsilon"), [(0.6, 0.4), (0.1, 0.1), (0.5, 0.7)])
+def test_della_keeps_its_probabilities_inside_0_and_1(density: float, epsilon: float) -> None:
+    with pytest.raises(RecipeError, match=r"must stay inside \(0, 1\)"):
+        check_settings({"density": density, "epsilon": epsilon})
+
+
+def test_della_at_density_1_prunes_nothing_and_so_has_no_bounds() -> None:
+    assert check_settings({"density": 1.0, "epsilon": 0.15})["density"] == 1.0
