@@ -185,7 +185,7 @@ def test_lattice_types_are_not_written() -> None:
 def test_lattice_types_need_no_gguf() -> None:
     """gguf-py has their tables, and takes 0.2 seconds to import."""
     code = (
-        "import sys, numpy as np, edgemerge.formats.codec as c;"
+        "import sys, numpy as np, edgemerge.formats.quants.codec as c;"
         "c.CODECS['IQ2_S'].decode(np.zeros(82, np.uint8), np.zeros(256, np.float32));"
         "assert 'gguf' not in sys.modules"
     )
@@ -194,7 +194,7 @@ def test_lattice_types_need_no_gguf() -> None:
 
 def test_importing_the_table_imports_no_numba() -> None:
     code = (
-        "import sys, edgemerge.formats.codec as c; c.CODECS['Q4_K'].block_bytes;"
+        "import sys, edgemerge.formats.quants.codec as c; c.CODECS['Q4_K'].block_bytes;"
         "assert not {'numba', 'llvmlite', 'gguf'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
