@@ -236,19 +236,18 @@ class Crew:
         teams = [Team(job.workers, job.n_blocks) for job in jobs]
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].out.n_elements)
         with ThreadPoolExecutor(self.plan.workers, "edgemerge") as executor:
-            futures = {
-                i: [executor.submit(run, jobs[i], teams[i]) for _ in range(jobs[i].workers)]
-                for i in order
-            }
+            # Submit inside `try`: an interrupt may come when only some of a team are in the queue.
             try:
+                futures = {
+                    i: [executor.submit(run, jobs[i], teams[i]) for _ in range(jobs[i].workers)]
+                    for i in order
+                }
                 self._wait([future for members in futures.values() for future in members])
             except BaseException:
                 self.traffic.stop.set()
                 for team in teams:
                     team.abort()
-                for members in futures.values():
-                    for future in members:
-                        future.cancel()
+                executor.shutdown(wait=False, cancel_futures=True)
                 raise
         return [[future.result() for future in futures[i]] for i in range(len(jobs))]
 
