@@ -37,10 +37,10 @@ from edgemerge.types import Plan, Progress, Recipe, Source
 if TYPE_CHECKING:  # Numba takes most of a second to import: only a merge that runs pays for it
     from edgemerge.merging.workers import Crew
 
-__all__ = ["Progress", "default_threads", "merge", "plan"]
+__all__ = ["Progress", "merge", "plan", "usable_processors"]
 
 
-def default_threads() -> int:
+def usable_processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0))
 
@@ -67,7 +67,7 @@ def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = Non
             recipe,
             lambda path: _open(path, stack),
             memory=memory,
-            threads=threads or default_threads(),
+            threads=threads or usable_processors(),
         )
 
 
@@ -125,7 +125,9 @@ def merge(
             opened[path] = _open(path, stack)
             return opened[path]
 
-        the_plan = make_plan(recipe, open_once, memory=memory, threads=threads or default_threads())
+        the_plan = make_plan(
+            recipe, open_once, memory=memory, threads=threads or usable_processors()
+        )
         importance = None
         if recipe.imatrix is not None:
             importance = stack.enter_context(closing(ImportanceMatrix(recipe.imatrix)))
