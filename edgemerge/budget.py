@@ -92,7 +92,12 @@ def workers_on(n_elements: int, total: int, workers: int) -> int:
 
 
 def divide_budget(
-    needs: list[ArenaNeed], budget: int, threads: int, header_bytes: int
+    needs: list[ArenaNeed],
+    budget: int,
+    threads: int,
+    header_bytes: int,
+    *,
+    before_arenas: int = 0,
 ) -> tuple[int, int]:
     """Choose the number of workers and the size of their arenas.
 
@@ -106,6 +111,8 @@ def divide_budget(
         Workers at most.
     header_bytes : int
         What the models' metadata takes.
+    before_arenas : int
+        Bytes of work that is over before the arenas are made.
 
     Returns
     -------
@@ -120,8 +127,8 @@ def divide_budget(
     fixed = FLOOR_BYTES + header_bytes
     least = max((need.at(1) for need in needs), default=0) + WORKER_BYTES
     useful = max((need.most_useful() for need in needs), default=0)
-    if fixed + least > budget:
-        needed = -(-(fixed + least) // MIB) * MIB
+    if fixed + max(least, before_arenas) > budget:
+        needed = -(-(fixed + max(least, before_arenas)) // MIB) * MIB
         raise BudgetError(
             f"a budget of {format_size(budget)} is too small for this merge; "
             f"the smallest that works is --memory {needed // MIB}MiB",

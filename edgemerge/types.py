@@ -206,9 +206,20 @@ class TensorJob:
     settings: Mapping[str, Setting]  # global parameters, resolved for this tensor
     rows_per_block: int
     passes: int  # how often the inputs are read, but for the blocks that are held
+    is_copy: bool = False  # of its only input, which may be stored as another type
     is_weighted: bool = False  # encoded by the importance matrix
     workers: int = 1  # who take its blocks in turn; more than one where it is much of the model
     held_blocks: int = 0  # that each worker keeps in memory from one pass to the next
+
+    @property
+    def name(self) -> str:
+        """GGUF name of the output tensor."""
+        return self.out.name
+
+    @property
+    def n_cols(self) -> int:
+        """Elements in one row of the output tensor."""
+        return self.out.n_cols
 
     @property
     def inputs(self) -> tuple[InputTensor, ...]:
@@ -228,18 +239,9 @@ class TensorJob:
         return sum(t.spec.nbytes + again * t.spec.row_bytes for t in self.inputs)
 
     @property
-    def is_layer_scoped(self) -> bool:
-        """Whether the factors of its models come from all tensors of its layer."""
-        return self.settings.get("scope") == "block" and self.out.name.startswith("blk.")
-
-    @property
     def is_byte_copy(self) -> bool:
         """Whether the stored bytes of the only input are the output's, without arithmetic."""
-        return (
-            self.method == "passthrough"
-            and self.experts[0].settings.get("scale", 1.0) == 1.0
-            and self.experts[0].spec.dtype == self.out.dtype
-        )
+        return self.is_copy and self.experts[0].spec.dtype == self.out.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +258,6 @@ class Plan:
     arena_bytes: int  # of one worker
     align: str  # hard, soft or off
     alignment_bytes: int  # read to align heads, before the merge
-    neuron_bytes: int  # for matching neurons, before the arenas are there
     notes: tuple[str, ...]
 
     @property

@@ -33,9 +33,8 @@ from edgemerge.alignment.geometry import (
 from edgemerge.alignment.sketch import Sketcher, sketch_bytes, sketched_names
 from edgemerge.alignment.transport import match_heads
 from edgemerge.budget import Arena
-from edgemerge.errors import BudgetError
+from edgemerge.errors import BudgetError, Stopped
 from edgemerge.formats.quants.codec import CODECS
-from edgemerge.methods.shared_tensor import Stopped
 from edgemerge.native import KernelFile
 from edgemerge.sizes import format_size
 from edgemerge.types import Float32, HeadPlan, LayerHeads, Skipped, Source

@@ -17,8 +17,6 @@ from edgemerge.types import Plan
 __all__ = ["find_cold_of_all", "kernels_of", "warm_all", "warm_kernels", "warm_up"]
 
 ALIGNING = ("heads", "sinkhorn", "permute")  # all kernels of these files
-PRUNING = {"magnitude": "select", "band": "select", "random": "dare", "rank": "della"}
-SUMMING = ("linear.subtract", "linear.add_deltas")  # of task vectors
 AT_ONCE = 8  # kernels that one child of `warm_all` compiles
 
 
@@ -80,33 +78,13 @@ def kernels_of(
     moves: bool = False,
 ) -> set[str]:
     """Name the kernels (FILE.KERNEL) of a merge; `moves`: heads or neurons are matched."""
-    names = {"crc.fold_crc32", "norms.count_beyond", *_summing(method)}
-    files = [*(ALIGNING if moves else ())]
-    if prune := METHODS[method].prune:
-        names |= {"norms.row_norms", "gram.add_rows"}
-        files.append(PRUNING[prune])
+    names = {"crc.fold_crc32", "norms.count_beyond", *METHODS[method].kernels}
     if moves:
         names |= {"linear.add_scaled"}
-    names |= {f"{file}.{name}" for file in files for name in SIGNATURES[file]}
+        names |= {f"{file}.{name}" for file in ALIGNING for name in SIGNATURES[file]}
     for way, dtypes in (("decode", read), ("encode", written)):
         names |= {f"{CODECS[d].kernels}.{way}_{d.lower()}" for d in dtypes if CODECS[d].kernels}
     return names.union(*map(weighted_kernels, weighed))
-
-
-def _summing(method: str) -> tuple[str, ...]:
-    """Name the kernels that put the models of a method together."""
-    match method:
-        case "linear" | "passthrough":
-            return ("linear.weighted_sum",)
-        case "slerp":
-            return ("gram.row_dots", "gram.add_rows", "linear.weighted_sum", "linear.add_scaled")
-        case "hierarchical":
-            grams = [f"gram.{name}" for name in SIGNATURES["gram"]]
-            return (*SUMMING, "linear.add_scaled", *grams)  # which only its scope `row` needs
-    if METHODS[method].elect:
-        return ("linear.subtract", "ties.elect")
-    sums = SUMMING if METHODS[method].prune else ()
-    return (*sums, "linear.add_changes")  # which alone adds up what nothing is pruned of
 
 
 def warm_all(on_step: Callable[[int, int], None]) -> None:

@@ -13,16 +13,14 @@ from numpy.typing import NDArray
 from edgemerge.alignment.neurons import NeuronPlan
 from edgemerge.alignment.reordering import Frame, find_frame, find_neuron_frame
 from edgemerge.budget import Arena
-from edgemerge.errors import FormatError, MismatchError
+from edgemerge.errors import FormatError, MismatchError, Stopped
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH
-from edgemerge.methods.arithmetic import merged_blocks
 from edgemerge.methods.blocks import NON_FINITE, Block, least_beyond
-from edgemerge.methods.hierarchical import survey_gram
-from edgemerge.methods.shared_tensor import Member, Stopped
-from edgemerge.methods.table import METHODS, is_plain_sum, keeps_non_finite
+from edgemerge.methods.shared_tensor import Member
+from edgemerge.methods.table import METHODS
 from edgemerge.native import KernelFile
 from edgemerge.output.checksums import RowChecksum, TensorResult, join_checksums
 from edgemerge.output.file import OutputFile
@@ -91,6 +89,7 @@ class TensorStream:
         self.job = job
         self.seed = the_plan.recipe.seed
         self.team = team
+        self.layer_sum: Float64 | None = None
         self.share = Share(tuple(RowChecksum() for _ in job.inputs), RowChecksum())
         self._sources = sources
         self._arena = arena
@@ -109,9 +108,10 @@ class TensorStream:
         widest = max(*self._row_bytes, self._out_row_bytes)
         self._raw = self.take((rows * widest,), np.uint8).view(np.uint8)
         if not job.is_byte_copy:
-            self._on_deltas = METHODS[job.method].on_deltas and not is_plain_sum(job)
+            method = METHODS[job.method]
+            self._takes_deltas = method.takes_deltas(job)
             # Else task vectors say it, or the result alone.
-            self._checks_inputs = not (self._on_deltas or keeps_non_finite(job))
+            self._checks_inputs = not (self._takes_deltas or method.keeps_non_finite(job))
             n = rows * job.out.n_cols
             # One block after the other, and in each all inputs: what is worked on at a time lies together.
             self._n_places = min(job.n_blocks, job.held_blocks + 1)
@@ -151,10 +151,12 @@ class TensorStream:
         return self._arena.take(shape, dtype)
 
     def measure(self) -> Float64:
-        """Return the Gram matrix of the tensor's task vectors, (n_experts, n_experts)."""
-        return survey_gram(self)
+        """Return what the method measures of the tensor, to be summed over its layer."""
+        measure = METHODS[self.job.method].measure
+        assert measure is not None
+        return measure(self)
 
-    def run(self, output: OutputFile, offset: int, shared_gram: Float64 | None = None) -> Share:
+    def run(self, output: OutputFile, offset: int, layer_sum: Float64 | None = None) -> Share:
         """Make this worker's blocks of the tensor, which lies at `offset` of the output file.
 
         Parameters
@@ -163,13 +165,14 @@ class TensorStream:
             Where to.
         offset : int
             Position of the tensor's first byte.
-        shared_gram : (n_experts, n_experts) float64, optional
-            Of the tensor's whole layer, where the method weights by layer.
+        layer_sum : array of float64, optional
+            What `measure` returned, summed over the tensor's layer, where the method asks for it.
         """
         if self.job.is_byte_copy:
             self._copy(output, offset)
         else:
-            self._merge(output, offset, shared_gram)
+            self.layer_sum = layer_sum
+            self._merge(output, offset)
         if self.team.finish():
             for tensor in self.job.inputs:
                 self._sources[tensor.model].check_unchanged()
@@ -182,9 +185,9 @@ class TensorStream:
             raw = self._read(tensor, 0, start, stop, start)
             self._write(output, offset, start, stop - start, raw)
 
-    def _merge(self, output: OutputFile, offset: int, shared_gram: Float64 | None) -> None:
+    def _merge(self, output: OutputFile, offset: int) -> None:
         codec = CODECS[self.job.out.dtype]
-        for block, values in merged_blocks(self, shared_gram):
+        for block, values in METHODS[self.job.method].blocks(self):
             self._check_range(block, values)
             raw = self._raw[: block.n_rows * self._out_row_bytes]
             row = block.first // block.n_cols
@@ -256,7 +259,7 @@ class TensorStream:
         first = 0 if job.base is None else 1
         for i, (tensor, values) in enumerate(zip(job.experts, block.experts, strict=True), first):
             self._load_expert(tensor, i, start, stop, values)
-            if self._on_deltas:
+            if self._takes_deltas:
                 linear.subtract(block.base, values, self._n_beyond)
                 if self._n_beyond[0] and not self._checks_inputs:
                     self._check_inputs(block)

@@ -22,10 +22,12 @@ import numpy as np
 from edgemerge.alignment.heads import SOFT_WARNING, align_models
 from edgemerge.alignment.neurons import NeuronPlan, match_neurons
 from edgemerge.budget import Arena
+from edgemerge.errors import Stopped
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.merging.stream import Moves, Share, TensorStream, Traffic, join_shares
-from edgemerge.methods.shared_tensor import Stopped, Team
+from edgemerge.methods.shared_tensor import Team
+from edgemerge.methods.table import METHODS
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import OutputFile
 from edgemerge.planning.plan import alignment_pairs
@@ -66,7 +68,7 @@ class Crew:
         self.traffic = Traffic()
         self._progress = progress
         self._moves: Moves = {}
-        self._grams: dict[int, Float64] = {}
+        self._layer_sums: dict[int, Float64] = {}
         self._results: dict[int, TensorResult] = {}
         self._taken_over = 0  # bytes read and written by an earlier run
         self._total = the_plan.read_bytes + sum(job.out.nbytes for job in the_plan.jobs)
@@ -112,9 +114,9 @@ class Crew:
 
         def make(stream: TensorStream) -> None:
             job = stream.job
-            layer = layer_index(job.out.name)
-            gram = self._grams.get(layer) if job.is_layer_scoped and layer is not None else None
-            share = stream.run(*places[job.out.name], gram)
+            layer = _measured_layer(job)
+            layer_sum = None if layer is None else self._layer_sums[layer]
+            share = stream.run(*places[job.out.name], layer_sum)
             with lock:
                 shares[job.out.name].append(share)
                 is_finished = len(shares[job.out.name]) == job.workers
@@ -161,7 +163,6 @@ class Crew:
                     self.sources[left],
                     self.sources[right],
                     seed=self.plan.recipe.seed,
-                    memory=self.plan.neuron_bytes,
                 )
             )
             moved = 0
@@ -195,14 +196,14 @@ class Crew:
         self.traffic.add(n_bytes, 0)
 
     def _measure_layers(self) -> None:
-        """Sum the Gram matrices of each layer's tensors, in the order of the jobs."""
-        layers = {layer_index(job.out.name) for job in self._jobs_left()}
-        jobs = [job for job in self.plan.jobs if job.is_layer_scoped and not job.is_byte_copy]
-        jobs = [job for job in jobs if layer_index(job.out.name) in layers]
-        for job, (gram, *_) in zip(jobs, self._each(jobs, TensorStream.measure), strict=True):
-            layer = layer_index(job.out.name)
+        """Measure the tensors of each layer, and sum what is found in the order of the jobs."""
+        layers = {_measured_layer(job) for job in self._jobs_left()} - {None}
+        jobs = [job for job in self.plan.jobs if _measured_layer(job) in layers]
+        sums = self._layer_sums
+        for job, (found, *_) in zip(jobs, self._each(jobs, TensorStream.measure), strict=True):
+            layer = _measured_layer(job)
             assert layer is not None
-            self._grams[layer] = self._grams[layer] + gram if layer in self._grams else gram
+            sums[layer] = sums[layer] + found if layer in sums else found
 
     # -- workers -----------------------------------------------------------------------------------
 
@@ -272,6 +273,12 @@ class Crew:
             done = self._taken_over + self.traffic.read + self.traffic.written
             # A worker of a team that takes more blocks than its share reads some again.
             self._progress(min(done, self._total), self._total)
+
+
+def _measured_layer(job: TensorJob) -> int | None:
+    """Return the layer that is measured as a whole before this tensor of it is merged."""
+    spans = not job.is_byte_copy and METHODS[job.method].spans_layer(job)
+    return layer_index(job.out.name) if spans else None
 
 
 def _say(model: str, found: Sequence[HeadPlan | Skipped]) -> list[str]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgemerge.methods.shared_tensor import Member
 from edgemerge.types import Float32, Float64, TensorJob
 
-__all__ = ["ELECTION_TILE", "NON_FINITE", "N_HIGH", "N_LOW", "RANK_BINS", "SUM_LANES"]
+__all__ = ["ELECTION_TILE", "NON_FINITE", "RANK_BINS", "SUM_LANES"]
 __all__ += ["Block", "BlockStream", "least_beyond", "model_weights"]
 
 NON_FINITE = 0x7F800000  # bits of infinity: everything from here on is infinite or NaN
@@ -22,7 +22,6 @@ BEYOND_HALF = 0x477FF000  # bits of 65520, the least magnitude that float16 roun
 SUM_LANES = 32  # LANES of kernels/gram.py and kernels/norms.py: partial sums of one row
 ELECTION_TILE = 1024  # TILE of kernels/ties.py
 RANK_BINS = 2048  # RADIX of kernels/della.py
-N_HIGH, N_LOW = 1 << 15, 1 << 16  # bins of the two passes of the radix select
 
 
 @dataclass(slots=True)
@@ -49,6 +48,7 @@ class BlockStream(Protocol):
     job: TensorJob
     seed: int
     team: Member  # this worker's place among those who make the tensor
+    layer_sum: Float64 | None  # what `Method.measure` returned, summed over the tensor's layer
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks that this worker makes, in row order, the same in every pass.

@@ -1,7 +1,7 @@
 """What the workers on one tensor share: who makes which block, sums in row order, counters.
 
 A tensor that is much of a model, as the embedding of a small one is, is made by all workers together.
-Each runs the same code (`edgemerge.methods.arithmetic`) over the blocks that it takes in turn, and meets the
+Each runs the same code (`Method.blocks`) over the blocks that it takes in turn, and meets the
 others here. What is added up per row is added in row order, whoever made the rows, so the result is that
 of one worker. A tensor with a worker of its own has a team of one, which waits for nobody.
 """
@@ -14,16 +14,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemerge.errors import Stopped
 from edgemerge.native import KernelFile
 from edgemerge.types import Float64
 
-__all__ = ["Member", "RowSum", "Stopped", "Team"]
+__all__ = ["Member", "RowSum", "Team"]
 
 gram = KernelFile("gram")
-
-
-class Stopped(Exception):
-    """Another worker failed, or the user interrupted: give up at once."""
 
 
 class Team:

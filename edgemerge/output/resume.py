@@ -38,7 +38,7 @@ def find_origin(
     Parameters
     ----------
     the_plan : Plan
-        Of its parts that the budget decides, only the neurons that it allows to match count.
+        No part of it that the budget decides counts.
     layouts : sequence of GgufLayout
         Of the output's files, checksums zero: they hold the recipe, the metadata, shapes and types.
     paths : sequence of Path
@@ -50,8 +50,6 @@ def find_origin(
     """
     work = hashlib.blake2b(digest_size=16)
     work.update(f"{version('edgemerge')} {_hash_kernels()} {the_plan.align}\n".encode())
-    if the_plan.recipe.neurons:  # layers too wide for the memory are left as they are
-        work.update(f"{the_plan.neuron_bytes}\n".encode())
     for path, layout in zip(paths, layouts, strict=True):
         work.update(f"{path.name!r} {layout.n_bytes} {len(layout.header)}\n".encode())
         work.update(layout.header)

@@ -121,7 +121,7 @@ def decode(dtype: str, raw_u8: UInt8) -> Float32:
 def merge_tiny(method: str, folder: Path) -> str:
     """Merge two experts of one layer; the hash of the output's tensors."""
     row = METHODS[method]
-    known = {**row.model_parameters, **row.global_parameters}
+    known = {parameter.name for parameter in row.parameters}
     base, *experts = (write_model(folder / f"{i}.gguf", seed=i) for i in range(3))
     models = [(str(path), None) for path in experts[: row.n_models[1]]]
     recipe = make_recipe(
