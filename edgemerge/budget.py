@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.errors import BudgetError
+from edgemerge.process import read_process
 from edgemerge.sizes import format_size
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ArenaNeed",
     "blocks_in_arena",
     "divide_budget",
+    "floor_bytes",
     "rows_in_arena",
     "workers_on",
 ]
@@ -32,6 +34,12 @@ MIB = 1 << 20
 # the page cache holds libraries in large folios, all of which Linux then maps. Numba and LLVM, three times as
 # much, never enter the process (`edgemerge.native`). tests/test_budget_rss.py measures it.
 FLOOR_BYTES = 64 * MIB
+GROWTH_BYTES = (
+    24 * MIB
+)  # modules and kernels that a merge loads into a process that is larger already
+RETRY_BYTES = (
+    8 * MIB
+)  # what such a process may grow by until the call is made again with more memory
 WORKER_BYTES = 1 * MIB  # a thread's stack and its Python objects
 SOLVER_BYTES = 72 << 20  # SciPy and POT, imported where a matching is in doubt
 ALIGNMENT = 64
@@ -66,6 +74,16 @@ class ArenaNeed:
         return self.at(rows, -(-self.n_rows // max(1, rows)) if self.surveyed else 1)
 
 
+def floor_bytes() -> int:
+    """Return the part of a budget that is not free for a merge in this process.
+
+    It is `FLOOR_BYTES` in a process that is no larger than that, as the command's is: its plans are always
+    the same. In a larger one it is the resident memory now, and what a merge loads.
+    """
+    resident = read_process().rss
+    return FLOOR_BYTES if resident <= FLOOR_BYTES else resident + GROWTH_BYTES
+
+
 def rows_in_arena(need: ArenaNeed, arena_bytes: int) -> int:
     """Block height for one tensor: a cache-sized piece. Returns 0 where not even one row fits."""
     fits = (arena_bytes - need.fixed_bytes) // max(1, need.row_bytes + need.held_row_bytes)
@@ -98,6 +116,7 @@ def divide_budget(
     header_bytes: int,
     *,
     before_arenas: int = 0,
+    floor: int = FLOOR_BYTES,
 ) -> tuple[int, int]:
     """Choose the number of workers and the size of their arenas.
 
@@ -113,6 +132,8 @@ def divide_budget(
         What the models' metadata takes.
     before_arenas : int
         Bytes of work that is over before the arenas are made.
+    floor : int
+        From `floor_bytes`.
 
     Returns
     -------
@@ -124,14 +145,17 @@ def divide_budget(
     BudgetError
         The budget does not hold one worker with blocks of one row.
     """
-    fixed = FLOOR_BYTES + header_bytes
+    fixed = floor + header_bytes
     least = max((need.at(1) for need in needs), default=0) + WORKER_BYTES
     useful = max((need.most_useful() for need in needs), default=0)
     if fixed + max(least, before_arenas) > budget:
-        needed = -(-(fixed + max(least, before_arenas)) // MIB) * MIB
+        is_large = floor > FLOOR_BYTES
+        needed = fixed + max(least, before_arenas) + (RETRY_BYTES if is_large else 0)
+        needed = -(-needed // MIB) * MIB
+        holds = f", as this process holds {format_size(floor - GROWTH_BYTES)} already"
         raise BudgetError(
-            f"a budget of {format_size(budget)} is too small for this merge; "
-            f"the smallest that works is --memory {needed // MIB}MiB",
+            f"a budget of {format_size(budget)} is too small for this merge"
+            f"{holds if is_large else ''}; the smallest that works is --memory {needed // MIB}MiB",
             needed=needed,
             budget=budget,
         )

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from edgemerge.budget import floor_bytes
 from edgemerge.errors import EdgemergeError, OutputError
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf.metadata import encode_value
@@ -53,7 +54,8 @@ def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = Non
     recipe : Recipe
         From `load_recipe` or `make_recipe`.
     memory : int, optional
-        Budget in bytes for the whole process; else the recipe's, else 512 MiB.
+        Budget in bytes for the whole process, with all that it holds now; else the recipe's, else
+        512 MiB.
     threads : int, optional
         Workers at most; else the processors that this process may use.
 
@@ -62,12 +64,14 @@ def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = Non
     EdgemergeError
         The recipe, a file, the models together or the budget are wrong.
     """
+    floor = floor_bytes()
     with ExitStack() as stack:
         return make_plan(
             recipe,
             lambda path: _open(path, stack),
             memory=memory,
             threads=threads or usable_processors(),
+            floor=floor,
         )
 
 
@@ -115,6 +119,7 @@ def merge(
     call goes on with them.
     """
     started = time.monotonic()
+    floor = floor_bytes()  # before the models are opened, whose headers the plan counts
     output = Path(output)
     if split_bytes is None:  # else the names follow from the plan
         check_output(output, recipe.models(), force=force or is_begun(output))
@@ -126,7 +131,11 @@ def merge(
             return opened[path]
 
         the_plan = make_plan(
-            recipe, open_once, memory=memory, threads=threads or usable_processors()
+            recipe,
+            open_once,
+            memory=memory,
+            threads=threads or usable_processors(),
+            floor=floor,
         )
         importance = None
         if recipe.imatrix is not None:

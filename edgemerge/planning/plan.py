@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgemerge.budget import (
+    FLOOR_BYTES,
     SOLVER_BYTES,
     ArenaNeed,
     aligned,
@@ -46,6 +47,7 @@ def make_plan(
     *,
     memory: int | None = None,
     threads: int = 1,
+    floor: int = FLOOR_BYTES,
 ) -> Plan:
     """Decide a merge.
 
@@ -59,6 +61,8 @@ def make_plan(
         Budget in bytes for the whole process; else the recipe's, else 512 MiB.
     threads : int
         Workers at most.
+    floor : int
+        What of the budget the process takes beside this merge, from `edgemerge.budget.floor_bytes`.
 
     Raises
     ------
@@ -95,7 +99,12 @@ def make_plan(
         reserved = SOLVER_BYTES
         neuron_bytes = _neuron_bytes(jobs, list(sources.values()))
     workers, arena_bytes = divide_budget(
-        needs + alignment, budget, threads, 2 * header_bytes + reserved, before_arenas=neuron_bytes
+        needs + alignment,
+        budget,
+        threads,
+        2 * header_bytes + reserved,
+        before_arenas=neuron_bytes,
+        floor=floor,
     )
     total = sum(job.out.n_elements for job in jobs)
     return Plan(
