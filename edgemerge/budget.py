@@ -57,12 +57,12 @@ class ArenaNeed:
     n_cols: int
     fixed_bytes: int
     row_bytes: int  # per row of the block at hand: stored rows, and what is worked out beside them
-    held_row_bytes: int  # per row of every block that is held: its decoded inputs
+    cached_row_bytes: int  # per row of every block that is held: its decoded inputs
     surveyed: bool  # read more than once: what is held is not read again
 
     def at(self, rows: int, blocks: int = 1) -> int:
         """Bytes for blocks of so many rows, of which so many are held."""
-        return self.fixed_bytes + rows * (self.row_bytes + blocks * self.held_row_bytes)
+        return self.fixed_bytes + rows * (self.row_bytes + blocks * self.cached_row_bytes)
 
     def wanted_rows(self) -> int:
         """Block height that more memory would not improve."""
@@ -86,7 +86,7 @@ def floor_bytes() -> int:
 
 def rows_in_arena(need: ArenaNeed, arena_bytes: int) -> int:
     """Block height for one tensor: a cache-sized piece. Returns 0 where not even one row fits."""
-    fits = (arena_bytes - need.fixed_bytes) // max(1, need.row_bytes + need.held_row_bytes)
+    fits = (arena_bytes - need.fixed_bytes) // max(1, need.row_bytes + need.cached_row_bytes)
     return max(0, min(fits, need.wanted_rows()))
 
 
@@ -95,7 +95,7 @@ def blocks_in_arena(need: ArenaNeed, rows: int, arena_bytes: int) -> int:
     if not (need.surveyed and rows):
         return 0
     left = arena_bytes - need.fixed_bytes - rows * need.row_bytes
-    places, n_blocks = left // max(1, rows * need.held_row_bytes), -(-need.n_rows // rows)
+    places, n_blocks = left // max(1, rows * need.cached_row_bytes), -(-need.n_rows // rows)
     return n_blocks if places >= n_blocks else max(0, places - 1)
 
 

@@ -209,7 +209,7 @@ class TensorJob:
     is_copy: bool = False  # of its only input, which may be stored as another type
     is_weighted: bool = False  # encoded by the importance matrix
     workers: int = 1  # who take its blocks in turn; more than one where it is much of the model
-    held_blocks: int = 0  # that each worker keeps in memory from one pass to the next
+    cached_blocks: int = 0  # that each worker keeps in memory from one pass to the next
 
     @property
     def name(self) -> str:
@@ -234,8 +234,8 @@ class TensorJob:
     @property
     def read_bytes(self) -> int:
         """Bytes that are read from the inputs, all passes together."""
-        held_rows = min(self.out.n_rows, self.workers * self.held_blocks * self.rows_per_block)
-        again = (self.passes - 1) * (self.out.n_rows - held_rows)
+        cached_rows = min(self.out.n_rows, self.workers * self.cached_blocks * self.rows_per_block)
+        again = (self.passes - 1) * (self.out.n_rows - cached_rows)
         return sum(t.spec.nbytes + again * t.spec.row_bytes for t in self.inputs)
 
     @property

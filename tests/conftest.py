@@ -38,9 +38,9 @@ hypothesis.settings.load_profile("edgemerge")
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_kernels() -> None:
     """Compile all kernels by a few children, rather than one by one when a test comes to them."""
-    from edgemerge.merging.precompile import warm_all  # not before NUMBA_CACHE_DIR is set
+    from edgemerge.merging.precompile import precompile_all  # not before NUMBA_CACHE_DIR is set
 
-    warm_all(lambda done, total: None)
+    precompile_all(lambda done, total: None)
 
 
 @pytest.fixture(autouse=True)

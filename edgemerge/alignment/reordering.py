@@ -18,7 +18,7 @@ from edgemerge.alignment.neurons import NeuronPlan
 from edgemerge.native import KernelFile
 from edgemerge.types import Float32, HeadPlan
 
-__all__ = ["Frame", "find_frame", "find_neuron_frame"]
+__all__ = ["Reordering", "find_neuron_reordering", "find_reordering"]
 
 linear, permute = KernelFile("linear"), KernelFile("permute")
 
@@ -29,7 +29,7 @@ DecodeRows = Callable[[int, int, int | None, Float32], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class Reordering:
     """How one tensor of an expert is brought into the reference's frame."""
 
     rows: Index | None  # old row of every new row
@@ -95,7 +95,7 @@ class Frame:
                     linear.add_scaled(values, float(weights[entry]), target)
 
 
-def find_frame(plan: HeadPlan, name: str, *, soft: bool) -> Frame | None:
+def find_reordering(plan: HeadPlan, name: str, *, soft: bool) -> Reordering | None:
     """Say how a tensor of the moving model is read; None where it stays as it is.
 
     Parameters
@@ -112,10 +112,10 @@ def find_frame(plan: HeadPlan, name: str, *, soft: bool) -> Frame | None:
     columns = column_mix(plan, name) if soft else _as_mix(column_order(plan, name))
     if rows is None and mix is None and columns is None:
         return None
-    return Frame(rows, mix, columns)
+    return Reordering(rows, mix, columns)
 
 
-def find_neuron_frame(plan: NeuronPlan, name: str, n_rows: int) -> Frame | None:
+def find_neuron_reordering(plan: NeuronPlan, name: str, n_rows: int) -> Reordering | None:
     """Say how a feed-forward tensor of the moving model is read; None where it stays as it is.
 
     Parameters
@@ -128,7 +128,7 @@ def find_neuron_frame(plan: NeuronPlan, name: str, n_rows: int) -> Frame | None:
         Its rows.
     """
     rows, columns = plan.row_order(name, n_rows), _as_mix(plan.column_order(name))
-    return None if rows is None and columns is None else Frame(rows, None, columns)
+    return None if rows is None and columns is None else Reordering(rows, None, columns)
 
 
 def _as_mix(order: Index | None) -> Sparse | None:

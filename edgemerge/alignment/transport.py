@@ -35,7 +35,7 @@ SUPPORT = 8  # cheapest partners per row and per column; 3 were seen to miss the
 CHECK_EVERY = 10  # sweeps
 MAX_SWEEPS = 5000
 TOLERANCE = 1e-9  # of the column sums, in the 1-norm, in the last stage
-WARM_TOLERANCE = 1e-3  # and in those before it
+STAGE_TOLERANCE = 1e-3  # and in those before it
 GAP = 1e-3  # relative; above it the exact solver is asked
 ROUNDING = 1e-12  # relative to the largest cost
 MAX_BRUTE_FORCE = 5  # heads in a group: 120 orders
@@ -244,7 +244,7 @@ def solve_sinkhorn(
     stages[-1] = reg
     iterations, error = 0, math.inf
     for stage in stages:
-        tolerance = TOLERANCE if stage == reg else WARM_TOLERANCE
+        tolerance = TOLERANCE if stage == reg else STAGE_TOLERANCE
         for _ in range(MAX_SWEEPS // CHECK_EVERY):
             sinkhorn.sweep(cost, indptr, indices, stage, CHECK_EVERY, work, duals)
             sinkhorn.fill_plan(cost, indptr, indices, stage, duals, plan)

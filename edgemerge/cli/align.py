@@ -64,7 +64,7 @@ def align_command(
 ) -> None:
     """Find the attention heads of model A in model B, layer by layer."""
     from edgemerge.formats import open_model
-    from edgemerge.merging.precompile import warm_kernels
+    from edgemerge.merging.precompile import precompile_kernels
     from edgemerge.merging.run import usable_processors
     from edgemerge.planning.compatibility import check_models
     from edgemerge.sizes import parse_size
@@ -79,7 +79,7 @@ def align_command(
         for path in paths:
             sources.append(open_model(path))
         notes = check_models(sources)
-        warm_kernels("linear", "hard", read=_attention_types(sources), written={"F32"})
+        precompile_kernels("linear", "hard", read=_attention_types(sources), written={"F32"})
         work = _plan(
             sources[0], sources[1], budget, threads or usable_processors(), plot is not None
         )

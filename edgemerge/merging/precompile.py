@@ -14,13 +14,19 @@ from edgemerge.native.signatures import KERNEL_NAMES, SIGNATURES
 from edgemerge.native.store import compile_missing, find_missing
 from edgemerge.types import Plan
 
-__all__ = ["find_cold_of_all", "kernels_of", "warm_all", "warm_kernels", "warm_up"]
+__all__ = [
+    "find_missing_of_all",
+    "kernels_of",
+    "precompile",
+    "precompile_all",
+    "precompile_kernels",
+]
 
 ALIGNING = ("heads", "sinkhorn", "permute")  # all kernels of these files
-AT_ONCE = 8  # kernels that one child of `warm_all` compiles
+AT_ONCE = 8  # kernels that one child of `precompile_all` compiles
 
 
-def warm_up(the_plan: Plan) -> None:
+def precompile(the_plan: Plan) -> None:
     """Make sure that the kernels of a plan are compiled; does nothing where they are.
 
     Raises
@@ -30,7 +36,7 @@ def warm_up(the_plan: Plan) -> None:
     """
     jobs = [job for job in the_plan.jobs if not job.is_byte_copy]
     if jobs:
-        warm_kernels(
+        precompile_kernels(
             the_plan.recipe.method,
             the_plan.align,
             read={tensor.spec.dtype for job in jobs for tensor in job.inputs},
@@ -40,7 +46,7 @@ def warm_up(the_plan: Plan) -> None:
         )
 
 
-def warm_kernels(
+def precompile_kernels(
     method: str,
     align: str,
     *,
@@ -65,8 +71,8 @@ def warm_kernels(
     RuntimeFailure
         The compiler failed.
     """
-    moves = align != "off" or neurons
-    compile_missing(kernels_of(method, read, written, weighed, moves=moves))
+    aligns = align != "off" or neurons
+    compile_missing(kernels_of(method, read, written, weighed, aligns=aligns))
 
 
 def kernels_of(
@@ -75,11 +81,11 @@ def kernels_of(
     written: Collection[str],
     weighed: Collection[str] = (),
     *,
-    moves: bool = False,
+    aligns: bool = False,
 ) -> set[str]:
-    """Name the kernels (FILE.KERNEL) of a merge; `moves`: heads or neurons are matched."""
-    names = {"crc.fold_crc32", "norms.count_beyond", *METHODS[method].kernels}
-    if moves:
+    """Name the kernels (FILE.KERNEL) of a merge; `aligns`: heads or neurons are matched."""
+    names = {"crc.fold_crc32", "norms.count_overflows", *METHODS[method].kernels}
+    if aligns:
         names |= {"linear.add_scaled"}
         names |= {f"{file}.{name}" for file in ALIGNING for name in SIGNATURES[file]}
     for way, dtypes in (("decode", read), ("encode", written)):
@@ -87,15 +93,15 @@ def kernels_of(
     return names.union(*map(weighted_kernels, weighed))
 
 
-def warm_all(on_step: Callable[[int, int], None]) -> None:
+def precompile_all(on_step: Callable[[int, int], None]) -> None:
     """Compile every kernel; `on_step` is told how many are compiled, of all."""
-    missing, total = find_cold_of_all()
+    missing, total = find_missing_of_all()
     for i in range(0, len(missing), AT_ONCE):
         on_step(total - len(missing) + i, total)
         compile_missing(missing[i : i + AT_ONCE])
     on_step(total, total)
 
 
-def find_cold_of_all() -> tuple[list[str], int]:
+def find_missing_of_all() -> tuple[list[str], int]:
     """Name the kernels that are not compiled, and count all there are."""
     return find_missing(KERNEL_NAMES), len(KERNEL_NAMES)

@@ -26,7 +26,7 @@ from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.gguf.split import MAX_PARTS, part_paths, whole_name
 from edgemerge.formats.gguf.writer import GgufLayout, make_layouts
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
-from edgemerge.merging.precompile import warm_up
+from edgemerge.merging.precompile import precompile
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import check_output
 from edgemerge.output.parts import OutputParts, find_named, hash_named, is_begun
@@ -36,7 +36,7 @@ from edgemerge.planning.plan import make_plan
 from edgemerge.types import Plan, Progress, Recipe, Source
 
 if TYPE_CHECKING:  # Numba takes most of a second to import: only a merge that runs pays for it
-    from edgemerge.merging.workers import Crew
+    from edgemerge.merging.workers import WorkerPool
 
 __all__ = ["Progress", "merge", "plan", "usable_processors"]
 
@@ -149,7 +149,7 @@ def merge(
         if len(named) == len(paths):
             outcome = _finish(the_plan, paths)
         else:
-            warm_up(the_plan)
+            precompile(the_plan)
             sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
             parts = OutputParts(sizes, origin)
             stack.push(parts)
@@ -220,7 +220,7 @@ def _run(
     progress: Progress | None,
 ) -> _Outcome:
     """Make what no earlier run has finished; seal the files and give them their names."""
-    crew = _new_crew(the_plan, inputs, progress)
+    pool = _new_pool(the_plan, inputs, progress)
     places = {
         name: (file, offset)
         for file, layout in zip(parts.files, layouts, strict=True)
@@ -228,15 +228,15 @@ def _run(
     }
     n_resumed = n_damaged = 0
     if parts.earlier is not None:
-        n_damaged = verify_earlier(parts.earlier, the_plan.jobs, places, crew.take_over)
+        n_damaged = verify_earlier(parts.earlier, the_plan.jobs, places, pool.take_over)
         n_resumed = len(parts.earlier.results) - n_damaged
-    notes = crew.prepare()
+    notes = pool.prepare()
 
     def note(i: int, result: TensorResult) -> None:
         parts.note(i, result, the_plan.jobs[i].out.nbytes)
 
     try:
-        results = crew.run(places, note)
+        results = pool.run(places, note)
     except EdgemergeError:
         inputs.check_unchanged()  # else a model is blamed for what somebody writes to it
         raise
@@ -252,8 +252,8 @@ def _run(
         parts.notes + notes,
         n_resumed,
         n_damaged,
-        crew.traffic.read,
-        crew.traffic.written + sum(len(layout.header) for layout in layouts),
+        pool.traffic.read,
+        pool.traffic.written + sum(len(layout.header) for layout in layouts),
     )
 
 
@@ -270,10 +270,10 @@ def _open(path: Path, stack: ExitStack) -> Source:
     return source
 
 
-def _new_crew(the_plan: Plan, inputs: _Inputs, progress: Progress | None) -> Crew:
-    from edgemerge.merging.workers import Crew
+def _new_pool(the_plan: Plan, inputs: _Inputs, progress: Progress | None) -> WorkerPool:
+    from edgemerge.merging.workers import WorkerPool
 
-    return Crew(the_plan, inputs.sources, progress, inputs.importance)
+    return WorkerPool(the_plan, inputs.sources, progress, inputs.importance)
 
 
 # -- the header ------------------------------------------------------------------------------------------

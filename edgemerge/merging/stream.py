@@ -11,27 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.alignment.neurons import NeuronPlan
-from edgemerge.alignment.reordering import Frame, find_frame, find_neuron_frame
+from edgemerge.alignment.reordering import Reordering, find_neuron_reordering, find_reordering
 from edgemerge.budget import Arena
 from edgemerge.errors import FormatError, MismatchError, Stopped
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH
-from edgemerge.methods.blocks import NON_FINITE, Block, least_beyond
-from edgemerge.methods.shared_tensor import Member
+from edgemerge.methods.blocks import NON_FINITE, Block, least_overflow
+from edgemerge.methods.shared_tensor import GroupThread
 from edgemerge.methods.table import METHODS
 from edgemerge.native import KernelFile
 from edgemerge.output.checksums import RowChecksum, TensorResult, join_checksums
 from edgemerge.output.file import OutputFile
 from edgemerge.types import Float32, Float64, HeadPlan, InputTensor, Plan, Source, TensorJob, UInt8
 
-__all__ = ["Moves", "Share", "TensorStream", "Traffic", "join_shares"]
+__all__ = ["PartResult", "Permutations", "TensorStream", "Traffic", "join_parts"]
 
 linear, norms = KernelFile("linear"), KernelFile("norms")
 
 # (reference, model, layer of the reference, layer of the model) -> where heads and neurons belong
-Moves: TypeAlias = dict[tuple[int, int, int, int], list[HeadPlan | NeuronPlan]]
+Permutations: TypeAlias = dict[tuple[int, int, int, int], list[HeadPlan | NeuronPlan]]
 
 # Pages that were read are given back while a tensor is read, not after it: the system then reads the next
 # ones into the same memory, which saves half of the processor's time for reading where memory is virtual.
@@ -57,14 +57,14 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class PartResult:
     """What one worker read of each input, and wrote."""
 
     inputs: tuple[RowChecksum, ...]
     output: RowChecksum
 
 
-def join_shares(shares: Sequence[Share]) -> TensorResult:
+def join_parts(shares: Sequence[PartResult]) -> TensorResult:
     """Put together what the workers of one tensor did."""
     inputs = zip(*(share.inputs for share in shares), strict=True)
     return TensorResult(
@@ -73,7 +73,7 @@ def join_shares(shares: Sequence[Share]) -> TensorResult:
 
 
 class TensorStream:
-    """Implements `blocks.BlockStream` over sources and an arena, for one worker of a tensor's team."""
+    """Implements `blocks.BlockStream` over sources and an arena, for one worker of a tensor's group."""
 
     def __init__(
         self,
@@ -82,21 +82,21 @@ class TensorStream:
         arena: Arena,
         the_plan: Plan,
         traffic: Traffic,
-        moves: Moves,
+        permutations: Permutations,
         importance: ImportanceMatrix | None,
-        team: Member,
+        group: GroupThread,
     ) -> None:
         self.job = job
         self.seed = the_plan.recipe.seed
-        self.team = team
+        self.group = group
         self.layer_sum: Float64 | None = None
-        self.share = Share(tuple(RowChecksum() for _ in job.inputs), RowChecksum())
+        self.result = PartResult(tuple(RowChecksum() for _ in job.inputs), RowChecksum())
         self._sources = sources
         self._arena = arena
         self._traffic = traffic
         self._importance = importance
         self._matrix = -1  # number of the matrix whose importances are in the arena; -1: none
-        self._held: dict[int, Block] = {}  # by number; they stay in the arena
+        self._cached: dict[int, Block] = {}  # by number; they stay in the arena
         self._is_first_pass = True  # which alone is in the checksums
         self._gives_back = job.passes == 1  # pages of what was read, as it is not read again
         self._forgotten = [0] * len(job.inputs)  # rows whose pages were given back
@@ -114,37 +114,37 @@ class TensorStream:
             self._checks_inputs = not (self._takes_deltas or method.keeps_non_finite(job))
             n = rows * job.out.n_cols
             # One block after the other, and in each all inputs: what is worked on at a time lies together.
-            self._n_places = min(job.n_blocks, job.held_blocks + 1)
+            self._n_places = min(job.n_blocks, job.cached_blocks + 1)
             self._values = self.take((self._n_places, len(job.inputs) * n), np.float32)
-            self._n_beyond = np.zeros(1, np.int64)
+            self._n_overflows = np.zeros(1, np.int64)
             scratch = WEIGHTED_SCRATCH if job.is_weighted else CODECS[job.out.dtype].scratch_len
             self._scratch = self.take((scratch,), np.float32).view(np.float32)
             columns = job.out.n_cols if job.is_weighted else 0
             self._weights = self.take((columns,), np.float32).view(np.float32)
-            self._frames = self._find_frames(moves, soft=the_plan.align == "soft")
+            self._reorderings = self._find_reorderings(permutations, soft=the_plan.align == "soft")
             # Working memory for moving heads: a row, and for summing them another block.
             aligns = the_plan.align != "off" or the_plan.recipe.neurons
             self._row = self.take((job.out.n_cols if aligns else 0,), np.float32).view(np.float32)
             spare = n if the_plan.align == "soft" else 0
             self._spare = self.take((spare,), np.float32).view(np.float32)
 
-    def _find_frames(self, moves: Moves, *, soft: bool) -> dict[int, Frame]:
-        """Find the inputs that are read in the reference's frame: input number -> frame."""
-        frames: dict[int, Frame] = {}
+    def _find_reorderings(self, permutations: Permutations, *, soft: bool) -> dict[int, Reordering]:
+        """Find the inputs that are read in the reference's reordering: input number -> reordering."""
+        reorderings: dict[int, Reordering] = {}
         first = self.job.inputs[0]
         reference = layer_index(first.spec.name)
         for i, tensor in enumerate(self.job.inputs):
             layer = layer_index(tensor.spec.name)
             if reference is None or layer is None:
                 continue
-            for plan in moves.get((first.model, tensor.model, reference, layer), ()):
+            for plan in permutations.get((first.model, tensor.model, reference, layer), ()):
                 if isinstance(plan, HeadPlan):
-                    frame = find_frame(plan, tensor.spec.name, soft=soft)
+                    reordering = find_reordering(plan, tensor.spec.name, soft=soft)
                 else:
-                    frame = find_neuron_frame(plan, tensor.spec.name, tensor.spec.n_rows)
-                if frame is not None:
-                    frames[i] = frame
-        return frames
+                    reordering = find_neuron_reordering(plan, tensor.spec.name, tensor.spec.n_rows)
+                if reordering is not None:
+                    reorderings[i] = reordering
+        return reorderings
 
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
         """Return memory from the arena, its contents whatever was there."""
@@ -156,7 +156,7 @@ class TensorStream:
         assert measure is not None
         return measure(self)
 
-    def run(self, output: OutputFile, offset: int, layer_sum: Float64 | None = None) -> Share:
+    def run(self, output: OutputFile, offset: int, layer_sum: Float64 | None = None) -> PartResult:
         """Make this worker's blocks of the tensor, which lies at `offset` of the output file.
 
         Parameters
@@ -173,11 +173,11 @@ class TensorStream:
         else:
             self.layer_sum = layer_sum
             self._merge(output, offset)
-        if self.team.finish():
+        if self.group.finish():
             for tensor in self.job.inputs:
                 self._sources[tensor.model].check_unchanged()
                 self._sources[tensor.model].forget(tensor.spec.name)
-        return self.share
+        return self.result
 
     def _copy(self, output: OutputFile, offset: int) -> None:
         tensor = self.job.experts[0]
@@ -218,25 +218,25 @@ class TensorStream:
 
     def _write(self, output: OutputFile, offset: int, start: int, n_rows: int, raw: UInt8) -> None:
         output.write(raw, offset + start * self._out_row_bytes)
-        self.share.output.add(start, n_rows, raw)
+        self.result.output.add(start, n_rows, raw)
         self._traffic.add(0, raw.nbytes)
 
     def _ranges(self) -> Iterator[tuple[int, int, int]]:
         """Yield number, first row and last + 1 of this worker's blocks."""
         n_rows, height = self.job.out.n_rows, self.job.rows_per_block
-        for number in self.team.take_blocks():
+        for number in self.group.take_blocks():
             yield number, number * height, min((number + 1) * height, n_rows)
 
     def blocks(self) -> Iterator[Block]:
         """Yield this worker's blocks in row order; those that are held are not loaded again."""
         for number, start, stop in self._ranges():
-            block = self._held.get(number)
+            block = self._cached.get(number)
             if block is None:
-                is_held = len(self._held) < self.job.held_blocks
-                self._gives_back = is_held or self.job.passes == 1
+                is_cached = len(self._cached) < self.job.cached_blocks
+                self._gives_back = is_cached or self.job.passes == 1
                 block = self._load(number, start, stop)
-                if is_held:
-                    self._held[number] = block
+                if is_cached:
+                    self._cached[number] = block
             yield block
         self._is_first_pass = False
 
@@ -244,7 +244,7 @@ class TensorStream:
         """Load rows into the next free place, or the last, through which pass all that are not held."""
         job = self.job
         n = (stop - start) * job.out.n_cols
-        place = self._values[min(len(self._held), self._n_places - 1)]
+        place = self._values[min(len(self._cached), self._n_places - 1)]
         values = place[: len(job.inputs) * n].reshape(len(job.inputs), n).view(np.float32)
         base, experts = (values[0], values[1:]) if job.base else (None, values)
         block = Block(number, start * job.out.n_cols, job.out.n_cols, base, experts)
@@ -260,8 +260,8 @@ class TensorStream:
         for i, (tensor, values) in enumerate(zip(job.experts, block.experts, strict=True), first):
             self._load_expert(tensor, i, start, stop, values)
             if self._takes_deltas:
-                linear.subtract(block.base, values, self._n_beyond)
-                if self._n_beyond[0] and not self._checks_inputs:
+                linear.subtract(block.base, values, self._n_overflows)
+                if self._n_overflows[0] and not self._checks_inputs:
                     self._check_inputs(block)
 
     def _check_inputs(self, block: Block) -> None:
@@ -276,16 +276,16 @@ class TensorStream:
     def _load_expert(
         self, tensor: InputTensor, i_input: int, start: int, stop: int, out_f32: Float32
     ) -> None:
-        """Decode rows [start, stop) of the reference's frame."""
-        frame = self._frames.get(i_input)
-        if frame is None:
+        """Decode rows [start, stop) of the reference's reordering."""
+        reordering = self._reorderings.get(i_input)
+        if reordering is None:
             self._decode(tensor, i_input, start, stop, start, out_f32)
             return
 
         def decode(first: int, last: int, at: int | None, values: Float32) -> None:
             self._decode(tensor, i_input, first, last, at, values)
 
-        frame.load(start, stop, decode, self._row, self._spare, out_f32)
+        reordering.load(start, stop, decode, self._row, self._spare, out_f32)
 
     def _decode(
         self,
@@ -298,7 +298,7 @@ class TensorStream:
     ) -> None:
         raw = self._read(tensor, i_input, start, stop, at)
         CODECS[tensor.spec.dtype].decode(raw, out_f32)
-        if self._checks_inputs and _count_beyond(out_f32, NON_FINITE):
+        if self._checks_inputs and _count_overflows(out_f32, NON_FINITE):
             bad = int(np.flatnonzero(~np.isfinite(out_f32))[0])
             raise FormatError(
                 f"holds {out_f32[bad]} at index {start * tensor.spec.n_cols + bad}; "
@@ -315,7 +315,7 @@ class TensorStream:
         self._sources[tensor.model].read_rows(tensor.spec.name, start, stop, raw)
         self._traffic.add(raw.nbytes, 0)
         if at is not None and self._is_first_pass:
-            self.share.inputs[i_input].add(at, stop - start, raw)
+            self.result.inputs[i_input].add(at, stop - start, raw)
         if at == start and self._gives_back:  # in order, and not again
             self._give_back(tensor, i_input, stop)
         return raw
@@ -328,10 +328,10 @@ class TensorStream:
     def _check_range(self, block: Block, values: Float32) -> None:
         """Refuse a result that the output type cannot hold: never a silent infinity."""
         dtype = self.job.out.dtype
-        n_beyond = block.n_beyond
-        if n_beyond is None:
-            n_beyond = _count_beyond(values, least_beyond(dtype))
-        if n_beyond:
+        n_overflows = block.n_overflows
+        if n_overflows is None:
+            n_overflows = _count_overflows(values, least_overflow(dtype))
+        if n_overflows:
             largest = float(np.abs(values).max())
             if not self._checks_inputs:  # whose fault is it?
                 self._check_inputs(block)
@@ -342,7 +342,7 @@ class TensorStream:
             )
 
 
-def _count_beyond(values: Float32, limit: int) -> int:
+def _count_overflows(values: Float32, limit: int) -> int:
     count = np.zeros(1, np.int64)
-    norms.count_beyond(values, limit, count)
+    norms.count_overflows(values, limit, count)
     return int(count[0])

@@ -25,22 +25,22 @@ from edgemerge.budget import Arena
 from edgemerge.errors import Stopped
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
-from edgemerge.merging.stream import Moves, Share, TensorStream, Traffic, join_shares
-from edgemerge.methods.shared_tensor import Team
+from edgemerge.merging.stream import PartResult, Permutations, TensorStream, Traffic, join_parts
+from edgemerge.methods.shared_tensor import ThreadGroup
 from edgemerge.methods.table import METHODS
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import OutputFile
 from edgemerge.planning.plan import alignment_pairs
 from edgemerge.types import Float64, HeadPlan, Plan, Progress, Skipped, Source, TensorJob
 
-__all__ = ["Crew"]
+__all__ = ["WorkerPool"]
 
 R = TypeVar("R")
 
 POLL_SECONDS = 0.1
 
 
-class Crew:
+class WorkerPool:
     """Workers with an arena each.
 
     Parameters
@@ -67,7 +67,7 @@ class Crew:
         self.sources = sources
         self.traffic = Traffic()
         self._progress = progress
-        self._moves: Moves = {}
+        self._permutations: Permutations = {}
         self._layer_sums: dict[int, Float64] = {}
         self._results: dict[int, TensorResult] = {}
         self._taken_over = 0  # bytes read and written by an earlier run
@@ -109,7 +109,7 @@ class Crew:
             Called with the number of every finished tensor and its result, from any thread.
         """
         numbers = {job.out.name: i for i, job in enumerate(self.plan.jobs)}
-        shares: dict[str, list[Share]] = {name: [] for name in numbers}
+        shares: dict[str, list[PartResult]] = {name: [] for name in numbers}
         lock = threading.Lock()
 
         def make(stream: TensorStream) -> None:
@@ -122,7 +122,7 @@ class Crew:
                 is_finished = len(shares[job.out.name]) == job.workers
             if is_finished:
                 i = numbers[job.out.name]
-                self._results[i] = join_shares(shares[job.out.name])
+                self._results[i] = join_parts(shares[job.out.name])
                 on_finished(i, self._results[i])
 
         self._each(self._jobs_left(), make)
@@ -149,7 +149,7 @@ class Crew:
             for (reference_layer, layer), heads in zip(layers, found, strict=True):
                 if isinstance(heads, HeadPlan):
                     at = (left, right, reference_layer, layer)
-                    self._moves.setdefault(at, []).append(heads)
+                    self._permutations.setdefault(at, []).append(heads)
             notes += _say(self.sources[right].path.name, found)
         return notes
 
@@ -170,7 +170,7 @@ class Crew:
                 if isinstance(plan, NeuronPlan):
                     moved += bool(np.any(plan.order != np.arange(len(plan.order))))
                     at = (left, right, plan.layer, plan.layer)
-                    self._moves.setdefault(at, []).append(plan)
+                    self._permutations.setdefault(at, []).append(plan)
             name = self.sources[right].path.name
             notes.append(f"neurons of {name} moved in {moved} of {len(found)} layers")
             reasons = {plan.reason for plan in found if isinstance(plan, Skipped)}
@@ -210,11 +210,11 @@ class Crew:
     def _each(self, jobs: Sequence[TensorJob], work: Callable[[TensorStream], R]) -> list[list[R]]:
         """Do the work on every tensor, largest first so that nobody is left alone with a large one.
 
-        Returns what each worker of each tensor returned. A team is complete in the end, as the executor
+        Returns what each worker of each tensor returned. A group is complete in the end, as the executor
         has a thread for each of its members, and these stand one after the other in its queue.
         """
 
-        def run(job: TensorJob, team: Team) -> R:
+        def run(job: TensorJob, group: ThreadGroup) -> R:
             arena = self._arenas.get()
             try:
                 stream = TensorStream(
@@ -223,31 +223,31 @@ class Crew:
                     arena,
                     self.plan,
                     self.traffic,
-                    self._moves,
+                    self._permutations,
                     self._importance,
-                    team.join(),
+                    group.join(),
                 )
                 return work(stream)
             except BaseException:
-                team.abort()
+                group.abort()
                 raise
             finally:
                 self._arenas.put(arena)
 
-        teams = [Team(job.workers, job.n_blocks) for job in jobs]
+        groups = [ThreadGroup(job.workers, job.n_blocks) for job in jobs]
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].out.n_elements)
         with ThreadPoolExecutor(self.plan.workers, "edgemerge") as executor:
-            # Submit inside `try`: an interrupt may come when only some of a team are in the queue.
+            # Submit inside `try`: an interrupt may come when only some of a group are in the queue.
             try:
                 futures = {
-                    i: [executor.submit(run, jobs[i], teams[i]) for _ in range(jobs[i].workers)]
+                    i: [executor.submit(run, jobs[i], groups[i]) for _ in range(jobs[i].workers)]
                     for i in order
                 }
                 self._wait([future for members in futures.values() for future in members])
             except BaseException:
                 self.traffic.stop.set()
-                for team in teams:
-                    team.abort()
+                for group in groups:
+                    group.abort()
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
         return [[future.result() for future in futures[i]] for i in range(len(jobs))]
@@ -262,7 +262,7 @@ class Crew:
             with suppress(queue.Empty):
                 error = finished.get(timeout=POLL_SECONDS).exception()
                 left -= 1
-                # Stopped is what became of the others in a team; the reason is on its way.
+                # Stopped is what became of the others in a group; the reason is on its way.
                 if error is not None and not isinstance(error, Stopped):
                     raise error
             self._report()
@@ -271,7 +271,7 @@ class Crew:
         """Tell how far it is; what was taken over counts as read and written."""
         if self._progress is not None:
             done = self._taken_over + self.traffic.read + self.traffic.written
-            # A worker of a team that takes more blocks than its share reads some again.
+            # A worker of a group that takes more blocks than its share reads some again.
             self._progress(min(done, self._total), self._total)
 
 

@@ -9,14 +9,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemerge.methods.shared_tensor import Member
+from edgemerge.methods.shared_tensor import GroupThread
 from edgemerge.types import Float32, Float64, TensorJob
 
 __all__ = ["ELECTION_TILE", "NON_FINITE", "RANK_BINS", "SUM_LANES"]
-__all__ += ["Block", "BlockStream", "least_beyond", "model_weights"]
+__all__ += ["Block", "BlockStream", "least_overflow", "model_weights"]
 
 NON_FINITE = 0x7F800000  # bits of infinity: everything from here on is infinite or NaN
-BEYOND_HALF = 0x477FF000  # bits of 65520, the least magnitude that float16 rounds to infinity
+HALF_OVERFLOW = 0x477FF000  # bits of 65520, the least magnitude that float16 rounds to infinity
 
 # What working memory is measured by.
 SUM_LANES = 32  # LANES of kernels/gram.py and kernels/norms.py: partial sums of one row
@@ -34,7 +34,7 @@ class Block:
     base: Float32 | None  # (n,)
     experts: Float32  # (n_experts, n); task vectors for methods that keep them
     is_pruned: bool = False  # in place, by an earlier pass
-    n_beyond: int | None = None  # results that the output cannot hold, if counted
+    n_overflows: int | None = None  # results that the output cannot hold, if counted
 
     @property
     def n_rows(self) -> int:
@@ -47,7 +47,7 @@ class BlockStream(Protocol):
 
     job: TensorJob
     seed: int
-    team: Member  # this worker's place among those who make the tensor
+    group: GroupThread  # this worker's place among those who make the tensor
     layer_sum: Float64 | None  # what `Method.measure` returned, summed over the tensor's layer
 
     def blocks(self) -> Iterator[Block]:
@@ -66,6 +66,6 @@ def model_weights(job: TensorJob) -> Float64:
     return np.array([expert.settings["weight"] for expert in job.experts], np.float64)
 
 
-def least_beyond(dtype: str) -> int:
+def least_overflow(dtype: str) -> int:
     """Return the bits of the least magnitude, as float32, that a type cannot hold."""
-    return NON_FINITE if dtype in ("F32", "BF16") else BEYOND_HALF
+    return NON_FINITE if dtype in ("F32", "BF16") else HALF_OVERFLOW

@@ -28,7 +28,7 @@ gram, linear = KernelFile("gram"), KernelFile("linear")
 def _survey_gram(stream: BlockStream) -> Float64:
     """Measure the Gram matrix of a tensor's task vectors, (n_experts, n_experts)."""
     n_experts = len(stream.job.experts)
-    total = stream.team.row_sum((n_experts, n_experts))
+    total = stream.group.row_sum((n_experts, n_experts))
     grams, lanes = _row_memory(stream)
     for block in stream.blocks():
         rows = grams[: block.n_rows]

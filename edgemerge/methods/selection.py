@@ -49,7 +49,7 @@ def select_cuts(
         for k, counts in high.items():
             select.count_high(block.experts[k], counts)
     for counts in high.values():
-        stream.team.add_counts(counts)
+        stream.group.add_counts(counts)
     ends = {(k, rank): _find_bin(high[k], rank) for k, ranks in kept.items() for rank in ranks}
     low = {
         at: _counters(stream, N_LOW) for at in sorted({(k, end[0]) for (k, _), end in ends.items()})
@@ -58,12 +58,12 @@ def select_cuts(
         for (k, index), counts in low.items():
             select.count_low(block.experts[k], index, counts)
     for counts in low.values():
-        stream.team.add_counts(counts)
+        stream.group.add_counts(counts)
     ties_at = {at: _locate(end, low[at[0], end[0]]) for at, end in ends.items()}
     pruners: dict[int, Pruner] = dict.fromkeys(drawn, NothingLeft())
     for k, ranks in kept.items():
         low_cut, high_cut = _cuts(*(ties_at[k, rank] for rank in ranks))
-        pruners[k] = CutPruner(low_cut, high_cut, stream.team.row_sum((2,)))
+        pruners[k] = CutPruner(low_cut, high_cut, stream.group.row_sum((2,)))
     return pruners
 
 

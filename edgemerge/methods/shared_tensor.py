@@ -3,7 +3,7 @@
 A tensor that is much of a model, as the embedding of a small one is, is made by all workers together.
 Each runs the same code (`Method.blocks`) over the blocks that it takes in turn, and meets the
 others here. What is added up per row is added in row order, whoever made the rows, so the result is that
-of one worker. A tensor with a worker of its own has a team of one, which waits for nobody.
+of one worker. A tensor with a worker of its own has a group of one, which waits for nobody.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from edgemerge.errors import Stopped
 from edgemerge.native import KernelFile
 from edgemerge.types import Float64
 
-__all__ = ["Member", "RowSum", "Team"]
+__all__ = ["GroupThread", "RowSum", "ThreadGroup"]
 
 gram = KernelFile("gram")
 
 
-class Team:
+class ThreadGroup:
     """The workers on one tensor.
 
     Parameters
     ----------
     n_workers : int
-        How many will join; `Member.add_counts` waits for all of them.
+        How many will join; `GroupThread.add_counts` waits for all of them.
     n_blocks : int
         Blocks of rows of the tensor.
     """
@@ -45,9 +45,9 @@ class Team:
         self.barrier = threading.Barrier(n_workers, self._add_up)
         self.n_finished = 0
 
-    def join(self) -> Member:
-        """Return a worker's place in the team."""
-        return Member(self)
+    def join(self) -> GroupThread:
+        """Return a worker's place in the group."""
+        return GroupThread(self)
 
     def abort(self) -> None:
         """Let everybody who waits give up."""
@@ -68,8 +68,8 @@ class Team:
 class RowSum:
     """A running sum over the rows of a tensor, in row order."""
 
-    def __init__(self, team: Team, shape: tuple[int, ...]) -> None:
-        self._team = team
+    def __init__(self, group: ThreadGroup, shape: tuple[int, ...]) -> None:
+        self._group = group
         self._sum = np.zeros(shape, np.float64)
         self._next = 0  # block whose turn it is
 
@@ -88,31 +88,31 @@ class RowSum:
         before : (*shape,) float64
             The sum of all rows before the block.
         """
-        with self._team.changed:
+        with self._group.changed:
             self._wait_for(i_block)
             before = self._sum.copy()
             gram.add_rows(rows_f64.reshape(len(rows_f64), -1), self._sum.reshape(-1))
             self._next += 1
-            self._team.changed.notify_all()
+            self._group.changed.notify_all()
         return before
 
     def total(self) -> Float64:
         """Return the sum over the tensor, when all blocks are in."""
-        with self._team.changed:
-            self._wait_for(self._team.n_blocks)
+        with self._group.changed:
+            self._wait_for(self._group.n_blocks)
             return self._sum
 
     def _wait_for(self, i_block: int) -> None:
-        self._team.changed.wait_for(lambda: self._next == i_block or self._team.failed)
-        if self._team.failed:
+        self._group.changed.wait_for(lambda: self._next == i_block or self._group.failed)
+        if self._group.failed:
             raise Stopped
 
 
-class Member:
-    """One worker's place in a team; all members make the same calls in the same order."""
+class GroupThread:
+    """One worker's place in a group; all members make the same calls in the same order."""
 
-    def __init__(self, team: Team) -> None:
-        self._team = team
+    def __init__(self, group: ThreadGroup) -> None:
+        self._group = group
         self._blocks: list[int] | None = None  # that were taken in the first pass
         self._n_sums = 0
 
@@ -123,25 +123,25 @@ class Member:
         """
         if self._blocks is None:
             self._blocks = []
-            while (number := self._take_next()) < self._team.n_blocks:
+            while (number := self._take_next()) < self._group.n_blocks:
                 self._blocks.append(number)
                 yield number
         else:
             yield from self._blocks
 
     def _take_next(self) -> int:
-        with self._team.changed:
-            number = self._team.next_block
-            self._team.next_block += 1
+        with self._group.changed:
+            number = self._group.next_block
+            self._group.next_block += 1
         return number
 
     def row_sum(self, shape: tuple[int, ...]) -> RowSum:
-        """Return a sum over rows, zero as yet, that the team has in common."""
-        with self._team.changed:
-            if self._n_sums == len(self._team.sums):
-                self._team.sums.append(RowSum(self._team, shape))
+        """Return a sum over rows, zero as yet, that the group has in common."""
+        with self._group.changed:
+            if self._n_sums == len(self._group.sums):
+                self._group.sums.append(RowSum(self._group, shape))
             self._n_sums += 1
-            return self._team.sums[self._n_sums - 1]
+            return self._group.sums[self._n_sums - 1]
 
     def add_counts(self, counts_u32: NDArray[np.uint32]) -> None:
         """Add what the others counted to what this worker counted; waits for all of them.
@@ -149,17 +149,17 @@ class Member:
         Parameters
         ----------
         counts_u32 : (n_bins,) uint32
-            Overwritten by the sum over the team.
+            Overwritten by the sum over the group.
         """
-        with self._team.changed:
-            self._team.counts.append(counts_u32)
+        with self._group.changed:
+            self._group.counts.append(counts_u32)
         try:
-            self._team.barrier.wait()
+            self._group.barrier.wait()
         except threading.BrokenBarrierError:
             raise Stopped from None
 
     def finish(self) -> bool:
-        """Leave the team; tell whether all others have left."""
-        with self._team.changed:
-            self._team.n_finished += 1
-            return self._team.n_finished == self._team.n_workers
+        """Leave the group; tell whether all others have left."""
+        with self._group.changed:
+            self._group.n_finished += 1
+            return self._group.n_finished == self._group.n_workers

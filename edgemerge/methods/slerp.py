@@ -22,7 +22,7 @@ PARALLEL = 0.9995  # |cos| above which slerp is lerp, as in mergekit
 
 
 def _interpolate(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
-    dots = stream.team.row_sum((3,))
+    dots = stream.group.row_sum((3,))
     rows = stream.take((stream.job.rows_per_block, 3), np.float64).view(np.float64)
     lanes = stream.take((SUM_LANES,), np.float64)
     for block in stream.blocks():

@@ -21,7 +21,7 @@ from edgemerge.methods.blocks import (
     SUM_LANES,
     Block,
     BlockStream,
-    least_beyond,
+    least_overflow,
     model_weights,
 )
 from edgemerge.methods.method import Described, Method, WorkingMemory
@@ -104,11 +104,11 @@ class TaskVectors:
     def _sum_whole(self, stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
         """Add up task vectors of which nothing is pruned, without making them one by one."""
         factors, scale = self._factors(stream.job), float(stream.job.settings["lambda"])
-        limit, n_beyond = least_beyond(stream.job.out.dtype), np.empty(1, np.int64)
+        limit, n_overflows = least_overflow(stream.job.out.dtype), np.empty(1, np.int64)
         for block in stream.blocks():
             assert block.base is not None
-            linear.add_changes(factors, scale, block.experts, limit, n_beyond, block.base)
-            block.n_beyond = int(n_beyond[0])
+            linear.add_changes(factors, scale, block.experts, limit, n_overflows, block.base)
+            block.n_overflows = int(n_overflows[0])
             yield block, block.base
 
     def _factors(self, job: TensorJob) -> Float32:
@@ -174,7 +174,7 @@ def _match_norms(stream: BlockStream, pruners: list[Pruner]) -> None:
     """Scale every pruned task vector back to its L1 norm, as mergekit does since 0.1.0."""
     n_cols = stream.job.out.n_cols
     sums = {
-        k: stream.team.row_sum((2,)) for k, own in enumerate(pruners) if type(own) is not Pruner
+        k: stream.group.row_sum((2,)) for k, own in enumerate(pruners) if type(own) is not Pruner
     }
     rows = stream.take((stream.job.rows_per_block, 2), np.float64).view(np.float64)
     lanes = stream.take((SUM_LANES,), np.float64)

@@ -89,7 +89,7 @@ def make_plan(
             notes += lacking
             metadata |= importance_metadata(importance)
     align = recipe.align or method.align
-    needs = [_arena_need(job, align, moves=align != "off" or recipe.neurons) for job in jobs]
+    needs = [_arena_need(job, align, aligns=align != "off" or recipe.neurons) for job in jobs]
     budget = memory or recipe.memory or DEFAULT_MEMORY
     header_bytes = sum(len(v) for source in sources.values() for v in source.metadata().values())
     reserved, alignment = _alignment_needs(align, jobs, list(sources.values()))
@@ -229,7 +229,7 @@ def alignment_pairs(jobs: Sequence[TensorJob]) -> dict[tuple[int, int], list[tup
     return {models: sorted(layers) for models, layers in pairs.items()}
 
 
-def _arena_need(job: TensorJob, align: str, *, moves: bool) -> ArenaNeed:
+def _arena_need(job: TensorJob, align: str, *, aligns: bool) -> ArenaNeed:
     """Add up what `TensorStream` and the method will take from the arena for one tensor."""
     n_cols = job.out.n_cols
     widest = max(tensor.spec.row_bytes for tensor in (*job.inputs,))
@@ -242,7 +242,7 @@ def _arena_need(job: TensorJob, align: str, *, moves: bool) -> ArenaNeed:
         fixed += 4 * (WEIGHTED_SCRATCH + n_cols)
     else:
         fixed += 4 * CODECS[job.out.dtype].scratch_len
-    if moves:
+    if aligns:
         fixed += 4 * n_cols
     per_row = own.per_row + max(widest, job.out.row_bytes)
     per_row += 4 * n_cols if align == "soft" else 0
@@ -257,4 +257,4 @@ def _with_rows(job: TensorJob, need: ArenaNeed, arena_bytes: int, workers: int) 
     held = blocks_in_arena(need, rows, arena_bytes)
     # A tensor that is held whole is read once, however often it is surveyed.
     passes = 1 if workers == 1 and held * rows >= need.n_rows else job.passes
-    return replace(job, rows_per_block=rows, passes=passes, workers=workers, held_blocks=held)
+    return replace(job, rows_per_block=rows, passes=passes, workers=workers, cached_blocks=held)

@@ -89,7 +89,7 @@ linear, norms = KernelFile("linear"), KernelFile("norms")
 
 def _blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     """Mean of two task vectors, as large in the L1 norm as `pull` times the smaller of them."""
-    sums = stream.team.row_sum((3,))
+    sums = stream.group.row_sum((3,))
     rows = stream.take((stream.job.rows_per_block, 3), np.float64).view(np.float64)
     lanes = stream.take((SUM_LANES,), np.float64)
     for block in stream.blocks():

@@ -130,18 +130,18 @@ def test_reads_of_a_tensor_too_large_to_hold(
     found = job(plan, "output.weight")
     assert found.passes == passes
     assert found.rows_per_block < found.out.n_rows
-    held_rows = found.held_blocks * found.rows_per_block
-    again = (passes - 1) * (found.out.n_rows - held_rows)
+    cached_rows = found.cached_blocks * found.rows_per_block
+    again = (passes - 1) * (found.out.n_rows - cached_rows)
     once = sum(t.spec.nbytes for j in plan.jobs for t in j.inputs)
     assert plan.read_bytes == once + again * sum(t.spec.row_bytes for t in found.inputs)
     if passes > 1:  # what fits the budget is read once even of such a tensor
-        assert 0.4 < held_rows / found.out.n_rows < 1.0
+        assert 0.4 < cached_rows / found.out.n_rows < 1.0
 
 
 def test_a_tensor_that_is_held_whole_is_read_once() -> None:
     plan = planned(TIES)
     assert {j.passes for j in plan.jobs} == {1}
-    assert all(j.held_blocks == j.n_blocks for j in plan.jobs if j.method == "ties")
+    assert all(j.cached_blocks == j.n_blocks for j in plan.jobs if j.method == "ties")
     assert plan.read_bytes == sum(t.spec.nbytes for j in plan.jobs for t in j.inputs)
 
 

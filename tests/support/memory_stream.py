@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.methods.blocks import Block
-from edgemerge.methods.shared_tensor import Team
+from edgemerge.methods.shared_tensor import ThreadGroup
 from edgemerge.methods.table import METHODS
 from edgemerge.types import InputTensor, TensorJob, TensorSpec
 
@@ -48,11 +48,11 @@ class MemoryStream:
             rows_per_block=rows_per_block,
             passes=1,
         )
-        self.team = Team(1, self.job.n_blocks).join()
+        self.group = ThreadGroup(1, self.job.n_blocks).join()
 
     def blocks(self) -> Iterator[Block]:
         spec = self.job.out
-        for number in self.team.take_blocks():
+        for number in self.group.take_blocks():
             start = number * self.job.rows_per_block
             part = slice(start * spec.n_cols, (start + self.job.rows_per_block) * spec.n_cols)
             base = None if self._base is None else self._base.ravel()[part].copy()
