@@ -1,8 +1,8 @@
 """From a memory budget to block heights and workers, and the arenas that hold the blocks.
 
-The budget bounds the peak resident memory of the whole process. What is left of it after the
-interpreter, Numba and the models' headers is divided among the workers; each owns one arena, allocated
-once, and a tensor's blocks are as high as fits in it.
+The budget bounds the peak resident memory of the whole process. The interpreter, the modules and the models'
+headers take a part of it. The workers divide the rest: each has one arena, allocated once. A tensor's blocks
+are as high as fits in the arena.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ WORKER_BYTES = 1 * MIB  # a thread's stack and its Python objects
 SOLVER_BYTES = 72 << 20  # SciPy and POT, imported where a matching is in doubt
 ALIGNMENT = 64
 
-# Blocks beyond this gain nothing: Python's share of a block is then 2 to 4 %. Smaller ones, which would fit
-# second-level caches, cost more Python than they save (1 << 16: 20 % of a merge).
+# Larger blocks gain nothing: Python takes 2 to 4 % of the time of such a block. Smaller blocks would fit
+# second-level caches, and cost more time in Python than they save (1 << 16: 20 % of a merge).
 TARGET_ELEMENTS = 1 << 20
 
 
@@ -56,20 +56,20 @@ class ArenaNeed:
     n_rows: int
     n_cols: int
     fixed_bytes: int
-    row_bytes: int  # per row of the block at hand: stored rows, and what is worked out beside them
-    cached_row_bytes: int  # per row of every block that is held: its decoded inputs
-    surveyed: bool  # read more than once: what is held is not read again
+    row_bytes: int  # per row of one block: stored rows and working memory
+    cached_row_bytes: int  # per row of every block in memory: its decoded inputs
+    surveyed: bool  # there are several passes, so caching blocks saves reads
 
     def at(self, rows: int, blocks: int = 1) -> int:
-        """Bytes for blocks of so many rows, of which so many are held."""
+        """Bytes for blocks of so many rows, of which so many are in memory."""
         return self.fixed_bytes + rows * (self.row_bytes + blocks * self.cached_row_bytes)
 
     def wanted_rows(self) -> int:
-        """Block height that more memory would not improve."""
+        """Rows of a block; more memory would not make it higher."""
         return min(self.n_rows, max(1, TARGET_ELEMENTS // max(1, self.n_cols)))
 
     def most_useful(self) -> int:
-        """Bytes that more memory would not improve."""
+        """Bytes that are enough; more would gain nothing."""
         rows = self.wanted_rows()
         return self.at(rows, -(-self.n_rows // max(1, rows)) if self.surveyed else 1)
 
@@ -85,13 +85,13 @@ def floor_bytes() -> int:
 
 
 def rows_in_arena(need: ArenaNeed, arena_bytes: int) -> int:
-    """Block height for one tensor: a cache-sized piece. Returns 0 where not even one row fits."""
+    """Return the block height for one tensor, or 0 where not even one row fits."""
     fits = (arena_bytes - need.fixed_bytes) // max(1, need.row_bytes + need.cached_row_bytes)
     return max(0, min(fits, need.wanted_rows()))
 
 
 def blocks_in_arena(need: ArenaNeed, rows: int, arena_bytes: int) -> int:
-    """Blocks of so many rows that are held from one pass to the next; one more passes through."""
+    """Return how many blocks of so many rows stay in memory; one place more is for all others."""
     if not (need.surveyed and rows):
         return 0
     left = arena_bytes - need.fixed_bytes - rows * need.row_bytes
@@ -102,8 +102,8 @@ def blocks_in_arena(need: ArenaNeed, rows: int, arena_bytes: int) -> int:
 def workers_on(n_elements: int, total: int, workers: int) -> int:
     """Choose how many workers make one tensor, of a model of `total` elements: one or all.
 
-    A tensor of more than an eighth of a worker's share is made by all, block by block: alone, its worker
-    would be the last to finish. Smaller ones keep all busy by themselves, the largest first.
+    All workers make a tensor that is more than an eighth of one worker's part of the model. One worker
+    alone would finish it long after the others. Smaller tensors keep all workers busy, largest first.
     """
     enough = n_elements >= 4 * workers * TARGET_ELEMENTS  # for some blocks each
     return workers if enough and 8 * workers * n_elements > total else 1
@@ -165,7 +165,7 @@ def divide_budget(
 
 
 class Arena:
-    """One worker's memory: arrays are carved off front to back and given back all at once."""
+    """One worker's memory. Arrays are taken from front to back, and all are given back at once."""
 
     def __init__(self, n_bytes: int) -> None:
         self._raw = np.empty(n_bytes + ALIGNMENT, np.uint8)
@@ -177,7 +177,7 @@ class Arena:
         self._used = 0
 
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
-        """Carve off an aligned, C-contiguous array; its contents are whatever was there."""
+        """Take an aligned, C-contiguous, uninitialised array."""
         n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         start = self._start + self._used
         self._used += aligned(n_bytes)

@@ -188,7 +188,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class InputTensor:
-    """One model's share in one output tensor."""
+    """One model's tensor for one output tensor."""
 
     model: int  # index in Plan.models
     spec: TensorSpec
@@ -205,11 +205,11 @@ class TensorJob:
     experts: tuple[InputTensor, ...]
     settings: Mapping[str, Setting]  # global parameters, resolved for this tensor
     rows_per_block: int
-    passes: int  # how often the inputs are read, but for the blocks that are held
+    passes: int  # how often the inputs are read, but for cached blocks
     is_copy: bool = False  # of its only input, which may be stored as another type
     is_weighted: bool = False  # encoded by the importance matrix
-    workers: int = 1  # who take its blocks in turn; more than one where it is much of the model
-    cached_blocks: int = 0  # that each worker keeps in memory from one pass to the next
+    workers: int = 1  # that make its blocks; more than one where it is much of the model
+    cached_blocks: int = 0  # blocks that each worker keeps in memory from one pass to the next
 
     @property
     def name(self) -> str:
@@ -314,7 +314,7 @@ Mix: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class HeadPlan:
-    """How one layer of a model comes into another model's frame.
+    """How the heads of one layer of a model are permuted into another model's order.
 
     Costs are squared distances of heads relative to their norms: 0 equal, 1 unrelated.
     """
@@ -326,7 +326,7 @@ class HeadPlan:
     identity_cost: float  # of leaving all heads where they are
     cost: float  # of the best matching, whether used or not
     gap: float  # cost minus a lower bound of any matching's
-    confidence: float  # least over groups: share of a group's transported mass in one target
+    confidence: float  # least over groups: fraction of a group's transported mass in one target
     iterations: int
     converged: bool
     exact: bool  # whether the exact solver had to be asked

@@ -123,7 +123,7 @@ def add_deltas(weights_f32, scales_f32, scale, delta_f32, base_f32):
     Parameters
     ----------
     weights_f32, scales_f32 : (n_models,) float32
-        per task vector: its weight, and what its survivors are rescaled by
+        per task vector: its weight, and the factor that rescales what is kept of it
     scale : float
         lambda of the recipe; rounded to float32
     delta_f32 : (n_models, n) float32

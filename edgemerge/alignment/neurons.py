@@ -80,7 +80,7 @@ def find_rotations(
     plan : HeadPlan
         Of the layer; its order of heads comes first.
     guard : float
-        Values stay as they are unless rotating saves at least this share of the cost.
+        Values stay as they are unless rotating saves at least this fraction of the cost.
     """
     heads = plan.geometry
     length, n_groups = heads.value_length, heads.n_kv_heads
@@ -209,7 +209,7 @@ def match_neurons(reference: Source, other: Source, *, seed: int = 0) -> list[Ne
     Parameters
     ----------
     reference, other : Source
-        Two models of one architecture; the second is the one to move.
+        Two models of one architecture; the second is the one to permute.
     seed : int
         Of the sketches.
 

@@ -1,8 +1,8 @@
-"""Reading an expert's tensors in the reference's frame: heads in the reference's order.
+"""Reading an expert's tensors with heads and neurons in the reference's order.
 
-Hard alignment only moves rows and columns, so no value changes: rows are read from where they lie,
-columns of o (and elements of biases) are moved after decoding. Soft alignment sums heads by the weights
-of the transport plan; it reads every row that has a part in a new one.
+Hard alignment permutes rows and columns, and changes no value. Rows are read from where they lie in the file.
+Columns of o, and elements of biases, are permuted after decoding. Soft alignment sums heads by the weights of
+the transport plan. It reads every row that is part of a sum.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DecodeRows = Callable[[int, int, int | None, Float32], None]
 
 @dataclass(frozen=True, slots=True)
 class Reordering:
-    """How one tensor of an expert is brought into the reference's frame."""
+    """How rows and columns of one tensor of an expert are permuted or summed."""
 
     rows: Index | None  # old row of every new row
     row_mix: Sparse | None  # or the sum that every new row is
@@ -45,7 +45,7 @@ class Reordering:
         spare_f32: Float32,
         out_f32: Float32,
     ) -> None:
-        """Fill a block with rows [start, stop) of the new frame.
+        """Fill a block with rows [start, stop) in the new order.
 
         Parameters
         ----------
@@ -96,14 +96,14 @@ class Reordering:
 
 
 def find_reordering(plan: HeadPlan, name: str, *, soft: bool) -> Reordering | None:
-    """Say how a tensor of the moving model is read; None where it stays as it is.
+    """Say how a tensor of the permuted model is read; None where it stays as it is.
 
     Parameters
     ----------
     plan : HeadPlan
         Of the tensor's layer.
     name : str
-        GGUF name of the tensor in the model that moves.
+        GGUF name of the tensor in the model that is permuted.
     soft : bool
         Use the transport plan itself instead of its rounding.
     """
@@ -116,14 +116,14 @@ def find_reordering(plan: HeadPlan, name: str, *, soft: bool) -> Reordering | No
 
 
 def find_neuron_reordering(plan: NeuronPlan, name: str, n_rows: int) -> Reordering | None:
-    """Say how a feed-forward tensor of the moving model is read; None where it stays as it is.
+    """Say how a feed-forward tensor of the permuted model is read; None where it stays as it is.
 
     Parameters
     ----------
     plan : NeuronPlan
         Of the tensor's layer.
     name : str
-        GGUF name of the tensor in the model that moves.
+        GGUF name of the tensor in the model that is permuted.
     n_rows : int
         Its rows.
     """

@@ -1,6 +1,6 @@
-"""Which kernels a merge will call, so that all that are missing are compiled at once, before the work.
+"""Compiles the kernels of a merge before its work, all that are missing at once.
 
-A kernel that is missing here costs no more than a second child process when it is first called.
+A kernel that this file does not name is compiled when it is first called, in another child process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AT_ONCE = 8  # kernels that one child of `precompile_all` compiles
 
 
 def precompile(the_plan: Plan) -> None:
-    """Make sure that the kernels of a plan are compiled; does nothing where they are.
+    """Compile the kernels of a plan that are missing.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def precompile_kernels(
     weighed: Collection[str] = (),
     neurons: bool = False,
 ) -> None:
-    """Make sure that the kernels of a method and of some types are compiled.
+    """Compile the kernels of a method and of some types that are missing.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def kernels_of(
     *,
     aligns: bool = False,
 ) -> set[str]:
-    """Name the kernels (FILE.KERNEL) of a merge; `aligns`: heads or neurons are matched."""
+    """Name the kernels (FILE.KERNEL) of a merge; `aligns`: whether heads or neurons are matched."""
     names = {"crc.fold_crc32", "norms.count_overflows", *METHODS[method].kernels}
     if aligns:
         names |= {"linear.add_scaled"}

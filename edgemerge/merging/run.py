@@ -1,8 +1,9 @@
 """Runs a plan: every tensor through a worker, into one GGUF, or into the files of a split one.
 
-Read top-down: `merge` plans, looks for what an interrupted run left (`edgemerge.output.resume`), lets the
-workers loose on the rest (`edgemerge.merging.workers`), writes the header and seals the file. The result is
-the same for every budget and thread count, and however often it was interrupted.
+Read top-down. `merge` plans, and looks for what an interrupted run left (`edgemerge.output.resume`). The
+worker pool makes the rest (`edgemerge.merging.workers`). Then `merge` writes the header and gives the file
+its name.
+The result is the same for every budget and thread count, and however often the merge was interrupted.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from edgemerge.output.resume import find_origin, verify_earlier
 from edgemerge.planning.plan import make_plan
 from edgemerge.types import Plan, Progress, Recipe, Source
 
-if TYPE_CHECKING:  # Numba takes most of a second to import: only a merge that runs pays for it
+if TYPE_CHECKING:  # only a merge that runs imports them
     from edgemerge.merging.workers import WorkerPool
 
 __all__ = ["Progress", "merge", "plan", "usable_processors"]
@@ -154,7 +155,9 @@ def merge(
             parts = OutputParts(sizes, origin)
             stack.push(parts)
             parts.open()
-            _check_outputs(paths, recipe, force=force)  # again, now that nobody else can make them
+            _check_outputs(
+                paths, recipe, force=force
+            )  # again, as the part file now locks others out
             outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress)
     return MergeReport(
         output=paths[0],
@@ -238,7 +241,7 @@ def _run(
     try:
         results = pool.run(places, note)
     except EdgemergeError:
-        inputs.check_unchanged()  # else a model is blamed for what somebody writes to it
+        inputs.check_unchanged()  # the error may come from a write to a model during the merge
         raise
     inputs.check_unchanged()
     layouts = _layouts(the_plan, results, split_bytes)

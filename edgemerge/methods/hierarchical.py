@@ -1,9 +1,8 @@
 """The hierarchical method's second half: task vectors weighted by their cosine similarity.
 
-Its first half, the alignment of attention heads by sparse optimal transport, happens where experts are read
-(`edgemerge.alignment.reordering`), so that every method can use it. Here the Gram matrix of the aligned
-task vectors is measured over a tensor, a transformer block or each row, and `edgemerge.methods.weighting`
-turns it into one factor per expert.
+The first half aligns attention heads. It works where experts are read (`edgemerge.alignment.reordering`), so
+every method can use it. Here the Gram matrix of the aligned task vectors is measured over a tensor, a
+transformer block or each row. `edgemerge.methods.weighting` turns it into one factor per expert.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def _alignment_needs(
     """Say what aligning heads adds: libraries for the whole process, and an arena per worker."""
     if align == "off":
         return 0, []
-    from edgemerge.alignment.heads import arena_need  # imports Numba
+    from edgemerge.alignment.heads import arena_need  # only alignment pays for the import
 
     needs = [
         ArenaNeed(1, 1, arena_need(sources[left], sources[right], layers)[0], 0, 0, surveyed=False)
@@ -254,7 +254,7 @@ def _arena_need(job: TensorJob, align: str, *, aligns: bool) -> ArenaNeed:
 
 def _with_rows(job: TensorJob, need: ArenaNeed, arena_bytes: int, workers: int) -> TensorJob:
     rows = rows_in_arena(need, arena_bytes)
-    held = blocks_in_arena(need, rows, arena_bytes)
-    # A tensor that is held whole is read once, however often it is surveyed.
-    passes = 1 if workers == 1 and held * rows >= need.n_rows else job.passes
-    return replace(job, rows_per_block=rows, passes=passes, workers=workers, cached_blocks=held)
+    cached = blocks_in_arena(need, rows, arena_bytes)
+    # A tensor that is cached whole is read once, whatever the number of passes over its blocks.
+    passes = 1 if workers == 1 and cached * rows >= need.n_rows else job.passes
+    return replace(job, rows_per_block=rows, passes=passes, workers=workers, cached_blocks=cached)
