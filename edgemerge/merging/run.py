@@ -32,7 +32,7 @@ from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import check_output
 from edgemerge.output.parts import OutputParts, find_named, hash_named, is_begun
 from edgemerge.output.report import FileReport, MergeReport, peak_rss_bytes
-from edgemerge.output.resume import find_origin, verify_earlier
+from edgemerge.output.resume import find_fingerprint, verify_earlier
 from edgemerge.planning.plan import make_plan
 from edgemerge.types import Plan, Progress, Recipe, Source
 
@@ -144,15 +144,15 @@ def merge(
         layouts = _layouts(the_plan, [], split_bytes)
         paths = _name_files(output, layouts, split_bytes)
         inputs = _Inputs(list(opened.values()), importance)
-        origin = find_origin(the_plan, layouts, paths, *inputs)
-        named = find_named(paths, origin)
+        fingerprint = find_fingerprint(the_plan, layouts, paths, *inputs)
+        named = find_named(paths, fingerprint)
         _check_outputs([path for path in paths if path not in named], recipe, force=force)
         if len(named) == len(paths):
             outcome = _finish(the_plan, paths)
         else:
             precompile(the_plan)
             sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
-            parts = OutputParts(sizes, origin)
+            parts = OutputParts(sizes, fingerprint)
             stack.push(parts)
             parts.open()
             _check_outputs(

@@ -1,4 +1,4 @@
-"""Do these models fit together? Asked before any work, answered with the tensor and both shapes."""
+"""Checks before any work that models fit together. An error names the tensor and both shapes."""
 
 from __future__ import annotations
 

@@ -108,12 +108,12 @@ def draft_jobs(
 
 
 def _part_of(name: str, parts: Sequence[_Part]) -> _Part:
-    """Choose the slice of a tensor outside the layers: what embeds from the first, the rest from the last."""
+    """Choose the slice of a tensor outside the layers: the first for embeddings, the last for the rest."""
     return parts[0] if name.split(".")[0].endswith(("_embd", "_embd_norm", "_types")) else parts[-1]
 
 
 def unused_settings(recipe: Recipe, method: Method) -> list[str]:
-    """Say which parts of the recipe its method never looks at, one sentence each."""
+    """Say which parts of the recipe its method does not use, one sentence each."""
     of_models = {*method.parameters_of(model=True), INT8_MASK.name}
     of_merge = of_models | method.parameters_of(model=False).keys()
     notes = [_unused(method, key, None) for key in recipe.parameters if key not in of_merge]
@@ -141,7 +141,7 @@ def _unused(method: Method, key: str, model: ModelInput | None) -> str:
 
 
 def _refuse_extra(part: _Part, known: set[str]) -> None:
-    """Refuse a tensor that only an expert has, which would be lost without a word."""
+    """Refuse a tensor that only an expert has, as it would be lost silently."""
     for model in part.models:
         for name in part.sources[model.path].specs():
             if name not in known and not is_constant(name):
@@ -286,5 +286,5 @@ def _missing(
 
 
 def may_copy(draft: Draft, method: Method) -> bool:
-    """Whether the result is the tensor of one model as it is, whose stored bytes say it exactly."""
+    """Whether the result is the tensor of one model as it is, so that its stored bytes can be copied."""
     return draft.is_constant or method.copies(draft)

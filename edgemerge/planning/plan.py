@@ -181,7 +181,7 @@ def _finish(draft: Draft, method: Method, dtype: str) -> TensorJob:
 def _alignment_needs(
     align: str, jobs: Sequence[TensorJob], sources: Sequence[Source]
 ) -> tuple[int, list[ArenaNeed]]:
-    """Say what aligning heads adds: libraries for the whole process, and an arena per worker."""
+    """Return what aligning heads takes: bytes of libraries, and the needs of a worker's arena."""
     if align == "off":
         return 0, []
     from edgemerge.alignment.heads import arena_need  # only alignment pays for the import
@@ -194,7 +194,7 @@ def _alignment_needs(
 
 
 def _neuron_bytes(jobs: Sequence[TensorJob], sources: Sequence[Source]) -> int:
-    """Say what matching neurons takes, before the arenas are there."""
+    """Return the bytes that matching neurons takes, before the arenas are made."""
     from edgemerge.alignment.neurons import neuron_need  # only --neurons pays for the import
 
     pairs = alignment_pairs(jobs)
@@ -214,7 +214,7 @@ def _alignment_bytes(jobs: Sequence[TensorJob], sources: Sequence[Source]) -> in
 
 
 def alignment_pairs(jobs: Sequence[TensorJob]) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """List what meets in a merge: (reference model, other model) -> pairs of their layers.
+    """List which layers are merged together: (reference model, other model) -> pairs of layers.
 
     The reference is the base, or without one the first model.
     """
@@ -247,7 +247,7 @@ def _arena_need(job: TensorJob, align: str, *, aligns: bool) -> ArenaNeed:
     per_row = own.per_row + max(widest, job.out.row_bytes)
     per_row += 4 * n_cols if align == "soft" else 0
     inputs = 4 * n_cols * len(job.inputs)
-    # Between the survey of a layer and the merge come the other tensors of the layer.
+    # Other tensors of the layer are measured between this one's measurement and its merge.
     surveyed = job.passes > 1 and not method.spans_layer(job)
     return ArenaNeed(job.out.n_rows, n_cols, fixed, per_row, inputs, surveyed=surveyed)
 
