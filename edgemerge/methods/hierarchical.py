@@ -13,7 +13,7 @@ import numpy as np
 
 from edgemerge.errors import RecipeError
 from edgemerge.methods.blocks import SUM_LANES, Block, BlockStream, model_weights
-from edgemerge.methods.method import Described, Method, WorkingMemory, check_weights
+from edgemerge.methods.method import Described, Method, WorkingMemory, always, check_weights
 from edgemerge.methods.parameters import LAMBDA, WEIGHT, Parameter
 from edgemerge.methods.weighting import WEIGHTINGS, factors
 from edgemerge.native import KernelFile
@@ -82,10 +82,6 @@ SCOPES = ("tensor", "block", "row")
 GRAM = ("row_grams", "row_dots", "add_rows", "combine_rows")
 
 
-def _always(tensor: Described) -> bool:
-    return True
-
-
 def _passes(tensor: Described) -> int:
     return 1 if tensor.settings["scope"] == "row" else 2
 
@@ -134,7 +130,7 @@ HIERARCHICAL = Method(
     passes=_passes,
     memory=_memory,
     check=_check,
-    takes_deltas=_always,
+    takes_deltas=always,
     spans_layer=_spans_layer,
     measure=_survey_gram,
     presets={"paper": {"weighting": "paper"}},

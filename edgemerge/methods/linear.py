@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from edgemerge.methods.blocks import Block, BlockStream, model_weights
-from edgemerge.methods.method import Described, Method, check_weights
+from edgemerge.methods.method import Described, Method, always, check_weights
 from edgemerge.methods.parameters import NORMALIZE, SCALE, WEIGHT
 from edgemerge.native import KernelFile
 from edgemerge.types import Float32
@@ -15,10 +15,6 @@ from edgemerge.types import Float32
 __all__ = ["LINEAR", "PASSTHROUGH"]
 
 linear = KernelFile("linear")
-
-
-def _always(tensor: Described) -> bool:
-    return True
 
 
 def _average(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
@@ -49,7 +45,7 @@ LINEAR = Method(
     kernels=("linear.weighted_sum",),
     blocks=_average,
     check=_check_sum,
-    keeps_non_finite=_always,
+    keeps_non_finite=always,
     copies=_is_whole_model,
     presets={"paper": {}},
 )
@@ -74,6 +70,6 @@ PASSTHROUGH = Method(
     kernels=("linear.weighted_sum",),
     blocks=_scaled,
     n_models=(1, 1),
-    keeps_non_finite=_always,
+    keeps_non_finite=always,
     copies=_is_unscaled,
 )

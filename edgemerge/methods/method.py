@@ -14,7 +14,7 @@ from edgemerge.methods.blocks import Block, BlockStream
 from edgemerge.methods.parameters import Parameter
 from edgemerge.types import Float32, Float64, InputTensor, Setting
 
-__all__ = ["Described", "Method", "WorkingMemory", "check_weights"]
+__all__ = ["Described", "Method", "WorkingMemory", "always", "check_weights"]
 
 TINY_WEIGHT = 1e-8
 
@@ -60,6 +60,11 @@ def _accept(tensor: Described) -> None:
 
 def _never(tensor: Described) -> bool:
     return False
+
+
+def always(tensor: Described) -> bool:
+    """Say yes for every tensor."""
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -260,18 +260,16 @@ BY_RANK = Pruning(_keep_by_rank, 0, _rank_bytes, ("della.drop_by_rank",), (DENSI
 
 
 def _check_probabilities(tensor: Described) -> None:
-    """Refuse probabilities to keep that are not inside (0, 1)."""
+    """Refuse probabilities to keep, density plus or minus epsilon, that are not inside (0, 1)."""
     for expert in tensor.experts:
+        if EPSILON.name not in expert.settings:
+            continue
         density, epsilon = float(expert.settings["density"]), float(expert.settings["epsilon"])
         if 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
             raise RecipeError(
                 f"density {density} plus or minus epsilon {epsilon} must stay inside (0, 1)",
                 field="epsilon",
             )
-
-
-def _accept(tensor: Described) -> None:
-    pass
 
 
 def _method(
@@ -303,7 +301,7 @@ def _method(
         needs_base=True,
         passes=work.passes,
         memory=work.memory,
-        check=_check_probabilities if EPSILON in pruning.parameters else _accept,
+        check=_check_probabilities,
         takes_deltas=work.takes_deltas,
         keeps_non_finite=work.keeps_non_finite,
         presets={} if paper is None else {"paper": paper},

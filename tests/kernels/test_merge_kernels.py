@@ -197,8 +197,8 @@ def test_count_beyond(limit: int) -> None:
     norms.count_overflows(x, limit, count)
     with np.errstate(over="ignore"):
         halves = x.astype(np.float16)
-    beyond = ~np.isfinite(x) if limit == 0x7F800000 else ~np.isfinite(halves)
-    assert count[0] == beyond.sum()
+    overflows = ~np.isfinite(x) if limit == 0x7F800000 else ~np.isfinite(halves)
+    assert count[0] == overflows.sum()
 
 
 # -- sign election -------------------------------------------------------------

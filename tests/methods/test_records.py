@@ -17,7 +17,7 @@ from edgemerge.errors import BudgetError, RecipeError
 from edgemerge.merging import precompile
 from edgemerge.methods import documentation, table
 from edgemerge.methods.blocks import SUM_LANES, Block, BlockStream, model_weights
-from edgemerge.methods.method import Described, Method, WorkingMemory
+from edgemerge.methods.method import Described, Method, WorkingMemory, always
 from edgemerge.methods.parameters import WEIGHT, Parameter
 from edgemerge.methods.table import METHODS, known_parameters
 from edgemerge.native import KernelFile
@@ -114,10 +114,6 @@ def _memory(tensor: Described) -> WorkingMemory:
     return WorkingMemory(per_row=3 * 8)
 
 
-def _always(tensor: Described) -> bool:
-    return True
-
-
 def _check(tensor: Described) -> None:
     if tensor.settings["pull"] == 0:
         raise RecipeError("pull is 0, which leaves the base", field="pull")
@@ -135,7 +131,7 @@ QUIET = Method(
     passes=_passes,
     memory=_memory,
     check=_check,
-    takes_deltas=_always,
+    takes_deltas=always,
 )
 
 
