@@ -194,7 +194,7 @@ def merge_works() -> dict[str, tuple[Work, int]]:
             4 * one,
         ),
         "norms.row_norms": (lambda: norms.row_norms(x, N_COLS, 0, lanes, sums), one),
-        "norms.count_beyond": (lambda: norms.count_beyond(x, 0x7F800000, count), one),
+        "norms.count_overflows": (lambda: norms.count_overflows(x, 0x7F800000, count), one),
         "crc.fold_crc32": (lambda: crc32(x.view(np.uint8)), one),
         "gram.row_dots": (lambda: gram.row_dots(x, y, N_COLS, lanes, dots), 2 * one),
         "gram.row_grams": (lambda: gram.row_grams(models, N_COLS, lanes, grams), all_models),

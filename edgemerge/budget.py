@@ -1,8 +1,8 @@
 """From a memory budget to block heights and workers, and the arenas that hold the blocks.
 
-The budget bounds the peak resident memory of the whole process. What is left of it after the
-interpreter, Numba and the models' headers is divided among the workers; each owns one arena, allocated
-once, and a tensor's blocks are as high as fits in it.
+The budget bounds the peak resident memory of the whole process. The interpreter, the modules and the models'
+headers take a part of it. The workers divide the rest: each has one arena, allocated once. A tensor's blocks
+are as high as fits in the arena.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.errors import BudgetError
+from edgemerge.process import read_process
 from edgemerge.sizes import format_size
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ArenaNeed",
     "blocks_in_arena",
     "divide_budget",
+    "floor_bytes",
     "rows_in_arena",
     "workers_on",
 ]
@@ -32,12 +34,18 @@ MIB = 1 << 20
 # the page cache holds libraries in large folios, all of which Linux then maps. Numba and LLVM, three times as
 # much, never enter the process (`edgemerge.native`). tests/test_budget_rss.py measures it.
 FLOOR_BYTES = 64 * MIB
+GROWTH_BYTES = (
+    24 * MIB
+)  # modules and kernels that a merge loads into a process that is larger already
+RETRY_BYTES = (
+    8 * MIB
+)  # what such a process may grow by until the call is made again with more memory
 WORKER_BYTES = 1 * MIB  # a thread's stack and its Python objects
 SOLVER_BYTES = 72 << 20  # SciPy and POT, imported where a matching is in doubt
 ALIGNMENT = 64
 
-# Blocks beyond this gain nothing: Python's share of a block is then 2 to 4 %. Smaller ones, which would fit
-# second-level caches, cost more Python than they save (1 << 16: 20 % of a merge).
+# Larger blocks gain nothing: Python takes 2 to 4 % of the time of such a block. Smaller blocks would fit
+# second-level caches, and cost more time in Python than they save (1 << 16: 20 % of a merge).
 TARGET_ELEMENTS = 1 << 20
 
 
@@ -48,51 +56,67 @@ class ArenaNeed:
     n_rows: int
     n_cols: int
     fixed_bytes: int
-    row_bytes: int  # per row of the block at hand: stored rows, and what is worked out beside them
-    held_row_bytes: int  # per row of every block that is held: its decoded inputs
-    surveyed: bool  # read more than once: what is held is not read again
+    row_bytes: int  # per row of one block: stored rows and working memory
+    cached_row_bytes: int  # per row of every block in memory: its decoded inputs
+    surveyed: bool  # there are several passes, so caching blocks saves reads
 
     def at(self, rows: int, blocks: int = 1) -> int:
-        """Bytes for blocks of so many rows, of which so many are held."""
-        return self.fixed_bytes + rows * (self.row_bytes + blocks * self.held_row_bytes)
+        """Bytes for blocks of so many rows, of which so many are in memory."""
+        return self.fixed_bytes + rows * (self.row_bytes + blocks * self.cached_row_bytes)
 
     def wanted_rows(self) -> int:
-        """Block height that more memory would not improve."""
+        """Rows of a block; more memory would not make it higher."""
         return min(self.n_rows, max(1, TARGET_ELEMENTS // max(1, self.n_cols)))
 
     def most_useful(self) -> int:
-        """Bytes that more memory would not improve."""
+        """Bytes that are enough; more would gain nothing."""
         rows = self.wanted_rows()
         return self.at(rows, -(-self.n_rows // max(1, rows)) if self.surveyed else 1)
 
 
+def floor_bytes() -> int:
+    """Return the part of a budget that is not free for a merge in this process.
+
+    It is `FLOOR_BYTES` in a process that is no larger than that, as the command's is: its plans are always
+    the same. In a larger one it is the resident memory now, and what a merge loads.
+    """
+    resident = read_process().rss
+    return FLOOR_BYTES if resident <= FLOOR_BYTES else resident + GROWTH_BYTES
+
+
 def rows_in_arena(need: ArenaNeed, arena_bytes: int) -> int:
-    """Block height for one tensor: a cache-sized piece. Returns 0 where not even one row fits."""
-    fits = (arena_bytes - need.fixed_bytes) // max(1, need.row_bytes + need.held_row_bytes)
+    """Return the block height for one tensor, or 0 where not even one row fits."""
+    fits = (arena_bytes - need.fixed_bytes) // max(1, need.row_bytes + need.cached_row_bytes)
     return max(0, min(fits, need.wanted_rows()))
 
 
 def blocks_in_arena(need: ArenaNeed, rows: int, arena_bytes: int) -> int:
-    """Blocks of so many rows that are held from one pass to the next; one more passes through."""
+    """Return how many blocks of so many rows stay in memory; one place more is for all others."""
     if not (need.surveyed and rows):
         return 0
     left = arena_bytes - need.fixed_bytes - rows * need.row_bytes
-    places, n_blocks = left // max(1, rows * need.held_row_bytes), -(-need.n_rows // rows)
+    places, n_blocks = left // max(1, rows * need.cached_row_bytes), -(-need.n_rows // rows)
     return n_blocks if places >= n_blocks else max(0, places - 1)
 
 
 def workers_on(n_elements: int, total: int, workers: int) -> int:
     """Choose how many workers make one tensor, of a model of `total` elements: one or all.
 
-    A tensor of more than an eighth of a worker's share is made by all, block by block: alone, its worker
-    would be the last to finish. Smaller ones keep all busy by themselves, the largest first.
+    All workers make a tensor that is more than an eighth of one worker's part of the model. One worker
+    alone would finish it long after the others. Smaller tensors keep all workers busy, largest first.
     """
     enough = n_elements >= 4 * workers * TARGET_ELEMENTS  # for some blocks each
     return workers if enough and 8 * workers * n_elements > total else 1
 
 
 def divide_budget(
-    needs: list[ArenaNeed], budget: int, threads: int, header_bytes: int
+    needs: list[ArenaNeed],
+    budget: int,
+    threads: int,
+    header_bytes: int,
+    *,
+    before_arenas: int = 0,
+    floor: int = FLOOR_BYTES,
 ) -> tuple[int, int]:
     """Choose the number of workers and the size of their arenas.
 
@@ -106,6 +130,10 @@ def divide_budget(
         Workers at most.
     header_bytes : int
         What the models' metadata takes.
+    before_arenas : int
+        Bytes of work that is over before the arenas are made.
+    floor : int
+        From `floor_bytes`.
 
     Returns
     -------
@@ -117,14 +145,17 @@ def divide_budget(
     BudgetError
         The budget does not hold one worker with blocks of one row.
     """
-    fixed = FLOOR_BYTES + header_bytes
+    fixed = floor + header_bytes
     least = max((need.at(1) for need in needs), default=0) + WORKER_BYTES
     useful = max((need.most_useful() for need in needs), default=0)
-    if fixed + least > budget:
-        needed = -(-(fixed + least) // MIB) * MIB
+    if fixed + max(least, before_arenas) > budget:
+        is_large = floor > FLOOR_BYTES
+        needed = fixed + max(least, before_arenas) + (RETRY_BYTES if is_large else 0)
+        needed = -(-needed // MIB) * MIB
+        holds = f", as this process holds {format_size(floor - GROWTH_BYTES)} already"
         raise BudgetError(
-            f"a budget of {format_size(budget)} is too small for this merge; "
-            f"the smallest that works is --memory {needed // MIB}MiB",
+            f"a budget of {format_size(budget)} is too small for this merge"
+            f"{holds if is_large else ''}; the smallest that works is --memory {needed // MIB}MiB",
             needed=needed,
             budget=budget,
         )
@@ -134,7 +165,7 @@ def divide_budget(
 
 
 class Arena:
-    """One worker's memory: arrays are carved off front to back and given back all at once."""
+    """One worker's memory. Arrays are taken from front to back, and all are given back at once."""
 
     def __init__(self, n_bytes: int) -> None:
         self._raw = np.empty(n_bytes + ALIGNMENT, np.uint8)
@@ -146,7 +177,7 @@ class Arena:
         self._used = 0
 
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
-        """Carve off an aligned, C-contiguous array; its contents are whatever was there."""
+        """Take an aligned, C-contiguous, uninitialised array."""
         n_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         start = self._start + self._used
         self._used += aligned(n_bytes)

@@ -27,12 +27,20 @@ __all__ = [
     "OutputError",
     "RecipeError",
     "RuntimeFailure",
+    "Stopped",
     "VerificationError",
 ]
 
 
 class EdgemergeError(Exception):
     """Base of all errors that edgemerge raises on purpose."""
+
+
+class Stopped(Exception):
+    """Another thread failed, or the user interrupted: give up at once.
+
+    Only threads of a merge raise it, and the thread that waits for them takes it for the end of the work.
+    """
 
 
 class RecipeError(EdgemergeError):

@@ -1,7 +1,7 @@
-"""Ctrl-C before the command has begun to listen: a quiet end, as of any program.
+"""Makes Ctrl-C end the command quietly while it starts, before it handles signals itself.
 
-Imported before everything else, which takes a few tenths of a second; Python would answer with a traceback.
-A program that only imports the library keeps its own way.
+This is imported before everything else, which takes a few tenths of a second. Python would print a traceback.
+A program that only imports the library keeps its own handling.
 """
 
 from __future__ import annotations
@@ -20,6 +20,6 @@ def _is_the_command() -> bool:
     return any(sys.argv) and sys.argv[0].rpartition("/")[2] == "edgemerge"
 
 
-# Not so under nohup, nor where somebody else has a say in it already.
+# Leave SIGINT alone under nohup, and where another program has set a handler.
 if _is_the_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -188,7 +188,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class InputTensor:
-    """One model's share in one output tensor."""
+    """One model's tensor for one output tensor."""
 
     model: int  # index in Plan.models
     spec: TensorSpec
@@ -205,10 +205,21 @@ class TensorJob:
     experts: tuple[InputTensor, ...]
     settings: Mapping[str, Setting]  # global parameters, resolved for this tensor
     rows_per_block: int
-    passes: int  # how often the inputs are read, but for the blocks that are held
+    passes: int  # how often the inputs are read, but for cached blocks
+    is_copy: bool = False  # of its only input, which may be stored as another type
     is_weighted: bool = False  # encoded by the importance matrix
-    workers: int = 1  # who take its blocks in turn; more than one where it is much of the model
-    held_blocks: int = 0  # that each worker keeps in memory from one pass to the next
+    workers: int = 1  # that make its blocks; more than one where it is much of the model
+    cached_blocks: int = 0  # blocks that each worker keeps in memory from one pass to the next
+
+    @property
+    def name(self) -> str:
+        """GGUF name of the output tensor."""
+        return self.out.name
+
+    @property
+    def n_cols(self) -> int:
+        """Elements in one row of the output tensor."""
+        return self.out.n_cols
 
     @property
     def inputs(self) -> tuple[InputTensor, ...]:
@@ -223,23 +234,14 @@ class TensorJob:
     @property
     def read_bytes(self) -> int:
         """Bytes that are read from the inputs, all passes together."""
-        held_rows = min(self.out.n_rows, self.workers * self.held_blocks * self.rows_per_block)
-        again = (self.passes - 1) * (self.out.n_rows - held_rows)
+        cached_rows = min(self.out.n_rows, self.workers * self.cached_blocks * self.rows_per_block)
+        again = (self.passes - 1) * (self.out.n_rows - cached_rows)
         return sum(t.spec.nbytes + again * t.spec.row_bytes for t in self.inputs)
-
-    @property
-    def is_layer_scoped(self) -> bool:
-        """Whether the factors of its models come from all tensors of its layer."""
-        return self.settings.get("scope") == "block" and self.out.name.startswith("blk.")
 
     @property
     def is_byte_copy(self) -> bool:
         """Whether the stored bytes of the only input are the output's, without arithmetic."""
-        return (
-            self.method == "passthrough"
-            and self.experts[0].settings.get("scale", 1.0) == 1.0
-            and self.experts[0].spec.dtype == self.out.dtype
-        )
+        return self.is_copy and self.experts[0].spec.dtype == self.out.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +258,6 @@ class Plan:
     arena_bytes: int  # of one worker
     align: str  # hard, soft or off
     alignment_bytes: int  # read to align heads, before the merge
-    neuron_bytes: int  # for matching neurons, before the arenas are there
     notes: tuple[str, ...]
 
     @property
@@ -313,7 +314,7 @@ Mix: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class HeadPlan:
-    """How one layer of a model comes into another model's frame.
+    """How the heads of one layer of a model are permuted into another model's order.
 
     Costs are squared distances of heads relative to their norms: 0 equal, 1 unrelated.
     """
@@ -325,7 +326,7 @@ class HeadPlan:
     identity_cost: float  # of leaving all heads where they are
     cost: float  # of the best matching, whether used or not
     gap: float  # cost minus a lower bound of any matching's
-    confidence: float  # least over groups: share of a group's transported mass in one target
+    confidence: float  # least over groups: fraction of a group's transported mass in one target
     iterations: int
     converged: bool
     exact: bool  # whether the exact solver had to be asked

@@ -123,6 +123,14 @@ def drop_by_rank(key, first, n_cols, density, epsilon, unbiased, scratch_u32, de
     Ranks r = 0 .. n_cols - 1 ascend by magnitude, ties by index; the probability is
     `density - epsilon + r / (n_cols - 1) * 2 * epsilon`, and `density` in a row of one.
 
+    Example, with density 0.5, epsilon 0.25 and key 1::
+
+        delta          0.1   -0.6    0.3    0.2   -0.5    0.4
+        rank             0      5      2      1      4      3
+        probability   0.25   0.75   0.45   0.35   0.65   0.55
+        draw          0.34   0.57   0.75   0.97   0.44   0.44
+        result           0   -0.6      0      0   -0.5    0.4
+
     Parameters
     ----------
     key : uint64

@@ -7,7 +7,7 @@ TILE = 2048  # elements: sums of one tile stay in the first-level cache while th
 
 
 @njit(cache=True, nogil=True)
-def subtract(base_f32, x_f32, n_beyond_i64):
+def subtract(base_f32, x_f32, n_overflows_i64):
     """Turn a model into its task vector: `x -= base` (Ilharco et al. 2023).
 
     Parameters
@@ -16,7 +16,7 @@ def subtract(base_f32, x_f32, n_beyond_i64):
         weights of the common base
     x_f32 : (n,) float32
         weights of an expert; overwritten by the difference
-    n_beyond_i64 : (1,) int64
+    n_overflows_i64 : (1,) int64
         written: differences that are infinite or no number, which cost nothing to count here
     """
     bits = x_f32.view(np.uint32)
@@ -24,7 +24,7 @@ def subtract(base_f32, x_f32, n_beyond_i64):
     for i in range(x_f32.size):
         x_f32[i] -= base_f32[i]
         count += np.int64((bits[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
-    n_beyond_i64[0] = count
+    n_overflows_i64[0] = count
 
 
 @njit(cache=True, nogil=True)
@@ -53,7 +53,7 @@ def weighted_sum(weights_f32, x_f32):
 
 
 @njit(cache=True, nogil=True)
-def add_changes(weights_f32, scale, x_f32, limit, n_beyond_i64, base_f32):
+def add_changes(weights_f32, scale, x_f32, limit, n_overflows_i64, base_f32):
     """Move the base along the sum of task vectors: `base += scale * sum_k weights[k] * (x[k] - base)`.
 
     `subtract`, `weighted_sum` and `add_scaled` in one pass over the first-level cache: the same roundings,
@@ -69,8 +69,8 @@ def add_changes(weights_f32, scale, x_f32, limit, n_beyond_i64, base_f32):
         weights of the experts; row 0 is overwritten
     limit : int
         bits of a non-negative float32
-    n_beyond_i64 : (1,) int64
-        written: results of at least this magnitude, or no numbers, as `norms.count_beyond` counts them
+    n_overflows_i64 : (1,) int64
+        written: results of at least this magnitude, or no numbers, as `norms.count_overflows` counts them
     base_f32 : (n,) float32
         weights of the base; overwritten by the result
     """
@@ -96,8 +96,8 @@ def add_changes(weights_f32, scale, x_f32, limit, n_beyond_i64, base_f32):
             _add_last(
                 weights_f32[n_models - 1], factor, total, x_f32[n_models - 1, start:stop], base
             )
-        count += _count_beyond(base.view(np.uint32), least)
-    n_beyond_i64[0] = count
+        count += _count_overflows(base.view(np.uint32), least)
+    n_overflows_i64[0] = count
 
 
 @njit(cache=True, nogil=True)
@@ -108,7 +108,7 @@ def _add_last(weight, factor, total, model, base):
 
 
 @njit(cache=True, nogil=True)
-def _count_beyond(bits, least):
+def _count_overflows(bits, least):
     # In 32 bits, as wide as the numbers: a tile has fewer.
     count = np.int32(0)
     for i in range(bits.size):
@@ -123,7 +123,7 @@ def add_deltas(weights_f32, scales_f32, scale, delta_f32, base_f32):
     Parameters
     ----------
     weights_f32, scales_f32 : (n_models,) float32
-        per task vector: its weight, and what its survivors are rescaled by
+        per task vector: its weight, and the factor that rescales what is kept of it
     scale : float
         lambda of the recipe; rounded to float32
     delta_f32 : (n_models, n) float32

@@ -52,7 +52,7 @@ def _norm(x, lanes):
 
 
 @njit(cache=True, nogil=True)
-def count_beyond(x_f32, limit, count_i64):
+def count_overflows(x_f32, limit, count_i64):
     """Count magnitudes of at least the bits `limit`: NaN, infinity, or what F16 lacks.
 
     Parameters

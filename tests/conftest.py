@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 
 from edgemerge.native.signatures import SHARED
+from edgemerge.process import ProcessMemory
 
 if TYPE_CHECKING:
     from tests.support.crashing import Crasher
@@ -37,9 +38,16 @@ hypothesis.settings.load_profile("edgemerge")
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_kernels() -> None:
     """Compile all kernels by a few children, rather than one by one when a test comes to them."""
-    from edgemerge.merging.precompile import warm_all  # not before NUMBA_CACHE_DIR is set
+    from edgemerge.merging.precompile import precompile_all  # not before NUMBA_CACHE_DIR is set
 
-    warm_all(lambda done, total: None)
+    precompile_all(lambda done, total: None)
+
+
+@pytest.fixture(autouse=True)
+def _small_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count this process as a fresh one: tests of budgets would depend on the tests before them."""
+    memory = ProcessMemory(rss=0, peak=0, anon=0, file=0, swap=0)
+    monkeypatch.setattr("edgemerge.budget.read_process", lambda: memory)
 
 
 @pytest.fixture(scope="session")

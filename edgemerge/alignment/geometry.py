@@ -1,4 +1,4 @@
-"""Which attention heads of a model may trade places, and what moves with them.
+"""Which attention heads of a model may be permuted, and which rows and columns are permuted with them.
 
 A layer computes the same function when its KV groups are permuted, and the query heads inside each
 group, jointly on the rows of q, k and v (with their biases) and the columns of o. Nothing else about
@@ -165,7 +165,7 @@ def _count(source: Source, key: str, layer: int, default: int | None) -> int:
 
 
 def _length(source: Source, key: str, spec: TensorSpec | None, n_blocks: int) -> int:
-    """Length of a head: as stated, else from the tensor, else the embedding's share."""
+    """Length of a head: as stated, else from the tensor, else an equal part of the embedding."""
     arch, metadata = source.architecture, source.metadata()
     value = get_value(metadata, f"{arch}.attention.{key}")
     if value is None and spec is not None and spec.n_rows % n_blocks == 0:
@@ -209,37 +209,37 @@ def _checked(spec: TensorSpec, axis: HeadAxis) -> HeadAxis:
 
 
 def row_order(plan: HeadPlan, name: str) -> Index | None:
-    """Rows of the model's tensor in the order that puts it into the reference's frame.
+    """Rows of the model's tensor in the reference's order of heads.
 
     Parameters
     ----------
     plan : HeadPlan
         Of the layer that the tensor belongs to.
     name : str
-        GGUF name of the tensor in the model that moves.
+        GGUF name of the tensor in the model that is permuted.
 
     Returns
     -------
     (n_rows,) int64 or None
-        `w[order]` is in the reference's frame; None where rows stay.
+        `w[order]` is in the reference's order; None where rows stay.
     """
     return _order(plan, name, "rows")
 
 
 def column_order(plan: HeadPlan, name: str) -> Index | None:
-    """Columns (of o, or elements of a vector) in the order of the reference's frame.
+    """Columns (of o, or elements of a vector) in the reference's order of heads.
 
     Parameters
     ----------
     plan : HeadPlan
         Of the layer that the tensor belongs to.
     name : str
-        GGUF name of the tensor in the model that moves.
+        GGUF name of the tensor in the model that is permuted.
 
     Returns
     -------
     (n_cols,) int64 or None
-        `w[..., order]` is in the reference's frame; None where columns stay.
+        `w[..., order]` is in the reference's order; None where columns stay.
     """
     return _order(plan, name, "columns")
 
@@ -269,7 +269,7 @@ def row_runs(order: Index, start: int, stop: int) -> list[tuple[int, int, int]]:
     order : (n_rows,) int64
         From `row_order`.
     start, stop : int
-        The rows wanted, in the reference's frame.
+        The rows wanted, in the reference's order.
 
     Returns
     -------
@@ -291,7 +291,7 @@ def row_mix(plan: HeadPlan, name: str) -> Sparse | None:
     plan : HeadPlan
         Of the layer that the tensor belongs to.
     name : str
-        GGUF name of the tensor in the model that moves.
+        GGUF name of the tensor in the model that is permuted.
 
     Returns
     -------
@@ -310,7 +310,7 @@ def column_mix(plan: HeadPlan, name: str) -> Sparse | None:
     plan : HeadPlan
         Of the layer that the tensor belongs to.
     name : str
-        GGUF name of the tensor in the model that moves.
+        GGUF name of the tensor in the model that is permuted.
     """
     return _mix(plan, name, "columns")
 

@@ -1,13 +1,12 @@
-"""Brings one model's attention heads into another's frame, inside a memory budget.
+"""Finds the order of one model's attention heads that fits another model, inside a memory budget.
 
-Read top-down: `align_models` takes the layers one by one; each is read once, block by block, into sketches
-of its heads (`edgemerge.kernels.heads`); their distances are matched (`edgemerge.alignment.transport`).
-Whole weights are compared, not differences to a base: those say nothing about which head is which. The
-result moves nothing: `row_order` and `column_order` of `edgemerge.alignment.geometry` tell the merge what
-to read.
+Read top-down. `align_models` takes the layers one by one. Each is read once, block by block, into sketches of
+its heads (`edgemerge.kernels.heads`). `edgemerge.alignment.transport` matches heads by the distances of their
+sketches. Whole weights are compared: the difference to a base does not tell which head is which. The result
+is a plan. `row_order` and `column_order` of `edgemerge.alignment.geometry` tell the merge what to read.
 
-Fine-tunes of one base keep their heads in place: then every plan is the identity, and aligning changes
-nothing. It saves a merge only where heads were permuted, or models trained apart.
+Fine-tunes of one base keep their heads in place. Then every plan is the identity, and aligning changes
+nothing. It helps only where heads were permuted, or where models were trained apart.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ from edgemerge.alignment.geometry import (
 from edgemerge.alignment.sketch import Sketcher, sketch_bytes, sketched_names
 from edgemerge.alignment.transport import match_heads
 from edgemerge.budget import Arena
-from edgemerge.errors import BudgetError
+from edgemerge.errors import BudgetError, Stopped
 from edgemerge.formats.quants.codec import CODECS
-from edgemerge.methods.shared_tensor import Stopped
 from edgemerge.native import KernelFile
 from edgemerge.sizes import format_size
 from edgemerge.types import Float32, HeadPlan, LayerHeads, Skipped, Source
@@ -64,7 +62,7 @@ SOFT_WARNING = (
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """One layer of the reference, and the one of the other model that moves."""
+    """One layer of the reference, and the layer of the other model that is permuted."""
 
     models: tuple[tuple[Source, LayerHeads], tuple[Source, LayerHeads]]
 

@@ -26,7 +26,6 @@ from edgemerge.alignment.transport import GUARD, assign
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.native import KernelFile
-from edgemerge.sizes import format_size
 from edgemerge.types import Float32, HeadPlan, LayerHeads, Skipped, Source, TensorSpec
 
 __all__ = [
@@ -34,6 +33,7 @@ __all__ = [
     "Rotations",
     "find_rotations",
     "match_neurons",
+    "neuron_need",
     "rotate_outputs",
     "rotate_values",
 ]
@@ -47,8 +47,7 @@ Index: TypeAlias = NDArray[np.int64]
 
 NEURON_SKETCH = 256  # a neuron is one row, not a whole head: 64 would be too noisy
 BLOCK_ROWS = 64  # of a feed-forward tensor
-BYTES_PER_NEURON = 2 * 3 * 4 * NEURON_SKETCH + 8 * NEURON_SKETCH  # gate, up, down of two models
-BYTES_PER_PAIR = 16  # of neurons: float64 costs, and float32 products on their way there
+TILE = (32, 256)  # of the matrix of costs that is worked on at a time: fits a second-level cache
 
 
 # -- values ------------------------------------------------------------------------------------------
@@ -81,7 +80,7 @@ def find_rotations(
     plan : HeadPlan
         Of the layer; its order of heads comes first.
     guard : float
-        Values stay as they are unless rotating saves at least this share of the cost.
+        Values stay as they are unless rotating saves at least this fraction of the cost.
     """
     heads = plan.geometry
     length, n_groups = heads.value_length, heads.n_kv_heads
@@ -201,9 +200,7 @@ class NeuronPlan:
         return self.order if name == f"blk.{self.layer}.ffn_down.weight" else None
 
 
-def match_neurons(
-    reference: Source, other: Source, *, seed: int = 0, memory: int
-) -> list[NeuronPlan | Skipped]:
+def match_neurons(reference: Source, other: Source, *, seed: int = 0) -> list[NeuronPlan | Skipped]:
     """Match the feed-forward neurons of every layer with a reference's.
 
     Maximises the sum of <gate_A,i, gate_B,i> + <up_A,i, up_B,i> + <down_A,i, down_B,i>, each relative to
@@ -212,22 +209,27 @@ def match_neurons(
     Parameters
     ----------
     reference, other : Source
-        Two models of one architecture; the second is the one to move.
+        Two models of one architecture; the second is the one to permute.
     seed : int
         Of the sketches.
-    memory : int
-        Bytes. n neurons take 16 n^2 and 8 KiB n of them; wider layers are skipped.
 
     Returns
     -------
     list of NeuronPlan or Skipped
         One per layer of the other model, in order. Identity where less than `GUARD` is saved.
+
+    Raises
+    ------
+    FormatError
+        A tensor holds NaN or infinity.
+
+    Notes
+    -----
+    `neuron_need` tells how much memory it takes: 8 n^2 bytes of costs for n neurons, and features.
     """
-    specs = other.specs()
-    layers = sorted({i for name in specs if (i := layer_index(name)) is not None})
     plans: list[NeuronPlan | Skipped] = []
-    for layer in layers:
-        reason = _cannot_match(reference, other, layer, memory)
+    for layer in _layers(other):
+        reason = _cannot_match(reference, other, layer)
         if reason is not None:
             log.info("%s: neurons of layer %d are not matched: %s", other.path, layer, reason)
             plans.append(Skipped(layer, reason))
@@ -236,7 +238,26 @@ def match_neurons(
     return plans
 
 
-def _cannot_match(reference: Source, other: Source, layer: int, memory: int) -> str | None:
+def neuron_need(reference: Source, other: Source) -> int:
+    """Return the bytes that `match_neurons` takes for its widest layer; reads no tensor data."""
+    needs = [0]
+    for layer in _layers(other):
+        if _cannot_match(reference, other, layer) is None:
+            down = other.specs()[f"blk.{layer}.ffn_down.weight"]
+            n, d = down.n_cols, down.n_rows
+            # Features in float32: gate, up and down of two models. Then the sketch of down in float64,
+            # and later in its place the features in tiles.
+            features = (2 * 3 * 4 + 8) * NEURON_SKETCH * n
+            blocks = 2 * BLOCK_ROWS * (4 + 4) * max(n, d)  # two at a time, as stored and decoded
+            needs.append(8 * n * n + features + blocks)
+    return max(needs)
+
+
+def _layers(source: Source) -> list[int]:
+    return sorted({i for name in source.specs() if (i := layer_index(name)) is not None})
+
+
+def _cannot_match(reference: Source, other: Source, layer: int) -> str | None:
     prefix = f"blk.{layer}.ffn_"
     names = {n for n in other.specs() if n.startswith(prefix) and not n.startswith(f"{prefix}norm")}
     known = {f"{prefix}{part}.weight" for part in ("gate", "up", "down")}
@@ -251,9 +272,6 @@ def _cannot_match(reference: Source, other: Source, layer: int, memory: int) -> 
     n = other.specs()[f"{prefix}down.weight"].n_cols
     if any(other.specs()[name].n_rows % n for name in names if "down" not in name):
         return f"the rows of up do not belong to {n} neurons"
-    need = BYTES_PER_PAIR * n * n + BYTES_PER_NEURON * n
-    if need > memory:
-        return f"{n} neurons take {format_size(need)} to match, of {format_size(memory)}"
     return None
 
 
@@ -263,13 +281,34 @@ def _match_layer(reference: Source, other: Source, layer: int, seed: int) -> Neu
     cost = np.zeros((len(ours[0]), len(theirs[0])))
     for a, b in zip(ours, theirs, strict=True):
         scale = math.sqrt(float(np.square(a).sum()) * float(np.square(b).sum())) / len(a)
-        cost -= (a @ b.T) / np.float32(scale or 1.0)
+        _subtract_products(a, b, scale or 1.0, cost)
     order = assign(cost)
     rows = np.arange(len(order))
     costs = [1.0 + float(cost[rows, taken].mean()) / len(ours) for taken in (rows, order)]
     if costs[0] - costs[1] <= GUARD * costs[0]:
         order = rows
     return NeuronPlan(layer, order, costs[0], costs[1])
+
+
+def _subtract_products(a_f32: Float32, b_f32: Float32, scale: float, cost_f64: Float64) -> None:
+    """Subtract A B^T / scale from the costs, tile by tile.
+
+    A product of NumPy's would come from BLAS, whose rounding depends on the processor and on how many
+    threads BLAS has.
+    """
+    height, width = TILE
+    columns = [np.ascontiguousarray(part.T) for part in _parts(b_f32, width)]
+    for i, rows in enumerate(_parts(a_f32, height)):
+        left, out = np.ascontiguousarray(rows.T), cost_f64[i * height :][: len(rows)]
+        for j, right in enumerate(columns):
+            tile = np.zeros((left.shape[1], right.shape[1]))
+            kernels.add_products(left, right, tile)
+            out[:, j * width :][:, : right.shape[1]] -= tile / scale
+
+
+def _parts(x: Float32, height: int) -> Iterator[Float32]:
+    for start in range(0, len(x), height):
+        yield x[start : start + height]
 
 
 def _neuron_features(source: Source, layer: int, seed: int) -> list[Float32]:

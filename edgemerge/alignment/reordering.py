@@ -1,8 +1,8 @@
-"""Reading an expert's tensors in the reference's frame: heads in the reference's order.
+"""Reading an expert's tensors with heads and neurons in the reference's order.
 
-Hard alignment only moves rows and columns, so no value changes: rows are read from where they lie,
-columns of o (and elements of biases) are moved after decoding. Soft alignment sums heads by the weights
-of the transport plan; it reads every row that has a part in a new one.
+Hard alignment permutes rows and columns, and changes no value. Rows are read from where they lie in the file.
+Columns of o, and elements of biases, are permuted after decoding. Soft alignment sums heads by the weights of
+the transport plan. It reads every row that is part of a sum.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgemerge.alignment.neurons import NeuronPlan
 from edgemerge.native import KernelFile
 from edgemerge.types import Float32, HeadPlan
 
-__all__ = ["Frame", "find_frame", "find_neuron_frame"]
+__all__ = ["Reordering", "find_neuron_reordering", "find_reordering"]
 
 linear, permute = KernelFile("linear"), KernelFile("permute")
 
@@ -29,8 +29,8 @@ DecodeRows = Callable[[int, int, int | None, Float32], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """How one tensor of an expert is brought into the reference's frame."""
+class Reordering:
+    """How rows and columns of one tensor of an expert are permuted or summed."""
 
     rows: Index | None  # old row of every new row
     row_mix: Sparse | None  # or the sum that every new row is
@@ -45,7 +45,7 @@ class Frame:
         spare_f32: Float32,
         out_f32: Float32,
     ) -> None:
-        """Fill a block with rows [start, stop) of the new frame.
+        """Fill a block with rows [start, stop) in the new order.
 
         Parameters
         ----------
@@ -95,15 +95,15 @@ class Frame:
                     linear.add_scaled(values, float(weights[entry]), target)
 
 
-def find_frame(plan: HeadPlan, name: str, *, soft: bool) -> Frame | None:
-    """Say how a tensor of the moving model is read; None where it stays as it is.
+def find_reordering(plan: HeadPlan, name: str, *, soft: bool) -> Reordering | None:
+    """Say how a tensor of the permuted model is read; None where it stays as it is.
 
     Parameters
     ----------
     plan : HeadPlan
         Of the tensor's layer.
     name : str
-        GGUF name of the tensor in the model that moves.
+        GGUF name of the tensor in the model that is permuted.
     soft : bool
         Use the transport plan itself instead of its rounding.
     """
@@ -112,23 +112,23 @@ def find_frame(plan: HeadPlan, name: str, *, soft: bool) -> Frame | None:
     columns = column_mix(plan, name) if soft else _as_mix(column_order(plan, name))
     if rows is None and mix is None and columns is None:
         return None
-    return Frame(rows, mix, columns)
+    return Reordering(rows, mix, columns)
 
 
-def find_neuron_frame(plan: NeuronPlan, name: str, n_rows: int) -> Frame | None:
-    """Say how a feed-forward tensor of the moving model is read; None where it stays as it is.
+def find_neuron_reordering(plan: NeuronPlan, name: str, n_rows: int) -> Reordering | None:
+    """Say how a feed-forward tensor of the permuted model is read; None where it stays as it is.
 
     Parameters
     ----------
     plan : NeuronPlan
         Of the tensor's layer.
     name : str
-        GGUF name of the tensor in the model that moves.
+        GGUF name of the tensor in the model that is permuted.
     n_rows : int
         Its rows.
     """
     rows, columns = plan.row_order(name, n_rows), _as_mix(plan.column_order(name))
-    return None if rows is None and columns is None else Frame(rows, None, columns)
+    return None if rows is None and columns is None else Reordering(rows, None, columns)
 
 
 def _as_mix(order: Index | None) -> Sparse | None:

@@ -1,10 +1,10 @@
 """Optimal matching of attention heads: sparse Sinkhorn, rounded to a permutation, and certified.
 
-The legal permutations of a layer are those of its KV groups, and of the query heads inside each group.
-Their cheapest is found exactly in two levels: the best order of heads for every pair of groups, then the
-best matching of groups with these costs. Costs are small dense matrices (at most 128 x 128, say); what
-makes them is in `edgemerge.alignment.heads`. SciPy and POT are imported only where a row's best partner is
-not free, or a certificate fails: together they take 70 MB and most of a second.
+A layer may permute its KV groups, and the query heads inside each group. The cheapest permutation is found
+exactly in two levels: first the best order of heads for every pair of groups, then the best matching of
+groups at these costs. Costs are small dense matrices, at most 128 x 128 or so; `edgemerge.alignment.heads`
+makes them. SciPy and POT take 70 MB and most of a second. They are imported only where two rows have the
+same best partner, or a certificate fails.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ SUPPORT = 8  # cheapest partners per row and per column; 3 were seen to miss the
 CHECK_EVERY = 10  # sweeps
 MAX_SWEEPS = 5000
 TOLERANCE = 1e-9  # of the column sums, in the 1-norm, in the last stage
-WARM_TOLERANCE = 1e-3  # and in those before it
+STAGE_TOLERANCE = 1e-3  # and in those before it
 GAP = 1e-3  # relative; above it the exact solver is asked
 ROUNDING = 1e-12  # relative to the largest cost
 MAX_BRUTE_FORCE = 5  # heads in a group: 120 orders
-NEGLIGIBLE = 1e-12  # share of a head that a soft plan does not bother to read
+NEGLIGIBLE = 1e-12  # weight of a head below which a soft plan does not read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Transport:
     indices: Int32  # (nnz,)
     plan: Float64  # (nnz,) entropic plan on the support; rows and columns sum to 1/n
     gap: float  # mean cost minus a lower bound, unit of cost; 0 where the exact solver was asked
-    confidence: float  # least over rows of the largest share n * max_j P_ij
+    confidence: float  # least over rows of n * max_j P_ij
     iterations: int
     converged: bool
     exact: bool
@@ -88,7 +88,7 @@ def match_heads(head_cost: Float64, group_cost: Float64, *, guard: float = GUARD
     group_cost : (n_kv_heads, n_kv_heads) float64
         D_k / S_k + D_v / S_v, likewise; n_kv_heads divides n_heads
     guard : float
-        identity is kept unless the best matching saves at least this share of its cost
+        identity is kept unless the best matching saves at least this fraction of its cost
 
     Returns
     -------
@@ -106,14 +106,14 @@ def match_heads(head_cost: Float64, group_cost: Float64, *, guard: float = GUARD
     best = float(cost[rows, found.permutation].mean())
     gain = float(identity) - best
     guarded = gain <= 0.0 or gain < guard * identity
-    groups, soft_groups = found.permutation, _shares(found)
+    groups, soft_groups = found.permutation, _weights(found)
     if guarded:
-        # Not even the heads inside groups: the guard weighs the whole layer.
+        # The guard is for the whole layer, so heads inside groups stay too.
         groups, inner = rows, np.broadcast_to(np.arange(r), inner.shape)
         soft_groups = tuple(((g, 1.0),) for g in range(n_groups))
     heads = (groups[:, None] * r + inner[rows, groups]).reshape(-1)
     soft_heads = tuple(
-        tuple((other * r + int(inner[g, other, j]), share) for other, share in soft_groups[g])
+        tuple((other * r + int(inner[g, other, j]), weight) for other, weight in soft_groups[g])
         for g in range(n_groups)
         for j in range(r)
     )
@@ -135,6 +135,16 @@ def match_heads(head_cost: Float64, group_cost: Float64, *, guard: float = GUARD
 
 def transport(cost: Float64, n_best: int = SUPPORT) -> Transport:
     """Match rows to columns at the least cost: Sinkhorn, rounded, certified, exact where in doubt.
+
+    Example with three rows::
+
+        cost         4  1  3      n * plan    0.00  0.96  0.03      permutation   1  0  2
+                     2  0  5                  0.96  0.04  0.00
+                     3  2  2                  0.03  0.00  0.97
+
+    Column 1 is the cheapest of rows 0 and 1. Row 1 gives it up, as that costs less in sum: 1 + 2 + 2. The
+    entropic plan is close to that permutation: the least of its largest entries, 0.96, is `confidence`. Its
+    duals prove that no permutation is cheaper, so `gap` is 0 and the exact solver is not asked.
 
     Parameters
     ----------
@@ -244,7 +254,7 @@ def solve_sinkhorn(
     stages[-1] = reg
     iterations, error = 0, math.inf
     for stage in stages:
-        tolerance = TOLERANCE if stage == reg else WARM_TOLERANCE
+        tolerance = TOLERANCE if stage == reg else STAGE_TOLERANCE
         for _ in range(MAX_SWEEPS // CHECK_EVERY):
             sinkhorn.sweep(cost, indptr, indices, stage, CHECK_EVERY, work, duals)
             sinkhorn.fill_plan(cost, indptr, indices, stage, duals, plan)
@@ -331,7 +341,7 @@ def _solve_exactly(cost: Float64, permutation: Index) -> Index:
 
 
 def _stay(n: int) -> Transport:
-    """Match everything to itself: there is no choice, or nothing to choose by."""
+    """Match everything to itself, where there is one row or all costs are zero."""
     indptr, mass = np.arange(n + 1, dtype=np.int32), np.full(n, 1.0 / n)
     return Transport(np.arange(n), indptr, indptr[:-1].copy(), mass, 0.0, 1.0, 0, True, False)
 
@@ -341,12 +351,12 @@ def _gather(cost: Float64, indptr: Int32, indices: Int32) -> Float64:
     return np.ascontiguousarray(cost[rows, indices])
 
 
-def _shares(found: Transport) -> Mix:
+def _weights(found: Transport) -> Mix:
     """Barycentric weights T = n P of the plan: for each row, the columns it mixes."""
     n = len(found.indptr) - 1
     mix = []
     for i in range(n):
         at = slice(found.indptr[i], found.indptr[i + 1])
-        shares = zip(found.indices[at].tolist(), (n * found.plan[at]).tolist(), strict=True)
-        mix.append(tuple((j, share) for j, share in shares if share > NEGLIGIBLE))
+        weights = zip(found.indices[at].tolist(), (n * found.plan[at]).tolist(), strict=True)
+        mix.append(tuple((j, weight) for j, weight in weights if weight > NEGLIGIBLE))
     return tuple(mix)

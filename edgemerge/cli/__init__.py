@@ -52,8 +52,8 @@ def settle_process() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names and metadata may hold what the terminal cannot show; that is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
-    # What computes is our own threads, as many as the plan says. NumPy's would spin beside them, and how a
-    # product of matrices is rounded would depend on how many there are.
+    # What computes is our own threads, as many as the plan says. No merge asks BLAS for anything; without
+    # this line it would make its threads all the same.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     # Imports make a hundred thousand objects and no garbage, for which Python would look every 700. It stays
     # so: what twenty thousand objects hold is little beside a model.

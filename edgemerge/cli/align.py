@@ -64,8 +64,8 @@ def align_command(
 ) -> None:
     """Find the attention heads of model A in model B, layer by layer."""
     from edgemerge.formats import open_model
-    from edgemerge.merging.precompile import warm_kernels
-    from edgemerge.merging.run import default_threads
+    from edgemerge.merging.precompile import precompile_kernels
+    from edgemerge.merging.run import usable_processors
     from edgemerge.planning.compatibility import check_models
     from edgemerge.sizes import parse_size
 
@@ -79,8 +79,10 @@ def align_command(
         for path in paths:
             sources.append(open_model(path))
         notes = check_models(sources)
-        warm_kernels("linear", "hard", read=_attention_types(sources), written={"F32"})
-        work = _plan(sources[0], sources[1], budget, threads or default_threads(), plot is not None)
+        precompile_kernels("linear", "hard", read=_attention_types(sources), written={"F32"})
+        work = _plan(
+            sources[0], sources[1], budget, threads or usable_processors(), plot is not None
+        )
         plans = _align(sources[0], sources[1], work, seed, quiet=json_)
     finally:
         for source in sources:

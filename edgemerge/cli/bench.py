@@ -283,7 +283,7 @@ def _print_rest(benches: list[ModelBench], name: str, output_format: Format) -> 
 def _bench_merge(recipe: Path, output_format: Format) -> None:
     from edgemerge.cli.bench_records import csv_lines, merge_record
     from edgemerge.cli.bench_table import merge_table
-    from edgemerge.merging.precompile import warm_up
+    from edgemerge.merging.precompile import precompile
     from edgemerge.merging.run import plan
     from edgemerge.recipe.recipe import load_recipe
     from edgemerge.runtime.bench.merge_cost import measure_merge
@@ -291,7 +291,7 @@ def _bench_merge(recipe: Path, output_format: Format) -> None:
     intent = load_recipe(recipe)
     with _status() as show:
         show("compiling kernels")
-        warm_up(plan(intent))  # once per machine, and no part of what a merge costs
+        precompile(plan(intent))  # once per machine, and no part of what a merge costs
         show(f"merging {recipe.name}")
         cost = measure_merge(recipe, intent.models())
     if output_format is Format.json:

@@ -13,7 +13,7 @@ import typer
 
 from edgemerge.cli import generation, loading
 from edgemerge.cli.generation import tell
-from edgemerge.cli.terminal import Stopped, plain, talks_plainly
+from edgemerge.cli.terminal import SignalReceived, plain, talks_plainly
 
 if TYPE_CHECKING:
     from edgemerge.runtime.conversation import Conversation
@@ -125,7 +125,7 @@ class _Chat:
                 return
             try:
                 self._take(line)
-            except Stopped as error:
+            except SignalReceived as error:
                 if not self._is_ctrl_c(error):
                     raise
                 generation.clear_line()
@@ -135,7 +135,7 @@ class _Chat:
                     raise
                 _tell_error(error)
 
-    def _is_ctrl_c(self, stopped: Stopped) -> bool:
+    def _is_ctrl_c(self, stopped: SignalReceived) -> bool:
         return self.is_terminal and stopped.number == signal.SIGINT
 
     def _lines(self) -> Iterator[str]:
@@ -149,7 +149,7 @@ class _Chat:
                 line = read()
             except EOFError:
                 break
-            except Stopped as error:
+            except SignalReceived as error:
                 if not self._is_ctrl_c(error):
                     raise
                 n_interrupts += 1

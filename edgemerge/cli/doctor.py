@@ -55,7 +55,7 @@ def _warm() -> None:
     """Compile, and count the steps on stderr while it is a terminal."""
     import sys
 
-    from edgemerge.merging.precompile import warm_all
+    from edgemerge.merging.precompile import precompile_all
 
     shown = sys.stderr is not None and sys.stderr.isatty()
 
@@ -65,7 +65,7 @@ def _warm() -> None:
             end = "\n" if done == total else ""
             print(f"\rcompiling kernels: {done} of {total}", end=end, file=sys.stderr, flush=True)
 
-    warm_all(show)
+    precompile_all(show)
 
 
 def _print(found: Diagnosis) -> None:

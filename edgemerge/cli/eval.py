@@ -16,7 +16,7 @@ from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plain
 
 if TYPE_CHECKING:
     from edgemerge.runtime.evaluation.results import Results
-    from edgemerge.runtime.evaluation.run import Answered, Request
+    from edgemerge.runtime.evaluation.suite import Answered, Request
     from edgemerge.runtime.evaluation.tasks import Task
     from edgemerge.runtime.llama import Model
 
@@ -114,7 +114,7 @@ def eval_command(
     compared with the first.
     """
     from edgemerge.output.file import check_output
-    from edgemerge.runtime.evaluation import run as evaluation
+    from edgemerge.runtime.evaluation import suite as evaluation
     from edgemerge.runtime.library import load_library
     from edgemerge.runtime.model_files import open_gguf
 
@@ -253,13 +253,13 @@ def _header(
 @contextmanager
 def _open_results(output: Path | None, header: dict[str, Any], *, force: bool) -> Iterator[Results]:
     """Results in memory, or on disk where a stopped run goes on; say so."""
-    from edgemerge.runtime.evaluation.results import Journal, Results
+    from edgemerge.runtime.evaluation.results import Results, ResultsFile
 
     if output is None:
         with Results() as results:
             yield results
         return
-    with Journal(output, header, force=force) as journal:
+    with ResultsFile(output, header, force=force) as journal:
         if journal.note:
             _say(f"{journal.path}: {journal.note}")
         if journal.n_resumed:

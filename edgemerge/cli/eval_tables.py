@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgemerge.cli.terminal import plain, print_table
 
 if TYPE_CHECKING:
-    from edgemerge.runtime.evaluation.run import Answered, TextScore
+    from edgemerge.runtime.evaluation.suite import Answered, TextScore
 
 __all__ = ["print_csv", "print_tables"]
 
@@ -80,7 +80,7 @@ def _difference_rows(
     answers: Sequence[Answered], names: Mapping[Path, str]
 ) -> Iterator[tuple[str, ...]]:
     from edgemerge.runtime.evaluation.evaluate import compare
-    from edgemerge.runtime.evaluation.run import pairs
+    from edgemerge.runtime.evaluation.suite import pairs
 
     for first, second in pairs(answers):
         found = compare(first.marks, second.marks)

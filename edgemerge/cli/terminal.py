@@ -29,7 +29,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Stopped(KeyboardInterrupt):
+class SignalReceived(KeyboardInterrupt):
     """Ctrl-C, a closed terminal, or the system asks to stop; `number` is the signal's."""
 
     def __init__(self, number: int) -> None:
@@ -77,7 +77,7 @@ def _explain(error: BaseException, kept: str) -> typer.Exit:
             detail = error.detail if isinstance(error, RuntimeFailure) else ""
             return _failure("; ".join((str(error), *notes)), detail)
         case KeyboardInterrupt():
-            number = error.number if isinstance(error, Stopped) else signal.SIGINT
+            number = error.number if isinstance(error, SignalReceived) else signal.SIGINT
             parts = filter(None, ("interrupted", *(notes or [kept])))
             return _failure("; ".join(parts), code=128 + number)
         case OSError():
@@ -96,7 +96,7 @@ def _failure(sentence: str, detail: str = "", code: int = 1) -> typer.Exit:
 
 @contextmanager
 def _stoppable(*, is_stopped_once: bool) -> Iterator[None]:
-    """Let a signal raise `Stopped`, where nobody else, such as nohup, has a say in it.
+    """Let a signal raise `SignalReceived`, where nobody else, such as nohup, has a say in it.
 
     An exception is lost where Python is just inside a callback of its own, as while importing Numba;
     so the signal is also remembered, and `check_stop` asks for it. `is_stopped_once`: a second signal
@@ -106,7 +106,7 @@ def _stoppable(*, is_stopped_once: bool) -> Iterator[None]:
     def stop(number: int, _frame: object) -> None:
         _stops.append(number)
         if len(_stops) == 1 or not is_stopped_once:
-            raise Stopped(number)
+            raise SignalReceived(number)
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
@@ -124,9 +124,9 @@ def _stoppable(*, is_stopped_once: bool) -> Iterator[None]:
 
 
 def check_stop(_done: int = 0, _total: int = 0) -> None:
-    """Raise `Stopped` where a signal came; a progress callback that shows nothing."""
+    """Raise `SignalReceived` where a signal came; a progress callback that shows nothing."""
     if _stops:
-        raise Stopped(_stops[0])
+        raise SignalReceived(_stops[0])
 
 
 def print_json(document: Mapping[str, Any]) -> None:

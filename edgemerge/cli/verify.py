@@ -42,7 +42,7 @@ def verify_command(
     json_: request.Json = False,
 ) -> None:
     """Check a merged file against its own checksums, and say what made it."""
-    from edgemerge.merging.run import default_threads
+    from edgemerge.merging.run import usable_processors
     from edgemerge.provenance.inputs import check_inputs
     from edgemerge.provenance.verification import has_provenance, verify_model
 
@@ -52,7 +52,7 @@ def verify_command(
         _print_signed(signed, as_json=json_)
         return
     with progress_bar(f"verify {model.name}", quiet=json_) as progress:
-        found = verify_model(model, threads=threads or default_threads(), progress=progress)
+        found = verify_model(model, threads=threads or usable_processors(), progress=progress)
     if found.is_sound and inputs:
         check_inputs(model, inputs)
     if json_:

@@ -1,6 +1,6 @@
-"""Which kernels a merge will call, so that all that are missing are compiled at once, before the work.
+"""Compiles the kernels of a merge before its work, all that are missing at once.
 
-A kernel that is missing here costs no more than a second child process when it is first called.
+A kernel that this file does not name is compiled when it is first called, in another child process.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ from edgemerge.native.signatures import KERNEL_NAMES, SIGNATURES
 from edgemerge.native.store import compile_missing, find_missing
 from edgemerge.types import Plan
 
-__all__ = ["find_cold_of_all", "kernels_of", "warm_all", "warm_kernels", "warm_up"]
+__all__ = [
+    "find_missing_of_all",
+    "kernels_of",
+    "precompile",
+    "precompile_all",
+    "precompile_kernels",
+]
 
 ALIGNING = ("heads", "sinkhorn", "permute")  # all kernels of these files
-PRUNING = {"magnitude": "select", "band": "select", "random": "dare", "rank": "della"}
-SUMMING = ("linear.subtract", "linear.add_deltas")  # of task vectors
-AT_ONCE = 8  # kernels that one child of `warm_all` compiles
+AT_ONCE = 8  # kernels that one child of `precompile_all` compiles
 
 
-def warm_up(the_plan: Plan) -> None:
-    """Make sure that the kernels of a plan are compiled; does nothing where they are.
+def precompile(the_plan: Plan) -> None:
+    """Compile the kernels of a plan that are missing.
 
     Raises
     ------
@@ -32,7 +36,7 @@ def warm_up(the_plan: Plan) -> None:
     """
     jobs = [job for job in the_plan.jobs if not job.is_byte_copy]
     if jobs:
-        warm_kernels(
+        precompile_kernels(
             the_plan.recipe.method,
             the_plan.align,
             read={tensor.spec.dtype for job in jobs for tensor in job.inputs},
@@ -42,7 +46,7 @@ def warm_up(the_plan: Plan) -> None:
         )
 
 
-def warm_kernels(
+def precompile_kernels(
     method: str,
     align: str,
     *,
@@ -51,7 +55,7 @@ def warm_kernels(
     weighed: Collection[str] = (),
     neurons: bool = False,
 ) -> None:
-    """Make sure that the kernels of a method and of some types are compiled.
+    """Compile the kernels of a method and of some types that are missing.
 
     Parameters
     ----------
@@ -67,8 +71,8 @@ def warm_kernels(
     RuntimeFailure
         The compiler failed.
     """
-    moves = align != "off" or neurons
-    compile_missing(kernels_of(method, read, written, weighed, moves=moves))
+    aligns = align != "off" or neurons
+    compile_missing(kernels_of(method, read, written, weighed, aligns=aligns))
 
 
 def kernels_of(
@@ -77,47 +81,27 @@ def kernels_of(
     written: Collection[str],
     weighed: Collection[str] = (),
     *,
-    moves: bool = False,
+    aligns: bool = False,
 ) -> set[str]:
-    """Name the kernels (FILE.KERNEL) of a merge; `moves`: heads or neurons are matched."""
-    names = {"crc.fold_crc32", "norms.count_beyond", *_summing(method)}
-    files = [*(ALIGNING if moves else ())]
-    if prune := METHODS[method].prune:
-        names |= {"norms.row_norms", "gram.add_rows"}
-        files.append(PRUNING[prune])
-    if moves:
+    """Name the kernels (FILE.KERNEL) of a merge; `aligns`: whether heads or neurons are matched."""
+    names = {"crc.fold_crc32", "norms.count_overflows", *METHODS[method].kernels}
+    if aligns:
         names |= {"linear.add_scaled"}
-    names |= {f"{file}.{name}" for file in files for name in SIGNATURES[file]}
+        names |= {f"{file}.{name}" for file in ALIGNING for name in SIGNATURES[file]}
     for way, dtypes in (("decode", read), ("encode", written)):
         names |= {f"{CODECS[d].kernels}.{way}_{d.lower()}" for d in dtypes if CODECS[d].kernels}
     return names.union(*map(weighted_kernels, weighed))
 
 
-def _summing(method: str) -> tuple[str, ...]:
-    """Name the kernels that put the models of a method together."""
-    match method:
-        case "linear" | "passthrough":
-            return ("linear.weighted_sum",)
-        case "slerp":
-            return ("gram.row_dots", "gram.add_rows", "linear.weighted_sum", "linear.add_scaled")
-        case "hierarchical":
-            grams = [f"gram.{name}" for name in SIGNATURES["gram"]]
-            return (*SUMMING, "linear.add_scaled", *grams)  # which only its scope `row` needs
-    if METHODS[method].elect:
-        return ("linear.subtract", "ties.elect")
-    sums = SUMMING if METHODS[method].prune else ()
-    return (*sums, "linear.add_changes")  # which alone adds up what nothing is pruned of
-
-
-def warm_all(on_step: Callable[[int, int], None]) -> None:
+def precompile_all(on_step: Callable[[int, int], None]) -> None:
     """Compile every kernel; `on_step` is told how many are compiled, of all."""
-    missing, total = find_cold_of_all()
+    missing, total = find_missing_of_all()
     for i in range(0, len(missing), AT_ONCE):
         on_step(total - len(missing) + i, total)
         compile_missing(missing[i : i + AT_ONCE])
     on_step(total, total)
 
 
-def find_cold_of_all() -> tuple[list[str], int]:
+def find_missing_of_all() -> tuple[list[str], int]:
     """Name the kernels that are not compiled, and count all there are."""
     return find_missing(KERNEL_NAMES), len(KERNEL_NAMES)

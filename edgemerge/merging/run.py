@@ -1,8 +1,9 @@
 """Runs a plan: every tensor through a worker, into one GGUF, or into the files of a split one.
 
-Read top-down: `merge` plans, looks for what an interrupted run left (`edgemerge.output.resume`), lets the
-workers loose on the rest (`edgemerge.merging.workers`), writes the header and seals the file. The result is
-the same for every budget and thread count, and however often it was interrupted.
+Read top-down. `merge` plans, and looks for what an interrupted run left (`edgemerge.output.resume`). The
+worker pool makes the rest (`edgemerge.merging.workers`). Then `merge` writes the header and gives the file
+its name.
+The result is the same for every budget and thread count, and however often the merge was interrupted.
 """
 
 from __future__ import annotations
@@ -19,28 +20,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from edgemerge.budget import floor_bytes
 from edgemerge.errors import EdgemergeError, OutputError
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.gguf.split import MAX_PARTS, part_paths, whole_name
 from edgemerge.formats.gguf.writer import GgufLayout, make_layouts
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
-from edgemerge.merging.precompile import warm_up
+from edgemerge.merging.precompile import precompile
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import check_output
 from edgemerge.output.parts import OutputParts, find_named, hash_named, is_begun
 from edgemerge.output.report import FileReport, MergeReport, peak_rss_bytes
-from edgemerge.output.resume import find_origin, verify_earlier
+from edgemerge.output.resume import find_fingerprint, verify_earlier
 from edgemerge.planning.plan import make_plan
 from edgemerge.types import Plan, Progress, Recipe, Source
 
-if TYPE_CHECKING:  # Numba takes most of a second to import: only a merge that runs pays for it
-    from edgemerge.merging.workers import Crew
+if TYPE_CHECKING:  # only a merge that runs imports them
+    from edgemerge.merging.workers import WorkerPool
 
-__all__ = ["Progress", "default_threads", "merge", "plan"]
+__all__ = ["Progress", "merge", "plan", "usable_processors"]
 
 
-def default_threads() -> int:
+def usable_processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0))
 
@@ -53,7 +55,8 @@ def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = Non
     recipe : Recipe
         From `load_recipe` or `make_recipe`.
     memory : int, optional
-        Budget in bytes for the whole process; else the recipe's, else 512 MiB.
+        Budget in bytes for the whole process, with all that it holds now; else the recipe's, else
+        512 MiB.
     threads : int, optional
         Workers at most; else the processors that this process may use.
 
@@ -62,12 +65,14 @@ def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = Non
     EdgemergeError
         The recipe, a file, the models together or the budget are wrong.
     """
+    floor = floor_bytes()
     with ExitStack() as stack:
         return make_plan(
             recipe,
             lambda path: _open(path, stack),
             memory=memory,
-            threads=threads or default_threads(),
+            threads=threads or usable_processors(),
+            floor=floor,
         )
 
 
@@ -115,6 +120,7 @@ def merge(
     call goes on with them.
     """
     started = time.monotonic()
+    floor = floor_bytes()  # before the models are opened, whose headers the plan counts
     output = Path(output)
     if split_bytes is None:  # else the names follow from the plan
         check_output(output, recipe.models(), force=force or is_begun(output))
@@ -125,25 +131,33 @@ def merge(
             opened[path] = _open(path, stack)
             return opened[path]
 
-        the_plan = make_plan(recipe, open_once, memory=memory, threads=threads or default_threads())
+        the_plan = make_plan(
+            recipe,
+            open_once,
+            memory=memory,
+            threads=threads or usable_processors(),
+            floor=floor,
+        )
         importance = None
         if recipe.imatrix is not None:
             importance = stack.enter_context(closing(ImportanceMatrix(recipe.imatrix)))
         layouts = _layouts(the_plan, [], split_bytes)
         paths = _name_files(output, layouts, split_bytes)
         inputs = _Inputs(list(opened.values()), importance)
-        origin = find_origin(the_plan, layouts, paths, *inputs)
-        named = find_named(paths, origin)
+        fingerprint = find_fingerprint(the_plan, layouts, paths, *inputs)
+        named = find_named(paths, fingerprint)
         _check_outputs([path for path in paths if path not in named], recipe, force=force)
         if len(named) == len(paths):
             outcome = _finish(the_plan, paths)
         else:
-            warm_up(the_plan)
+            precompile(the_plan)
             sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
-            parts = OutputParts(sizes, origin)
+            parts = OutputParts(sizes, fingerprint)
             stack.push(parts)
             parts.open()
-            _check_outputs(paths, recipe, force=force)  # again, now that nobody else can make them
+            _check_outputs(
+                paths, recipe, force=force
+            )  # again, as the part file now locks others out
             outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress)
     return MergeReport(
         output=paths[0],
@@ -209,7 +223,7 @@ def _run(
     progress: Progress | None,
 ) -> _Outcome:
     """Make what no earlier run has finished; seal the files and give them their names."""
-    crew = _new_crew(the_plan, inputs, progress)
+    pool = _new_pool(the_plan, inputs, progress)
     places = {
         name: (file, offset)
         for file, layout in zip(parts.files, layouts, strict=True)
@@ -217,17 +231,17 @@ def _run(
     }
     n_resumed = n_damaged = 0
     if parts.earlier is not None:
-        n_damaged = verify_earlier(parts.earlier, the_plan.jobs, places, crew.take_over)
+        n_damaged = verify_earlier(parts.earlier, the_plan.jobs, places, pool.take_over)
         n_resumed = len(parts.earlier.results) - n_damaged
-    notes = crew.prepare()
+    notes = pool.prepare()
 
     def note(i: int, result: TensorResult) -> None:
         parts.note(i, result, the_plan.jobs[i].out.nbytes)
 
     try:
-        results = crew.run(places, note)
+        results = pool.run(places, note)
     except EdgemergeError:
-        inputs.check_unchanged()  # else a model is blamed for what somebody writes to it
+        inputs.check_unchanged()  # the error may come from a write to a model during the merge
         raise
     inputs.check_unchanged()
     layouts = _layouts(the_plan, results, split_bytes)
@@ -241,8 +255,8 @@ def _run(
         parts.notes + notes,
         n_resumed,
         n_damaged,
-        crew.traffic.read,
-        crew.traffic.written + sum(len(layout.header) for layout in layouts),
+        pool.traffic.read,
+        pool.traffic.written + sum(len(layout.header) for layout in layouts),
     )
 
 
@@ -259,10 +273,10 @@ def _open(path: Path, stack: ExitStack) -> Source:
     return source
 
 
-def _new_crew(the_plan: Plan, inputs: _Inputs, progress: Progress | None) -> Crew:
-    from edgemerge.merging.workers import Crew
+def _new_pool(the_plan: Plan, inputs: _Inputs, progress: Progress | None) -> WorkerPool:
+    from edgemerge.merging.workers import WorkerPool
 
-    return Crew(the_plan, inputs.sources, progress, inputs.importance)
+    return WorkerPool(the_plan, inputs.sources, progress, inputs.importance)
 
 
 # -- the header ------------------------------------------------------------------------------------------

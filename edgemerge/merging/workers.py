@@ -1,10 +1,9 @@
-"""The workers of one merge: first what spans tensors, then every tensor.
+"""The worker pool of one merge: first the work that spans tensors, then every tensor.
 
-A worker takes a whole tensor, largest first, and cuts it into blocks of rows. Only a tensor that is much of
-the model, as the embedding of a small one is, is made by all workers together
-(`edgemerge.methods.shared_tensor`). The result is the same for every budget and thread count. What spans
-tensors comes before: the alignment of attention heads, and the Gram matrices of whole layers where the
-hierarchical method is asked to weight by layer.
+A worker takes a whole tensor, largest first, and cuts it into blocks of rows. All workers together make a
+tensor that is much of the model, such as the embedding of a small model (`edgemerge.methods.shared_tensor`).
+The result is the same for every budget and thread count. Two kinds of work span tensors: the alignment of
+heads and neurons, and what a method measures over whole layers.
 """
 
 from __future__ import annotations
@@ -22,24 +21,26 @@ import numpy as np
 from edgemerge.alignment.heads import SOFT_WARNING, align_models
 from edgemerge.alignment.neurons import NeuronPlan, match_neurons
 from edgemerge.budget import Arena
+from edgemerge.errors import Stopped
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
-from edgemerge.merging.stream import Moves, Share, TensorStream, Traffic, join_shares
-from edgemerge.methods.shared_tensor import Stopped, Team
+from edgemerge.merging.stream import PartResult, Permutations, TensorStream, Traffic, join_parts
+from edgemerge.methods.shared_tensor import ThreadGroup
+from edgemerge.methods.table import METHODS
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import OutputFile
 from edgemerge.planning.plan import alignment_pairs
 from edgemerge.types import Float64, HeadPlan, Plan, Progress, Skipped, Source, TensorJob
 
-__all__ = ["Crew"]
+__all__ = ["WorkerPool"]
 
 R = TypeVar("R")
 
 POLL_SECONDS = 0.1
 
 
-class Crew:
-    """Workers with an arena each.
+class WorkerPool:
+    """Workers, each with an arena of its own.
 
     Parameters
     ----------
@@ -65,22 +66,30 @@ class Crew:
         self.sources = sources
         self.traffic = Traffic()
         self._progress = progress
-        self._moves: Moves = {}
-        self._grams: dict[int, Float64] = {}
+        self._permutations: Permutations = {}
+        self._layer_sums: dict[int, Float64] = {}
         self._results: dict[int, TensorResult] = {}
         self._taken_over = 0  # bytes read and written by an earlier run
         self._total = the_plan.read_bytes + sum(job.out.nbytes for job in the_plan.jobs)
         self._arenas: queue.SimpleQueue[Arena] = queue.SimpleQueue()
 
     def take_over(self, i: int, result: TensorResult) -> None:
-        """Count a tensor, by its number in the plan, as made already; before anything else."""
+        """Count a tensor as made by an earlier run. Call this before `prepare`.
+
+        Parameters
+        ----------
+        i : int
+            Number of the tensor in the plan.
+        result : TensorResult
+            Its checksums.
+        """
         job = self.plan.jobs[i]
         self._results[i] = result
         self._taken_over += job.out.nbytes + job.read_bytes
         self._report()
 
     def prepare(self) -> tuple[str, ...]:
-        """Do what spans tensors; return what the user should know of it."""
+        """Do the work that spans tensors. Return notes for the user."""
         try:
             notes = self._align() if self.plan.align != "off" else []
             notes += self._match_neurons() if self.plan.recipe.neurons else []
@@ -97,7 +106,7 @@ class Crew:
         places: Mapping[str, tuple[OutputFile, int]],
         on_finished: Callable[[int, TensorResult], None],
     ) -> list[TensorResult]:
-        """Make every tensor that was not taken over; return the results of all, in the plan's order.
+        """Make every tensor that was not taken over. Return the results of all, in the plan's order.
 
         Parameters
         ----------
@@ -105,22 +114,27 @@ class Crew:
             The file and the offset that each tensor is written to.
         on_finished : callable
             Called with the number of every finished tensor and its result, from any thread.
+
+        Raises
+        ------
+        EdgemergeError
+            The first error of a worker. All workers have stopped.
         """
         numbers = {job.out.name: i for i, job in enumerate(self.plan.jobs)}
-        shares: dict[str, list[Share]] = {name: [] for name in numbers}
+        parts: dict[str, list[PartResult]] = {name: [] for name in numbers}
         lock = threading.Lock()
 
         def make(stream: TensorStream) -> None:
             job = stream.job
-            layer = layer_index(job.out.name)
-            gram = self._grams.get(layer) if job.is_layer_scoped and layer is not None else None
-            share = stream.run(*places[job.out.name], gram)
+            layer = _measured_layer(job)
+            layer_sum = None if layer is None else self._layer_sums[layer]
+            part = stream.run(*places[job.out.name], layer_sum)
             with lock:
-                shares[job.out.name].append(share)
-                is_finished = len(shares[job.out.name]) == job.workers
+                parts[job.out.name].append(part)
+                is_finished = len(parts[job.out.name]) == job.workers
             if is_finished:
                 i = numbers[job.out.name]
-                self._results[i] = join_shares(shares[job.out.name])
+                self._results[i] = join_parts(parts[job.out.name])
                 on_finished(i, self._results[i])
 
         self._each(self._jobs_left(), make)
@@ -132,7 +146,7 @@ class Crew:
     # -- what spans tensors ------------------------------------------------------------------------
 
     def _align(self) -> list[str]:
-        """Find where every expert's heads belong."""
+        """Match every expert's attention heads with those of the base or the first model."""
         notes = [SOFT_WARNING] if self.plan.align == "soft" else []
         for (left, right), layers in alignment_pairs(self.plan.jobs).items():
             found = align_models(
@@ -147,12 +161,12 @@ class Crew:
             for (reference_layer, layer), heads in zip(layers, found, strict=True):
                 if isinstance(heads, HeadPlan):
                     at = (left, right, reference_layer, layer)
-                    self._moves.setdefault(at, []).append(heads)
+                    self._permutations.setdefault(at, []).append(heads)
             notes += _say(self.sources[right].path.name, found)
         return notes
 
     def _match_neurons(self) -> list[str]:
-        """Find where every expert's feed-forward neurons belong."""
+        """Match every expert's feed-forward neurons with those of the base or the first model."""
         notes = []
         for left, right in alignment_pairs(self.plan.jobs):
             found = self._do_aside(
@@ -161,7 +175,6 @@ class Crew:
                     self.sources[left],
                     self.sources[right],
                     seed=self.plan.recipe.seed,
-                    memory=self.plan.neuron_bytes,
                 )
             )
             moved = 0
@@ -169,7 +182,7 @@ class Crew:
                 if isinstance(plan, NeuronPlan):
                     moved += bool(np.any(plan.order != np.arange(len(plan.order))))
                     at = (left, right, plan.layer, plan.layer)
-                    self._moves.setdefault(at, []).append(plan)
+                    self._permutations.setdefault(at, []).append(plan)
             name = self.sources[right].path.name
             notes.append(f"neurons of {name} moved in {moved} of {len(found)} layers")
             reasons = {plan.reason for plan in found if isinstance(plan, Skipped)}
@@ -177,7 +190,7 @@ class Crew:
         return notes
 
     def _do_aside(self, work: Callable[[], R]) -> R:
-        """Do what may be inside SciPy for many seconds; an interrupt does not wait for its end."""
+        """Work in another thread, as SciPy may take many seconds and an interrupt must not wait for it."""
         done: Future[R] = Future()
 
         def run() -> None:
@@ -195,25 +208,25 @@ class Crew:
         self.traffic.add(n_bytes, 0)
 
     def _measure_layers(self) -> None:
-        """Sum the Gram matrices of each layer's tensors, in the order of the jobs."""
-        layers = {layer_index(job.out.name) for job in self._jobs_left()}
-        jobs = [job for job in self.plan.jobs if job.is_layer_scoped and not job.is_byte_copy]
-        jobs = [job for job in jobs if layer_index(job.out.name) in layers]
-        for job, (gram, *_) in zip(jobs, self._each(jobs, TensorStream.measure), strict=True):
-            layer = layer_index(job.out.name)
+        """Measure the tensors of each layer, and sum what is found in the order of the jobs."""
+        layers = {_measured_layer(job) for job in self._jobs_left()} - {None}
+        jobs = [job for job in self.plan.jobs if _measured_layer(job) in layers]
+        sums = self._layer_sums
+        for job, (found, *_) in zip(jobs, self._each(jobs, TensorStream.measure), strict=True):
+            layer = _measured_layer(job)
             assert layer is not None
-            self._grams[layer] = self._grams[layer] + gram if layer in self._grams else gram
+            sums[layer] = sums[layer] + found if layer in sums else found
 
     # -- workers -----------------------------------------------------------------------------------
 
     def _each(self, jobs: Sequence[TensorJob], work: Callable[[TensorStream], R]) -> list[list[R]]:
-        """Do the work on every tensor, largest first so that nobody is left alone with a large one.
+        """Do the work on every tensor. Return what each worker of each tensor returned.
 
-        Returns what each worker of each tensor returned. A team is complete in the end, as the executor
-        has a thread for each of its members, and these stand one after the other in its queue.
+        The largest tensors come first, so that none of them is left for one worker at the end. A group
+        always becomes complete: its tasks are neighbours in the queue, and the pool has a thread for each.
         """
 
-        def run(job: TensorJob, team: Team) -> R:
+        def run(job: TensorJob, group: ThreadGroup) -> R:
             arena = self._arenas.get()
             try:
                 stream = TensorStream(
@@ -222,38 +235,37 @@ class Crew:
                     arena,
                     self.plan,
                     self.traffic,
-                    self._moves,
+                    self._permutations,
                     self._importance,
-                    team.join(),
+                    group.join(),
                 )
                 return work(stream)
             except BaseException:
-                team.abort()
+                group.abort()
                 raise
             finally:
                 self._arenas.put(arena)
 
-        teams = [Team(job.workers, job.n_blocks) for job in jobs]
+        groups = [ThreadGroup(job.workers, job.n_blocks) for job in jobs]
         order = sorted(range(len(jobs)), key=lambda i: -jobs[i].out.n_elements)
         with ThreadPoolExecutor(self.plan.workers, "edgemerge") as executor:
-            futures = {
-                i: [executor.submit(run, jobs[i], teams[i]) for _ in range(jobs[i].workers)]
-                for i in order
-            }
+            # Submit inside `try`: after an interrupt here, a part of a group would wait for the rest.
             try:
-                self._wait([future for members in futures.values() for future in members])
+                futures = {
+                    i: [executor.submit(run, jobs[i], groups[i]) for _ in range(jobs[i].workers)]
+                    for i in order
+                }
+                self._wait([future for part in futures.values() for future in part])
             except BaseException:
                 self.traffic.stop.set()
-                for team in teams:
-                    team.abort()
-                for members in futures.values():
-                    for future in members:
-                        future.cancel()
+                for group in groups:
+                    group.abort()
+                executor.shutdown(wait=False, cancel_futures=True)
                 raise
         return [[future.result() for future in futures[i]] for i in range(len(jobs))]
 
     def _wait(self, futures: Sequence[Future[R]]) -> None:
-        """Wait for all, or raise the first error in time: the others stopped because of it."""
+        """Wait for all, or raise the first error."""
         finished: queue.Queue[Future[R]] = queue.Queue()
         for future in futures:
             future.add_done_callback(finished.put)
@@ -262,21 +274,27 @@ class Crew:
             with suppress(queue.Empty):
                 error = finished.get(timeout=POLL_SECONDS).exception()
                 left -= 1
-                # Stopped is what became of the others in a team; the reason is on its way.
+                # Other workers of a group raise Stopped. The error that caused it comes too.
                 if error is not None and not isinstance(error, Stopped):
                     raise error
             self._report()
 
     def _report(self) -> None:
-        """Tell how far it is; what was taken over counts as read and written."""
+        """Report progress. What an earlier run finished counts as read and written."""
         if self._progress is not None:
             done = self._taken_over + self.traffic.read + self.traffic.written
-            # A worker of a team that takes more blocks than its share reads some again.
+            # A worker that takes more blocks than planned reads some of them again.
             self._progress(min(done, self._total), self._total)
 
 
+def _measured_layer(job: TensorJob) -> int | None:
+    """Return the layer whose sum the method needs for this tensor; None where it needs none."""
+    spans = not job.is_byte_copy and METHODS[job.method].spans_layer(job)
+    return layer_index(job.out.name) if spans else None
+
+
 def _say(model: str, found: Sequence[HeadPlan | Skipped]) -> list[str]:
-    """One sentence on what moved, one for every reason why something was left alone."""
+    """Say in one sentence what moved, and in one each why something did not."""
     plans = [heads for heads in found if isinstance(heads, HeadPlan)]
     moved = sum(not heads.is_identity for heads in plans)
     notes = [f"attention heads of {model} moved in {moved} of {len(plans)} layers"] if plans else []

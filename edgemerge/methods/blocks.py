@@ -9,33 +9,32 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemerge.methods.shared_tensor import Member
+from edgemerge.methods.shared_tensor import GroupThread
 from edgemerge.types import Float32, Float64, TensorJob
 
-__all__ = ["ELECTION_TILE", "NON_FINITE", "N_HIGH", "N_LOW", "RANK_BINS", "SUM_LANES"]
-__all__ += ["Block", "BlockStream", "least_beyond", "model_weights"]
+__all__ = ["ELECTION_TILE", "NON_FINITE", "RANK_BINS", "SUM_LANES"]
+__all__ += ["Block", "BlockStream", "least_overflow", "model_weights"]
 
-NON_FINITE = 0x7F800000  # bits of infinity: everything from here on is infinite or NaN
-BEYOND_HALF = 0x477FF000  # bits of 65520, the least magnitude that float16 rounds to infinity
+NON_FINITE = 0x7F800000  # bits of infinity; larger bits are NaN
+HALF_OVERFLOW = 0x477FF000  # bits of 65520, the least magnitude that float16 rounds to infinity
 
 # What working memory is measured by.
 SUM_LANES = 32  # LANES of kernels/gram.py and kernels/norms.py: partial sums of one row
 ELECTION_TILE = 1024  # TILE of kernels/ties.py
 RANK_BINS = 2048  # RADIX of kernels/della.py
-N_HIGH, N_LOW = 1 << 15, 1 << 16  # bins of the two passes of the radix select
 
 
 @dataclass(slots=True)
 class Block:
-    """Some rows of one tensor, decoded; the arrays are the worker's own and may be overwritten."""
+    """Some rows of one tensor, decoded. The arrays belong to the worker, who may overwrite them."""
 
     number: int
     first: int  # flat index of the first element
     n_cols: int
     base: Float32 | None  # (n,)
-    experts: Float32  # (n_experts, n); task vectors for methods that keep them
-    is_pruned: bool = False  # in place, by an earlier pass
-    n_beyond: int | None = None  # results that the output cannot hold, if counted
+    experts: Float32  # (n_experts, n); task vectors where `Method.takes_deltas`
+    is_pruned: bool = False  # an earlier pass pruned `experts` in place
+    n_overflows: int | None = None  # results that the output type cannot hold; None: not counted
 
     @property
     def n_rows(self) -> int:
@@ -44,21 +43,22 @@ class Block:
 
 
 class BlockStream(Protocol):
-    """The blocks of one tensor, as often as asked for, and working memory beside them."""
+    """The blocks of one tensor, for as many passes as needed, and working memory."""
 
     job: TensorJob
     seed: int
-    team: Member  # this worker's place among those who make the tensor
+    group: GroupThread  # this worker among those that make the tensor
+    layer_sum: Float64 | None  # what `Method.measure` returned, summed over the tensor's layer
 
     def blocks(self) -> Iterator[Block]:
-        """Yield the blocks that this worker makes, in row order, the same in every pass.
+        """Yield this worker's blocks in row order, the same in every pass.
 
-        Some are held from one pass to the next and come as they were left; the others are loaded again.
-        So only the last pass overwrites blocks, but for pruning, which a block remembers.
+        A cached block comes as the last pass left it; any other is loaded again. So only the last pass may
+        overwrite blocks. Pruning is the exception: `Block.is_pruned` records it.
         """
 
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
-        """Return working memory, uninitialised, that lives as long as the stream."""
+        """Return uninitialised working memory that lives as long as the stream."""
 
 
 def model_weights(job: TensorJob) -> Float64:
@@ -66,6 +66,6 @@ def model_weights(job: TensorJob) -> Float64:
     return np.array([expert.settings["weight"] for expert in job.experts], np.float64)
 
 
-def least_beyond(dtype: str) -> int:
+def least_overflow(dtype: str) -> int:
     """Return the bits of the least magnitude, as float32, that a type cannot hold."""
-    return NON_FINITE if dtype in ("F32", "BF16") else BEYOND_HALF
+    return NON_FINITE if dtype in ("F32", "BF16") else HALF_OVERFLOW

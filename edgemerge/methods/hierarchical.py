@@ -1,9 +1,8 @@
 """The hierarchical method's second half: task vectors weighted by their cosine similarity.
 
-Its first half, the alignment of attention heads by sparse optimal transport, happens where experts are read
-(`edgemerge.alignment.reordering`), so that every method can use it. Here the Gram matrix of the aligned
-task vectors is measured over a tensor, a transformer block or each row, and `edgemerge.methods.weighting`
-turns it into one factor per expert.
+The first half aligns attention heads. It works where experts are read (`edgemerge.alignment.reordering`), so
+every method can use it. Here the Gram matrix of the aligned task vectors is measured over a tensor, a
+transformer block or each row. `edgemerge.methods.weighting` turns it into one factor per expert.
 """
 
 from __future__ import annotations
@@ -12,20 +11,23 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from edgemerge.errors import RecipeError
 from edgemerge.methods.blocks import SUM_LANES, Block, BlockStream, model_weights
-from edgemerge.methods.weighting import factors
+from edgemerge.methods.method import Described, Method, WorkingMemory, always, check_weights
+from edgemerge.methods.parameters import LAMBDA, WEIGHT, Parameter
+from edgemerge.methods.weighting import WEIGHTINGS, factors
 from edgemerge.native import KernelFile
 from edgemerge.types import Float32, Float64
 
-__all__ = ["hierarchical_blocks", "survey_gram"]
+__all__ = ["HIERARCHICAL"]
 
 gram, linear = KernelFile("gram"), KernelFile("linear")
 
 
-def survey_gram(stream: BlockStream) -> Float64:
+def _survey_gram(stream: BlockStream) -> Float64:
     """Measure the Gram matrix of a tensor's task vectors, (n_experts, n_experts)."""
     n_experts = len(stream.job.experts)
-    total = stream.team.row_sum((n_experts, n_experts))
+    total = stream.group.row_sum((n_experts, n_experts))
     grams, lanes = _row_memory(stream)
     for block in stream.blocks():
         rows = grams[: block.n_rows]
@@ -34,29 +36,19 @@ def survey_gram(stream: BlockStream) -> Float64:
     return total.total()
 
 
-def hierarchical_blocks(
-    stream: BlockStream, shared_gram: Float64 | None = None
-) -> Iterator[tuple[Block, Float32]]:
-    """Yield the blocks of `base + lambda * sum_m u_m delta_m`.
-
-    Parameters
-    ----------
-    stream : BlockStream
-        Of one tensor, with task vectors.
-    shared_gram : (n_experts, n_experts) float64, optional
-        Measured over a whole transformer block (scope `block`); else the tensor's own is surveyed.
-    """
+def _weighted(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
+    """Yield the blocks of `base + lambda * sum_m u_m delta_m`."""
     job = stream.job
     weighting, scale = str(job.settings["weighting"]), float(job.settings["lambda"])
     weights = model_weights(job)
     if job.settings["scope"] == "row":
         yield from _row_blocks(stream, weighting, scale)
         return
-    measured = survey_gram(stream) if shared_gram is None else shared_gram
-    shares = factors(measured, weights, weighting).astype(np.float32)
+    measured = _survey_gram(stream) if stream.layer_sum is None else stream.layer_sum
+    scales = factors(measured, weights, weighting).astype(np.float32)
     for block in stream.blocks():
         assert block.base is not None
-        linear.add_deltas(shares, np.ones_like(shares), scale, block.experts, block.base)
+        linear.add_deltas(scales, np.ones_like(scales), scale, block.experts, block.base)
         yield block, block.base
 
 
@@ -69,9 +61,9 @@ def _row_blocks(
     for block in stream.blocks():
         rows = grams[: block.n_rows]
         gram.row_grams(block.experts, block.n_cols, lanes, rows)
-        shares = factors(rows, weights, weighting).astype(np.float32)
+        scales = factors(rows, weights, weighting).astype(np.float32)
         assert block.base is not None
-        gram.combine_rows(shares, block.n_cols, block.experts)
+        gram.combine_rows(scales, block.n_cols, block.experts)
         linear.add_scaled(block.experts[0], scale, block.base)
         yield block, block.base
 
@@ -82,3 +74,64 @@ def _row_memory(stream: BlockStream) -> tuple[Float64, Float64]:
     shape = (max(1, stream.job.rows_per_block), n_experts, n_experts)
     grams, lanes = stream.take(shape, np.float64), stream.take((SUM_LANES,), np.float64)
     return grams.view(np.float64), lanes.view(np.float64)
+
+
+# -- the record ----------------------------------------------------------------------------------
+
+SCOPES = ("tensor", "block", "row")
+GRAM = ("row_grams", "row_dots", "add_rows", "combine_rows")
+
+
+def _passes(tensor: Described) -> int:
+    return 1 if tensor.settings["scope"] == "row" else 2
+
+
+def _memory(tensor: Described) -> WorkingMemory:
+    gram_bytes = 8 * len(tensor.experts) ** 2
+    return WorkingMemory(gram_bytes, gram_bytes)
+
+
+def _check(tensor: Described) -> None:
+    if tensor.settings["weighting"] != "paper":
+        check_weights(tensor, "change them")
+    elif len(tensor.experts) != 2:
+        raise RecipeError(
+            f"the paper's weighting is defined for two models, not {len(tensor.experts)}; "
+            "use weighting: agreement",
+            field="weighting",
+        )
+
+
+def _spans_layer(tensor: Described) -> bool:
+    return tensor.settings["scope"] == "block" and tensor.name.startswith("blk.")
+
+
+HIERARCHICAL = Method(
+    "hierarchical",
+    "align attention heads by optimal transport, weight changes by their cosine similarity",
+    "arXiv 2511.13373",
+    parameters=(
+        WEIGHT.by_default(1.0),
+        Parameter(
+            "weighting", "rule that turns cosines into factors", "agreement", "word", WEIGHTINGS
+        ),
+        Parameter("scope", "what the cosines are measured over", "tensor", "word", SCOPES),
+        LAMBDA,
+    ),
+    kernels=(
+        "linear.subtract",
+        "linear.add_deltas",
+        "linear.add_scaled",
+        *(f"gram.{name}" for name in GRAM),
+    ),
+    blocks=_weighted,
+    needs_base=True,
+    align="hard",
+    passes=_passes,
+    memory=_memory,
+    check=_check,
+    takes_deltas=always,
+    spans_layer=_spans_layer,
+    measure=_survey_gram,
+    presets={"paper": {"weighting": "paper"}},
+)

@@ -1,4 +1,4 @@
-"""What survives of a task vector: nothing, a random part, or what lies between two magnitudes."""
+"""Pruning a task vector: keep nothing, a random part, or all between two magnitudes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,20 @@ EVERYTHING = 0x7FFFFFFF  # above every magnitude
 
 
 class Pruner:
-    """Decides which entries of one task vector survive; this one keeps all of them."""
+    """Decides which entries of one task vector are kept. This one keeps all of them."""
 
-    scale = 1.0  # of what survives
+    scale = 1.0  # factor of what is kept
 
     def prune(self, block: Block, delta_f32: Float32) -> None:
-        """Zero what is dropped of this block's rows."""
+        """Set the dropped entries of a block to zero.
+
+        Parameters
+        ----------
+        block : Block
+            Tells where the entries are in the tensor.
+        delta_f32 : (n_rows * n_cols,) float32
+            Task vector of the block's rows, overwritten.
+        """
 
 
 class NothingLeft(Pruner):
@@ -38,30 +46,30 @@ class NothingLeft(Pruner):
 
 
 class RandomPruner(Pruner):
-    """DARE: an independent draw per element."""
+    """DARE: keep each entry with the same probability (Yu et al. 2024)."""
 
     def __init__(self, key: int, density: float) -> None:
         self.key = np.uint64(key)
         self.threshold = np.uint64(math.ceil(density * (1 << 24)))
 
     def prune(self, block: Block, delta_f32: Float32) -> None:
-        """Draw by flat index."""
+        """Draw for each flat index."""
         dare.drop_random(self.key, np.uint64(block.first), self.threshold, delta_f32)
 
 
 class RankPruner(Pruner):
-    """DELLA: a draw whose probability grows with the magnitude's rank in its row."""
+    """DELLA: keep an entry with a probability that grows with its rank in its row (Deep et al. 2024)."""
 
     def __init__(
         self, key: int, density: float, epsilon: float, unbiased: bool, scratch: NDArray[np.uint32]
     ) -> None:
         self.key = np.uint64(key)
         self.density, self.epsilon = density, epsilon
-        self.unbiased = unbiased  # divide what is kept by its own probability
+        self.unbiased = unbiased
         self.scratch = scratch
 
     def prune(self, block: Block, delta_f32: Float32) -> None:
-        """Draw by flat index and rank; with `unbiased`, rescale at once."""
+        """Draw for each flat index and rank. With `unbiased`, divide by the probability."""
         della.drop_by_rank(
             self.key,
             np.uint64(block.first),
@@ -76,7 +84,15 @@ class RankPruner(Pruner):
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A magnitude (as bits), and those of its ties that are kept: [first, stop) in flat index order."""
+    """A magnitude, and which of the entries that have it are kept.
+
+    Attributes
+    ----------
+    magnitude : int
+        Bits of the float32, without the sign.
+    first, stop : int
+        The kept entries are number `first` to `stop - 1` of those that have the magnitude, by flat index.
+    """
 
     magnitude: int
     first: int
@@ -84,20 +100,39 @@ class Cut:
 
 
 class CutPruner(Pruner):
-    """TIES and Breadcrumbs: keep the magnitudes between two exact order statistics."""
+    """TIES and Breadcrumbs: keep the magnitudes between two exact order statistics.
+
+    Parameters
+    ----------
+    low, high : Cut
+        Entries between the two magnitudes are kept. `edgemerge.methods.selection` finds them.
+    n_before : RowSum
+        Sum of (2,): entries at each of the two magnitudes, over the tensor's rows. It tells each block how
+        many there are in earlier blocks.
+    """
 
     def __init__(self, low: Cut, high: Cut, n_before: RowSum) -> None:
         self._cuts = low, high
         self._n_before = n_before
-        self._ties: dict[int, NDArray[np.int64]] = {}  # by block: ties before it, and in it
+        self._ties: dict[
+            int, NDArray[np.int64]
+        ] = {}  # block number -> (2, 2): ties before it, and in it
 
     def prune(self, block: Block, delta_f32: Float32) -> None:
-        """Compare magnitudes; of ties keep those whose turn it is."""
+        """Compare magnitudes, and count off the entries whose magnitude is that of a cut.
+
+        Example: the tensor is 5 -2 | 2 1 -2 2, in two blocks, and TIES keeps the 3 largest of 6. The cut is
+        at magnitude 2, where `Cut(2, 0, 2)` keeps the first two of four ties. In the first block no tie
+        precedes: 5 and -2 are kept. In the second block one tie precedes. So the 2 at the start is the
+        second tie and is kept; 1 is too small; the last two ties are the third and fourth, and dropped.
+        The result is 5 -2 | 2 0 0 0. Inside a block the cut falls at one index, `turns`. The entries before
+        it are compared with one pair of bounds, and those from it on with another.
+        """
         if block.number not in self._ties:
             self._ties[block.number] = self._count(block, delta_f32)
         before, own = self._ties[block.number]
         kept = [cut.first <= n < cut.stop for cut, n in zip(self._cuts, before, strict=True)]
-        turns = []  # index from which on ties of a cut are kept, or are not
+        turns = []  # (index, which cut, whether its ties are kept from there on)
         for i, cut in enumerate(self._cuts):
             for edge in (cut.first, cut.stop):
                 if before[i] < edge < before[i] + own[i]:

@@ -1,9 +1,8 @@
-"""What the workers on one tensor share: who makes which block, sums in row order, counters.
+"""A thread group: the workers on one tensor, who makes which block, sums in row order, counters.
 
-A tensor that is much of a model, as the embedding of a small one is, is made by all workers together.
-Each runs the same code (`edgemerge.methods.arithmetic`) over the blocks that it takes in turn, and meets the
-others here. What is added up per row is added in row order, whoever made the rows, so the result is that
-of one worker. A tensor with a worker of its own has a team of one, which waits for nobody.
+All workers together make a tensor that is much of the model, such as the embedding of a small model. Each
+runs `Method.blocks` over the blocks that it takes. Sums are added in row order, whichever worker made the
+rows, so the result is that of one worker. A tensor with one worker has a group of one, which never waits.
 """
 
 from __future__ import annotations
@@ -14,25 +13,22 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemerge.errors import Stopped
 from edgemerge.native import KernelFile
 from edgemerge.types import Float64
 
-__all__ = ["Member", "RowSum", "Stopped", "Team"]
+__all__ = ["GroupThread", "RowSum", "ThreadGroup"]
 
 gram = KernelFile("gram")
 
 
-class Stopped(Exception):
-    """Another worker failed, or the user interrupted: give up at once."""
-
-
-class Team:
+class ThreadGroup:
     """The workers on one tensor.
 
     Parameters
     ----------
     n_workers : int
-        How many will join; `Member.add_counts` waits for all of them.
+        Workers that will join. `GroupThread.add_counts` waits for all of them.
     n_blocks : int
         Blocks of rows of the tensor.
     """
@@ -42,18 +38,18 @@ class Team:
         self.n_blocks = n_blocks
         self.changed = threading.Condition()
         self.failed = False
-        self.next_block = 0  # the first that nobody took
+        self.next_block = 0  # the first that no worker took
         self.sums: list[RowSum] = []
-        self.counts: list[NDArray[np.uint32]] = []  # of those who wait at the barrier
+        self.counts: list[NDArray[np.uint32]] = []  # of the workers that wait at the barrier
         self.barrier = threading.Barrier(n_workers, self._add_up)
         self.n_finished = 0
 
-    def join(self) -> Member:
-        """Return a worker's place in the team."""
-        return Member(self)
+    def join(self) -> GroupThread:
+        """Return a worker's place in the group."""
+        return GroupThread(self)
 
     def abort(self) -> None:
-        """Let everybody who waits give up."""
+        """Make every worker that waits raise `Stopped`, now and later."""
         with self.changed:
             self.failed = True
             self.changed.notify_all()
@@ -69,20 +65,24 @@ class Team:
 
 
 class RowSum:
-    """A running sum over the rows of a tensor, in row order."""
+    """A running sum over the rows of a tensor, in row order.
 
-    def __init__(self, team: Team, shape: tuple[int, ...]) -> None:
-        self._team = team
+    Additions in another order would round differently. So a worker waits until all blocks before its own
+    are added.
+    """
+
+    def __init__(self, group: ThreadGroup, shape: tuple[int, ...]) -> None:
+        self._group = group
         self._sum = np.zeros(shape, np.float64)
         self._next = 0  # block whose turn it is
 
     def add(self, i_block: int, rows_f64: Float64) -> Float64:
-        """Add a block's rows, one after the other, when all blocks before it are in.
+        """Add a block's rows one after the other. Waits until all blocks before it are added.
 
         Parameters
         ----------
         i_block : int
-            Every block of a pass must be added once.
+            Number of the block. Every block of a pass must be added once.
         rows_f64 : (n_rows, *shape) float64
             What each row contributes.
 
@@ -90,79 +90,90 @@ class RowSum:
         -------
         before : (*shape,) float64
             The sum of all rows before the block.
+
+        Raises
+        ------
+        Stopped
+            Another worker failed.
         """
-        with self._team.changed:
+        with self._group.changed:
             self._wait_for(i_block)
             before = self._sum.copy()
             gram.add_rows(rows_f64.reshape(len(rows_f64), -1), self._sum.reshape(-1))
             self._next += 1
-            self._team.changed.notify_all()
+            self._group.changed.notify_all()
         return before
 
     def total(self) -> Float64:
-        """Return the sum over the tensor, when all blocks are in."""
-        with self._team.changed:
-            self._wait_for(self._team.n_blocks)
+        """Return the sum over the tensor. Waits until all blocks are added; raises `Stopped` as `add`."""
+        with self._group.changed:
+            self._wait_for(self._group.n_blocks)
             return self._sum
 
     def _wait_for(self, i_block: int) -> None:
-        self._team.changed.wait_for(lambda: self._next == i_block or self._team.failed)
-        if self._team.failed:
+        self._group.changed.wait_for(lambda: self._next == i_block or self._group.failed)
+        if self._group.failed:
             raise Stopped
 
 
-class Member:
-    """One worker's place in a team; all members make the same calls in the same order."""
+class GroupThread:
+    """One worker of a group. All workers of a group make the same calls in the same order."""
 
-    def __init__(self, team: Team) -> None:
-        self._team = team
-        self._blocks: list[int] | None = None  # that were taken in the first pass
+    def __init__(self, group: ThreadGroup) -> None:
+        self._group = group
+        self._blocks: list[int] | None = None  # taken in the first pass
         self._n_sums = 0
 
     def take_blocks(self) -> Iterator[int]:
-        """Yield the numbers of the blocks that this worker makes in another pass, ascending.
+        """Yield the numbers of this worker's blocks for one pass, ascending.
 
-        In the first pass they are taken in turn, later they are the same, as some are held in memory.
+        In the first pass each worker takes the next free block. Later passes repeat the same blocks, as
+        some of them are in the worker's cache.
         """
         if self._blocks is None:
             self._blocks = []
-            while (number := self._take_next()) < self._team.n_blocks:
+            while (number := self._take_next()) < self._group.n_blocks:
                 self._blocks.append(number)
                 yield number
         else:
             yield from self._blocks
 
     def _take_next(self) -> int:
-        with self._team.changed:
-            number = self._team.next_block
-            self._team.next_block += 1
+        with self._group.changed:
+            number = self._group.next_block
+            self._group.next_block += 1
         return number
 
     def row_sum(self, shape: tuple[int, ...]) -> RowSum:
-        """Return a sum over rows, zero as yet, that the team has in common."""
-        with self._team.changed:
-            if self._n_sums == len(self._team.sums):
-                self._team.sums.append(RowSum(self._team, shape))
+        """Return a new sum over rows, the same object for all workers of the group."""
+        with self._group.changed:
+            if self._n_sums == len(self._group.sums):
+                self._group.sums.append(RowSum(self._group, shape))
             self._n_sums += 1
-            return self._team.sums[self._n_sums - 1]
+            return self._group.sums[self._n_sums - 1]
 
     def add_counts(self, counts_u32: NDArray[np.uint32]) -> None:
-        """Add what the others counted to what this worker counted; waits for all of them.
+        """Add up the counts of all workers. Waits for all of them.
 
         Parameters
         ----------
         counts_u32 : (n_bins,) uint32
-            Overwritten by the sum over the team.
+            This worker's counts, overwritten by the sum over the group.
+
+        Raises
+        ------
+        Stopped
+            Another worker failed.
         """
-        with self._team.changed:
-            self._team.counts.append(counts_u32)
+        with self._group.changed:
+            self._group.counts.append(counts_u32)
         try:
-            self._team.barrier.wait()
+            self._group.barrier.wait()
         except threading.BrokenBarrierError:
             raise Stopped from None
 
     def finish(self) -> bool:
-        """Leave the team; tell whether all others have left."""
-        with self._team.changed:
-            self._team.n_finished += 1
-            return self._team.n_finished == self._team.n_workers
+        """Leave the group. Return True for the last worker."""
+        with self._group.changed:
+            self._group.n_finished += 1
+            return self._group.n_finished == self._group.n_workers

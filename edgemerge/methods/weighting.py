@@ -29,7 +29,7 @@ from edgemerge.types import Float64
 __all__ = ["WEIGHTINGS", "factors"]
 
 WEIGHTINGS = ("agreement", "paper", "stock", "linear")
-INACTIVE = 1e-12  # share of the largest norm below which a model did not change the tensor
+INACTIVE = 1e-12  # of the largest norm; a model with a smaller norm did not change the tensor
 
 
 def factors(grams: Float64, weights: Float64, weighting: str) -> Float64:
@@ -53,19 +53,19 @@ def factors(grams: Float64, weights: Float64, weighting: str) -> Float64:
     active = norms > INACTIVE * norms.max(axis=-1, keepdims=True)
     cosines = _cosines(grams, norms, active)
     if weighting == "paper":
-        share = np.clip(cosines[..., 0, 1], 0.0, None)
-        return np.asarray(np.stack([1.0 - share, share], axis=-1), np.float64)
-    shares: Float64 = np.where(active, weights, 0.0)
-    total = _sum(shares)[..., None]
-    shares = np.divide(shares, total, out=np.zeros_like(shares), where=total != 0)
+        fraction = np.clip(cosines[..., 0, 1], 0.0, None)
+        return np.asarray(np.stack([1.0 - fraction, fraction], axis=-1), np.float64)
+    fractions: Float64 = np.where(active, weights, 0.0)
+    total = _sum(fractions)[..., None]
+    fractions = np.divide(fractions, total, out=np.zeros_like(fractions), where=total != 0)
     if weighting == "stock":
-        return np.asarray(shares * _stock_step(cosines)[..., None])
+        return np.asarray(fractions * _stock_step(cosines)[..., None])
     if weighting == "agreement":
         agreed = np.clip(cosines, 0.0, 1.0)
-        energy = _sum(shares * _sum(agreed * shares[..., None, :]))
+        energy = _sum(fractions * _sum(agreed * fractions[..., None, :]))
         scale = np.divide(1.0, np.sqrt(energy), out=np.zeros_like(energy), where=energy > 0)
-        return np.asarray(shares * scale[..., None])
-    return shares
+        return np.asarray(fractions * scale[..., None])
+    return fractions
 
 
 def _cosines(grams: Float64, norms: Float64, active: NDArray[np.bool_]) -> Float64:

@@ -85,7 +85,7 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
     },
     "norms": {
         "row_norms": "f4[::1], i8, i8, f8[::1], f8[:,::1]",
-        "count_beyond": "f4[::1], i8, i8[::1]",
+        "count_overflows": "f4[::1], i8, i8[::1]",
     },
     "permute": {
         "mix_columns": "i8[::1], i8[::1], f4[::1], f4[::1], f4[::1]",

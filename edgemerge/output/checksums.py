@@ -47,12 +47,12 @@ class _Run:
 
 @dataclass(slots=True)
 class RowChecksum:
-    """What one worker saw of a tensor."""
+    """CRC-32 of the rows that one worker read or wrote, in pieces."""
 
     runs: list[_Run] = field(default_factory=list)
 
     def add(self, start: int, n_rows: int, raw_u8: UInt8) -> None:
-        """Take rows from `start` on into account; cheapest where they continue those before."""
+        """Add rows from `start` on. This is cheapest where they continue the rows before."""
         if not self.runs or self.runs[-1].stop != start:
             self.runs.append(_Run(start, start, 0, 0))
         run = self.runs[-1]

@@ -1,8 +1,8 @@
-"""The output file: written beside its name as a part, renamed when it is whole.
+"""The output file: written beside its name as a part, and renamed when it is whole.
 
-Nothing under the final name is touched before the last step, so an interrupted or failed merge
-leaves what was there. The part is locked: a second merge to the same name is refused. What is in a part
-that an earlier run left may be kept; `edgemerge.output.journal` knows what it is worth.
+The final name is touched only in the last step, so an interrupted or failed merge leaves the old file. The
+part is locked: a second merge to the same name is refused. A part that an earlier run left may be kept;
+`edgemerge.output.journal` tells which of its tensors are finished.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class OutputFile:
         self.is_ours = False
 
     def open(self) -> None:
-        """Make the part and lock it; `__exit__` is to be called whatever becomes of this.
+        """Make the part and lock it. Call `__exit__` afterwards, also when this fails.
 
         Raises
         ------
@@ -115,7 +115,7 @@ class OutputFile:
             )
 
     def _lock_part(self) -> bool:
-        """Lock the part; tell whether it still has its name, which whoever held the lock may take."""
+        """Lock the part. Return False where another merge, which had the lock, has renamed or removed it."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -165,7 +165,7 @@ class OutputFile:
         if self.is_ours and not self.keeps and not self._published:
             with contextlib.suppress(OSError):
                 self.part.unlink()
-        if self.is_ours:  # else the lock lasts as long as a thread that is inside a sync
+        if self.is_ours:  # a thread inside a sync would keep the lock
             fcntl.flock(self._fd, fcntl.LOCK_UN)
         self._close()
 
@@ -191,12 +191,12 @@ class OutputFile:
             raise OutputError(f"could not be written ({error.strerror})", path=self.path) from error
 
     def chunks(self) -> Iterator[memoryview]:
-        """Read the file as it stands on disk; each piece is valid until the next."""
+        """Read the file as it is on disk. Each piece is valid until the next."""
         with self._finishing():
             yield from read_chunks(self._fd, 0, self.n_bytes)
 
     def crc32(self, offset: int, n_bytes: int) -> int:
-        """Return the CRC-32 of a piece as it stands on disk: not of what a cache may hold."""
+        """Return the CRC-32 of a piece as it is on disk, not in a cache."""
         forget_range(self._fd, offset, n_bytes)
         crc = 0
         for chunk in read_chunks(self._fd, offset, n_bytes):
@@ -301,7 +301,7 @@ def sync_folder(path: Path) -> None:
 
 
 def write_file(path: Path, raw: bytes) -> None:
-    """Write bytes that are all there as a file, replacing what was there by a whole one.
+    """Write a small file whole, and replace a file of that name.
 
     Raises
     ------

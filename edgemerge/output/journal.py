@@ -1,15 +1,15 @@
-"""What is finished of an output, on disk, so that a merge that was cut short goes on.
+"""The journal of an output: which tensors are finished, on disk, so that an interrupted merge can go on.
 
-The journal lies beside the part of the output's first file. A line is a CRC-32 and what it vouches for::
+The journal lies beside the part of the output's first file. A line is a CRC-32 and the text it is of::
 
-    5e0c1a2b edgemerge-journal 1 WORK INPUTS       what the bytes follow from, as hashes
+    5e0c1a2b edgemerge-journal 1 WORK INPUTS       hashes of all that decides the bytes
     0b21f7c4 tensor 17 OUTPUT INPUT ...            a finished tensor, by number, with its checksums
     c51f0a93 files INODE BYTES MTIME_NS ...        the finished files, just before they are named
 
-A line is written only after the bytes that it speaks of are on the medium, not merely in the page cache.
-Waiting for the medium is dear, on flash above all, so lines go out in batches, from a thread of their own:
-a power cut costs what was in flight and one batch. What an earlier run wrote is never believed unread: the
-checksums decide (`edgemerge.output.resume`).
+A line is written only when the bytes of its tensor are on the medium, not only in the page cache. Waiting
+for the medium takes long, above all on flash. So a thread of its own writes lines in batches. A power cut
+loses one batch and what was being written. A later run reads every tensor again and compares its checksum
+(`edgemerge.output.resume`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,18 @@ from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import sync_folder
 from edgemerge.types import FileState
 
-__all__ = ["Entries", "FileMark", "Journal", "Origin", "journal_path", "mark_file", "read_journal"]
+__all__ = [
+    "Entries",
+    "FileMark",
+    "Fingerprint",
+    "Journal",
+    "journal_path",
+    "mark_file",
+    "read_journal",
+]
 
 MAGIC = "edgemerge-journal 1"
-BATCH_BYTES = 16 << 20  # of finished tensors; who is stopped has to wait for as much to be written
+BATCH_BYTES = 16 << 20  # of finished tensors; a stop waits until as much is written
 BATCH_SECONDS = 3.0
 MAX_BYTES = 64 << 20  # of a journal: a million tensors
 FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -41,8 +49,8 @@ FileMark: TypeAlias = tuple[int, int, int]  # inode, bytes, mtime in ns
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """Hashes of all that decides an output's bytes; budget, threads and block size do not."""
+class Fingerprint:
+    """Hashes of all that decides an output's bytes. Budget, threads and block size do not decide them."""
 
     work: str  # recipe, version, layout
     inputs: str  # the models' files
@@ -52,9 +60,9 @@ class Origin:
 class Entries:
     """What a journal says."""
 
-    origin: Origin
+    fingerprint: Fingerprint
     results: dict[int, TensorResult] = field(default_factory=dict)  # by number of the tensor
-    files: tuple[FileMark, ...] = ()  # of finished files; none where these were not
+    files: tuple[FileMark, ...] = ()  # of finished files; empty before all are finished
     n_bytes: int = 0  # of the lines that are whole
 
 
@@ -64,7 +72,7 @@ def journal_path(output: Path) -> Path:
 
 
 def mark_file(state: FileState) -> FileMark:
-    """Return what a file is known by, whatever its name and wherever it is mounted."""
+    """Return what identifies a file under any name and mount point."""
     return state.inode, state.n_bytes, state.mtime_ns
 
 
@@ -72,7 +80,7 @@ def mark_file(state: FileState) -> FileMark:
 
 
 def read_journal(path: Path) -> Entries | None:
-    """Read a journal; None where there is none, or it was torn before its first line was whole.
+    """Read a journal. Return None where there is none, or where not even its first line is complete.
 
     A last line that is torn is what a power cut leaves, and does not count.
 
@@ -107,7 +115,7 @@ def _read(path: Path) -> bytes:
 
 
 def _parse_line(line: bytes) -> str | None:
-    """Return what a line vouches for; None where it is torn or damaged."""
+    """Return the text of a line; None where it is incomplete or damaged."""
     checksum, _, text = line.removesuffix(b"\n").partition(b" ")
     is_whole = line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text)
     return text.decode("ascii", errors="replace") if is_whole else None
@@ -127,7 +135,7 @@ def _parse(texts: Sequence[str | None], n_bytes: int) -> Entries:
             files = tuple(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
         else:
             raise ValueError
-    return Entries(Origin(*head[-2:]), results, files, n_bytes)
+    return Entries(Fingerprint(*head[-2:]), results, files, n_bytes)
 
 
 # -- writing -----------------------------------------------------------------------------------------
@@ -142,16 +150,16 @@ def _open_to_write(path: Path) -> int:
 
 
 class Journal:
-    """The journal of a merge that runs; the methods may be called from any thread.
+    """The journal of a running merge. Any thread may call its methods.
 
     Parameters
     ----------
     path : Path
-        From `journal_path`. Who holds the lock of the part may write it.
-    origin : Origin
+        From `journal_path`. The lock of the part must be held.
+    fingerprint : Fingerprint
         Of the output.
     earlier : Entries or None
-        What the file holds already, of the same origin; None to start it anew.
+        What the file holds already; None to start it anew.
     sync : callable
         Waits until all that was written to the output is on the medium.
 
@@ -162,14 +170,18 @@ class Journal:
     """
 
     def __init__(
-        self, path: Path, origin: Origin, earlier: Entries | None, sync: Callable[[], None]
+        self,
+        path: Path,
+        fingerprint: Fingerprint,
+        earlier: Entries | None,
+        sync: Callable[[], None],
     ) -> None:
         self.path = path
         self.finished = set(earlier.results) if earlier is not None else set()
         self._sync = sync
-        self._syncing: list[str] = []  # lines whose tensors are on their way to the medium
-        self._waiting: list[str] = []  # lines after these, and
-        self._n_waiting = 0  # bytes of the tensors that they speak of
+        self._syncing: list[str] = []  # lines whose tensors are being written to the medium
+        self._waiting: list[str] = []  # lines after these
+        self._n_waiting = 0  # bytes of the tensors of these lines
         self._changed = threading.Condition()
         self._is_ending = False
         self._error: OutputError | None = None
@@ -181,7 +193,7 @@ class Journal:
             self._fd = _open_to_write(path)
             os.ftruncate(self._fd, self._end)
             if earlier is None:
-                self._write([f"{MAGIC} {origin.work} {origin.inputs}"])
+                self._write([f"{MAGIC} {fingerprint.work} {fingerprint.inputs}"])
             self._thread.start()
         except BaseException as error:
             self._give_up(is_new=earlier is None)
@@ -190,14 +202,14 @@ class Journal:
             raise
 
     def _give_up(self, *, is_new: bool) -> None:
-        """Leave things as they were when it could not begin."""
+        """Close the file, and remove it where it is new."""
         if self._fd >= 0:
             os.close(self._fd)
             if is_new:
                 self.path.unlink()
 
     def add(self, number: int, result: TensorResult, n_bytes: int) -> None:
-        """Note a finished tensor of so many bytes; waits for no disk.
+        """Note a finished tensor of so many bytes. Does not wait for the disk.
 
         Raises
         ------
@@ -214,7 +226,7 @@ class Journal:
             self._changed.notify()
 
     def complete(self, files: Sequence[FileMark]) -> None:
-        """Make everything durable: all tensors, and what the finished files are.
+        """Make all tensors durable, and the marks of the finished files.
 
         Raises
         ------
@@ -233,9 +245,10 @@ class Journal:
             raise self._error
 
     def close(self) -> None:
-        """Note what is finished, without waiting for the disk: the checksums will show what it lost.
+        """Write the lines of all finished tensors, without waiting for the disk.
 
-        Where the disk failed nothing more is noted: pages that it refused may look well in the cache.
+        Checksums show later which tensors the disk lost. After a failure of the disk no line is written:
+        the page cache may still show what the disk refused.
         """
         with self._changed:
             self._is_ending = True
@@ -249,7 +262,7 @@ class Journal:
             self._fd = -1
 
     def remove(self) -> None:
-        """Remove the file: nothing is left to resume."""
+        """Remove the file, as nothing is left to resume."""
         self.close()
         with suppress(OSError):
             self.path.unlink()
@@ -269,7 +282,7 @@ class Journal:
         return self._is_ending or self._n_waiting >= BATCH_BYTES
 
     def _commit(self) -> None:
-        """Wait for the tensors, then write their lines and wait for these."""
+        """Wait until the tensors are on the medium, then write their lines, and wait for these."""
         with self._changed:
             self._syncing, self._waiting, self._n_waiting = self._waiting, [], 0
         try:

@@ -1,7 +1,7 @@
-"""The files of one output: usually one, several of a split model; all named at the end, or none.
+"""The files of one output: one, or several of a split model. All get their names at the end, or none.
 
-Beside them lies a journal. Left in the middle, by an interrupt or a disk that fails, parts and journal stay
-and the next run goes on with them; left by an error that a second run would meet again, nothing stays.
+A journal lies beside them. After an interrupt or a failure of the disk, parts and journal stay, and the next
+run goes on with them. After an error that a second run would meet again, nothing stays.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from edgemerge.output.file import OutputFile, read_chunks
 from edgemerge.output.journal import (
     Entries,
     FileMark,
+    Fingerprint,
     Journal,
-    Origin,
     journal_path,
     mark_file,
     read_journal,
@@ -34,15 +34,15 @@ __all__ = ["OutputParts", "find_named", "hash_named", "is_begun"]
 class OutputParts:
     """Output files, each under a part's name until all are published.
 
-    Used as a context manager, as `OutputFile` is, or by `open` with `__exit__` in somebody's care before:
-    then Ctrl-C at no moment leaves what nobody knows of.
+    Use it as a context manager. Or push it on an ExitStack before `open`, so that an interrupt at any moment
+    removes the files.
 
     Parameters
     ----------
     sizes : sequence of (path, bytes)
         Final names and sizes, in order.
-    origin : Origin
-        What the bytes follow from; what an earlier run left of another origin is given up.
+    fingerprint : Fingerprint
+        Of all that decides the bytes. What an earlier run with another fingerprint left is dropped.
 
     Attributes
     ----------
@@ -56,16 +56,16 @@ class OutputParts:
         Why it is a new start although an earlier run left something.
     """
 
-    def __init__(self, sizes: Sequence[tuple[Path, int]], origin: Origin) -> None:
+    def __init__(self, sizes: Sequence[tuple[Path, int]], fingerprint: Fingerprint) -> None:
         keeps = is_begun(sizes[0][0])
         self.earlier: Entries | None = None
         self.notes: tuple[str, ...] = ()
         self.files = [OutputFile(final, n_bytes, keeps=keeps) for final, n_bytes in sizes]
         self.journal: Journal | None = None
-        self._origin = origin
+        self._fingerprint = fingerprint
 
     def open(self) -> None:
-        """Make the files; `__exit__` is to be called whatever becomes of this.
+        """Make the files. Call `__exit__` afterwards, also when this fails.
 
         Raises
         ------
@@ -75,17 +75,17 @@ class OutputParts:
         first, *others = self.files
         path = journal_path(first.path)
         first.open()
-        if first.keeps:  # now that the journal is ours too
-            self._read_earlier(path, self._origin)
+        if first.keeps:  # the lock of the part protects the journal too
+            self._read_earlier(path, self._fingerprint)
             self._take_back([file.path for file in self.files])
         for file in others:
             file.open()
         if first.keeps:
             self._reserve(path)
-        self.journal = Journal(path, self._origin, self.earlier, self._sync_data)
+        self.journal = Journal(path, self._fingerprint, self.earlier, self._sync_data)
 
-    def _read_earlier(self, path: Path, origin: Origin) -> None:
-        """Read what an earlier run of the same origin finished; say why not."""
+    def _read_earlier(self, path: Path, fingerprint: Fingerprint) -> None:
+        """Read what an earlier run of the same merge finished, or note why nothing is taken over."""
         try:
             earlier = read_journal(path)
         except FormatError as error:
@@ -93,16 +93,18 @@ class OutputParts:
             return
         if earlier is None:
             return
-        if earlier.origin == origin:
+        if earlier.fingerprint == fingerprint:
             self.earlier = earlier
         elif earlier.results:
             what = (
-                "the models" if earlier.origin.work == origin.work else "the recipe or the version"
+                "the models"
+                if earlier.fingerprint.work == fingerprint.work
+                else "the recipe or the version"
             )
             self.notes = (f"the merge starts anew: {what} changed since it was interrupted",)
 
     def _take_back(self, finals: Sequence[Path]) -> None:
-        """Make parts again of the files that an earlier run named before its power went."""
+        """Make parts again of files that an earlier run had named before a power cut."""
         marks = self.earlier.files if self.earlier is not None else ()
         if len(marks) != len(finals) or _is_marked(finals[0], marks[0]):
             return
@@ -112,7 +114,7 @@ class OutputParts:
 
     def _reserve(self, journal: Path) -> None:
         if self.earlier is None:
-            journal.unlink()  # before the parts that it speaks of
+            journal.unlink()  # before the parts, which it lists
         for file in self.files:
             file.keeps = self.earlier is not None
             file.reserve()
@@ -127,14 +129,14 @@ class OutputParts:
             file.sync_data()
 
     def hash(self) -> tuple[str, tuple[FileReport, ...]]:
-        """Hash what stands on disk: the files one after the other, and each by itself."""
+        """Hash the files as they are on disk: all one after the other, and each by itself."""
         return _hash((file.path, file.n_bytes, file.chunks()) for file in self.files)
 
     def publish(self) -> None:
-        """Make all files durable, then give them their names, replacing what was there.
+        """Make all files durable, then give them their names, replacing files of these names.
 
-        The first file is what a model is loaded by: it goes before the others come, and comes last,
-        so that old and new files never make a model together, even after a power cut.
+        A model is loaded by its first file. So the old first file is removed first, and the new one is named
+        last. Old and new files never form a model together, even after a power cut.
 
         Raises
         ------
@@ -176,13 +178,15 @@ class OutputParts:
                 stack.push(file)
             if self.journal is not None:
                 self._end(self.journal, error)
-            elif self.files[0].is_ours and not self.files[0].keeps:  # a new start, cut short
+            elif (
+                self.files[0].is_ours and not self.files[0].keeps
+            ):  # a new start that was interrupted
                 journal = journal_path(self.files[0].path)
                 if journal.is_file() and not journal.is_symlink():
                     journal.unlink()
 
     def _end(self, journal: Journal, error: BaseException | None) -> None:
-        """Keep or remove what there is of an output that is not finished."""
+        """Keep or remove the parts and the journal of an unfinished output."""
         n_finished = len(journal.finished)
         stays = error is not None and n_finished > 0 and _may_go_on(error)
         for file in self.files:
@@ -198,20 +202,20 @@ class OutputParts:
 
 
 def is_begun(output: Path) -> bool:
-    """Tell whether an interrupted run left a journal of an output; of a split one, give its first file."""
+    """Tell whether an interrupted run left a journal of an output, given by its first file."""
     return journal_path(output).is_file()
 
 
-def find_named(finals: Sequence[Path], origin: Origin) -> set[Path]:
-    """Find the files to which an interrupted run had given their names: by inode and time.
+def find_named(finals: Sequence[Path], fingerprint: Fingerprint) -> set[Path]:
+    """Find the files that an interrupted run had named already, by inode and time.
 
-    Where these are all, that run had finished, and only lacked the time to say so.
+    Where these are all files, that run had finished its output.
     """
     try:
         earlier = read_journal(journal_path(finals[0]))
     except FormatError:
         return set()
-    if earlier is None or earlier.origin != origin or len(earlier.files) != len(finals):
+    if earlier is None or earlier.fingerprint != fingerprint or len(earlier.files) != len(finals):
         return set()
     marks = zip(finals, earlier.files, strict=True)
     return {final for final, mark in marks if _is_marked(final, mark)}
@@ -245,7 +249,7 @@ def _hash(
 
 
 def _is_marked(path: Path, mark: FileMark) -> bool:
-    """Tell whether a file is the one that a journal speaks of."""
+    """Tell whether a file is the one that a journal lists."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -257,6 +261,6 @@ def _is_marked(path: Path, mark: FileMark) -> bool:
 
 
 def _may_go_on(error: BaseException) -> bool:
-    """Tell whether a second run may end otherwise: it was stopped, or a disk failed."""
+    """Tell whether a second run may succeed: the first was stopped, or a disk failed."""
     is_verdict = isinstance(error, EdgemergeError) and not isinstance(error, OutputError)
     return not is_verdict or isinstance(error.__cause__, OSError)

@@ -1,7 +1,7 @@
-"""What an interrupted merge left, and what of it may be taken over.
+"""What an interrupted merge left, and which of its tensors are taken over.
 
-The result of a merge follows from its `Origin`: a journal of the same origin speaks of tensors that would be
-made again byte for byte. Whether they are in the part is not believed but read, tensor by tensor.
+A `Fingerprint` is of all that decides the bytes of a merge. A journal of the same fingerprint lists tensors
+that this merge would make again byte for byte. Each is read, and taken over where its checksum is right.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from edgemerge.formats.gguf.writer import GgufLayout
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import OutputFile
-from edgemerge.output.journal import Entries, Origin, mark_file
+from edgemerge.output.journal import Entries, Fingerprint, mark_file
 from edgemerge.types import Plan, Source, TensorJob
 
-__all__ = ["Places", "find_origin", "verify_earlier"]
+__all__ = ["Places", "find_fingerprint", "verify_earlier"]
 
 Places: TypeAlias = Mapping[
     str, tuple[OutputFile, int]
 ]  # tensor -> its file, and where it begins there
 
 
-def find_origin(
+def find_fingerprint(
     the_plan: Plan,
     layouts: Sequence[GgufLayout],
     paths: Sequence[Path],
     sources: Sequence[Source],
     importance: ImportanceMatrix | None,
-) -> Origin:
+) -> Fingerprint:
     """Hash all that decides the bytes of an output.
 
     Parameters
     ----------
     the_plan : Plan
-        Of its parts that the budget decides, only the neurons that it allows to match count.
+        No part of it that the budget decides counts.
     layouts : sequence of GgufLayout
         Of the output's files, checksums zero: they hold the recipe, the metadata, shapes and types.
     paths : sequence of Path
@@ -50,8 +50,6 @@ def find_origin(
     """
     work = hashlib.blake2b(digest_size=16)
     work.update(f"{version('edgemerge')} {_hash_kernels()} {the_plan.align}\n".encode())
-    if the_plan.recipe.neurons:  # layers too wide for the memory are left as they are
-        work.update(f"{the_plan.neuron_bytes}\n".encode())
     for path, layout in zip(paths, layouts, strict=True):
         work.update(f"{path.name!r} {layout.n_bytes} {len(layout.header)}\n".encode())
         work.update(layout.header)
@@ -64,11 +62,11 @@ def find_origin(
             inputs.update(value)
     if importance is not None:
         inputs.update(repr(mark_file(importance.state)).encode())
-    return Origin(work.hexdigest(), inputs.hexdigest())
+    return Fingerprint(work.hexdigest(), inputs.hexdigest())
 
 
 def _hash_kernels() -> str:
-    """Hash the sources of the arithmetic: in a checkout they change without a new version."""
+    """Hash the sources of the kernels, which change in a checkout without a new version."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted((Path(__file__).parents[1] / "kernels").glob("*.py")):
         digest.update(path.read_bytes())
@@ -81,12 +79,12 @@ def verify_earlier(
     places: Places,
     on_sound: Callable[[int, TensorResult], None],
 ) -> int:
-    """Read back what an earlier run finished, and keep what is as its journal says.
+    """Read the tensors that an earlier run finished, and keep those whose checksums are right.
 
     Parameters
     ----------
     earlier : Entries
-        Of the same origin.
+        Of the same fingerprint.
     jobs : sequence of TensorJob
         All of the output's.
     places : mapping
@@ -114,12 +112,12 @@ def _is_sound(job: TensorJob, places: Places, result: TensorResult) -> bool:
     try:
         is_there = file.crc32(offset, job.out.nbytes) == result.output
         return is_there and len(result.inputs) == len(job.inputs)
-    except OSError:  # what the medium cannot read may still be written again
+    except OSError:  # a sector that cannot be read may still be written
         return False
 
 
 def _clear_gaps(jobs: Sequence[TensorJob], places: Places) -> None:
-    """Write zeros after every tensor again, up to the next: no checksum speaks of them."""
+    """Write the zeros between tensors again, as no checksum covers them."""
     ends: dict[OutputFile, int] = {}
     for job in reversed(jobs):
         file, offset = places[job.out.name]

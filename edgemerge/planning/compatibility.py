@@ -1,4 +1,4 @@
-"""Do these models fit together? Asked before any work, answered with the tensor and both shapes."""
+"""Checks before any work that models fit together. An error names the tensor and both shapes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DECISIVE_KEYS = (
     "{}.expert_count",
     "{}.expert_used_count",
 )
-# Differences that a merge survives, but that its user should know.
+# Differences that do not prevent a merge, but that its user should know.
 TELLING_KEYS = (
     "{}.rope.freq_base",
     "{}.rope.scaling.type",
@@ -80,7 +80,7 @@ def check_models(sources: Sequence[Source]) -> list[str]:
     Returns
     -------
     list of str
-        One sentence for each difference that the merge survives.
+        One sentence for each difference that does not prevent the merge.
 
     Raises
     ------

@@ -18,7 +18,7 @@ from edgemerge.formats.quants.filetypes import (
     tensor_types,
 )
 from edgemerge.formats.quants.overrides import TypeOverrides
-from edgemerge.methods.table import Method
+from edgemerge.methods.method import Method
 from edgemerge.planning.compatibility import layer_settings
 from edgemerge.planning.jobs import Draft, may_copy
 from edgemerge.types import Recipe, Source

@@ -9,7 +9,8 @@ from pathlib import Path
 from edgemerge.errors import FormatError, RecipeError
 from edgemerge.formats.architectures import hf_name, layer_index
 from edgemerge.formats.gguf.metadata import get_value
-from edgemerge.methods.table import Method
+from edgemerge.methods.method import Method
+from edgemerge.methods.parameters import INT8_MASK
 from edgemerge.planning.compatibility import (
     find_tensor,
     is_constant,
@@ -18,7 +19,7 @@ from edgemerge.planning.compatibility import (
     same_scale,
     same_shape,
 )
-from edgemerge.recipe.parameters import check_settings, look_up
+from edgemerge.recipe.parameters import look_up
 from edgemerge.types import (
     InputTensor,
     ModelInput,
@@ -47,6 +48,11 @@ class Draft:
     def reference(self) -> TensorSpec:
         """The input whose shape and type the output follows."""
         return (self.base or self.experts[0]).spec
+
+    @property
+    def n_cols(self) -> int:
+        """Elements in one row."""
+        return self.reference.n_cols
 
 
 def list_experts(part: Slice, base: Path | None, method: Method) -> list[ModelInput]:
@@ -102,14 +108,14 @@ def draft_jobs(
 
 
 def _part_of(name: str, parts: Sequence[_Part]) -> _Part:
-    """Choose the slice of a tensor outside the layers: what embeds from the first, the rest from the last."""
+    """Choose the slice of a tensor outside the layers: the first for embeddings, the last for the rest."""
     return parts[0] if name.split(".")[0].endswith(("_embd", "_embd_norm", "_types")) else parts[-1]
 
 
 def unused_settings(recipe: Recipe, method: Method) -> list[str]:
-    """Say which parts of the recipe its method never looks at, one sentence each."""
-    of_models = method.model_parameters.keys() | {"int8_mask"}  # a memory switch of mergekit's
-    of_merge = of_models | method.global_parameters.keys()
+    """Say which parts of the recipe its method does not use, one sentence each."""
+    of_models = {*method.parameters_of(model=True), INT8_MASK.name}
+    of_merge = of_models | method.parameters_of(model=False).keys()
     notes = [_unused(method, key, None) for key in recipe.parameters if key not in of_merge]
     for part in recipe.slices:
         notes += [_unused(method, key, None) for key in part.parameters if key not in of_merge]
@@ -129,13 +135,13 @@ def unused_settings(recipe: Recipe, method: Method) -> list[str]:
 def _unused(method: Method, key: str, model: ModelInput | None) -> str:
     if model is None:
         return f"{method.name} does not use the parameter {key}"
-    if key in method.global_parameters:
+    if key in method.parameters_of(model=False):
         return f"{key} belongs to the whole merge, so that of {model.path.name} is not used"
     return f"{method.name} does not use the parameter {key} of {model.path.name}"
 
 
 def _refuse_extra(part: _Part, known: set[str]) -> None:
-    """Refuse a tensor that only an expert has, which would be lost without a word."""
+    """Refuse a tensor that only an expert has, as it would be lost silently."""
     for model in part.models:
         for name in part.sources[model.path].specs():
             if name not in known and not is_constant(name):
@@ -259,17 +265,14 @@ class _Part:
         levels: list[Parameters] = [model.parameters] if model else []
         levels += [self.slice.parameters, self.recipe.parameters, self.recipe.defaults]
         names = [n for n in (hf_name(self.reference.architecture, tensor), tensor) if n]
-        table = self.method.model_parameters if model else self.method.global_parameters
-        found = {key: look_up(key, levels, names, position) for key in table}
-        for key, default in table.items():
-            if found[key] is None and default is None:
+        settings = {}
+        for key, parameter in self.method.parameters_of(model=model is not None).items():
+            found = look_up(key, levels, names, position)
+            value = parameter.default if found is None else found
+            if value is None:
                 raise RecipeError(_missing(self.method, key, model, tensor, levels), field=key)
-        return check_settings(
-            {
-                key: default if (value := found[key]) is None else value
-                for key, default in table.items()
-            }
-        )
+            settings[key] = parameter.check(value)
+        return settings
 
 
 def _missing(
@@ -283,11 +286,5 @@ def _missing(
 
 
 def may_copy(draft: Draft, method: Method) -> bool:
-    """Whether the result is the tensor of one model as it is, whose stored bytes say it exactly."""
-    if draft.is_constant:
-        return True
-    settings = draft.experts[0].settings
-    if method.name == "linear":  # of one model: its weight is 1, or divided by itself
-        is_one = bool(draft.settings["normalize"]) or settings["weight"] == 1.0
-        return len(draft.experts) == 1 and is_one
-    return method.name == "passthrough" and settings["scale"] == 1.0
+    """Whether the result is the tensor of one model as it is, so that its stored bytes can be copied."""
+    return draft.is_constant or method.copies(draft)

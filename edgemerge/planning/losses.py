@@ -1,4 +1,4 @@
-"""What would not survive a merge: of one model in any, and of one in a merge onto a given base.
+"""What a merge would lose: of one model in any merge, and of one in a merge onto a given base.
 
 Every finding is one sentence. In a merge the base gives the metadata, the tokenizer and the chat
 template, and every other model its weights alone; so what a model has beside them is lost.
@@ -83,9 +83,9 @@ def _types(source: Source) -> Iterator[str]:
     except MismatchError as error:
         yield str(error)
     if quantised := _quantised_elements(source):
-        share = 100 * quantised / sum(spec.n_elements for spec in source.specs().values())
+        percent = 100 * quantised / sum(spec.n_elements for spec in source.specs().values())
         yield (
-            f"{share:.0f} % of the parameters are quantised: a merge decodes them, and rounds anew "
+            f"{percent:.0f} % of the parameters are quantised: a merge decodes them, and rounds anew "
             "what it writes; give the unquantised model where you have it"
         )
 

@@ -22,8 +22,10 @@ from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.codec import CODECS, find_codec, row_bytes
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH
-from edgemerge.methods.blocks import ELECTION_TILE, N_HIGH, N_LOW, RANK_BINS, SUM_LANES
-from edgemerge.methods.table import Method, count_passes, find_method, is_pruned
+from edgemerge.methods.blocks import SUM_LANES
+from edgemerge.methods.linear import PASSTHROUGH
+from edgemerge.methods.method import Method
+from edgemerge.methods.table import find_method
 from edgemerge.planning.compatibility import check_models, check_scaled_output
 from edgemerge.planning.header import choose_types, output_metadata
 from edgemerge.planning.importance import importance_metadata, weigh_jobs
@@ -33,9 +35,8 @@ from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
 __all__ = ["DEFAULT_MEMORY", "alignment_pairs", "make_plan"]
 
 DEFAULT_MEMORY = 512 << 20
-COUNTER_BYTES = 4 * (N_HIGH + 2 * N_LOW)  # of the radix select, per expert
 COMPARED = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
-TINY_WEIGHT = 1e-8
+UNSCALED = PASSTHROUGH.defaults(model=True)
 MAX_ELEMENTS = 1 << 32  # of one tensor: the radix select counts in 32 bits
 ARRAYS = 8  # what alignment may add to one arena, in arrays
 
@@ -46,6 +47,7 @@ def make_plan(
     *,
     memory: int | None = None,
     threads: int = 1,
+    floor: int = FLOOR_BYTES,
 ) -> Plan:
     """Decide a merge.
 
@@ -59,6 +61,8 @@ def make_plan(
         Budget in bytes for the whole process; else the recipe's, else 512 MiB.
     threads : int
         Workers at most.
+    floor : int
+        What of the budget the process takes beside this merge, from `edgemerge.budget.floor_bytes`.
 
     Raises
     ------
@@ -72,7 +76,9 @@ def make_plan(
     notes = [*recipe.notes, *unused_settings(recipe, method)]
     notes += check_models(list(sources.values()))
     drafts = list(draft_jobs(recipe, method, models, sources))
-    _check_settings(method, drafts)
+    for draft in drafts:
+        if not draft.is_constant:
+            method.check(draft)
     file_type, types = choose_types(recipe, method, drafts, sources, notes)
     check_scaled_output(types, sources[models[0]])
     metadata = output_metadata(recipe, method, sources, drafts, file_type, types)
@@ -83,15 +89,22 @@ def make_plan(
             notes += lacking
             metadata |= importance_metadata(importance)
     align = recipe.align or method.align
-    needs = [_arena_need(job, align, moves=align != "off" or recipe.neurons) for job in jobs]
+    needs = [_arena_need(job, align, aligns=align != "off" or recipe.neurons) for job in jobs]
     budget = memory or recipe.memory or DEFAULT_MEMORY
     header_bytes = sum(len(v) for source in sources.values() for v in source.metadata().values())
     reserved, alignment = _alignment_needs(align, jobs, list(sources.values()))
+    neuron_bytes = 0
     if recipe.neurons:
         _refuse_slices(recipe)
         reserved = SOLVER_BYTES
+        neuron_bytes = _neuron_bytes(jobs, list(sources.values()))
     workers, arena_bytes = divide_budget(
-        needs + alignment, budget, threads, 2 * header_bytes + reserved
+        needs + alignment,
+        budget,
+        threads,
+        2 * header_bytes + reserved,
+        before_arenas=neuron_bytes,
+        floor=floor,
     )
     total = sum(job.out.n_elements for job in jobs)
     return Plan(
@@ -108,7 +121,6 @@ def make_plan(
         arena_bytes=arena_bytes,
         align=align if alignment else "off",
         alignment_bytes=_alignment_bytes(jobs, list(sources.values())) if alignment else 0,
-        neuron_bytes=budget - FLOOR_BYTES - 2 * header_bytes - reserved,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -137,29 +149,6 @@ def _refuse_slices(recipe: Recipe) -> None:
         raise RecipeError("neurons are matched in whole models, not in slices", field="neurons")
 
 
-def _check_settings(method: Method, drafts: Sequence[Draft]) -> None:
-    """Refuse settings that no tensor can be merged with."""
-    for draft in drafts:
-        if draft.is_constant:
-            continue
-        total = sum(float(expert.settings.get("weight", 1.0)) for expert in draft.experts)
-        weighted = draft.settings.get("weighting") not in (None, "paper")
-        if (weighted or draft.settings.get("normalize")) and (
-            method.name in ("linear", "hierarchical") and abs(total) < TINY_WEIGHT
-        ):
-            raise RecipeError(
-                f"the weights of {draft.name} sum to zero, which cannot be normalised; "
-                + ("change them" if weighted else "change them or set normalize: false"),
-                field="weight",
-            )
-        if draft.settings.get("weighting") == "paper" and len(draft.experts) != 2:
-            raise RecipeError(
-                f"the paper's weighting is defined for two models, not {len(draft.experts)}; "
-                "use weighting: agreement",
-                field="weighting",
-            )
-
-
 # -- jobs and memory ------------------------------------------------------------------------------
 
 
@@ -168,17 +157,15 @@ def _finish(draft: Draft, method: Method, dtype: str) -> TensorJob:
     spec = TensorSpec(draft.name, shape, dtype, 0)
     spec = replace(spec, nbytes=spec.n_rows * row_bytes(dtype, spec.n_cols))
     copies = may_copy(draft, method)
-    passes = 1
-    if not copies:
-        passes = count_passes(method, [e.settings for e in draft.experts], draft.settings)
     job = TensorJob(
         out=spec,
-        method="passthrough" if copies else method.name,
+        method=PASSTHROUGH.name if copies else method.name,
         base=draft.base,
-        experts=(replace(draft.experts[0], settings={"scale": 1.0}),) if copies else draft.experts,
+        experts=(replace(draft.experts[0], settings=UNSCALED),) if copies else draft.experts,
         settings=draft.settings,
         rows_per_block=0,
-        passes=passes,
+        passes=1 if copies else method.passes(draft),
+        is_copy=copies,
     )
     if spec.n_elements >= MAX_ELEMENTS or 0 in shape:
         raise MismatchError(
@@ -194,16 +181,24 @@ def _finish(draft: Draft, method: Method, dtype: str) -> TensorJob:
 def _alignment_needs(
     align: str, jobs: Sequence[TensorJob], sources: Sequence[Source]
 ) -> tuple[int, list[ArenaNeed]]:
-    """Say what aligning heads adds: libraries for the whole process, and an arena per worker."""
+    """Return what aligning heads takes: bytes of libraries, and the needs of a worker's arena."""
     if align == "off":
         return 0, []
-    from edgemerge.alignment.heads import arena_need  # imports Numba
+    from edgemerge.alignment.heads import arena_need  # only alignment pays for the import
 
     needs = [
         ArenaNeed(1, 1, arena_need(sources[left], sources[right], layers)[0], 0, 0, surveyed=False)
         for (left, right), layers in alignment_pairs(jobs).items()
     ]
     return (SOLVER_BYTES if needs else 0), needs
+
+
+def _neuron_bytes(jobs: Sequence[TensorJob], sources: Sequence[Source]) -> int:
+    """Return the bytes that matching neurons takes, before the arenas are made."""
+    from edgemerge.alignment.neurons import neuron_need  # only --neurons pays for the import
+
+    pairs = alignment_pairs(jobs)
+    return max((neuron_need(sources[left], sources[right]) for left, right in pairs), default=0)
 
 
 def _alignment_bytes(jobs: Sequence[TensorJob], sources: Sequence[Source]) -> int:
@@ -219,7 +214,7 @@ def _alignment_bytes(jobs: Sequence[TensorJob], sources: Sequence[Source]) -> in
 
 
 def alignment_pairs(jobs: Sequence[TensorJob]) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """List what meets in a merge: (reference model, other model) -> pairs of their layers.
+    """List which layers are merged together: (reference model, other model) -> pairs of layers.
 
     The reference is the base, or without one the first model.
     """
@@ -234,42 +229,32 @@ def alignment_pairs(jobs: Sequence[TensorJob]) -> dict[tuple[int, int], list[tup
     return {models: sorted(layers) for models, layers in pairs.items()}
 
 
-def _arena_need(job: TensorJob, align: str, *, moves: bool) -> ArenaNeed:
-    """Add up what `stream` and `arithmetic` will take from the arena for one tensor."""
+def _arena_need(job: TensorJob, align: str, *, aligns: bool) -> ArenaNeed:
+    """Add up what `TensorStream` and the method will take from the arena for one tensor."""
     n_cols = job.out.n_cols
     widest = max(tensor.spec.row_bytes for tensor in (*job.inputs,))
     if job.is_byte_copy:
         return ArenaNeed(job.out.n_rows, n_cols, aligned(1) * ARRAYS, widest, 0, surveyed=False)
     method = find_method(job.method)
-    pruned = any(is_pruned(method, expert.settings) for expert in job.experts)
-    fixed = aligned(1) * ARRAYS * (1 + len(job.experts)) + 8 * SUM_LANES
+    own = method.memory(job)
+    fixed = own.fixed + aligned(1) * ARRAYS * (1 + len(job.experts)) + 8 * SUM_LANES
     if job.is_weighted:
         fixed += 4 * (WEIGHTED_SCRATCH + n_cols)
     else:
         fixed += 4 * CODECS[job.out.dtype].scratch_len
-    if method.elect:
-        fixed += 4 * 3 * ELECTION_TILE
-    if pruned and method.prune in ("magnitude", "band"):
-        fixed += COUNTER_BYTES * len(job.experts)
-    if pruned and method.prune == "rank":
-        fixed += 4 * (5 * n_cols + RANK_BINS + 1)
-    if method.name == "hierarchical":
-        fixed += 8 * len(job.experts) ** 2
-    if moves:
+    if aligns:
         fixed += 4 * n_cols
-    per_row = max(widest, job.out.row_bytes)
-    per_row += 8 * len(job.experts) ** 2 if method.name == "hierarchical" else 0
-    per_row += 16 if pruned else 0  # norms of a row
-    per_row += 24 if method.name == "slerp" else 0
+    per_row = own.per_row + max(widest, job.out.row_bytes)
     per_row += 4 * n_cols if align == "soft" else 0
     inputs = 4 * n_cols * len(job.inputs)
-    surveyed = job.passes > 1 and not job.is_layer_scoped  # else all of a layer comes in between
+    # Other tensors of the layer are measured between this one's measurement and its merge.
+    surveyed = job.passes > 1 and not method.spans_layer(job)
     return ArenaNeed(job.out.n_rows, n_cols, fixed, per_row, inputs, surveyed=surveyed)
 
 
 def _with_rows(job: TensorJob, need: ArenaNeed, arena_bytes: int, workers: int) -> TensorJob:
     rows = rows_in_arena(need, arena_bytes)
-    held = blocks_in_arena(need, rows, arena_bytes)
-    # A tensor that is held whole is read once, however often it is surveyed.
-    passes = 1 if workers == 1 and held * rows >= need.n_rows else job.passes
-    return replace(job, rows_per_block=rows, passes=passes, workers=workers, held_blocks=held)
+    cached = blocks_in_arena(need, rows, arena_bytes)
+    # A tensor that is cached whole is read once, whatever the number of passes over its blocks.
+    passes = 1 if workers == 1 and cached * rows >= need.n_rows else job.passes
+    return replace(job, rows_per_block=rows, passes=passes, workers=workers, cached_blocks=cached)

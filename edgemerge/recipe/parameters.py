@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from edgemerge.errors import RecipeError
 from edgemerge.types import Gradient, Parameters, Rule, Setting
 
-__all__ = ["check_settings", "look_up"]
-
-SWITCHES = ("normalize", "int8_mask")
-RESCALES = ("l1", "expectation")
-CHOICES = {
-    "weighting": ("agreement", "paper", "stock", "linear"),  # edgemerge.weighting
-    "scope": ("tensor", "block", "row"),
-}
-SHARES = ("density", "gamma", "epsilon")
-MAX_NUMBER = 3.4028234e38  # of float32, in which the arithmetic is done
+__all__ = ["look_up"]
 
 
 def look_up(
@@ -55,47 +45,3 @@ def _interpolate(gradient: Gradient, position: float) -> float:
     right = min(left + 1, len(gradient) - 1)
     share = scaled - left
     return gradient[left] * (1 - share) + gradient[right] * share
-
-
-def check_settings(settings: Mapping[str, Setting | None]) -> dict[str, Setting]:
-    """Refuse values that parameters cannot have, alone or together.
-
-    Raises
-    ------
-    RecipeError
-        Names the parameter, its value and what it may be.
-    """
-    checked = {key: _check_setting(key, value) for key, value in settings.items()}
-    if "epsilon" in checked and not _is_valid_della(checked):
-        raise RecipeError(
-            f"density {checked['density']} plus or minus epsilon {checked['epsilon']} "
-            "must stay inside (0, 1)",
-            field="epsilon",
-        )
-    return checked
-
-
-def _check_setting(key: str, value: Setting | None) -> Setting:
-    if key in CHOICES:
-        if value in CHOICES[key]:
-            return str(value)
-        wanted = f"one of {', '.join(CHOICES[key])}"
-    elif key in SWITCHES or key == "rescale":
-        if value in (0, 1):  # mergekit takes numbers for switches
-            return bool(value)
-        if key == "rescale" and value in RESCALES:
-            return str(value)
-        words = ("true", "false", *(RESCALES if key == "rescale" else ()))
-        wanted = f"one of {', '.join(words)}"
-    else:
-        limit = 1.0 if key in SHARES else MAX_NUMBER
-        is_number = isinstance(value, float | int) and not isinstance(value, bool)
-        if is_number and (-limit if key not in SHARES else 0.0) <= float(value or 0) <= limit:
-            return float(value or 0)
-        wanted = "a number from 0 to 1" if key in SHARES else "a number"
-    raise RecipeError(f"the parameter {key} is {value!r}; it must be {wanted}", field=key)
-
-
-def _is_valid_della(settings: Mapping[str, Setting]) -> bool:
-    density, epsilon = float(settings["density"]), float(settings["epsilon"])
-    return not 0 < density < 1 or (density - epsilon > 0 and density + epsilon < 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edgemerge.errors import RecipeError
-from edgemerge.methods.table import PRESETS, find_method
+from edgemerge.methods.table import find_method, list_presets
 from edgemerge.types import Recipe, Rule
 
 __all__ = ["with_preset"]
@@ -21,11 +21,12 @@ def with_preset(recipe: Recipe, name: str) -> Recipe:
     RecipeError
         There is no such preset, or it says nothing of the recipe's method.
     """
-    if name not in PRESETS:
+    presets = list_presets()
+    if name not in presets:
         raise RecipeError(
-            f"unknown preset {name!r}; known are {', '.join(PRESETS)}", field="preset"
+            f"unknown preset {name!r}; known are {', '.join(presets)}", field="preset"
         )
-    methods = PRESETS[name]
+    methods = presets[name]
     if recipe.method not in methods:
         find_method(recipe.method)
         raise RecipeError(

@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgemerge.errors import RecipeError
+from edgemerge.methods.table import known_parameters
 from edgemerge.sizes import parse_size
 from edgemerge.types import Gradient, Parameters, Rule, Setting
 
 __all__ = ["MAX_SEED", "ValueReader", "brief", "check_alignment", "is_utf8"]
 
 MAX_SEED = (1 << 64) - 1  # the file keeps it as u64
-# mergekit's parameter names: per model, then for the whole merge.
-MODEL_PARAMETERS = ("weight", "density", "gamma", "epsilon", "scale")
-GLOBAL_PARAMETERS = ("normalize", "lambda", "rescale", "int8_mask", "t", "weighting", "scope")
-PARAMETERS = MODEL_PARAMETERS + GLOBAL_PARAMETERS
 ALIGNMENTS = ("hard", "soft", "off")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 
@@ -59,10 +56,11 @@ class ValueReader:
     def parameters(self, value: Any, where: str) -> Parameters:
         """Read a table of mergekit's parameters."""
         table = self.mapping(value if value is not None else {}, where)
+        known = tuple(known_parameters())
         for name in table:
-            if name not in PARAMETERS:
+            if name not in known:
                 self.fail(
-                    f"{where} has the unknown parameter {name!r}{_suggest(name, PARAMETERS)}", name
+                    f"{where} has the unknown parameter {name!r}{_suggest(name, known)}", name
                 )
         dot = " " if where == "-P" else "."
         return {name: self.rules(entry, f"{where}{dot}{name}") for name, entry in table.items()}

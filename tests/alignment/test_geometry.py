@@ -112,7 +112,7 @@ def test_norms_shared_by_all_heads_stay() -> None:
 
 @pytest.mark.parametrize(("architecture", "settings"), [("phi3", {}), ("gptneox", {})])
 def test_fused_parts(architecture: str, settings: Settings) -> None:
-    """Rows of attn_qkv are q, k, v; a head's length is the embedding's share if not stated."""
+    """Rows of attn_qkv are q, k, v; a head's length is an equal part of the embedding if not stated."""
     changes: Changes = {**FUSED, "attn_qkv.bias": (64,), "attn_output.weight": (32, 32)}
     found = geometry(changes, architecture, embedding_length=32, **settings)
     assert isinstance(found, LayerHeads)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
-from edgemerge.errors import FormatError, RecipeError
-from edgemerge.merging.run import merge
+from edgemerge.errors import BudgetError, FormatError, RecipeError
+from edgemerge.merging.run import merge, plan
 from edgemerge.output.report import MergeReport
 from edgemerge.recipe.recipe import load_recipe, make_recipe
+from tests.support.head_models import head_tensors
 from tests.support.places import TESTS
+from tests.support.small_models import write_gguf
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +101,50 @@ def test_a_damaged_model_is_named(files: tuple[Path, Path], tmp_path: Path) -> N
         merged((files[0], damaged), tmp_path / "out.gguf", neurons=True)
     assert caught.value.tensor == "blk.1.ffn_up.weight"
     assert not list(tmp_path.glob("out*"))
+
+
+# -- layers that are wide for the budget ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two models of one layer with 2048 neurons in another order; two are equal, so SciPy is asked."""
+    folder = tmp_path_factory.mktemp("wide")
+    random = np.random.default_rng(0)
+    order = random.permutation(2048)
+    first = head_tensors(4, 2, n_embd=256, key=64, value=64)
+    second = dict(first)
+    for part in ("gate", "up", "down"):
+        neurons = random.standard_normal((2048, 256), np.float32)
+        neurons[1] = neurons[0]
+        for tensors, rows in ((first, neurons), (second, neurons[order])):
+            tensors[f"blk.0.ffn_{part}.weight"] = rows.T.copy() if part == "down" else rows
+    return [write_gguf(folder / f"{i}.gguf", x) for i, x in enumerate((first, second))]
+
+
+def test_wide_layers_are_refused_and_not_left_as_they_are(wide: list[Path], tmp_path: Path) -> None:
+    """What a merge makes does not depend on its budget."""
+    recipe = make_recipe("linear", [(str(path), None) for path in wide], neurons=True)
+    with pytest.raises(BudgetError, match=r"the smallest that works is --memory \d+MiB") as caught:
+        plan(recipe, memory=140 << 20)
+    needed = caught.value.needed
+    assert needed > (8 * 2048**2) + (136 << 20)
+    with pytest.raises(BudgetError):
+        merge(recipe, tmp_path / "out.gguf", memory=needed - (1 << 20))
+    assert not list(tmp_path.iterdir())
+    assert plan(recipe, memory=needed).budget == needed
+
+
+def test_neurons_keep_the_smallest_budget(wide: list[Path], tmp_path: Path) -> None:
+    recipe = make_recipe("linear", [(str(path), None) for path in wide], neurons=True)
+    with pytest.raises(BudgetError) as caught:
+        plan(recipe, memory=1 << 20)
+    reports = []
+    for memory in (caught.value.needed, 1 << 30):
+        command = [sys.executable, "-m", "edgemerge", "merge", "-m", "linear", "--neurons"]
+        options = ["--memory", str(memory), "-o", tmp_path / f"{memory}.gguf", "--json"]
+        done = subprocess.run([*command, *wide, *options], capture_output=True, check=True)
+        reports.append(json.loads(done.stdout))
+    assert reports[0]["peak_rss_bytes"] <= caught.value.needed
+    assert reports[0]["sha256"] == reports[1]["sha256"]
+    assert "neurons of 1.gguf moved in 1 of 1 layers" in reports[0]["notes"]

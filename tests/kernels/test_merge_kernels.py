@@ -137,10 +137,10 @@ def test_changes_are_added_as_deltas(shape: tuple[int, int], kind: str, count: i
     for delta in deltas:
         subtract(base, delta)
     linear.add_deltas(weights, np.ones_like(weights), 0.7, deltas, want)
-    limit, n_beyond = 0x3F800000, np.full(1, -1)
-    linear.add_changes(weights, 0.7, x, limit, n_beyond, base)
+    limit, n_overflows = 0x3F800000, np.full(1, -1)
+    linear.add_changes(weights, 0.7, x, limit, n_overflows, base)
     assert np.array_equal(base.view(np.uint32), want.view(np.uint32))
-    assert n_beyond[0] == np.count_nonzero(~(np.abs(base) < 1))
+    assert n_overflows[0] == np.count_nonzero(~(np.abs(base) < 1))
 
 
 @pytest.mark.parametrize(("shape", "kind"), CASES)
@@ -194,11 +194,11 @@ def test_count_beyond(limit: int) -> None:
     )
     x = np.concatenate([x, numbers("denormal", 40, 0)])
     count = np.full(1, -1, np.int64)
-    norms.count_beyond(x, limit, count)
+    norms.count_overflows(x, limit, count)
     with np.errstate(over="ignore"):
         halves = x.astype(np.float16)
-    beyond = ~np.isfinite(x) if limit == 0x7F800000 else ~np.isfinite(halves)
-    assert count[0] == beyond.sum()
+    overflows = ~np.isfinite(x) if limit == 0x7F800000 else ~np.isfinite(halves)
+    assert count[0] == overflows.sum()
 
 
 # -- sign election -------------------------------------------------------------

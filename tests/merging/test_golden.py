@@ -13,7 +13,8 @@ import yaml
 from safetensors.numpy import load_file
 
 import edgemerge
-from edgemerge.methods import arithmetic
+from edgemerge.methods import task_vectors
+from edgemerge.methods.blocks import Block
 from edgemerge.methods.pruning import Pruner
 from tests.support.places import TESTS
 from tests.support.small_models import gguf_name as to_gguf_name
@@ -45,21 +46,21 @@ def inject_masks(monkeypatch: pytest.MonkeyPatch, name: str, roles: list[str]) -
     for key, mask in load_file(GOLDEN / "masks_f32" / f"{name}.safetensors").items():
         tensor, role = key.split("|")
         masks[to_gguf_name(tensor), role] = to_gguf_rows(tensor, mask).ravel()
-    make = arithmetic._random_pruner
+    make = task_vectors._random_pruner
     used: set[str] = set()
 
     def make_with_stored_mask(stream: Any, k: int, *args: Any, **kwargs: Any) -> Pruner:
         pruner = make(stream, k, *args, **kwargs)
         stored = masks[stream.job.out.name, roles[k]]
 
-        def prune(block: arithmetic.Block, delta_f32: Any) -> None:
+        def prune(block: Block, delta_f32: Any) -> None:
             used.add(f"{stream.job.out.name}|{roles[k]}")
             delta_f32[stored[block.first : block.first + delta_f32.size] == 0] = 0
 
         monkeypatch.setattr(pruner, "prune", prune)
         return pruner
 
-    monkeypatch.setattr(arithmetic, "_random_pruner", make_with_stored_mask)
+    monkeypatch.setattr(task_vectors, "_random_pruner", make_with_stored_mask)
     return used
 
 

@@ -73,19 +73,19 @@ def recipe_of(method: str, models: list[Path], out_type: str | None = None) -> R
 
 @pytest.fixture
 def heights(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Set `rows` to cap the height of every block, 0: no cap; and `held` to cap those that are held."""
-    cap = {"rows": 0, "held": 1 << 20}
-    fitting, holding = budget.rows_in_arena, budget.blocks_in_arena
+    """Set `rows` to cap the height of every block, 0: no cap; and `cached` to cap those that are cached."""
+    cap = {"rows": 0, "cached": 1 << 20}
+    fitting, caching = budget.rows_in_arena, budget.blocks_in_arena
 
     def capped(need: ArenaNeed, arena_bytes: int) -> int:
         rows = fitting(need, arena_bytes)
         return min(rows, cap["rows"]) if cap["rows"] else rows
 
-    def held(need: ArenaNeed, rows: int, arena_bytes: int) -> int:
-        return min(holding(need, rows, arena_bytes), cap["held"])
+    def cached(need: ArenaNeed, rows: int, arena_bytes: int) -> int:
+        return min(caching(need, rows, arena_bytes), cap["cached"])
 
     monkeypatch.setattr(planning, "rows_in_arena", capped)
-    monkeypatch.setattr(planning, "blocks_in_arena", held)
+    monkeypatch.setattr(planning, "blocks_in_arena", cached)
     return cap
 
 
@@ -102,21 +102,21 @@ def test_block_height_threads_and_budget_do_not_show(
     recipe = recipe_of(method, inputs[kind])
     output = tmp_path / "merged.gguf"
     first = edgemerge.merge(recipe, output, memory=2048 * MIB, threads=1)
-    assert first.passes == 1  # every tensor is held whole
+    assert first.passes == 1  # every tensor is cached whole
     assert first.workers == 1
     n_passes = METHODS[method][2]
     read = set()
-    for rows, held, threads, memory in (
+    for rows, cached, threads, memory in (
         (16, 0, 3, 320 * MIB),
         (5, 0, 2, 2048 * MIB),
         (7, 3, 2, 320 * MIB),
         (3, 5, 1, 320 * MIB),
         (2, 1 << 20, 2, 2048 * MIB),
     ):
-        heights["rows"], heights["held"] = rows, held
+        heights["rows"], heights["cached"] = rows, cached
         report = edgemerge.merge(recipe, output, memory=memory, threads=threads, force=True)
         assert report.workers == threads
-        assert report.passes == (n_passes if held < 1 << 20 else 1)
+        assert report.passes == (n_passes if cached < 1 << 20 else 1)
         assert report.sha256 == first.sha256
         read.add(report.read_bytes)
     assert (min(read), len(read) > 2) == (first.read_bytes, n_passes > 1)
@@ -141,8 +141,8 @@ def test_several_workers_on_one_tensor_do_not_show(
     alone = edgemerge.merge(recipe, tmp_path / "alone.gguf", threads=1)
     monkeypatch.setattr(budget, "TARGET_ELEMENTS", 2 * 256)
     monkeypatch.setattr(planning, "workers_on", lambda n, _, workers: workers if n > 256 else 1)
-    for threads, held in ((2, 0), (3, 2), (5, 1 << 20)):
-        heights["held"] = held
+    for threads, cached in ((2, 0), (3, 2), (5, 1 << 20)):
+        heights["cached"] = cached
         plan = edgemerge.plan(recipe, threads=threads)
         assert {job.workers for job in plan.jobs} == {1, threads}
         output = tmp_path / f"{threads}.gguf"
@@ -264,9 +264,9 @@ def test_uneven_block_heights_do_not_show(
     draw = random.Random(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "rows_in_arena", lambda need, _: draw.randint(1, need.n_rows))
-        holding = budget.blocks_in_arena
+        caching = budget.blocks_in_arena
         patch.setattr(
-            planning, "blocks_in_arena", lambda *needed: min(draw.randint(0, 3), holding(*needed))
+            planning, "blocks_in_arena", lambda *needed: min(draw.randint(0, 3), caching(*needed))
         )
         cut = edgemerge.merge(recipe, folder / "cut.gguf", threads=threads)
     assert cut.sha256 == whole.sha256

@@ -14,7 +14,7 @@ import pytest
 
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.weighted import WEIGHTED_TYPES
-from edgemerge.merging import precompile as warm
+from edgemerge.merging import precompile as precompiling
 from edgemerge.merging.run import merge, plan
 from edgemerge.methods.table import METHODS
 from edgemerge.native.signatures import SIGNATURES
@@ -149,7 +149,7 @@ def test_a_merge_finds_all_its_kernels(
     """The merge runs in a fresh process, which compiles nothing and imports no compiler."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(cache))
-    warm.warm_up(plan(recipe_of(case, models)))
+    precompiling.precompile(plan(recipe_of(case, models)))
     before = images(cache)
     assert before
     request = json.dumps([*request_of(case, models), str(tmp_path / "out.gguf")])
@@ -166,7 +166,7 @@ def test_a_copy_needs_no_kernels(
 ) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "fresh"))
     recipe = make_recipe("passthrough", [(str(models["Q8_0"][0]), None)], out_type="keep")
-    warm.warm_up(plan(recipe))
+    precompiling.precompile(plan(recipe))
     assert not (tmp_path / "fresh").exists()
 
 
@@ -175,9 +175,9 @@ def test_everything_is_known_to_the_doctor() -> None:
     needed = {
         name
         for method in METHODS
-        for name in warm.kernels_of(method, CODECS, written, WEIGHTED_TYPES, moves=True)
+        for name in precompiling.kernels_of(method, CODECS, written, WEIGHTED_TYPES, aligns=True)
     }
-    _, total = warm.find_cold_of_all()
+    _, total = precompiling.find_missing_of_all()
     listed = {f"{file}.{name}" for file, kernels in SIGNATURES.items() for name in kernels}
     assert total == len(listed)
     assert needed == listed
@@ -186,10 +186,10 @@ def test_everything_is_known_to_the_doctor() -> None:
 def test_steps_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     names = sorted(f"{file}.{name}" for file, kernels in SIGNATURES.items() for name in kernels)
-    monkeypatch.setattr(warm, "find_missing", lambda _: names[:20])
-    monkeypatch.setattr(warm, "compile_missing", asked.extend)
+    monkeypatch.setattr(precompiling, "find_missing", lambda _: names[:20])
+    monkeypatch.setattr(precompiling, "compile_missing", asked.extend)
     steps: list[tuple[int, int]] = []
-    warm.warm_all(lambda done, total: steps.append((done, total)))
+    precompiling.precompile_all(lambda done, total: steps.append((done, total)))
     assert asked == names[:20]
     assert steps[0] == (len(names) - 20, len(names))
     assert steps[-1] == (len(names), len(names))

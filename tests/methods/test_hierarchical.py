@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from edgemerge import budget
 from edgemerge.errors import RecipeError
 from edgemerge.merging.run import merge
-from edgemerge.methods.arithmetic import merged_blocks
-from edgemerge.methods.weighting import factors
+from edgemerge.methods.hierarchical import HIERARCHICAL
 from edgemerge.recipe.recipe import load_recipe, make_recipe
 from tests.support.head_merges import combine, convert, largest_difference
 from tests.support.memory_stream import MemoryStream, merge_in_memory
 from tests.support.small_models import load_gguf
+from tests.twins.hierarchical import deltas_of, gram_of, twin
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -37,38 +37,6 @@ def random_models(shape: tuple[int, ...], count: int, seed: int = 0) -> list[Flo
     common = rng.standard_normal(shape)
     changes = [common * 0.05 + 0.1 * rng.standard_normal(shape) for _ in range(count)]
     return [base, *((base + change).astype(np.float32) for change in changes)]
-
-
-def deltas_of(base: Float32, experts: Sequence[Float32]) -> Float64:
-    return np.stack([(x - base).astype(np.float64) for x in experts])
-
-
-def gram_of(deltas: Float64) -> Float64:
-    flat = deltas.reshape(len(deltas), -1)
-    return flat @ flat.T
-
-
-def twin(
-    base: Float32,
-    experts: Sequence[Float32],
-    weighting: str,
-    *,
-    weights: Sequence[float] | None = None,
-    scope: str = "tensor",
-    scale: float = 1.0,
-    gram: Float64 | None = None,
-) -> Float64:
-    """`base + lambda * sum_m u_m delta_m`, whole tensors in float64."""
-    deltas = deltas_of(base, experts)
-    w = np.ones(len(experts)) if weights is None else np.array(weights)
-    if scope == "row":
-        rows = deltas.reshape(len(deltas), -1, base.shape[-1])
-        shares = [factors(gram_of(rows[:, i]), w, weighting) for i in range(rows.shape[1])]
-        merged = np.einsum("rm,mri->ri", np.array(shares), rows).reshape(base.shape)
-    else:
-        shares = factors(gram_of(deltas) if gram is None else gram, w, weighting)
-        merged = np.tensordot(shares, deltas, 1)
-    return base.astype(np.float64) + scale * merged
 
 
 def in_memory(arrays: Sequence[Float32], rows: int = 1 << 10, **options: Any) -> Float32:
@@ -101,7 +69,8 @@ def test_a_shared_gram_takes_the_place_of_the_tensors_own() -> None:
     shared = np.array([[4.0, 1.0], [1.0, 1.0]])
     models = [(x, {"weight": 1.0}) for x in arrays[1:]]
     stream = MemoryStream("hierarchical", arrays[0], models, {"scope": "block"}, 4, 0, "")
-    got = np.concatenate([values.copy() for _, values in merged_blocks(stream, shared)])
+    stream.layer_sum = shared
+    got = np.concatenate([values.copy() for _, values in HIERARCHICAL.blocks(stream)])
     want = twin(arrays[0], arrays[1:], "agreement", gram=shared)
     assert np.abs(got.reshape(6, 20) - want).max() <= 1e-6
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from edgemerge.methods.shared_tensor import Member, Stopped, Team
+from edgemerge.methods.shared_tensor import GroupThread, Stopped, ThreadGroup
 from edgemerge.types import Float64
 
 N_BLOCKS, ROWS = 40, 3
@@ -32,13 +32,13 @@ def add_in_order(rows: Float64) -> Float64:
 
 @pytest.mark.parametrize("n_workers", [1, 2, 5])
 def test_sums_are_those_of_one_worker(n_workers: int, rows: Float64) -> None:
-    team = Team(n_workers, N_BLOCKS)
+    group = ThreadGroup(n_workers, N_BLOCKS)
 
-    def work(member: Member) -> tuple[list[int], Float64]:
+    def work(place: GroupThread) -> tuple[list[int], Float64]:
         taken: list[int] = []
         for _ in range(2):  # passes
-            total = member.row_sum((2,))
-            for i in member.take_blocks():
+            total = place.row_sum((2,))
+            for i in place.take_blocks():
                 time.sleep(random.random() * 1e-4)
                 before = total.add(i, rows[i])
                 assert np.array_equal(before, add_in_order(rows[:i]))
@@ -47,52 +47,52 @@ def test_sums_are_those_of_one_worker(n_workers: int, rows: Float64) -> None:
         return taken, total.total()
 
     with ThreadPoolExecutor(n_workers) as pool:
-        done = [pool.submit(work, team.join()) for _ in range(n_workers)]
+        done = [pool.submit(work, group.join()) for _ in range(n_workers)]
         taken = [i for future in done for i in future.result()[0]]
     assert sorted(taken) == sorted([*range(N_BLOCKS), *range(N_BLOCKS)])
 
 
 @pytest.mark.parametrize("n_workers", [1, 3])
 def test_counts_are_added_up_for_everybody(n_workers: int) -> None:
-    team = Team(n_workers, N_BLOCKS)
+    group = ThreadGroup(n_workers, N_BLOCKS)
 
-    def work(member: Member) -> list[int]:
+    def work(place: GroupThread) -> list[int]:
         sums = []
         for _ in range(3):
             counts = np.zeros(N_BLOCKS, np.uint32)
-            for i in member.take_blocks():
+            for i in place.take_blocks():
                 counts[i] += i
-            member.add_counts(counts)
+            place.add_counts(counts)
             sums.append(int(counts.sum()))
         return sums
 
     with ThreadPoolExecutor(n_workers) as pool:
-        done = [pool.submit(work, team.join()) for _ in range(n_workers)]
+        done = [pool.submit(work, group.join()) for _ in range(n_workers)]
         for future in done:
             assert future.result() == [sum(range(N_BLOCKS))] * 3
 
 
 @pytest.mark.parametrize("waits_for", ["counts", "turn", "total"])
 def test_who_waits_gives_up_when_another_fails(waits_for: str) -> None:
-    team = Team(2, N_BLOCKS)
+    group = ThreadGroup(2, N_BLOCKS)
 
-    def wait(member: Member) -> None:
+    def wait(place: GroupThread) -> None:
         if waits_for == "counts":
-            member.add_counts(np.zeros(4, np.uint32))
+            place.add_counts(np.zeros(4, np.uint32))
         elif waits_for == "turn":
-            member.row_sum((1,)).add(1, np.zeros((1, 1)))
+            place.row_sum((1,)).add(1, np.zeros((1, 1)))
         else:
-            member.row_sum((1,)).total()
+            place.row_sum((1,)).total()
 
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(wait, team.join())
+        future = pool.submit(wait, group.join())
         time.sleep(0.02)
         assert not future.done()
-        team.abort()
+        group.abort()
         with pytest.raises(Stopped):
             future.result(timeout=5)
 
 
 def test_the_last_to_finish_is_told() -> None:
-    team = Team(2, 1)
-    assert [team.join().finish(), team.join().finish()] == [False, True]
+    group = ThreadGroup(2, 1)
+    assert [group.join().finish(), group.join().finish()] == [False, True]

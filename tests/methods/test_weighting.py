@@ -14,7 +14,6 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from edgemerge.methods.weighting import WEIGHTINGS, factors
-from edgemerge.recipe.parameters import CHOICES
 
 Float64 = NDArray[np.float64]
 ROOT = math.sqrt(0.5)
@@ -63,10 +62,6 @@ def twin(g: Float64, weights: Float64, weighting: str) -> list[float]:
 
 
 X, Y, Z, NOTHING = [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]
-
-
-def test_the_names_are_those_that_recipes_may_use() -> None:
-    assert CHOICES["weighting"] == WEIGHTINGS
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from edgemerge.errors import FormatError, OutputError
 from edgemerge.output.checksums import TensorResult
-from edgemerge.output.journal import Entries, Journal, Origin, journal_path, read_journal
+from edgemerge.output.journal import Entries, Fingerprint, Journal, journal_path, read_journal
 
-ORIGIN = Origin("work", "inputs")
+FINGERPRINT = Fingerprint("work", "inputs")
 CRC = st.integers(0, 2**32 - 1)
 RESULTS = st.dictionaries(
     st.integers(0, 10**6),
@@ -36,7 +36,7 @@ def write(
     files: list[tuple[int, int, int]] | None = None,
     earlier: Entries | None = None,
 ) -> bytes:
-    journal = Journal(path, ORIGIN, earlier, sync_nothing)
+    journal = Journal(path, FINGERPRINT, earlier, sync_nothing)
     for number, result in results.items():
         journal.add(number, result, 1)
     if files is not None:
@@ -60,7 +60,7 @@ def test_what_was_written_is_read(
 ) -> None:
     raw = write(path, results, marks if finishes else None)
     files = tuple(marks) if finishes else ()
-    assert read_journal(path) == Entries(ORIGIN, results, files, len(raw))
+    assert read_journal(path) == Entries(FINGERPRINT, results, files, len(raw))
 
 
 @given(first=RESULTS, second=RESULTS)
@@ -106,7 +106,7 @@ def test_a_damaged_journal_tells_no_lies(
     except FormatError:
         return
     if found is not None:
-        assert found.origin == ORIGIN
+        assert found.fingerprint == FINGERPRINT
         assert found.results.items() <= results.items()
 
 
@@ -141,7 +141,9 @@ def test_a_line_comes_after_the_bytes_that_it_speaks_of(
 ) -> None:
     path = tmp_path / "x"
     seen: list[int] = []
-    journal = Journal(path, ORIGIN, None, lambda: seen.append(path.read_bytes().count(b"tensor")))
+    journal = Journal(
+        path, FINGERPRINT, None, lambda: seen.append(path.read_bytes().count(b"tensor"))
+    )
     for number in range(3):
         journal.add(number, TensorResult((), 0), 1)
         quick(lambda number=number: path.read_bytes().count(b"tensor") == number + 1)  # type: ignore[misc]
@@ -151,7 +153,7 @@ def test_a_line_comes_after_the_bytes_that_it_speaks_of(
 
 def test_small_tensors_wait_for_a_batch(tmp_path: Path) -> None:
     syncs: list[None] = []
-    journal = Journal(tmp_path / "x", ORIGIN, None, lambda: syncs.append(None))
+    journal = Journal(tmp_path / "x", FINGERPRINT, None, lambda: syncs.append(None))
     for number in range(100):
         journal.add(number, TensorResult((), 0), 1000)
     assert syncs == []
@@ -168,7 +170,7 @@ def test_a_disk_that_fails_ends_the_work_and_nothing_is_noted(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     path = tmp_path / "x"
-    journal = Journal(path, ORIGIN, None, fail)
+    journal = Journal(path, FINGERPRINT, None, fail)
     journal.add(0, TensorResult((), 0), 1)
     quick(lambda: not journal._thread.is_alive())
     with pytest.raises(OutputError, match=r"x: could not be written \(Input/output error\)"):
@@ -184,5 +186,5 @@ def test_a_disk_that_fails_ends_the_work_and_nothing_is_noted(
 def test_what_is_no_file_is_left_alone(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x")
     with pytest.raises(OutputError, match="x: is no regular file; remove it"):
-        Journal(tmp_path / "x", ORIGIN, None, sync_nothing)
+        Journal(tmp_path / "x", FINGERPRINT, None, sync_nothing)
     assert os.listdir(tmp_path) == ["x"]

@@ -8,10 +8,10 @@ import pytest
 
 from edgemerge.errors import EdgemergeError, FormatError, MismatchError, OutputError
 from edgemerge.output.checksums import TensorResult
-from edgemerge.output.journal import Origin, journal_path
+from edgemerge.output.journal import Fingerprint, journal_path
 from edgemerge.output.parts import OutputParts
 
-ORIGIN = Origin("work", "inputs")
+FINGERPRINT = Fingerprint("work", "inputs")
 
 
 def names(folder: Path) -> list[str]:
@@ -19,7 +19,7 @@ def names(folder: Path) -> list[str]:
 
 
 def parts_in(folder: Path) -> OutputParts:
-    return OutputParts([(folder / f"{i}.gguf", 4) for i in (1, 2, 3)], ORIGIN)
+    return OutputParts([(folder / f"{i}.gguf", 4) for i in (1, 2, 3)], FINGERPRINT)
 
 
 def test_all_are_named_at_the_end(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from edgemerge.budget import TARGET_ELEMENTS, workers_on
 from edgemerge.errors import BudgetError, EdgemergeError, MismatchError, RecipeError
 from edgemerge.formats.gguf.metadata import Value, get_value
-from edgemerge.methods.table import METHODS
 from edgemerge.planning.plan import DEFAULT_MEMORY, make_plan
 from edgemerge.types import ModelInput, Plan, Recipe, Rule, Slice, TensorJob
 from tests.support.fake_source import FakeSource, by_path, tensor
@@ -131,18 +130,18 @@ def test_reads_of_a_tensor_too_large_to_hold(
     found = job(plan, "output.weight")
     assert found.passes == passes
     assert found.rows_per_block < found.out.n_rows
-    held_rows = found.held_blocks * found.rows_per_block
-    again = (passes - 1) * (found.out.n_rows - held_rows)
+    cached_rows = found.cached_blocks * found.rows_per_block
+    again = (passes - 1) * (found.out.n_rows - cached_rows)
     once = sum(t.spec.nbytes for j in plan.jobs for t in j.inputs)
     assert plan.read_bytes == once + again * sum(t.spec.row_bytes for t in found.inputs)
     if passes > 1:  # what fits the budget is read once even of such a tensor
-        assert 0.4 < held_rows / found.out.n_rows < 1.0
+        assert 0.4 < cached_rows / found.out.n_rows < 1.0
 
 
 def test_a_tensor_that_is_held_whole_is_read_once() -> None:
     plan = planned(TIES)
     assert {j.passes for j in plan.jobs} == {1}
-    assert all(j.held_blocks == j.n_blocks for j in plan.jobs if METHODS[j.method].prune)
+    assert all(j.cached_blocks == j.n_blocks for j in plan.jobs if j.method == "ties")
     assert plan.read_bytes == sum(t.spec.nbytes for j in plan.jobs for t in j.inputs)
 
 

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgemerge.errors import RecipeError
-from edgemerge.recipe.parameters import check_settings, look_up
+from edgemerge.recipe.parameters import look_up
 from edgemerge.types import Parameters, Rule
 
 Q = ("model.layers.0.self_attn.q_proj.weight", "blk.0.attn_q.weight")
@@ -48,43 +47,3 @@ def test_the_most_specific_level_with_a_rule_wins() -> None:
 )
 def test_gradients_interpolate(gradient: tuple[float, ...], position: float, value: float) -> None:
     assert look_up("t", [rules((gradient, None))], Q, position) == pytest.approx(value)
-
-
-def test_settings_are_brought_to_their_type() -> None:
-    checked = check_settings({"weight": 1, "normalize": 1.0, "int8_mask": False, "rescale": "l1"})
-    assert checked == {"weight": 1.0, "normalize": True, "int8_mask": False, "rescale": "l1"}
-    assert [type(value) for value in checked.values()] == [float, bool, bool, str]
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "wanted"),
-    [
-        ("density", 1.5, "a number from 0 to 1"),
-        ("gamma", -0.1, "a number from 0 to 1"),
-        ("epsilon", "small", "a number from 0 to 1"),
-        ("weight", "one", "a number"),
-        ("weight", True, "a number"),
-        ("lambda", 1e39, "a number"),
-        ("weight", float("nan"), "a number"),
-        ("normalize", "yes", "one of true, false"),
-        ("normalize", 2.0, "one of true, false"),
-        ("rescale", "l2", "one of true, false, l1, expectation"),
-    ],
-)
-def test_impossible_settings_say_what_is_possible(
-    name: str, value: float | str, wanted: str
-) -> None:
-    with pytest.raises(RecipeError) as caught:
-        check_settings({name: value})
-    assert str(caught.value) == f"the parameter {name} is {value!r}; it must be {wanted}"
-    assert caught.value.field == name
-
-
-@pytest.mark.parametrize(("density", "epsilon"), [(0.6, 0.4), (0.1, 0.1), (0.5, 0.7)])
-def test_della_keeps_its_probabilities_inside_0_and_1(density: float, epsilon: float) -> None:
-    with pytest.raises(RecipeError, match=r"must stay inside \(0, 1\)"):
-        check_settings({"density": density, "epsilon": epsilon})
-
-
-def test_della_at_density_1_prunes_nothing_and_so_has_no_bounds() -> None:
-    assert check_settings({"density": 1.0, "epsilon": 0.15})["density"] == 1.0

@@ -1,4 +1,4 @@
-"""A tensor in memory as an `arithmetic.BlockStream`: no file, no type, no thread."""
+"""A tensor in memory as a `methods.blocks.BlockStream`: no file, no type, no thread."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemerge.methods.arithmetic import Block, merged_blocks
-from edgemerge.methods.shared_tensor import Team
-from edgemerge.methods.table import METHODS, is_plain_sum
+from edgemerge.methods.blocks import Block
+from edgemerge.methods.shared_tensor import ThreadGroup
+from edgemerge.methods.table import METHODS
 from edgemerge.types import InputTensor, TensorJob, TensorSpec
 
 Float32 = NDArray[np.float32]
@@ -35,7 +35,8 @@ class MemoryStream:
         self._values = [x for x, _ in models]
         shape = self._values[0].shape
         spec = TensorSpec(tensor, shape, "F32", 4 * self._values[0].size)
-        defaults = self._method.model_parameters
+        defaults = self._method.defaults(model=True)
+        self.layer_sum: NDArray[np.float64] | None = None
         self.job = TensorJob(
             out=spec,
             method=method,
@@ -43,20 +44,20 @@ class MemoryStream:
             experts=tuple(
                 InputTensor(k, spec, {**defaults, **s}) for k, (_, s) in enumerate(models)
             ),
-            settings={**self._method.global_parameters, **options},
+            settings={**self._method.defaults(model=False), **options},
             rows_per_block=rows_per_block,
             passes=1,
         )
-        self.team = Team(1, self.job.n_blocks).join()
+        self.group = ThreadGroup(1, self.job.n_blocks).join()
 
     def blocks(self) -> Iterator[Block]:
         spec = self.job.out
-        for number in self.team.take_blocks():
+        for number in self.group.take_blocks():
             start = number * self.job.rows_per_block
             part = slice(start * spec.n_cols, (start + self.job.rows_per_block) * spec.n_cols)
             base = None if self._base is None else self._base.ravel()[part].copy()
             experts = np.stack([x.ravel()[part] for x in self._values])
-            if self._method.on_deltas and not is_plain_sum(self.job):
+            if self._method.takes_deltas(self.job):
                 assert base is not None
                 experts = experts - base
             yield Block(number, part.start, spec.n_cols, base, experts)
@@ -78,7 +79,7 @@ def merge_in_memory(
     seed: int = 0,
     tensor: str = "",
 ) -> Float32:
-    """What `arithmetic.merged_blocks` makes of one tensor; same arguments as the twin."""
+    """What `Method.blocks` makes of one tensor; same arguments as the twin."""
     stream = MemoryStream(method, base, models, options or {}, rows_per_block, seed, tensor)
-    blocks = [values.copy() for _, values in merged_blocks(stream)]
+    blocks = [values.copy() for _, values in METHODS[method].blocks(stream)]
     return np.concatenate(blocks).reshape(models[0][0].shape)

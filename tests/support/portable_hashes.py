@@ -27,7 +27,7 @@ from edgemerge.formats.gguf.types import GGML_TYPES
 from edgemerge.formats.gguf.writer import make_layout
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH, WEIGHTED_TYPES
-from edgemerge.merging.precompile import find_cold_of_all
+from edgemerge.merging.precompile import find_missing_of_all
 from edgemerge.methods.table import METHODS
 from edgemerge.native.store import compile_here
 from edgemerge.recipe.recipe import make_recipe
@@ -121,7 +121,7 @@ def decode(dtype: str, raw_u8: UInt8) -> Float32:
 def merge_tiny(method: str, folder: Path) -> str:
     """Merge two experts of one layer; the hash of the output's tensors."""
     row = METHODS[method]
-    known = {**row.model_parameters, **row.global_parameters}
+    known = {parameter.name for parameter in row.parameters}
     base, *experts = (write_model(folder / f"{i}.gguf", seed=i) for i in range(3))
     models = [(str(path), None) for path in experts[: row.n_models[1]]]
     recipe = make_recipe(
@@ -189,7 +189,7 @@ def check() -> bool:
     wrong = 0
     with multiprocessing.get_context("fork").Pool(2) as pool:
         # Kernels are compiled right here: an emulator starts no Python as a child.
-        pool.map(compile_here, [[name] for name in find_cold_of_all()[0]], chunksize=1)
+        pool.map(compile_here, [[name] for name in find_missing_of_all()[0]], chunksize=1)
         print(f"kernels compiled, {time.monotonic() - started:.0f} s", flush=True)
         for case, seconds, found in pool.imap_unordered(_timed, CASES):
             same = found == stored[case]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.merging.precompile import find_cold_of_all
+from edgemerge.merging.precompile import find_missing_of_all
 from edgemerge.runtime.board.device import (
     Board,
     Swap,
@@ -140,7 +140,7 @@ def examine(folder: Path, model: Path | None = None, root: Path = Path("/")) -> 
         build = read_build()
     except RuntimeFailure as error:
         problem = str(error)
-    cold, total = find_cold_of_all()
+    cold, total = find_missing_of_all()
     threads = default_threads(root)
     warnings = list(warn_of_board(board, swaps, storage, temperature, throttling))
     if build is not None:

@@ -21,7 +21,7 @@ from edgemerge.errors import OutputError
 from edgemerge.output.file import write_file
 from edgemerge.runtime.model_files import model_files
 
-__all__ = ["Journal", "Results", "identify", "sha256_of"]
+__all__ = ["Results", "ResultsFile", "identify", "sha256_of"]
 
 _HEAD = 2**20  # bytes of a model's file that are hashed: its header, and the first weights
 
@@ -112,7 +112,7 @@ class Results:
         self.close()
 
 
-class Journal(Results):
+class ResultsFile(Results):
     """What has been scored so far, on disk; use it in a `with` statement.
 
     Parameters

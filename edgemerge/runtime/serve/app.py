@@ -21,11 +21,11 @@ from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.runtime.serve.active_request import current_run
 from edgemerge.runtime.serve.completions import add_completions
 from edgemerge.runtime.serve.errors import Refusal, explain
 from edgemerge.runtime.serve.models import ModelStore
 from edgemerge.runtime.serve.requests import MODEL_ROUTES
-from edgemerge.runtime.serve.run import current_run
 from edgemerge.runtime.serve.status import Status
 
 __all__ = ["ROUTES", "make_app"]

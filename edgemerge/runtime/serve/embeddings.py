@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemerge.runtime.library import load_library
+from edgemerge.runtime.serve.active_request import current_run
 from edgemerge.runtime.serve.errors import SERVER, Refusal
 from edgemerge.runtime.serve.models import OUTPUTS
-from edgemerge.runtime.serve.run import current_run
 from edgemerge.types import Float32
 
 if TYPE_CHECKING:

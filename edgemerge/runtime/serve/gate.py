@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from edgemerge.runtime.serve.active_request import Run, current_run
 from edgemerge.runtime.serve.errors import Refusal, explain
 from edgemerge.runtime.serve.models import ModelStore
 from edgemerge.runtime.serve.queue import Queue
 from edgemerge.runtime.serve.requests import MODEL_ROUTES, Limits, check_request
-from edgemerge.runtime.serve.run import Run, current_run
 from edgemerge.runtime.serve.status import Status
 
 __all__ = ["Access", "Gate"]

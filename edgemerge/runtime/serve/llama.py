@@ -20,12 +20,12 @@ import numpy as np
 from edgemerge.runtime.library import load_library
 from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.model_files import check_adapter, model_files
+from edgemerge.runtime.serve.active_request import current_run
 from edgemerge.runtime.serve.chat import make_chat_handler
 from edgemerge.runtime.serve.embeddings import embed
 from edgemerge.runtime.serve.models import BATCH, OUTPUTS
 from edgemerge.runtime.serve.pieces import Pieces
-from edgemerge.runtime.serve.run import current_run
-from edgemerge.runtime.serve.scores import Score, score_token, write_logprobs
+from edgemerge.runtime.serve.scores import TokenScore, score_token, write_logprobs
 from edgemerge.types import Float32
 
 _library = load_library()  # before llama_cpp itself, whose log it takes over
@@ -92,8 +92,11 @@ class ServedLlama(Llama):  # type: ignore[misc]
         # Their fallbacks are a template guessed by its text, and Llama 2's for a model that has none.
         self.chat_handler = make_chat_handler(self, self._template, path)
         self._n_alternatives: int | None = None  # that the request wants; None: no scores
-        self._scores_seen: list[Score] = []
-        self._echoed: tuple[int, list[Score]] = (0, [])  # last prompt scored: alternatives, scores
+        self._scores_seen: list[TokenScore] = []
+        self._echoed: tuple[int, list[TokenScore]] = (
+            0,
+            [],
+        )  # last prompt scored: alternatives, scores
 
     @property
     def context_params(self) -> Any:
@@ -271,12 +274,12 @@ class ServedLlama(Llama):  # type: ignore[misc]
 
     # -- log-probabilities
 
-    def _score(self, logits: Any, token: int) -> Score:
+    def _score(self, logits: Any, token: int) -> TokenScore:
         """Score a token by a row of llama.cpp's logits."""
         row: Float32 = np.ctypeslib.as_array(logits, shape=(self._n_vocab,))
         return score_token(row, token, self._n_alternatives or 0)
 
-    def _score_prompt(self, tokens: list[int]) -> list[Score]:
+    def _score_prompt(self, tokens: list[int]) -> list[TokenScore]:
         """Score all tokens of a prompt, and leave them in the context.
 
         What the last scored prompt shares with this one is neither computed nor scored again: the
@@ -292,7 +295,7 @@ class ServedLlama(Llama):  # type: ignore[misc]
             self._ctx.kv_cache_clear()
             start = 0
         self.n_tokens = start
-        scores = known[: start + 1] if shared else [Score(tokens[0], None)]
+        scores = known[: start + 1] if shared else [TokenScore(tokens[0], None)]
         self._requires_eval = True
         for first in range(start, len(tokens), OUTPUTS):
             current_run.get().check()
@@ -307,7 +310,7 @@ class ServedLlama(Llama):  # type: ignore[misc]
         self._echoed = (self._n_alternatives or 0, scores)
         return scores
 
-    def _within(self, scores: Sequence[Score], n_bytes: int) -> list[Score]:
+    def _within(self, scores: Sequence[TokenScore], n_bytes: int) -> list[TokenScore]:
         """Take the tokens of so many bytes of text; what ends an answer is not in it."""
         taken, end = [], 0
         for score in scores:
@@ -333,7 +336,7 @@ class ServedLlama(Llama):  # type: ignore[misc]
             offset += len(choice["text"])
             yield chunk
 
-    def _write_logprobs(self, scores: Sequence[Score], offset: int) -> dict[str, Any]:
+    def _write_logprobs(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
         wanted = bool(self._n_alternatives)
         return write_logprobs(scores, self.tokenizer_.piece, offset, alternatives=wanted)
 

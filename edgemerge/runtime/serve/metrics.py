@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from edgemerge.runtime.serve.run import Run
+from edgemerge.runtime.serve.active_request import Run
 
 __all__ = ["Metrics"]
 

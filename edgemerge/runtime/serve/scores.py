@@ -11,14 +11,14 @@ import numpy as np
 
 from edgemerge.types import Float32
 
-__all__ = ["MAX_ALTERNATIVES", "Score", "score_token", "write_logprobs"]
+__all__ = ["MAX_ALTERNATIVES", "TokenScore", "score_token", "write_logprobs"]
 
 MAX_ALTERNATIVES = 20  # OpenAI's limit for chats
 _IMPOSSIBLE = -9999.0  # OpenAI's stand-in for minus infinity, which JSON has not
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class TokenScore:
     """A token, its log-probability (natural logarithm), and the likeliest in its place.
 
     `logprob` is None for a text's first token, which nothing predicts.
@@ -29,7 +29,7 @@ class Score:
     alternatives: tuple[tuple[int, float], ...] = ()  # likeliest first
 
 
-def score_token(logits: Float32, token: int, n_alternatives: int) -> Score:
+def score_token(logits: Float32, token: int, n_alternatives: int) -> TokenScore:
     """Log-softmax at one position, in float64, for the tokens that are asked for.
 
     Parameters
@@ -52,17 +52,17 @@ def score_token(logits: Float32, token: int, n_alternatives: int) -> Score:
     best = np.argpartition(-exact, n - 1)[:n] if n else np.empty(0, dtype=np.intp)
     # by token where equal, so that the same logits give the same answer
     order = sorted((int(i) for i in best), key=lambda i: (-exact[i], i))
-    return Score(token, logprob(token), tuple((i, logprob(i)) for i in order))
+    return TokenScore(token, logprob(token), tuple((i, logprob(i)) for i in order))
 
 
 def write_logprobs(
-    scores: Sequence[Score], piece: Callable[[int], bytes], offset: int, *, alternatives: bool
+    scores: Sequence[TokenScore], piece: Callable[[int], bytes], offset: int, *, alternatives: bool
 ) -> dict[str, Any]:
     """OpenAI's `logprobs` object of a completion.
 
     Parameters
     ----------
-    scores : sequence of Score
+    scores : sequence of TokenScore
         Of consecutive tokens.
     piece : function
         Bytes of a token.

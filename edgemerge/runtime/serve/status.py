@@ -8,10 +8,10 @@ from typing import Any
 
 from edgemerge.process import read_process
 from edgemerge.runtime.board.device import read_memory, read_temperature, read_throttling
+from edgemerge.runtime.serve.active_request import Run
 from edgemerge.runtime.serve.metrics import Metrics
 from edgemerge.runtime.serve.models import ModelStore
 from edgemerge.runtime.serve.queue import Queue
-from edgemerge.runtime.serve.run import Run
 
 __all__ = ["Status"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgemerge.errors import OutputError, RuntimeFailure
-from edgemerge.runtime.evaluation.results import Journal, Results, identify
+from edgemerge.runtime.evaluation.results import Results, ResultsFile, identify
 
 HEADER = {"version": "1", "models": [{"path": "a"}], "limit": None}
 
@@ -18,7 +18,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def write_some(path: Path) -> None:
-    with Journal(path, HEADER) as journal:
+    with ResultsFile(path, HEADER) as journal:
         assert journal.n_resumed == 0
         journal.add("job", 0, [[-1.5, -2.0], [1, 1], False])
         journal.add("job", 3, [[-0.1, -1 / 3], [1, 2], True])
@@ -27,13 +27,13 @@ def write_some(path: Path) -> None:
 
 def test_a_journal_is_taken_up(path: Path) -> None:
     write_some(path)
-    with Journal(path, HEADER) as journal:
+    with ResultsFile(path, HEADER) as journal:
         assert (journal.n_resumed, journal.note) == (2, "")
         assert journal.entries == {
             "job": {0: [[-1.5, -2.0], [1, 1], False], 3: [[-0.1, -1 / 3], [1, 2], True]}
         }
         journal.add("other", 0, 1)
-    with Journal(path, HEADER) as journal:
+    with ResultsFile(path, HEADER) as journal:
         assert journal.n_resumed == 3
 
 
@@ -42,7 +42,7 @@ def test_a_torn_last_line_is_lost_alone(path: Path) -> None:
     part = path.with_name("out.json.journal")
     whole = part.read_bytes()
     part.write_bytes(whole[:-5])
-    with Journal(path, HEADER) as journal:
+    with ResultsFile(path, HEADER) as journal:
         assert (journal.n_resumed, journal.note) == (1, "")
         journal.add("job", 3, [[-0.1, -1 / 3], [1, 2], True])
     assert part.read_bytes() == whole
@@ -63,12 +63,14 @@ def test_the_journal_of_another_run_is_dropped_by_force_only(
     before = journal_path.read_bytes()
     refusal = f"holds 2 results of an unfinished run with {other}: finish it with its own command"
     with pytest.raises(OutputError, match=refusal):
-        Journal(path, {**HEADER, **change})
+        ResultsFile(path, {**HEADER, **change})
     assert journal_path.read_bytes() == before
     note = f"an earlier run had {other}: starting anew"
-    with Journal(path, {**HEADER, **change}, force=True) as journal:
+    with ResultsFile(path, {**HEADER, **change}, force=True) as journal:
         assert (journal.n_resumed, journal.note, journal.entries) == (0, note, {})
-    with Journal(path, HEADER) as journal:  # that run had no results yet: there is nothing to lose
+    with ResultsFile(
+        path, HEADER
+    ) as journal:  # that run had no results yet: there is nothing to lose
         assert journal.note == note
 
 
@@ -78,21 +80,21 @@ def test_a_damaged_journal_is_not(path: Path, damage: bytes) -> None:
     part = path.with_name("out.json.journal")
     for text in (damage, part.read_bytes() + damage):
         part.write_bytes(text)
-        with Journal(path, HEADER) as journal:
+        with ResultsFile(path, HEADER) as journal:
             assert (journal.n_resumed, journal.entries) == (0, {})
             assert journal.note == "it is damaged: starting anew"
 
 
 def test_one_run_at_a_time(path: Path) -> None:
     with (
-        Journal(path, HEADER),
+        ResultsFile(path, HEADER),
         pytest.raises(OutputError, match="another evaluation is writing it"),
     ):
-        Journal(path, HEADER)
+        ResultsFile(path, HEADER)
 
 
 def test_publishing_leaves_one_file(path: Path) -> None:
-    with Journal(path, HEADER) as journal:
+    with ResultsFile(path, HEADER) as journal:
         journal.publish({"acc": 0.5})
     assert json.loads(path.read_text()) == {"acc": 0.5}
     assert os.listdir(path.parent) == ["out.json"]
@@ -100,7 +102,7 @@ def test_publishing_leaves_one_file(path: Path) -> None:
 
 def test_a_failure_leaves_the_journal(path: Path) -> None:
     write_some(path)
-    with Journal(path, HEADER) as journal:
+    with ResultsFile(path, HEADER) as journal:
         path.mkdir()
         with pytest.raises(OutputError, match="could not be finished"):
             journal.publish({})
@@ -111,7 +113,7 @@ def test_a_failure_leaves_the_journal(path: Path) -> None:
 def test_a_link_is_not_followed(path: Path, tmp_path: Path) -> None:
     path.with_name("out.json.journal").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OutputError, match="cannot be written"):
-        Journal(path, HEADER)
+        ResultsFile(path, HEADER)
     assert not (tmp_path / "elsewhere").exists()
 
 

@@ -5,9 +5,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from edgemerge.runtime.serve.active_request import Run
 from edgemerge.runtime.serve.errors import Refusal
 from edgemerge.runtime.serve.queue import Queue
-from edgemerge.runtime.serve.run import Run
 
 
 def in_loop(scenario: Callable[[], Awaitable[None]]) -> None:

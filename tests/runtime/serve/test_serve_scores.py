@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from edgemerge.runtime.serve.scores import Score, score_token, write_logprobs
+from edgemerge.runtime.serve.scores import TokenScore, score_token, write_logprobs
 
 PIECES = {1: b"The", 2: b" heart", 3: "é".encode()[:1], 4: "é".encode()[1:], 5: b"The"}
 
@@ -37,10 +37,10 @@ def test_what_is_impossible_is_still_json() -> None:
 
 def test_it_is_written_as_openai_does() -> None:
     scores = [
-        Score(1, None),
-        Score(2, -1.0, ((1, -0.5),)),
-        Score(3, -2.0, ((3, -2.0),)),
-        Score(4, -3.0, ((5, -0.1),)),
+        TokenScore(1, None),
+        TokenScore(2, -1.0, ((1, -0.5),)),
+        TokenScore(3, -2.0, ((3, -2.0),)),
+        TokenScore(4, -3.0, ((5, -0.1),)),
     ]
     written = write_logprobs(scores, PIECES.__getitem__, 10, alternatives=True)
     assert json.loads(json.dumps(written)) == {

@@ -137,7 +137,7 @@ def task_vectors(draw: st.DrawFn) -> Float32:
     return np.array(values, np.float32).reshape(rows, cols)
 
 
-def survivors(method: str, delta: Float32, own: dict[str, Any], rows: int) -> NDArray[np.bool_]:
+def kept_entries(method: str, delta: Float32, own: dict[str, Any], rows: int) -> NDArray[np.bool_]:
     """Which entries a pruning keeps, zeros apart: the base is 0 and the only weight 1."""
     base = np.zeros_like(delta)
     own = {"weight": 1.0, **own}
@@ -149,7 +149,7 @@ def survivors(method: str, delta: Float32, own: dict[str, Any], rows: int) -> ND
 def test_ties_keeps_the_largest_and_of_equal_ones_the_first(
     delta: Float32, density: float, rows: int
 ) -> None:
-    kept = survivors("ties", delta, {"density": density}, rows)
+    kept = kept_entries("ties", delta, {"density": density}, rows)
     expected = reference.keep_largest(delta, density) & (density > 0) & (delta != 0)
     assert np.array_equal(kept, expected)
     if density > 0:  # and once more by sorted values alone
@@ -168,7 +168,7 @@ def test_ties_keeps_the_largest_and_of_equal_ones_the_first(
 def test_breadcrumbs_keeps_a_band_of_the_stable_order(
     delta: Float32, density: float, gamma: float, rows: int
 ) -> None:
-    kept = survivors("breadcrumbs", delta, {"density": density, "gamma": gamma}, rows)
+    kept = kept_entries("breadcrumbs", delta, {"density": density, "gamma": gamma}, rows)
     assert np.array_equal(kept, reference.keep_band(delta, density, gamma) & (delta != 0))
 
 
@@ -177,7 +177,7 @@ def test_breadcrumbs_keeps_a_band_of_the_stable_order(
 def test_k_is_the_floor_in_float64(density: float, n: int) -> None:
     """int(0.29 * 100) is 28, not 29."""
     delta = np.random.default_rng(n).permutation(np.arange(1, n + 1)).astype(np.float32)
-    kept = survivors("ties", delta, {"density": density}, 1)
+    kept = kept_entries("ties", delta, {"density": density}, 1)
     assert kept.sum() == int(density * n)
 
 
@@ -185,7 +185,7 @@ def test_breadcrumbs_without_outliers_keeps_the_largest() -> None:
     """gamma * n below 1 drops nothing at the top (mergekit before 0.1.5 dropped everything)."""
     delta = np.random.default_rng(0).standard_normal(60).astype(np.float32)
     for gamma in (0.0, 0.01):
-        kept = survivors("breadcrumbs", delta, {"density": 0.5, "gamma": gamma}, 1)
+        kept = kept_entries("breadcrumbs", delta, {"density": 0.5, "gamma": gamma}, 1)
         assert np.array_equal(kept, reference.keep_largest(delta, 0.5))
 
 

@@ -1,0 +1,110 @@
+"""The parameters that merge methods have: names and defaults of mergekit, what they may be, what they do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from edgemerge.errors import RecipeError
+from edgemerge.types import Setting
+
+__all__ = [
+    "DENSITY",
+    "EPSILON",
+    "GAMMA",
+    "INT8_MASK",
+    "LAMBDA",
+    "NORMALIZE",
+    "RESCALE",
+    "SCALE",
+    "WEIGHT",
+    "Kind",
+    "Parameter",
+]
+
+MAX_NUMBER = 3.4028234e38  # of float32, in which the arithmetic is done
+
+Kind = Literal["number", "fraction", "switch", "word"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a method.
+
+    Attributes
+    ----------
+    name : str
+        As recipes spell it.
+    help : str
+        What it does, in a few words.
+    default : Setting, optional
+        None: it must be given.
+    kind : str
+        `number`; `fraction`, a number from 0 to 1; `switch`, true or false; `word`, one of `words`.
+    words : tuple of str
+        Words that are allowed; a switch may have some too.
+    of_model : bool
+        Whether each model has its own value. Otherwise the merge has one.
+    """
+
+    name: str
+    help: str
+    default: Setting | None = None
+    kind: Kind = "number"
+    words: tuple[str, ...] = ()
+    of_model: bool = False
+
+    def by_default(self, value: Setting) -> Parameter:
+        """Return the same parameter with another default."""
+        return replace(self, default=value)
+
+    def allowed(self) -> str:
+        """Say which values are allowed, as an error message does."""
+        if self.kind == "number":
+            return "a number"
+        if self.kind == "fraction":
+            return "a number from 0 to 1"
+        switch = ("true", "false") if self.kind == "switch" else ()
+        return f"one of {', '.join((*switch, *self.words))}"
+
+    def check(self, value: Setting | None) -> Setting:
+        """Return a value as the type that the method expects.
+
+        Raises
+        ------
+        RecipeError
+            The value is not allowed.
+        """
+        if isinstance(value, str) and value in self.words:
+            return value
+        if self.kind == "switch" and value in (0, 1):  # mergekit takes numbers for switches
+            return bool(value)
+        least, most = (0.0, 1.0) if self.kind == "fraction" else (-MAX_NUMBER, MAX_NUMBER)
+        is_number = isinstance(value, float | int) and not isinstance(value, bool)
+        if self.kind in ("number", "fraction") and is_number and least <= float(value or 0) <= most:
+            return float(value or 0)
+        raise RecipeError(
+            f"the parameter {self.name} is {value!r}; it must be {self.allowed()}", field=self.name
+        )
+
+
+WEIGHT = Parameter("weight", "factor of a model", of_model=True)
+DENSITY = Parameter("density", "fraction of entries to keep", 1.0, "fraction", of_model=True)
+GAMMA = Parameter(
+    "gamma", "fraction of entries to drop as the largest", 0.01, "fraction", of_model=True
+)
+EPSILON = Parameter(
+    "epsilon", "half the span of the probabilities to keep", 0.15, "fraction", of_model=True
+)
+SCALE = Parameter("scale", "factor of the tensor", 1.0, of_model=True)
+NORMALIZE = Parameter("normalize", "divide by the sum of the weights", False, "switch")
+RESCALE = Parameter(
+    "rescale",
+    "enlarge what is kept: `true` or `l1` to the L1 norm from before, `expectation` by the "
+    "probability to be kept",
+    False,
+    "switch",
+    ("l1", "expectation"),
+)
+LAMBDA = Parameter("lambda", "factor of the merged change", 1.0)
+INT8_MASK = Parameter("int8_mask", "accepted, and without effect", False, "switch")
