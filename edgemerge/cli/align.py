@@ -122,13 +122,14 @@ def _attention_types(sources: Sequence[Source]) -> set[str]:
 
 
 def _check_plot(plot: Path, models: Sequence[Path], *, force: bool) -> None:
+    from edgemerge.formats.files import real_path
     from edgemerge.output.file import check_output
     from edgemerge.reports.plots import check_matplotlib
 
     if plot.suffix.lower() != ".png":
         raise typer.BadParameter(f"--plot {plot} must end in .png")
     check_matplotlib()
-    check_output(plot, tuple(path.resolve() for path in models), force=force)
+    check_output(plot, tuple(real_path(path) for path in models), force=force)
 
 
 def _plan(

@@ -113,6 +113,7 @@ def eval_command(
     right option scores highest, acc_norm the same per character of the option. Further models are
     compared with the first.
     """
+    from edgemerge.formats.files import real_path
     from edgemerge.output.file import check_output
     from edgemerge.runtime.evaluation import run as evaluation
     from edgemerge.runtime.library import load_library
@@ -129,7 +130,7 @@ def eval_command(
     if output is not None:
         adapters = (one.path for one in loading.parse_loras(lora))
         inputs = (*models, *asked.texts, *(one.path for one in tasks), *(fewshot or ()), *adapters)
-        check_output(output, tuple(path.resolve() for path in inputs), force=force)
+        check_output(output, tuple(real_path(path) for path in inputs), force=force)
     for path in models:
         open_gguf(path).close()  # the last one is bad: say so now, not after an hour
     load_library()  # where it is missing, it has no version for the header either
@@ -168,6 +169,7 @@ def _refuse_twins(what: str, given: Sequence[object]) -> None:
 def _read_tasks(
     texts: Sequence[str], shots: int | None, fewshot: Sequence[Path], limit: int | None, seed: int
 ) -> tuple[Task, ...]:
+    from edgemerge.formats.files import real_path
     from edgemerge.runtime.evaluation.tasks import read_task
 
     named = [_name_and_file(text) for text in texts]
@@ -185,7 +187,7 @@ def _read_tasks(
     n_shots = (shots or DEFAULT_SHOTS) if fewshot else 0
     tasks = []
     for (name, path), file in zip(named, examples, strict=True):
-        if file is not None and file.resolve() == path.resolve():
+        if file is not None and real_path(file) == real_path(path):
             raise typer.BadParameter(f"--fewshot {file}: its questions are the ones to be asked")
         tasks.append(read_task(name, path, shots=n_shots, examples=file, limit=limit, seed=seed))
         if [task.name for task in tasks].count(tasks[-1].name) > 1:

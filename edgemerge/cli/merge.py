@@ -46,7 +46,8 @@ def merge_command(
     sign: request.Sign = None,
 ) -> None:
     """Merge models into one GGUF."""
-    from edgemerge.output.file import check_output
+    from edgemerge.formats.files import real_path
+    from edgemerge.output.file import check_name, check_output
     from edgemerge.output.parts import is_begun
     from edgemerge.provenance.signature import signature_path
     from edgemerge.reports.page import write_page
@@ -66,13 +67,14 @@ def merge_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
     )
-    inputs = (*recipe.models(), *(Path(text).resolve() for text in models))
+    inputs = (*recipe.models(), *(real_path(Path(text)) for text in models))
+    check_name(output)
     if split is None:  # else the names follow from the plan
         check_output(output, inputs, force=force or is_begun(output))
         if key is not None:
             check_output(signature_path(output), inputs, force=force)
     if report is not None:  # now, not after an hour's work
-        if report.resolve() == output.resolve():
+        if real_path(report) == real_path(output):
             raise typer.BadParameter("-o and --report name the same file")
         check_output(report, inputs, force=force)
     label = f"{recipe.method} -> {output.name}"

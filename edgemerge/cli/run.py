@@ -6,12 +6,13 @@ import select
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
 from edgemerge.cli import generation, loading, request
 from edgemerge.cli.terminal import print_json, talks_plainly
+from edgemerge.errors import RecipeError
 
 if TYPE_CHECKING:
     from edgemerge.runtime.llama import Model
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["run_command"]
 
 MAX_TOKENS = 512
+MAX_PROMPT_BYTES = 16 << 20  # more than any context holds
 PATIENCE = 2.0  # seconds that a pipe beside -p may be silent; ssh without -n leaves one open
 
 
@@ -104,13 +106,14 @@ def _read_text(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise typer.BadParameter("give the prompt with -p or with --file, not both")
     if file is not None:
-        return _decode(file.read_bytes(), str(file))
+        with file.open("rb") as stream:
+            return _decode(_read_some(stream, str(file)), str(file))
     if prompt not in (None, "-"):
         parts = [generation.check_text(str(prompt), "the prompt"), _read_piped()]
         return "\n\n".join(filter(None, parts))
     if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         raise typer.BadParameter("give a prompt with -p TEXT, with --file, or on stdin")
-    return _decode(sys.stdin.buffer.read(), "stdin")
+    return _decode(_read_some(sys.stdin.buffer, "stdin"), "stdin")
 
 
 def _read_piped() -> str:
@@ -122,7 +125,14 @@ def _read_piped() -> str:
             generation.note(
                 "waiting for the text on stdin that goes after the prompt (none: </dev/null)"
             )
-    return _decode(sys.stdin.buffer.read(), "stdin")
+    return _decode(_read_some(sys.stdin.buffer, "stdin"), "stdin")
+
+
+def _read_some(stream: BinaryIO, what: str) -> bytes:
+    raw = stream.read(MAX_PROMPT_BYTES + 1)
+    if len(raw) > MAX_PROMPT_BYTES:
+        raise RecipeError(f"{what}: the prompt is longer than {MAX_PROMPT_BYTES >> 20} MiB")
+    return raw
 
 
 def _decode(raw: bytes, what: str) -> str:

@@ -16,7 +16,7 @@ from edgemerge.errors import FormatError
 from edgemerge.types import FileState, UInt8
 
 __all__ = ["cached_share", "check_unchanged", "describe_foreign", "fill_buffers", "forget_range"]
-__all__ += ["read_bounded", "read_exactly", "read_state", "was_cached"]
+__all__ += ["read_bounded", "read_exactly", "read_state", "real_path", "was_cached"]
 
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 SAMPLE = 1 << 20  # bytes of a file whose pages are asked for at once
@@ -43,6 +43,11 @@ def describe_foreign(
         if head.startswith(magic) or lowered.startswith(magic):
             return sentence
     return f"is not a {wanted} file (it begins with {head[:8]!r}); {remedy}"
+
+
+def real_path(path: Path) -> Path:
+    """Return a path without links. `Path.resolve` raises for a link that leads to itself; this does not."""
+    return Path(os.path.realpath(path))
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:

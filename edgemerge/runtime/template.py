@@ -26,6 +26,7 @@ Message = Mapping[
     str, str
 ]  # role (system, user or assistant) and content, as in OpenAI's interface
 
+MAX_BYTES = 1 << 20  # of a template; the longest published has 12 KB
 _PROBE = "a-word-that-no-template-has"
 
 
@@ -109,6 +110,19 @@ class Template:
         )
 
 
+def _read_file(file: Path) -> str:
+    with file.open("rb") as stream:
+        raw = stream.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise FormatError(
+            f"has more than {MAX_BYTES >> 10} KiB, too much for a template", path=file
+        )
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"not UTF-8 text ({error.reason})", path=file) from error
+
+
 def load_template(model: Model, file: Path | None = None) -> Template | None:
     """Take a model's own chat template, or the one in a file; None where there is neither.
 
@@ -127,10 +141,7 @@ def load_template(model: Model, file: Path | None = None) -> Template | None:
     source, path = model.chat_template, model.path
     if file is not None:
         path = file
-        try:
-            source = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise FormatError(f"not UTF-8 text ({error.reason})", path=file) from error
+        source = _read_file(file)
     if source is None:
         return None
     bos, eos = (
