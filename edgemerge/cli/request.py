@@ -153,6 +153,10 @@ def read_request(
             recipe = replace(recipe, tensor_types=pairs)
         if imatrix is not None:
             recipe = replace(recipe, imatrix=find_imatrix(imatrix))
+    elif any(text.endswith((".yml", ".yaml")) for text in models):
+        raise typer.BadParameter(
+            "a recipe file names its own method and models: leave out -m, or give models instead"
+        )
     else:
         recipe = make_recipe(
             method,

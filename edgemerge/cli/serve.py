@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["serve_command"]
 
+MAX_KEY_BYTES = 4096
+
 KEY_VARIABLE = "EDGEMERGE_API_KEY"
 
 
@@ -150,7 +152,9 @@ def _read_key(key: str | None, file: Path | None) -> str | None:
     if key is not None and file is not None:
         raise typer.BadParameter("give --api-key or --api-key-file, not both")
     if file is not None:
-        return file.read_text(encoding="utf-8").strip()
+        from edgemerge.formats.files import read_text
+
+        return read_text(file, MAX_KEY_BYTES).strip()
     return key if key is not None else os.environ.get(KEY_VARIABLE)
 
 

@@ -16,7 +16,8 @@ from edgemerge.errors import FormatError
 from edgemerge.types import FileState, UInt8
 
 __all__ = ["cached_share", "check_unchanged", "describe_foreign", "fill_buffers", "forget_range"]
-__all__ += ["read_bounded", "read_exactly", "read_state", "real_path", "was_cached"]
+__all__ += ["read_bounded", "read_exactly", "read_state", "read_text", "real_path"]
+__all__ += ["was_cached"]
 
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 SAMPLE = 1 << 20  # bytes of a file whose pages are asked for at once
@@ -48,6 +49,26 @@ def describe_foreign(
 def real_path(path: Path) -> Path:
     """Return a path without links. `Path.resolve` raises for a link that leads to itself; this does not."""
     return Path(os.path.realpath(path))
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """Read a short text in UTF-8 from a file, a pipe or a device.
+
+    Raises
+    ------
+    FormatError
+        It has more than `max_bytes`, or is not UTF-8.
+    OSError
+        It cannot be read.
+    """
+    with path.open("rb") as file:
+        raw = file.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise FormatError(f"has more than {max_bytes >> 10} KiB; give the right file", path=path)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"not UTF-8 text ({error.reason})", path=path) from error
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:

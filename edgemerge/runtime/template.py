@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemerge.errors import FormatError
+from edgemerge.formats.files import read_text
 from edgemerge.runtime.template_process import TemplateOverrun, TemplateProcess, TemplateRefusal
 
 if TYPE_CHECKING:
@@ -110,19 +111,6 @@ class Template:
         )
 
 
-def _read_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        raw = stream.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise FormatError(
-            f"has more than {MAX_BYTES >> 10} KiB, too much for a template", path=file
-        )
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"not UTF-8 text ({error.reason})", path=file) from error
-
-
 def load_template(model: Model, file: Path | None = None) -> Template | None:
     """Take a model's own chat template, or the one in a file; None where there is neither.
 
@@ -141,7 +129,7 @@ def load_template(model: Model, file: Path | None = None) -> Template | None:
     source, path = model.chat_template, model.path
     if file is not None:
         path = file
-        source = _read_file(file)
+        source = read_text(file, MAX_BYTES)
     if source is None:
         return None
     bos, eos = (

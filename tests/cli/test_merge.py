@@ -174,7 +174,7 @@ def test_force_replaces(run: Run) -> None:
         ("-m linear c", "model: no file or folder 'c'; download the model and give its path"),
         ("-m ties --base base a -P density=2", "the parameter density is 2.0; it must be a number"),
         ("-m ties --base base a -P densty=1", "-P has the unknown parameter 'densty'; did you me"),
-        ("-m linear a --type Q4", "unknown type 'Q4'; choose one of F32, F16, BF16, Q8_0, Q6_K,"),
+        ("-m linear a --type Q4", "unknown type 'Q4'; known are F32, F16, BF16, Q8_0, Q6_K,"),
         ("-m linear a --memory lots", "'lots' is no size; write it like 512MiB, 1.5G or 800M"),
         ("-m linear a --memory 1M", "a budget of 1 MiB is too small for this merge; the smallest"),
         ("-m linear a=nan", "the weight of a is nan; it must be a finite number"),
