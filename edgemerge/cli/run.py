@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["run_command"]
 
-MAX_TOKENS = 512
 MAX_PROMPT_BYTES = 16 << 20  # more than any context holds
 PATIENCE = 2.0  # seconds that a pipe beside -p may be silent; ssh without -n leaves one open
 
@@ -44,12 +43,12 @@ def run_command(
     ] = False,
     system: generation.System = "",
     template: generation.TemplateFile = None,
-    max_tokens: generation.MaxTokens = MAX_TOKENS,
+    max_tokens: generation.MaxTokens = generation.MAX_TOKENS,
     temperature: generation.Temperature = 0.8,
     top_k: generation.TopK = 40,
     top_p: generation.TopP = 0.95,
     min_p: generation.MinP = 0.05,
-    repeat_penalty: generation.RepeatPenalty = 1.0,
+    repeat_penalty: generation.RepeatPenalty = None,
     seed: generation.Seed = None,
     stop: generation.Stops = None,
     context: loading.ContextSize = None,
@@ -72,17 +71,19 @@ def run_command(
     if not text.strip():
         raise RecipeError("the prompt is empty: give the model at least one word to go on from")
     generation.check_text(system, "the system prompt")
-    sampling = generation.read_sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
     with generation.load(model, threads, gpu_layers, lora) as loaded:
         if not raw:
             text = _as_message(loaded, text, system, template)
         tokens = read_prompt(loaded, text)
-        n_wanted = len(tokens) + (max_tokens or MAX_TOKENS)
+        sampling = generation.read_sampling(
+            loaded, temperature, top_k, top_p, min_p, repeat_penalty, seed
+        )
+        n_wanted = len(tokens) + (max_tokens or loaded.n_ctx_train)
         n_ctx = generation.pick_context(loaded, context, n_wanted)
         check_prompt(tokens, n_ctx)
         with Session(loaded, n_ctx, sampling) as session:
             pieces = session.generate(
-                tokens, max_tokens, stops=stop or (), progress=generation.show_progress
+                tokens, max_tokens or None, stops=stop or (), progress=generation.show_progress
             )
             if json_:
                 print_json(

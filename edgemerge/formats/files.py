@@ -17,7 +17,7 @@ from edgemerge.types import FileState, UInt8
 
 __all__ = ["cached_share", "check_unchanged", "describe_foreign", "fill_buffers", "forget_range"]
 __all__ += ["read_bounded", "read_exactly", "read_state", "read_text", "real_path"]
-__all__ += ["was_cached"]
+__all__ += ["refuse_device", "was_cached"]
 
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 SAMPLE = 1 << 20  # bytes of a file whose pages are asked for at once
@@ -49,6 +49,18 @@ def describe_foreign(
 def real_path(path: Path) -> Path:
     """Return a path without links. `Path.resolve` raises for a link that leads to itself; this does not."""
     return Path(os.path.realpath(path))
+
+
+def refuse_device(path: Path) -> None:
+    """Refuse a pipe, a socket or a device where a file is read more than once.
+
+    Raises
+    ------
+    FormatError
+        It is one.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FormatError("is no regular file; save what it gives to one first", path=path)
 
 
 def read_text(path: Path, max_bytes: int) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from edgemerge.runtime.library import load_library
 from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.model_files import check_adapter, model_files
+from edgemerge.runtime.repetition import LoopWatch
 from edgemerge.runtime.serve.chat import make_chat_handler
 from edgemerge.runtime.serve.embeddings import embed
 from edgemerge.runtime.serve.models import BATCH, OUTPUTS
@@ -159,10 +160,13 @@ class ServedLlama(Llama):  # type: ignore[misc]
         """Yield tokens that follow a prompt, and count both."""
         run = current_run.get()
         run.prompt_tokens += len(tokens)
+        loop = LoopWatch()
         for token in super().generate(tokens, **settings):
             if not self._is_end(token):
                 run.note_token()
             yield token
+            if loop.push(token):
+                return
 
     def create_completion(
         self,
