@@ -220,6 +220,7 @@ def _header(
     """All that results depend on; a stopped run goes on only where this is the same."""
     from importlib.metadata import version
 
+    from edgemerge.formats.files import real_path
     from edgemerge.runtime.evaluation.results import identify, sha256_of
 
     loras = loading.parse_loras(lora)
@@ -231,17 +232,19 @@ def _header(
         "tasks": [
             {
                 "name": task.name,
-                "path": str(task.path.resolve()),
+                "path": str(real_path(task.path)),
                 "sha256": sha256_of(task.path),
                 "n": len(task.questions),
                 "n_total": task.n_total,
                 "shots": task.n_shots,
-                "examples": None if task.examples is None else str(task.examples.resolve()),
+                "examples": None if task.examples is None else str(real_path(task.examples)),
                 "examples_sha256": None if task.examples is None else sha256_of(task.examples),
             }
             for task in asked.tasks
         ],
-        "texts": [{"path": str(path.resolve()), "sha256": sha256_of(path)} for path in asked.texts],
+        "texts": [
+            {"path": str(real_path(path)), "sha256": sha256_of(path)} for path in asked.texts
+        ],
         "limit": limit,
         "seed": seed,
         "context": asked.n_ctx,

@@ -17,7 +17,13 @@ from tests.support.tiny_gguf import write_tiny_gguf
 
 pytestmark = pytest.mark.llama
 
-WAITS = {"run file", "run template", "chat template", "serve key"}  # as of `<(command)`
+WAITS = {
+    "run file",
+    "run template",
+    "chat template",
+    "serve key",
+    "bench recipe",
+}  # as of `<(command)`
 MADE = ("folder", "dangling", "loop", "pipe", "socket", "empty", "text.png")
 SECONDS = 120
 
