@@ -33,7 +33,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("originals")
     write_tiny_gguf(folder / "tiny.gguf")
     shutil.copy(folder / "tiny.gguf", folder / "copy.gguf")
-    question = json.dumps({"question": "?", "choices": ["a", "b"], "answer": 0})
+    question = json.dumps({"question": "?", "options": ["a", "b"], "answer": 0})
     (folder / "questions.jsonl").write_text(f"{question}\n" * 3)
     assert run_aside(("keygen", "own"), folder).code == 0
     return folder
