@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,12 @@ from tests.support.tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture(autouse=True)
-def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_tiny_gguf(tmp_path / "base.gguf")
     shutil.copy("base.gguf", "cardio.gguf")
     options = ("--base", "base.gguf", "cardio.gguf=0.5", "-P", "density=0.5", "-o", "ward.gguf")
     assert run("merge", "-m", "ties", *options).exit_code == 0
-    yield
 
 
 def run(*arguments: object) -> Result:
@@ -46,7 +44,7 @@ def test_it_says_what_of_what_and_how() -> None:
     text = words(Path("record.html"))
     assert "architecture llama, 2 layers" in text
     assert re.search(r"base.gguf base [0-9a-f]{8} cardio.gguf model [0-9a-f]{8}", text)
-    assert "ties: density 0.5, lambda 1 (default), normalize on (default)" in text
+    assert "ties: density 0.5, normalize on (default), rescale off (default)" in text
     assert "cardio.gguf: weight 0.5" in text
     assert "All 21 tensors are as they were written." in text
     assert re.search(r"written 20\d\d-\d\d-\d\dT", text)

@@ -94,7 +94,7 @@ class PageStub:
                 if self.path == "/health":
                     health = stub.health()
                     if not self._is_known():
-                        health = {key: health[key] for key in ("status", "version", "logs_prompts")}
+                        health = {key: health[key] for key in ("status", "version")}
                     return self._send_json(200, health)
                 if not self._is_known():
                     return self._refuse()
