@@ -305,7 +305,8 @@ def figures_as_json(session: Session) -> dict[str, Any]:
         "tokens_per_second": figures.rate,
         "first_token_seconds": figures.first_token_seconds,
         "context": session.n_ctx,
-        "threads": session.model.n_threads,
+        "threads": session.model.threads.generate,
+        "prompt_threads": session.model.threads.prompt,
         "memory": {
             "rss_bytes": read_process().rss,
             "weights_bytes": buffers.weights,

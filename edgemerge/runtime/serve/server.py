@@ -11,7 +11,7 @@ from pathlib import Path
 
 from edgemerge.errors import RecipeError, RuntimeFailure
 from edgemerge.process import read_process
-from edgemerge.runtime.board.device import default_threads, read_memory
+from edgemerge.runtime.board.device import read_memory
 from edgemerge.runtime.library import load_library
 from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.serve.key import check_characters
@@ -149,7 +149,7 @@ def serve(options: ServeOptions, on_start: Callable[[Started], None]) -> None:
         return ServedLlama(
             file.path,
             n_ctx=file.n_ctx,
-            n_threads=options.n_threads or default_threads(),
+            n_threads=options.n_threads,
             n_gpu_layers=options.n_gpu_layers,
             loras=options.loras,
         )
