@@ -153,7 +153,7 @@ def test_advice_names_the_largest_of_each_type() -> None:
 
 def test_advice_where_nothing_fits() -> None:
     memory = Memory(GIB, 100 * MIB, 0, 0)
-    nothing, _, merging = advise(memory, fit.fit_examples(memory.available), 1)
+    nothing, _, merging = advise(memory, fit.fit_examples(memory.available), None)
     assert nothing.startswith("no model of the table fits")
     assert merging == "a merge needs about 124 MiB and 100 MiB are free: stop other programs first"
 
