@@ -12,10 +12,13 @@ _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UNITS |= {f"{unit}IB": n for unit, n in _UNITS.items() if unit in "KMGT" and unit}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
+LEAST_PLAIN = 4096  # a number without a unit below it was meant to have one
+
 
 def parse_size(text: str | int) -> int:
     """Parse a size in bytes: `512MiB`, `1.5G`, `800M`.
 
+    A small number without a unit is refused: nobody has 400 bytes in mind.
     K, M, G, T are powers of 1024, as are KiB and so on; KB, MB, GB, TB are powers of 1000.
 
     Raises
@@ -23,6 +26,9 @@ def parse_size(text: str | int) -> int:
     RecipeError
         It is no positive size.
     """
+    plain = str(text).strip()
+    if plain.isdecimal() and plain.isascii() and 0 < int(plain[:19]) < LEAST_PLAIN:
+        raise RecipeError(f"{plain} is {plain} bytes; did you mean {plain}MiB?", field="memory")
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(text), re.ASCII)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or float(match[1]) * unit < 1:

@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": "merge",
     "inspect": "inspect",
     "verify": "verify",
+    "record": "record",
     "align": "align",
     "convert": "convert",
     "run": "run",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,12 +105,12 @@ def align_command(
             }
         )
     else:
+        print(plain(verdict.sentence))
         _print(plans, names)
         for note in notes:
             print(f"note: {plain(note)}")
         if plot is not None:
             print(f"drawn in {plot}")
-        print(plain(verdict.sentence))
 
 
 # -- the work ----------------------------------------------------------------------------------------
@@ -124,13 +125,14 @@ def _attention_types(sources: Sequence[Source]) -> set[str]:
 
 
 def _check_plot(plot: Path, models: Sequence[Path], *, force: bool) -> None:
+    from edgemerge.formats.files import real_path
     from edgemerge.output.file import check_output
     from edgemerge.reports.plots import check_matplotlib
 
     if plot.suffix.lower() != ".png":
         raise typer.BadParameter(f"--plot {plot} must end in .png")
     check_matplotlib()
-    check_output(plot, tuple(path.resolve() for path in models), force=force)
+    check_output(plot, tuple(real_path(path) for path in models), force=force)
 
 
 def _plan(
@@ -297,24 +299,48 @@ def _print(plans: Plans, names: tuple[str, str]) -> None:
         "by",
         f"B's {what}, in A's order",
     )
-    print_table(header, [_row(plan) for plan in plans], right="layer confidence")
+    print_table(header, list(_rows(plans)), right="layer confidence")
     if any(_permutation(plan)[1] for plan in aligned):
         print("... is shortened: --json lists all heads")
 
 
-def _row(plan: HeadPlan | Skipped) -> tuple[str, ...]:
+def _rows(plans: Plans) -> Iterator[tuple[str, ...]]:
+    """Write a row per layer; consecutive layers whose heads stay share one, with their ranges."""
+    for (_, said), run in groupby(plans, key=_finding):
+        layers = list(run)
+        first, last = layers[0].layer, layers[-1].layer
+        label = f"{first}" if first == last else f"{first} to {last}"
+        aligned = [plan for plan in layers if isinstance(plan, HeadPlan)]
+        if not aligned:
+            yield (label, "-", "-", "-", "-", "-", said)
+            continue
+        yield (
+            label,
+            _span([plan.identity_cost for plan in aligned], ".4f"),
+            _span([plan.cost for plan in aligned], ".4f"),
+            _span([plan.gap for plan in aligned], ".0e"),
+            _span([plan.confidence for plan in aligned], ".3f"),
+            _solver(aligned[0]),
+            said,
+        )
+
+
+def _finding(plan: HeadPlan | Skipped) -> tuple[str, str]:
+    """Tell what layers share that are shown in one row."""
     if isinstance(plan, Skipped):
-        return (str(plan.layer), "-", "-", "-", "-", "-", f"skipped: {_reason(plan)}")
-    solver = "exact solver" if plan.exact else "sinkhorn" if plan.converged else "sinkhorn, rough"
-    return (
-        str(plan.layer),
-        f"{plan.identity_cost:.4f}",
-        f"{plan.cost:.4f}",
-        f"{plan.gap:.0e}" if plan.gap else "0",
-        f"{plan.confidence:.3f}",
-        solver,
-        _permutation(plan)[0],
-    )
+        return "", f"skipped: {_reason(plan)}"
+    alone = "" if plan.is_identity else str(plan.layer)
+    return f"{_solver(plan)}{alone}", _permutation(plan)[0]
+
+
+def _solver(plan: HeadPlan) -> str:
+    return "exact solver" if plan.exact else "sinkhorn" if plan.converged else "sinkhorn, rough"
+
+
+def _span(values: Sequence[float], form: str) -> str:
+    """Write the least and the largest of some figures, or the one that all have."""
+    texts = [f"{value:{form}}" if value else "0" for value in (min(values), max(values))]
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
 
 
 def _permutation(plan: HeadPlan) -> tuple[str, bool]:

@@ -303,6 +303,7 @@ def _bench_merge(recipe: Path, output_format: Format) -> None:
 
 
 def _check_plot(plot: Path, models: list[Path], *, force: bool) -> None:
+    from edgemerge.formats.files import real_path
     from edgemerge.output.file import check_output
     from edgemerge.reports.plots import check_matplotlib
     from edgemerge.reports.plots_bench import FORMATS
@@ -310,7 +311,7 @@ def _check_plot(plot: Path, models: list[Path], *, force: bool) -> None:
     if plot.suffix.lower() not in FORMATS:
         raise typer.BadParameter(f"--plot {plot}: the name must end in {', '.join(FORMATS)}")
     check_matplotlib()
-    check_output(plot, tuple(path.resolve() for path in models), force=force)
+    check_output(plot, tuple(real_path(path) for path in models), force=force)
 
 
 def _draw(benches: list[ModelBench], name: str, plot: Path) -> None:

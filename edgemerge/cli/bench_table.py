@@ -112,6 +112,25 @@ def bench_tables(benches: Sequence[ModelBench], quality: str) -> Iterator[str]:
     header = ["model", "load cold", "load warm", "peak memory", "weights", "KV cache", "rest"]
     header += ["°C start", "end", "highest", "slowed by", *([quality] if quality else [])]
     yield from markdown(header, [_memory_row(bench) for bench in benches])
+    yield from _fastest(benches)
+
+
+def _fastest(benches: Sequence[ModelBench]) -> Iterator[str]:
+    """Say with how many threads each model was fastest, where several were tried."""
+    for bench in benches:
+        speeds = bench.measured.speeds
+        if len({speed.test.n_threads for speed in speeds}) < 2:
+            continue
+        said = []
+        for what, found in (
+            ("prompts", [speed for speed in speeds if speed.test.n_prompt]),
+            ("answers", [speed for speed in speeds if not speed.test.n_prompt]),
+        ):
+            if found:
+                best = max(found, key=lambda speed: speed.mean)
+                said.append(f"{what} with -t {best.test.n_threads} ({best.mean:.1f} t/s)")
+        yield ""
+        yield f"{bench.path.name} is fastest: {', '.join(said)}"
 
 
 def _latency_rows(bench: ModelBench) -> Iterator[list[str]]:

@@ -41,12 +41,12 @@ def chat_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.")],
     system: generation.System = "",
     template: generation.TemplateFile = None,
-    max_tokens: generation.MaxTokens = None,
+    max_tokens: generation.MaxTokens = generation.MAX_TOKENS,
     temperature: generation.Temperature = 0.8,
     top_k: generation.TopK = 40,
     top_p: generation.TopP = 0.95,
     min_p: generation.MinP = 0.05,
-    repeat_penalty: generation.RepeatPenalty = 1.0,
+    repeat_penalty: generation.RepeatPenalty = None,
     seed: generation.Seed = None,
     stop: generation.Stops = None,
     context: loading.ContextSize = None,
@@ -61,16 +61,18 @@ def chat_command(
     from edgemerge.runtime.conversation import Conversation
     from edgemerge.runtime.generate import Session
 
-    sampling = generation.read_sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
     with generation.load(model, threads, gpu_layers, lora) as loaded:
         its_template = _need_template(loaded, template)
+        sampling = generation.read_sampling(
+            loaded, temperature, top_k, top_p, min_p, repeat_penalty, seed
+        )
         n_ctx = generation.pick_context(loaded, context, CONTEXT)
         with Session(loaded, n_ctx, sampling) as session:
             conversation = Conversation(
                 session,
                 its_template,
                 system=generation.check_text(system, "the system prompt"),
-                max_tokens=max_tokens,
+                max_tokens=max_tokens or None,
                 stops=stop or (),
             )
             chat = _Chat(conversation)

@@ -113,6 +113,7 @@ def eval_command(
     right option scores highest, acc_norm the same per character of the option. Further models are
     compared with the first.
     """
+    from edgemerge.formats.files import real_path
     from edgemerge.output.file import check_output
     from edgemerge.runtime.evaluation import suite as evaluation
     from edgemerge.runtime.library import load_library
@@ -129,7 +130,7 @@ def eval_command(
     if output is not None:
         adapters = (one.path for one in loading.parse_loras(lora))
         inputs = (*models, *asked.texts, *(one.path for one in tasks), *(fewshot or ()), *adapters)
-        check_output(output, tuple(path.resolve() for path in inputs), force=force)
+        check_output(output, tuple(real_path(path) for path in inputs), force=force)
     for path in models:
         open_gguf(path).close()  # the last one is bad: say so now, not after an hour
     load_library()  # where it is missing, it has no version for the header either
@@ -168,6 +169,7 @@ def _refuse_twins(what: str, given: Sequence[object]) -> None:
 def _read_tasks(
     texts: Sequence[str], shots: int | None, fewshot: Sequence[Path], limit: int | None, seed: int
 ) -> tuple[Task, ...]:
+    from edgemerge.formats.files import real_path
     from edgemerge.runtime.evaluation.tasks import read_task
 
     named = [_name_and_file(text) for text in texts]
@@ -185,7 +187,7 @@ def _read_tasks(
     n_shots = (shots or DEFAULT_SHOTS) if fewshot else 0
     tasks = []
     for (name, path), file in zip(named, examples, strict=True):
-        if file is not None and file.resolve() == path.resolve():
+        if file is not None and real_path(file) == real_path(path):
             raise typer.BadParameter(f"--fewshot {file}: its questions are the ones to be asked")
         tasks.append(read_task(name, path, shots=n_shots, examples=file, limit=limit, seed=seed))
         if [task.name for task in tasks].count(tasks[-1].name) > 1:
@@ -218,6 +220,7 @@ def _header(
     """All that results depend on; a stopped run goes on only where this is the same."""
     from importlib.metadata import version
 
+    from edgemerge.formats.files import real_path
     from edgemerge.runtime.evaluation.results import identify, sha256_of
 
     loras = loading.parse_loras(lora)
@@ -229,17 +232,19 @@ def _header(
         "tasks": [
             {
                 "name": task.name,
-                "path": str(task.path.resolve()),
+                "path": str(real_path(task.path)),
                 "sha256": sha256_of(task.path),
                 "n": len(task.questions),
                 "n_total": task.n_total,
                 "shots": task.n_shots,
-                "examples": None if task.examples is None else str(task.examples.resolve()),
+                "examples": None if task.examples is None else str(real_path(task.examples)),
                 "examples_sha256": None if task.examples is None else sha256_of(task.examples),
             }
             for task in asked.tasks
         ],
-        "texts": [{"path": str(path.resolve()), "sha256": sha256_of(path)} for path in asked.texts],
+        "texts": [
+            {"path": str(real_path(path)), "sha256": sha256_of(path)} for path in asked.texts
+        ],
         "limit": limit,
         "seed": seed,
         "context": asked.n_ctx,

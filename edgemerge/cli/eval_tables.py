@@ -22,18 +22,22 @@ def print_tables(
 ) -> None:
     """Print a row per metric and a column per model, then each model's difference from the first."""
     names = _short_names(models)
-    rows = list(_score_rows(models, answers))
+    rows = [*_score_rows(models, answers), *_mean_rows(models, answers)]
     rows += [
         (
             text.name,
             f"{reads[0].perplexity.n_tokens} tokens",
             "perplexity",
-            *(f"{one.perplexity.value:.4f} +- {one.perplexity.stderr:.4f}" for one in reads),
+            *(f"{one.perplexity.value:.4f} ± {one.perplexity.stderr:.4f}" for one in reads),
         )
         for text, reads in _by_text(texts).items()
     ]
     header = ("task", "of", "metric", *names.values())
     print_table(header, rows, right=" ".join(("of", *names.values())))
+    if answers:
+        has_errors = any("±" in cell for row in rows for cell in row)
+        error = "± is one standard error; " if has_errors else ""
+        print(f"{error}by chance {_chances(models, answers)}")
     if differences := list(_difference_rows(answers, names)):
         print()
         print_table(("task", "model", f"acc less {names[models[0]]}'s", "p (McNemar)"), differences)
@@ -64,8 +68,32 @@ def _score_rows(models: Sequence[Path], answers: Sequence[Answered]) -> Iterator
             yield ("", "", "acc_norm", *norms)
 
 
+def _mean_rows(models: Sequence[Path], answers: Sequence[Answered]) -> Iterator[tuple[str, ...]]:
+    """Average the tasks of each model, each task alike; errors add up as those of independent tasks."""
+    n_tasks = len(answers) // len(models)
+    if n_tasks < 2:
+        return
+    means = []
+    for i in range(len(models)):
+        scores = [one.score for one in answers[i :: len(models)]]
+        error = math.sqrt(sum(score.stderr**2 for score in scores)) / n_tasks
+        means.append(_percent(sum(score.acc for score in scores) / n_tasks, error))
+    yield (f"mean of {n_tasks} tasks", "", "acc", *means)
+
+
+def _chances(models: Sequence[Path], answers: Sequence[Answered]) -> str:
+    """Say what guessing gives: one figure, or one for each task where they differ."""
+    chances = {}
+    for one in answers[:: len(models)]:
+        shares = [1 / len(question.options) for question in one.task.questions]
+        chances[one.task.name] = f"{100 * sum(shares) / len(shares):.1f} %"
+    if len(set(chances.values())) == 1:
+        return next(iter(chances.values()))
+    return ", ".join(f"{chance} ({name})" for name, chance in chances.items())
+
+
 def _percent(share: float, stderr: float) -> str:
-    error = f" +- {100 * stderr:.1f}" if math.isfinite(stderr) else ""
+    error = f" ± {100 * stderr:.1f}" if math.isfinite(stderr) else ""
     return f"{100 * share:.1f} %{error}"
 
 

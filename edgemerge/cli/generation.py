@@ -20,11 +20,24 @@ if TYPE_CHECKING:
     from edgemerge.runtime.llama import Model
     from edgemerge.runtime.sampling import Sampling
 
-__all__ = ["MaxTokens", "MinP", "RepeatPenalty", "Seed", "Stops", "System", "Temperature"]
+__all__ = [
+    "MAX_TOKENS",
+    "MaxTokens",
+    "MinP",
+    "RepeatPenalty",
+    "Seed",
+    "Stops",
+    "System",
+    "Temperature",
+]
 __all__ += ["TemplateFile", "TopK", "TopP", "check_text", "clean", "clear_line"]
 __all__ += ["figures_as_json", "format_figures", "load", "note", "pick_context", "read_sampling"]
 __all__ += ["say", "show_progress", "tell", "tell_end"]
 
+MAX_TOKENS = 512  # of an answer, unless asked for more
+PENALTY_KEY = (
+    "general.sampling.penalty_repeat"  # generation_config.json has it as repetition_penalty
+)
 LONG = 128  # tokens of a prompt that take a moment to read
 
 System = Annotated[str, typer.Option("--system", metavar="TEXT", help="System prompt.")]
@@ -69,9 +82,12 @@ MinP = Annotated[
     ),
 ]
 RepeatPenalty = Annotated[
-    float,
+    float | None,
     typer.Option(
-        "--repeat-penalty", min=0.01, metavar="X", help="Penalty on the last 64 tokens; 1: none."
+        "--repeat-penalty",
+        min=0.01,
+        metavar="X",
+        help="Penalty on the last 64 tokens; 1: none [default: what the model asks for, else 1].",
     ),
 ]
 Seed = Annotated[
@@ -87,20 +103,30 @@ Stops = Annotated[
     ),
 ]
 MaxTokens = Annotated[
-    int | None,
-    typer.Option("-n", "--max-tokens", min=1, metavar="N", help="Most tokens of an answer."),
+    int,
+    typer.Option(
+        "-n",
+        "--max-tokens",
+        min=0,
+        metavar="N",
+        help="Most tokens of an answer; 0: as many as the context holds.",
+    ),
 ]
 
 
 def read_sampling(
+    model: Model,
     temperature: float,
     top_k: int,
     top_p: float,
     min_p: float,
-    repeat_penalty: float,
+    repeat_penalty: float | None,
     seed: int | None,
 ) -> Sampling:
-    """Take the options of the draw; without a seed, one by chance."""
+    """Take the options of the draw; without a seed, one by chance.
+
+    Without a penalty, it is what the model's authors ask for in its metadata.
+    """
     from edgemerge.runtime.sampling import MAX_SEED, Sampling
 
     return Sampling(
@@ -108,9 +134,17 @@ def read_sampling(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        repeat_penalty=repeat_penalty,
+        repeat_penalty=_own_penalty(model) if repeat_penalty is None else repeat_penalty,
         seed=secrets.randbelow(MAX_SEED + 1) if seed is None else seed,
     )
+
+
+def _own_penalty(model: Model) -> float:
+    try:
+        penalty = float(model.metadata.get(PENALTY_KEY, "1"))
+    except ValueError:
+        return 1.0
+    return penalty if 0.01 <= penalty <= 10 else 1.0
 
 
 def check_text(text: str, what: str) -> str:
@@ -252,7 +286,9 @@ def tell_end(session: Session) -> None:
     if session.figures.end is End.CONTEXT:
         note(f"the answer was cut off: the context of {session.n_ctx} is full")
     elif session.figures.end is End.LENGTH:
-        note("the answer was cut off at --max-tokens")
+        note("the answer was cut off at --max-tokens; more with -n N, or -n 0 for all that fits")
+    elif session.figures.end is End.LOOP:
+        note("the answer was ended, as it repeated itself; try --repeat-penalty 1.1")
 
 
 def figures_as_json(session: Session) -> dict[str, Any]:
@@ -269,7 +305,8 @@ def figures_as_json(session: Session) -> dict[str, Any]:
         "tokens_per_second": figures.rate,
         "first_token_seconds": figures.first_token_seconds,
         "context": session.n_ctx,
-        "threads": session.model.n_threads,
+        "threads": session.model.threads.generate,
+        "prompt_threads": session.model.threads.prompt,
         "memory": {
             "rss_bytes": read_process().rss,
             "weights_bytes": buffers.weights,

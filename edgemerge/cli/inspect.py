@@ -35,6 +35,9 @@ def inspect_command(
     template: Annotated[
         bool, typer.Option("--template", help="Print the whole chat template, and nothing else.")
     ] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Also list every key of the metadata.")
+    ] = False,
     json_: request.Json = False,
 ) -> None:
     """Show a model's architecture, types, tokenizer, provenance, and what a merge would lose."""
@@ -63,7 +66,7 @@ def inspect_command(
                 document["against"] = {"path": against, **asdict(verdict)}
             print_json(document)
         else:
-            _print(source, inspection)
+            _print(source, inspection, with_metadata=all_)
             if verdict is not None:
                 _print_verdict(verdict, plain(str(against)))
 
@@ -111,7 +114,7 @@ def _print_template(source: Source) -> None:
     print("\n".join(plain(line) for line in templates[0].text.replace("\t", "    ").splitlines()))
 
 
-def _print(source: Source, inspection: Inspection) -> None:
+def _print(source: Source, inspection: Inspection, *, with_metadata: bool) -> None:
     from edgemerge.formats.gguf.model import GgufModel
     from edgemerge.planning.losses import foresee_losses
 
@@ -120,8 +123,12 @@ def _print(source: Source, inspection: Inspection) -> None:
         print(f"  {plain(line)}")
     print()
     _print_types(inspection)
-    print()
-    print_table(("key", "value"), [(key, _show(raw)) for key, raw in source.metadata().items()])
+    metadata = source.metadata()
+    if with_metadata:
+        print()
+        print_table(("key", "value"), [(key, _show(raw)) for key, raw in metadata.items()])
+    else:
+        print(f"{len(metadata)} keys of metadata: --all lists them")
     _print_list("What would not survive a merge", foresee_losses(source))
     if isinstance(source, GgufModel) and source.trailing_bytes:
         print(f"note: {source.trailing_bytes} bytes after the last tensor belong to nothing")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.answers import ask_models
 from edgemerge.cli.sign import sign_output
 from edgemerge.cli.terminal import plain, print_json, print_table, progress_bar, speaks_plainly
 from edgemerge.types import Plan, Recipe, TensorJob
@@ -44,13 +45,18 @@ def merge_command(
     json_: request.Json = False,
     report: request.Report = None,
     sign: request.Sign = None,
+    ask: request.Ask = None,
+    no_ask: request.NoAsk = False,
 ) -> None:
     """Merge models into one GGUF."""
-    from edgemerge.output.file import check_output
+    from edgemerge.formats.files import real_path
+    from edgemerge.output.file import check_name, check_output
     from edgemerge.output.parts import is_begun
     from edgemerge.provenance.signature import signature_path
     from edgemerge.reports.page import write_page
 
+    if no_ask and ask:
+        raise typer.BadParameter("--ask and --no-ask exclude each other")
     key = None if sign is None else _read_key(sign)  # now, not after an hour's work
 
     recipe = request.read_request(
@@ -66,13 +72,14 @@ def merge_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
     )
-    inputs = (*recipe.models(), *(Path(text).resolve() for text in models))
+    inputs = (*recipe.models(), *(real_path(Path(text)) for text in models))
+    check_name(output)
     if split is None:  # else the names follow from the plan
         check_output(output, inputs, force=force or is_begun(output))
         if key is not None:
             check_output(signature_path(output), inputs, force=force)
     if report is not None:  # now, not after an hour's work
-        if report.resolve() == output.resolve():
+        if real_path(report) == real_path(output):
             raise typer.BadParameter("-o and --report name the same file")
         check_output(report, inputs, force=force)
     label = f"{recipe.method} -> {output.name}"
@@ -83,6 +90,9 @@ def merge_command(
         write_page(result, report)
     signature = None if key is None else sign_output(result.output, key, force=force, quiet=json_)
     print_report(result, as_json=json_, signature=signature)
+    is_watched = sys.stdout is not None and sys.stdout.isatty()
+    if ask or (is_watched and not no_ask and not json_):
+        ask_models(recipe, result.output, ask)
 
 
 def _read_key(path: Path) -> Ed25519PrivateKey:

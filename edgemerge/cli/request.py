@@ -11,7 +11,7 @@ import typer
 from edgemerge.types import Recipe
 
 __all__ = ["Base", "Force", "Json", "Memory", "Method", "Models", "Output", "Parameter", "Preset"]
-__all__ += ["Align", "Imatrix", "Neurons", "Report", "Seed", "Sign", "Split"]
+__all__ += ["Align", "Ask", "Imatrix", "Neurons", "NoAsk", "Report", "Seed", "Sign", "Split"]
 __all__ += ["TensorTypes", "Threads", "Type"]
 __all__ += ["read_request", "read_tensor_types"]
 
@@ -102,6 +102,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Report = Annotated[
     Path | None, typer.Option("--report", metavar="R.html", help="Also write a page with plots.")
 ]
+Ask = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ask",
+        metavar="TEXT",
+        help="Ask the inputs and the result this when done; repeatable [default, where a terminal "
+        "shows it: three questions of our own].",
+    ),
+]
+NoAsk = Annotated[bool, typer.Option("--no-ask", help="Ask nothing when done.")]
 Sign = Annotated[
     Path | None,
     typer.Option("--sign", metavar="PRIVATE.pem", help="Also sign the output; see keygen."),
@@ -153,6 +163,10 @@ def read_request(
             recipe = replace(recipe, tensor_types=pairs)
         if imatrix is not None:
             recipe = replace(recipe, imatrix=find_imatrix(imatrix))
+    elif any(text.endswith((".yml", ".yaml")) for text in models):
+        raise typer.BadParameter(
+            "a recipe file names its own method and models: leave out -m, or give models instead"
+        )
     else:
         recipe = make_recipe(
             method,

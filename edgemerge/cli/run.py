@@ -6,19 +6,20 @@ import select
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
 from edgemerge.cli import generation, loading, request
 from edgemerge.cli.terminal import print_json, talks_plainly
+from edgemerge.errors import RecipeError
 
 if TYPE_CHECKING:
     from edgemerge.runtime.llama import Model
 
 __all__ = ["run_command"]
 
-MAX_TOKENS = 512
+MAX_PROMPT_BYTES = 16 << 20  # more than any context holds
 PATIENCE = 2.0  # seconds that a pipe beside -p may be silent; ssh without -n leaves one open
 
 
@@ -42,12 +43,12 @@ def run_command(
     ] = False,
     system: generation.System = "",
     template: generation.TemplateFile = None,
-    max_tokens: generation.MaxTokens = MAX_TOKENS,
+    max_tokens: generation.MaxTokens = generation.MAX_TOKENS,
     temperature: generation.Temperature = 0.8,
     top_k: generation.TopK = 40,
     top_p: generation.TopP = 0.95,
     min_p: generation.MinP = 0.05,
-    repeat_penalty: generation.RepeatPenalty = 1.0,
+    repeat_penalty: generation.RepeatPenalty = None,
     seed: generation.Seed = None,
     stop: generation.Stops = None,
     context: loading.ContextSize = None,
@@ -70,17 +71,19 @@ def run_command(
     if not text.strip():
         raise RecipeError("the prompt is empty: give the model at least one word to go on from")
     generation.check_text(system, "the system prompt")
-    sampling = generation.read_sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
     with generation.load(model, threads, gpu_layers, lora) as loaded:
         if not raw:
             text = _as_message(loaded, text, system, template)
         tokens = read_prompt(loaded, text)
-        n_wanted = len(tokens) + (max_tokens or MAX_TOKENS)
+        sampling = generation.read_sampling(
+            loaded, temperature, top_k, top_p, min_p, repeat_penalty, seed
+        )
+        n_wanted = len(tokens) + (max_tokens or loaded.n_ctx_train)
         n_ctx = generation.pick_context(loaded, context, n_wanted)
         check_prompt(tokens, n_ctx)
         with Session(loaded, n_ctx, sampling) as session:
             pieces = session.generate(
-                tokens, max_tokens, stops=stop or (), progress=generation.show_progress
+                tokens, max_tokens or None, stops=stop or (), progress=generation.show_progress
             )
             if json_:
                 print_json(
@@ -104,13 +107,14 @@ def _read_text(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise typer.BadParameter("give the prompt with -p or with --file, not both")
     if file is not None:
-        return _decode(file.read_bytes(), str(file))
+        with file.open("rb") as stream:
+            return _decode(_read_some(stream, str(file)), str(file))
     if prompt not in (None, "-"):
         parts = [generation.check_text(str(prompt), "the prompt"), _read_piped()]
         return "\n\n".join(filter(None, parts))
     if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         raise typer.BadParameter("give a prompt with -p TEXT, with --file, or on stdin")
-    return _decode(sys.stdin.buffer.read(), "stdin")
+    return _decode(_read_some(sys.stdin.buffer, "stdin"), "stdin")
 
 
 def _read_piped() -> str:
@@ -122,7 +126,14 @@ def _read_piped() -> str:
             generation.note(
                 "waiting for the text on stdin that goes after the prompt (none: </dev/null)"
             )
-    return _decode(sys.stdin.buffer.read(), "stdin")
+    return _decode(_read_some(sys.stdin.buffer, "stdin"), "stdin")
+
+
+def _read_some(stream: BinaryIO, what: str) -> bytes:
+    raw = stream.read(MAX_PROMPT_BYTES + 1)
+    if len(raw) > MAX_PROMPT_BYTES:
+        raise RecipeError(f"{what}: the prompt is longer than {MAX_PROMPT_BYTES >> 20} MiB")
+    return raw
 
 
 def _decode(raw: bytes, what: str) -> str:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["serve_command"]
 
+MAX_KEY_BYTES = 4096
+
 KEY_VARIABLE = "EDGEMERGE_API_KEY"
 
 
@@ -95,6 +97,20 @@ def serve_command(
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Log a line per request on stderr.")
     ] = False,
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            "--log",
+            metavar="FILE",
+            help="Add a line of JSON per request: time, route, model's SHA-256, tokens, seconds, status.",
+        ),
+    ] = None,
+    log_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--log-prompts", help="Log what people write too; the page tells them that it is."
+        ),
+    ] = False,
     require_signature: Annotated[
         Path | None,
         typer.Option(
@@ -134,10 +150,16 @@ def serve_command(
         open_metrics=open_metrics,
         log_requests=log_requests,
         limits=Limits(max_tokens=max_tokens, request_seconds=request_timeout),
+        log=log,
+        log_prompts=log_prompts,
         public_key=require_signature,
     )
+    if log_prompts and log is None:
+        raise typer.BadParameter("--log-prompts goes with --log FILE")
     if options.loras and len(models) > 1:
         raise typer.BadParameter("--lora goes with one model")
+    if install and log is not None:
+        raise typer.BadParameter("--install: the service may write no files, so leave out --log")
     if install:
         _install(options, unit_dir, force=force)
         return
@@ -150,7 +172,9 @@ def _read_key(key: str | None, file: Path | None) -> str | None:
     if key is not None and file is not None:
         raise typer.BadParameter("give --api-key or --api-key-file, not both")
     if file is not None:
-        return file.read_text(encoding="utf-8").strip()
+        from edgemerge.formats.files import read_text
+
+        return read_text(file, MAX_KEY_BYTES).strip()
     return key if key is not None else os.environ.get(KEY_VARIABLE)
 
 

@@ -96,6 +96,16 @@ def _signature_json(signed: Signed) -> dict[str, str]:
     return {"path": str(signed.path), "key": signed.key}
 
 
+def _describe(provenance: Provenance) -> list[str]:
+    """Say the recipe in words, or give its text where another program has changed it."""
+    from edgemerge.recipe.words import describe_recipe
+
+    recipe = _read_recipe(provenance)
+    if isinstance(recipe, dict):
+        return describe_recipe(recipe)
+    return [f"recipe {provenance.recipe}"]
+
+
 def _read_recipe(provenance: Provenance) -> object:
     """Return the recipe as the JSON that it is, or its text where another program has changed it."""
     try:
@@ -124,10 +134,9 @@ def _print(found: Verification, signed: Signed | None, *, checked: bool) -> None
     parts = f" in {len(found.files)} files" if len(found.files) > 1 else ""
     print(f"{found.files[0]}{parts}: all {found.tensors} tensors are as they were written")
     lines = [
-        f"{format_size(found.nbytes)}, made by edgemerge {provenance.version}: "
-        f"{provenance.method}, seed {provenance.seed}",
+        f"{format_size(found.nbytes)}, made by edgemerge {provenance.version}, seed {provenance.seed}",
         *(f"input {name}, checksum {crc32}{same}" for name, crc32 in provenance.inputs),
-        f"recipe {provenance.recipe}",
+        *_describe(provenance),
     ]
     if signed is None:
         lines.append("checksums find damage, not forgery: for that, sign it and give --key")

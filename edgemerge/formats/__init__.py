@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.model import GgufModel
+from edgemerge.suggestions import suggest_path
 from edgemerge.types import Source
 
 __all__ = ["open_model"]
@@ -35,4 +36,5 @@ def open_model(path: str | os.PathLike[str]) -> Source:
     try:
         return GgufModel(path)
     except OSError as error:
-        raise FormatError(f"cannot be read ({error.strerror}); check the path", path=path) from None
+        hint = suggest_path(path) or "; check the path"
+        raise FormatError(f"cannot be read ({error.strerror}){hint}", path=path) from None

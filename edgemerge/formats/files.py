@@ -16,7 +16,8 @@ from edgemerge.errors import FormatError
 from edgemerge.types import FileState, UInt8
 
 __all__ = ["cached_share", "check_unchanged", "describe_foreign", "fill_buffers", "forget_range"]
-__all__ += ["read_bounded", "read_exactly", "read_state", "was_cached"]
+__all__ += ["read_bounded", "read_exactly", "read_state", "read_text", "real_path"]
+__all__ += ["refuse_device", "was_cached"]
 
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 SAMPLE = 1 << 20  # bytes of a file whose pages are asked for at once
@@ -43,6 +44,43 @@ def describe_foreign(
         if head.startswith(magic) or lowered.startswith(magic):
             return sentence
     return f"is not a {wanted} file (it begins with {head[:8]!r}); {remedy}"
+
+
+def real_path(path: Path) -> Path:
+    """Return a path without links. `Path.resolve` raises for a link that leads to itself; this does not."""
+    return Path(os.path.realpath(path))
+
+
+def refuse_device(path: Path) -> None:
+    """Refuse a pipe, a socket or a device where a file is read more than once.
+
+    Raises
+    ------
+    FormatError
+        It is one.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FormatError("is no regular file; save what it gives to one first", path=path)
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """Read a short text in UTF-8 from a file, a pipe or a device.
+
+    Raises
+    ------
+    FormatError
+        It has more than `max_bytes`, or is not UTF-8.
+    OSError
+        It cannot be read.
+    """
+    with path.open("rb") as file:
+        raw = file.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise FormatError(f"has more than {max_bytes >> 10} KiB; give the right file", path=path)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"not UTF-8 text ({error.reason})", path=path) from error
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:

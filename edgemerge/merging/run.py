@@ -29,7 +29,7 @@ from edgemerge.formats.gguf.writer import GgufLayout, make_layouts
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.merging.precompile import precompile
 from edgemerge.output.checksums import TensorResult
-from edgemerge.output.file import check_output
+from edgemerge.output.file import check_name, check_output
 from edgemerge.output.parts import OutputParts, find_named, hash_named, is_begun
 from edgemerge.output.report import FileReport, MergeReport, peak_rss_bytes
 from edgemerge.output.resume import find_fingerprint, verify_earlier
@@ -122,6 +122,7 @@ def merge(
     started = time.monotonic()
     floor = floor_bytes()  # before the models are opened, whose headers the plan counts
     output = Path(output)
+    check_name(output)
     if split_bytes is None:  # else the names follow from the plan
         check_output(output, recipe.models(), force=force or is_begun(output))
     with ExitStack() as stack:

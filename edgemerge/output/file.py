@@ -20,12 +20,12 @@ from types import TracebackType
 import numpy as np
 
 from edgemerge.errors import OutputError
-from edgemerge.formats.files import forget_range, read_state
+from edgemerge.formats.files import forget_range, read_state, real_path
 from edgemerge.formats.gguf.split import sibling_parts
 from edgemerge.sizes import format_size
 from edgemerge.types import FileState, UInt8
 
-__all__ = ["OutputFile", "check_output", "read_chunks", "sync_folder", "write_file"]
+__all__ = ["OutputFile", "check_name", "check_output", "read_chunks", "sync_folder", "write_file"]
 
 CHUNK = 1 << 20
 
@@ -39,9 +39,8 @@ def check_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
         It exists and `force` is not given, is no regular file, one of the inputs or a part of one,
         or its folder is missing.
     """
-    if path.is_dir():
-        raise OutputError("is a folder; give the name of a file", path=path)
-    if path.resolve() in {part for given in inputs for part in sibling_parts(given)}:
+    check_name(path)
+    if real_path(path) in {part for given in inputs for part in sibling_parts(given)}:
         raise OutputError("is one of the inputs; choose another name", path=path)
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist; make it first", path=path)
@@ -49,10 +48,22 @@ def check_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
         return
     if not path.is_file() and not path.is_symlink():
         raise OutputError("is no regular file; choose another name", path=path)
-    if path.resolve().parent in inputs and path.suffix != ".gguf":
+    if real_path(path).parent in inputs and path.suffix != ".gguf":
         raise OutputError("belongs to one of the inputs; choose another name", path=path)
     if not force:
         raise OutputError("exists already; choose another name or give --force", path=path)
+
+
+def check_name(path: Path) -> None:
+    """Refuse a path that names no file: `.`, `/`, the empty text, a folder.
+
+    Raises
+    ------
+    OutputError
+        It does.
+    """
+    if path.is_dir() or not path.name:
+        raise OutputError("is a folder; give the name of a file", path=path)
 
 
 class OutputFile:

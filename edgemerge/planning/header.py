@@ -16,6 +16,7 @@ from edgemerge.formats.quants.filetypes import (
     dominant_file_type,
     keep_types,
     tensor_types,
+    unknown_type,
 )
 from edgemerge.formats.quants.overrides import TypeOverrides
 from edgemerge.methods.method import Method
@@ -82,8 +83,7 @@ def choose_types(
         notes += said
         return KEEP, {name: copied.get(name) or kept[name] for name in specs}
     if file_type.upper() not in FILE_TYPES:
-        known = ", ".join([*FILE_TYPES, KEEP])
-        raise RecipeError(f"unknown type {file_type!r}; choose one of {known}", field="type")
+        raise unknown_type(file_type, [*FILE_TYPES, KEEP])
     metadata = _with_block_count(reference, drafts)
     types = tensor_types(
         file_type.upper(),

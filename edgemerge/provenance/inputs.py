@@ -82,14 +82,14 @@ def _match_names(provenance: Provenance, given: Sequence[Path], path: Path) -> d
         raise VerificationError(
             "has inputs of one name, which cannot be told apart, or was given one twice", path=path
         )
+    if others := sorted(found.keys() - set(names)):
+        raise VerificationError(
+            f"was made of {', '.join(names)}; {others[0]} is none of these, leave it out", path=path
+        )
     if missing := [name for name in names if name not in found]:
         raise VerificationError(
             f"was made of {', '.join(names)}; give all of them with --input ({missing[0]} is missing)",
             path=path,
-        )
-    if others := sorted(found.keys() - set(names)):
-        raise VerificationError(
-            f"was made of {', '.join(names)}, and not of {others[0]}; leave that out", path=path
         )
     return found
 

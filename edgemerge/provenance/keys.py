@@ -42,6 +42,8 @@ def create_keys(name: str | os.PathLike[str]) -> tuple[Path, Path]:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+    if Path(name).name in ("", ".."):
+        raise OutputError("names no file; give one such as ward, for ward.pem", path=name)
     private, public = Path(f"{os.fspath(name)}.pem"), Path(f"{os.fspath(name)}.pub.pem")
     if os.path.lexists(public):
         raise _exists(public)

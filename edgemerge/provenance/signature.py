@@ -101,8 +101,16 @@ class Signed:
 
 
 def signature_path(path: str | os.PathLike[str]) -> Path:
-    """Say where a model's signature is: beside its file, or the first file of a split."""
+    """Say where a model's signature is: beside its file, or the first file of a split.
+
+    Raises
+    ------
+    FormatError
+        The path names no file.
+    """
     first = sibling_parts(Path(path))[0]
+    if not first.name:
+        raise FormatError("is a folder; give a model's file", path=path)
     return first.with_name(first.name + ".sig")
 
 

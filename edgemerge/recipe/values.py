@@ -5,7 +5,6 @@ What the keys of a recipe mean is in `edgemerge.recipe.mergekit`.
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 from edgemerge.errors import RecipeError
 from edgemerge.methods.table import known_parameters
 from edgemerge.sizes import parse_size
+from edgemerge.suggestions import suggest, suggest_path
 from edgemerge.types import Gradient, Parameters, Rule, Setting
 
 __all__ = ["MAX_SEED", "ValueReader", "brief", "check_alignment", "is_utf8"]
@@ -60,7 +60,7 @@ class ValueReader:
         for name in table:
             if name not in known:
                 self.fail(
-                    f"{where} has the unknown parameter {name!r}{_suggest(name, known)}", name
+                    f"{where} has the unknown parameter {name!r}; {suggest(name, known)}", name
                 )
         dot = " " if where == "-P" else "."
         return {name: self.rules(entry, f"{where}{dot}{name}") for name, entry in table.items()}
@@ -115,7 +115,7 @@ class ValueReader:
         """Refuse keys that are not known."""
         for key in table:
             if key not in known:
-                self.fail(f"{where} has the unknown key {key!r}{_suggest(key, known)}", key)
+                self.fail(f"{where} has the unknown key {key!r}; {suggest(key, known)}", key)
 
     def mapping(self, value: Any, where: str) -> Mapping[str, Any]:
         """Take a table."""
@@ -147,7 +147,9 @@ class ValueReader:
             self.fail(f"{where}: {value!r} is not here; merge LoRA adapters into their model first")
         if found is None:
             self.fail(
-                f"{where}: no file or folder {value!r}; download the model and give its path", where
+                f"{where}: no file or folder {value!r}"
+                f"{suggest_path(value) or '; download the model and give its path'}",
+                where,
             )
         return found
 
@@ -157,7 +159,8 @@ class ValueReader:
             self.fail(f"{where} must be the path of a file", where)
         found = self.find(value, where)
         if found is None:
-            self.fail(f"{where}: there is no file {value!r}; check the path", where)
+            hint = suggest_path(value) or "; check the path"
+            self.fail(f"{where}: there is no file {value!r}{hint}", where)
         return found
 
     def find(self, name: str, where: str) -> Path | None:
@@ -204,8 +207,3 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _suggest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

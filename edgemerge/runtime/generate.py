@@ -18,6 +18,7 @@ from typing import Self
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.llama import Model
+from edgemerge.runtime.repetition import LoopWatch
 from edgemerge.runtime.sampling import Sampler, Sampling
 from edgemerge.runtime.worker import Worker
 
@@ -33,6 +34,7 @@ class End(StrEnum):
     STOP = "stop"  # a stop text came
     LENGTH = "length"  # as many tokens as were asked for
     CONTEXT = "context"  # the context is full
+    LOOP = "loop"  # the answer repeated itself
     BROKEN_OFF = "broken off"  # the caller went away, by Ctrl-C as a rule
 
 
@@ -241,7 +243,7 @@ class Session:
         figures.prompt_seconds = perf_counter() - started
         token = self._sampler.sample(self.context)
         figures.first_token_seconds = perf_counter() - started
-        text = _Text(stops)
+        text, loop = _Text(stops), LoopWatch()
         while not self.model.is_end(token):
             figures.n_generated += 1
             if piece := text.push(self.model.piece(token)):
@@ -251,6 +253,9 @@ class Session:
                 return
             if figures.n_generated == limit:
                 figures.end = end_at_limit
+                break
+            if loop.push(token):
+                figures.end = End.LOOP
                 break
             started = perf_counter()
             self._run([token])

@@ -23,6 +23,7 @@ from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.board.device import default_threads
 from edgemerge.runtime.library import Buffers, load_library
 from edgemerge.runtime.model_files import check_adapter, model_files
+from edgemerge.runtime.thread_counts import ThreadCounts, find_threads
 from edgemerge.types import Float32
 
 __all__ = ["Context", "Lora", "Model"]
@@ -46,7 +47,7 @@ class Model:
     path : str or path
         A GGUF file; of a split model, any part.
     n_threads : int, optional
-        Threads that compute; by default the physical cores that this process may use.
+        Threads that compute; by default as many as are fastest, which the first context measures.
     n_gpu_layers : int, optional
         Layers to put on the GPU; by default all where llama.cpp was built for one, else none.
     loras : sequence of Lora
@@ -67,7 +68,7 @@ class Model:
         loras: Sequence[Lora] = (),
     ) -> None:
         self.path = Path(path)
-        self.n_threads = n_threads or default_threads()
+        self.use_threads(n_threads)
         files = model_files(self.path)  # what is missing is said better here than by llama.cpp
         for lora in loras:
             check_adapter(lora.path)
@@ -118,6 +119,17 @@ class Model:
         at: TracebackType | None,
     ) -> None:
         self.close()
+
+    def use_threads(self, n_threads: int | None) -> None:
+        """Compute with so many threads in contexts made from now on; None: as many as are fastest."""
+        self._measures_threads = n_threads is None
+        n_threads = n_threads or default_threads()
+        self.threads = ThreadCounts(n_threads, n_threads)
+
+    @property
+    def n_threads(self) -> int:
+        """Threads that generate."""
+        return self.threads.generate
 
     def close(self) -> None:
         """Free the model and its adapters; its contexts must be closed before."""
@@ -244,7 +256,7 @@ class Model:
         params.n_seq_max = n_sequences
         params.n_outputs_max = max(n_outputs, n_sequences)
         params.n_outputs_max_per_seq = 0  # as many as in all
-        params.n_threads = params.n_threads_batch = self.n_threads
+        params.n_threads, params.n_threads_batch = self.threads.generate, self.threads.prompt
         # one cache for all: a token can belong to several sequences and is computed once
         params.kv_unified = True
         if exact:
@@ -256,6 +268,10 @@ class Model:
             raise self.library.failure(
                 f"{self.path}: llama.cpp cannot make a context of {n_ctx} tokens",
                 "give a smaller --ctx, or in bench a smaller -p, -n and --depth",
+            )
+        if self._measures_threads:
+            self.threads = find_threads(
+                self.api, handle, n_bytes=self.n_bytes, n_batch=n_batch, most=default_threads()
             )
         return Context(self, handle)
 

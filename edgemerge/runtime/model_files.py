@@ -7,6 +7,7 @@ from pathlib import Path
 from edgemerge.errors import RuntimeFailure
 from edgemerge.formats.gguf.model import GgufFile, GgufModel
 from edgemerge.formats.gguf.split import sibling_parts
+from edgemerge.suggestions import suggest_path
 
 __all__ = ["check_adapter", "model_files", "open_gguf"]
 
@@ -69,7 +70,7 @@ def check_adapter(path: Path) -> None:
             f"{path}: is a folder; make a GGUF of it with llama.cpp's convert_lora_to_gguf.py first"
         )
     if not path.is_file():
-        raise RuntimeFailure(f"{path}: there is no such file")
+        raise RuntimeFailure(f"{path}: there is no such file{suggest_path(path)}")
     GgufFile(path).close()
 
 
@@ -77,4 +78,4 @@ def _check_file(path: Path) -> None:
     if path.is_dir():
         raise RuntimeFailure(f"{path}: is a folder; make a GGUF of it with edgemerge convert first")
     if not path.is_file():
-        raise RuntimeFailure(f"{path}: there is no such file")
+        raise RuntimeFailure(f"{path}: there is no such file{suggest_path(path)}")

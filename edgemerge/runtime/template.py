@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemerge.errors import FormatError
+from edgemerge.formats.files import read_text
 from edgemerge.runtime.template_process import TemplateOverrun, TemplateProcess, TemplateRefusal
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Message = Mapping[
     str, str
 ]  # role (system, user or assistant) and content, as in OpenAI's interface
 
+MAX_BYTES = 1 << 20  # of a template; the longest published has 12 KB
 _PROBE = "a-word-that-no-template-has"
 
 
@@ -127,10 +129,7 @@ def load_template(model: Model, file: Path | None = None) -> Template | None:
     source, path = model.chat_template, model.path
     if file is not None:
         path = file
-        try:
-            source = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise FormatError(f"not UTF-8 text ({error.reason})", path=file) from error
+        source = read_text(file, MAX_BYTES)
     if source is None:
         return None
     bos, eos = (

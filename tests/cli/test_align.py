@@ -67,21 +67,22 @@ def made() -> set[str]:
 def test_heads_that_moved_are_listed_by_group(run: Run) -> None:
     text = succeed(run("base", "expert-b-permuted"))
     assert re.sub(r"\d\.\d{4}", "#", text) == (
+        "heads moved in 4 of 4 layers: merge with --align hard\n"
         "A is base, B is expert-b-permuted; costs: 0 equal, 1 unrelated\n"
         "layer  identity  matched  gap  confidence  by        B's group[heads], in A's order\n"
         "    0  #    #   0         1.000  sinkhorn  3[7 6] 0[0 1] 1[3 2] 2[5 4]\n"
         "    1  #    #   0         1.000  sinkhorn  3[6 7] 2[5 4] 1[3 2] 0[1 0]\n"
         "    2  #    #   0         1.000  sinkhorn  1[2 3] 2[5 4] 3[7 6] 0[1 0]\n"
         "    3  #    #   0         1.000  sinkhorn  1[3 2] 3[6 7] 0[1 0] 2[5 4]\n"
-        "heads moved in 4 of 4 layers: merge with --align hard\n"
     )
     assert made() == set()
 
 
 def test_fine_tunes_of_one_base_are_in_place(run: Run) -> None:
     lines = succeed(run("base", "expert-a")).splitlines()
-    assert [line.split()[-1] for line in lines[2:6]] == ["identity"] * 4
-    assert lines[-1] == "expert-a's heads are where base's are: alignment changes nothing"
+    assert lines[3].split()[:3] + lines[3].split()[-1:] == ["0", "to", "3", "identity"]
+    assert len(lines) == 4
+    assert lines[0] == "expert-a's heads are where base's are: alignment changes nothing"
 
 
 def test_json_is_one_object_with_whole_permutations(run: Run, models_dir: Path) -> None:
@@ -145,7 +146,9 @@ def test_strangers_are_told_apart_from_kin(run: Run) -> None:
     )
     lines = succeed(run("base", stranger)).splitlines()
     kept = [line for line in lines if line.endswith("identity (moving them gains too little)")]
-    assert len(kept) == sum(layer["guarded"] for layer in found["layers"]) > 0
+    guarded = sum(layer["guarded"] for layer in found["layers"])
+    assert guarded > 0
+    assert 1 <= len(kept) <= guarded  # neighbours share a row
 
 
 def test_skipped_layers_say_why(run: Run) -> None:
@@ -162,19 +165,15 @@ def test_skipped_layers_say_why(run: Run) -> None:
         assert found["layers"][2:] == [{"layer": i, "skipped": reason} for i in (2, 3)]
         assert found["verdict"] == "in_place"
     lines = succeed(run("base", "short", "--plot", "x.png")).splitlines()
-    assert [line.endswith(f"  skipped: {reason}") for line in lines[2:6]] == [
-        False,
-        False,
-        True,
-        True,
-    ]
+    rows = [(line.split()[:3], line.endswith(f"  skipped: {reason}")) for line in lines[3:5]]
+    assert rows == [(["0", "to", "1"], False), (["2", "to", "3"], True)]
 
 
 def test_models_of_the_same_name_are_told_apart(run: Run) -> None:
     Path("x").mkdir()
     Path("x/base").symlink_to(Path("base").resolve())
     text = succeed(run("base", "x/base"))
-    assert text.endswith("x/base's heads are where base's are: alignment changes nothing\n")
+    assert text.startswith("x/base's heads are where base's are: alignment changes nothing\n")
 
 
 def test_what_is_long_is_shortened_and_said_so() -> None:
@@ -193,8 +192,8 @@ def test_what_is_long_is_shortened_and_said_so() -> None:
 
 def test_the_picture_is_made_whole(run: Run) -> None:
     text = succeed(run("base", "expert-b-permuted", "--plot", "heads.png"))
-    assert "\ndrawn in heads.png\n" in text
-    assert text.splitlines()[-1].startswith("heads moved")
+    assert text.endswith("\ndrawn in heads.png\n")
+    assert text.startswith("heads moved")
     height, width, _ = imread("heads.png").shape
     assert width > 2 * height > 800
     assert made() == {"heads.png"}

@@ -81,11 +81,13 @@ def test_models_stand_side_by_side() -> None:
     lines = [line.split() for line in text.splitlines()]
     assert lines[0] == ["task", "of", "metric", "base", "expert-a"]
     assert lines[1][:4] == ["medqa", "10", "questions", "acc"]
-    assert " ".join(lines[1][4:]) == "30.0 % +- 15.3 40.0 % +- 16.3"
+    assert " ".join(lines[1][4:]) == "30.0 % ± 15.3 40.0 % ± 16.3"
     assert lines[2][:6] == ["general", "20", "of", "300", "questions", "acc"]
     assert lines[3][0] == "acc_norm"  # the letters of MedQA have none of their own
     assert "acc less base's" in text
-    assert [line[:2] for line in lines[6:]] == [["medqa", "expert-a"], ["general", "expert-a"]]
+    assert lines[4][:5] == ["mean", "of", "2", "tasks", "acc"]
+    assert " ".join(lines[5]).startswith("± is one standard error; by chance 25.0 % (medqa), ")
+    assert [line[:2] for line in lines[8:]] == [["medqa", "expert-a"], ["general", "expert-a"]]
 
 
 def test_a_p_value_is_never_zero() -> None:
@@ -141,7 +143,7 @@ def test_examples_are_taken_and_cuts_are_told() -> None:
 def test_one_question_has_no_standard_error() -> None:
     found = json.loads(run("base.gguf", "--task", MEDQA, "--limit", "1", "--json"))
     assert found["results"][0]["acc_stderr"] is None
-    assert "+-" not in run("base.gguf", "--task", MEDQA, "--limit", "1")
+    assert "±" not in run("base.gguf", "--task", MEDQA, "--limit", "1")
 
 
 def test_all_answers_are_kept() -> None:

@@ -174,7 +174,7 @@ def test_force_replaces(run: Run) -> None:
         ("-m linear c", "model: no file or folder 'c'; download the model and give its path"),
         ("-m ties --base base a -P density=2", "the parameter density is 2.0; it must be a number"),
         ("-m ties --base base a -P densty=1", "-P has the unknown parameter 'densty'; did you me"),
-        ("-m linear a --type Q4", "unknown type 'Q4'; choose one of F32, F16, BF16, Q8_0, Q6_K,"),
+        ("-m linear a --type Q4", "unknown type 'Q4'; known are F32, F16, BF16, Q8_0, Q6_K,"),
         ("-m linear a --memory lots", "'lots' is no size; write it like 512MiB, 1.5G or 800M"),
         ("-m linear a --memory 1M", "a budget of 1 MiB is too small for this merge; the smallest"),
         ("-m linear a=nan", "the weight of a is nan; it must be a finite number"),
@@ -321,7 +321,10 @@ def test_plan_json(run: Run) -> None:
 
 
 def test_inspect_shows_a_model(run: Run, golden_dir: Path) -> None:
-    text = succeed(run("inspect", "a"))
+    short = succeed(run("inspect", "a"))
+    assert short.endswith(" keys of metadata: --all lists them\n")
+    assert "general.architecture" not in short
+    text = succeed(run("inspect", "a", "--all"))
     assert text.startswith(
         "A  (a)\n"
         "  llama, 22.7 K parameters in 21 tensors, 88.6 KiB, 32.00 bits per parameter\n"
@@ -357,7 +360,7 @@ def test_inspect_shows_strange_metadata_without_harm(run: Run) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    assert succeed(run("inspect", "odd.gguf")).startswith("two lines  [31m  (odd.gguf)\n")
+    assert succeed(run("inspect", "odd.gguf", "--all")).startswith("two lines  [31m  (odd.gguf)\n")
     metadata = json.loads(succeed(run("inspect", "odd.gguf", "--json")))["metadata"]
     assert metadata["llama.rope.scale"] == "inf"
     assert metadata["llama.list"] == {"length": 100, "first": ["nan"] * 4}

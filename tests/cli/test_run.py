@@ -19,7 +19,9 @@ FIGURES = re.compile(
     r"KV cache [\d.]+ \w+(?:; seed (\d+))?\n"
 )
 NO_TEMPLATE = "note: tiny.gguf has no chat template: the text is continued; see --template\n"
-CUT_OFF = "note: the answer was cut off at --max-tokens\n"
+CUT_OFF = (
+    "note: the answer was cut off at --max-tokens; more with -n N, or -n 0 for all that fits\n"
+)
 
 
 @pytest.fixture(autouse=True)

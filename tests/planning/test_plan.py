@@ -86,11 +86,20 @@ def test_a_type_is_named_in_any_case(asked: str) -> None:
     assert value(plan, "general.file_type") == 7
 
 
-@pytest.mark.parametrize("asked", ["", "Q9_X", "IQ2_XS"])
-def test_an_unknown_type_lists_those_that_are_known(asked: str) -> None:
-    with pytest.raises(RecipeError, match=f"unknown type '{asked}'; choose one of F32, F16, ") as e:
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ("", "unknown type ''; known are F32, F16, "),
+        ("Q9_X", "unknown type 'Q9_X'; known are F32, F16, "),
+        ("q4_km", "unknown type 'q4_km'; did you mean 'Q4_K_M'?"),
+        ("iq2_xs", "IQ2_XS can be read, not written; known are F32, F16, "),
+    ],
+)
+def test_an_unknown_type_is_told_from_one_that_is_only_read(asked: str, sentence: str) -> None:
+    with pytest.raises(RecipeError) as caught:
         planned(replace(LINEAR, out_type=asked))
-    assert e.value.field == "type"
+    assert str(caught.value).startswith(sentence)
+    assert caught.value.field == "type"
 
 
 @pytest.mark.parametrize("out_type", ["Q8_0", "keep"])

@@ -64,7 +64,7 @@ def test_names_that_do_not_fit(models: list[Path], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(models[1], tmp_path / "other" / "a"))
     for given, sentence in {
         (models[1],): r"was made of a, b; give all of them with --input \(b is missing\)",
-        (*models,): "and not of base; leave that out",
+        (*models,): "base is none of these, leave it out",
         (*models[1:], copy): "inputs of one name",
     }.items():
         with pytest.raises(VerificationError, match=sentence):

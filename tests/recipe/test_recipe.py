@@ -369,6 +369,11 @@ def test_sizes(text: str | int, n_bytes: int) -> None:
     assert parse_size(text) == n_bytes
 
 
+def test_a_small_number_without_a_unit_was_meant_to_have_one() -> None:
+    with pytest.raises(RecipeError, match=r"^400 is 400 bytes; did you mean 400MiB\?$"):
+        parse_size("400")
+
+
 @pytest.mark.parametrize(
     "text", ["", "0", "-5", "much", "5X", "1.5.2M", "0.1", "1e9", "nan", "inf", "9" * 400, "٣M"]
 )

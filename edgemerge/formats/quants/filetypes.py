@@ -9,16 +9,18 @@ those of llama.cpp's src/llama-quant.cpp at 0c1e57098 (`llama_tensor_get_type`,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from edgemerge.errors import MismatchError, RecipeError
-from edgemerge.formats.quants.codec import block_size, find_codec
+from edgemerge.formats.quants.codec import CODECS, block_size, find_codec
 from edgemerge.formats.quants.mixtures import Mixture, visiting_order
 from edgemerge.formats.quants.overrides import TypeOverrides
+from edgemerge.suggestions import suggest
 from edgemerge.types import TensorSpec
 
 __all__ = ["FILE_TYPES", "FileType", "dominant_file_type", "keep_types", "tensor_types"]
+__all__ += ["unknown_type"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,16 @@ _FILE_TYPE_IDS |= {"MXFP4": 38, "NVFP4": 39, "Q1_0": 40, "Q2_0": 41}
 UNKNOWN_FILE_TYPE = 1024  # LLAMA_FTYPE_GUESSED: llama.cpp looks at the tensors itself
 
 
+def unknown_type(asked: str, known: Iterable[str]) -> RecipeError:
+    """Say that nothing can be written as a type, and what was perhaps meant."""
+    codec = CODECS.get(asked.upper())
+    if codec is not None and not codec.can_encode:
+        sentence = f"{codec.dtype} can be read, not written; known are {', '.join(known)}"
+    else:
+        sentence = f"unknown type {asked!r}; {suggest(asked, known, cutoff=0.8)}"
+    return RecipeError(sentence, field="type")
+
+
 def tensor_types(
     file_type: str,
     specs: Mapping[str, TensorSpec],
@@ -170,8 +182,7 @@ def tensor_types(
     """
     overrides = overrides or TypeOverrides()
     if file_type not in FILE_TYPES:
-        known = ", ".join(FILE_TYPES)
-        raise RecipeError(f"unknown file type {file_type!r}; choose one of {known}", field="type")
+        raise unknown_type(file_type, FILE_TYPES)
     rule = FILE_TYPES[file_type]
     if block_size(rule.default)[0] == 1:
         overrides.refuse_for(rule.name)

@@ -151,7 +151,7 @@ def measure_speed(
     RuntimeFailure
         llama.cpp cannot make the context, or fails on the tokens.
     """
-    model.n_threads = test.n_threads
+    model.use_threads(test.n_threads)
     started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     with model.context(test.n_tokens + test.depth, n_batch=N_BATCH, n_ubatch=N_UBATCH) as context:
         runs = _Runs(model, context, test, meter)

@@ -10,6 +10,7 @@ from edgemerge.runtime.board.device import Board, Memory, Swap, Throttling
 from edgemerge.runtime.board.storage import Storage
 from edgemerge.runtime.doctor.build import LlamaBuild, missing_features
 from edgemerge.runtime.doctor.fit import Fit
+from edgemerge.runtime.thread_counts import ThreadCounts
 from edgemerge.sizes import format_size
 
 __all__ = ["advise", "merge_budget", "warn_of_board", "warn_of_llama"]
@@ -34,7 +35,7 @@ def merge_budget(memory: Memory) -> int | None:
     return min(max(half, least), _MOST_BUDGET)
 
 
-def advise(memory: Memory, fits: Sequence[Fit], threads: int) -> Iterator[str]:
+def advise(memory: Memory, fits: Sequence[Fit], counts: ThreadCounts | None) -> Iterator[str]:
     """Say which models to run, and the settings of running and merging."""
     largest = {fit.file_type: fit for fit in fits if fit.verdict == "fits"}  # smallest model first
     if largest:
@@ -46,7 +47,16 @@ def advise(memory: Memory, fits: Sequence[Fit], threads: int) -> Iterator[str]:
         yield "what fits may still be slow: each token reads all weights, so take the smallest that serves"
     else:
         yield "no model of the table fits: stop other programs, or run with less context (-c 512)"
-    yield f"run with -t {threads}, which is the default here"
+    if counts is None:
+        yield (
+            "threads are measured when a model is first loaded; "
+            "edgemerge doctor --model MODEL.gguf does it now"
+        )
+    else:
+        yield (
+            f"answers are fastest with {_threads(counts.generate)} and prompts with "
+            f"{_threads(counts.prompt)}, as measured here: these are the defaults, -t N sets both"
+        )
     budget = merge_budget(memory)
     if budget is None:
         yield (
@@ -55,6 +65,10 @@ def advise(memory: Memory, fits: Sequence[Fit], threads: int) -> Iterator[str]:
         )
     else:
         yield f"merge with --memory {budget // MIB}MiB at most"
+
+
+def _threads(n: int) -> str:
+    return f"{n} thread{'s' * (n != 1)}"
 
 
 def warn_of_board(

@@ -15,7 +15,6 @@ from edgemerge.runtime.board.device import (
     Board,
     Swap,
     Throttling,
-    default_threads,
     open_power_meter,
     read_board,
     read_swaps,
@@ -26,9 +25,12 @@ from edgemerge.runtime.board.storage import Storage, measure_storage
 from edgemerge.runtime.doctor.advice import advise, merge_budget, warn_of_board, warn_of_llama
 from edgemerge.runtime.doctor.build import LlamaBuild, read_build
 from edgemerge.runtime.doctor.fit import Fit, ModelFit, fit_examples, fit_model
+from edgemerge.runtime.llama import Model
+from edgemerge.runtime.thread_counts import ThreadCounts, kept_counts
 
 __all__ = ["Diagnosis", "Kernels", "Power", "examine"]
 
+_TRIED = 32  # tokens of context with which threads are measured
 _POWER_SECONDS = 0.15  # an x86 counter needs a span to tell power from
 
 
@@ -70,8 +72,8 @@ class Diagnosis:
         Python, edgemerge and what it stands on.
     llama : LlamaBuild or None
         None where llama.cpp cannot be used; `llama_problem` then says why and what to do.
-    threads : int
-        Threads to compute with.
+    threads : ThreadCounts or None
+        Threads that were measured with the model, or else with the last one that was loaded.
     merge_budget : int or None
         Bytes to give a merge.
     fits : tuple of Fit
@@ -92,7 +94,7 @@ class Diagnosis:
     llama_problem: str | None
     kernels: Kernels
     versions: dict[str, str]
-    threads: int
+    threads: ThreadCounts | None
     merge_budget: int | None
     fits: tuple[Fit, ...]
     model: ModelFit | None
@@ -140,8 +142,12 @@ def examine(folder: Path, model: Path | None = None, root: Path = Path("/")) -> 
         build = read_build()
     except RuntimeFailure as error:
         problem = str(error)
+    threads = None
+    if build is not None and model_fit is not None and model_fit.verdict == "fits":
+        threads = _measure_threads(model_fit.path)
+    elif kept := kept_counts():
+        threads = list(kept.values())[-1]
     cold, total = find_missing_of_all()
-    threads = default_threads(root)
     warnings = list(warn_of_board(board, swaps, storage, temperature, throttling))
     if build is not None:
         warnings += warn_of_llama(board, build)
@@ -163,6 +169,11 @@ def examine(folder: Path, model: Path | None = None, root: Path = Path("/")) -> 
         advice=tuple(advise(board.memory, fits, threads)),
         warnings=tuple(warnings),
     )
+
+
+def _measure_threads(path: Path) -> ThreadCounts:
+    with Model(path) as model, model.context(_TRIED, n_batch=_TRIED):
+        return model.threads
 
 
 def _power(root: Path) -> Power | None:

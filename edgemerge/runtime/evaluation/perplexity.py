@@ -14,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 
 from edgemerge.errors import FormatError
+from edgemerge.formats.files import refuse_device
 from edgemerge.runtime.evaluation.likelihood import check_context, log_likelihoods
 from edgemerge.runtime.llama import Model
 
@@ -75,6 +76,7 @@ def cut_text(model: Model, path: str | PathLike[str], n_ctx: int) -> list[list[i
         The model's context is shorter than a chunk.
     """
     check_context(model, n_ctx)
+    refuse_device(Path(path))
     try:
         with Path(path).open(encoding="utf-8", newline="") as file:  # line breaks as they are
             text = file.read()

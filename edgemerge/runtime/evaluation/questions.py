@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError
+from edgemerge.formats.files import refuse_device
 
 __all__ = ["FILES", "FORMATS", "Question", "read_questions"]
 
@@ -70,6 +71,7 @@ def read_questions(path: str | PathLike[str], format_name: str = "questions") ->
         A record is not as it should be; the message names it. Or the file has no questions.
     """
     path = Path(path)
+    refuse_device(path)
     try:
         questions = FORMATS[format_name](path)
         for question in questions:  # JSON can spell half a surrogate pair, "\\ud800"

@@ -23,8 +23,6 @@ from edgemerge.runtime.model_files import model_files
 
 __all__ = ["Results", "ResultsFile", "identify", "sha256_of"]
 
-_HEAD = 2**20  # bytes of a model's file that are hashed: its header, and the first weights
-
 
 def identify(model: Path) -> dict[str, Any]:
     """Tell a model from another one without reading all of it.
@@ -42,16 +40,13 @@ def identify(model: Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        Its path; size in bytes, time of change (ns) and SHA-256 of the first MiB of each file.
+        Its path; size in bytes, time of change (ns) and SHA-256 of each file.
     """
     files = []
     for path in model_files(model):
         stat = path.stat()
-        with path.open("rb") as file:
-            head = hashlib.sha256(file.read(_HEAD)).hexdigest()
-        files.append(
-            {"bytes": stat.st_size, "changed_ns": stat.st_mtime_ns, "sha256_of_first_mib": head}
-        )
+        digest = sha256_of(path)
+        files.append({"bytes": stat.st_size, "changed_ns": stat.st_mtime_ns, "sha256": digest})
     return {"path": str(model.resolve()), "files": files}
 
 

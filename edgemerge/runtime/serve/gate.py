@@ -15,6 +15,7 @@ from edgemerge.runtime.serve.active_request import Run, current_run
 from edgemerge.runtime.serve.errors import Refusal, explain
 from edgemerge.runtime.serve.models import ModelStore
 from edgemerge.runtime.serve.queue import Queue
+from edgemerge.runtime.serve.request_log import Exchange, RequestLog
 from edgemerge.runtime.serve.requests import MODEL_ROUTES, Limits, check_request
 from edgemerge.runtime.serve.status import Status
 
@@ -104,6 +105,8 @@ class Gate:
         What the app uses as well.
     routes : frozenset of str
         Paths that exist, for the counters.
+    request_log : RequestLog, optional
+        Where requests that use a model are written down.
     """
 
     def __init__(
@@ -116,8 +119,10 @@ class Gate:
         queue: Queue,
         status: Status,
         routes: frozenset[str],
+        request_log: RequestLog | None = None,
     ) -> None:
         self._app = app
+        self._log = request_log
         self._access = access
         self._limits = limits
         self._models = models
@@ -133,6 +138,7 @@ class Gate:
         }
         uses_model = path in MODEL_ROUTES and scope["method"] == "POST"
         answer = _Answer(send, self._limits.send_seconds)
+        exchange = Exchange(path)
         try:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > _HEADER_BYTES:
                 raise Refusal(431, f"the headers are larger than {_HEADER_BYTES} bytes")
@@ -141,7 +147,7 @@ class Gate:
                 # llama-cpp-python has more of them, and none may go past the queue
                 raise Refusal(404, "Not Found")
             if uses_model:
-                await self._serve(scope, receive, answer)
+                await self._serve(scope, receive, answer, exchange)
             else:
                 scope["has_key"] = self._access.has_key(headers)
                 await self._app(scope, receive, answer.send)
@@ -151,14 +157,21 @@ class Gate:
         finally:
             route = path if path in self._routes or uses_model else "other"
             self._status.metrics.note_request(route, answer.status, uses_model=uses_model)
+            if uses_model and self._log is not None:
+                self._log.write(exchange, answer.status)
 
     async def _serve(
-        self, scope: MutableMapping[str, Any], receive: Receive, answer: _Answer
+        self,
+        scope: MutableMapping[str, Any],
+        receive: Receive,
+        answer: _Answer,
+        exchange: Exchange,
     ) -> None:
         """Let a request use a model when it is its turn."""
         body = await _read_body(receive, self._limits)
         request = check_request(scope["path"], body, self._limits)
         request["model"] = self._models.resolve(request.get("model"))
+        exchange.request = request
         options = request.get("stream_options")
         run = Run(
             request["model"],
@@ -171,12 +184,15 @@ class Gate:
         except BaseException:
             await client.close()
             raise
-        self._status.run = run
+        self._status.run = exchange.run = run
         token = current_run.set(run)
         run.start()
         try:
             # in a thread, so that /health answers while a model is read from a slow card
             await asyncio.to_thread(self._models.load, run.model)
+            if self._log is not None:
+                path = self._models.files[run.model].path
+                exchange.sha256 = await asyncio.to_thread(self._log.sha256_of, path)
             body = json.dumps(request).encode()
             await self._app(_with_length(scope, len(body)), client.replay(body), answer.send)
         finally:

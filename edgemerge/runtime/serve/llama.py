@@ -17,15 +17,18 @@ from typing import Any
 
 import numpy as np
 
+from edgemerge.runtime.board.device import default_threads
 from edgemerge.runtime.library import load_library
 from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.model_files import check_adapter, model_files
+from edgemerge.runtime.repetition import LoopWatch
 from edgemerge.runtime.serve.active_request import current_run
 from edgemerge.runtime.serve.chat import make_chat_handler
 from edgemerge.runtime.serve.embeddings import embed
 from edgemerge.runtime.serve.models import BATCH, OUTPUTS
 from edgemerge.runtime.serve.pieces import Pieces
 from edgemerge.runtime.serve.scores import TokenScore, score_token, write_logprobs
+from edgemerge.runtime.thread_counts import find_threads
 from edgemerge.types import Float32
 
 _library = load_library()  # before llama_cpp itself, whose log it takes over
@@ -47,8 +50,8 @@ class ServedLlama(Llama):  # type: ignore[misc]
         A GGUF file.
     n_ctx : int
         Tokens of context.
-    n_threads : int
-        Threads that compute.
+    n_threads : int, optional
+        Threads that compute; by default as many as are fastest, which is measured.
     n_gpu_layers : int, optional
         Layers on the GPU; by default all where llama.cpp was built for one.
     loras : sequence of Lora
@@ -65,7 +68,7 @@ class ServedLlama(Llama):  # type: ignore[misc]
         path: Path,
         *,
         n_ctx: int,
-        n_threads: int,
+        n_threads: int | None = None,
         n_gpu_layers: int | None = None,
         loras: Sequence[Lora] = (),
     ) -> None:
@@ -78,14 +81,17 @@ class ServedLlama(Llama):  # type: ignore[misc]
                 n_ctx=n_ctx,
                 n_batch=BATCH,
                 n_ubatch=BATCH,
-                n_threads=n_threads,
-                n_threads_batch=n_threads,
+                n_threads=n_threads or default_threads(),
+                n_threads_batch=n_threads or default_threads(),
                 n_gpu_layers=n_gpu_layers,
                 pooling_type=_api.LLAMA_POOLING_TYPE_NONE,  # embeddings are pooled here
                 verbose=False,
             )
         except ValueError as error:
             raise _library.load_failure(path) from error
+        if n_threads is None:
+            n_bytes = _api.llama_model_size(self.model)
+            find_threads(_api, self.ctx, n_bytes=n_bytes, n_batch=BATCH, most=default_threads())
         self.tokenizer_ = Pieces(self)
         if loras:
             self._add_loras(loras, path)
@@ -162,10 +168,13 @@ class ServedLlama(Llama):  # type: ignore[misc]
         """Yield tokens that follow a prompt, and count both."""
         run = current_run.get()
         run.prompt_tokens += len(tokens)
+        loop = LoopWatch()
         for token in super().generate(tokens, **settings):
             if not self._is_end(token):
                 run.note_token()
             yield token
+            if loop.push(token):
+                return
 
     def create_completion(
         self,

@@ -49,8 +49,8 @@ class Limits:
     ----------
     body : int
         Bytes of JSON.
-    max_tokens : int
-        Tokens that one answer may have.
+    max_tokens, default_tokens : int
+        Tokens that one answer may have, and has where the request leaves it open.
     request_seconds : float
         From a request's turn to its end.
     read_seconds, send_seconds : float
@@ -59,6 +59,7 @@ class Limits:
 
     body: int = 1 << 20
     max_tokens: int = 4096
+    default_tokens: int = 512
     request_seconds: float = 600.0
     read_seconds: float = 20.0
     send_seconds: float = 30.0
@@ -146,9 +147,9 @@ def _check_generation(request: dict[str, Any], limits: Limits) -> None:
         if (request.get(name) or 0) > MAX_ALTERNATIVES:
             raise Refusal(400, f"{name}: at most {MAX_ALTERNATIVES}")
     if "max_tokens" in request:
-        tokens = request["max_tokens"]  # null: as many as may be
+        tokens = request["max_tokens"]
         request["max_tokens"] = min(
-            limits.max_tokens if tokens is None else tokens, limits.max_tokens
+            limits.default_tokens if tokens is None else tokens, limits.max_tokens
         )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgemerge.errors import RecipeError, RuntimeFailure
 from edgemerge.process import read_process
-from edgemerge.runtime.board.device import default_threads, read_memory
+from edgemerge.runtime.board.device import read_memory
 from edgemerge.runtime.library import load_library
 from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.serve.key import check_characters
@@ -54,6 +55,10 @@ class ServeOptions:
         Whether to log a line per request.
     limits : Limits
         Bounds of one request.
+    log : Path or None
+        File that requests are written down in.
+    log_prompts : bool
+        Whether what people wrote is written down too.
     public_key : Path or None
         Key with which every model and adapter must be signed.
     """
@@ -74,6 +79,8 @@ class ServeOptions:
     open_metrics: bool = False
     log_requests: bool = False
     limits: Limits = field(default_factory=Limits)
+    log: Path | None = None
+    log_prompts: bool = False
     public_key: Path | None = None
 
 
@@ -135,13 +142,14 @@ def serve(options: ServeOptions, on_start: Callable[[Started], None]) -> None:
     from edgemerge.runtime.serve.gate import Access, Gate
     from edgemerge.runtime.serve.models import ModelFile, ModelStore, Servable, read_model_file
     from edgemerge.runtime.serve.queue import Queue
+    from edgemerge.runtime.serve.request_log import RequestLog
     from edgemerge.runtime.serve.signed import SignedLoader
 
     def load_unsigned(file: ModelFile) -> ServedLlama:
         return ServedLlama(
             file.path,
             n_ctx=file.n_ctx,
-            n_threads=options.n_threads or default_threads(),
+            n_threads=options.n_threads,
             n_gpu_layers=options.n_gpu_layers,
             loras=options.loras,
         )
@@ -156,11 +164,16 @@ def serve(options: ServeOptions, on_start: Callable[[Started], None]) -> None:
     floor = read_process().rss
     budget = options.memory or floor + int(_SHARE * read_memory().available)
     models = ModelStore(files, load, budget=budget, floor=floor)
-    with open_socket(options.host, options.port) as listener:
+    with ExitStack() as stack:
+        listener = stack.enter_context(open_socket(options.host, options.port))
+        request_log = None
+        if options.log is not None:
+            request_log = RequestLog(options.log, with_prompts=options.log_prompts)
+            stack.callback(request_log.close)
         is_local = _is_loopback(listener)
         check_key(options, is_local=is_local)
         queue = Queue(options.queue, options.queue_seconds)
-        status = Status(models, queue)
+        status = Status(models, queue, logs_prompts=options.log is not None and options.log_prompts)
         gate = Gate(
             make_app(models, status),
             access=Access(
@@ -173,6 +186,7 @@ def serve(options: ServeOptions, on_start: Callable[[Started], None]) -> None:
             queue=queue,
             status=status,
             routes=ROUTES,
+            request_log=request_log,
         )
         models.preload()
         started = Started(

@@ -27,6 +27,8 @@ class Status:
         Its models.
     queue : Queue
         The line in front of them.
+    logs_prompts : bool
+        Whether what people write is kept in a log, which they are told.
 
     Attributes
     ----------
@@ -36,7 +38,8 @@ class Status:
         The request that has the turn.
     """
 
-    def __init__(self, models: ModelStore, queue: Queue) -> None:
+    def __init__(self, models: ModelStore, queue: Queue, *, logs_prompts: bool = False) -> None:
+        self._logs_prompts = logs_prompts
         self.metrics = Metrics(self._gauges)
         self.run: Run | None = None
         self._models = models
@@ -48,7 +51,11 @@ class Status:
     def brief(self) -> dict[str, Any]:
         """Tell what anybody may know."""
         status = "stopping" if self._queue.is_closed else "ok"
-        return {"status": status, "version": version("edgemerge")}
+        return {
+            "status": status,
+            "version": version("edgemerge"),
+            "logs_prompts": self._logs_prompts,
+        }
 
     def full(self) -> dict[str, Any]:
         """Tell what the page at / shows; figures are null where nothing tells them."""

@@ -25,6 +25,7 @@ from edgemerge.runtime.doctor import diagnosis, fit
 from edgemerge.runtime.doctor.advice import advise, merge_budget, warn_of_board, warn_of_llama
 from edgemerge.runtime.doctor.build import Accelerator, LlamaBuild, missing_features, read_build
 from edgemerge.runtime.doctor.diagnosis import examine
+from edgemerge.runtime.thread_counts import ThreadCounts
 from tests.runtime.board import boards
 from tests.runtime.board.boards import GIB
 
@@ -137,21 +138,22 @@ def test_budget_of_a_merge(available: int, budget: int | None) -> None:
 
 def test_advice_names_the_largest_of_each_type() -> None:
     memory = Memory(4 * GIB, 3 * GIB, 0, 0)
-    largest, slow, threads, merging = advise(memory, fit.fit_examples(3 * GIB), 4)
+    largest, slow, threads, merging = advise(memory, fit.fit_examples(3 * GIB), ThreadCounts(1, 4))
     assert largest == (
         "the largest models that fit: Llama-3.2-3B in Q4_K_M (2.45 GiB), "
         "Qwen2.5-1.5B in Q8_0 (1.78 GiB), Llama-3.2-1B in F16 (2.56 GiB)"
     )
     assert "slow" in slow
     assert (threads, merging) == (
-        "run with -t 4, which is the default here",
+        "answers are fastest with 1 thread and prompts with 4 threads, as measured here: "
+        "these are the defaults, -t N sets both",
         "merge with --memory 1536MiB at most",
     )
 
 
 def test_advice_where_nothing_fits() -> None:
     memory = Memory(GIB, 100 * MIB, 0, 0)
-    nothing, _, merging = advise(memory, fit.fit_examples(memory.available), 1)
+    nothing, _, merging = advise(memory, fit.fit_examples(memory.available), None)
     assert nothing.startswith("no model of the table fits")
     assert merging == "a merge needs about 124 MiB and 100 MiB are free: stop other programs first"
 
@@ -244,7 +246,7 @@ def test_examination_of_this_machine(tmp_path: Path, tiny_gguf: Path) -> None:
     assert document["model"]["path"] == str(tiny_gguf)
     assert document["model"]["verdict"] == "fits"
     assert document["kernels"]["total"] >= len(document["kernels"]["cold"])
-    assert document["threads"] >= 1
+    assert 1 <= document["threads"]["generate"] <= document["board"]["threads"]
     assert len(document["fits"]) == 24
 
 

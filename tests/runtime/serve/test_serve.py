@@ -204,7 +204,8 @@ def test_an_unknown_model_is_refused(client: Any) -> None:
 
 def test_without_the_key_little_is_told(server: Serving) -> None:
     nothing = {"Authorization": "none"}
-    assert set(server.get("/health", **nothing).json) == {"status", "version"}
+    told = server.get("/health", **nothing).json
+    assert set(told) == {"status", "version", "logs_prompts"}
     assert server.get("/metrics", **nothing).status == 401
     assert server.get("/", **nothing).status == 200
     told = server.health()

@@ -49,6 +49,7 @@ export async function look() {
 
 function show(health) {
   const { memory, queue, requests } = health;
+  $("logged").hidden = !health.logs_prompts;
   $("version").textContent = health.uptime_s === undefined
     ? `edgemerge ${health.version}; the figures need the key.`
     : `edgemerge ${health.version}, ${health.status}, up ${duration(health.uptime_s)}`;

@@ -1,0 +1,121 @@
+"""A recipe in words: for `plan`, `verify` and the record that an auditor reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import PurePath
+from typing import Any
+
+from edgemerge.methods.table import METHODS
+from edgemerge.types import Recipe
+
+__all__ = ["describe_recipe", "recipe_document"]
+
+DEFAULT = " (default)"
+QUIET = {"int8_mask"}  # without effect
+
+
+def recipe_document(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as the plain types that a merged file's `edgemerge.recipe` has."""
+    return asdict(recipe)
+
+
+def describe_recipe(document: Mapping[str, Any]) -> list[str]:
+    """Say a recipe in lines: the method with its settings, then each model with its own.
+
+    Parameters
+    ----------
+    document : mapping
+        As of `recipe_document`, or as read from a merged file, which another program may have changed:
+        what is not as expected is left out.
+
+    Returns
+    -------
+    list of str
+        `ties: density 0.5, lambda 1 (default)`, then `base ward.gguf`, `cardio.gguf: weight 0.5`.
+    """
+    name = str(document.get("method", "?"))
+    method = METHODS.get(name)
+    shared = _table(document.get("parameters"))
+    fallback = _table(document.get("defaults"))
+    known = {p.name: p.default for p in method.parameters} if method is not None else {}
+    parts = [f"{key} {_rules(rules)}" for key, rules in shared.items()]
+    own = {key for part in _slices(document) for model in part for key in model[1]}
+    for key, value in known.items():
+        if key in shared or key in own or key in QUIET:
+            continue
+        if key in fallback:
+            value = fallback[key]
+        if value is not None:
+            parts.append(f"{key} {_rules(value)}{DEFAULT}")
+    parts += _switches(document)
+    lines = [f"{name}: {', '.join(parts)}" if parts else name]
+    if isinstance(base := document.get("base"), str | PurePath):
+        lines.append(f"base {PurePath(base).name}")
+    for part in _slices(document):
+        lines += [f"{label}: {words}" if words else label for label, words in map(_model, part)]
+    return list(dict.fromkeys(lines))
+
+
+def _switches(document: Mapping[str, Any]) -> Iterator[str]:
+    if align := document.get("align"):
+        yield f"heads aligned: {align}"
+    if document.get("neurons"):
+        yield "neurons matched"
+    if seed := document.get("seed"):
+        yield f"seed {seed}"
+
+
+def _slices(document: Mapping[str, Any]) -> list[list[tuple[str, dict[str, Any]]]]:
+    """List the models of each slice as (name with its layers, parameters)."""
+    slices = document.get("slices")
+    parts = []
+    for part in slices if isinstance(slices, list | tuple) else ():
+        inputs = _table(part).get("inputs")
+        models = []
+        for entry in inputs if isinstance(inputs, list | tuple) else ():
+            table = _table(entry)
+            label = PurePath(str(table.get("path", "?"))).name
+            if isinstance(layers := table.get("layer_range"), list | tuple) and len(layers) == 2:
+                label += f" layers {layers[0]} to {layers[1]}"
+            models.append(
+                (
+                    label,
+                    {**_table(_table(part).get("parameters")), **_table(table.get("parameters"))},
+                )
+            )
+        parts.append(models)
+    return parts
+
+
+def _model(model: tuple[str, Mapping[str, Any]]) -> tuple[str, str]:
+    label, parameters = model
+    return label, ", ".join(f"{key} {_rules(rules)}" for key, rules in parameters.items())
+
+
+def _rules(rules: object) -> str:
+    """Write a parameter: `0.5`, `0.2 to 0.8 over the layers`, `0.3 for mlp, else 0.5`."""
+    if not isinstance(rules, list | tuple) or not all(isinstance(r, Mapping) for r in rules):
+        return _value(rules)
+    said = [
+        _value(rule.get("value"))
+        if rule.get("filter") is None
+        else f"{_value(rule.get('value'))} for {rule['filter']}"
+        for rule in rules
+    ]
+    if len(said) > 1 and rules[-1].get("filter") is None:
+        said[-1] = f"else {said[-1]}"
+    return ", ".join(said)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return f"{' to '.join(map(_value, value))} over the layers"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _table(value: object) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}

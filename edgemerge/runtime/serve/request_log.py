@@ -1,0 +1,131 @@
+"""A file with one line of JSON per request, for whoever has to look into what happened.
+
+A line has the time (UTC), the route, the model's name and SHA-256, tokens, seconds and the status. What
+people wrote is in it only where the operator asked for that, which the page then tells its users.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import stat
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from edgemerge.errors import OutputError
+from edgemerge.runtime.model_files import model_files
+from edgemerge.runtime.serve.active_request import Run
+
+__all__ = ["Exchange", "RequestLog"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and what became of it.
+
+    Attributes
+    ----------
+    route : str
+        Path of the request.
+    request : mapping or None
+        What the client sent, when it was read.
+    run : Run or None
+        Model and tokens, when it had its turn.
+    sha256 : str or None
+        Of the model's file.
+    """
+
+    route: str
+    request: Mapping[str, Any] | None = None
+    run: Run | None = None
+    sha256: str | None = None
+    arrived: datetime = field(default_factory=lambda: datetime.now(UTC))
+    _began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Time since it came."""
+        return time.monotonic() - self._began
+
+
+class RequestLog:
+    """Appends to a file that only its owner reads.
+
+    Parameters
+    ----------
+    path : Path
+        The file; it is made where there is none, and never cut.
+    with_prompts : bool
+        Whether what people wrote is logged too.
+
+    Raises
+    ------
+    OutputError
+        It cannot be written, or is no regular file.
+    """
+
+    def __init__(self, path: Path, *, with_prompts: bool) -> None:
+        self.path = path
+        self.with_prompts = with_prompts
+        flags = (
+            os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        )
+        try:
+            self._fd = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise OutputError(f"cannot be written ({error.strerror})", path=path) from error
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.close(self._fd)
+            raise OutputError("is no regular file; choose another name", path=path)
+        self._digests: dict[tuple[tuple[str, int, int], ...], str] = {}
+        self._lock = threading.Lock()
+
+    def sha256_of(self, model: Path) -> str:
+        """Return the SHA-256 of a model's file, of a split one its files in order; kept until it changes."""
+        files = model_files(model)
+        states = [path.stat() for path in files]
+        key = tuple((str(p), s.st_size, s.st_mtime_ns) for p, s in zip(files, states, strict=True))
+        with self._lock:
+            if key not in self._digests:
+                digest = hashlib.sha256()
+                for path in files:
+                    with path.open("rb") as file:
+                        hashlib.file_digest(file, lambda: digest)
+                self._digests[key] = digest.hexdigest()
+            return self._digests[key]
+
+    def write(self, exchange: Exchange, status: int) -> None:
+        """Add a line; a disk that is full must not end an answer."""
+        run, request = exchange.run, exchange.request or {}
+        entry = {
+            "time": exchange.arrived.isoformat(timespec="milliseconds"),
+            "route": exchange.route,
+            "status": status,
+            "seconds": round(exchange.seconds, 3),
+            "model": request.get("model"),
+            "sha256": exchange.sha256,
+            "prompt_tokens": None if run is None else run.prompt_tokens,
+            "answer_tokens": None if run is None else run.generated_tokens,
+        }
+        if self.with_prompts:
+            entry["request"] = {
+                k: request[k] for k in ("messages", "prompt", "input") if k in request
+            }
+        line = json.dumps(entry, ensure_ascii=True) + "\n"
+        try:
+            os.write(self._fd, line.encode())
+        except OSError:
+            _logger.exception("%s: a request could not be logged", self.path)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)

@@ -1,0 +1,100 @@
+"""`edgemerge record`: what an auditor is told, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from edgemerge.cli import make_app
+from tests.support.bits import flip_bit
+from tests.support.tiny_gguf import write_tiny_gguf
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tiny_gguf(tmp_path / "base.gguf")
+    shutil.copy("base.gguf", "cardio.gguf")
+    options = ("--base", "base.gguf", "cardio.gguf=0.5", "-P", "density=0.5", "-o", "ward.gguf")
+    assert run("merge", "-m", "ties", *options).exit_code == 0
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(make_app(), [*map(str, arguments)])
+
+
+def words(page: Path) -> str:
+    return " ".join(re.sub("<[^>]*>", " ", page.read_text()).split())
+
+
+def write_results(sha256: str) -> None:
+    model = {"path": "ward.gguf", "files": [{"bytes": 1, "sha256": sha256}]}
+    score = {"model": "ward.gguf", "task": "medqa", "n": 100, "acc": 0.5, "acc_stderr": 0.05}
+    Path("results.json").write_text(json.dumps({"models": [model], "results": [score]}))
+
+
+def test_it_says_what_of_what_and_how() -> None:
+    result = run("record", "ward.gguf", "-o", "record.html")
+    assert (result.exit_code, result.stdout) == (0, "record.html  record of ward.gguf\n")
+    text = words(Path("record.html"))
+    assert "architecture llama, 2 layers" in text
+    assert re.search(r"base.gguf base [0-9a-f]{8} cardio.gguf model [0-9a-f]{8}", text)
+    assert "ties: density 0.5, normalize on (default), rescale off (default)" in text
+    assert "cardio.gguf: weight 0.5" in text
+    assert "All 21 tensors are as they were written." in text
+    assert re.search(r"written 20\d\d-\d\d-\d\dT", text)
+
+
+def test_scores_are_those_of_this_very_file() -> None:
+    first = json.loads(run("record", "ward.gguf", "-o", "a.html", "--json").stdout)
+    sha256 = next(row[1] for row in first["sections"][0]["rows"] if row[0].startswith("sha256"))
+    write_results(sha256)
+    assert run("record", "ward.gguf", "--eval", "results.json", "-o", "b.html").exit_code == 0
+    text = words(Path("b.html"))
+    assert "This very file was asked, by its SHA-256." in text
+    assert "medqa ward.gguf 100 50.0 % 40.2 to 59.8 %" in text
+    write_results("0" * 64)
+    assert run("record", "ward.gguf", "--eval", "results.json", "-o", "c.html").exit_code == 0
+    assert "None of the models that were asked is this file" in words(Path("c.html"))
+
+
+def test_a_damaged_file_has_a_record_that_says_so() -> None:
+    flip_bit(Path("ward.gguf"), 8 * Path("ward.gguf").stat().st_size - 100)
+    result = run("record", "ward.gguf", "-o", "record.html")
+    assert result.exit_code == 1
+    assert "1 of 21 tensors changed since the merge" in result.stderr
+    assert "1 of 21 tensors changed since the merge." in words(Path("record.html"))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--eval", "ward.gguf"), "ward.gguf: not UTF-8 text"),
+        (("--eval", "list.json"), "list.json: is not what edgemerge eval -o writes; give that"),
+        (
+            ("--bench", "text.json"),
+            "text.json: is not JSON; give what edgemerge bench --json wrote",
+        ),
+        (("--key", "absent.pem"), "absent.pem: there is no such file"),
+    ],
+)
+def test_what_is_no_result_is_refused(options: tuple[str, ...], sentence: str) -> None:
+    Path("list.json").write_text("[]")
+    Path("text.json").write_text("speed")
+    result = run("record", "ward.gguf", *options, "-o", "record.html")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert sentence in result.stderr
+    assert not Path("record.html").exists()
+
+
+def test_a_strangers_text_is_no_markup() -> None:
+    Path("results.json").write_text(
+        json.dumps({"results": [{"task": "<script>x</script>", "model": "&", "acc": 1.0}]})
+    )
+    assert run("record", "ward.gguf", "--eval", "results.json", "-o", "r.html").exit_code == 0
+    assert "<script>" not in Path("r.html").read_text()

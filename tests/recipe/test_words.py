@@ -1,0 +1,56 @@
+"""Recipes in words: what was asked, and what was left to the method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgemerge.recipe.words import describe_recipe, recipe_document
+from edgemerge.types import ModelInput, Recipe, Rule, Slice
+
+
+def rule(value: Any, name: str | None = None) -> tuple[Rule, ...]:
+    return (Rule(value, name),)
+
+
+def test_settings_are_said_and_defaults_marked() -> None:
+    recipe = Recipe(
+        method="ties",
+        base=Path("/models/base.gguf"),
+        slices=(
+            Slice(
+                (
+                    ModelInput(Path("/models/a.gguf"), parameters={"weight": rule(0.5)}),
+                    ModelInput(Path("/models/b.gguf"), parameters={"weight": rule((0.2, 0.8))}),
+                )
+            ),
+        ),
+        parameters={"density": (Rule(0.3, "mlp"), Rule(0.5)), "lambda": rule(0.8)},
+        seed=3,
+    )
+    assert describe_recipe(recipe_document(recipe)) == [
+        "ties: density 0.3 for mlp, else 0.5, lambda 0.8, normalize on (default), "
+        "rescale off (default), seed 3",
+        "base base.gguf",
+        "a.gguf: weight 0.5",
+        "b.gguf: weight 0.2 to 0.8 over the layers",
+    ]
+
+
+def test_slices_name_their_layers() -> None:
+    part = Slice((ModelInput(Path("a"), (0, 8)),), {"scale": rule(0.5)})
+    recipe = Recipe("passthrough", None, (part, Slice((ModelInput(Path("a"), (4, 12)),))))
+    assert describe_recipe(recipe_document(recipe))[1:] == [
+        "a layers 0 to 8: scale 0.5",
+        "a layers 4 to 12",
+    ]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [{}, {"method": []}, {"slices": 3}, {"slices": [None, {"inputs": "ab"}]}, {"parameters": [1]}],
+)
+def test_a_strangers_document_is_no_reason_to_fail(document: dict[str, Any]) -> None:
+    assert describe_recipe(document)
