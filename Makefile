@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/ready-run  ## merge small real models, score them, show what the best one answers, offline
+demo: .venv/ready-run  ## merge small real models, score them, compare what they answer, offline
 	$(BIN)/edgemerge demo $(ARGS)
 
 test: .venv/ready-dev  ## run all tests but those marked slow (ARGS='-m slow' runs these)
