@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import statistics
@@ -115,6 +116,28 @@ def summary_block() -> str:
 
 def test_the_readmes_table_is_made_of_the_benchmarks(summary: ModuleType) -> None:
     assert summary_block() == summary.render() + "\n", "run benchmarks/summary.py"
+
+
+def test_the_table_of_merges_may_lack_the_peers(
+    summary: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`make bench` measures edgemerge alone; only `make bench-peers` sets mergekit up."""
+
+    read_block = summary.read_block
+
+    def without_peers(page: Path, bench: str) -> Any:
+        block = read_block(page, bench)
+        if bench != "merge":
+            return block
+        rows = [row[:5] for row in block.rows]
+        return dataclasses.replace(block, header=block.header[:5], rows=rows)
+
+    assert "mergekit" in summary.render()
+    monkeypatch.setattr(summary, "read_block", without_peers)
+    assert "mergekit" not in summary.render()
+    pytest.importorskip("matplotlib")
+    summary.draw(tmp_path / "summary.png")
+    assert (tmp_path / "summary.png").stat().st_size > 0
 
 
 def test_every_number_of_the_readmes_table_is_in_the_file_it_names() -> None:
