@@ -88,7 +88,7 @@ def render() -> str:
         ],
         [
             f"the server, {loaded[1]} clients at once for {loaded[2]} s",
-            f"{loaded[3]} requests, {loaded[6]} lost",
+            f"{loaded[3]} requests: {loaded[4]} answered, {loaded[5]}, {loaded[6]} lost",
             f"resident memory at start and end: {_ends(loaded[9])} MiB",
             _source(SPEED, "serve", serve),
         ],
