@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv when there is none; a second run
 # finds everything in place. ARGS goes to the command: `make test ARGS='-k gguf -x'`.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check arm64 bench bench-peers wheel sbom clean
+.PHONY: help demo test check docs arm64 bench bench-peers wheel sbom clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/ready-run  ## merge small real models, score them, show what the best one answers, offline
+demo: .venv/ready-run  ## merge small real models, score them, compare what they answer, offline
 	$(BIN)/edgemerge demo $(ARGS)
 
 test: .venv/ready-dev  ## run all tests but those marked slow (ARGS='-m slow' runs these)
@@ -18,10 +18,13 @@ test: .venv/ready-dev  ## run all tests but those marked slow (ARGS='-m slow' ru
 check: .venv/ready-dev  ## lint, format, types, layers, then the tests (ARGS=--no-tests leaves them out)
 	tools/check $(ARGS)
 
+docs: .venv/ready-dev  ## rewrite what docs/ quotes from the program (ARGS=--check only compares)
+	$(BIN)/python -m tools.write_docs $(ARGS)
+
 arm64: .venv/bin/python  ## compare the bytes of codecs and merges with an emulated Arm's (ARGS=cortex-a53 picks the processor)
 	tools/arm64 $(ARGS)
 
-bench: .venv/ready-dev  ## measure everything and rewrite the README's tables (ARGS picks, as 'merge quality'; 7b, serve and llama only when asked for)
+bench: .venv/ready-dev  ## measure everything and rewrite the tables of docs/benchmarks.md and benchmarks/ (ARGS picks, as 'merge quality'; 7b, serve and llama only when asked for)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through mergekit, llama.cpp's converter and quantiser; half an hour

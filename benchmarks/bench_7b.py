@@ -76,7 +76,7 @@ def measure(merge: Merge, models: Sequence[Path], output: Path, **limits: Any) -
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the Markdown table of the README; peak memory is that of the largest process."""
+    """Return the Markdown table of docs/benchmarks.md; peak memory is that of the largest process."""
     header = ["method", "budget", "peak MiB", "wall s", "CPU s", "read GiB", "written GiB"]
     header += ["of the wall time in I/O", "reading the inputs alone, s"]
     lines = []

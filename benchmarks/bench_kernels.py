@@ -224,7 +224,7 @@ def merge_figures() -> list[Row]:
 
 
 def render(codecs: list[Row], merges: list[Row]) -> str:
-    """Return the Markdown tables of the README."""
+    """Return the Markdown tables of SPEED.md."""
     rows = []
     for row in codecs:
         cells = [str(row["type"])]

@@ -103,7 +103,7 @@ def measure(method: str, work: Path, shape: str) -> dict[str, Any]:
 
 
 def render(found: Mapping[str, dict[str, Any]]) -> str:
-    """Return the Markdown table of the README."""
+    """Return the Markdown table of SPEED.md."""
     header = ["MiB at the least budget"]
     header += [f"{method}{note}" for method in found for note in ("", ", mapped files")]
     lines = []

@@ -168,7 +168,7 @@ def main() -> None:
 
 
 def render(rows: list[dict[str, Any]], memory: str) -> str:
-    """Return the Markdown table of the README."""
+    """Return the Markdown table of docs/benchmarks.md."""
     header = [
         "method",
         "edgemerge: wall s",

@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def render(profiles: Mapping[str, dict[str, Any]]) -> str:
-    """Return the Markdown table of the README: a column per method."""
+    """Return the Markdown table of SPEED.md: a column per method."""
     spent = {method: add_up(one["sections"], "cpu_s") for method, one in profiles.items()}
     lines = [
         [section, *(f"{times[section]:.2f}" for times in spent.values())]

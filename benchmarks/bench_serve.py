@@ -172,7 +172,7 @@ def quantile(values: list[float], share: float) -> float | None:
 
 
 def draw(model: str, clients: int, result: dict[str, Any]) -> str:
-    """Return the Markdown table of the README."""
+    """Return the Markdown table of docs/benchmarks.md."""
     refused = ", ".join(f"{count} with {status}" for status, count in result["refused"].items())
     cells = {
         "model": Path(model).name,

@@ -87,7 +87,7 @@ def peak_mib(report: dict[str, Any]) -> float:
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the Markdown table of the README."""
+    """Return the Markdown table of SPEED.md."""
     header = ["", "wall s", "CPU s", "of it compiling", "to the first block, s", "peak MiB"]
     lines = []
     for row in rows:

@@ -1,4 +1,6 @@
-"""Run the benchmarks and write their tables into README.md, SPEED.md and QUALITY.md, between their markers.
+"""Run the benchmarks; write their tables into docs/benchmarks.md, SPEED.md and QUALITY.md, between markers.
+
+The README's table of four rows is then made from these (summary.py).
 
 benchmarks/run.py                    all that need nothing
 benchmarks/run.py merge quality      these
@@ -16,10 +18,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import summary
 from measure import run
 
 HERE = Path(__file__).resolve().parent
-PAGES = (HERE.parent / "README.md", HERE / "SPEED.md", HERE / "QUALITY.md")
+PAGES = (HERE.parent / "docs" / "benchmarks.md", HERE / "SPEED.md", HERE / "QUALITY.md")
 ALONE = ["kernels", "align", "merge", "requant", "quality", "start", "profile", "memory", "scaling"]
 WHEN_ASKED = ("7b", "serve", "llama")
 
@@ -63,6 +66,7 @@ def main() -> None:
         print(table)
         rewrite(name, table, result["machine"])
         results.append(result)
+    summary.write()
     print(json.dumps(results))
 
 

@@ -1,4 +1,4 @@
-"""`edgemerge demo`: merges real small models, scores them, shows answers of the best. Offline."""
+"""`edgemerge demo`: merges real small models, scores them, shows their answers. Offline."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.demo_answers import print_answers
 from edgemerge.cli.terminal import check_stop, print_table, speaks_plainly
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ SHUFFLED = (
     "expert-a",
     "expert-b-permuted",
 )  # the same expert b, its attention heads in another order
-N_SHOWN = 3  # questions per domain whose answers are shown
 
 
 class Trial(NamedTuple):
@@ -73,20 +73,24 @@ def demo_command(
     ] = None,
     force: request.Force = False,
 ) -> None:
-    """Merge two small medical experts in several ways, score them, show answers of the best."""
+    """Merge two small medical experts in several ways, score them, compare their answers."""
     from edgemerge.runtime.evaluation.questions import read_questions
 
     folder = models or _models_of_checkout()
     questions = {name: read_questions(folder / "eval" / f"{name}.jsonl")[:limit] for name in SETS}
     print(
-        "A base model of 3.4 M parameters, an expert on diseases (which ICD-10 chapter?) and one "
-        "on\nsubstances (which MeSH class?), each tuned from it. Can one model do both?\n"
+        "A base model of 3.4 M parameters. Expert a was tuned from it on diseases (which\n"
+        "ICD-10 chapter?), expert b on substances (which MeSH class?).\n"
+        "Can one model do both?\n"
     )
     with _output_folder(output) as out:
         merged = _make_files(folder, out, force=force)
         scores = _score_files(merged, questions)
         _print_scores(scores, questions)
-        _show_answers(merged, scores, questions)
+        best = _best(scores)
+        print(f"\nThe best of these merges is {best}.\nDid two experts become one?\n")
+        shown = {"base": "base", "expert a": EXPERTS[0], "expert b": EXPERTS[1], "merge": best}
+        print_answers({title: merged[name] for title, name in shown.items()}, folder / "eval")
 
 
 def _models_of_checkout() -> Path:
@@ -141,8 +145,8 @@ def _make_files(folder: Path, out: Path, *, force: bool) -> dict[str, Path]:
         files[name] = out / f"{re.sub('[^a-z0-9._]+', '-', name.lower())}.gguf"
         report = merge(recipe, files[name], force=force, progress=check_stop)
         print(
-            f"{name:38s} {report.seconds:5.1f} s  {report.out_bytes / 1e6:4.1f} MB  "
-            f"{report.peak_rss_bytes / 1e6:4.0f} MB of memory at peak"
+            f"{name:36s} {report.seconds:5.1f} s  {report.out_bytes / 1e6:4.1f} MB  "
+            f"peak memory {report.peak_rss_bytes / 1e6:3.0f} MB"
         )
     return files
 
@@ -154,7 +158,12 @@ def _score_files(
     from edgemerge.runtime.llama import Model
 
     total = sum(map(len, questions.values()))
-    print(f"\nScoring on {total} questions that no model was trained on, through llama.cpp:\n")
+    each = ", ".join(f"{len(items)} {name}" for name, items in questions.items())
+    print(
+        f"\nPercent right of {total} questions, +- standard error\n"
+        f"({each}).\n"
+        "No model was trained on any of them; llama.cpp computes the answers.\n"
+    )
     scores: dict[str, dict[str, Score]] = {}
     for name, path in files.items():
         with Model(path) as model:
@@ -165,43 +174,23 @@ def _score_files(
 def _print_scores(
     scores: dict[str, dict[str, Score]], questions: dict[str, list[Question]]
 ) -> None:
-    header = ("model", *(f"{name} ({len(items)})" for name, items in questions.items()), "both")
+    header = ("model", *questions, "both")
     rows = [
         (
             name,
-            *(f"{100 * score.acc:.1f} % +- {100 * score.stderr:.1f}" for score in row.values()),
-            f"{100 * _both(row):.1f} %",
+            *(f"{100 * score.acc:.1f} +- {100 * score.stderr:.1f}" for score in row.values()),
+            f"{100 * _both(row):.1f}",
         )
         for name, row in scores.items()
     ]
     print_table(header, rows)
-    print("\nChance is 25 %. 'both' is the mean of diseases and substances.")
+    print("\nChance is 25. 'both' is the mean of disease and substance.")
 
 
 def _both(row: dict[str, Score]) -> float:
     return (row["disease"].acc + row["substance"].acc) / 2
 
 
-def _show_answers(
-    files: dict[str, Path],
-    scores: dict[str, dict[str, Score]],
-    questions: dict[str, list[Question]],
-) -> None:
-    from edgemerge.runtime.evaluation.evaluate import mark
-    from edgemerge.runtime.evaluation.likelihood import option_likelihoods
-    from edgemerge.runtime.llama import Model
-
-    best = max(
-        (name for name in scores if name not in ("base", *EXPERTS)), key=lambda n: _both(scores[n])
-    )
-    print(f"\nThe best merge is {best}. What it picks, of four options each:\n")
-    with Model(files[best]) as model:
-        for key in ("disease", "substance"):
-            step = max(1, len(questions[key]) // N_SHOWN)
-            shown = questions[key][::step][:N_SHOWN]
-            for question, found in zip(shown, option_likelihoods(model, shown), strict=True):
-                marked = mark(question, found)
-                right = question.options[question.answer]
-                verdict = "right" if marked.right else f"wrong: {right}"
-                asked = question.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
-                print(f"  {asked} {question.options[marked.chosen]} ({verdict})")
+def _best(scores: dict[str, dict[str, Score]]) -> str:
+    merges = [name for name in scores if name not in ("base", *EXPERTS)]
+    return max(merges, key=lambda name: _both(scores[name]))

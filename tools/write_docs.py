@@ -1,0 +1,133 @@
+"""Write what the documentation quotes from the program: help, methods, the tree of modules.
+
+    python -m tools.write_docs            rewrite the blocks in docs/ (`make docs`)
+    python -m tools.write_docs --check    change nothing; exit 1 where a block is not what it would be
+
+A block stands between `<!-- docs:NAME -->` and `<!-- /docs -->`.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from edgemerge.cli import COMMANDS, make_app
+from edgemerge.methods.table import METHODS, Method, count_passes
+from edgemerge.types import Setting
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"(<!-- docs:(\w+) -->\n).*?(<!-- /docs -->)", re.DOTALL)
+# The order of a merge; then what serves the wings, what runs models, and what people see.
+WINGS = ("recipe", "methods", "alignment", "planning", "output", "merging", "provenance", "reports")
+WINGS += ("formats", "native", "runtime", "cli")
+
+
+def help_text(command: str) -> str:
+    """Return the help of a command as a terminal of 80 columns shows it."""
+    from typer.testing import CliRunner
+
+    os.environ["COLUMNS"] = "80"
+    result = CliRunner().invoke(make_app(), [command, "--help"], prog_name="edgemerge")
+    return "\n".join(line.rstrip() for line in result.stdout.strip().splitlines())
+
+
+def commands() -> str:
+    """Return a section per command."""
+    sections = (f"## {name}\n\n```\n{help_text(name)}\n```\n" for name in COMMANDS)
+    return "\n" + "\n".join(sections) + "\n"
+
+
+def methods() -> str:
+    """Return the Markdown table of the methods."""
+    lines = [
+        "| method | what it does | parameters and defaults | source | reads |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for method in METHODS.values():
+        settings = {**method.model_parameters, **method.global_parameters}
+        shown = ", ".join(f"`{name}` ({_spell(value)})" for name, value in settings.items())
+        lines.append(
+            f"| `{method.name}` | {method.summary} | {shown} | {method.source} | {_reads(method)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _spell(value: Setting | None) -> str:
+    if value is None:
+        return "required"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _reads(method: Method) -> int:
+    """Count how often a tensor is read with the defaults, but a density below 1."""
+    model: Mapping[str, Setting] = {
+        name: 0.5 if name == "density" else value
+        for name, value in method.model_parameters.items()
+        if value is not None
+    }
+    whole = {name: value for name, value in method.global_parameters.items() if value is not None}
+    return count_passes(method, [model, model], whole)
+
+
+def tree() -> str:
+    """Return the tree of packages and modules, with the first line of each docstring."""
+    lines = ["edgemerge/"]
+    package = ROOT / "edgemerge"
+    alone = [p for p in sorted(package.glob("*.py")) if not p.stem.startswith("__")]
+    lines += [_entry(path, 1) for path in alone]
+    for wing in WINGS:
+        lines += _branch(package / wing, 1)
+    lines += _branch(ROOT / "kernels", 0)
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+def _branch(folder: Path, depth: int) -> Iterator[str]:
+    yield _line(f"{folder.name}/", _about(folder / "__init__.py"), depth)
+    for path in sorted(folder.glob("*.py")):
+        if path.stem != "__init__":
+            yield _entry(path, depth + 1)
+    for path in sorted(p.parent for p in folder.glob("*/__init__.py")):
+        yield from _branch(path, depth + 1)
+
+
+def _entry(path: Path, depth: int) -> str:
+    return _line(path.name, _about(path), depth)
+
+
+def _line(name: str, about: str, depth: int) -> str:
+    return f"{'  ' * depth + name:<30}  {about}".rstrip()
+
+
+def _about(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
+
+
+WRITERS: dict[str, Callable[[], str]] = {"commands": commands, "methods": methods, "tree": tree}
+
+
+def rewrite(text: str) -> str:
+    """Return a page with its blocks as the program has them now."""
+    return BLOCK.sub(lambda found: found[1] + WRITERS[found[2]]() + found[3], text)
+
+
+def main() -> None:
+    checks = sys.argv[1:] == ["--check"]
+    stale = []
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if (new := rewrite(text)) != text:
+            stale.append(page.name)
+            if not checks:
+                page.write_text(new, encoding="utf-8")
+    if checks and stale:
+        sys.exit(f"docs/{', docs/'.join(stale)} do not quote the program; run make docs")
+
+
+if __name__ == "__main__":
+    main()
