@@ -12,12 +12,11 @@ import ast
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgemerge.cli import COMMANDS, make_app
-from edgemerge.methods.table import METHODS, Method, count_passes
-from edgemerge.types import Setting
+from edgemerge.methods.documentation import methods_table, parameters_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -40,38 +39,6 @@ def commands() -> str:
     """Return a section per command."""
     sections = (f"## {name}\n\n```\n{help_text(name)}\n```\n" for name in COMMANDS)
     return "\n" + "\n".join(sections) + "\n"
-
-
-def methods() -> str:
-    """Return the Markdown table of the methods."""
-    lines = [
-        "| method | what it does | parameters and defaults | source | reads |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for method in METHODS.values():
-        settings = {**method.model_parameters, **method.global_parameters}
-        shown = ", ".join(f"`{name}` ({_spell(value)})" for name, value in settings.items())
-        lines.append(
-            f"| `{method.name}` | {method.summary} | {shown} | {method.source} | {_reads(method)} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _spell(value: Setting | None) -> str:
-    if value is None:
-        return "required"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _reads(method: Method) -> int:
-    """Count how often a tensor is read with the defaults, but a density below 1."""
-    model: Mapping[str, Setting] = {
-        name: 0.5 if name == "density" else value
-        for name, value in method.model_parameters.items()
-        if value is not None
-    }
-    whole = {name: value for name, value in method.global_parameters.items() if value is not None}
-    return count_passes(method, [model, model], whole)
 
 
 def tree() -> str:
@@ -108,7 +75,12 @@ def _about(path: Path) -> str:
     return text.partition("\n")[0]
 
 
-WRITERS: dict[str, Callable[[], str]] = {"commands": commands, "methods": methods, "tree": tree}
+WRITERS: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "methods": methods_table,
+    "parameters": parameters_table,
+    "tree": tree,
+}
 
 
 def rewrite(text: str) -> str:
