@@ -133,6 +133,34 @@ def test_public_names_exist() -> None:
         assert missing == [], ids(path)
 
 
+def imported_by(path: Path, modules: set[str]) -> set[str]:
+    """Modules of edgemerge that a file imports anywhere in it: at its top, in functions, for types only."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{ids(path)} imports relatively"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & modules or {str(node.module)}
+    return found & modules
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    package = ROOT / "edgemerge"
+    paths = {}
+    for path in sorted((*package.rglob("*.py"), *(package / "kernels").glob("*.py"))):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        paths[".".join(part for part in parts if part != "__init__")] = path
+    left = {module: imported_by(path, set(paths)) for module, path in paths.items()}
+    while free := {module for module, others in left.items() if not others & left.keys()}:
+        left = {module: others for module, others in left.items() if module not in free}
+    # Likewise from the other end: what is left imports, and is imported by, what is left.
+    while free := left.keys() - set().union(*left.values()):
+        left = {module: others for module, others in left.items() if module not in free}
+    assert sorted(left) == []
+
+
 # `-X importtime` writes one line per module to stderr, whatever starts the interpreter.
 @pytest.mark.parametrize(
     "start", [["-m", "edgemerge"], ["-c", "import edgemerge.cli as c; c.main()"]]

@@ -127,13 +127,13 @@ def test_a_numba_that_was_not_tested_is_refused(
 ) -> None:
     """Its calling convention was assumed up to 1.0."""
     monkeypatch.setattr(store.subprocess, "Popen", None)  # no child is started
-    for found in ("0.60.0", "0.69.0rc1", "0.6", "1.0.0"):
+    for found in ("0.61.2", "0.69.0rc1", "0.6", "1.0.0"):
         monkeypatch.setattr(store, "version", lambda _, found=found: found)
         with pytest.raises(
-            RuntimeFailure, match=rf"^numba {found} was not tested .* 0\.61 to 0\."
+            RuntimeFailure, match=rf"^numba {found} was not tested .* 0\.62 to 0\."
         ) as e:
             store.compile_missing([NAME])
-        assert "pip install 'numba>=0.61,<0." in str(e.value)
+        assert "pip install 'numba>=0.62,<0." in str(e.value)
 
 
 def test_the_tested_versions_of_numba_are_those_that_are_installed() -> None:
