@@ -66,13 +66,15 @@ def merge_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
     )
-    inputs = (*recipe.models(), *(Path(text).resolve() for text in models))
+    inputs = (*recipe.inputs(), *(Path(text).resolve() for text in models))
+    if sign is not None:
+        inputs = (*inputs, sign.resolve())
     if split is None:  # else the names follow from the plan
         check_output(output, inputs, force=force or is_begun(output))
         if key is not None:
             check_output(signature_path(output), inputs, force=force)
     if report is not None:  # now, not after an hour's work
-        if report.resolve() == output.resolve():
+        if report.resolve() in (output.resolve(), signature_path(output).resolve()):
             raise typer.BadParameter("-o and --report name the same file")
         check_output(report, inputs, force=force)
     label = f"{recipe.method} -> {output.name}"
