@@ -146,6 +146,15 @@ def imported_by(path: Path, modules: set[str]) -> set[str]:
     return found & modules
 
 
+def test_nothing_reads_pickle() -> None:
+    """Files that hold pickle are refused because it can run code; the bench child used to be sent it."""
+    for path in sorted((ROOT / "edgemerge").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not {"pickle", "marshal", "shelve"} & set(names), ids(path)
+
+
 def test_no_module_imports_itself_through_others() -> None:
     package = ROOT / "edgemerge"
     paths = {}
