@@ -123,6 +123,23 @@ def test_packages_on_disk_are_the_packages_installed() -> None:
     assert (ROOT / "edgemerge" / "kernels").resolve() == ROOT / "kernels"
 
 
+def test_files_beside_the_code_are_installed() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        stated = tomllib.load(file)["tool"]["setuptools"]["package-data"]
+    installed = {
+        path
+        for package, patterns in stated.items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    beside = {
+        path
+        for path in (ROOT / "edgemerge").rglob("*.*")
+        if path.is_file() and path.suffix not in {".py", ".pyc"}
+    }
+    assert beside <= installed
+
+
 def test_public_names_exist() -> None:
     for path in sorted((ROOT / "edgemerge").rglob("*.py")):
         if path.stem.startswith("__main"):
