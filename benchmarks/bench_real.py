@@ -24,8 +24,9 @@ from edgemerge import make_recipe, merge, open_model
 from edgemerge.formats.gguf.writer import make_layout
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.methods.table import METHODS
-from edgemerge.runtime.generate import complete
+from edgemerge.runtime.generate import Session, read_prompt
 from edgemerge.runtime.llama import Model
+from edgemerge.runtime.sampling import Sampling
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -69,7 +70,9 @@ def ask(path: Path, n_tokens: int) -> str:
     if not is_chat:  # a model that only continues text
         prompt = "The capital of France is"
     with Model(path) as model:
-        return " ".join("".join(complete(model, prompt, n_tokens)).split())
+        tokens = read_prompt(model, prompt)
+        with Session(model, len(tokens) + n_tokens, Sampling(temperature=0.0)) as session:
+            return " ".join("".join(session.generate(tokens, n_tokens)).split())
 
 
 def main() -> None:

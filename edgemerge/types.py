@@ -185,6 +185,10 @@ class Recipe:
         paths += [model.path for part in self.slices for model in part.inputs]
         return tuple(dict.fromkeys(paths))
 
+    def inputs(self) -> tuple[Path, ...]:
+        """Every file or folder that a merge reads: the models, and the importance matrix."""
+        return (*self.models(), *([] if self.imatrix is None else [self.imatrix]))
+
 
 @dataclass(frozen=True, slots=True)
 class InputTensor:

@@ -123,6 +123,23 @@ def test_packages_on_disk_are_the_packages_installed() -> None:
     assert (ROOT / "edgemerge" / "kernels").resolve() == ROOT / "kernels"
 
 
+def test_files_beside_the_code_are_installed() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        stated = tomllib.load(file)["tool"]["setuptools"]["package-data"]
+    installed = {
+        path
+        for package, patterns in stated.items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    beside = {
+        path
+        for path in (ROOT / "edgemerge").rglob("*.*")
+        if path.is_file() and path.suffix not in {".py", ".pyc"}
+    }
+    assert beside <= installed
+
+
 def test_public_names_exist() -> None:
     for path in sorted((ROOT / "edgemerge").rglob("*.py")):
         if path.stem.startswith("__main"):
@@ -131,6 +148,43 @@ def test_public_names_exist() -> None:
         module = importlib.import_module(".".join(p for p in parts if p != "__init__"))
         missing = [name for name in getattr(module, "__all__", ()) if not hasattr(module, name)]
         assert missing == [], ids(path)
+
+
+def imported_by(path: Path, modules: set[str]) -> set[str]:
+    """Modules of edgemerge that a file imports anywhere in it: at its top, in functions, for types only."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{ids(path)} imports relatively"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & modules or {str(node.module)}
+    return found & modules
+
+
+def test_nothing_reads_pickle() -> None:
+    """Files that hold pickle are refused because it can run code; the bench child used to be sent it."""
+    for path in sorted((ROOT / "edgemerge").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not {"pickle", "marshal", "shelve"} & set(names), ids(path)
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    package = ROOT / "edgemerge"
+    paths = {}
+    for path in sorted((*package.rglob("*.py"), *(package / "kernels").glob("*.py"))):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        paths[".".join(part for part in parts if part != "__init__")] = path
+    left = {module: imported_by(path, set(paths)) for module, path in paths.items()}
+    while free := {module for module, others in left.items() if not others & left.keys()}:
+        left = {module: others for module, others in left.items() if module not in free}
+    # Likewise from the other end: what is left imports, and is imported by, what is left.
+    while free := left.keys() - set().union(*left.values()):
+        left = {module: others for module, others in left.items() if module not in free}
+    assert sorted(left) == []
 
 
 # `-X importtime` writes one line per module to stderr, whatever starts the interpreter.

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.formats.architectures import layer_index
-from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.types import (
     Float32,
     HeadAxis,
@@ -157,7 +157,7 @@ def _refuse_layer(specs: Mapping[str, TensorSpec]) -> None:
 def _count(source: Source, key: str, layer: int, default: int | None) -> int:
     """Read a head count, which some architectures state per layer."""
     value = get_value(source.metadata(), f"{source.architecture}.attention.{key}", default)
-    if isinstance(value, list):
+    if isinstance(value, Array):
         value = value[layer] if layer < len(value) else None
     if not isinstance(value, int):
         raise _Unfit(f"the metadata does not state attention.{key}")

@@ -183,7 +183,9 @@ def _summary(found: Inspection) -> list[str]:
 
 def _range(value: object) -> str:
     """Show a number, or for a list with an entry per layer its least and largest."""
-    if isinstance(value, list) and value:
+    from edgemerge.formats.gguf.metadata import Array
+
+    if isinstance(value, Array) and value:
         least, largest = min(value), max(value)
         return f"{least}" if least == largest else f"{least} to {largest} by layer"
     if isinstance(value, float):
@@ -223,10 +225,10 @@ def _print_verdict(verdict: Verdict, base: str) -> None:
 
 
 def _show(raw: bytes) -> str:
-    from edgemerge.formats.gguf.metadata import decode_value
+    from edgemerge.formats.gguf.metadata import Array, decode_value
 
     value = decode_value(raw)
-    if isinstance(value, list):
+    if isinstance(value, Array):
         shown = ", ".join(str(item) for item in value[:4])
         return _cut(f"[{len(value)}] {shown}{', ...' if len(value) > 4 else ''}")
     return _cut(str(value))

@@ -72,14 +72,16 @@ def merge_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
     )
-    inputs = (*recipe.models(), *(real_path(Path(text)) for text in models))
+    inputs = (*recipe.inputs(), *(real_path(Path(text)) for text in models))
+    if sign is not None:
+        inputs = (*inputs, real_path(sign))
     check_name(output)
     if split is None:  # else the names follow from the plan
         check_output(output, inputs, force=force or is_begun(output))
         if key is not None:
             check_output(signature_path(output), inputs, force=force)
     if report is not None:  # now, not after an hour's work
-        if real_path(report) == real_path(output):
+        if real_path(report) in (real_path(output), real_path(signature_path(output))):
             raise typer.BadParameter("-o and --report name the same file")
         check_output(report, inputs, force=force)
     label = f"{recipe.method} -> {output.name}"

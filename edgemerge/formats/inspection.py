@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgemerge.formats.gguf.metadata import Value, decode_value, get_value
+from edgemerge.formats.gguf.metadata import Array, Value, decode_value, get_value
 from edgemerge.formats.quants.filetypes import FILE_TYPES
 from edgemerge.types import Source
 
@@ -94,7 +94,7 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """One model. A number is what the file states: None where it is silent, a list if by layer."""
+    """One model. A number is what the file states: None where it is silent, an Array if by layer."""
 
     path: str
     name: str
@@ -205,8 +205,8 @@ def _tokenizer(metadata: Mapping[str, bytes]) -> Tokenizer | None:
     model = get_value(metadata, "tokenizer.ggml.model")
     if model is None:
         return None
-    tokens = get_value(metadata, "tokenizer.ggml.tokens", [])
-    pieces = tokens if isinstance(tokens, list) else []
+    tokens = get_value(metadata, "tokenizer.ggml.tokens")
+    pieces = tokens if isinstance(tokens, Array) else ()
     special = []
     for key in metadata:
         if match := SPECIAL_TOKEN.fullmatch(key):
@@ -259,7 +259,7 @@ def read_provenance(metadata: Mapping[str, bytes]) -> Provenance | None:
     if method is None:
         return None
     names, checksums = (
-        value if isinstance(value := get_value(metadata, f"edgemerge.{key}"), list) else []
+        value if isinstance(value := get_value(metadata, f"edgemerge.{key}"), Array) else ()
         for key in ("inputs", "input_crc32")
     )
     return Provenance(
@@ -281,8 +281,8 @@ def shorten(value: Any) -> Any:
         return str(value)
     if isinstance(value, Mapping):
         return {key: shorten(item) for key, item in value.items()}
-    if isinstance(value, list | tuple) and len(value) > LONG:
+    if isinstance(value, list | tuple | Array) and len(value) > LONG:
         return {"length": len(value), "first": [shorten(item) for item in value[:4]]}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | Array):
         return [shorten(item) for item in value]
     return value

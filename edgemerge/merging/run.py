@@ -124,7 +124,7 @@ def merge(
     output = Path(output)
     check_name(output)
     if split_bytes is None:  # else the names follow from the plan
-        check_output(output, recipe.models(), force=force or is_begun(output))
+        check_output(output, recipe.inputs(), force=force or is_begun(output))
     with ExitStack() as stack:
         opened: dict[Path, Source] = {}
 
@@ -305,7 +305,7 @@ def _name_files(output: Path, layouts: Sequence[GgufLayout], split_bytes: int | 
 
 def _check_outputs(paths: Sequence[Path], recipe: Recipe, *, force: bool) -> None:
     for path in paths:
-        check_output(path, recipe.models(), force=force)
+        check_output(path, recipe.inputs(), force=force)
 
 
 def _provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str, bytes]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,15 @@ from numba.core.codegen import get_host_cpu_features
 from numba.core.registry import cpu_target
 from numba.core.sigutils import normalize_signature
 
+from edgemerge.errors import RuntimeFailure
+from edgemerge.native.function import Function
 from edgemerge.native.image import NEVER_CALLED, Image
 from edgemerge.native.linker import LinkError, link
+from edgemerge.native.names import image_name
+from edgemerge.native.probe import SIGNATURE, gives_known_result, probe
 from edgemerge.native.signatures import SIGNATURES
 
-__all__ = ["compile_image", "compile_object"]
+__all__ = ["check_numba", "compile_image", "compile_object"]
 
 # All that a kernel may call: what compilers make of loops, and mathematics.
 LIBRARY = {"memcpy", "memmove", "memset", "exp", "log", "log2", "floorf", NEVER_CALLED}
@@ -52,10 +58,30 @@ def compile_image(file: str, name: str) -> Image:
 def compile_object(file: str, name: str) -> tuple[bytes, str]:
     """Compile one kernel to an object file; return it with the name of its function."""
     kernel = getattr(import_module(f"edgemerge.kernels.{file}"), name)
-    arguments, _ = normalize_signature(f"({SIGNATURES[file][name]},)")
     # Not the dispatcher of the file itself: one that comes from Numba's cache has no LLVM code any more.
     options = {k: v for k, v in kernel.targetoptions.items() if k in ("nogil", "error_model")}
-    dispatcher = numba.njit(**options)(kernel.py_func)
+    return _compile(kernel.py_func, SIGNATURES[file][name], options)
+
+
+@cache
+def check_numba() -> None:
+    """Compile a function whose result is known, and call it as kernels are called.
+
+    Raises
+    ------
+    RuntimeFailure
+        The result is another. What reads numbers as addresses may also end this process.
+    """
+    image = link(*_compile(probe, SIGNATURE, {"nogil": True}))
+    if not gives_known_result(Function(image, SIGNATURE)):
+        raise RuntimeFailure(f"a self-test of numba {numba.__version__} gave a wrong result")
+
+
+def _compile(
+    function: Callable[..., None], signature: str, options: Mapping[str, Any]
+) -> tuple[bytes, str]:
+    arguments, _ = normalize_signature(f"({signature},)")
+    dispatcher = numba.njit(**options)(function)
     dispatcher.compile(arguments)
     compiled = dispatcher.overloads[arguments]
     symbol = compiled.fndesc.llvm_func_name
@@ -90,8 +116,7 @@ def _reduce(library: Any, symbol: str, machine: Any) -> Any:
 
 def main(folder: Path, names: list[str]) -> None:
     """Compile kernels, each into a file of its own that appears whole."""
-    from edgemerge.native.store import image_name
-
+    check_numba()
     for full_name in names:
         file, name = full_name.split(".")
         target = folder / image_name(file, name)
@@ -101,4 +126,7 @@ def main(folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    try:
+        main(Path(sys.argv[1]), sys.argv[2:])
+    except RuntimeFailure as error:
+        sys.exit(str(error))

@@ -28,6 +28,7 @@ from edgemerge.types import FileState, UInt8
 __all__ = ["OutputFile", "check_name", "check_output", "read_chunks", "sync_folder", "write_file"]
 
 CHUNK = 1 << 20
+_PRIVATE = 0o600
 
 
 def check_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
@@ -40,7 +41,8 @@ def check_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
         or its folder is missing.
     """
     check_name(path)
-    if real_path(path) in {part for given in inputs for part in sibling_parts(given)}:
+    read = {part for given in inputs for part in sibling_parts(given)}
+    if any(_is_same(written, part) for written in (path, _part_of(path)) for part in read):
         raise OutputError("is one of the inputs; choose another name", path=path)
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist; make it first", path=path)
@@ -66,6 +68,17 @@ def check_name(path: Path) -> None:
         raise OutputError("is a folder; give the name of a file", path=path)
 
 
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether two names are one file: the same path, or links, symbolic or hard."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(path, other)
+    return real_path(path) == other  # neither need exist
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
 class OutputFile:
     """`NAME.part`, with its space reserved up front; `publish` gives it its name.
 
@@ -80,6 +93,8 @@ class OutputFile:
     keeps : bool
         Leave a part that is there as it is, also at the end; until `reserve` is called, only its lock
         is taken.
+    is_private : bool
+        Only its owner may read it.
 
     Attributes
     ----------
@@ -89,11 +104,14 @@ class OutputFile:
         Whether the part is locked, and so ours to remove.
     """
 
-    def __init__(self, path: Path, n_bytes: int, *, keeps: bool = False) -> None:
+    def __init__(
+        self, path: Path, n_bytes: int, *, keeps: bool = False, is_private: bool = False
+    ) -> None:
         self.path = path
-        self.part = path.with_name(path.name + ".part")
+        self.part = _part_of(path)
         self.n_bytes = n_bytes
         self.keeps = keeps
+        self._mode = _PRIVATE if is_private else 0o644
         self._published = False
         self._fd = -1
         self.is_ours = False
@@ -116,7 +134,7 @@ class OutputFile:
         self._close()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            self._fd = os.open(self.part, flags, 0o644)
+            self._fd = os.open(self.part, flags, self._mode)
         except OSError as error:
             reason = error.strerror
             raise OutputError(f"cannot be written ({reason})", path=self.path) from error
@@ -124,6 +142,8 @@ class OutputFile:
             raise OutputError(
                 f"{self.part.name} beside it is no regular file; remove it", path=self.path
             )
+        if self._mode == _PRIVATE:  # also where an earlier run left the part
+            os.fchmod(self._fd, _PRIVATE)
 
     def _lock_part(self) -> bool:
         """Lock the part. Return False where another merge, which had the lock, has renamed or removed it."""
@@ -311,7 +331,7 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def write_file(path: Path, raw: bytes) -> None:
+def write_file(path: Path, raw: bytes, *, is_private: bool = False) -> None:
     """Write a small file whole, and replace a file of that name.
 
     Raises
@@ -319,6 +339,6 @@ def write_file(path: Path, raw: bytes) -> None:
     OutputError
         As of `OutputFile`.
     """
-    with OutputFile(path, len(raw)) as file:
+    with OutputFile(path, len(raw), is_private=is_private) as file:
         file.write(raw, 0)
         file.publish()

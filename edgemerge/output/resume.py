@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
@@ -19,7 +20,11 @@ from edgemerge.output.file import OutputFile
 from edgemerge.output.journal import Entries, Fingerprint, mark_file
 from edgemerge.types import Plan, Source, TensorJob
 
-__all__ = ["Places", "find_fingerprint", "verify_earlier"]
+__all__ = ["Places", "find_fingerprint", "hash_sources", "verify_earlier"]
+
+PACKAGE = Path(__file__).parents[1]
+# Wings whose code decides the bytes of tensors; the header is hashed itself.
+DECIDING = ("alignment", "formats", "kernels", "merging", "methods", "planning")
 
 Places: TypeAlias = Mapping[
     str, tuple[OutputFile, int]
@@ -49,7 +54,7 @@ def find_fingerprint(
         Open, where the recipe has one.
     """
     work = hashlib.blake2b(digest_size=16)
-    work.update(f"{version('edgemerge')} {_hash_kernels()} {the_plan.align}\n".encode())
+    work.update(f"{version('edgemerge')} {hash_sources(PACKAGE)} {the_plan.align}\n".encode())
     for path, layout in zip(paths, layouts, strict=True):
         work.update(f"{path.name!r} {layout.n_bytes} {len(layout.header)}\n".encode())
         work.update(layout.header)
@@ -65,11 +70,20 @@ def find_fingerprint(
     return Fingerprint(work.hexdigest(), inputs.hexdigest())
 
 
-def _hash_kernels() -> str:
-    """Hash the sources of the kernels, which change in a checkout without a new version."""
+@cache
+def hash_sources(package: Path) -> str:
+    """Hash all code that decides a byte of an output: in a checkout it changes without a new version.
+
+    Parameters
+    ----------
+    package : Path
+        The folder of edgemerge, in a checkout or where a wheel was installed.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted((Path(__file__).parents[1] / "kernels").glob("*.py")):
-        digest.update(path.read_bytes())
+    for wing in DECIDING:
+        for path in sorted((package / wing).rglob("*.py")):
+            digest.update(f"{path.relative_to(package)} {path.stat().st_size}\n".encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

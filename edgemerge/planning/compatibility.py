@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from edgemerge.errors import FormatError, MismatchError
-from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.types import Source, TensorSpec
 
 __all__ = [
@@ -70,7 +70,7 @@ def layer_settings(metadata: Mapping[str, bytes], n_layers: object) -> list[str]
     return [
         key
         for key in own
-        if isinstance(value := get_value(metadata, key), list) and len(value) == n_layers
+        if isinstance(value := get_value(metadata, key), Array) and len(value) == n_layers
     ]
 
 

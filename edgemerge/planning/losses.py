@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import TypeGuard
 
 from edgemerge.alignment.geometry import layer_geometry
 from edgemerge.errors import EdgemergeError, MismatchError
 from edgemerge.formats.architectures import FAMILIES, hf_name
-from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.quants.codec import block_size, find_codec
 from edgemerge.formats.quants.filetypes import keep_types
 from edgemerge.planning.compatibility import (
@@ -212,7 +213,7 @@ def _losses(base: Source, model: Source) -> Iterator[str]:
             continue
         if key.startswith("tokenizer.chat_template"):
             yield f"its chat template ({key}): {_instead(base, key, 'another', key in ours)}"
-        elif isinstance(right, list) or isinstance(left, list):
+        elif isinstance(right, Array) or isinstance(left, Array):
             yield f"its {key}: {_instead(base, key, 'another list', key in ours)}"
         else:
             yield f"its {key} of {right}: {_instead(base, key, str(left), key in ours)}"
@@ -249,8 +250,8 @@ def _bits(source: Source) -> float:
 
 
 def _lost_tokens(base: Source, model: Source) -> Iterator[str]:
-    left, right = (get_value(source.metadata(), TOKENS_KEY, []) for source in (base, model))
-    if not isinstance(left, list) or not isinstance(right, list) or left == right:
+    left, right = (get_value(source.metadata(), TOKENS_KEY) for source in (base, model))
+    if not _are_texts(left) or not _are_texts(right) or left == right:
         return
     changed = [theirs for ours, theirs in zip_longest(left, right) if theirs not in (ours, None)]
     known = set(left)
@@ -261,6 +262,10 @@ def _lost_tokens(base: Source, model: Source) -> Iterator[str]:
         )
     if len(changed) > len(new):
         yield f"its numbering of {len(changed) - len(new)} tokens that {base.path.name} has too"
+
+
+def _are_texts(value: object) -> TypeGuard[Array]:
+    return isinstance(value, Array) and value.is_text
 
 
 # -- words ----------------------------------------------------------------------------------------

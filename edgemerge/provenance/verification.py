@@ -22,7 +22,7 @@ import numpy as np
 
 from edgemerge.errors import FormatError, VerificationError
 from edgemerge.formats import open_model
-from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.formats.inspection import Provenance, read_provenance
 from edgemerge.output.checksums import combine_checksums
@@ -152,8 +152,8 @@ def _read_claims(source: GgufModel) -> tuple[Provenance, dict[str, int]]:
         )
     checksums = get_value(source.metadata(), CHECKSUMS_KEY)
     names = list(source.specs())
-    if not isinstance(checksums, list) or len(checksums) != len(names):
-        count = len(checksums) if isinstance(checksums, list) else "no"
+    if not isinstance(checksums, Array) or len(checksums) != len(names):
+        count = len(checksums) if isinstance(checksums, Array) else "no"
         raise VerificationError(
             f"states {count} checksums for {len(names)} tensors, so another program changed it "
             "since the merge; get the merged file",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from edgemerge.errors import OutputError
+from edgemerge.output.file import write_file
 from edgemerge.output.report import MergeReport
 from edgemerge.sizes import format_count, format_size
 
@@ -28,17 +28,14 @@ td { padding: .15rem 1.2rem .15rem 0; vertical-align: top; } code { word-break: 
 
 
 def write_page(report: MergeReport, path: Path) -> None:
-    """Write the page.
+    """Write the page, replacing one that is there by a whole one.
 
     Raises
     ------
     OutputError
         The file cannot be written.
     """
-    try:
-        path.write_text("\n".join(_page(report)), encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise OutputError(f"the report cannot be written ({error.strerror})", path=path) from error
+    write_file(path, "\n".join(_page(report)).encode("utf-8", "backslashreplace"))
 
 
 def _page(report: MergeReport) -> Iterator[str]:

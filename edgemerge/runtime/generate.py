@@ -22,7 +22,7 @@ from edgemerge.runtime.repetition import LoopWatch
 from edgemerge.runtime.sampling import Sampler, Sampling
 from edgemerge.runtime.worker import Worker
 
-__all__ = ["End", "Figures", "Session", "check_prompt", "complete", "read_prompt"]
+__all__ = ["End", "Figures", "Session", "check_prompt", "read_prompt"]
 
 _BATCH = 512  # prompt tokens per call
 
@@ -86,43 +86,6 @@ def read_prompt(model: Model, text: str) -> list[int]:
     """
     tokens = model.tokenize(text, special=True)
     return tokens if model.bos and tokens[:1] == model.bos else model.bos + tokens
-
-
-def complete(
-    model: Model, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0
-) -> Iterator[str]:
-    """Continue a prompt and yield the text as it comes.
-
-    Parameters
-    ----------
-    model : Model
-        A loaded model.
-    prompt : str
-        Text; control tokens in it (`<|im_start|>`) are understood.
-    max_tokens : int
-        Most tokens to add; fewer if the model ends or its context is full.
-    temperature : float
-        0 takes the likeliest token each time; above it, tokens are drawn as `Sampling` has it.
-    seed : int
-        Of the draw; the same seed gives the same text.
-
-    Raises
-    ------
-    RuntimeFailure
-        The prompt is empty or leaves no room in the model's context.
-    """
-    tokens = read_prompt(model, prompt)
-    check_prompt(tokens, model.n_ctx_train)
-    # Checked above, at the call; a generator would only do so when its first word is asked for.
-    return _complete(model, tokens, max_tokens, Sampling(temperature=temperature, seed=seed))
-
-
-def _complete(
-    model: Model, tokens: list[int], max_tokens: int, sampling: Sampling
-) -> Iterator[str]:
-    n_ctx = min(len(tokens) + max(1, max_tokens), model.n_ctx_train)
-    with Session(model, n_ctx, sampling) as session:
-        yield from session.generate(tokens, max_tokens)
 
 
 def check_prompt(tokens: Sequence[int], n_ctx: int) -> None:

@@ -23,8 +23,8 @@ _MAX_SOURCE = 1 << 18  # characters; those of models with tools have 20 000
 _MAX_BYTES = 128 << 20  # of memory, beside Python and Jinja themselves
 _MAX_SECONDS = 5  # of the processor, for one text
 _MAX_TEXT = 1 << 23  # characters; the longest contexts of models have about so many
-# What Python needs to start, and the time zone for a template's date. Keys and tokens stay here.
-_PASSED_ON = ("HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "TZ")
+# What Python needs to start, and the time zone for a template's date. The child forgets all but the last.
+_PASSED_ON = ("LD_LIBRARY_PATH", "PYTHONHOME", "TZ")
 
 
 class TemplateRefusal(Exception):
@@ -83,16 +83,13 @@ class TemplateProcess:
         self._end()
 
     def _start(self) -> None:
-        if find_spec("jinja2") is None:
-            raise RuntimeFailure(
-                "chat templates need Jinja: install it with pip install 'edgemerge[run]'"
-            )
+        folders = _folders_of("jinja2", "markupsafe")
         limits = (_MAX_BYTES, _MAX_SECONDS, _MAX_TEXT)
         environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         try:
             self._process = subprocess.Popen(
                 # With -P nothing in the folder of the file is taken for a module.
-                [sys.executable, "-P", str(_CHILD), *map(str, limits)],
+                [sys.executable, "-P", str(_CHILD), *map(str, limits), *folders],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -126,6 +123,19 @@ class TemplateProcess:
         if "error" in answer:
             raise (TemplateOverrun if answer["is_overrun"] else TemplateRefusal)(answer["error"])
         return str(answer["text"])
+
+
+def _folders_of(*packages: str) -> list[str]:
+    """Name the folders that packages lie in: the child does not see PYTHONPATH."""
+    folders = []
+    for package in packages:
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise RuntimeFailure(
+                "chat templates need Jinja: install it with pip install 'edgemerge[run]'"
+            )
+        folders += [str(Path(place).parent) for place in spec.submodule_search_locations]
+    return folders
 
 
 def _explain_end(status: int) -> str:

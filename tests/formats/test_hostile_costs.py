@@ -20,7 +20,9 @@ from tests.formats.test_hostile_sizes import (
     GIB,
     LARGE_GGUFS,
     LARGE_HEADERS,
+    SCALAR_KEYS,
     sparse,
+    write_large_array,
     write_large_gguf,
     write_large_header,
 )
@@ -85,6 +87,7 @@ def test_the_families(tmp_path: Path) -> None:
 
 def test_large_ones(tmp_path: Path) -> None:
     jobs = [("gguf", write_large_gguf(tmp_path / f"{x}.gguf", x)) for x in LARGE_GGUFS]
+    jobs += [("gguf", write_large_array(tmp_path / f"{i}", x)) for i, x in enumerate(SCALAR_KEYS)]
     for what in LARGE_HEADERS:
         path = write_large_header(tmp_path / f"{what}.safetensors", what)
         jobs.append(("safetensors", path))

@@ -9,6 +9,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,10 @@ from edgemerge.formats.hub.card import general_metadata
 from edgemerge.formats.hub.files import stored_tensors
 from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.hub.safetensors import MAX_HEADER_BYTES, MAX_HEADER_VALUES, read_header
+from edgemerge.formats.inspection import inspect_model, shorten
 from edgemerge.formats.json_file import MAX_BYTES, MAX_VALUES, read_object
+from edgemerge.planning.losses import foresee_losses
+from edgemerge.runtime.doctor.fit import read_needs
 from tests.support.bounded import bounded
 
 ARCHITECTURES = Path(__file__).parents[1] / "data" / "architectures"
@@ -60,6 +64,10 @@ def refuse(opens: Callable[[], object], reason: str) -> None:
 LARGE_GGUFS = {
     "string": (
         header(0, 1) + text(b"k") + struct.pack("<IQ", STRING, 5 * GIB),
+        "is a text of 5368709120 bytes",
+    ),
+    "tokenizer": (
+        header(0, 1) + text(b"tokenizer.huggingface.json") + struct.pack("<IQ", STRING, 5 * GIB),
         "bytes of metadata",
     ),
     "array": (
@@ -72,6 +80,13 @@ LARGE_GGUFS = {
     ),
     "tensors": (header(MAX_TENSORS + 1, 0), "which no model needs"),
     "pairs": (header(0, MAX_PAIRS + 1), "which no model needs"),
+}
+# Arrays as large as metadata may be, where one word or number is expected.
+N_ITEMS = MAX_METADATA_BYTES - 4096
+SCALAR_KEYS = {
+    b"general.architecture": "has no general.architecture",
+    b"general.alignment": "is not of type u32",
+    b"split.count": "has no general.architecture",
 }
 LARGE_HEADERS = {
     "text": b'{"__metadata__":{"a":"' + b"x" * (MAX_HEADER_BYTES - 30) + b'"}}',
@@ -88,6 +103,12 @@ def write_large_gguf(path: Path, what: str) -> Path:
     return sparse(path, LARGE_GGUFS[what][0], 6 * GIB)
 
 
+def write_large_array(path: Path, key: bytes) -> Path:
+    """A GGUF file of 48 MB, nearly all of them an array of small numbers under one key."""
+    head = header(0, 1) + text(key) + struct.pack("<IIQ", ARRAY, U8, N_ITEMS)
+    return sparse(path, head, len(head) + N_ITEMS)
+
+
 def write_large_header(path: Path, what: str) -> Path:
     """A safetensors file with as much of a header as may be."""
     raw = LARGE_HEADERS[what]
@@ -99,6 +120,41 @@ def write_large_header(path: Path, what: str) -> Path:
 def test_a_large_gguf_is_refused_at_once(tmp_path: Path, what: str) -> None:
     path = write_large_gguf(tmp_path / "m.gguf", what)
     refuse(lambda: GgufModel(path), LARGE_GGUFS[what][1])
+
+
+@pytest.mark.parametrize("key", SCALAR_KEYS)
+def test_an_array_where_a_scalar_is_expected_is_not_expanded(tmp_path: Path, key: bytes) -> None:
+    """As a list of Python's numbers, 48 MB cost 791 MB."""
+    path = write_large_array(tmp_path / "m.gguf", key)
+    refuse(lambda: GgufModel(path), SCALAR_KEYS[key])
+
+
+def test_a_model_with_large_arrays_under_all_keys_is_inspected_in_little_memory(
+    tmp_path: Path,
+) -> None:
+    """Every reader of a single value meets an array; none makes a list of it."""
+    keys = ["general.name", "general.type", "general.file_type", "tokenizer.ggml.model"]
+    keys += ["tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.bos_token_id"]
+    keys += ["tokenizer.chat_template", "edgemerge.method", "edgemerge.seed", "edgemerge.version"]
+    keys += [f"llama.{key}" for key in ("block_count", "context_length", "embedding_length")]
+    keys += [f"llama.attention.{key}" for key in ("head_count", "head_count_kv", "key_length")]
+    keys += ["llama.feed_forward_length", "llama.rope.freq_base", "llama.tensor_data_layout"]
+    n_items = MAX_METADATA_BYTES // len(keys) - 4096
+    value = struct.pack("<IIQ", ARRAY, U8, n_items) + bytes(n_items)
+    pairs = [text(b"general.architecture") + struct.pack("<I", STRING) + text(b"llama")]
+    pairs += [text(key.encode()) + value for key in keys]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header(0, len(pairs)) + b"".join(pairs))
+
+    def look() -> None:
+        model = GgufModel(path)
+        inspection = inspect_model(model)
+        shorten(asdict(inspection))
+        foresee_losses(model)
+        read_needs(model)
+        assert inspection.file_type is None
+
+    bounded(look)
 
 
 def test_metadata_is_bounded_in_all(tmp_path: Path) -> None:

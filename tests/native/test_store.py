@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.native import store
+from edgemerge.native import compiler, names, store
 from edgemerge.native.kernel import Kernel
 
 NAME = "linear.subtract"
@@ -89,7 +91,7 @@ def test_another_source_or_processor_is_another_image(
     monkeypatch.undo()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(cache))
     assert store.find_missing([NAME]) == []
-    monkeypatch.setattr(store, "_source_hash", lambda _: "another")
+    monkeypatch.setattr(names, "_source_hash", lambda _: "another")
     assert store.find_missing([NAME]) == [NAME]
 
 
@@ -118,6 +120,66 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "cache"))
     assert subtract_ones() == [-1, 0, 1, 2]
     assert store.find_missing([NAME]) == []  # kept by the process
+
+
+def test_a_numba_that_was_not_tested_is_refused(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its calling convention was assumed up to 1.0."""
+    monkeypatch.setattr(store.subprocess, "Popen", None)  # no child is started
+    for found in ("0.61.2", "0.69.0rc1", "0.6", "1.0.0"):
+        monkeypatch.setattr(store, "version", lambda _, found=found: found)
+        with pytest.raises(
+            RuntimeFailure, match=rf"^numba {found} was not tested .* 0\.62 to 0\."
+        ) as e:
+            store.compile_missing([NAME])
+        assert "pip install 'numba>=0.62,<0." in str(e.value)
+
+
+def test_the_tested_versions_of_numba_are_those_that_are_installed() -> None:
+    with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as file:
+        stated = tomllib.load(file)["project"]["dependencies"]
+    bounds = store._INSTALL.partition("'")[2].rstrip("'")
+    assert bounds in stated
+    minors = [int(version.removeprefix("0.")) for version in store.TESTED_NUMBA]
+    assert minors == list(range(minors[0], minors[-1] + 1))
+
+
+def test_a_calling_convention_that_changed_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a new Numba passed the scalars of a signature in another order."""
+    compiler.check_numba()
+    compiler.check_numba.cache_clear()
+    swapped = compiler.SIGNATURE.replace("i8, u8, f4, f8,", "u8, i8, f8, f4,", 1)
+    compiled = compiler._compile
+
+    def compile_otherwise(function: Any, _: str, options: Any) -> tuple[bytes, str]:
+        return compiled(function, swapped, options)
+
+    monkeypatch.setattr(compiler, "_compile", compile_otherwise)
+    with pytest.raises(RuntimeFailure, match=r"a self-test of numba 0\.\S+ gave a wrong result"):
+        compiler.check_numba()
+
+
+@pytest.mark.parametrize("end", ["raise RuntimeFailure('a self-test failed')", "os.abort()"])
+def test_a_self_test_that_fails_is_one_sentence(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    site = tmp_path / "sitecustomize.py"
+    site.write_text(
+        "import os\n"
+        "from edgemerge.errors import RuntimeFailure\n"
+        "from edgemerge.native import probe\n"
+        f"def fail(function):\n    {end}\n"
+        "probe.gives_known_result = fail\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(
+        RuntimeFailure, match=r"^the kernels could not be compiled with numba 0\.\S+ \("
+    ) as e:
+        store.compile_missing([NAME])
+    assert ("signal 6" if "abort" in end else "a self-test failed") in str(e.value)
+    assert "pip install 'numba>=" in str(e.value)
+    assert not list(cache.glob("native-*/*"))
 
 
 @pytest.mark.parametrize("status", [1, -9, OSError(12, "no memory for a process")])

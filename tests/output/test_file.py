@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from edgemerge.errors import OutputError
-from edgemerge.output.file import OutputFile, check_output
+from edgemerge.output.file import OutputFile, check_output, write_file
 
 
 def refusal(path: Path, *inputs: Path, force: bool = False) -> str:
@@ -52,6 +53,27 @@ def test_an_input_is_never_an_output(target: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.gguf"
     link.symlink_to(target)
     assert refusal(link, target, force=True) == "is one of the inputs; choose another name"
+
+
+def test_a_hard_link_to_an_input_is_no_output(target: Path, tmp_path: Path) -> None:
+    target.write_bytes(b"precious")
+    link = tmp_path / "link.gguf"
+    link.hardlink_to(target)
+    assert refusal(link, target, force=True) == "is one of the inputs; choose another name"
+
+
+def test_an_input_is_not_the_part_of_an_output(target: Path, tmp_path: Path) -> None:
+    """The part would be cut to nothing before it is read."""
+    given = tmp_path / "out.gguf.part"
+    given.write_bytes(b"precious")
+    assert refusal(target, given) == "is one of the inputs; choose another name"
+
+
+def test_a_private_file_is_its_owners(target: Path) -> None:
+    (target.parent / "out.gguf.part").write_bytes(b"left by a run that was killed")
+    write_file(target, b"secret", is_private=True)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert target.read_bytes() == b"secret"
 
 
 def test_the_files_of_an_input_folder_are_never_replaced(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from edgemerge.merging.run import merge
 from edgemerge.output.journal import journal_path, read_journal
+from edgemerge.output.resume import DECIDING, PACKAGE, hash_sources
 from edgemerge.recipe.recipe import make_recipe
 from tests.support.crashing import Case, Crasher, make_case
 from tests.support.small_models import wide_tensors, write_gguf
@@ -214,6 +215,25 @@ def test_another_input_starts_anew(killed: Interrupted, change: Callable[[Path],
     change(Path(killed.case.recipe["models"][1]))
     assert killed.start_anew() == MODELS
     assert (killed.case.outputs() == killed.expected) == (change is not rewrite)
+
+
+@pytest.mark.parametrize("wing", [*DECIDING])
+def test_an_edited_module_is_another_origin(tmp_path: Path, wing: str) -> None:
+    """Only kernels counted: parts made by other Python code were taken over."""
+    copy = tmp_path / "edgemerge"
+    for name in DECIDING:
+        shutil.copytree(PACKAGE / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    before = hash_sources(copy)
+    assert before == hash_sources(PACKAGE)
+    hash_sources.cache_clear()
+    edited = max((copy / wing).rglob("*.py"))
+    edited.write_text(edited.read_text() + "\n")
+    assert hash_sources(copy) != before
+
+
+def test_every_wing_that_decides_is_there() -> None:
+    """A wing that is renamed, or not in an installed wheel, must not silently hash to nothing."""
+    assert all(list((PACKAGE / wing).rglob("*.py")) for wing in DECIDING)
 
 
 def test_another_merge_does_not_take_what_is_there_already(killed: Interrupted) -> None:

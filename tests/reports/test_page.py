@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -172,5 +174,24 @@ def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError) as caught:
         write_page(REPORT, tmp_path / "no" / "r.html")
     assert str(caught.value) == (
-        f"{tmp_path}/no/r.html: the report cannot be written (No such file or directory)"
+        f"{tmp_path}/no/r.html: cannot be written (No such file or directory)"
     )
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_a_page_that_is_interrupted_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """It was written in place, so a full disk left half a page and no old one."""
+    path = tmp_path / "r.html"
+    path.write_text("old")
+
+    def fail(*_: object) -> int:
+        raise error
+
+    for call in ("pwrite", "pwritev", "write"):
+        monkeypatch.setattr(os, call, fail)
+    with pytest.raises((OutputError, KeyboardInterrupt)):
+        write_page(REPORT, path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

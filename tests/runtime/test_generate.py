@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.runtime.generate import complete, read_prompt
+from edgemerge.runtime.generate import Session, check_prompt, read_prompt
 from edgemerge.runtime.llama import Model
+from edgemerge.runtime.sampling import Sampling
 from tests.support.tiny_gguf import CONTEXT
 
 pytestmark = pytest.mark.llama
@@ -18,6 +20,16 @@ pytestmark = pytest.mark.llama
 def model(tiny_gguf: Path):
     with Model(tiny_gguf) as loaded:
         yield loaded
+
+
+def complete(
+    model: Model, prompt: str, max_tokens: int, temperature: float = 0.0, seed: int = 0
+) -> Iterator[str]:
+    """Yield what follows a prompt, in a context with just enough room."""
+    tokens = read_prompt(model, prompt)
+    n_ctx = min(len(tokens) + max(1, max_tokens), model.n_ctx_train)
+    with Session(model, n_ctx, Sampling(temperature=temperature, seed=seed)) as session:
+        yield from session.generate(tokens, max_tokens)
 
 
 def test_greedy_text_is_the_likeliest_token_each_time(tiny_gguf: Path, model: Model) -> None:
@@ -59,9 +71,9 @@ def test_a_long_prompt_is_fed_in_parts(model: Model, monkeypatch: pytest.MonkeyP
     assert "".join(complete(model, prompt, 8)) == whole
 
 
-def test_a_prompt_that_cannot_work_is_refused_at_the_call(model: Model) -> None:
+def test_a_prompt_that_cannot_work_is_refused(model: Model) -> None:
     with pytest.raises(RuntimeFailure, match=f"context is {CONTEXT}: shorten"):
-        complete(model, "x" * CONTEXT, 1)
+        check_prompt(read_prompt(model, "x" * CONTEXT), CONTEXT)
 
 
 def test_a_beginning_of_sequence_is_not_doubled(model: Model) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -100,12 +102,122 @@ def test_what_is_said_comes_through_as_it_is() -> None:
 def test_it_has_neither_keys_nor_files() -> None:
     with patch.dict(os.environ, {"EDGEMERGE_API_KEY": "secret", "HF_TOKEN": "secret"}):
         process = TemplateProcess("x")
-    environment = Path(f"/proc/{process._process.pid}/environ").read_bytes()
-    assert b"secret" not in environment
     limits = Path(f"/proc/{process._process.pid}/limits").read_text().splitlines()
     hard = {line[:26].strip(): line[26:].split()[1] for line in limits}
-    assert hard["Max file size"] == hard["Max processes"] == hard["Max core file size"] == "0"
+    closed = ("Max file size", "Max processes", "Max core file size", "Max open files")
+    assert [hard[name] for name in closed] == ["0"] * 4
     assert int(hard["Max address space"]) < 512 << 20
+
+
+ESCAPE = """
+import ctypes, importlib.util, os, socket, subprocess, sys, threading
+
+spec = importlib.util.spec_from_file_location("template_child", {child!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+make = module._make_environment
+
+def escape(code):
+    found = dict(ctypes=ctypes, os=os, socket=socket, subprocess=subprocess, threading=threading)
+    try:
+        exec(code, found)
+    except Exception as error:
+        return type(error).__name__ + " " + str(getattr(error, "errno", error))
+    return found.get("result", "done")
+
+def make_leaky():
+    environment = make()
+    environment.globals["escape"] = escape
+    return environment
+
+module._make_environment = make_leaky
+module._main(*map(int, sys.argv[1:4]))
+"""
+
+
+@pytest.fixture
+def escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Runs Python in the child, as a template would that found a hole in Jinja's sandbox."""
+    child = tmp_path / "child.py"
+    child.write_text(ESCAPE.format(child=str(template_process._CHILD)))
+    monkeypatch.setattr(template_process, "_CHILD", child)
+    monkeypatch.setenv("EDGEMERGE_API_KEY", "secret")
+    process = TemplateProcess("{{ escape(code) }}")
+    return lambda code: process.render({"code": code})
+
+
+@pytest.mark.parametrize(
+    ("code", "number"),
+    [
+        ("open('/etc/hostname').read()", errno.EMFILE),
+        ("os.close(2); os.open('/etc/hostname', os.O_RDONLY)", errno.EMFILE),
+        ("open('/proc/self/environ').read()", errno.EMFILE),
+        ("open(f'/proc/{os.getppid()}/environ').read()", errno.EMFILE),
+        ("os.listdir('/')", errno.EMFILE),
+        ("socket.socket()", errno.EMFILE),
+        ("os.pipe()", errno.EMFILE),
+        ("os.fork() or os._exit(0)", errno.EAGAIN),
+        ("subprocess.run(['/bin/true'])", errno.EMFILE),
+        ("os.posix_spawn('/bin/true', ['true'], {})", errno.EAGAIN),
+        ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9))", None),
+    ],
+)
+def test_code_that_escapes_the_sandbox_opens_and_starts_nothing(
+    escaped: Callable[[str], str], code: str, number: int | None
+) -> None:
+    """It could read every file of the user, and the environment of the process that started it."""
+    told = escaped(code)
+    if number is None:
+        assert "not allowed to raise maximum limit" in told or told.endswith(f" {errno.EPERM}")
+    else:
+        assert errno.errorcode[int(told.split()[-1])] == errno.errorcode[number], told
+
+
+def test_code_that_escapes_the_sandbox_starts_no_thread(escaped: Callable[[str], str]) -> None:
+    assert "can't start new thread" in escaped("threading.Thread(target=print).start()")
+
+
+def test_code_that_escapes_the_sandbox_sees_no_environment(escaped: Callable[[str], str]) -> None:
+    assert escaped("result = sorted(os.environ.keys() - {'TZ'})") == "[]"
+    assert escaped("result = ctypes.CDLL(None).getenv(b'EDGEMERGE_API_KEY')") == "0"
+
+
+def test_code_that_escapes_the_sandbox_removes_nothing(
+    escaped: Callable[[str], str], tmp_path: Path
+) -> None:
+    """Landlock forbids it; to root's child the permissions do, since it is nobody."""
+    precious = tmp_path / "precious"
+    precious.touch()
+    told = escaped(f"os.unlink({str(precious)!r})")
+    if told == "done":
+        pytest.skip("removing files stays possible: this kernel has no Landlock")
+    assert told == f"PermissionError {errno.EACCES}"
+    assert precious.exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ {'a': [1]} | pprint }}", "{'a': [1]}"),
+        ("{{ 'a b' | wordwrap(1) }}", "a\nb"),
+        ("{{ '<b>&amp;</b>' | striptags }}", "&"),
+        ("{{ lipsum(n=1, html=false) | length > 9 }}", "True"),
+        ("{{ '\\N{BULLET}\\u2022' }}", "\u2022\u2022"),
+        ("{{ ['b', 'a'] | sort | join | urlencode | title }}", "Ab"),
+    ],
+)
+def test_what_jinja_imports_late_is_there(source: str, text: str) -> None:
+    """No file can be opened any more when a template asks for it."""
+    assert TemplateProcess(source).render({}) == text
+
+
+def test_the_time_zone_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = []
+    for zone in ("Etc/GMT-5", "Etc/GMT+5"):
+        monkeypatch.setenv("TZ", zone)
+        hours.append(int(TemplateProcess("{{ strftime_now('%H') }}").render({})))
+    assert (hours[0] - hours[1]) % 24 in (9, 10)
 
 
 def test_it_ends_with_its_owner() -> None:

@@ -35,6 +35,8 @@ MAX_ELEMENTS = (1 << 63) - 1
 # one million tokens with merges 40.
 MAX_METADATA_BYTES = 48 << 20
 MAX_STRINGS = 1 << 21  # in one array; stepping over so many takes a quarter of a second
+MAX_TEXT_BYTES = 1 << 20  # of one string, which may take four times as much once decoded
+UNREAD_TEXT = "tokenizer.huggingface.json"  # a whole tokenizer.json, which gguf.md provides for
 MAX_PAIRS = 1 << 14
 MAX_TENSORS = 1 << 16
 MIN_PAIR_BYTES = 8 + 1 + 4 + 1  # key length, one byte of key, type, one byte of value
@@ -196,7 +198,7 @@ class HeaderParser:
         """Check one value."""
         type_id = self.u32()
         if type_id == meta.STRING:
-            self.step_over_strings(1)
+            self.step_over_text(key)
         elif type_id == meta.ARRAY:
             self.step_over_array(key)
         elif type_id in SCALAR_SIZES:
@@ -205,6 +207,15 @@ class HeaderParser:
                 raise self.fail(f"key {key!r} is a bool of value {raw[0]}; export it again")
         else:
             raise self.fail(f"key {key!r} has the unknown type {type_id}; export it again")
+
+    def step_over_text(self, key: str) -> None:
+        """Check one string that stands alone."""
+        length = self.u64()
+        if length > MAX_TEXT_BYTES and key != UNREAD_TEXT:
+            raise self.fail(
+                f"key {key!r} is a text of {length} bytes, the most are {MAX_TEXT_BYTES}; export it again"
+            )
+        self.skip(length)
 
     def step_over_array(self, key: str) -> None:
         """Check one array."""

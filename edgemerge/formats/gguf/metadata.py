@@ -2,19 +2,20 @@
 
 A value is kept exactly as GGUF stores it: a little-endian u32 type, then the payload. So what we do not
 need to understand (a vocabulary of 262 000 tokens, a chat template) passes from input to output
-unchanged, without a Python object per token. Format: ggml/docs/gguf.md, `gguf_metadata_value_t`.
+unchanged, without a Python object per token. An array stays bytes even when its value is asked for
+(`Array`). Format: ggml/docs/gguf.md, `gguf_metadata_value_t`.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeAlias, overload
 
-__all__ = ["SCALARS", "TYPE_IDS", "Value", "decode_value", "encode_value", "get_value"]
+__all__ = ["SCALARS", "TYPE_IDS", "Array", "Value", "decode_value", "encode_value", "get_value"]
 
 Scalar: TypeAlias = int | float | bool | str
-Value: TypeAlias = Scalar | list[Scalar]
 
 # GGUF type name -> (type id, struct format); strings and arrays have a payload of their own.
 SCALARS: dict[str, tuple[int, str]] = {
@@ -31,13 +32,14 @@ SCALARS: dict[str, tuple[int, str]] = {
     "f64": (12, "<d"),
 }
 STRING, ARRAY = 8, 9
+SHOWN = 4  # items of an array in a sentence
 TYPE_IDS: dict[str, int] = {name: type_id for name, (type_id, _) in SCALARS.items()} | {
     "str": STRING
 }
 _FORMATS = {type_id: fmt for type_id, fmt in SCALARS.values()}
 
 
-def encode_value(value: Value | bytes | Sequence[Scalar | bytes], kind: str) -> bytes:
+def encode_value(value: Scalar | bytes | Sequence[Scalar | bytes], kind: str) -> bytes:
     """Encode a value as GGUF stores it, type first.
 
     Parameters
@@ -67,30 +69,84 @@ def _payload(value: Scalar | bytes, kind: str) -> bytes:
     return struct.pack(SCALARS[kind][1], value)
 
 
+class Array(Sequence[Scalar]):
+    """An array's items, made from its bytes one at a time.
+
+    A stranger's file may have 48 MB of numbers where a word is expected. As a list they would take 16 times
+    as much, before anybody sees that it is no word.
+
+    Parameters
+    ----------
+    raw : bytes
+        What `encode_value` or a checked GGUF header gave for an array.
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw = raw
+        self._type, self._length = struct.unpack_from("<IQ", raw, 4)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the items are strings."""
+        return bool(self._type == STRING)
+
+    def __len__(self) -> int:
+        return int(self._length)
+
+    def __iter__(self) -> Iterator[Scalar]:
+        if not self.is_text:
+            items = struct.iter_unpack(_FORMATS[self._type], memoryview(self._raw)[16:])
+            return (item for (item,) in items)
+        return self._texts()
+
+    def _texts(self) -> Iterator[str]:
+        at = 16
+        for _ in range(self._length):
+            (length,) = struct.unpack_from("<Q", self._raw, at)
+            yield self._raw[at + 8 : at + 8 + length].decode("utf-8", "replace")
+            at += 8 + length
+
+    @overload
+    def __getitem__(self, i: int) -> Scalar: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Scalar]: ...
+    def __getitem__(self, i: int | slice) -> Scalar | list[Scalar]:
+        """Return an item, or a list of some; to find a string takes a walk over those before it."""
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        if self.is_text:
+            return next(islice(self, i, None))
+        fmt = _FORMATS[self._type]
+        item: Scalar = struct.unpack_from(fmt, self._raw, 16 + i * struct.calcsize(fmt))[0]
+        return item
+
+    def __eq__(self, other: Any) -> bool:
+        if isinstance(other, Array) and self._raw == other._raw:
+            return True
+        if not isinstance(other, Array | list) or len(self) != len(other):
+            return False
+        return all(left == right for left, right in zip(self, other, strict=True))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(repr(item) for item in self[:SHOWN])
+        return f"[{shown}]" if len(self) <= SHOWN else f"[{shown}, …] ({len(self)} values)"
+
+
+Value: TypeAlias = Scalar | Array
+
+
 def decode_value(raw: bytes) -> Value:
     """Decode one typed value that `encode_value` or a checked GGUF header gave; bad UTF-8 is replaced."""
-    value, end = _decode(raw, 4, struct.unpack_from("<I", raw)[0])
-    assert end == len(raw)
-    return value
-
-
-def _decode(raw: bytes, at: int, type_id: int) -> tuple[Value, int]:
-    if type_id == STRING:
-        (length,) = struct.unpack_from("<Q", raw, at)
-        return raw[at + 8 : at + 8 + length].decode("utf-8", "replace"), at + 8 + length
+    type_id = struct.unpack_from("<I", raw)[0]
     if type_id == ARRAY:
-        element, count = struct.unpack_from("<IQ", raw, at)
-        at += 12
-        if element in _FORMATS:
-            fmt = f"<{count}{_FORMATS[element][1]}"
-            return list(struct.unpack_from(fmt, raw, at)), at + struct.calcsize(fmt)
-        items: list[Scalar] = []
-        for _ in range(count):
-            item, at = _decode(raw, at, element)
-            items.append(item)  # type: ignore[arg-type]  # nested arrays stay nested lists
-        return items, at
-    fmt = _FORMATS[type_id]
-    return struct.unpack_from(fmt, raw, at)[0], at + struct.calcsize(fmt)
+        return Array(raw)
+    if type_id == STRING:
+        return raw[12:].decode("utf-8", "replace")
+    scalar: Scalar = struct.unpack_from(_FORMATS[type_id], raw, 4)[0]
+    return scalar
 
 
 def get_value(

@@ -25,7 +25,7 @@ import numpy as np
 from edgemerge.errors import FormatError
 from edgemerge.formats.files import check_unchanged, describe_foreign, read_exactly, read_state
 from edgemerge.formats.gguf.header import MAX_NAME_BYTES, MAX_TENSORS, HeaderParser
-from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.types import Float32, Float64, TensorSpec
 
 __all__ = ["ImportanceMatrix"]
@@ -131,7 +131,7 @@ class ImportanceMatrix:
                 f"has no {missing[0]}, so it is no importance matrix; give what llama-imatrix wrote"
             )
         datasets = get_value(metadata, DATASETS_KEY)
-        if isinstance(datasets, list) and datasets:
+        if isinstance(datasets, Array) and datasets:
             self.dataset = str(datasets[0])
         chunks = get_value(metadata, CHUNKS_KEY)
         self.n_chunks = chunks if isinstance(chunks, int) else 0

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgemerge.errors import MismatchError
-from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.gguf.types import block_size
 from edgemerge.types import TensorSpec
 
@@ -215,7 +215,7 @@ def _describe(
 def _integer(metadata: Mapping[str, bytes], key: str) -> int | None:
     """Return a number, or its value in the first layer where the model has one per layer."""
     value = get_value(metadata, key)
-    if isinstance(value, list):
+    if isinstance(value, Array):
         value = value[0] if value else None
     return value if isinstance(value, int) else None
 

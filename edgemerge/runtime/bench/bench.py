@@ -6,7 +6,6 @@ has learnt, and because a crash of llama.cpp must not take the other models' fig
 
 from __future__ import annotations
 
-import pickle
 import signal
 import subprocess
 import sys
@@ -15,11 +14,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.bench.heat import Heat
 from edgemerge.runtime.bench.load_time import LoadTime, drop_cache
+from edgemerge.runtime.bench.messages import read_message, rebuild, write_message
 from edgemerge.runtime.bench.peak_memory import MemorySplit
 from edgemerge.runtime.bench.speed import Speed, SpeedTest
 from edgemerge.runtime.evaluation.evaluate import Score
@@ -158,7 +158,7 @@ def bench_model(
 def _in_child(job: str, path: Path, say: Steps, kind: type[T], *arguments: Any) -> T:
     """Run a job of `child` in a fresh process and return what it found.
 
-    The child writes pickles to its standard output: ("step", text) as it goes on, and as its last either
+    The child writes messages to its standard output: ("step", text) as it goes on, and as its last either
     ("done", result) or ("failure", message, detail).
     """
     with tempfile.TemporaryFile() as log:
@@ -173,7 +173,7 @@ def _in_child(job: str, path: Path, say: Steps, kind: type[T], *arguments: Any) 
         try:
             # where it is dead already, its silence and its log tell
             with suppress(BrokenPipeError), child.stdin as pipe:
-                pickle.dump((job, path, arguments), pipe)
+                write_message(pipe, job, str(path), *arguments)
             message = _follow(child.stdout, say)
             child.wait()
         finally:
@@ -186,19 +186,14 @@ def _in_child(job: str, path: Path, say: Steps, kind: type[T], *arguments: Any) 
         raise RuntimeFailure(_death(path, child.returncode), detail=written)
     if message[0] == "failure":
         raise RuntimeFailure(message[1], detail=message[2])
-    result = message[1]
-    assert isinstance(result, kind)
-    return result
+    return rebuild(kind, message[1])
 
 
-def _follow(pipe: Any, say: Steps) -> tuple[Any, ...] | None:
+def _follow(pipe: IO[bytes], say: Steps) -> list[Any] | None:
     """Pass a child's steps on; its last word, or None if it died without one."""
-    try:
-        while (message := pickle.load(pipe))[0] == "step":
-            say(message[1])
-    except (EOFError, pickle.UnpicklingError):
-        return None
-    return tuple(message)
+    while (message := read_message(pipe)) and message[0] == "step":
+        say(message[1])
+    return message
 
 
 def _death(path: Path, status: int) -> str:

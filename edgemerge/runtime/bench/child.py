@@ -1,16 +1,15 @@
 """The process in which a model is measured; started by `edgemerge.runtime.bench.bench` and by nobody else.
 
-A job comes as a pickle on standard input; pickles go to standard output, as `bench` says.
+A job comes as a line of JSON on standard input; lines go to standard output, as `bench` says.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import pickle
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from edgemerge.errors import EdgemergeError, RuntimeFailure
 from edgemerge.runtime.bench.bench import BenchSettings, Measured
 from edgemerge.runtime.bench.heat import HeatWatch
 from edgemerge.runtime.bench.load_time import load_timed
+from edgemerge.runtime.bench.messages import read_message, rebuild, write_message
 from edgemerge.runtime.bench.peak_memory import PeakMemory
 from edgemerge.runtime.bench.speed import measure_speed
 from edgemerge.runtime.board.device import open_power_meter
@@ -39,8 +39,9 @@ def load(say: Say, path: Path, n_threads: int, n_gpu_layers: int | None) -> floa
     return seconds
 
 
-def measure(say: Say, path: Path, settings: BenchSettings) -> Measured:
-    """Run all tests."""
+def measure(say: Say, path: Path, stated: Mapping[str, Any]) -> Measured:
+    """Run all tests of a `BenchSettings`."""
+    settings = rebuild(BenchSettings, stated)
     peak = PeakMemory(model_files(path))
     say("step", "warm load")
     with ExitStack() as stack:
@@ -73,9 +74,14 @@ def measure(say: Say, path: Path, settings: BenchSettings) -> Measured:
 
 
 def score(
-    say: Say, path: Path, n_threads: int, n_gpu_layers: int | None, questions: Sequence[Question]
+    say: Say,
+    path: Path,
+    n_threads: int,
+    n_gpu_layers: int | None,
+    stated: Sequence[Mapping[str, Any]],
 ) -> Score:
     """Accuracy on questions."""
+    questions = [rebuild(Question, question) for question in stated]
     with Model(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as model:
         return evaluate(model, questions)
 
@@ -113,15 +119,17 @@ def main() -> None:
         signal.SIGINT, signal.SIG_IGN
     )  # the parent hears Ctrl-C too, and ends this process
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the pickles
+    os.dup2(2, 1)  # what a library prints must not get between the lines
 
     def say(*message: Any) -> None:
-        pickle.dump(message, out)
-        out.flush()
+        write_message(out, *message)
 
-    job, path, arguments = pickle.load(sys.stdin.buffer)
+    asked = read_message(sys.stdin.buffer)
+    if asked is None:  # the parent is gone
+        return
+    job, path, *arguments = asked
     try:
-        result = JOBS[job](say, path, *arguments)
+        result = JOBS[job](say, Path(path), *arguments)
     except EdgemergeError as error:
         say("failure", str(error), getattr(error, "detail", ""))
     except MemoryError:

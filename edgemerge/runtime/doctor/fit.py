@@ -13,23 +13,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgemerge.formats import open_model
-from edgemerge.formats.gguf.metadata import encode_value, get_value
+from edgemerge.formats.gguf.metadata import Array, encode_value, get_value
 from edgemerge.formats.gguf.types import row_bytes
 from edgemerge.formats.quants.filetypes import tensor_types
 from edgemerge.types import Source, TensorSpec
 
-__all__ = ["EXAMPLES", "FILE_TYPES", "PROCESS_BYTES", "TABLE_CONTEXT", "Example", "Fit", "ModelFit"]
-__all__ += ["Needs", "fit_examples", "fit_model", "judge", "read_needs"]
+__all__ = ["EXAMPLES", "FILE_TYPES", "MAX_LAYERS", "PROCESS_BYTES", "TABLE_CONTEXT", "Example"]
+__all__ += ["Fit", "ModelFit", "Needs", "fit_examples", "fit_model", "judge", "read_needs"]
 
 PROCESS_BYTES = 64 << 20
 UBATCH = 512  # tokens that llama.cpp computes at a time
 TABLE_CONTEXT = 4096
 FILE_TYPES = ("Q4_K_M", "Q8_0", "F16")
+MAX_LAYERS = 4096  # more than any model has; of a longer list the rest is not read
 _COMFORTABLE = 0.9  # of the memory available; beyond it the weights' pages begin to be dropped
 _CONTEXT_STEP = 256
 
@@ -224,14 +226,14 @@ def _read_needs(metadata: Mapping[str, bytes], arch: str, weights: int) -> tuple
 
     def numbers(key: str, default: int) -> list[int]:
         value = get_value(metadata, f"{arch}.{key}", default)
-        values = value if isinstance(value, list) else [value]
-        return [int(number) for number in values if isinstance(number, int | float)] or [default]
+        values = value[:MAX_LAYERS] if isinstance(value, Array) else [value]
+        stated = (n for n in values if isinstance(n, int | float) and math.isfinite(n))
+        return [int(number) for number in stated] or [default]
 
     (n_layers,), (n_embd,) = numbers("block_count", 0)[:1], numbers("embedding_length", 0)[:1]
     n_heads = max(1, *numbers("attention.head_count", 1))
     n_kv_heads = numbers("attention.head_count_kv", n_heads)
-    if len(n_kv_heads) == 1:
-        n_kv_heads *= n_layers
+    n_kv_all = n_kv_heads[0] * n_layers if len(n_kv_heads) == 1 else sum(n_kv_heads)
     (key,) = numbers("attention.key_length", n_embd // n_heads)[:1]
     (value,) = numbers("attention.value_length", n_embd // n_heads)[:1]
     (n_used,) = numbers("expert_used_count", 0)[:1]
@@ -239,4 +241,4 @@ def _read_needs(metadata: Mapping[str, bytes], arch: str, weights: int) -> tuple
     n_ff = max(*numbers("feed_forward_length", 4 * n_embd), n_used * n_expert_ff)
     (n_ctx_train,) = numbers("context_length", TABLE_CONTEXT)[:1]
     n_masks = 2 if f"{arch}.attention.sliding_window" in metadata else 1
-    return Needs(weights, 2 * sum(n_kv_heads) * (key + value), n_ff, n_masks), n_ctx_train
+    return Needs(weights, 2 * n_kv_all * (key + value), n_ff, n_masks), n_ctx_train

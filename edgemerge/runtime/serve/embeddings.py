@@ -14,19 +14,19 @@ from edgemerge.runtime.serve.models import OUTPUTS
 from edgemerge.types import Float32
 
 if TYPE_CHECKING:
-    from edgemerge.runtime.serve.llama import ServedLlama
+    from llama_cpp import Llama
 
 __all__ = ["embed"]
 
 _CLS, _LAST = "2", "3"  # enum llama_pooling_type of llama.h, as text of metadata
 
 
-def embed(llama: ServedLlama, tokens: Sequence[int]) -> list[float]:
+def embed(llama: Llama, tokens: Sequence[int]) -> list[float]:
     """Embed a text; the context must give embeddings just now, and is left dirty.
 
     Parameters
     ----------
-    llama : ServedLlama
+    llama : llama_cpp.Llama
         The model.
     tokens : sequence of int
         At least one, and no more than the context holds.

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from edgemerge.errors import BudgetError, EdgemergeError, RecipeError
-from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.gguf.model import GgufModel
-from edgemerge.runtime.doctor.fit import Needs, read_needs
+from edgemerge.runtime.doctor.fit import MAX_LAYERS, Needs, read_needs
 from edgemerge.runtime.model_files import open_gguf
 from edgemerge.runtime.serve.errors import SERVER, Refusal
 from edgemerge.sizes import format_size
@@ -113,11 +113,11 @@ def read_model_file(text: str, n_ctx: int | None = None) -> ModelFile:
 
 
 def _read_tokenizer(metadata: Mapping[str, bytes]) -> dict[str, str | None]:
-    tokens = get_value(metadata, "tokenizer.ggml.tokens", [])
+    tokens = get_value(metadata, "tokenizer.ggml.tokens")
 
     def text(key: str) -> str | None:
         i = get_value(metadata, f"tokenizer.ggml.{key}_token_id", -1)
-        known = isinstance(tokens, list) and isinstance(i, int) and 0 <= i < len(tokens)
+        known = isinstance(tokens, Array) and isinstance(i, int) and 0 <= i < len(tokens)
         return str(tokens[i]) if known else None  # type: ignore[index]
 
     template = get_value(metadata, "tokenizer.chat_template")
@@ -146,7 +146,7 @@ def estimate_memory(source: GgufModel, needs: Needs, n_ctx: int) -> int:
         Tokens of context.
     """
     heads = get_value(source.metadata(), f"{source.architecture}.attention.head_count", 1)
-    several = heads if isinstance(heads, list) else [heads]
+    several = heads[:MAX_LAYERS] if isinstance(heads, Array) else [heads]
     n_heads = max((n for n in several if isinstance(n, int)), default=1)
     table = source.specs().get("token_embd.weight")
     n_vocab = table.shape[0] if table is not None else 0

@@ -11,13 +11,13 @@ import os
 import pwd
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
 from edgemerge.errors import OutputError, RecipeError
+from edgemerge.output.file import write_file
 from edgemerge.provenance.signature import signature_path
 from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.serve.key import check_characters
@@ -34,51 +34,7 @@ SYSTEM_FOLDER = Path("/etc/systemd/system")
 _HEADROOM_SHARE, _HEADROOM_BYTES = 0.25, 256 << 20
 _STOP_MARGIN = 15  # seconds beyond the server's own grace, before systemd kills it
 
-# Settings that any service manager can apply, also a user's: they are seccomp filters and limits.
-_FENCE = """\
-UMask=0077
-LimitCORE=0
-NoNewPrivileges=yes
-LockPersonality=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-SystemCallArchitectures=native
-SystemCallErrorNumber=EPERM
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged"""
-
-# Those that need root's manager. A user's cannot drop capabilities (the service would not start),
-# and mounts only where the kernel lets anyone make user namespaces, which Ubuntu forbids.
-# ProcSubset=pid is not among them: memory left is read from /proc/meminfo.
-_SYSTEM_FENCE = """\
-ProtectSystem=strict
-ProtectHome=read-only
-PrivateTmp=yes
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-ProtectProc=invisible
-RemoveIPC=yes
-KeyringMode=private"""
-
-# ctypes' callbacks need no page that is writable and executable (libffi has trampolines in its file);
-# CUDA compiles into such pages.
-_NO_GPU = "MemoryDenyWriteExecute=yes"
-_NO_GPU_SYSTEM = "PrivateDevices=yes"
-# Names of /proc/devices where there is one: NVIDIA's desktop driver, Jetson's, and DRM for Vulkan.
-_GPU_SYSTEM = """\
-DevicePolicy=closed
-DeviceAllow=char-nvidia* rw
-DeviceAllow=char-nvhost* rw
-DeviceAllow=char-nvgpu* rw
-DeviceAllow=char-drm rw
-DeviceAllow=/dev/nvmap rw
-DeviceAllow=/dev/kfd rw"""
+_TEMPLATE = Path(__file__).with_name("edgemerge.service.in")
 _GPU_GROUPS = ("video", "render")
 _TEMPORARY = (Path("/tmp"), Path("/var/tmp"))  # PrivateTmp hides what others put there
 
@@ -190,9 +146,14 @@ def write_unit(service: Service, *, directory: Path | None = None, force: bool =
     text = make_unit(
         service, system=is_system, user=user, key_file=key if service.api_key else None
     )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror})", path=unit) from error
     if service.api_key is not None:
-        _publish(key, f"{KEY_VARIABLE}={_quote_value(service.api_key)}\n", 0o600)
-    _publish(unit, text, 0o644)
+        secret = f"{KEY_VARIABLE}={_quote_value(service.api_key)}\n"
+        write_file(key, secret.encode(), is_private=True)
+    write_file(unit, text.encode("utf-8", "surrogateescape"))
     if service.api_key is None:
         key.unlink(missing_ok=True)  # the secret of the unit that was replaced
     return "\n".join(_report(service, unit, key, text, is_system, user))
@@ -221,59 +182,45 @@ def make_unit(
     key_file : Path, optional
         File that holds the key as an environment variable.
     """
-    return "\n".join(_unit_lines(service, system, user, key_file)) + "\n"
+    room = max(int((service.memory or 0) * _HEADROOM_SHARE), _HEADROOM_BYTES)
+    groups = [name for name in _GPU_GROUPS if _has_group(name)]
+    folders = dict.fromkeys(path.absolute().parent for path in service.models.values())
+    values = {
+        "names": _escape(", ".join(service.models)),
+        "folders": " ".join(_quote(str(folder)) for folder in folders),
+        "command": " ".join(_quote(word) for word in service.command()),
+        "key_file": "" if key_file is None else _escape(str(key_file.absolute())),
+        "stop": f"{service.grace + _STOP_MARGIN:g}",
+        "room": str((service.memory or 0) + room),
+        "user": user or "",
+        "groups": " ".join(groups),
+    }
+    return _fill(
+        values,
+        {
+            "system" if system else "user",
+            "local" if service.is_local else "remote",
+            "gpu" if service.gpu else "no-gpu",
+            "dynamic" if user is None else "account",
+            "low-port" if service.port < 1024 else "high-port",
+            *(["key"] if key_file is not None else []),
+            *(["memory"] if service.memory is not None else []),
+            *(["groups"] if groups else []),
+        },
+    )
 
 
-def _unit_lines(
-    service: Service, system: bool, user: str | None, key_file: Path | None
-) -> Iterator[str]:
-    yield "# Written by edgemerge serve --install; run that again with --force to change it."
-    yield "[Unit]"
-    yield f"Description=edgemerge, models over HTTP: {_escape(', '.join(service.models))}"
-    if system and not service.is_local:
-        yield "Wants=network-online.target\nAfter=network-online.target"
-    if system:
-        folders = dict.fromkeys(path.absolute().parent for path in service.models.values())
-        yield f"RequiresMountsFor={' '.join(_quote(str(folder)) for folder in folders)}"
-    yield "\n[Service]\nType=exec"
-    # The colon: a dollar sign is a dollar sign.
-    yield f"ExecStart=:{' '.join(_quote(word) for word in service.command())}"
-    if key_file is not None:
-        yield f"EnvironmentFile={_escape(str(key_file.absolute()))}"
-    yield "Environment=PYTHONUNBUFFERED=1"
-    # 2: the command line is wrong, which another try does not change
-    yield "Restart=on-failure\nRestartSec=5\nRestartPreventExitStatus=2"
-    yield f"TimeoutStopSec={service.grace + _STOP_MARGIN:g}"
-    if service.memory is not None:
-        room = max(int(service.memory * _HEADROOM_SHARE), _HEADROOM_BYTES)
-        yield f"MemoryMax={service.memory + room}"
-    yield f"\n{_FENCE}"
-    if not service.gpu:
-        yield _NO_GPU
-    if system:
-        yield from _system_lines(service, user)
-    yield "\n[Install]"
-    yield f"WantedBy={'multi-user' if system else 'default'}.target"
-
-
-def _system_lines(service: Service, user: str | None) -> Iterator[str]:
-    yield "DynamicUser=yes" if user is None else f"User={user}"
-    yield _SYSTEM_FENCE
-    yield _GPU_SYSTEM if service.gpu else _NO_GPU_SYSTEM
-    if service.gpu and (groups := [name for name in _GPU_GROUPS if _has_group(name)]):
-        yield f"SupplementaryGroups={' '.join(groups)}"
-    # What compiles and caches (CUDA does) has a place, in a file system that is else read-only.
-    yield "CacheDirectory=edgemerge"
-    yield "Environment=XDG_CACHE_HOME=%C/edgemerge CUDA_CACHE_PATH=%C/edgemerge"
-    if service.port < 1024:
-        capability = "CAP_NET_BIND_SERVICE"
-        yield f"CapabilityBoundingSet={capability}\nAmbientCapabilities={capability}"
-    else:
-        yield "CapabilityBoundingSet="
-        if not service.gpu:  # a private user namespace hides the groups that GPU devices ask for
-            yield "PrivateUsers=yes"
-    if service.is_local:
-        yield "IPAddressDeny=any\nIPAddressAllow=localhost"
+def _fill(values: Mapping[str, str], facts: Collection[str]) -> str:
+    """Fill the template, which says itself how it is read."""
+    lines = []
+    for line in _TEMPLATE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("{"):
+            wanted, _, line = line[1:].partition("} ")
+            if not set(wanted.split()) <= set(facts):
+                continue
+        if not line.startswith("##"):
+            lines.append(re.sub("@([a-z_]+)@", lambda found: values[found[1]], line))
+    return "\n".join(lines) + "\n"
 
 
 def _report(
@@ -367,21 +314,3 @@ def _mode_bits(status: os.stat_result, person: pwd.struct_passwd | None) -> int:
     if person is not None and status.st_gid in os.getgrouplist(person.pw_name, person.pw_gid):
         return status.st_mode >> 3
     return status.st_mode
-
-
-def _publish(path: Path, text: str, mode: int) -> None:
-    """Write a file beside its name and give it that name when it is whole."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with open(os.open(part, flags, mode), "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise OutputError(f"cannot be written ({error.strerror})", path=path) from error

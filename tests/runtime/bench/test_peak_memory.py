@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import io
-import pickle
+import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import gguf
@@ -12,6 +13,7 @@ import pytest
 
 from edgemerge.process import read_process
 from edgemerge.runtime.bench.bench import BenchSettings, Measured
+from edgemerge.runtime.bench.messages import read_message, rebuild
 from edgemerge.runtime.bench.peak_memory import MemorySplit, PeakMemory, mapped_bytes
 from edgemerge.runtime.library import Buffers
 from tests.support.tiny_gguf import N_EMBD, N_HEADS, N_KV_HEADS, N_LAYERS
@@ -78,15 +80,15 @@ def test_the_parts_add_up_to_what_proc_says_of_the_process(tiny_gguf: Path) -> N
     settings = BenchSettings(threads=(1,), n_prompt=64, n_gen=4, repetitions=1)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        input=pickle.dumps(("measure", tiny_gguf, (settings,))),
+        input=json.dumps(["measure", str(tiny_gguf), asdict(settings)]).encode() + b"\n",
         capture_output=True,
         check=True,
     )
     messages = io.BytesIO(done.stdout)
-    while (message := pickle.load(messages))[0] == "step":
+    while (message := read_message(messages)) and message[0] == "step":
         pass
-    measured = message[1]
-    assert isinstance(measured, Measured)
+    assert message is not None
+    measured = rebuild(Measured, message[1])
     memory = measured.memory
     found = re.search(rb"VmHWM:\s+(\d+) kB", done.stderr)
     assert found is not None
