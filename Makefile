@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv when there is none; a second run
 # finds everything in place. ARGS goes to the command: `make test ARGS='-k gguf -x'`.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs arm64 bench bench-peers wheel sbom clean
+.PHONY: help demo test test-matrix check docs arm64 processors bench bench-peers wheel sbom clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -15,6 +15,9 @@ demo: .venv/ready-run  ## merge small real models, score them, compare what they
 test: .venv/ready-dev  ## run all tests but those marked slow (ARGS='-m slow' runs these)
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
 
+test-matrix:  ## run all tests on every Python here, and with the lowest versions of what is needed
+	tools/matrix $(ARGS)
+
 check: .venv/ready-dev  ## lint, format, types, layers, then the tests (ARGS=--no-tests leaves them out)
 	tools/check $(ARGS)
 
@@ -23,6 +26,9 @@ docs: .venv/ready-dev  ## rewrite what docs/ quotes from the program (ARGS=--che
 
 arm64: .venv/bin/python  ## compare the bytes of codecs and merges with an emulated Arm's (ARGS=cortex-a53 picks the processor)
 	tools/arm64 $(ARGS)
+
+processors: .venv/ready-dev  ## run the tests of codecs, kernels and methods as on older x86-64 processors
+	$(BIN)/python -m tools.processors $(ARGS)
 
 bench: .venv/ready-dev  ## measure everything and rewrite the tables of docs/benchmarks.md and benchmarks/ (ARGS picks, as 'merge quality'; 7b, serve and llama only when asked for)
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -41,7 +47,7 @@ sbom: wheel  ## build the wheel, and beside it the list of all that is in a rele
 	tools/sbom
 
 clean:  ## remove the environments and all that was built here (the llama.cpp wheel stays in its cache)
-	rm -rf .venv .venv-peers build dist *.egg-info demo-output edgemerge/native/prebuilt
+	rm -rf .venv .venv-* build dist *.egg-info demo-output edgemerge/native/prebuilt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

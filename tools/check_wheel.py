@@ -1,4 +1,4 @@
-"""Check the file list of a built wheel: every package of the tree, nothing else at top level.
+"""Check the file list of a built wheel: the packages of the tree and their notices, nothing else.
 
 The kernels live in `kernels/` and are imported as `edgemerge.kernels`; a packaging slip would
 install them as a top-level `kernels`, a name that belongs to somebody else on PyPI.
@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LICENSES = ("LICENSE", "THIRD_PARTY.md")
 
 
 def expected_files() -> set[str]:
@@ -26,13 +27,18 @@ def expected_files() -> set[str]:
 def main(wheel: str) -> int:
     """Compare one wheel with the tree; 0 if they agree."""
     with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    problems = [f"missing: {name}" for name in sorted(expected_files() - names)]
+        everything = set(archive.namelist())
+    names = {name for name in everything if ".dist-info/" not in name}
+    notices = {name.partition(".dist-info/licenses/")[2] for name in everything}
+    problems = [f"missing: the notice {name}" for name in LICENSES if name not in notices]
+    problems += [f"missing: {name}" for name in sorted(expected_files() - names)]
     problems += [f"not expected: {n}" for n in sorted(names) if not n.startswith("edgemerge/")]
     for problem in problems:
         print(f"{wheel}: {problem}", file=sys.stderr)
     if not problems:
-        print(f"{Path(wheel).name}: {len(names)} files, as in the tree")
+        print(
+            f"{Path(wheel).name}: {len(names)} files, as in the tree, and {len(LICENSES)} notices"
+        )
     return 1 if problems else 0
 
 

@@ -5,6 +5,9 @@ A sum that ggml takes in order is taken by `ordered_sum`: NumPy's own `sum` adds
 
 from __future__ import annotations
 
+from decimal import Decimal
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -158,6 +161,14 @@ def ordered_sum(terms: Float32) -> np.float32:
     return np.add.accumulate(terms, dtype=F)[-1]
 
 
+def largest(values: Float32) -> np.float32:
+    """The largest above 0, in C's order: neither -0 nor NaN is above it. NumPy's fmax returns either zero."""
+    most = F(0)
+    for value in values:
+        most = value if value > most else most
+    return most
+
+
 def nearest_int(v: Float32) -> NDArray[np.int32]:
     """ggml's rounding, to even for |v| < 2^22 and what its bit trick gives elsewhere."""
     return ((v + F(12582912)).astype(F).view(np.int32) & 0x7FFFFF) - 0x400000
@@ -210,7 +221,8 @@ def fit_affine(
 ) -> tuple[F, F, NDArray[np.int32]]:
     """Scale, minus the minimum, and quants of one sub-block with weights w (make_qkx2_quants)."""
     sum_w, sum_x = ordered_sum(w), ordered_sum(w * x)
-    low, high = np.minimum(x.min(), F(0)), x.max()
+    low, high = x[x.argmin()], x[x.argmax()]  # the first of equals, so 0 or -0 as ggml has it
+    low = F(0) if low > 0 else low
     if high == low:
         return F(0), -low, np.zeros(x.size, np.int32)
     slope = F(top) / (high - low)
@@ -244,7 +256,7 @@ def encode_affine_k(x: Float32, top: int, first: float, steps: int) -> tuple[UIn
     header = np.zeros((1, 16), np.uint8)
     codes = []
     for values, at in ((scales, 0), (minima, 2)):
-        most = np.fmax.reduce(values, initial=F(0))
+        most = largest(values)
         header[0, at : at + 2] = half_bytes(np.array([[most / F(63)]], F))[0]
         inv = F(63) / most if most > 0 else F(0)
         codes.append(np.minimum(nearest_int(inv * values) & 255, 63))
@@ -315,12 +327,23 @@ def _encode_q6_k(x: Float32) -> UInt8:
 # ---- Inputs
 
 
+def powers_of_ten(exponents: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Correctly rounded: NumPy's power differs in the last bit between processors."""
+    powers = [float(Decimal(10) ** Decimal(e)) for e in exponents.ravel().tolist()]
+    return np.array(powers).reshape(exponents.shape)
+
+
 def hard_rows(n_cols: int, seed: int = 0) -> Float32:
     """Finite rows that quantisers find hard, (n, n_cols)."""
+    return _hard_rows(n_cols, seed).copy()
+
+
+@cache
+def _hard_rows(n_cols: int, seed: int) -> Float32:
     rng = np.random.default_rng(seed)
     normal = rng.standard_normal
     shape = (4, n_cols)
-    spread = 10.0 ** rng.uniform(-46, 38, (16, 1))
+    spread = powers_of_ten(rng.uniform(-46, 38, (16, 1)))
     one_hot = np.zeros(shape)
     one_hot[np.arange(4), rng.integers(0, n_cols, 4)] = normal(4)
     outlier = normal(shape)
@@ -335,10 +358,10 @@ def hard_rows(n_cols: int, seed: int = 0) -> Float32:
         *(np.zeros(shape), -np.zeros(shape), zeros, mixed, -mixed, one_hot, outlier, uneven),
         *(np.ones(shape) * normal((4, 1)), np.abs(normal(shape)), -np.abs(normal(shape))),
         normal((16, n_cols)) * spread,  # from denormal to huge
-        normal((16, n_cols)) * 1e-38 * 10.0 ** rng.uniform(-8, 2, (16, 1)),
+        normal((16, n_cols)) * 1e-38 * powers_of_ten(rng.uniform(-8, 2, (16, 1))),
         np.where(rng.random(shape) < 0.5, np.finfo(F).max, np.finfo(F).min),
         np.round(normal(shape) * 2) / 4,  # many equal values and ties
-        normal((16, n_cols)) * 10.0 ** rng.uniform(-10, 10, (16, n_cols)),
+        normal((16, n_cols)) * powers_of_ten(rng.uniform(-10, 10, (16, n_cols))),
         np.where(np.isfinite(bits), bits, F(1)),
     ]
     limit = float(np.finfo(F).max)

@@ -15,6 +15,7 @@ from tests.twins.codecs import (
     fit_affine,
     half,
     half_bytes,
+    largest,
     nearest_int,
     nibble_bytes,
     nibbles,
@@ -65,7 +66,7 @@ def _encode_q2_k(x: Float32) -> UInt8:
     fits = [fit_affine(sub, np.abs(sub), 3, -0.5, 16, np.abs) for sub in x]
     codes, halves = [], []
     for values in (np.array([f[0] for f in fits], F), np.array([f[1] for f in fits], F)):
-        most = np.fmax.reduce(values, initial=F(0)) + F(0)  # which makes 0 of -0
+        most = largest(values)
         halves.append(half_bytes(np.array([[most / F(15)]], F)))
         codes.append(nearest_int((F(15) / most if most > 0 else F(0)) * values))
     code = ((codes[0] | codes[1] << 4) & 255).astype(np.uint8)
