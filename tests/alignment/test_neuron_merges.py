@@ -12,14 +12,14 @@ from edgemerge.errors import FormatError, RecipeError
 from edgemerge.merging.run import merge
 from edgemerge.output.report import MergeReport
 from edgemerge.recipe.recipe import load_recipe, make_recipe
-from tests.support.places import TESTS
+from tests.support.fixtures import unpacked
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """expert-b as F32 GGUF, and the same with the neurons of every layer shuffled."""
     folder = tmp_path_factory.mktemp("neurons")
-    models = TESTS / "models"
+    models = unpacked("models")
     plain, shuffled = folder / "plain.gguf", folder / "shuffled.gguf"
     merge(make_recipe("passthrough", [(str(models / "expert-b"), None)], out_type="F32"), plain)
     random = np.random.default_rng(0)

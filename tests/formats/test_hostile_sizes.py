@@ -27,8 +27,9 @@ from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.hub.safetensors import MAX_HEADER_BYTES, MAX_HEADER_VALUES, read_header
 from edgemerge.formats.json_file import MAX_BYTES, MAX_VALUES, read_object
 from tests.support.bounded import bounded
+from tests.support.fixtures import unpacked
 
-ARCHITECTURES = Path(__file__).parents[1] / "data" / "architectures"
+ARCHITECTURES = unpacked("architectures")
 GIB = 1 << 30
 STRING, ARRAY, U8 = 8, 9, 0
 
