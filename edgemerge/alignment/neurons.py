@@ -27,7 +27,7 @@ from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.native import KernelFile
 from edgemerge.sizes import format_size
-from edgemerge.types import Float32, HeadPlan, LayerHeads, Skipped, Source, TensorSpec
+from edgemerge.types import Float32, HeadPlan, LayerHeads, Progress, Skipped, Source, TensorSpec
 
 __all__ = [
     "NeuronPlan",
@@ -202,7 +202,12 @@ class NeuronPlan:
 
 
 def match_neurons(
-    reference: Source, other: Source, *, seed: int = 0, memory: int
+    reference: Source,
+    other: Source,
+    *,
+    seed: int = 0,
+    memory: int,
+    progress: Progress | None = None,
 ) -> list[NeuronPlan | Skipped]:
     """Match the feed-forward neurons of every layer with a reference's.
 
@@ -217,6 +222,8 @@ def match_neurons(
         Of the sketches.
     memory : int
         Bytes. n neurons take 16 n^2 and 8 KiB n of them; wider layers are skipped.
+    progress : callable, optional
+        Called with layers done and layers in all, from this thread.
 
     Returns
     -------
@@ -226,13 +233,15 @@ def match_neurons(
     specs = other.specs()
     layers = sorted({i for name in specs if (i := layer_index(name)) is not None})
     plans: list[NeuronPlan | Skipped] = []
-    for layer in layers:
+    for done, layer in enumerate(layers, start=1):
         reason = _cannot_match(reference, other, layer, memory)
         if reason is not None:
             log.info("%s: neurons of layer %d are not matched: %s", other.path, layer, reason)
             plans.append(Skipped(layer, reason))
         else:
             plans.append(_match_layer(reference, other, layer, seed))
+        if progress is not None:
+            progress(done, len(layers))
     return plans
 
 

@@ -32,12 +32,14 @@ from edgemerge.output.parts import OutputParts, find_named, hash_named, is_begun
 from edgemerge.output.report import FileReport, MergeReport, peak_rss_bytes
 from edgemerge.output.resume import find_origin, verify_earlier
 from edgemerge.planning.plan import make_plan
-from edgemerge.types import Plan, Progress, Recipe, Source
+from edgemerge.types import BeginPart, Plan, Progress, Recipe, Source, ignore_parts
 
 if TYPE_CHECKING:  # Numba takes most of a second to import: only a merge that runs pays for it
     from edgemerge.merging.workers import Crew
 
 __all__ = ["Progress", "default_threads", "merge", "plan"]
+
+HASHING = "hashing the output"
 
 
 def default_threads() -> int:
@@ -80,6 +82,7 @@ def merge(
     split_bytes: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    begin_part: BeginPart = ignore_parts,
 ) -> MergeReport:
     """Merge models into one GGUF file, or a split one.
 
@@ -98,6 +101,9 @@ def merge(
         Replace an existing output.
     progress : callable, optional
         Called with bytes done and bytes in all, from this thread.
+    begin_part : callable, optional
+        Called where this begins: to read back what an earlier run finished, to align heads, to match
+        neurons, to hash the output. What it returns is told how far that is.
 
     Returns
     -------
@@ -136,7 +142,7 @@ def merge(
         named = find_named(paths, origin)
         _check_outputs([path for path in paths if path not in named], recipe, force=force)
         if len(named) == len(paths):
-            outcome = _finish(the_plan, paths)
+            outcome = _finish(the_plan, paths, begin_part)
         else:
             warm_up(the_plan)
             sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
@@ -144,7 +150,7 @@ def merge(
             stack.push(parts)
             parts.open()
             _check_outputs(paths, recipe, force=force)  # again, now that nobody else can make them
-            outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress)
+            outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress, begin_part)
     return MergeReport(
         output=paths[0],
         out_bytes=sum(layout.n_bytes for layout in layouts),
@@ -193,9 +199,9 @@ class _Outcome:
     written_bytes: int = 0
 
 
-def _finish(the_plan: Plan, paths: Sequence[Path]) -> _Outcome:
+def _finish(the_plan: Plan, paths: Sequence[Path], begin_part: BeginPart) -> _Outcome:
     """End a run that was cut short when all its files had their names."""
-    digest, files = hash_named(paths)
+    digest, files = hash_named(paths, begin_part(HASHING))
     note = "an earlier run had finished it, and was stopped before it could say so"
     return _Outcome(digest, files, (note,), n_resumed=len(the_plan.jobs))
 
@@ -207,9 +213,10 @@ def _run(
     layouts: Sequence[GgufLayout],
     split_bytes: int | None,
     progress: Progress | None,
+    begin_part: BeginPart,
 ) -> _Outcome:
     """Make what no earlier run has finished; seal the files and give them their names."""
-    crew = _new_crew(the_plan, inputs, progress)
+    crew = _new_crew(the_plan, inputs, progress, begin_part)
     places = {
         name: (file, offset)
         for file, layout in zip(parts.files, layouts, strict=True)
@@ -217,7 +224,9 @@ def _run(
     }
     n_resumed = n_damaged = 0
     if parts.earlier is not None:
-        n_damaged = verify_earlier(parts.earlier, the_plan.jobs, places, crew.take_over)
+        checking = begin_part("checking what is finished")
+        jobs = the_plan.jobs
+        n_damaged = verify_earlier(parts.earlier, jobs, places, crew.take_over, checking)
         n_resumed = len(parts.earlier.results) - n_damaged
     notes = crew.prepare()
 
@@ -233,7 +242,7 @@ def _run(
     layouts = _layouts(the_plan, results, split_bytes)
     for file, layout in zip(parts.files, layouts, strict=True):
         file.write(layout.header, 0)
-    digest, files = parts.hash()
+    digest, files = parts.hash(begin_part(HASHING))
     parts.publish()
     return _Outcome(
         digest,
@@ -259,10 +268,12 @@ def _open(path: Path, stack: ExitStack) -> Source:
     return source
 
 
-def _new_crew(the_plan: Plan, inputs: _Inputs, progress: Progress | None) -> Crew:
+def _new_crew(
+    the_plan: Plan, inputs: _Inputs, progress: Progress | None, begin_part: BeginPart
+) -> Crew:
     from edgemerge.merging.workers import Crew
 
-    return Crew(the_plan, inputs.sources, progress, inputs.importance)
+    return Crew(the_plan, inputs.sources, progress, inputs.importance, begin_part)
 
 
 # -- the header ------------------------------------------------------------------------------------------

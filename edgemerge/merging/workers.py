@@ -29,7 +29,17 @@ from edgemerge.methods.shared_tensor import Stopped, Team
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import OutputFile
 from edgemerge.planning.plan import alignment_pairs
-from edgemerge.types import Float64, HeadPlan, Plan, Progress, Skipped, Source, TensorJob
+from edgemerge.types import (
+    BeginPart,
+    Float64,
+    HeadPlan,
+    Plan,
+    Progress,
+    Skipped,
+    Source,
+    TensorJob,
+    ignore_parts,
+)
 
 __all__ = ["Crew"]
 
@@ -51,6 +61,8 @@ class Crew:
         Called from the thread that waits.
     importance : ImportanceMatrix, optional
         Open; where the plan has weighted tensors.
+    begin_part : callable, optional
+        Called before heads are aligned and before neurons are matched.
     """
 
     def __init__(
@@ -59,12 +71,14 @@ class Crew:
         sources: Sequence[Source],
         progress: Progress | None,
         importance: ImportanceMatrix | None = None,
+        begin_part: BeginPart = ignore_parts,
     ) -> None:
         self._importance = importance
         self.plan = the_plan
         self.sources = sources
         self.traffic = Traffic()
         self._progress = progress
+        self._begin_part = begin_part
         self._moves: Moves = {}
         self._grams: dict[int, Float64] = {}
         self._results: dict[int, TensorResult] = {}
@@ -134,6 +148,12 @@ class Crew:
     def _align(self) -> list[str]:
         """Find where every expert's heads belong."""
         notes = [SOFT_WARNING] if self.plan.align == "soft" else []
+        progress = self._begin_part("aligning heads")
+
+        def count(n_bytes: int) -> None:
+            self.traffic.add(n_bytes, 0)
+            progress(self.traffic.read, self.plan.alignment_bytes)
+
         for (left, right), layers in alignment_pairs(self.plan.jobs).items():
             found = align_models(
                 self.sources[left],
@@ -142,7 +162,7 @@ class Crew:
                 arena_bytes=self.plan.arena_bytes,
                 threads=self.plan.workers,
                 layers=layers,
-                on_read=self._count_read,
+                on_read=count,
             )
             for (reference_layer, layer), heads in zip(layers, found, strict=True):
                 if isinstance(heads, HeadPlan):
@@ -155,12 +175,14 @@ class Crew:
         """Find where every expert's feed-forward neurons belong."""
         notes = []
         for left, right in alignment_pairs(self.plan.jobs):
+            name = self.sources[right].path.name
             found = self._do_aside(
                 partial(
                     match_neurons,
                     self.sources[left],
                     self.sources[right],
                     seed=self.plan.recipe.seed,
+                    progress=self._begin_part(f"matching neurons of {name}", "layers"),
                     memory=self.plan.neuron_bytes,
                 )
             )
@@ -170,7 +192,6 @@ class Crew:
                     moved += bool(np.any(plan.order != np.arange(len(plan.order))))
                     at = (left, right, plan.layer, plan.layer)
                     self._moves.setdefault(at, []).append(plan)
-            name = self.sources[right].path.name
             notes.append(f"neurons of {name} moved in {moved} of {len(found)} layers")
             reasons = {plan.reason for plan in found if isinstance(plan, Skipped)}
             notes += [f"neurons of {name} left as they are: {reason}" for reason in sorted(reasons)]
@@ -190,9 +211,6 @@ class Crew:
         while not wait([done], POLL_SECONDS).done:
             self._report()
         return done.result()
-
-    def _count_read(self, n_bytes: int) -> None:
-        self.traffic.add(n_bytes, 0)
 
     def _measure_layers(self) -> None:
         """Sum the Gram matrices of each layer's tensors, in the order of the jobs."""

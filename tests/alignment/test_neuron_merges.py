@@ -8,7 +8,9 @@ import gguf
 import numpy as np
 import pytest
 
+from edgemerge.alignment.neurons import match_neurons
 from edgemerge.errors import FormatError, RecipeError
+from edgemerge.formats import open_model
 from edgemerge.merging.run import merge
 from edgemerge.output.report import MergeReport
 from edgemerge.recipe.recipe import load_recipe, make_recipe
@@ -96,3 +98,10 @@ def test_a_damaged_model_is_named(files: tuple[Path, Path], tmp_path: Path) -> N
         merged((files[0], damaged), tmp_path / "out.gguf", neurons=True)
     assert caught.value.tensor == "blk.1.ffn_up.weight"
     assert not list(tmp_path.glob("out*"))
+
+
+def test_matching_tells_how_many_layers_are_done(models_dir: Path) -> None:
+    told: list[tuple[int, int]] = []
+    base, expert = (open_model(models_dir / name) for name in ("base", "expert-a"))
+    match_neurons(base, expert, memory=1 << 30, progress=lambda *counts: told.append(counts))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
