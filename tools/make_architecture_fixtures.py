@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch  # noqa: TID251
-from architecture_shapes import PRE_TOKENIZERS, SHAPES, Shape
 from safetensors.numpy import save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import (
@@ -38,6 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.support.fixtures import unpacked
+from tools.architecture_shapes import PRE_TOKENIZERS, SHAPES, Shape
 from tools.pack_fixtures import pack
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -50,7 +50,13 @@ class ArraySource:
         rows = self.tensors[name].reshape(-1, self._specs[name].n_cols)
         out_u8[:] = rows[start:stop].reshape(-1).view(np.uint8)
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str, n_rows: int | None = None) -> None:
+        pass
+
+    def states(self) -> Sequence[FileState]:
+        return ()
+
+    def check_unchanged(self) -> None:
         pass
 
     def close(self) -> None:
