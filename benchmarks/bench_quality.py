@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -24,8 +25,11 @@ from edgemerge.runtime.evaluation.evaluate import Score, evaluate
 from edgemerge.runtime.evaluation.questions import read_questions
 from edgemerge.runtime.llama import Model
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.support.fixtures import unpacked
+
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = ROOT / "tests" / "models"
+MODELS = unpacked("models")
 FIGURE = ROOT / "benchmarks" / "figures" / "quality.png"
 SETS = ("disease", "substance", "general")
 TYPES = ("F16", "Q8_0", "Q4_K_M")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "BeginPart",
     "FileState",
     "Float32",
     "Float64",
@@ -39,6 +40,7 @@ __all__ = [
     "TensorJob",
     "TensorSpec",
     "UInt8",
+    "ignore_parts",
 ]
 
 if TYPE_CHECKING:
@@ -54,6 +56,19 @@ Gradient: TypeAlias = tuple[float, ...]  # interpolated over the layers of a sli
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called now and then with bytes done and bytes in all; may raise to stop a merge."""
+
+
+class BeginPart(Protocol):
+    """Called where a part of the work begins that is counted by itself."""
+
+    def __call__(self, label: str, unit: str | None = None, /) -> Progress:
+        """Return who is told how far the part is, from any thread; `unit`: of what, if not of bytes."""
+        ...
+
+
+def ignore_parts(_label: str, _unit: str | None = None) -> Progress:
+    """Begin a part of which nobody wants to know."""
+    return lambda _done, _total: None
 
 
 @dataclass(frozen=True, slots=True)

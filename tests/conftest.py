@@ -15,6 +15,7 @@ import pytest
 
 from edgemerge.native.signatures import SHARED
 from edgemerge.process import ProcessMemory
+from tests.support.fixtures import unpacked
 
 if TYPE_CHECKING:
     from tests.support.crashing import Crasher
@@ -53,19 +54,19 @@ def _small_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def models_dir() -> Path:
     """Folder of the real models: base, expert-a, expert-b (safetensors directories)."""
-    return TESTS / "models"
+    return unpacked("models")
 
 
 @pytest.fixture(scope="session")
 def eval_dir() -> Path:
     """Held-out questions: disease.jsonl, substance.jsonl, general.jsonl."""
-    return TESTS / "models" / "eval"
+    return unpacked("models") / "eval"
 
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """Inputs, recipes, masks and outputs of mergekit."""
-    return TESTS / "data" / "golden"
+    return unpacked("golden")
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch  # noqa: TID251
-from architecture_shapes import PRE_TOKENIZERS, SHAPES, Shape
 from safetensors.numpy import save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import (
@@ -36,8 +35,12 @@ from tokenizers import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: TID251
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "tests" / "data" / "architectures"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.support.fixtures import unpacked
+from tools.architecture_shapes import PRE_TOKENIZERS, SHAPES, Shape
+from tools.pack_fixtures import pack
+
+ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "LICENSE"
 N_TOKENS, SHOWN = 28, (0, 5, 13, 27)  # length of the sequence, positions whose logits are kept
 TEXT = "Ça coûte 3.14 + 10000 €, naïve?  🦙🚀\n\tdef f(x):\n    return x[1:] != 'it''s'  # façade"
@@ -45,9 +48,8 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
 
 
-def make(name: str, shape: Shape, llama_cpp: Path) -> None:
+def make(folder: Path, name: str, shape: Shape, llama_cpp: Path) -> None:
     """Write one fixture."""
-    folder = OUT / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     make_tokenizer(folder, shape)
@@ -287,9 +289,8 @@ def convert(folder: Path, pre: str | None, llama_cpp: Path, outtype: str) -> dic
     return {"metadata": metadata, "tensors": tensors}
 
 
-def describe_configs(llama_cpp: Path) -> None:
+def describe_configs(path: Path, llama_cpp: Path) -> None:
     """Write down what the converter makes of each configuration in configs.json."""
-    path = OUT / "configs.json"
     known = json.loads(path.read_text())
     sys.path[:0] = [str(llama_cpp), str(llama_cpp / "gguf-py")]
     import gguf
@@ -324,12 +325,15 @@ def typed_value(field: Any) -> str:
 def main() -> None:
     """Make all fixtures, or those named."""
     llama_cpp = Path(sys.argv[1])
-    describe_configs(llama_cpp)
-    for name in sys.argv[2:] or SHAPES:
-        print(name, flush=True)
-        make(name, SHAPES[name], llama_cpp)
-        size = sum(path.stat().st_size for path in (OUT / name).rglob("*"))
-        print(f"  {size / 1000:.0f} kB", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = shutil.copytree(unpacked("architectures"), Path(scratch) / "architectures")
+        describe_configs(out / "configs.json", llama_cpp)
+        for name in sys.argv[2:] or SHAPES:
+            print(name, flush=True)
+            make(out / name, name, SHAPES[name], llama_cpp)
+            size = sum(path.stat().st_size for path in (out / name).rglob("*"))
+            print(f"  {size / 1000:.0f} kB", flush=True)
+        pack(out, "architectures")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import csv
 import hashlib
 import json
 import platform
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +26,12 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.support.fixtures import unpacked
+
 ROOT = Path(__file__).resolve().parents[1]
+MODELS = unpacked("models")
 SAMPLES = ROOT / "tests" / "data" / "lm_eval"
-MODELS = ROOT / "tests" / "models"
 METRICS = [{"metric": "acc"}, {"metric": "acc_norm"}]
 N_QUESTIONS = 40  # of our own sets, from the top
 OWN = {  # arc_easy of the harness, for our field names

@@ -25,7 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-TOKENIZER = Path(__file__).resolve().parent.parent / "tests" / "models" / "base"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.support.fixtures import unpacked
+
 BLOCK = 1 << 22  # elements drawn at a time by one thread: 16 MiB of float32
 INIT_STD = 0.02  # Llama's initializer_range
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -270,8 +272,9 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
             value >>= 7
         return out + bytes([value])
 
-    model = (TOKENIZER / "tokenizer.model").read_bytes()
-    n_pieces = json.loads((TOKENIZER / "config.json").read_text())["vocab_size"]
+    stored = unpacked("models") / "base"
+    model = (stored / "tokenizer.model").read_bytes()
+    n_pieces = json.loads((stored / "config.json").read_text())["vocab_size"]
     # Protocol buffers concatenate: repeated fields (ModelProto.pieces = 1) are appended, single
     # ones (ModelProto.trainer_spec = 2, in it vocab_size = 4) replaced.
     extra = []
@@ -284,7 +287,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
         model + b"".join(extra) + b"\x12" + varint(len(size)) + size
     )
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        (folder / name).write_bytes((TOKENIZER / name).read_bytes())
+        (folder / name).write_bytes((stored / name).read_bytes())
 
 
 def write_json(path: Path, value: object) -> None:

@@ -26,7 +26,7 @@ from edgemerge.alignment.transport import GUARD, assign
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.native import KernelFile
-from edgemerge.types import Float32, HeadPlan, LayerHeads, Skipped, Source, TensorSpec
+from edgemerge.types import Float32, HeadPlan, LayerHeads, Progress, Skipped, Source, TensorSpec
 
 __all__ = [
     "NeuronPlan",
@@ -200,7 +200,9 @@ class NeuronPlan:
         return self.order if name == f"blk.{self.layer}.ffn_down.weight" else None
 
 
-def match_neurons(reference: Source, other: Source, *, seed: int = 0) -> list[NeuronPlan | Skipped]:
+def match_neurons(
+    reference: Source, other: Source, *, seed: int = 0, progress: Progress | None = None
+) -> list[NeuronPlan | Skipped]:
     """Match the feed-forward neurons of every layer with a reference's.
 
     Maximises the sum of <gate_A,i, gate_B,i> + <up_A,i, up_B,i> + <down_A,i, down_B,i>, each relative to
@@ -212,6 +214,8 @@ def match_neurons(reference: Source, other: Source, *, seed: int = 0) -> list[Ne
         Two models of one architecture; the second is the one to permute.
     seed : int
         Of the sketches.
+    progress : callable, optional
+        Called with layers done and layers in all, from this thread.
 
     Returns
     -------
@@ -228,13 +232,16 @@ def match_neurons(reference: Source, other: Source, *, seed: int = 0) -> list[Ne
     `neuron_need` tells how much memory it takes: 8 n^2 bytes of costs for n neurons, and features.
     """
     plans: list[NeuronPlan | Skipped] = []
-    for layer in _layers(other):
+    layers = _layers(other)
+    for done, layer in enumerate(layers, start=1):
         reason = _cannot_match(reference, other, layer)
         if reason is not None:
             log.info("%s: neurons of layer %d are not matched: %s", other.path, layer, reason)
             plans.append(Skipped(layer, reason))
         else:
             plans.append(_match_layer(reference, other, layer, seed))
+        if progress is not None:
+            progress(done, len(layers))
     return plans
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,13 +97,14 @@ def demo_command(
 def _models_of_checkout() -> Path:
     from edgemerge.errors import RecipeError
 
-    folder = Path(__file__).resolve().parents[2] / "tests" / "models"
-    if not folder.is_dir():
+    fixtures = Path(__file__).resolve().parents[2] / "tests" / "support" / "fixtures.py"
+    if not fixtures.is_file():
         raise RecipeError(
             "the demo's models are in the source tree, not in the package; run make demo in a "
             "checkout, or name their folder with --models"
         )
-    return folder
+    unpacked = runpy.run_path(str(fixtures))["unpacked"]  # the tests' own; no part of the package
+    return Path(unpacked("models"))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import typer
 from edgemerge.cli import request
 from edgemerge.cli.answers import ask_models
 from edgemerge.cli.sign import sign_output
-from edgemerge.cli.terminal import plain, print_json, print_table, progress_bar, speaks_plainly
+from edgemerge.cli.terminal import plain, print_json, print_table, progress_bars, speaks_plainly
 from edgemerge.types import Plan, Recipe, TensorJob
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def run_merge(
 
     budget = parse_size(memory) if memory is not None else None
     _say_if_scarce(budget or recipe.memory)
-    with progress_bar(label, quiet=quiet) as progress:
+    with progress_bars(label, quiet=quiet) as (progress, begin_part):
         return merge(
             recipe,
             output,
@@ -132,6 +132,7 @@ def run_merge(
             split_bytes=parse_size(split) if split is not None else None,
             force=force,
             progress=progress,
+            begin_part=begin_part,
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import typer
 
 from edgemerge.errors import EdgemergeError, RuntimeFailure
+from edgemerge.types import BeginPart, Progress
 
 __all__ = [
     "check_stop",
@@ -21,6 +22,7 @@ __all__ = [
     "print_json",
     "print_table",
     "progress_bar",
+    "progress_bars",
     "speaks_plainly",
     "talks_plainly",
 ]
@@ -159,36 +161,19 @@ def progress_bar(
 
     Without a `unit`, what is counted are bytes, and their rate is shown too.
     """
+    with progress_bars(label, quiet=quiet, unit=unit) as (progress, _):
+        yield progress
+
+
+@contextmanager
+def progress_bars(
+    label: str, *, quiet: bool = False, unit: str | None = None
+) -> Iterator[tuple[Progress, BeginPart]]:
+    """Do the same for work in several parts; yields also what shows a bar for a part."""
     if quiet or sys.stderr is None or not sys.stderr.isatty():
-        yield check_stop
+        yield check_stop, lambda _label, _unit=None: check_stop
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from edgemerge.cli.progress import show_bars
 
-    counts: tuple[ProgressColumn, ...] = (DownloadColumn(binary_units=True), TransferSpeedColumn())
-    if unit is not None:
-        counts = (MofNCompleteColumn(), TextColumn(unit))
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *counts,
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        task = bar.add_task(label, total=None)
-
-        def show(done: int, total: int) -> None:
-            check_stop()
-            bar.update(task, completed=done, total=total)
-
-        yield show
+    with show_bars(label, unit) as bars:
+        yield bars.whole, bars.begin

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgemerge.cli import request
-from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plainly
+from edgemerge.cli.terminal import plain, print_json, progress_bar, progress_bars, speaks_plainly
 
 if TYPE_CHECKING:
     from edgemerge.formats.inspection import Provenance
@@ -51,10 +51,10 @@ def verify_command(
     if signed is not None and not inputs and not has_provenance(model):
         _print_signed(signed, as_json=json_)
         return
-    with progress_bar(f"verify {model.name}", quiet=json_) as progress:
+    with progress_bars(f"verify {model.name}", quiet=json_) as (progress, begin_part):
         found = verify_model(model, threads=threads or usable_processors(), progress=progress)
-    if found.is_sound and inputs:
-        check_inputs(model, inputs)
+        if found.is_sound and inputs:
+            check_inputs(model, inputs, progress=begin_part("reading the inputs"))
     if json_:
         print_json(_as_json(found, signed, checked=bool(inputs)))
     elif found.is_sound:

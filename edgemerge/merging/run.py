@@ -34,12 +34,14 @@ from edgemerge.output.parts import OutputParts, find_named, hash_named, is_begun
 from edgemerge.output.report import FileReport, MergeReport, peak_rss_bytes
 from edgemerge.output.resume import find_fingerprint, verify_earlier
 from edgemerge.planning.plan import make_plan
-from edgemerge.types import Plan, Progress, Recipe, Source
+from edgemerge.types import BeginPart, Plan, Progress, Recipe, Source, ignore_parts
 
 if TYPE_CHECKING:  # only a merge that runs imports them
     from edgemerge.merging.workers import WorkerPool
 
 __all__ = ["Progress", "merge", "plan", "usable_processors"]
+
+HASHING = "hashing the output"
 
 
 def usable_processors() -> int:
@@ -85,6 +87,7 @@ def merge(
     split_bytes: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    begin_part: BeginPart = ignore_parts,
 ) -> MergeReport:
     """Merge models into one GGUF file, or a split one.
 
@@ -103,6 +106,9 @@ def merge(
         Replace an existing output.
     progress : callable, optional
         Called with bytes done and bytes in all, from this thread.
+    begin_part : callable, optional
+        Called where this begins: to read back what an earlier run finished, to align heads, to match
+        neurons, to hash the output. What it returns is told how far that is.
 
     Returns
     -------
@@ -149,17 +155,16 @@ def merge(
         named = find_named(paths, fingerprint)
         _check_outputs([path for path in paths if path not in named], recipe, force=force)
         if len(named) == len(paths):
-            outcome = _finish(the_plan, paths)
+            outcome = _finish(the_plan, paths, begin_part)
         else:
             precompile(the_plan)
             sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
             parts = OutputParts(sizes, fingerprint)
             stack.push(parts)
             parts.open()
-            _check_outputs(
-                paths, recipe, force=force
-            )  # again, as the part file now locks others out
-            outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress)
+            # Again, as the part file now locks others out.
+            _check_outputs(paths, recipe, force=force)
+            outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress, begin_part)
     return MergeReport(
         output=paths[0],
         out_bytes=sum(layout.n_bytes for layout in layouts),
@@ -208,9 +213,9 @@ class _Outcome:
     written_bytes: int = 0
 
 
-def _finish(the_plan: Plan, paths: Sequence[Path]) -> _Outcome:
+def _finish(the_plan: Plan, paths: Sequence[Path], begin_part: BeginPart) -> _Outcome:
     """End a run that was cut short when all its files had their names."""
-    digest, files = hash_named(paths)
+    digest, files = hash_named(paths, begin_part(HASHING))
     note = "an earlier run had finished it, and was stopped before it could say so"
     return _Outcome(digest, files, (note,), n_resumed=len(the_plan.jobs))
 
@@ -222,9 +227,10 @@ def _run(
     layouts: Sequence[GgufLayout],
     split_bytes: int | None,
     progress: Progress | None,
+    begin_part: BeginPart,
 ) -> _Outcome:
     """Make what no earlier run has finished; seal the files and give them their names."""
-    pool = _new_pool(the_plan, inputs, progress)
+    pool = _new_pool(the_plan, inputs, progress, begin_part)
     places = {
         name: (file, offset)
         for file, layout in zip(parts.files, layouts, strict=True)
@@ -232,7 +238,9 @@ def _run(
     }
     n_resumed = n_damaged = 0
     if parts.earlier is not None:
-        n_damaged = verify_earlier(parts.earlier, the_plan.jobs, places, pool.take_over)
+        checking = begin_part("checking what is finished")
+        jobs = the_plan.jobs
+        n_damaged = verify_earlier(parts.earlier, jobs, places, pool.take_over, checking)
         n_resumed = len(parts.earlier.results) - n_damaged
     notes = pool.prepare()
 
@@ -248,7 +256,7 @@ def _run(
     layouts = _layouts(the_plan, results, split_bytes)
     for file, layout in zip(parts.files, layouts, strict=True):
         file.write(layout.header, 0)
-    digest, files = parts.hash()
+    digest, files = parts.hash(begin_part(HASHING))
     parts.publish()
     return _Outcome(
         digest,
@@ -274,10 +282,12 @@ def _open(path: Path, stack: ExitStack) -> Source:
     return source
 
 
-def _new_pool(the_plan: Plan, inputs: _Inputs, progress: Progress | None) -> WorkerPool:
+def _new_pool(
+    the_plan: Plan, inputs: _Inputs, progress: Progress | None, begin_part: BeginPart
+) -> WorkerPool:
     from edgemerge.merging.workers import WorkerPool
 
-    return WorkerPool(the_plan, inputs.sources, progress, inputs.importance)
+    return WorkerPool(the_plan, inputs.sources, progress, inputs.importance, begin_part)
 
 
 # -- the header ------------------------------------------------------------------------------------------

@@ -30,7 +30,17 @@ from edgemerge.methods.table import METHODS
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import OutputFile
 from edgemerge.planning.plan import alignment_pairs
-from edgemerge.types import Float64, HeadPlan, Plan, Progress, Skipped, Source, TensorJob
+from edgemerge.types import (
+    BeginPart,
+    Float64,
+    HeadPlan,
+    Plan,
+    Progress,
+    Skipped,
+    Source,
+    TensorJob,
+    ignore_parts,
+)
 
 __all__ = ["WorkerPool"]
 
@@ -52,6 +62,8 @@ class WorkerPool:
         Called from the thread that waits.
     importance : ImportanceMatrix, optional
         Open; where the plan has weighted tensors.
+    begin_part : callable, optional
+        Called before heads are aligned and before neurons are matched.
     """
 
     def __init__(
@@ -60,12 +72,14 @@ class WorkerPool:
         sources: Sequence[Source],
         progress: Progress | None,
         importance: ImportanceMatrix | None = None,
+        begin_part: BeginPart = ignore_parts,
     ) -> None:
         self._importance = importance
         self.plan = the_plan
         self.sources = sources
         self.traffic = Traffic()
         self._progress = progress
+        self._begin_part = begin_part
         self._permutations: Permutations = {}
         self._layer_sums: dict[int, Float64] = {}
         self._results: dict[int, TensorResult] = {}
@@ -148,6 +162,12 @@ class WorkerPool:
     def _align(self) -> list[str]:
         """Match every expert's attention heads with those of the base or the first model."""
         notes = [SOFT_WARNING] if self.plan.align == "soft" else []
+        progress = self._begin_part("aligning heads")
+
+        def count(n_bytes: int) -> None:
+            self.traffic.add(n_bytes, 0)
+            progress(self.traffic.read, self.plan.alignment_bytes)
+
         for (left, right), layers in alignment_pairs(self.plan.jobs).items():
             found = align_models(
                 self.sources[left],
@@ -156,7 +176,7 @@ class WorkerPool:
                 arena_bytes=self.plan.arena_bytes,
                 threads=self.plan.workers,
                 layers=layers,
-                on_read=self._count_read,
+                on_read=count,
             )
             for (reference_layer, layer), heads in zip(layers, found, strict=True):
                 if isinstance(heads, HeadPlan):
@@ -169,12 +189,14 @@ class WorkerPool:
         """Match every expert's feed-forward neurons with those of the base or the first model."""
         notes = []
         for left, right in alignment_pairs(self.plan.jobs):
+            name = self.sources[right].path.name
             found = self._do_aside(
                 partial(
                     match_neurons,
                     self.sources[left],
                     self.sources[right],
                     seed=self.plan.recipe.seed,
+                    progress=self._begin_part(f"matching neurons of {name}", "layers"),
                 )
             )
             moved = 0
@@ -183,7 +205,6 @@ class WorkerPool:
                     moved += bool(np.any(plan.order != np.arange(len(plan.order))))
                     at = (left, right, plan.layer, plan.layer)
                     self._permutations.setdefault(at, []).append(plan)
-            name = self.sources[right].path.name
             notes.append(f"neurons of {name} moved in {moved} of {len(found)} layers")
             reasons = {plan.reason for plan in found if isinstance(plan, Skipped)}
             notes += [f"neurons of {name} left as they are: {reason}" for reason in sorted(reasons)]
@@ -203,9 +224,6 @@ class WorkerPool:
         while not wait([done], POLL_SECONDS).done:
             self._report()
         return done.result()
-
-    def _count_read(self, n_bytes: int) -> None:
-        self.traffic.add(n_bytes, 0)
 
     def _measure_layers(self) -> None:
         """Measure the tensors of each layer, and sum what is found in the order of the jobs."""

@@ -27,6 +27,7 @@ from edgemerge.output.journal import (
     read_journal,
 )
 from edgemerge.output.report import FileReport
+from edgemerge.types import Progress
 
 __all__ = ["OutputParts", "find_named", "hash_named", "is_begun"]
 
@@ -128,9 +129,12 @@ class OutputParts:
         for file in self.files:
             file.sync_data()
 
-    def hash(self) -> tuple[str, tuple[FileReport, ...]]:
-        """Hash the files as they are on disk: all one after the other, and each by itself."""
-        return _hash((file.path, file.n_bytes, file.chunks()) for file in self.files)
+    def hash(self, progress: Progress | None = None) -> tuple[str, tuple[FileReport, ...]]:
+        """Hash the files as they are on disk: all one after the other, and each by itself.
+
+        `progress` is called with bytes done and bytes in all.
+        """
+        return _hash(((file.path, file.n_bytes, file.chunks()) for file in self.files), progress)
 
     def publish(self) -> None:
         """Make all files durable, then give them their names, replacing files of these names.
@@ -221,29 +225,35 @@ def find_named(finals: Sequence[Path], fingerprint: Fingerprint) -> set[Path]:
     return {final for final, mark in marks if _is_marked(final, mark)}
 
 
-def hash_named(finals: Sequence[Path]) -> tuple[str, tuple[FileReport, ...]]:
+def hash_named(
+    finals: Sequence[Path], progress: Progress | None = None
+) -> tuple[str, tuple[FileReport, ...]]:
     """Hash finished files, as `OutputParts.hash` does, and remove their journal."""
     with ExitStack() as stack:
         fds = [stack.enter_context(final.open("rb")).fileno() for final in finals]
         sizes = [os.fstat(fd).st_size for fd in fds]
         chunks = [read_chunks(fd, 0, size) for fd, size in zip(fds, sizes, strict=True)]
-        hashes = _hash(zip(finals, sizes, chunks, strict=True))
+        hashes = _hash(zip(finals, sizes, chunks, strict=True), progress)
     journal_path(finals[0]).unlink(missing_ok=True)
     return hashes
 
 
 def _hash(
-    files: Iterable[tuple[Path, int, Iterable[memoryview]]],
+    files: Iterable[tuple[Path, int, Iterable[memoryview]]], progress: Progress | None
 ) -> tuple[str, tuple[FileReport, ...]]:
     together = hashlib.sha256()
     reports: list[FileReport] = []
     files = list(files)
+    done, total = 0, sum(n_bytes for _, n_bytes, _ in files)
     for path, n_bytes, chunks in files:
         alone = hashlib.sha256() if len(files) > 1 else together  # a gigabyte takes half a second
         for chunk in chunks:
             alone.update(chunk)
             if alone is not together:
                 together.update(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, total)
         reports.append(FileReport(path, n_bytes, alone.hexdigest()))
     return together.hexdigest(), tuple(reports)
 

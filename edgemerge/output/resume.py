@@ -18,7 +18,7 @@ from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import OutputFile
 from edgemerge.output.journal import Entries, Fingerprint, mark_file
-from edgemerge.types import Plan, Source, TensorJob
+from edgemerge.types import Plan, Progress, Source, TensorJob
 
 __all__ = ["Places", "find_fingerprint", "hash_sources", "verify_earlier"]
 
@@ -92,6 +92,7 @@ def verify_earlier(
     jobs: Sequence[TensorJob],
     places: Places,
     on_sound: Callable[[int, TensorResult], None],
+    progress: Progress | None = None,
 ) -> int:
     """Read the tensors that an earlier run finished, and keep those whose checksums are right.
 
@@ -105,18 +106,25 @@ def verify_earlier(
         Where their tensors are.
     on_sound : callable
         Called with the number of every tensor that is sound, and its result; may raise to stop.
+    progress : callable, optional
+        Called with bytes read back and bytes in all.
 
     Returns
     -------
     int
         How many tensors are not as the journal says.
     """
-    n_damaged = 0
+    n_damaged = done = 0
+    sizes = {i: jobs[i].out.nbytes for i in earlier.results if i < len(jobs)}
+    total = sum(sizes.values())
     for i, result in sorted(earlier.results.items()):
-        if i < len(jobs) and _is_sound(jobs[i], places, result):
+        if i in sizes and _is_sound(jobs[i], places, result):
             on_sound(i, result)
         else:
             n_damaged += 1
+        done += sizes.get(i, 0)
+        if progress is not None:
+            progress(done, total)
     _clear_gaps(jobs, places)
     return n_damaged
 

@@ -24,14 +24,16 @@ from edgemerge.formats.inspection import Provenance, read_provenance
 from edgemerge.formats.json_file import parse_object
 from edgemerge.methods.table import find_method
 from edgemerge.planning.jobs import draft_jobs
-from edgemerge.types import ModelInput, Parameters, Recipe, Rule, Slice, Source
+from edgemerge.types import ModelInput, Parameters, Progress, Recipe, Rule, Slice, Source
 
 __all__ = ["check_inputs"]
 
 PIECE = 1 << 20  # bytes of rows that are read at a time; one row at least
 
 
-def check_inputs(path: str | os.PathLike[str], given: Sequence[Path]) -> None:
+def check_inputs(
+    path: str | os.PathLike[str], given: Sequence[Path], *, progress: Progress | None = None
+) -> None:
     """See that models are the inputs of a merged file, going by the checksums that it states.
 
     Parameters
@@ -40,6 +42,8 @@ def check_inputs(path: str | os.PathLike[str], given: Sequence[Path]) -> None:
         The merged GGUF.
     given : sequence of Path
         All of its inputs, in any order, under the names that they had.
+    progress : callable, optional
+        Called with bytes read and bytes in all, from this thread.
 
     Raises
     ------
@@ -57,7 +61,7 @@ def check_inputs(path: str | os.PathLike[str], given: Sequence[Path]) -> None:
         recipe = _read_recipe(provenance, _match_names(provenance, given, path), path)
         _refuse_aligned(recipe, path)
         sources = {model: _open(model, stack) for model in recipe.models()}
-        found = _checksums(recipe, sources)
+        found = _checksums(recipe, sources, progress)
     stated = [crc32 for _, crc32 in provenance.inputs]
     for model, crc32, wanted in zip(recipe.models(), found, stated, strict=True):
         if f"{crc32:08x}" != wanted:
@@ -164,14 +168,23 @@ def _read_rule(stated: Mapping[str, Any]) -> Rule:
 # -- the checksums ---------------------------------------------------------------------------------
 
 
-def _checksums(recipe: Recipe, sources: Mapping[Path, Source]) -> list[int]:
+def _checksums(
+    recipe: Recipe, sources: Mapping[Path, Source], progress: Progress | None
+) -> list[int]:
     """Compute the checksum of each input, as the merge did."""
     models = recipe.models()
     found = [0] * len(models)
-    for draft in draft_jobs(recipe, find_method(recipe.method), models, sources):
-        for tensor in (*([draft.base] if draft.base else []), *draft.experts):
-            crc32 = _checksum(sources[models[tensor.model]], tensor.spec.name)
-            found[tensor.model] = zlib.crc32(crc32.to_bytes(4, "little"), found[tensor.model])
+    drafts = draft_jobs(recipe, find_method(recipe.method), models, sources)
+    tensors = [
+        t for draft in drafts for t in (*([draft.base] if draft.base else []), *draft.experts)
+    ]
+    done, total = 0, sum(tensor.spec.nbytes for tensor in tensors)
+    for tensor in tensors:
+        crc32 = _checksum(sources[models[tensor.model]], tensor.spec.name)
+        found[tensor.model] = zlib.crc32(crc32.to_bytes(4, "little"), found[tensor.model])
+        done += tensor.spec.nbytes
+        if progress is not None:
+            progress(done, total)
     return found
 
 

@@ -177,7 +177,7 @@ def test_every_tensor_comes_back(n_heads: int, n_kv: int, seed: int) -> None:
 def test_biases_tell_heads_apart_where_weights_do_not() -> None:
     ones = {k: np.ones_like(x) for k, x in head_tensors(4, 4).items()}
     for module in ("attn_q", "attn_k", "attn_v"):
-        ones[f"blk.0.{module}.bias"] = np.repeat(np.float32([10, -20, 30, -40]), 8)
+        ones[f"blk.0.{module}.bias"] = np.repeat(np.array([10, -20, 30, -40], np.float32), 8)
     moved = shuffle(ones, [2, 0, 3, 1], [2, 0, 3, 1])
     sources = [ArraySource(model, attention_head_count=4) for model in (ones, moved)]
     (plan,) = align(*sources)

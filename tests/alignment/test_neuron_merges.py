@@ -11,12 +11,14 @@ import gguf
 import numpy as np
 import pytest
 
+from edgemerge.alignment.neurons import match_neurons
 from edgemerge.errors import BudgetError, FormatError, RecipeError
+from edgemerge.formats import open_model
 from edgemerge.merging.run import merge, plan
 from edgemerge.output.report import MergeReport
 from edgemerge.recipe.recipe import load_recipe, make_recipe
+from tests.support.fixtures import unpacked
 from tests.support.head_models import head_tensors
-from tests.support.places import TESTS
 from tests.support.small_models import write_gguf
 
 
@@ -24,7 +26,7 @@ from tests.support.small_models import write_gguf
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """expert-b as F32 GGUF, and the same with the neurons of every layer shuffled."""
     folder = tmp_path_factory.mktemp("neurons")
-    models = TESTS / "models"
+    models = unpacked("models")
     plain, shuffled = folder / "plain.gguf", folder / "shuffled.gguf"
     merge(make_recipe("passthrough", [(str(models / "expert-b"), None)], out_type="F32"), plain)
     random = np.random.default_rng(0)
@@ -148,3 +150,10 @@ def test_neurons_keep_the_smallest_budget(wide: list[Path], tmp_path: Path) -> N
     assert reports[0]["peak_rss_bytes"] <= caught.value.needed
     assert reports[0]["sha256"] == reports[1]["sha256"]
     assert "neurons of 1.gguf moved in 1 of 1 layers" in reports[0]["notes"]
+
+
+def test_matching_tells_how_many_layers_are_done(models_dir: Path) -> None:
+    told: list[tuple[int, int]] = []
+    base, expert = (open_model(models_dir / name) for name in ("base", "expert-a"))
+    match_neurons(base, expert, progress=lambda *counts: told.append(counts))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]

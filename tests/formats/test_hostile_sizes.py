@@ -31,8 +31,9 @@ from edgemerge.formats.json_file import MAX_BYTES, MAX_VALUES, read_object
 from edgemerge.planning.losses import foresee_losses
 from edgemerge.runtime.doctor.fit import read_needs
 from tests.support.bounded import bounded
+from tests.support.fixtures import unpacked
 
-ARCHITECTURES = Path(__file__).parents[1] / "data" / "architectures"
+ARCHITECTURES = unpacked("architectures")
 GIB = 1 << 30
 STRING, ARRAY, U8 = 8, 9, 0
 

@@ -200,7 +200,9 @@ def test_levels_of_iq4_part_halfway_and_nan_gets_the_highest() -> None:
     levels = np.float32(iq4.LEVELS)
     halfway = (levels[:-1] + levels[1:]) / np.float32(2)
     below, above = np.nextafter(halfway, -np.inf), np.nextafter(halfway, np.inf)
-    x = np.concatenate([halfway, below, above, levels, np.float32([np.nan, np.inf, -np.inf, -0.0])])
+    x = np.concatenate(
+        [halfway, below, above, levels, np.array([np.nan, np.inf, -np.inf, -0.0], np.float32)]
+    )
     wanted = reference_codecs.nearest_level(x)
     assert wanted[: len(levels)].tolist() == [*range(1, 16), 0]
     assert [iq4._index(v) for v in x] == wanted.tolist()

@@ -13,10 +13,11 @@ import pytest
 from edgemerge.errors import BudgetError
 from edgemerge.merging.run import plan
 from edgemerge.recipe.recipe import make_recipe
-from tests.support.places import ROOT, TESTS
+from tests.support.fixtures import unpacked
+from tests.support.places import ROOT
 
 MIB = 1 << 20
-GOLDEN = TESTS / "data" / "golden" / "inputs_f32"
+GOLDEN = unpacked("golden") / "inputs_f32"
 SHAPE = ("--shape", "smollm2-135m")
 
 

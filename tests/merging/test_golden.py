@@ -16,11 +16,11 @@ import edgemerge
 from edgemerge.methods import task_vectors
 from edgemerge.methods.blocks import Block
 from edgemerge.methods.pruning import Pruner
-from tests.support.places import TESTS
+from tests.support.fixtures import unpacked
 from tests.support.small_models import gguf_name as to_gguf_name
 from tests.support.small_models import load_gguf, load_hub, to_gguf_rows
 
-GOLDEN = TESTS / "data" / "golden"
+GOLDEN = unpacked("golden")
 RECIPES = sorted(path.stem for path in (GOLDEN / "recipes_f32").glob("*.yml"))
 TOLERANCE = 1e-6  # of a tensor's largest magnitude
 

@@ -18,10 +18,10 @@ from edgemerge.errors import BudgetError, FormatError, MismatchError
 from edgemerge.planning import plan as planning
 from edgemerge.provenance.verification import verify_model
 from edgemerge.types import Recipe
-from tests.support.places import TESTS
+from tests.support.fixtures import unpacked
 from tests.support.small_models import edit_hub, stored, wide_tensors, write_gguf
 
-INPUTS = TESTS / "data" / "golden" / "inputs_f32"
+INPUTS = unpacked("golden") / "inputs_f32"
 MIB = 1 << 20
 
 # Method -> how many experts, parameters, and how often the inputs are read where blocks are small.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import edgemerge
 from edgemerge.errors import MismatchError
-from tests.support.places import TESTS
+from tests.support.fixtures import unpacked
 from tests.support.small_models import (
     block_count,
     deepen_hub,
@@ -28,7 +28,7 @@ Float32 = NDArray[np.float32]
 MergeBy = Callable[[dict[str, Any]], Path]
 Deep = Callable[[str], Path]
 
-INPUTS = TESTS / "data" / "golden" / "inputs_f32"
+INPUTS = unpacked("golden") / "inputs_f32"
 LAYERS = 5
 
 

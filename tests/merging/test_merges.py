@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import edgemerge
 from edgemerge.errors import FormatError, MismatchError, RecipeError
-from tests.support.places import TESTS
+from tests.support.fixtures import unpacked
 from tests.support.small_models import (
     edit_hub,
     load_gguf,
@@ -29,7 +29,7 @@ from tests.twins import methods as reference
 Float32 = NDArray[np.float32]
 Run = Callable[..., Path]
 
-INPUTS = TESTS / "data" / "golden" / "inputs_f32"
+INPUTS = unpacked("golden") / "inputs_f32"
 BASE, A, B, C = (INPUTS / role for role in ("base", "a", "b", "c"))
 TOLERANCE = 4e-7  # of a tensor's largest magnitude: a few roundings to float32
 

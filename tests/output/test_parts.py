@@ -156,3 +156,12 @@ def test_a_run_that_goes_on_is_alone(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="another merge is writing it; wait for that one"):
             parts_in(tmp_path).__enter__()
         assert journal.read_bytes() == before
+
+
+def test_hashing_tells_how_many_bytes_are_done(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    sizes = [(tmp_path / "a", 3 << 20), (tmp_path / "b", 5)]
+    with OutputParts(sizes, FINGERPRINT) as parts:
+        parts.hash(lambda *counts: told.append(counts))
+    assert told[-1] == ((3 << 20) + 5,) * 2
+    assert told == sorted(set(told))

@@ -11,9 +11,9 @@ import numpy as np
 
 from edgemerge.merging.run import merge
 from edgemerge.recipe.recipe import make_recipe
-from tests.support.places import TESTS
+from tests.support.fixtures import unpacked
 
-ARCHITECTURES = TESTS / "data" / "architectures"
+ARCHITECTURES = unpacked("architectures")
 NAMES = sorted(path.name for path in ARCHITECTURES.iterdir() if path.is_dir())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgemerge.formats.gguf.metadata import Scalar, Value, encode_value
 from edgemerge.formats.gguf.types import row_bytes
-from edgemerge.types import Source, TensorSpec, UInt8
+from edgemerge.types import FileState, Source, TensorSpec, UInt8
 
 N_EMBD, N_FF, N_VOCAB = 256, 512, 64
 
@@ -70,6 +70,12 @@ class FakeSource:
 
     def forget(self, name: str, n_rows: int | None = None) -> None:
         raise AssertionError("planning reads no tensor data")
+
+    def states(self) -> Sequence[FileState]:
+        return ()
+
+    def check_unchanged(self) -> None:
+        """There is no file that could change."""
 
     def close(self) -> None:
         """There is nothing to close."""

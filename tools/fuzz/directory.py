@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 
 from edgemerge.formats.hub.model import HubModel
+from tests.support.fixtures import unpacked
 
 __all__ = ["read_directory"]
 
-MODELS = Path(__file__).resolve().parents[2] / "tests" / "data" / "architectures"
+MODELS = unpacked("architectures")
 FAMILIES = frozenset(path.name for path in MODELS.iterdir() if path.is_dir())
 FILES = (
     "config.json",

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.hub.model import HubModel
+from tests.support.fixtures import unpacked
 from tests.support.places import TESTS
 
 HUB = TESTS / "data" / "hub"
@@ -23,7 +24,7 @@ EXPECTED = json.loads((HUB / "expected.json").read_text())
 DIRECTORIES = {
     name: HUB / name
     for name in ("llama3", "smollm", "qwen_bias_sharded", "mistral_tekken", "gpt2_yarn")
-} | {"base": TESTS / "models" / "base"}
+} | {"base": unpacked("models") / "base"}
 
 
 @pytest.fixture(params=DIRECTORIES)
