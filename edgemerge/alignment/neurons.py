@@ -1,13 +1,9 @@
-"""Two more transformations that leave a model's function alone; off unless asked for.
+"""The order of feed-forward neurons, another choice that leaves a model's function alone.
 
-Both matter only for models that were trained apart, after their heads are aligned:
-
-- Values of a KV group may be rotated, if the columns of o that read them are rotated back: attention
-  only averages values. `find_rotations` takes the rotation that fits a reference best.
-- Neurons of a feed-forward layer may be permuted: rows of gate and up with columns of down.
-  `match_neurons` finds the best order (Ainsworth et al. 2023, "Git Re-Basin"). With the residual stream
-  fixed, layers do not depend on one another, so one assignment per layer is exact and none of that
-  paper's alternation is needed.
+Rows of gate and up may be permuted with the columns of down. `match_neurons` finds the order that fits a
+reference best (Ainsworth et al. 2023, "Git Re-Basin"). With the residual stream fixed, layers do not depend
+on one another, so one assignment per layer is exact and none of that paper's alternation is needed. It
+matters only for models that were trained apart, and is off unless asked for.
 """
 
 from __future__ import annotations
@@ -26,157 +22,19 @@ from edgemerge.alignment.transport import GUARD, assign
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.native import KernelFile
-from edgemerge.types import Float32, HeadPlan, LayerHeads, Progress, Skipped, Source, TensorSpec
+from edgemerge.types import Float32, Float64, Progress, Skipped, Source
 
-__all__ = [
-    "NeuronPlan",
-    "Rotations",
-    "find_rotations",
-    "match_neurons",
-    "neuron_need",
-    "rotate_outputs",
-    "rotate_values",
-]
+__all__ = ["NeuronPlan", "match_neurons", "neuron_need"]
 
 kernels = KernelFile("heads")
 
 log = logging.getLogger(__name__)
 
-Float64: TypeAlias = NDArray[np.float64]
 Index: TypeAlias = NDArray[np.int64]
 
 NEURON_SKETCH = 256  # a neuron is one row, not a whole head: 64 would be too noisy
 BLOCK_ROWS = 64  # of a feed-forward tensor
 TILE = (32, 256)  # of the matrix of costs that is worked on at a time: fits a second-level cache
-
-
-# -- values ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Rotations:
-    """How the values of one layer's KV groups turn into a reference's; after the layer's `HeadPlan`."""
-
-    plan: HeadPlan
-    identity_cost: float  # squared distance of v and o, relative to their norms, as the heads are
-    cost: float
-    matrices: Float64 = field(repr=False)  # (n_kv_heads, value_length, value_length), orthogonal
-
-
-def find_rotations(
-    reference: Source, other: Source, plan: HeadPlan, *, guard: float = GUARD
-) -> Rotations:
-    """Find the rotation R of every KV group that brings its values closest to the reference's.
-
-    Minimises |V_A - R V_B|^2 + sum_h |O_A,h - O_B,h R^T|^2 over the query heads h of the group: the
-    orthogonal Procrustes problem (Schoenemann 1966), R = U W^T from the singular value decomposition
-    U S W^T of V_A V_B^T + sum_h O_A,h^T O_B,h. Sums run row by row in float64. Takes the memory of
-    value_length rows of v and o of both models, and a matrix of value_length squared per group.
-
-    Parameters
-    ----------
-    reference, other : Source
-        The models that the plan was made from.
-    plan : HeadPlan
-        Of the layer; its order of heads comes first.
-    guard : float
-        Values stay as they are unless rotating saves at least this fraction of the cost.
-    """
-    heads = plan.geometry
-    length, n_groups = heads.value_length, heads.n_kv_heads
-    per_group = heads.n_heads // n_groups
-    products = np.zeros((n_groups, length, length))
-    norms: list[float] = []
-    for group, theirs in enumerate(plan.kv_groups):
-        a = _read_values(reference, heads, plan.reference_layer, group)
-        b = _read_values(other, heads, plan.layer, theirs)
-        norms += [_squares(a), _squares(b)]
-        kernels.add_products(a, b, products[group])
-    blocks = zip(
-        _blocks(reference, f"blk.{plan.reference_layer}.attn_output.weight", length),
-        _blocks(other, f"blk.{plan.layer}.attn_output.weight", length),
-        strict=True,
-    )
-    for a, b in blocks:
-        norms += [_squares(a), _squares(b)]
-        for head, theirs in enumerate(plan.heads):
-            ours = np.ascontiguousarray(a[:, head * length : (head + 1) * length])
-            its = np.ascontiguousarray(b[:, theirs * length : (theirs + 1) * length])
-            kernels.add_products(ours, its, products[head // per_group])
-    left, sizes, right = np.linalg.svd(products)
-    total = math.fsum(norms)
-    kept = float(np.trace(products, axis1=1, axis2=2).sum())
-    costs = [
-        max(0.0, 1.0 - 2.0 * found / total) if total > 0.0 else 0.0
-        for found in (kept, float(sizes.sum()))
-    ]
-    matrices = np.ascontiguousarray(left @ right)
-    scaled = any(".attn_sub_norm." in name for name in heads.axes)  # o reads them scaled one by one
-    if scaled or costs[0] - costs[1] <= guard * costs[0]:
-        matrices[:] = np.eye(length)
-    return Rotations(plan, costs[0], costs[1], matrices)
-
-
-def rotate_values(found: Rotations, group: int, values_f32: Float32) -> Float32:
-    """Rotate the values of one KV group, already in the reference's order of groups.
-
-    Parameters
-    ----------
-    found : Rotations
-        Of the layer.
-    group : int
-        Index in the reference.
-    values_f32 : (value_length, n_cols) float32
-        The group's rows of v; or (value_length, 1), its part of the bias.
-
-    Returns
-    -------
-    (value_length, n_cols) float32
-    """
-    columns = np.ascontiguousarray(values_f32.T)
-    out = np.empty_like(columns)
-    kernels.rotate(columns, found.matrices[group], out)
-    return np.ascontiguousarray(out.T)
-
-
-def rotate_outputs(found: Rotations, rows_f32: Float32) -> Float32:
-    """Rotate rows of o, already in the reference's order of heads, to read rotated values.
-
-    Parameters
-    ----------
-    found : Rotations
-        Of the layer.
-    rows_f32 : (n_rows, n_heads * value_length) float32
-        Any rows of o.
-
-    Returns
-    -------
-    (n_rows, n_heads * value_length) float32
-    """
-    heads = found.plan.geometry
-    per_group = heads.n_heads // heads.n_kv_heads
-    parts = []
-    for head, part in enumerate(np.split(rows_f32, heads.n_heads, axis=1)):
-        out = np.empty(part.shape, np.float32)
-        kernels.rotate(np.ascontiguousarray(part), found.matrices[head // per_group], out)
-        parts.append(out)
-    return np.concatenate(parts, axis=1)
-
-
-def _read_values(source: Source, heads: LayerHeads, layer: int, group: int) -> Float32:
-    """Read a group's values, transposed: a row per model dimension, and one for the bias."""
-    prefix, first = f"blk.{layer}.attn_v", group * heads.value_length
-    if f"{prefix}.weight" not in source.specs():
-        prefix = f"blk.{layer}.attn_qkv"
-        first += (heads.n_heads + heads.n_kv_heads) * heads.key_length
-    stop = first + heads.value_length
-    values = _read(source, source.specs()[f"{prefix}.weight"], first, stop).T
-    if (bias := source.specs().get(f"{prefix}.bias")) is not None:
-        values = np.concatenate([values, _read(source, bias, 0, 1)[:, first:stop]])
-    return np.ascontiguousarray(values)
-
-
-# -- neurons -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,24 +199,12 @@ def _neuron_features(source: Source, layer: int, seed: int) -> list[Float32]:
     return features
 
 
-# -- reading -----------------------------------------------------------------------------------------
-
-
-def _read(source: Source, spec: TensorSpec, start: int, stop: int) -> Float32:
-    raw = np.empty((stop - start) * spec.row_bytes, np.uint8)
-    values = np.empty((stop - start, spec.n_cols), np.float32)
-    source.read_rows(spec.name, start, stop, raw)
-    CODECS[spec.dtype].decode(raw, values.reshape(-1))
-    return values
-
-
 def _blocks(source: Source, name: str, height: int) -> Iterator[Float32]:
     spec = source.specs()[name]
     for start in range(0, spec.n_rows, height):
-        yield _read(source, spec, start, min(start + height, spec.n_rows))
-
-
-def _squares(x_f32: Float32) -> float:
-    norms = np.empty(len(x_f32))
-    kernels.squared_norms(x_f32, norms)
-    return math.fsum(norms)
+        n_rows = min(height, spec.n_rows - start)
+        raw = np.empty(n_rows * spec.row_bytes, np.uint8)
+        values = np.empty((n_rows, spec.n_cols), np.float32)
+        source.read_rows(name, start, start + n_rows, raw)
+        CODECS[spec.dtype].decode(raw, values.reshape(-1))
+        yield values

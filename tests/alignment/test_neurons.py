@@ -1,4 +1,4 @@
-"""Rotated values and permuted neurons: the function stays, and hidden ones are found."""
+"""Permuted neurons: the function stays, and hidden ones are found."""
 
 from __future__ import annotations
 
@@ -9,62 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgemerge.alignment.heads import align_models
-from edgemerge.alignment.neurons import (
-    NeuronPlan,
-    find_rotations,
-    match_neurons,
-    rotate_outputs,
-    rotate_values,
-)
+from edgemerge.alignment.neurons import NeuronPlan, match_neurons
 from edgemerge.formats import open_model
-from edgemerge.types import HeadPlan, Skipped
-from tests.support.head_models import ArraySource, head_tensors, random_order, shuffle
+from edgemerge.types import Skipped
+from tests.support.head_models import ArraySource
 
 Float32 = NDArray[np.float32]
-N_HEADS, N_KV, LENGTH, N_EMBD = 8, 4, 8, 48
-SETTINGS = {"attention_head_count": N_HEADS, "attention_head_count_kv": N_KV}
-
-
-def attention(w: Mapping[str, Float32], x: Float32) -> NDArray[np.float64]:
-    """Grouped-query attention of llama.cpp with rotary planes of consecutive pairs, in float64."""
-
-    def project(module: str, n: int) -> NDArray[np.float64]:
-        weight = w[f"blk.0.{module}.weight"].astype(np.float64)
-        bias = w.get(f"blk.0.{module}.bias", np.zeros(len(weight), np.float32))
-        return (x @ weight.T + bias).reshape(len(x), n, -1)
-
-    q, k, v = project("attn_q", N_HEADS), project("attn_k", N_KV), project("attn_v", N_KV)
-    angles = np.arange(len(x))[:, None] * 100.0 ** (-np.arange(LENGTH // 2) / (LENGTH // 2))
-    turn = np.exp(1j * angles)[:, None]
-
-    def rotary(y: NDArray[np.float64]) -> NDArray[np.complex128]:
-        return (y[..., ::2] + 1j * y[..., 1::2]) * turn
-
-    q, k = rotary(q), rotary(k).repeat(N_HEADS // N_KV, axis=1)
-    scores = np.einsum("ihd,jhd->hij", q, k.conj()).real / np.sqrt(LENGTH)
-    scores[:, np.triu(np.ones((len(x), len(x)), bool), 1)] = -np.inf
-    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
-    weights /= weights.sum(axis=2, keepdims=True)
-    heads = np.einsum("hij,jhd->ihd", weights, v.repeat(N_HEADS // N_KV, axis=1))
-    return heads.reshape(len(x), -1) @ w["blk.0.attn_output.weight"].T.astype(np.float64)
-
-
-def random_rotation(rng: np.random.Generator) -> Float32:
-    return np.linalg.qr(rng.standard_normal((LENGTH, LENGTH)))[0].astype(np.float32)
-
-
-def hide(tensors: Mapping[str, Float32], rng: np.random.Generator) -> dict[str, Float32]:
-    """Rotate every group's values at random, and o back; then shuffle the heads."""
-    hidden = dict(tensors)
-    matrices = [random_rotation(rng) for _ in range(N_KV)]
-    for name in ("blk.0.attn_v.weight", "blk.0.attn_v.bias"):
-        parts = np.split(tensors[name], N_KV)
-        hidden[name] = np.concatenate([m @ part for m, part in zip(matrices, parts, strict=True)])
-    parts = np.split(tensors["blk.0.attn_output.weight"], N_HEADS, axis=1)
-    turned = [part @ matrices[h // 2].T for h, part in enumerate(parts)]
-    hidden["blk.0.attn_output.weight"] = np.concatenate(turned, axis=1)
-    return shuffle(hidden, *random_order(N_HEADS, N_KV, rng))
 
 
 def noisy(
@@ -74,64 +24,6 @@ def noisy(
         k: x + np.float32(size) * rng.standard_normal(x.shape, np.float32)
         for k, x in tensors.items()
     }
-
-
-def model(rng: np.random.Generator) -> dict[str, Float32]:
-    tensors = head_tensors(N_HEADS, N_KV, n_embd=N_EMBD, key=LENGTH, value=LENGTH, seed=11)
-    tensors["blk.0.attn_v.bias"] = rng.standard_normal(N_KV * LENGTH).astype(np.float32)
-    return tensors
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_rotations_are_found_and_change_nothing(noise: float) -> None:
-    rng = np.random.default_rng(3)
-    a = model(rng)
-    b = hide(noisy(a, noise, rng), rng)
-    sources = ArraySource(a, **SETTINGS), ArraySource(b, **SETTINGS)
-    (plan,) = align_models(*sources, arena_bytes=1 << 24)
-    assert isinstance(plan, HeadPlan)
-    found = find_rotations(*sources, plan)
-    assert found.identity_cost > 0.6
-    assert found.cost < 0.1 if noise else found.cost < 1e-6
-
-    aligned = shuffle(b, list(plan.kv_groups), list(plan.heads))
-    x = rng.standard_normal((7, N_EMBD)).astype(np.float32)
-    np.testing.assert_allclose(attention(aligned, x), attention(b, x), rtol=1e-9, atol=1e-9)
-    for name, width in (("blk.0.attn_v.weight", N_EMBD), ("blk.0.attn_v.bias", 1)):
-        groups = np.split(aligned[name].reshape(-1, width), N_KV)
-        turned = [rotate_values(found, g, part) for g, part in enumerate(groups)]
-        aligned[name] = np.concatenate(turned).reshape(aligned[name].shape)
-    o = aligned["blk.0.attn_output.weight"]
-    aligned["blk.0.attn_output.weight"] = rotate_outputs(found, o)
-    assert np.array_equal(rotate_outputs(found, o[5:9]), rotate_outputs(found, o)[5:9])
-    difference = attention(aligned, x) - attention(b, x)
-    assert np.abs(difference).max() < 1e-5 * np.abs(attention(b, x)).max()
-    distances = [
-        np.linalg.norm(aligned[n] - a[n]) / np.linalg.norm(a[n]) for n in a if "_q" not in n
-    ]
-    assert max(distances) < (0.4 if noise else 1e-5)
-
-
-def test_values_of_fine_tunes_stay(models_dir: Path) -> None:
-    sources = open_model(models_dir / "base"), open_model(models_dir / "expert-a")
-    plans = align_models(*sources, arena_bytes=1 << 24)
-    for plan in plans:
-        assert isinstance(plan, HeadPlan)
-        found = find_rotations(*sources, plan)
-        assert found.cost <= found.identity_cost < 0.1
-
-
-def test_a_rotation_that_gains_little_is_not_used() -> None:
-    rng = np.random.default_rng(4)
-    a = model(rng)
-    sources = ArraySource(a, **SETTINGS), ArraySource(noisy(a, 1e-3, rng), **SETTINGS)
-    (plan,) = align_models(*sources, arena_bytes=1 << 24)
-    assert isinstance(plan, HeadPlan)
-    found = find_rotations(*sources, plan, guard=0.9)
-    assert np.array_equal(found.matrices, np.tile(np.eye(LENGTH), (N_KV, 1, 1)))
-
-
-# -- neurons -----------------------------------------------------------------------------------------
 
 
 def feed_forward(gate: Float32, up: Float32, down: Float32, x: Float32) -> NDArray[np.float64]:

@@ -73,7 +73,7 @@ CASES: list[tuple[Any, str, list[Any]]] = [
         [floats(3), floats(3), True, 0.7, floats(3, ties.TILE), floats(3, 5000), floats(5000)],
     ),
     (gram, "row_grams", [floats(3, 600), 100, np.zeros(gram.LANES), np.zeros((6, 3, 3))]),
-    (heads, "rotate", [floats(7, 16), floats(16, 16, dtype=np.float64), floats(7, 16)]),
+    (heads, "squared_distances", [floats(7, 16), floats(5, 16), np.zeros((7, 5))]),
     (
         sinkhorn,
         "fill_plan",
