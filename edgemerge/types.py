@@ -120,6 +120,9 @@ class Source(Protocol):
         Files that were nearly all there when they were opened stay.
         """
 
+    def notes(self) -> Sequence[str]:
+        """Say what of the model is not used, or was read otherwise than it says; one sentence each."""
+
     def states(self) -> Sequence[FileState]:
         """Return what the files of the tensors were when they were opened."""
 

@@ -181,8 +181,13 @@ _PHI2_GLOBAL = {"output_norm": "model.final_layernorm"}
 _HF_BLOCK = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)")
 _GGUF_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
 _NUMBER = re.compile(r"(?<=\.experts\.)(0|[1-9][0-9]{0,5})(?=\.)")
-# What Hugging Face stores but nobody needs: old checkpoints carry the rotation's frequencies.
-_IGNORED = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
+# What Hugging Face stores but inference does not use: the rotation's frequencies, masks and positions of
+# old checkpoints, scales of an 8-bit cache, heads of other tasks, and layers that guess further tokens.
+_IGNORED = re.compile(
+    r"(.+\.)?(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|masked_bias|position_ids"
+    r"|attn_mask|causal_mask|self_attn\.(bias|[kv]_scale))"
+    r"|(model\.)?(v_head|value_head|score|reward_head|classifier|qa_outputs|mtp)\..+"
+)
 
 
 def _invert(table: Mapping[str, str]) -> dict[str, str]:
@@ -257,7 +262,7 @@ def layer_index(gguf_name: str) -> int | None:
 
 
 def is_ignored(hf_name: str) -> bool:
-    """Tell whether a Hugging Face tensor is dropped: it can be computed from the configuration."""
+    """Tell whether a Hugging Face tensor is dropped: it can be computed, or belongs to another task."""
     return _IGNORED.fullmatch(hf_name) is not None
 
 

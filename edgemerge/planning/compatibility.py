@@ -98,7 +98,7 @@ def check_models(sources: Sequence[Source]) -> list[str]:
                 f"its tensor_data_layout {layout!r} is unknown; convert the model anew",
                 path=source.path,
             )
-    notes: list[str] = []
+    notes = [note for source in sources for note in source.notes()]
     for other in others:
         if other.architecture != arch:
             raise MismatchError(

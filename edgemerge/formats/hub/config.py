@@ -39,7 +39,9 @@ class HubConfig:
     n_ff_expert: int
     vocab_size: int
     rope: Rope
-    tied: bool
+    tied: bool  # whether it says that its head is the embedding
+    must_tie: bool | None  # what llama.cpp computes; None: either
+    quantised: str | None  # what its weights are said to be packed by
     attention_bias: bool
     mlp_bias: bool
     wrapped: bool  # whether the weights lie beside those of a vision tower
@@ -121,8 +123,6 @@ def read_config(path: Path) -> HubConfig:
     if reader.splits_embedding and head_dim * n_head != n_embd:
         raise check.unlike("head_dim", head_dim, f"hidden_size / {n_head} heads")
     tied = check.flag("tie_word_embeddings")
-    if reader.tied not in (None, tied):
-        raise check.unlike("tie_word_embeddings", tied, str(reader.tied).lower())
     n_experts = _count_experts(check, reader)
     n_ff_expert = check.count(reader.experts[2]) if reader.experts else 0
     shapes = Shapes(check.count("num_hidden_layers", most=MAX_LAYERS), n_embd, n_head, head_dim)
@@ -153,6 +153,8 @@ def read_config(path: Path) -> HubConfig:
         vocab_size=check.count("vocab_size"),
         rope=rope,
         tied=tied,
+        must_tie=reader.tied,
+        quantised=_quantised(raw),
         attention_bias=check.flag("attention_bias") or family.is_biased,
         mlp_bias=check.flag("mlp_bias"),
         wrapped=wrapped,
@@ -166,7 +168,8 @@ def _model_type(raw: dict[str, Any], path: Path) -> str:
     if not isinstance(model_type, str) or model_type not in READERS:
         raise FormatError(
             f"model_type {str(model_type)[:80]!r} is not read from a directory (only "
-            f"{', '.join(READERS)}); convert the model to GGUF with llama.cpp first",
+            f"{', '.join(READERS)}); give a GGUF of it, which llama.cpp's convert_hf_to_gguf.py "
+            "makes of the models that it knows",
             path=path,
         )
     return model_type
@@ -175,24 +178,28 @@ def _model_type(raw: dict[str, Any], path: Path) -> str:
 def _refuse_other_models(check: Checker, reader: Reader) -> None:
     """Refuse what is no plain language model of the family."""
     classes = check.raw.get("architectures")
-    if isinstance(classes, list) and classes and classes[0] not in reader.classes:
+    # The model without its head, saved by itself, is computed with the embedding as its head.
+    known = (*reader.classes, reader.classes[0].replace("ForCausalLM", "Model"))
+    if isinstance(classes, list) and classes and classes[0] not in known:
         raise FormatError(
             f"architecture {str(classes[0])[:80]!r} is not a language model that edgemerge "
-            f"reads (only {', '.join(reader.classes)}); convert it to GGUF with llama.cpp first",
-            path=check.path,
-        )
-    quantised = check.raw.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise FormatError(
-            f"its weights are quantised by {str(method)[:40]!r}, which is not read from here; "
-            "give the original fp16 or bf16 model, or a GGUF",
+            f"reads (only {', '.join(reader.classes)}); give the language model that it was made "
+            "from",
             path=check.path,
         )
     key, wanted = reader.activation
     activation = check.get(key)
     if activation not in (None, wanted):
         raise check.refuse(key, activation, f"{wanted}, as in llama.cpp")
+
+
+def _quantised(raw: dict[str, Any]) -> str | None:
+    """Return who packed the weights, going by config.json; plain weights may follow nevertheless."""
+    stated = raw.get("quantization_config")
+    method = stated.get("quant_method") if isinstance(stated, dict) else stated
+    if stated and method:
+        return str(method)[:40]
+    return "mlx" if stated or raw.get("quantization") else None
 
 
 def _common_keys(

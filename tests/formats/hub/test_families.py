@@ -47,7 +47,6 @@ def refusal(model: Path) -> str:
         ("gemma2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar is '7.0'"),
         ("gemma2", {"num_hidden_layers": 46}, "query_pre_attn_scalar is '16.0'"),
         ("gemma2", {"layer_types": ["full_attention"] * 2}, "layer_types"),
-        ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings is 'False'"),
         ("gemma2", {"rope_parameters": {"rope_theta": 5e5}}, "rope_theta is '500000.0'"),
         ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping is '0'"),
         ("gemma2", {"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
@@ -88,7 +87,6 @@ def refusal(model: Path) -> str:
         ("qwen3_moe", {"num_local_experts": 5}, "mlp.gate.weight': its shape is [4, 32]"),
         ("qwen3_moe", {"moe_intermediate_size": 32}, "makes it [32, 32]"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts is '0'"),
-        ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings is 'True'"),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "no_rope_layers is '[1, 1, 1, 1]'"),
         (
             "smollm3",
