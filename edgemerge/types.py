@@ -211,6 +211,9 @@ class TensorJob:
     passes: int  # how often the inputs are read, but for the blocks that are held
     is_weighted: bool = False  # encoded by the importance matrix
     workers: int = 1  # who take its blocks in turn; more than one where it is much of the model
+    filler: int | None = (
+        None  # number of the input whose last rows stand for those that others lack
+    )
     held_blocks: int = 0  # that each worker keeps in memory from one pass to the next
 
     @property
@@ -234,6 +237,11 @@ class TensorJob:
     def is_layer_scoped(self) -> bool:
         """Whether the factors of its models come from all tensors of its layer."""
         return self.settings.get("scope") == "block" and self.out.name.startswith("blk.")
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether its inputs have different numbers of rows, one for each token of a vocabulary."""
+        return self.filler is not None
 
     @property
     def is_byte_copy(self) -> bool:

@@ -24,7 +24,7 @@ from edgemerge.formats.inspection import Provenance, read_provenance
 from edgemerge.formats.json_file import parse_object
 from edgemerge.methods.table import find_method
 from edgemerge.planning.jobs import draft_jobs
-from edgemerge.types import ModelInput, Parameters, Recipe, Rule, Slice, Source
+from edgemerge.types import ModelInput, Parameters, Recipe, Rule, Slice, Source, TensorSpec
 
 __all__ = ["check_inputs"]
 
@@ -110,6 +110,7 @@ def _refuse_aligned(recipe: Recipe, path: Path) -> None:
 def _read_recipe(provenance: Provenance, paths: Mapping[str, Path], path: Path) -> Recipe:
     """Rebuild as much of the recipe as says which tensors were read; it may be a stranger's."""
     stated = parse_object(provenance.recipe.encode(), path)
+    source = stated.get("tokenizer_source", "base")
     try:
         recipe = Recipe(
             method=str(stated["method"]),
@@ -119,6 +120,7 @@ def _read_recipe(provenance: Provenance, paths: Mapping[str, Path], path: Path) 
             defaults=_read_parameters(stated["defaults"]),
             align=None if stated["align"] is None else str(stated["align"]),
             neurons=bool(stated["neurons"]),
+            tokenizer_source=str(paths.get(source, source)),
         )
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(path) from error
@@ -170,20 +172,19 @@ def _checksums(recipe: Recipe, sources: Mapping[Path, Source]) -> list[int]:
     found = [0] * len(models)
     for draft in draft_jobs(recipe, find_method(recipe.method), models, sources):
         for tensor in (*([draft.base] if draft.base else []), *draft.experts):
-            crc32 = _checksum(sources[models[tensor.model]], tensor.spec.name)
+            crc32 = _checksum(sources[models[tensor.model]], tensor.spec)
             found[tensor.model] = zlib.crc32(crc32.to_bytes(4, "little"), found[tensor.model])
     return found
 
 
-def _checksum(source: Source, name: str) -> int:
-    """Compute the CRC-32 of a tensor's rows as they are stored."""
-    spec = source.specs()[name]
+def _checksum(source: Source, spec: TensorSpec) -> int:
+    """Compute the CRC-32 of a tensor's rows, or of its first, as they are stored."""
     step = max(1, PIECE // max(1, spec.row_bytes))
     crc32 = 0
     for start in range(0, spec.n_rows, step):
         stop = min(start + step, spec.n_rows)
         raw_u8 = np.empty((stop - start) * spec.row_bytes, np.uint8)
-        source.read_rows(name, start, stop, raw_u8)
+        source.read_rows(spec.name, start, stop, raw_u8)
         crc32 = zlib.crc32(raw_u8.data, crc32)
-    source.forget(name)
+    source.forget(spec.name)
     return crc32

@@ -197,7 +197,7 @@ def _pre_tokenizer(path: Path, tokenizer_json: Json, model_type: str) -> str:
     shown = ", ".join(str(step[0]) for step in steps)
     raise FormatError(
         f"its tokenizer cuts text in a way ({shown or 'none'}) that edgemerge knows no llama.cpp "
-        "name for; convert the model to GGUF with llama.cpp first",
+        "name for; give a GGUF of it (convert_hf_to_gguf.py of llama.cpp knows more tokenizers)",
         path=path,
     )
 
