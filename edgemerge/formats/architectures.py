@@ -93,12 +93,16 @@ _OTHER_BIAS = {
     "ffn_down.bias": "mlp.down_proj.bias",
 }
 _LLAMA = {**_NORMS_BEFORE, **_QKV, **_QKV_BIAS, **_OUTPUT, **_FFN, **_OTHER_BIAS}
+_OLMO = {**_NORMS_AFTER, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}
 _GEMMA3 = {**_NORMS_AROUND, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}
 
 # model_type of config.json -> what edgemerge reads of such a directory
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", _LLAMA, rotates_pairs=True),
     "mistral": Family("llama", _LLAMA, rotates_pairs=True),
+    "ministral3": Family(
+        "mistral3", {**_NORMS_BEFORE, **_QKV, **_OUTPUT, **_FFN}, rotates_pairs=True
+    ),
     "mixtral": Family(
         "llama",
         {
@@ -146,7 +150,8 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "granite": Family("granite", _LLAMA, rotates_pairs=True),
-    "olmo2": Family("olmo2", {**_NORMS_AFTER, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}),
+    "olmo2": Family("olmo2", _OLMO),
+    "olmo3": Family("olmo2", _OLMO),
     "smollm3": Family("smollm3", {**_NORMS_BEFORE, **_QKV, **_OUTPUT, **_FFN}, rotates_pairs=True),
 }
 

@@ -230,6 +230,22 @@ def test_the_same_bytes_for_every_block_height_budget_and_thread_count(
         assert len(made) == 1
 
 
+def test_a_stopped_merge_goes_on_to_the_same_bytes(models: Models) -> None:
+    base = models.make("base", 0, rows=340, head="own")
+    experts = [models.make("a", 1, rows=384), models.make("b", 2)]
+    whole, _ = models.merge("whole.gguf", "ties", base, experts, threads=1)
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        models.merge("x.gguf", "ties", base, experts, threads=1, progress=stop)
+    assert not (models.folder / "x.gguf").exists()
+    found, _ = models.merge("x.gguf", "ties", base, experts, threads=1)
+    assert found.read_bytes() == whole.read_bytes()
+
+
 def test_quantised_inputs_of_different_vocabularies(models: Models) -> None:
     base = models.gguf(models.make("base", 0, rows=384), "Q8_0")
     expert = models.gguf(models.make("a", 1), "Q4_0")

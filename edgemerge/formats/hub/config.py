@@ -21,7 +21,11 @@ __all__ = ["HubConfig", "read_config"]
 
 MAX_LAYERS, MAX_HEAD_DIM = 1 << 12, 1 << 14  # lists and tables of so many are made from them
 ROPE_THETA = 10000.0  # llama.cpp's own, where it is not told
-WRAPPED, UNWRAPPED = "gemma3", "gemma3_text"  # a model with a vision tower, the text model in it
+# Models with a vision tower: their type -> types of the text model in it, and how that is read
+WRAPPED = {
+    "gemma3": (("gemma3_text",), "gemma3_text"),
+    "mistral3": (("ministral3", "mistral"), "ministral3"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ class HubConfig:
         q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         name, _, suffix = stem.rpartition(".")
         # OLMo 2 normalises all heads together, the others each head by itself.
-        whole = self.model_type == "olmo2"
+        whole = self.family.architecture == "olmo2"
         up = 2 * self.n_ff if "ffn_gate.weight" not in self.family.block else self.n_ff
         n_out, n_in = {
             "token_embd": (self.vocab_size, self.n_embd),
@@ -105,9 +109,11 @@ def read_config(path: Path) -> HubConfig:
         The model is of a kind that edgemerge does not read, or a value is missing or absurd.
     """
     raw = read_object(path)
-    wrapped = raw.get("model_type") == WRAPPED and isinstance(raw.get("text_config"), dict)
+    types, unwrapped = WRAPPED.get(str(raw.get("model_type")), ((), ""))
+    text = raw.get("text_config")
+    wrapped = isinstance(text, dict) and text.get("model_type", unwrapped) in types
     if wrapped:
-        raw = {**raw, **raw["text_config"], "model_type": UNWRAPPED}
+        raw = {**raw, **raw["text_config"], "model_type": unwrapped}
     model_type = _model_type(raw, path)
     reader = READERS[model_type]
     check = Checker(raw, path, reader.defaults)
@@ -133,7 +139,7 @@ def read_config(path: Path) -> HubConfig:
     values = {
         "context_length": encode_value(context_length, "u32"),
         **_common_keys(check, reader, shapes, n_kv_head),
-        **rope_metadata(rope),
+        **rope_metadata(rope, has_log_multiplier="rope.scaling.yarn_log_multiplier" in reader.keys),
         **reader.own_keys(check, shapes),
     }
     family = FAMILIES[model_type]

@@ -97,6 +97,7 @@ OTHER_NAMES: dict[tuple[str, str], str] = {
     ("granite", "smaug-bpe"): "dbrx",
     ("granite", "smollm"): "refact",
     ("olmo2", "smaug-bpe"): "dbrx",
+    ("olmo3", "smaug-bpe"): "dbrx",
     ("phi3", "smaug-bpe"): "dbrx",
 }
 

@@ -29,7 +29,7 @@ from edgemerge.formats.tokenizer.unigram import unigram_json_vocabulary, unigram
 __all__ = ["tokenizer_metadata"]
 
 # Model types that the converter's LlamaModel and GemmaModel take care of.
-LLAMA_LIKE = ("llama", "mistral", "mixtral", "granite", "smollm3")
+LLAMA_LIKE = ("llama", "mistral", "ministral3", "mixtral", "granite", "smollm3")
 GEMMA = ("gemma2", "gemma3_text")
 # llama.cpp ends a text with EOS in the first, and begins it with BOS in the others, by default.
 UNIGRAM = encode_value("t5", "str")
