@@ -35,12 +35,12 @@ class Shapes:
 
 
 def no_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    """A family without keys of its own."""
+    """Return nothing, for a family without keys of its own."""
     return {}
 
 
 def scales_of_granite(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    """Four factors, of which llama.cpp takes each for 1 where it is not stated."""
+    """State four factors, of which llama.cpp takes each for 1 where it is not stated."""
     names = {
         "attention.scale": "attention_multiplier",
         "embedding_scale": "embedding_multiplier",
@@ -51,7 +51,7 @@ def scales_of_granite(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 
 def gemma2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    """Caps of logits, and a window in every second layer."""
+    """State caps of logits, and a window in every second layer."""
     _check_query_scale(check, shapes, n_layers_of_27b=46)
     _check_layer_types(check, _windows(shapes.n_layers, 2))
     return {
@@ -62,7 +62,7 @@ def gemma2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 
 def gemma3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    """A window in five layers of six, or in none."""
+    """State a window in five layers of six, or in none."""
     _check_query_scale(check, shapes, n_layers_of_27b=62)
     if check.flag("use_bidirectional_attention"):
         raise check.unlike("use_bidirectional_attention", True, "causal attention")
@@ -118,7 +118,7 @@ def ministral3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 
 def olmo3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    """A window in any of the layers, which turn by the same frequencies without YaRN."""
+    """State a window in any of the layers, which turn by the same frequencies without YaRN."""
     kinds = check.get("layer_types")
     if kinds is None:
         kinds = _windows(shapes.n_layers, 4)
@@ -140,7 +140,7 @@ def olmo3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 
 def phi3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    """A window, which llama.cpp does not compute with."""
+    """State a window, which llama.cpp does not compute with."""
     # llama.cpp computes Phi-3 without a window; 0 tells it that there is none.
     window = check.get("sliding_window")
     stated = check.count("sliding_window") if window else 0
@@ -148,7 +148,7 @@ def phi3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 
 def qwen3_moe_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    """The width of an expert; every layer has experts."""
+    """State the width of an expert; every layer has experts."""
     if not check.flag("norm_topk_prob"):
         raise check.unlike("norm_topk_prob", False, "true")
     if (step := check.count("decoder_sparse_step")) != 1:
