@@ -48,7 +48,6 @@ class HubConfig:
     quantised: str | None  # what its weights are said to be packed by
     attention_bias: bool
     mlp_bias: bool
-    wrapped: bool  # whether the weights lie beside those of a vision tower
     keys: dict[str, bytes]  # of GGUF, without the architecture's name, in the converter's order
     raw: dict[str, Any]  # config.json itself, for the tokenizer's token ids
 
@@ -111,9 +110,8 @@ def read_config(path: Path) -> HubConfig:
     raw = read_object(path)
     types, unwrapped = WRAPPED.get(str(raw.get("model_type")), ((), ""))
     text = raw.get("text_config")
-    wrapped = isinstance(text, dict) and text.get("model_type", unwrapped) in types
-    if wrapped:
-        raw = {**raw, **raw["text_config"], "model_type": unwrapped}
+    if isinstance(text, dict) and text.get("model_type", unwrapped) in types:
+        raw = {**raw, **text, "model_type": unwrapped}
     model_type = _model_type(raw, path)
     reader = READERS[model_type]
     check = Checker(raw, path, reader.defaults)
@@ -163,7 +161,6 @@ def read_config(path: Path) -> HubConfig:
         quantised=_quantised(raw),
         attention_bias=check.flag("attention_bias") or family.is_biased,
         mlp_bias=check.flag("mlp_bias"),
-        wrapped=wrapped,
         keys={key: values[key] for key in reader.keys if key in values},
         raw=raw,
     )

@@ -75,8 +75,9 @@ class Inventory:
         for shard, tensors in stored_tensors(path).items():
             # By name within a shard, as llama.cpp's SafetensorsLocal lists them.
             for stored_name, tensor in sorted(tensors.items()):
-                name = own_name(config.model_type, stored_name, wrapped=config.wrapped)
+                name = own_name(config.model_type, stored_name)
                 if name is None:
+                    self.unused.append(stored_name)
                     continue
                 if name in found:
                     raise FormatError(

@@ -85,7 +85,7 @@ class HubModel:
         notes = [note] if (note := unread_files(self.path)) else []
         if unused:
             notes.append(
-                f"{name}: tensors that inference does not use are left out: {name_some(unused)}"
+                f"{name}: tensors that the language model does not use are left out: {name_some(unused)}"
             )
         if tool:
             notes.append(

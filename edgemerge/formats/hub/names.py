@@ -21,7 +21,7 @@ OTHER_TYPES = ("BOOL", "I16", "U16", "I32", "U32", "I64", "U64")
 SHOWN = 3  # names in one note
 
 
-def own_name(model_type: str, stored: str, *, wrapped: bool) -> str | None:
+def own_name(model_type: str, stored: str) -> str | None:
     """Return the name that transformers gives a tensor in the text model alone.
 
     Parameters
@@ -30,24 +30,18 @@ def own_name(model_type: str, stored: str, *, wrapped: bool) -> str | None:
         config.json's.
     stored : str
         The name in the file.
-    wrapped : bool
-        Whether the text model lies beside a vision tower.
 
     Returns
     -------
     str or None
-        None for a tensor of the tower.
+        None for a tensor of a vision tower.
     """
-    name = stored
-    while prefix := next((w for w in WRAPPERS if name.startswith(w)), None):
-        name = name.removeprefix(prefix)
-    if wrapped:
-        text = text_name(name)
-        if text is None:
-            return None
-        name = text
+    bare = stored
+    while prefix := next((w for w in WRAPPERS if bare.startswith(w)), None):
+        bare = bare.removeprefix(prefix)
+    name = text_name(bare)
     # The model without its head, saved by itself, has no `model.` in front.
-    if not name.startswith("model.") and name not in GLOBAL.values():
+    if name is not None and not name.startswith("model.") and name not in GLOBAL.values():
         longer = f"model.{name}"
         if name.startswith("layers.") or gguf_name(model_type, longer) is not None:
             return longer

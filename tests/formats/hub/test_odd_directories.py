@@ -132,8 +132,9 @@ def test_a_file_of_another_name_is_named(folder: Path) -> None:
         lambda name: f"base_model.model.{name}",
         lambda name: f"pretrained_model.{name}",
         lambda name: f"module._orig_mod.{name}",
+        lambda name: f"language_model.{name}",
     ],
-    ids=["without model.", "torch.compile", "DDP", "PEFT", "TRL", "both"],
+    ids=["without model.", "torch.compile", "DDP", "PEFT", "TRL", "both", "of a vision model"],
 )
 def test_names_that_a_tool_has_changed(
     folder: Path, tensors: Tensors, rename: Callable[[str], str]
@@ -183,7 +184,7 @@ def test_unused_tensors_are_left_out_with_a_note(
     found, notes = read(folder)
     assert found == expected
     names = ", ".join(sorted(unused))
-    assert notes == [f"model: tensors that inference does not use are left out: {names}"]
+    assert notes == [f"model: tensors that the language model does not use are left out: {names}"]
 
 
 def test_many_unused_tensors_make_one_note(folder: Path, tensors: Tensors) -> None:
