@@ -291,4 +291,15 @@ SHAPES: dict[str, Shape] = {
             "original_max_position_embeddings": 16,
         }},
     ),
+    "granite4": Shape(
+        "granitemoehybrid",
+        TINY | dict(hidden_size=16, intermediate_size=24, shared_intermediate_size=24,
+                    num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+                    num_local_experts=0, num_experts_per_tok=0, position_embedding_type="rope",
+                    layer_types=["full_attention"] * 2, mamba_n_heads=4, mamba_d_head=8,
+                    mamba_d_state=8, embedding_multiplier=3.0, logits_scaling=4.0,
+                    residual_multiplier=0.5, attention_multiplier=0.25),
+        "dbrx",
+        config_added={"layer_types": ["attention"] * 2},
+    ),
 }  # fmt: skip

@@ -62,7 +62,8 @@ class HubConfig:
         name, _, suffix = stem.rpartition(".")
         # OLMo 2 normalises all heads together, the others each head by itself.
         whole = self.family.architecture == "olmo2"
-        up = 2 * self.n_ff if "ffn_gate.weight" not in self.family.block else self.n_ff
+        has_gate = "ffn_gate.weight" in self.family.block or self.family.halves
+        up = self.n_ff if has_gate else 2 * self.n_ff
         n_out, n_in = {
             "token_embd": (self.vocab_size, self.n_embd),
             "output": (self.vocab_size, self.n_embd),

@@ -17,6 +17,7 @@ from edgemerge.formats.hub.own_keys import (
     Shapes,
     gemma2_keys,
     gemma3_keys,
+    granite4_keys,
     ministral3_keys,
     no_keys,
     olmo3_keys,
@@ -72,6 +73,15 @@ _TEXT = (
     "expert_used_count",
 )
 _LLAMA = (*_TEXT, *_LENGTHS, "vocab_size", "rope.dimension_count")
+_GRANITE = (
+    *_TEXT,
+    "vocab_size",
+    "rope.dimension_count",
+    "attention.scale",
+    "embedding_scale",
+    "residual_scale",
+    "logit_scale",
+)
 _LINEAR_YARN = ("default", "linear", "yarn")
 _LLAMA_ROPES = ("default", "linear", "llama3", "yarn")
 
@@ -231,18 +241,36 @@ READERS: dict[str, Reader] = {
     ),
     "granite": Reader(
         ("GraniteForCausalLM",),
-        (
-            *_TEXT,
-            "vocab_size",
-            "rope.dimension_count",
-            "attention.scale",
-            "embedding_scale",
-            "residual_scale",
-            "logit_scale",
-        ),
+        _GRANITE,
         _LINEAR_YARN,
         {"max_position_embeddings": 2048},
         own_keys=scales_of_granite,
+        splits_embedding=True,
+    ),
+    "granitemoehybrid": Reader(
+        ("GraniteMoeHybridForCausalLM",),
+        (
+            *_GRANITE,
+            "expert_shared_feed_forward_length",
+            "ssm.conv_kernel",
+            "ssm.state_size",
+            "ssm.group_count",
+            "ssm.inner_size",
+            "ssm.time_step_rank",
+            "rope.scaling.finetuned",
+        ),
+        _LINEAR_YARN,
+        {
+            "max_position_embeddings": 2048,
+            "num_local_experts": 8,
+            "shared_intermediate_size": 1024,
+            "mamba_d_conv": 4,
+            "mamba_d_state": 256,
+            "mamba_n_groups": 1,
+            "mamba_expand": 2,
+            "mamba_n_heads": 128,
+        },
+        own_keys=granite4_keys,
         splits_embedding=True,
     ),
     "olmo2": Reader(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from edgemerge.formats.architectures import (
     ROTARY_HEADS,
     expert_name,
     gguf_name,
+    half_names,
     layer_index,
 )
 from edgemerge.formats.hub.config import HubConfig
@@ -102,29 +103,46 @@ class Inventory:
                 path=shard,
                 tensor=stored_name,
             )
+        if halves := half_names(self._config.model_type, name):
+            for half, own in zip(_halve(tensor), halves, strict=True):
+                self._place(shard, stored_name, half, own)
+            return
         expert = expert_name(self._config.model_type, name)
         new_name, number = expert or (gguf_name(self._config.model_type, name), 0)
-        layer = layer_index(new_name) if new_name is not None else None
-        if (
-            new_name is None
-            or (layer is not None and layer >= self._config.n_layers)
-            or (expert is not None and number >= self._config.n_experts)
-        ):
-            raise FormatError(
-                f"llama.cpp's {self._config.family.architecture} with {self._config.n_layers} "
-                f"layers has no such tensor, so {CONFIG} and weights do not belong together; get "
-                "both from one model",
-                path=shard,
-                tensor=stored_name,
-            )
-        stem = new_name if layer is None else new_name.split(".", 2)[2]
-        self._check(shard, stored_name, tensor, stem)
+        if new_name is None or (expert is not None and number >= self._config.n_experts):
+            raise self._refuse_unknown(shard, stored_name)
         if expert is None:
-            self._file(new_name, stem, shard, tensor)
-        elif layer is not None:
-            found = _Expert(shard, stored_name, tensor)
-            self._experts.setdefault(layer, {}).setdefault(stem, {})[number] = found
-            self._stack(layer)
+            self._place(shard, stored_name, tensor, new_name)
+            return
+        layer, stem = self._find_layer(shard, stored_name, new_name)
+        assert layer is not None
+        self._check(shard, stored_name, tensor, stem)
+        found = _Expert(shard, stored_name, tensor)
+        self._experts.setdefault(layer, {}).setdefault(stem, {})[number] = found
+        self._stack(layer)
+
+    def _place(self, shard: Path, stored_name: str, tensor: StoredTensor, name: str) -> None:
+        """Check a tensor, and file it under its GGUF name."""
+        _, stem = self._find_layer(shard, stored_name, name)
+        self._check(shard, stored_name, tensor, stem)
+        self._file(name, stem, shard, tensor)
+
+    def _find_layer(self, shard: Path, stored_name: str, name: str) -> tuple[int | None, str]:
+        """Return a tensor's layer, and its name without it."""
+        layer = layer_index(name)
+        if layer is None:
+            return None, name
+        if layer >= self._config.n_layers:
+            raise self._refuse_unknown(shard, stored_name)
+        return layer, name.split(".", 2)[2]
+
+    def _refuse_unknown(self, shard: Path, stored_name: str) -> FormatError:
+        return FormatError(
+            f"llama.cpp's {self._config.family.architecture} with {self._config.n_layers} layers has "
+            f"no such tensor, so {CONFIG} and weights do not belong together; get both from one model",
+            path=shard,
+            tensor=stored_name,
+        )
 
     def _refuse_packed(self, shard: Path, stored_name: str, what: str) -> FormatError:
         tool = self._config.quantised or "some tool"
@@ -202,6 +220,7 @@ class Inventory:
         def wanted() -> Iterator[str]:  # one by one: a hostile config.json has billions of layers
             yield from (hf for name, hf in GLOBAL.items() if name != "output.weight")
             names = [hf for stem, hf in family.block.items() if config.required(stem)]
+            names += family.halves
             for layer in range(config.n_layers):
                 yield from (f"model.layers.{layer}.{name}" for name in names)
                 for i in range(config.n_experts):
@@ -215,3 +234,13 @@ class Inventory:
                     path=self._path,
                     tensor=name,
                 )
+
+
+def _halve(tensor: StoredTensor) -> tuple[StoredTensor, StoredTensor]:
+    """Cut a matrix into its upper and lower half; one of an odd height is left for the check of shapes."""
+    n_rows, *rest = tensor.shape or (0,)
+    shape, nbytes = (n_rows // 2, *rest), tensor.nbytes // 2
+    if n_rows % 2:
+        return tensor, tensor
+    upper = StoredTensor(tensor.dtype, shape, tensor.offset, nbytes)
+    return upper, replace(upper, offset=tensor.offset + nbytes)

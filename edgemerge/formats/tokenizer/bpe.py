@@ -96,6 +96,8 @@ PRE_TOKENIZERS: tuple[tuple[tuple[Step, ...], bool | None, str], ...] = (
 OTHER_NAMES: dict[tuple[str, str], str] = {
     ("granite", "smaug-bpe"): "dbrx",
     ("granite", "smollm"): "refact",
+    ("granitemoehybrid", "smaug-bpe"): "dbrx",
+    ("granitemoehybrid", "smollm"): "refact",
     ("olmo2", "smaug-bpe"): "dbrx",
     ("olmo3", "smaug-bpe"): "dbrx",
     ("phi3", "smaug-bpe"): "dbrx",

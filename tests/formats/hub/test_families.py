@@ -123,6 +123,20 @@ def refusal(model: Path) -> str:
         ("olmo3", {"layer_types": ["full_attention"] * 3}, "it must be a list of 4 of sliding_att"),
         ("olmo3", {"layer_types": ["conv"] * 4}, "it must be a list of 4 of sliding_attention"),
         (
+            "granite4",
+            {"layer_types": ["mamba", "attention"]},
+            "are not read from a directory; give a GGUF",
+        ),
+        ("granite4", {"layer_types": None}, "layer_types is 'None', and such models are not read"),
+        ("granite4", {"num_local_experts": 4}, "num_local_experts is '4', and such models are not"),
+        ("granite4", {"position_embedding_type": "nope"}, "computes such models with 'rope'"),
+        ("granite4", {"shared_intermediate_size": 16}, "that of intermediate_size"),
+        (
+            "granite4",
+            {"intermediate_size": 16, "shared_intermediate_size": 16},
+            "shared_mlp.input_linear.weight': its shape is [24, 16] but config.json makes it [16, 16]",
+        ),
+        (
             "ministral3",
             {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
             "rope_type is 'default', but llama.cpp computes such models with 'yarn'",
