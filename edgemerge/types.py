@@ -135,6 +135,9 @@ class Source(Protocol):
         Files that were nearly all there when they were opened stay.
         """
 
+    def notes(self) -> Sequence[str]:
+        """Say what of the model is not used, or was read otherwise than it says; one sentence each."""
+
     def states(self) -> Sequence[FileState]:
         """Return what the files of the tensors were when they were opened."""
 
@@ -227,6 +230,9 @@ class TensorJob:
     passes: int  # how often the inputs are read, but for cached blocks
     is_copy: bool = False  # of its only input, which may be stored as another type
     is_weighted: bool = False  # encoded by the importance matrix
+    filler: int | None = (
+        None  # number of the input whose last rows stand for those that others lack
+    )
     workers: int = 1  # that make its blocks; more than one where it is much of the model
     cached_blocks: int = 0  # blocks that each worker keeps in memory from one pass to the next
 
@@ -256,6 +262,11 @@ class TensorJob:
         cached_rows = min(self.out.n_rows, self.workers * self.cached_blocks * self.rows_per_block)
         again = (self.passes - 1) * (self.out.n_rows - cached_rows)
         return sum(t.spec.nbytes + again * t.spec.row_bytes for t in self.inputs)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether its inputs have different numbers of rows, one for each token of a vocabulary."""
+        return self.filler is not None
 
     @property
     def is_byte_copy(self) -> bool:

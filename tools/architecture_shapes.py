@@ -79,6 +79,11 @@ LONGROPE = dict(
     long_factor=[1.0, 2.5, 4.0, 7.5], short_factor=[1.0, 1.05, 1.1, 1.25],
 )  # fmt: skip
 
+MINISTRAL = YARN | dict(
+    rope_theta=1e6, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.1,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -97,6 +102,7 @@ class Shape:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)  # changes of config.json
     config_added: dict[str, Any] = field(default_factory=dict)
     config_removed: tuple[str, ...] = ()
+    tokenizer_class: str = "PreTrainedTokenizerFast"
 
 
 SHAPES: dict[str, Shape] = {
@@ -243,5 +249,57 @@ SHAPES: dict[str, Shape] = {
         ignore_merges=True,
         has_bos=True,
         variants=YARN_VARIANT,
+    ),
+    "olmo3": Shape(
+        "olmo3",
+        TINY | dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
+                    num_hidden_layers=4,
+                    sliding_window=8, pad_token_id=0, eos_token_id=2),
+        "dbrx",
+        variants={
+            "yarn": {"rope_parameters": {
+                "full_attention": YARN | {"rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            }},
+            "old_style": {
+                "rope_parameters": None, "rope_theta": 5e5, "rope_scaling": YARN,
+                "layer_types": ["full_attention"] + 3 * ["sliding_attention"],
+            },
+        },
+    ),
+    "ministral3": Shape(
+        "ministral3",
+        TINY | dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
+                    head_dim=12, pad_token_id=0, rope_parameters=MINISTRAL),
+        "tekken",
+        has_bos=True,
+        variants={"other_scale": {"rope_parameters": MINISTRAL | {
+            "mscale": 0.5, "mscale_all_dim": 0.8, "factor": 8.0}}},
+    ),
+    "phi4_mini": Shape(
+        "phi3",
+        TINY | dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
+                    tie_word_embeddings=True, pad_token_id=0, bos_token_id=331, eos_token_id=331,
+                    sliding_window=None, rope_parameters=dict(
+                        rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.75)),
+        "gpt-4o",
+        tokenizer_class="GPT2Tokenizer",
+        variants={"long": {
+            "rope_parameters": LONGROPE | dict(
+                partial_rotary_factor=0.75, long_factor=[1.0, 2.5, 7.5],
+                short_factor=[1.0, 1.05, 1.25]),
+            "original_max_position_embeddings": 16,
+        }},
+    ),
+    "granite4": Shape(
+        "granitemoehybrid",
+        TINY | dict(hidden_size=16, intermediate_size=24, shared_intermediate_size=24,
+                    num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
+                    num_local_experts=0, num_experts_per_tok=0, position_embedding_type="rope",
+                    layer_types=["full_attention"] * 2, mamba_n_heads=4, mamba_d_head=8,
+                    mamba_d_state=8, embedding_multiplier=3.0, logits_scaling=4.0,
+                    residual_multiplier=0.5, attention_multiplier=0.25),
+        "dbrx",
+        config_added={"layer_types": ["attention"] * 2},
     ),
 }  # fmt: skip

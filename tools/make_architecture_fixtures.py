@@ -240,7 +240,7 @@ def make_bpe(folder: Path, shape: Shape) -> None:
         "bos_token": first if shape.has_bos else None,
         "eos_token": first,
         "pad_token": first,
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": shape.tokenizer_class,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(TEMPLATE)

@@ -18,6 +18,7 @@ __all__ = [
     "Family",
     "expert_name",
     "gguf_name",
+    "half_names",
     "hf_name",
     "is_ignored",
     "layer_index",
@@ -33,6 +34,8 @@ class Family:
     block: Mapping[str, str]  # GGUF name -> Hugging Face name
     # GGUF name -> name of one expert, {} its number; in the order in which the converter stacks them
     experts: Mapping[str, str] = field(default_factory=dict)
+    # Hugging Face name of two matrices, one above the other -> their GGUF names
+    halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     rotates_pairs: bool = False  # GGUF keeps the rows of q and k in another order, see ROTARY_HEADS
     norm_offset: float = 0.0  # stored norms are this much below what a vector is multiplied by
     is_biased: bool = False  # whether q, k and v always have biases
@@ -93,12 +96,16 @@ _OTHER_BIAS = {
     "ffn_down.bias": "mlp.down_proj.bias",
 }
 _LLAMA = {**_NORMS_BEFORE, **_QKV, **_QKV_BIAS, **_OUTPUT, **_FFN, **_OTHER_BIAS}
+_OLMO = {**_NORMS_AFTER, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}
 _GEMMA3 = {**_NORMS_AROUND, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}
 
 # model_type of config.json -> what edgemerge reads of such a directory
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", _LLAMA, rotates_pairs=True),
     "mistral": Family("llama", _LLAMA, rotates_pairs=True),
+    "ministral3": Family(
+        "mistral3", {**_NORMS_BEFORE, **_QKV, **_OUTPUT, **_FFN}, rotates_pairs=True
+    ),
     "mixtral": Family(
         "llama",
         {
@@ -146,7 +153,19 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "granite": Family("granite", _LLAMA, rotates_pairs=True),
-    "olmo2": Family("olmo2", {**_NORMS_AFTER, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}),
+    "granitemoehybrid": Family(
+        "granite",
+        {
+            **_NORMS_BEFORE,
+            **_QKV,
+            **_OUTPUT,
+            "ffn_down.weight": "shared_mlp.output_linear.weight",
+        },
+        halves={"shared_mlp.input_linear.weight": ("ffn_gate.weight", "ffn_up.weight")},
+        rotates_pairs=True,
+    ),
+    "olmo2": Family("olmo2", _OLMO),
+    "olmo3": Family("olmo2", _OLMO),
     "smollm3": Family("smollm3", {**_NORMS_BEFORE, **_QKV, **_OUTPUT, **_FFN}, rotates_pairs=True),
 }
 
@@ -181,8 +200,13 @@ _PHI2_GLOBAL = {"output_norm": "model.final_layernorm"}
 _HF_BLOCK = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,5})\.(.+)")
 _GGUF_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
 _NUMBER = re.compile(r"(?<=\.experts\.)(0|[1-9][0-9]{0,5})(?=\.)")
-# What Hugging Face stores but nobody needs: old checkpoints carry the rotation's frequencies.
-_IGNORED = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
+# What Hugging Face stores but inference does not use: the rotation's frequencies, masks and positions of
+# old checkpoints, scales of an 8-bit cache, heads of other tasks, and layers that guess further tokens.
+_IGNORED = re.compile(
+    r"(.+\.)?(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|masked_bias|position_ids"
+    r"|attn_mask|causal_mask|self_attn\.(bias|[kv]_scale))"
+    r"|(model\.)?(v_head|value_head|score|reward_head|classifier|qa_outputs|mtp)\..+"
+)
 
 
 def _invert(table: Mapping[str, str]) -> dict[str, str]:
@@ -199,7 +223,8 @@ def _names_by_architecture() -> dict[str, dict[str, str]]:
     tables: dict[str, dict[str, str]] = {}
     for family in FAMILIES.values():
         stacks = {gguf: hf.replace(".{}", "") for gguf, hf in family.experts.items()}
-        tables.setdefault(family.architecture, {}).update({**family.block, **stacks})
+        table = tables.setdefault(family.architecture, {})
+        table |= {**family.block, **stacks, **table}  # the first family's names count
     return tables
 
 
@@ -212,6 +237,15 @@ def gguf_name(model_type: str, hf_name: str) -> str | None:
         stem = _FROM_HF_BLOCK[model_type].get(match[2])
         return f"blk.{match[1]}.{stem}" if stem is not None else None
     return _FROM_HF_GLOBAL.get(hf_name)
+
+
+def half_names(model_type: str, hf_name: str) -> tuple[str, str] | None:
+    """Return the GGUF names of two matrices that are stored as one; None for any other tensor."""
+    match = _HF_BLOCK.fullmatch(hf_name)
+    stems = FAMILIES[model_type].halves.get(match[2]) if match else None
+    if match is None or stems is None:
+        return None
+    return f"blk.{match[1]}.{stems[0]}", f"blk.{match[1]}.{stems[1]}"
 
 
 def expert_name(model_type: str, hf_name: str) -> tuple[str, int] | None:
@@ -257,7 +291,7 @@ def layer_index(gguf_name: str) -> int | None:
 
 
 def is_ignored(hf_name: str) -> bool:
-    """Tell whether a Hugging Face tensor is dropped: it can be computed from the configuration."""
+    """Tell whether a Hugging Face tensor is dropped: it can be computed, or belongs to another task."""
     return _IGNORED.fullmatch(hf_name) is not None
 
 

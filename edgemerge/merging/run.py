@@ -345,7 +345,10 @@ def _provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str,
 def _recipe_json(the_plan: Plan) -> str:
     """Return the recipe as canonical JSON, models by file name."""
     recipe = asdict(the_plan.recipe)
-    for dropped in ("notes", "memory", "chat_template", "tokenizer_source"):
+    for dropped in ("notes", "memory", "chat_template"):
         del recipe[dropped]
+    source = recipe.pop("tokenizer_source")
+    if source != "base" and any(job.is_fitted for job in the_plan.jobs):
+        recipe["tokenizer_source"] = source if source == "union" else whole_name(Path(source))
     recipe["out_type"] = the_plan.file_type
     return json.dumps(recipe, default=whole_name, sort_keys=True)

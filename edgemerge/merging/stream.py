@@ -322,6 +322,10 @@ class TensorStream:
         at: int | None,
         out_f32: Float32,
     ) -> None:
+        if stop > tensor.spec.n_rows and self.job.filler is not None:
+            out_f32, stop = self._fill_up(tensor, start, stop, out_f32)
+            if start == stop:
+                return
         raw = self._read(tensor, i_input, start, stop, at)
         CODECS[tensor.spec.dtype].decode(raw, out_f32)
         if self._checks_inputs and _count_overflows(out_f32, NON_FINITE):
@@ -332,6 +336,21 @@ class TensorStream:
                 path=self._sources[tensor.model].path,
                 tensor=tensor.spec.name,
             )
+
+    def _fill_up(
+        self, tensor: InputTensor, start: int, stop: int, out_f32: Float32
+    ) -> tuple[Float32, int]:
+        """Decode rows that an input lacks from the input that has all; return what is left to decode.
+
+        Values and last + 1 of the rows that the input has itself.
+        """
+        assert self.job.filler is not None
+        own = max(start, min(stop, tensor.spec.n_rows))
+        at = (own - start) * tensor.spec.n_cols
+        self._decode(
+            self.job.inputs[self.job.filler], self.job.filler, own, stop, None, out_f32[at:]
+        )
+        return out_f32[:at], own
 
     def _read(
         self, tensor: InputTensor, i_input: int, start: int, stop: int, at: int | None

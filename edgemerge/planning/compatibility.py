@@ -8,11 +8,13 @@ import numpy as np
 
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.gguf.metadata import Array, get_value
+from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT, note_vocabularies
 from edgemerge.types import Source, TensorSpec
 
 __all__ = [
     "check_models",
     "check_scaled_output",
+    "find_head",
     "find_tensor",
     "is_constant",
     "is_scale",
@@ -21,6 +23,7 @@ __all__ = [
     "read_tensor",
     "same_scale",
     "same_shape",
+    "same_width",
 ]
 
 # Hyper-parameters that decide what a weight means; {} stands for the architecture.
@@ -74,8 +77,15 @@ def layer_settings(metadata: Mapping[str, bytes], n_layers: object) -> list[str]
     ]
 
 
-def check_models(sources: Sequence[Source]) -> list[str]:
+def check_models(sources: Sequence[Source], vocabulary: Source | None = None) -> list[str]:
     """Compare all models with the first.
+
+    Parameters
+    ----------
+    sources : sequence of Source
+        Open models.
+    vocabulary : Source, optional
+        The one of them whose tokens the output gets; by default the first.
 
     Returns
     -------
@@ -85,7 +95,7 @@ def check_models(sources: Sequence[Source]) -> list[str]:
     Raises
     ------
     MismatchError
-        Architectures, head counts or vocabulary sizes differ.
+        Architectures, head counts or vocabularies differ.
     FormatError
         A GGUF states a tensor layout that nobody knows.
     """
@@ -98,7 +108,7 @@ def check_models(sources: Sequence[Source]) -> list[str]:
                 f"its tensor_data_layout {layout!r} is unknown; convert the model anew",
                 path=source.path,
             )
-    notes: list[str] = []
+    notes = [note for source in sources for note in source.notes()]
     for other in others:
         if other.architecture != arch:
             raise MismatchError(
@@ -106,7 +116,10 @@ def check_models(sources: Sequence[Source]) -> list[str]:
                 "only fine-tunes of one architecture can be merged"
             )
         _check_hyper_parameters(first, other, notes)
-        _check_vocabularies(first, other, notes)
+    owner = vocabulary or first
+    for source in sources:
+        if source is not owner:
+            notes += note_vocabularies(owner, source)
     return notes
 
 
@@ -125,25 +138,6 @@ def _check_hyper_parameters(first: Source, other: Source, notes: list[str]) -> N
                 "only fine-tunes of one base can be merged"
             )
         notes.append(f"{key} is {left} in {first.path.name} and {right} in {other.path.name}")
-
-
-def _check_vocabularies(first: Source, other: Source, notes: list[str]) -> None:
-    key = "tokenizer.ggml.tokens"
-    ours, theirs = first.metadata().get(key), other.metadata().get(key)
-    if ours is None or theirs is None or ours == theirs:
-        return
-    left, right = (int.from_bytes(raw[8:16], "little") for raw in (ours, theirs))
-    if left != right:
-        embeddings = [source.specs().get("token_embd.weight") for source in (first, other)]
-        shapes = tuple(spec.shape if spec else None for spec in embeddings)
-        raise MismatchError(
-            f"the vocabularies differ: {left} tokens in {first.path} and {right} in {other.path} "
-            f"(token_embd.weight {_show(shapes[0])} and {_show(shapes[1])}); "
-            "give all models the base's tokenizer first",
-            tensor="token_embd.weight",
-            shapes=shapes,
-        )
-    notes.append(f"{other.path.name} spells some tokens differently from {first.path.name}")
 
 
 def same_shape(
@@ -166,6 +160,20 @@ def same_shape(
         )
 
 
+def same_width(
+    left: TensorSpec, right: TensorSpec, left_model: Source, right_model: Source
+) -> None:
+    """Refuse two tensors whose rows are of different lengths.
+
+    Raises
+    ------
+    MismatchError
+        As `same_shape`.
+    """
+    if left.shape[1:] != right.shape[1:]:
+        same_shape(left, right, left_model, right_model)
+
+
 def find_tensor(source: Source, name: str) -> TensorSpec:
     """Look a tensor up in one model.
 
@@ -178,6 +186,19 @@ def find_tensor(source: Source, name: str) -> TensorSpec:
     if name not in specs:
         raise missing_tensor(name, source)
     return specs[name]
+
+
+def find_head(source: Source, name: str) -> TensorSpec:
+    """Look a tensor up; the head of a tied model is its embedding.
+
+    Raises
+    ------
+    MismatchError
+        The model lacks it.
+    """
+    if name == OUTPUT and name not in source.specs():
+        return find_tensor(source, EMBEDDING)
+    return find_tensor(source, name)
 
 
 def missing_tensor(name: str, source: Source, owner: Source | None = None) -> MismatchError:

@@ -22,16 +22,16 @@ from edgemerge.formats.quants.overrides import TypeOverrides
 from edgemerge.methods.method import Method
 from edgemerge.planning.compatibility import layer_settings
 from edgemerge.planning.jobs import Draft, may_copy
+from edgemerge.planning.vocabulary import find_vocabulary
 from edgemerge.types import Recipe, Source
 
-__all__ = ["DROPPED_KEYS", "TOKENS_KEY", "choose_types", "output_metadata"]
+__all__ = ["DROPPED_KEYS", "choose_types", "output_metadata"]
 
 KEEP = "keep"
 UNQUANTISED = ("F32", "F16", "BF16")
 DROPPED_KEYS = re.compile(
     r"general\.(file_type|quantization_version|name)|(split|quantize|edgemerge)\..*"
 )
-TOKENS_KEY = "tokenizer.ggml.tokens"
 
 
 def choose_types(
@@ -128,7 +128,10 @@ def output_metadata(
         for k, v in _with_block_count(reference, drafts).items()
         if not DROPPED_KEYS.fullmatch(k)
     }
-    theirs = _tokenizer_source(recipe, sources).metadata()
+    owner = find_vocabulary(recipe, sources)
+    theirs = owner.metadata()
+    if (size := theirs.get(f"{owner.architecture}.vocab_size")) is not None:
+        metadata[f"{owner.architecture}.vocab_size"] = size
     metadata = {k: v for k, v in metadata.items() if not k.startswith("tokenizer.")}
     metadata |= {k: v for k, v in theirs.items() if k.startswith("tokenizer.")}
     if recipe.chat_template is not None:
@@ -142,28 +145,6 @@ def output_metadata(
     if any(dtype not in UNQUANTISED for dtype in types.values()):
         metadata["general.quantization_version"] = encode_value(2, "u32")
     return metadata
-
-
-def _tokenizer_source(recipe: Recipe, sources: Mapping[Path, Source]) -> Source:
-    """Find the model whose tokenizer the output gets; a union is possible where all are one."""
-    reference = sources[recipe.models()[0]]
-    if recipe.tokenizer_source == "base":
-        return reference
-    if recipe.tokenizer_source == "union":
-        for source in sources.values():
-            if source.metadata().get(TOKENS_KEY) != reference.metadata().get(TOKENS_KEY):
-                raise RecipeError(
-                    f"tokenizer_source union needs models of one vocabulary, and {source.path} has "
-                    f"other tokens than {reference.path}; give base or one of the models",
-                    field="tokenizer_source",
-                )
-        return reference
-    if (path := Path(recipe.tokenizer_source)) not in sources:
-        raise RecipeError(
-            f"tokenizer_source {path} is none of the models; give base or one of them",
-            field="tokenizer_source",
-        )
-    return sources[path]
 
 
 def _file_type_id(

@@ -6,18 +6,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgemerge.errors import FormatError, RecipeError
+from edgemerge.errors import FormatError, MismatchError, RecipeError
 from edgemerge.formats.architectures import hf_name, layer_index
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.methods.method import Method
 from edgemerge.methods.parameters import INT8_MASK
 from edgemerge.planning.compatibility import (
-    find_tensor,
+    find_head,
     is_constant,
     is_scale,
     missing_tensor,
     same_scale,
     same_shape,
+    same_width,
+)
+from edgemerge.planning.vocabulary import (
+    OUTPUT,
+    cut_rows,
+    differ_in_size,
+    find_vocabulary,
+    has_rows_of_tokens,
+    needs_head,
 )
 from edgemerge.recipe.parameters import look_up
 from edgemerge.types import (
@@ -43,11 +52,17 @@ class Draft:
     experts: tuple[InputTensor, ...]
     settings: Mapping[str, Setting]
     is_constant: bool = False  # taken over as it is
+    n_rows: int | None = None  # of the output, where not all inputs have so many
+    filler: int | None = None  # `TensorJob.filler`
 
     @property
     def reference(self) -> TensorSpec:
-        """The input whose shape and type the output follows."""
-        return (self.base or self.experts[0]).spec
+        """The input whose type the output follows, in the output's shape."""
+        spec = (self.base or self.experts[0]).spec
+        if self.n_rows is None:
+            return spec
+        shape = (self.n_rows, *spec.shape[1:])
+        return replace(spec, shape=shape, nbytes=self.n_rows * spec.row_bytes)
 
     @property
     def n_cols(self) -> int:
@@ -83,8 +98,15 @@ def draft_jobs(
     RecipeError, FormatError, MismatchError
         A parameter or a layer range is wrong, or the models do not fit together.
     """
-    parts = [_Part(recipe, method, part, models, sources) for part in recipe.slices]
+    vocabulary = find_vocabulary(recipe, sources)
+    parts = [_Part(recipe, method, part, models, sources, vocabulary) for part in recipe.slices]
     names = list(parts[0].reference.specs())
+    used = dict.fromkeys(model.path for part in parts for model in part.models)
+    head = needs_head([sources[path] for path in used], stacked=len(parts) > 1)
+    if head and OUTPUT not in names:
+        names.append(OUTPUT)
+    elif head is False and OUTPUT in names:
+        names.remove(OUTPUT)
     layers = [layer for name in names if (layer := layer_index(name)) is not None]
     first = next((i for i, name in enumerate(names) if layer_index(name) is not None), len(names))
     for name in names[:first]:
@@ -144,7 +166,7 @@ def _refuse_extra(part: _Part, known: set[str]) -> None:
     """Refuse a tensor that only an expert has, as it would be lost silently."""
     for model in part.models:
         for name in part.sources[model.path].specs():
-            if name not in known and not is_constant(name):
+            if name not in known and not is_constant(name) and name != OUTPUT:
                 raise missing_tensor(name, part.reference, part.sources[model.path])
 
 
@@ -153,7 +175,7 @@ def _refuse_extra_in_slice(part: _Part, known: set[str]) -> None:
     for i, model in enumerate(part.models):
         for name in part.sources[model.path].specs():
             outside = layer_index(name) is None
-            if outside and name not in known and not is_constant(name):
+            if outside and name not in known and not is_constant(name) and name != OUTPUT:
                 raise missing_tensor(name, part.reference, part.sources[model.path])
         for offset in range(part.n_layers):
             for stem in sorted(set(part.stems(offset, i)) - set(part.stems(offset))):
@@ -172,9 +194,10 @@ class _Part:
         part: Slice,
         models: tuple[Path, ...],
         sources: Mapping[Path, Source],
+        vocabulary: Source,
     ) -> None:
         self.recipe, self.method, self.slice = recipe, method, part
-        self.sources = sources
+        self.sources, self.vocabulary = sources, vocabulary
         self.indices = {path: i for i, path in enumerate(models)}
         self.experts = list_experts(part, recipe.base, method)
         self.base = self._base() if method.needs_base else None
@@ -229,9 +252,13 @@ class _Part:
             return Draft(name, None, (found,), {"scale": 1.0}, is_constant=True)
         names = [self._source_name(i, name, tensor, offset) for i in range(len(self.models))]
         inputs = [self._input(i, source_name) for i, source_name in enumerate(names)]
+        n_rows = filler = None
+        if has_rows_of_tokens(name):
+            n_rows, filler, inputs = self._fit_rows(name, inputs)
         for model, other in zip(self.models[1:], inputs[1:], strict=True):
             source = self.sources[model.path]
-            same_shape(inputs[0].spec, other.spec, self.reference, source)
+            if n_rows is None:
+                same_shape(inputs[0].spec, other.spec, self.reference, source)
             if is_scale(name):
                 same_scale(names[0], self.reference, other.spec.name, source)
         if is_scale(name):  # equal in all models, and no weight that settings could scale
@@ -247,7 +274,33 @@ class _Part:
             inputs[0] if self.base else None,
             experts,
             self._settings(None, names[0], position),
+            n_rows=n_rows,
+            filler=filler,
         )
+
+    def _fit_rows(
+        self, name: str, inputs: list[InputTensor]
+    ) -> tuple[int | None, int | None, list[InputTensor]]:
+        """Cut a tensor of tokens to the output's vocabulary.
+
+        Returns its rows and the input that has all of them, both None where all inputs are alike.
+        """
+        sources = [self.sources[model.path] for model in self.models]
+        if not differ_in_size([self.vocabulary, *sources]):
+            return None, None, inputs
+        first, n_rows = inputs[0].spec, find_head(self.vocabulary, name).n_rows
+        for source, tensor in zip(sources, inputs, strict=True):
+            same_width(first, tensor.spec, self.reference, source)
+        kept = [replace(tensor, spec=cut_rows(tensor.spec, n_rows)) for tensor in inputs]
+        if self.vocabulary in sources:
+            return n_rows, sources.index(self.vocabulary), kept
+        if any(tensor.spec.n_rows < n_rows for tensor in kept):
+            raise MismatchError(
+                f"tensor {name!r} has {n_rows} rows in {self.vocabulary.path}, which gives the "
+                "vocabulary but no weights here; name another model as tokenizer_source",
+                tensor=name,
+            )
+        return n_rows, None, kept
 
     def _source_name(self, i: int, name: str, tensor: str, offset: int) -> str:
         if layer_index(name) is None or layer_index(tensor) is not None:
@@ -256,7 +309,7 @@ class _Part:
 
     def _input(self, i: int, name: str) -> InputTensor:
         path = self.models[i].path
-        return InputTensor(self.indices[path], find_tensor(self.sources[path], name))
+        return InputTensor(self.indices[path], find_head(self.sources[path], name))
 
     def _settings(
         self, model: ModelInput | None, tensor: str, position: float

@@ -20,7 +20,7 @@ from edgemerge.formats.quants.codec import block_size, find_codec
 from edgemerge.formats.quants.filetypes import keep_types
 from edgemerge.planning.compatibility import (
     check_models,
-    find_tensor,
+    find_head,
     is_constant,
     is_scale,
     layer_settings,
@@ -28,8 +28,10 @@ from edgemerge.planning.compatibility import (
     read_tensor,
     same_scale,
     same_shape,
+    same_width,
 )
-from edgemerge.planning.header import DROPPED_KEYS, TOKENS_KEY
+from edgemerge.planning.header import DROPPED_KEYS
+from edgemerge.planning.vocabulary import OUTPUT, TOKENS_KEY, has_rows_of_tokens
 from edgemerge.types import Skipped, Source
 
 __all__ = ["Verdict", "foresee_losses", "judge_merge"]
@@ -167,7 +169,8 @@ def _refusals(base: Source, model: Source) -> Iterator[str]:
     if model.architecture != base.architecture:
         return
     merged = [name for name in base.specs() if not is_constant(name)]
-    extra = [name for name in model.specs() if not is_constant(name) and name not in base.specs()]
+    known = {*base.specs(), OUTPUT}  # a tied model's head is its embedding
+    extra = [name for name in model.specs() if not is_constant(name) and name not in known]
     yield from _first_and_count([missing_tensor(name, base, model) for name in extra])
     yield from _first_and_count([e for name in merged if (e := _misfit(base, model, name))])
     for source in (base, model):
@@ -182,8 +185,8 @@ def _refusals(base: Source, model: Source) -> Iterator[str]:
 def _misfit(base: Source, model: Source, name: str) -> MismatchError | None:
     """Try one tensor as `edgemerge.planning.jobs` does."""
     try:
-        other = find_tensor(model, name)
-        same_shape(base.specs()[name], other, base, model)
+        fits = same_width if has_rows_of_tokens(name) else same_shape
+        fits(base.specs()[name], find_head(model, name), base, model)
         if is_scale(name):
             same_scale(name, base, name, model)
     except MismatchError as error:

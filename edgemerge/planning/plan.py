@@ -30,6 +30,7 @@ from edgemerge.planning.compatibility import check_models, check_scaled_output
 from edgemerge.planning.header import choose_types, output_metadata
 from edgemerge.planning.importance import importance_metadata, weigh_jobs
 from edgemerge.planning.jobs import Draft, draft_jobs, list_experts, may_copy, unused_settings
+from edgemerge.planning.vocabulary import find_vocabulary
 from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
 
 __all__ = ["DEFAULT_MEMORY", "alignment_pairs", "make_plan"]
@@ -74,7 +75,7 @@ def make_plan(
     models = recipe.models()
     sources = {path: open_model(path) for path in models}
     notes = [*recipe.notes, *unused_settings(recipe, method)]
-    notes += check_models(list(sources.values()))
+    notes += check_models(list(sources.values()), find_vocabulary(recipe, sources))
     drafts = list(draft_jobs(recipe, method, models, sources))
     for draft in drafts:
         if not draft.is_constant:
@@ -166,6 +167,7 @@ def _finish(draft: Draft, method: Method, dtype: str) -> TensorJob:
         rows_per_block=0,
         passes=1 if copies else method.passes(draft),
         is_copy=copies,
+        filler=draft.filler,
     )
     if spec.n_elements >= MAX_ELEMENTS or 0 in shape:
         raise MismatchError(

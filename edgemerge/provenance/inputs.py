@@ -24,7 +24,16 @@ from edgemerge.formats.inspection import Provenance, read_provenance
 from edgemerge.formats.json_file import parse_object
 from edgemerge.methods.table import find_method
 from edgemerge.planning.jobs import draft_jobs
-from edgemerge.types import ModelInput, Parameters, Progress, Recipe, Rule, Slice, Source
+from edgemerge.types import (
+    ModelInput,
+    Parameters,
+    Progress,
+    Recipe,
+    Rule,
+    Slice,
+    Source,
+    TensorSpec,
+)
 
 __all__ = ["check_inputs"]
 
@@ -114,6 +123,7 @@ def _refuse_aligned(recipe: Recipe, path: Path) -> None:
 def _read_recipe(provenance: Provenance, paths: Mapping[str, Path], path: Path) -> Recipe:
     """Rebuild as much of the recipe as says which tensors were read; it may be a stranger's."""
     stated = parse_object(provenance.recipe.encode(), path)
+    source = stated.get("tokenizer_source", "base")
     try:
         recipe = Recipe(
             method=str(stated["method"]),
@@ -123,6 +133,7 @@ def _read_recipe(provenance: Provenance, paths: Mapping[str, Path], path: Path) 
             defaults=_read_parameters(stated["defaults"]),
             align=None if stated["align"] is None else str(stated["align"]),
             neurons=bool(stated["neurons"]),
+            tokenizer_source=str(paths.get(source, source)),
         )
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(path) from error
@@ -180,7 +191,7 @@ def _checksums(
     ]
     done, total = 0, sum(tensor.spec.nbytes for tensor in tensors)
     for tensor in tensors:
-        crc32 = _checksum(sources[models[tensor.model]], tensor.spec.name)
+        crc32 = _checksum(sources[models[tensor.model]], tensor.spec)
         found[tensor.model] = zlib.crc32(crc32.to_bytes(4, "little"), found[tensor.model])
         done += tensor.spec.nbytes
         if progress is not None:
@@ -188,15 +199,14 @@ def _checksums(
     return found
 
 
-def _checksum(source: Source, name: str) -> int:
-    """Compute the CRC-32 of a tensor's rows as they are stored."""
-    spec = source.specs()[name]
+def _checksum(source: Source, spec: TensorSpec) -> int:
+    """Compute the CRC-32 of a tensor's rows, or of its first, as they are stored."""
     step = max(1, PIECE // max(1, spec.row_bytes))
     crc32 = 0
     for start in range(0, spec.n_rows, step):
         stop = min(start + step, spec.n_rows)
         raw_u8 = np.empty((stop - start) * spec.row_bytes, np.uint8)
-        source.read_rows(name, start, stop, raw_u8)
+        source.read_rows(spec.name, start, stop, raw_u8)
         crc32 = zlib.crc32(raw_u8.data, crc32)
-    source.forget(name)
+    source.forget(spec.name)
     return crc32

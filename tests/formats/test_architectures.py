@@ -6,6 +6,7 @@ import pytest
 from edgemerge.formats import architectures as arch
 
 N_LAYERS = 3
+SHARED = "shared_mlp."
 MODEL_ARCHS = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
@@ -22,7 +23,8 @@ def test_names_are_those_of_the_converter(model_type: str) -> None:
     architecture = MODEL_ARCHS[arch.FAMILIES[model_type].architecture]
     theirs = gguf.get_tensor_name_map(architecture, N_LAYERS)
     for gguf_name, hf_name in all_names(model_type):
-        if hf_name != "lm_head.weight" or model_type != "gemma2":  # which is always tied
+        # Gemma 2 is always tied; `GraniteMoeModel.modify_tensors` names what is shared by itself.
+        if (hf_name, model_type) != ("lm_head.weight", "gemma2") and SHARED not in hf_name:
             assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == gguf_name
 
 
@@ -30,7 +32,18 @@ def test_names_are_those_of_the_converter(model_type: str) -> None:
 def test_names_go_there_and_back(model_type: str) -> None:
     for gguf_name, hf_name in all_names(model_type):
         assert arch.gguf_name(model_type, hf_name) == gguf_name
-        assert arch.hf_name(arch.FAMILIES[model_type].architecture, gguf_name) == hf_name
+        if SHARED not in hf_name:  # Granite 3's names go for both
+            assert arch.hf_name(arch.FAMILIES[model_type].architecture, gguf_name) == hf_name
+
+
+def test_two_matrices_that_are_stored_as_one() -> None:
+    name = "model.layers.1.shared_mlp.input_linear.weight"
+    assert arch.half_names("granitemoehybrid", name) == (
+        "blk.1.ffn_gate.weight",
+        "blk.1.ffn_up.weight",
+    )
+    assert arch.half_names("granite", name) is None
+    assert arch.half_names("granitemoehybrid", "model.norm.weight") is None
 
 
 @pytest.mark.parametrize(

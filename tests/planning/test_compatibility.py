@@ -4,9 +4,10 @@ import pytest
 
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.planning.compatibility import check_models, find_tensor, is_constant, same_shape
-from tests.support.fake_source import FakeSource, tensor
+from tests.support.fake_source import N_VOCAB, FakeSource, tensor
 
 BASE = FakeSource("/models/base")
+TOKENS = tuple(f"t{i}" for i in range(N_VOCAB))
 
 
 def refusal(other: FakeSource) -> MismatchError:
@@ -40,11 +41,11 @@ def test_the_integer_type_of_a_number_does_not_matter() -> None:
     assert check_models([BASE, FakeSource("/models/a", metadata=same)]) == []
 
 
-def test_vocabulary_sizes_differ() -> None:
+def test_vocabularies_that_have_little_in_common() -> None:
     error = refusal(FakeSource("/models/a", tokens=("x",) * 65))
     assert str(error) == (
-        "the vocabularies differ: 64 tokens in /models/base and 65 in /models/a "
-        "(token_embd.weight [64, 256] and [65, 256]); give all models the base's tokenizer first"
+        "the vocabularies differ: 64 tokens in /models/base and 65 in /models/a, and 64 of those that "
+        "both have are not the same; only fine-tunes of one base can be merged"
     )
     assert error.tensor == "token_embd.weight"
     assert error.shapes == ((64, 256), (65, 256))
@@ -60,6 +61,14 @@ def test_vocabulary_sizes_differ() -> None:
         (
             FakeSource("/models/a", tokens=("x",) * 64),
             "a spells some tokens differently from base",
+        ),
+        (
+            FakeSource("/models/a", tokens=(*TOKENS, "[PAD64]", "[PAD65]")),
+            "a has 66 tokens and base 64: its last 2 rows are left out",
+        ),
+        (
+            FakeSource("/models/a", tokens=TOKENS[:60]),
+            "a has 60 tokens and base 64: the last 4 rows, which it lacks, are merged without it",
         ),
     ],
 )

@@ -119,7 +119,7 @@ def test_every_kind_of_refusal_is_told_once() -> None:
         extra=[
             tensor("blk.0.attn_q.weight", (4, 256)),
             tensor("blk.0.ffn_down.weight", (4, 256), "F64"),
-            tensor("output.weight", (64, 256)),
+            tensor("blk.0.attn_gate.weight", (64, 256)),
         ],
         without="blk.1.attn_k.weight",
         metadata={"llama.attention.head_count": (8, "u32")},
@@ -127,7 +127,7 @@ def test_every_kind_of_refusal_is_told_once() -> None:
     assert judge_merge(BASE, other).refused == (
         "llama.attention.head_count is 4 in /models/base and 8 in /models/a; "
         "only fine-tunes of one base can be merged",
-        "tensor 'output.weight' of /models/a is missing in /models/base; "
+        "tensor 'blk.0.attn_gate.weight' of /models/a is missing in /models/base; "
         "only fine-tunes of one base can be merged",
         "tensor 'blk.0.attn_q.weight' is [256, 256] in /models/base and [4, 256] in /models/a; "
         "only fine-tunes of one base can be merged (and 2 more)",
@@ -195,7 +195,7 @@ def test_rotary_constants_are_the_bases() -> None:
         FakeSource("/models/a", architecture="qwen2"),
         FakeSource("/models/a", tokens=("x",) * 65),
         FakeSource("/models/a", tokens=("x",) * 64),
-        FakeSource("/models/a", extra=[tensor("output.weight", (64, 256))]),
+        FakeSource("/models/a", extra=[tensor("output.weight", (64, 256), "Q8_0")]),
         FakeSource("/models/a", extra=[SCALE]),
         FakeSource("/models/a", extra=[FREQS]),
         FakeSource("/models/a", without="output_norm.weight"),

@@ -351,8 +351,8 @@ def test_a_union_of_tokenizers_is_possible_where_they_are_one() -> None:
     with pytest.raises(RecipeError) as caught:
         planned(union, FakeSource(B, tokens=("x",) * 64))
     assert str(caught.value) == (
-        "tokenizer_source union needs models of one vocabulary, and /m/b has other tokens than "
-        "/m/a; give base or one of the models"
+        "tokenizer_source union needs vocabularies of which one begins with the others, and /m/b has "
+        "other tokens than /m/a; give base or one of the models"
     )
 
 

@@ -65,6 +65,9 @@ class FakeSource:
     def metadata(self) -> Mapping[str, bytes]:
         return self._metadata
 
+    def notes(self) -> Sequence[str]:
+        return ()
+
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         raise AssertionError(f"planning read {name}")
 

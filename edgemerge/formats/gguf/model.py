@@ -122,6 +122,10 @@ class GgufModel:
         """Key -> typed value, raw."""
         return self._metadata
 
+    def notes(self) -> Sequence[str]:
+        """Say nothing: all of a GGUF is read."""
+        return ()
+
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` with the stored bytes of rows [start, stop)."""
         self._homes[name].read_rows(name, start, stop, out_u8)

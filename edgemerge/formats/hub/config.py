@@ -21,7 +21,11 @@ __all__ = ["HubConfig", "read_config"]
 
 MAX_LAYERS, MAX_HEAD_DIM = 1 << 12, 1 << 14  # lists and tables of so many are made from them
 ROPE_THETA = 10000.0  # llama.cpp's own, where it is not told
-WRAPPED, UNWRAPPED = "gemma3", "gemma3_text"  # a model with a vision tower, the text model in it
+# Models with a vision tower: their type -> types of the text model in it, and how that is read
+WRAPPED = {
+    "gemma3": (("gemma3_text",), "gemma3_text"),
+    "mistral3": (("ministral3", "mistral"), "ministral3"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +43,11 @@ class HubConfig:
     n_ff_expert: int
     vocab_size: int
     rope: Rope
-    tied: bool
+    tied: bool  # whether it says that its head is the embedding
+    must_tie: bool | None  # what llama.cpp computes; None: either
+    quantised: str | None  # what its weights are said to be packed by
     attention_bias: bool
     mlp_bias: bool
-    wrapped: bool  # whether the weights lie beside those of a vision tower
     keys: dict[str, bytes]  # of GGUF, without the architecture's name, in the converter's order
     raw: dict[str, Any]  # config.json itself, for the tokenizer's token ids
 
@@ -56,8 +61,9 @@ class HubConfig:
         q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         name, _, suffix = stem.rpartition(".")
         # OLMo 2 normalises all heads together, the others each head by itself.
-        whole = self.model_type == "olmo2"
-        up = 2 * self.n_ff if "ffn_gate.weight" not in self.family.block else self.n_ff
+        whole = self.family.architecture == "olmo2"
+        has_gate = "ffn_gate.weight" in self.family.block or self.family.halves
+        up = self.n_ff if has_gate else 2 * self.n_ff
         n_out, n_in = {
             "token_embd": (self.vocab_size, self.n_embd),
             "output": (self.vocab_size, self.n_embd),
@@ -103,9 +109,10 @@ def read_config(path: Path) -> HubConfig:
         The model is of a kind that edgemerge does not read, or a value is missing or absurd.
     """
     raw = read_object(path)
-    wrapped = raw.get("model_type") == WRAPPED and isinstance(raw.get("text_config"), dict)
-    if wrapped:
-        raw = {**raw, **raw["text_config"], "model_type": UNWRAPPED}
+    types, unwrapped = WRAPPED.get(str(raw.get("model_type")), ((), ""))
+    text = raw.get("text_config")
+    if isinstance(text, dict) and text.get("model_type", unwrapped) in types:
+        raw = {**raw, **text, "model_type": unwrapped}
     model_type = _model_type(raw, path)
     reader = READERS[model_type]
     check = Checker(raw, path, reader.defaults)
@@ -121,8 +128,6 @@ def read_config(path: Path) -> HubConfig:
     if reader.splits_embedding and head_dim * n_head != n_embd:
         raise check.unlike("head_dim", head_dim, f"hidden_size / {n_head} heads")
     tied = check.flag("tie_word_embeddings")
-    if reader.tied not in (None, tied):
-        raise check.unlike("tie_word_embeddings", tied, str(reader.tied).lower())
     n_experts = _count_experts(check, reader)
     n_ff_expert = check.count(reader.experts[2]) if reader.experts else 0
     shapes = Shapes(check.count("num_hidden_layers", most=MAX_LAYERS), n_embd, n_head, head_dim)
@@ -133,7 +138,7 @@ def read_config(path: Path) -> HubConfig:
     values = {
         "context_length": encode_value(context_length, "u32"),
         **_common_keys(check, reader, shapes, n_kv_head),
-        **rope_metadata(rope),
+        **rope_metadata(rope, has_log_multiplier="rope.scaling.yarn_log_multiplier" in reader.keys),
         **reader.own_keys(check, shapes),
     }
     family = FAMILIES[model_type]
@@ -153,9 +158,10 @@ def read_config(path: Path) -> HubConfig:
         vocab_size=check.count("vocab_size"),
         rope=rope,
         tied=tied,
+        must_tie=reader.tied,
+        quantised=_quantised(raw),
         attention_bias=check.flag("attention_bias") or family.is_biased,
         mlp_bias=check.flag("mlp_bias"),
-        wrapped=wrapped,
         keys={key: values[key] for key in reader.keys if key in values},
         raw=raw,
     )
@@ -166,7 +172,8 @@ def _model_type(raw: dict[str, Any], path: Path) -> str:
     if not isinstance(model_type, str) or model_type not in READERS:
         raise FormatError(
             f"model_type {str(model_type)[:80]!r} is not read from a directory (only "
-            f"{', '.join(READERS)}); convert the model to GGUF with llama.cpp first",
+            f"{', '.join(READERS)}); give a GGUF of it, which llama.cpp's convert_hf_to_gguf.py "
+            "makes of the models that it knows",
             path=path,
         )
     return model_type
@@ -175,24 +182,28 @@ def _model_type(raw: dict[str, Any], path: Path) -> str:
 def _refuse_other_models(check: Checker, reader: Reader) -> None:
     """Refuse what is no plain language model of the family."""
     classes = check.raw.get("architectures")
-    if isinstance(classes, list) and classes and classes[0] not in reader.classes:
+    # The model without its head, saved by itself, is computed with the embedding as its head.
+    known = (*reader.classes, reader.classes[0].replace("ForCausalLM", "Model"))
+    if isinstance(classes, list) and classes and classes[0] not in known:
         raise FormatError(
             f"architecture {str(classes[0])[:80]!r} is not a language model that edgemerge "
-            f"reads (only {', '.join(reader.classes)}); convert it to GGUF with llama.cpp first",
-            path=check.path,
-        )
-    quantised = check.raw.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise FormatError(
-            f"its weights are quantised by {str(method)[:40]!r}, which is not read from here; "
-            "give the original fp16 or bf16 model, or a GGUF",
+            f"reads (only {', '.join(reader.classes)}); give the language model that it was made "
+            "from",
             path=check.path,
         )
     key, wanted = reader.activation
     activation = check.get(key)
     if activation not in (None, wanted):
         raise check.refuse(key, activation, f"{wanted}, as in llama.cpp")
+
+
+def _quantised(raw: dict[str, Any]) -> str | None:
+    """Return who packed the weights, going by config.json; plain weights may follow nevertheless."""
+    stated = raw.get("quantization_config")
+    method = stated.get("quant_method") if isinstance(stated, dict) else stated
+    if stated and method:
+        return str(method)[:40]
+    return "mlx" if stated or raw.get("quantization") else None
 
 
 def _common_keys(

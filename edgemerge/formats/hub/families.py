@@ -12,24 +12,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.hub.checker import Checker
+from edgemerge.formats.hub.own_keys import (
+    Shapes,
+    gemma2_keys,
+    gemma3_keys,
+    granite4_keys,
+    ministral3_keys,
+    no_keys,
+    olmo3_keys,
+    phi3_keys,
+    qwen3_moe_keys,
+    scales_of_granite,
+    smollm3_keys,
+)
 
 __all__ = ["READERS", "Reader", "Shapes"]
-
-
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """The counts that every model has."""
-
-    n_layers: int
-    n_embd: int
-    n_head: int
-    head_dim: int
-
-
-def _no_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class Reader:
     ropes: tuple[str, ...]  # kinds of rope scaling that llama.cpp computes for it
     defaults: Mapping[str, Any] = field(default_factory=dict)
     activation: tuple[str, str] = ("hidden_act", "silu")
-    own_keys: Callable[[Checker, Shapes], dict[str, bytes]] = _no_keys
+    own_keys: Callable[[Checker, Shapes], dict[str, bytes]] = no_keys
     states_head_dim: bool = False  # also where config.json does not
     splits_embedding: bool = False  # llama.cpp takes head_dim to be n_embd / n_head
     tied: bool | None = None  # None: as the model likes
@@ -75,102 +73,17 @@ _TEXT = (
     "expert_used_count",
 )
 _LLAMA = (*_TEXT, *_LENGTHS, "vocab_size", "rope.dimension_count")
+_GRANITE = (
+    *_TEXT,
+    "vocab_size",
+    "rope.dimension_count",
+    "attention.scale",
+    "embedding_scale",
+    "residual_scale",
+    "logit_scale",
+)
 _LINEAR_YARN = ("default", "linear", "yarn")
 _LLAMA_ROPES = ("default", "linear", "llama3", "yarn")
-
-
-def _scales_of_granite(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    names = {
-        "attention.scale": "attention_multiplier",
-        "embedding_scale": "embedding_multiplier",
-        "residual_scale": "residual_multiplier",
-        "logit_scale": "logits_scaling",
-    }
-    return {key: encode_value(check.number(name, 1.0), "f32") for key, name in names.items()}
-
-
-def _gemma2(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    _check_query_scale(check, shapes, n_layers_of_27b=46)
-    _check_layer_types(check, _windows(shapes.n_layers, 2))
-    return {
-        "attn_logit_softcapping": encode_value(check.number("attn_logit_softcapping"), "f32"),
-        "final_logit_softcapping": encode_value(check.number("final_logit_softcapping"), "f32"),
-        "attention.sliding_window": encode_value(check.count("sliding_window"), "u32"),
-    }
-
-
-def _gemma3(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    _check_query_scale(check, shapes, n_layers_of_27b=62)
-    if check.flag("use_bidirectional_attention"):
-        raise check.unlike("use_bidirectional_attention", True, "causal attention")
-    if (cap := check.get("attn_logit_softcapping")) is not None:
-        raise check.unlike("attn_logit_softcapping", cap, "none")
-    keys = {}
-    if check.get("final_logit_softcapping") is not None:
-        cap = check.number("final_logit_softcapping")
-        keys["final_logit_softcapping"] = encode_value(cap, "f32")
-    types = check.get("layer_types")
-    period = check.get("sliding_window_pattern") or check.get("_sliding_window_pattern")
-    full = _windows(shapes.n_layers, 1)
-    if types == full or (types is None and period == 1):
-        return keys
-    if types is None and period not in (None, 6):
-        raise check.unlike("sliding_window_pattern", period, "6 or 1")
-    _check_layer_types(check, _windows(shapes.n_layers, 6))
-    window = encode_value(check.count("sliding_window"), "u32")
-    return keys | {"attention.sliding_window": window}
-
-
-def _windows(n_layers: int, period: int) -> list[str]:
-    """Kinds of attention where every layer of number `period` sees the whole text."""
-    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layers)]
-
-
-def _check_layer_types(check: Checker, wanted: list[str]) -> None:
-    if check.get("layer_types") not in (None, wanted):
-        period = [*wanted, "full_attention"].index("full_attention") + 1
-        raise check.unlike(
-            "layer_types", check.get("layer_types"), f"full attention in every layer {period}"
-        )
-
-
-def _check_query_scale(check: Checker, shapes: Shapes, n_layers_of_27b: int) -> None:
-    """llama.cpp knows the scale of Gemma's queries by the model's size."""
-    is_27b = shapes.n_layers == n_layers_of_27b
-    wanted = shapes.n_embd // shapes.n_head if is_27b else shapes.head_dim
-    scalar = check.number("query_pre_attn_scalar")
-    if scalar != wanted:
-        raise check.unlike("query_pre_attn_scalar", scalar, str(wanted))
-
-
-def _phi3(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    # llama.cpp computes Phi-3 without a window; 0 tells it that there is none.
-    window = check.get("sliding_window")
-    stated = check.count("sliding_window") if window else 0
-    return {"attention.sliding_window": encode_value(stated, "u32")}
-
-
-def _qwen3_moe(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    if not check.flag("norm_topk_prob"):
-        raise check.unlike("norm_topk_prob", False, "true")
-    if (step := check.count("decoder_sparse_step")) != 1:
-        raise check.unlike("decoder_sparse_step", step, "experts in every layer")
-    if layers := check.get("mlp_only_layers"):
-        raise check.unlike("mlp_only_layers", layers, "experts in every layer")
-    width = check.count("moe_intermediate_size")
-    return {"expert_feed_forward_length": encode_value(width, "u32")}
-
-
-def _smollm3(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    """llama.cpp leaves out the rotation in every fourth layer, whatever the model says."""
-    wanted = [int((i + 1) % 4 != 0) for i in range(shapes.n_layers)]
-    period = check.count("no_rope_layer_interval")
-    turned = check.get("no_rope_layers")
-    if turned is None:
-        turned = [int((i + 1) % period != 0) for i in range(shapes.n_layers)]
-    if turned != wanted:
-        raise check.unlike("no_rope_layers", turned, "every fourth layer without rotation")
-    return {}
 
 
 # model_type of config.json -> how the rest of it is read
@@ -187,6 +100,20 @@ READERS: dict[str, Reader] = {
         _LLAMA,
         _LLAMA_ROPES,
         {"max_position_embeddings": 131072, "num_key_value_heads": 8},
+        states_head_dim=True,
+    ),
+    "ministral3": Reader(
+        ("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"),
+        (*_LLAMA, "rope.scaling.yarn_log_multiplier", "attention.temperature_scale"),
+        _LINEAR_YARN,
+        {
+            "max_position_embeddings": 262144,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+        },
+        own_keys=ministral3_keys,
         states_head_dim=True,
     ),
     "mixtral": Reader(
@@ -229,7 +156,7 @@ READERS: dict[str, Reader] = {
             "moe_intermediate_size": 768,
             "decoder_sparse_step": 1,
         },
-        own_keys=_qwen3_moe,
+        own_keys=qwen3_moe_keys,
         experts=(
             ("num_experts", "num_local_experts"),
             "num_experts_per_tok",
@@ -263,7 +190,7 @@ READERS: dict[str, Reader] = {
             "hidden_activation": "gelu_pytorch_tanh",
         },
         activation=("hidden_activation", "gelu_pytorch_tanh"),
-        own_keys=_gemma2,
+        own_keys=gemma2_keys,
         states_head_dim=True,
         tied=True,
     ),
@@ -285,7 +212,7 @@ READERS: dict[str, Reader] = {
             "hidden_activation": "gelu_pytorch_tanh",
         },
         activation=("hidden_activation", "gelu_pytorch_tanh"),
-        own_keys=_gemma3,
+        own_keys=gemma3_keys,
         states_head_dim=True,
     ),
     "phi3": Reader(
@@ -309,23 +236,41 @@ READERS: dict[str, Reader] = {
             "original_max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
         },
-        own_keys=_phi3,
+        own_keys=phi3_keys,
         splits_embedding=True,
     ),
     "granite": Reader(
         ("GraniteForCausalLM",),
-        (
-            *_TEXT,
-            "vocab_size",
-            "rope.dimension_count",
-            "attention.scale",
-            "embedding_scale",
-            "residual_scale",
-            "logit_scale",
-        ),
+        _GRANITE,
         _LINEAR_YARN,
         {"max_position_embeddings": 2048},
-        own_keys=_scales_of_granite,
+        own_keys=scales_of_granite,
+        splits_embedding=True,
+    ),
+    "granitemoehybrid": Reader(
+        ("GraniteMoeHybridForCausalLM",),
+        (
+            *_GRANITE,
+            "expert_shared_feed_forward_length",
+            "ssm.conv_kernel",
+            "ssm.state_size",
+            "ssm.group_count",
+            "ssm.inner_size",
+            "ssm.time_step_rank",
+            "rope.scaling.finetuned",
+        ),
+        _LINEAR_YARN,
+        {
+            "max_position_embeddings": 2048,
+            "num_local_experts": 8,
+            "shared_intermediate_size": 1024,
+            "mamba_d_conv": 4,
+            "mamba_d_state": 256,
+            "mamba_n_groups": 1,
+            "mamba_expand": 2,
+            "mamba_n_heads": 128,
+        },
+        own_keys=granite4_keys,
         splits_embedding=True,
     ),
     "olmo2": Reader(
@@ -333,6 +278,25 @@ READERS: dict[str, Reader] = {
         (*_TEXT, *_LENGTHS),
         _LINEAR_YARN,
         {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+        splits_embedding=True,
+        tied=False,
+    ),
+    "olmo3": Reader(
+        ("Olmo3ForCausalLM",),
+        (
+            *_TEXT,
+            *_LENGTHS,
+            "attention.sliding_window",
+            "attention.sliding_window_pattern",
+        ),
+        _LINEAR_YARN,
+        {
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "sliding_window": 4096,
+        },
+        own_keys=olmo3_keys,
         splits_embedding=True,
         tied=False,
     ),
@@ -347,6 +311,6 @@ READERS: dict[str, Reader] = {
             "rope_theta": 2e6,
             "tie_word_embeddings": True,
         },
-        own_keys=_smollm3,
+        own_keys=smollm3_keys,
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from edgemerge.errors import FormatError
 from edgemerge.formats.hub.safetensors import StoredTensor, read_header
 from edgemerge.formats.json_file import read_object
 
-__all__ = ["CONFIG", "is_hub_dir", "refuse_folder", "stored_tensors"]
+__all__ = ["CONFIG", "is_hub_dir", "refuse_folder", "stored_tensors", "unread_files"]
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-([0-9]{5})-of-([0-9]{5})\.safetensors")
 # DeepSeek-V3's index has 9 MB and 91 000 tensors.
 MAX_INDEX_BYTES, MAX_INDEX_VALUES = 24_000_000, 250_000
 
@@ -44,19 +46,30 @@ def refuse_folder(path: Path) -> None:
 
 
 def stored_tensors(path: Path) -> dict[Path, dict[str, StoredTensor]]:
-    """Return the headers of all shards in the order of their names, checked against the index.
+    """Return the headers of all files of weights, in the order of their names.
+
+    Which these are is decided as in transformers (`_get_resolved_checkpoint_files`): the whole file before
+    the index. Shards without an index are read where none is missing.
 
     Raises
     ------
     FormatError
         A file is missing, or two of them contradict each other.
     """
-    if (path / INDEX).is_file():
-        return _read_shards(path)
     if (path / SINGLE).is_file():
         return {path / SINGLE: read_header(path / SINGLE)}
-    if list(path.glob("model*.safetensors")):
-        raise FormatError(f"has shards but no {INDEX}; get that file too", path=path)
+    if (path / INDEX).is_file():
+        return _read_shards(path)
+    if shards := sorted(p for p in path.glob("model-*.safetensors") if SHARD.fullmatch(p.name)):
+        return _read_unlisted(path, shards)
+    others = sorted(p.name for p in path.glob("*.safetensors"))
+    if others:
+        what = f"rename {others[0]} to {SINGLE}" if len(others) == 1 else f"get {INDEX} too"
+        raise FormatError(
+            f"has neither {SINGLE} nor {INDEX}, only {', '.join(others)[:160]}; {what}, if these are "
+            "the weights under their names in transformers",
+            path=path,
+        )
     pickles = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in path.glob(s))
     if pickles:
         raise FormatError(
@@ -67,6 +80,51 @@ def stored_tensors(path: Path) -> dict[Path, dict[str, StoredTensor]]:
     raise FormatError(
         f"has neither {SINGLE} nor {INDEX}; get one of them, or give a GGUF", path=path
     )
+
+
+def unread_files(path: Path) -> str | None:
+    """Say that weights lie beside those that are read; None where there are no others."""
+    if not (path / SINGLE).is_file():
+        return None
+    others = sorted(p.name for p in path.glob("model-*.safetensors") if SHARD.fullmatch(p.name))
+    if (path / INDEX).is_file():
+        others.append(INDEX)
+    if not others:
+        return None
+    shown = others[0] if len(others) == 1 else f"{others[0]} and {len(others) - 1} more"
+    return (
+        f"{path.name} is read from {SINGLE}, as transformers does; {shown} beside it are not used"
+    )
+
+
+def _read_unlisted(path: Path, found: list[Path]) -> dict[Path, dict[str, StoredTensor]]:
+    """Read shards that no index lists, by the numbers in their names."""
+    counts = {int(match[2]) for p in found if (match := SHARD.fullmatch(p.name))}
+    if len(counts) > 1:
+        raise FormatError(
+            f"has shards of {len(counts)} different sets but no {INDEX}; remove those that do not "
+            "belong to the model",
+            path=path,
+        )
+    count = counts.pop()
+    names = {p.name for p in found}
+    for number in range(1, count + 1):
+        name = f"model-{number:05}-of-{count:05}.safetensors"
+        if name not in names:
+            raise FormatError(f"shard {name!r} is missing; get it too", path=path)
+    shards: dict[Path, dict[str, StoredTensor]] = {}
+    homes: dict[str, Path] = {}
+    for shard in found:
+        shards[shard] = read_header(shard)
+        for name in shards[shard]:
+            if name in homes:
+                raise FormatError(
+                    f"is in {homes[name].name} too; get {INDEX}, which says where it belongs",
+                    path=shard,
+                    tensor=name,
+                )
+            homes[name] = shard
+    return shards
 
 
 def _read_shards(path: Path) -> dict[Path, dict[str, StoredTensor]]:

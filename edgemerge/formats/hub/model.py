@@ -8,24 +8,14 @@ the metadata is what llama.cpp's converter would write.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.architectures import (
-    GLOBAL,
-    ROTARY_HEADS,
-    expert_name,
-    gguf_name,
-    hf_name,
-    is_ignored,
-    layer_index,
-    text_name,
-)
+from edgemerge.formats.architectures import GLOBAL, hf_name
 from edgemerge.formats.files import (
     check_unchanged,
     fill_buffers,
@@ -35,39 +25,17 @@ from edgemerge.formats.files import (
 )
 from edgemerge.formats.hub.card import general_metadata
 from edgemerge.formats.hub.config import read_config
-from edgemerge.formats.hub.files import CONFIG, refuse_folder, stored_tensors
+from edgemerge.formats.hub.files import CONFIG, refuse_folder, unread_files
+from edgemerge.formats.hub.inventory import Inventory, Place
+from edgemerge.formats.hub.names import name_some
 from edgemerge.formats.hub.rope import rope_tensors
-from edgemerge.formats.hub.safetensors import StoredTensor
 from edgemerge.formats.tokenizer.process import read_tokenizer
 from edgemerge.types import FileState, Float32, TensorSpec, UInt8
 
 __all__ = ["HubModel"]
 
-DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors -> ggml
-OUTPUT = GLOBAL["output.weight"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Expert:
-    """One matrix of one expert, before all of its layer are found."""
-
-    shard: Path
-    name: str
-    tensor: StoredTensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where the bytes of one tensor are, and what they become.
-
-    Its parts, the experts of a stack or else one, are of equal size and follow one another.
-    """
-
-    parts: tuple[tuple[Path, int], ...]  # shard, offset in it
-    part_bytes: int
-    dtype: str  # as stored
-    n_heads: int = 0  # 0: rows lie as GGUF wants them; else the heads that cut the rotary order
-    norm_offset: float = 0.0  # 0: the bytes are passed on; else added, which makes it float32
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+PIECE = 1 << 20  # bytes of rows that are compared at a time; one row at least
 
 
 class HubModel:
@@ -84,22 +52,15 @@ class HubModel:
         refuse_folder(self.path)
         self._config = read_config(self.path / CONFIG)
         self.architecture = self._config.family.architecture
-        self._places: dict[str, _Place] = {}
         self._specs: dict[str, TensorSpec] = {}
         self._computed: dict[str, UInt8] = {}
         for name, values in rope_tensors(self._config.rope).items():
             self._specs[name] = TensorSpec(name, values.shape, "F32", values.nbytes)
             self._computed[name] = values.astype("<f4").view(np.uint8)
-        self._experts: dict[int, dict[str, dict[int, _Expert]]] = {}  # of layers begun, by stem
-        found: set[str] = set()
-        for shard, tensors in stored_tensors(self.path).items():
-            # By name within a shard, as llama.cpp's SafetensorsLocal lists them.
-            for stored_name, tensor in sorted(tensors.items()):
-                own_name = text_name(stored_name) if self._config.wrapped else stored_name
-                if own_name is not None:
-                    self._add(shard, own_name, stored_name, tensor)
-                    found.add(own_name)
-        self._require_all(found)
+        inventory = Inventory(self.path, self._config)
+        self._places = inventory.places
+        self._specs |= inventory.specs
+        self._notes = self._list_notes(inventory.unused)
         self._metadata: dict[str, bytes] | None = None
         self._fds: dict[Path, int] = {}
         shards = (shard for place in self._places.values() for shard, _ in place.parts)
@@ -113,110 +74,76 @@ class HubModel:
                 ) from e
         self._states = {shard: read_state(fd, shard) for shard, fd in self._fds.items()}
         self._stay_cached = {shard for shard, fd in self._fds.items() if was_cached(fd)}
+        try:
+            self._settle_head()
+        except BaseException:
+            self.close()
+            raise
 
-    def _add(self, shard: Path, name: str, stored_name: str, tensor: StoredTensor) -> None:
-        """Check one stored tensor against config.json and file it under its GGUF name."""
-        if is_ignored(name) or (name == OUTPUT and self._config.tied):
-            return
-        expert = expert_name(self._config.model_type, name)
-        new_name, number = expert or (gguf_name(self._config.model_type, name), 0)
-        layer = layer_index(new_name) if new_name is not None else None
-        if (
-            new_name is None
-            or (layer is not None and layer >= self._config.n_layers)
-            or (expert is not None and number >= self._config.n_experts)
-        ):
-            raise FormatError(
-                f"llama.cpp's {self.architecture} with {self._config.n_layers} layers has no such "
-                "tensor; convert the model to GGUF with llama.cpp first",
-                path=shard,
-                tensor=stored_name,
+    def _list_notes(self, unused: Sequence[str]) -> list[str]:
+        name, tool = self.path.name, self._config.quantised
+        notes = [note] if (note := unread_files(self.path)) else []
+        if unused:
+            notes.append(
+                f"{name}: tensors that the language model does not use are left out: {name_some(unused)}"
             )
-        stem = new_name if layer is None else new_name.split(".", 2)[2]
-        self._check(shard, stored_name, tensor, stem)
-        if expert is None:
-            self._file(new_name, stem, shard, tensor)
-        elif layer is not None:
-            found = _Expert(shard, stored_name, tensor)
-            self._experts.setdefault(layer, {}).setdefault(stem, {})[number] = found
-            self._stack(layer)
-
-    def _check(self, shard: Path, stored_name: str, tensor: StoredTensor, stem: str) -> None:
-        if tensor.dtype not in DTYPES:
-            raise FormatError(
-                f"its type {tensor.dtype} is not one of {', '.join(DTYPES)}; give the original "
-                "fp16, bf16 or fp32 model",
-                path=shard,
-                tensor=stored_name,
+        if tool:
+            notes.append(
+                f"{name}: {CONFIG} says that the weights are quantised by {tool!r}, but they are "
+                "plain, and read as such"
             )
-        expected = self._config.expected_shape(stem)
-        if tensor.shape != expected:
-            raise FormatError(
-                f"its shape is {list(tensor.shape)} but {CONFIG} makes it {list(expected)}; the "
-                "two files belong to different models, get the directory again",
-                path=shard,
-                tensor=stored_name,
-            )
+        return notes
 
-    def _file(self, name: str, stem: str, shard: Path, tensor: StoredTensor) -> None:
-        family = self._config.family
-        heads = 0
-        if family.rotates_pairs and stem in ROTARY_HEADS:
-            heads = getattr(self._config, ROTARY_HEADS[stem])
-        offset = family.norm_offset if stem.endswith("norm.weight") else 0.0
-        dtype = DTYPES[tensor.dtype]
-        parts = ((shard, tensor.offset),)
-        self._places[name] = _Place(parts, tensor.nbytes, dtype, heads, offset)
-        if offset:
-            self._specs[name] = TensorSpec(name, tensor.shape, "F32", 4 * prod(tensor.shape))
-        else:
-            self._specs[name] = TensorSpec(name, tensor.shape, dtype, tensor.nbytes)
+    def _settle_head(self) -> None:
+        """Keep a stored head that is not the embedding, whatever config.json says of tying.
 
-    def _stack(self, layer: int) -> None:
-        """File a layer's experts when the last of them has come, as the converter does."""
-        stacks = self._experts[layer]
-        n_experts, stems = self._config.n_experts, self._config.family.experts
-        if any(len(stacks.get(stem, ())) < n_experts for stem in stems):
-            return
-        for stem in stems:
-            experts = [stacks[stem][i] for i in range(n_experts)]
-            first = experts[0].tensor
-            for expert in experts:
-                if expert.tensor.dtype != first.dtype:
-                    raise FormatError(
-                        f"its type is {expert.tensor.dtype}, that of the layer's first expert "
-                        f"{first.dtype}; save the model in one type",
-                        path=expert.shard,
-                        tensor=expert.name,
-                    )
-            name = f"blk.{layer}.{stem}"
-            parts = tuple((expert.shard, expert.tensor.offset) for expert in experts)
-            dtype = DTYPES[first.dtype]
-            self._places[name] = _Place(parts, first.nbytes, dtype)
-            shape = (n_experts, *first.shape)
-            self._specs[name] = TensorSpec(name, shape, dtype, n_experts * first.nbytes)
-        del self._experts[layer]
-
-    def _require_all(self, found: set[str]) -> None:
-        """Refuse a directory that lacks a tensor; names are Hugging Face's."""
-        config, family = self._config, self._config.family
-
-        def wanted() -> Iterator[str]:  # one by one: a hostile config.json has billions of layers
-            yield from (name for name in GLOBAL.values() if name != OUTPUT or not config.tied)
-            names = [hf for stem, hf in family.block.items() if config.required(stem)]
-            for layer in range(config.n_layers):
-                yield from (f"model.layers.{layer}.{name}" for name in names)
-                for i in range(config.n_experts):
-                    for hf in family.experts.values():
-                        yield f"model.layers.{layer}.{hf.format(i)}"
-
-        for name in wanted():
-            if name not in found:
+        So do transformers and llama.cpp, which ties where no head is stored. Some architectures have it
+        in one way only.
+        """
+        tied, must_tie, name = self._config.tied, self._config.must_tie, self.path.name
+        if OUTPUT in self._places and (tied or must_tie):
+            if self._is_embedding():
+                del self._places[OUTPUT], self._specs[OUTPUT]
+            elif must_tie:
                 raise FormatError(
-                    "is missing from the directory; get its safetensors files again",
+                    f"differs from the embedding, but llama.cpp's {self.architecture} has no other "
+                    "head; this model cannot be converted",
                     path=self.path,
-                    tensor=name,
+                    tensor=GLOBAL[OUTPUT],
                 )
+            else:
+                self._notes.append(
+                    f"{name}: {CONFIG} ties the output head to the embedding, but another one is "
+                    "stored, and kept"
+                )
+        elif OUTPUT not in self._places and not tied and not must_tie:
+            self._notes.append(
+                f"{name}: {CONFIG} says that the output head is not the embedding, but none is "
+                "stored; the embedding is used"
+            )
+        if OUTPUT not in self._places and must_tie is False:
+            self._places[OUTPUT] = self._places[EMBEDDING]
+            self._specs[OUTPUT] = replace(self._specs[EMBEDDING], name=OUTPUT)
+
+    def _is_embedding(self) -> bool:
+        """Tell whether the stored head has the embedding's values; reads both as far as they agree."""
+        n_rows = self._specs[OUTPUT].n_rows
+        height = max(1, PIECE // self._specs[OUTPUT].row_bytes)
+        same = True
+        for start in range(0, n_rows, height):
+            stop = min(n_rows, start + height)
+            left, right = (self._read_f32(name, start, stop) for name in (EMBEDDING, OUTPUT))
+            if not np.array_equal(left, right):
+                same = False
+                break
+        for name in (EMBEDDING, OUTPUT):
+            self.forget(name)
+        return same
+
+    def _read_f32(self, name: str, start: int, stop: int) -> Float32:
+        raw = np.empty((stop - start) * self._specs[name].row_bytes, np.uint8)
+        self.read_rows(name, start, stop, raw)
+        return _as_f32(raw, self._places[name].dtype)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """All tensors by GGUF name, in the order in which llama.cpp's converter lists them."""
@@ -228,11 +155,17 @@ class HubModel:
             self._metadata = {
                 **general_metadata(self.path, self.architecture, self._specs.values()),
                 **self._config.metadata(),
-                **read_tokenizer(
-                    self.path, self._config.raw, self._config.vocab_size, self._config.model_type
-                ),
+                **self._tokenizer(),
             }
         return self._metadata
+
+    def _tokenizer(self) -> dict[str, bytes]:
+        config, notes = self._config, list[str]()
+        found = read_tokenizer(
+            self.path, config.raw, config.vocab_size, config.model_type, notes=notes
+        )
+        self._notes += [f"{self.path.name}: {note}" for note in notes]
+        return found
 
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` ((stop - start) * row_bytes,) with rows [start, stop) in GGUF's order."""
@@ -255,18 +188,11 @@ class HubModel:
         else:  # a bias is one row whose elements are permuted as the rows of its weight are
             self._fill_rotary(name, 0, spec.n_cols, spec.nbytes // spec.n_cols, view)
 
-    def _read_norm(self, name: str, place: _Place) -> Float32:
+    def _read_norm(self, name: str, place: Place) -> Float32:
         """Return the vector that Gemma multiplies by: it stores them less 1."""
         stored = np.empty(place.part_bytes, np.uint8)
         self._fill(name, [stored.data.cast("B")], place.parts[0])
-        match place.dtype:
-            case "BF16":
-                values = (stored.view("<u2").astype("<u4") << 16).view("<f4")
-            case "F16":
-                values = stored.view("<f2").astype("<f4")
-            case _:
-                values = stored.view("<f4")
-        return values + np.float32(place.norm_offset)
+        return _as_f32(stored, place.dtype) + np.float32(place.norm_offset)
 
     def _fill_rows(self, name: str, start: int, stop: int, view: memoryview) -> None:
         """Read bytes [start, stop) of a tensor, whose parts may lie apart."""
@@ -323,7 +249,22 @@ class HubModel:
         for shard, state in self._states.items():
             check_unchanged(self._fds[shard], state)
 
+    def notes(self) -> Sequence[str]:
+        """Say what of the directory is not used or was read otherwise than it says; reads its tokenizer."""
+        self.metadata()
+        return self._notes
+
     def close(self) -> None:
         """Close the shards."""
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+
+def _as_f32(raw: UInt8, dtype: str) -> Float32:
+    match dtype:
+        case "BF16":
+            return (raw.view("<u2").astype("<u4") << 16).view("<f4")
+        case "F16":
+            return raw.view("<f2").astype("<f4")
+        case _:
+            return raw.view("<f4")

@@ -90,10 +90,9 @@ def read_rope(check: Checker, kinds: tuple[str, ...], head_dim: int, context_len
 
 def _by_layer_kind(check: Checker, value: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
     """Return the parameters of full attention, and the frequency base of sliding windows."""
-    if "rope_local_base_freq" not in check.defaults:
-        return dict(value), None
+    has_local = "rope_local_base_freq" in check.defaults
     if "full_attention" not in value:
-        return dict(value), check.number("rope_local_base_freq")
+        return dict(value), check.number("rope_local_base_freq") if has_local else None
     full, sliding = value["full_attention"], value.get("sliding_attention") or {}
     for name, table in (("full_attention", full), ("sliding_attention", sliding)):
         if not isinstance(table, dict):
@@ -101,9 +100,8 @@ def _by_layer_kind(check: Checker, value: dict[str, Any]) -> tuple[dict[str, Any
     kind = sliding.get("rope_type", "default")
     if kind != "default":
         raise check.unlike("rope_parameters.sliding_attention.rope_type", kind, "'default'")
-    return dict(full), check.number(
-        "rope_theta", check.number("rope_local_base_freq"), table=sliding
-    )
+    local = check.number("rope_local_base_freq") if has_local else full.get("rope_theta")
+    return dict(full), check.number("rope_theta", local, table=sliding)
 
 
 def _check_values(check: Checker, kind: str, rope: dict[str, Any]) -> None:
@@ -186,8 +184,16 @@ def _check_factors(check: Checker, rope: dict[str, Any], n_rot: int) -> None:
             check.number(key, table={key: factor})
 
 
-def rope_metadata(rope: Rope) -> dict[str, bytes]:
-    """Return the encoded `rope.*` keys without the architecture's name, in no certain order."""
+def rope_metadata(rope: Rope, *, has_log_multiplier: bool = False) -> dict[str, bytes]:
+    """Return the encoded `rope.*` keys without the architecture's name, in no certain order.
+
+    Parameters
+    ----------
+    rope : Rope
+        What config.json says.
+    has_log_multiplier : bool
+        Whether llama.cpp reads `yarn_log_multiplier` for this architecture.
+    """
     keys = {"rope.freq_base": encode_value(rope.theta, "f32")}
     keys["rope.dimension_count"] = encode_value(rope.n_rot, "u32")
     if rope.local_theta is not None:
@@ -204,7 +210,11 @@ def rope_metadata(rope: Rope) -> dict[str, bytes]:
             if value is not None:
                 keys[f"rope.scaling.yarn_{key}"] = encode_value(float(value), "f32")
         # llama.cpp computes a factor of its own, whatever yarn_attn_factor says.
-        ratio = _yarn_attention(rope.values) / _yarn_scale(rope.values["factor"], 1.0)
+        own = _yarn_scale(rope.values["factor"], 1.0)
+        if has_log_multiplier and (multiplier := rope.values.get("mscale_all_dim")):
+            keys["rope.scaling.yarn_log_multiplier"] = encode_value(float(multiplier), "f32")
+            own /= _yarn_scale(rope.values["factor"], multiplier)
+        ratio = _yarn_attention(rope.values) / own
         if not math.isclose(ratio, 1.0, rel_tol=1e-6):
             keys["rope.scaling.attn_factor"] = encode_value(ratio, "f32")
     if rope.kind == "longrope":

@@ -12,8 +12,9 @@ from typing import Any
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import encode_value
+from edgemerge.formats.tokenizer.added import AddedToken
 from edgemerge.formats.tokenizer.sentencepiece_file import CONTROL, NORMAL, UNUSED, USER_DEFINED
-from edgemerge.formats.tokenizer.spm import looks_special
+from edgemerge.formats.tokenizer.spm import looks_special, refuse_id, user_text
 
 __all__ = ["bpe_vocabulary"]
 
@@ -95,13 +96,16 @@ PRE_TOKENIZERS: tuple[tuple[tuple[Step, ...], bool | None, str], ...] = (
 OTHER_NAMES: dict[tuple[str, str], str] = {
     ("granite", "smaug-bpe"): "dbrx",
     ("granite", "smollm"): "refact",
+    ("granitemoehybrid", "smaug-bpe"): "dbrx",
+    ("granitemoehybrid", "smollm"): "refact",
     ("olmo2", "smaug-bpe"): "dbrx",
+    ("olmo3", "smaug-bpe"): "dbrx",
     ("phi3", "smaug-bpe"): "dbrx",
 }
 
 
 def bpe_vocabulary(
-    path: Path, tokenizer_json: Json, tokenizer_config: Json, vocab_size: int, model_type: str
+    path: Path, tokenizer_json: Json, added: list[AddedToken], vocab_size: int, model_type: str
 ) -> dict[str, bytes]:
     """Return the `tokenizer.ggml.*` keys of a byte-level BPE (`_set_vocab_gpt2`).
 
@@ -109,8 +113,10 @@ def bpe_vocabulary(
     ----------
     path : Path
         The directory, named in errors.
-    tokenizer_json, tokenizer_config : dict
-        The files of these names.
+    tokenizer_json : dict
+        The file of this name.
+    added : list of AddedToken
+        Tokens beside its vocabulary.
     vocab_size : int
         Number of tokens to return; ids that no token has become `[PADn]`.
     model_type : str
@@ -123,15 +129,12 @@ def bpe_vocabulary(
     for text, i in model["vocab"].items():
         _put(path, tokens, i, text)
         types[i] = NORMAL
-    flags = tokenizer_config.get("added_tokens_decoder", {})
-    for token in tokenizer_json.get("added_tokens") or []:
-        i, text = token["id"], token["content"]
+    for token in added:
+        i, text = token.id, token.text
         _put(path, tokens, i, text)
-        # Where the two files differ, transformers believes tokenizer_config.json.
-        special = flags.get(str(i), token).get("special")
-        types[i] = CONTROL if special or looks_special(text) else USER_DEFINED
+        types[i] = CONTROL if token.special or looks_special(text) else USER_DEFINED
         if types[i] == USER_DEFINED:
-            tokens[i] = text.replace("▁", " ")
+            tokens[i] = user_text(text)
     return {
         "model": encode_value("gpt2", "str"),
         "pre": encode_value(_pre_tokenizer(path, tokenizer_json, model_type), "str"),
@@ -145,11 +148,7 @@ def bpe_vocabulary(
 
 def _put(path: Path, tokens: list[str | None], i: object, text: str) -> None:
     if type(i) is not int or not 0 <= i < len(tokens):
-        raise FormatError(
-            f"tokenizer.json gives token {text[:40]!r} the id {str(i)[:20]}, but the embedding has "
-            f"{len(tokens)} rows; get both files from one model",
-            path=path,
-        )
+        raise refuse_id(path, text, i, len(tokens))
     if tokens[i] not in (None, text):
         raise FormatError(
             f"tokenizer.json gives the id {i} to two tokens, {tokens[i]!r:.42} and {text!r:.42}; "
@@ -201,7 +200,7 @@ def _pre_tokenizer(path: Path, tokenizer_json: Json, model_type: str) -> str:
     shown = ", ".join(str(step[0]) for step in steps)
     raise FormatError(
         f"its tokenizer cuts text in a way ({shown or 'none'}) that edgemerge knows no llama.cpp "
-        "name for; convert the model to GGUF with llama.cpp first",
+        "name for; give a GGUF of it (convert_hf_to_gguf.py of llama.cpp knows more tokenizers)",
         path=path,
     )
 

@@ -21,11 +21,17 @@ __all__ = ["read_tokenizer"]
 LARGE = 1 << 20  # bytes of tokenizer.json; a smaller one takes less memory than a process does time
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
-_last: tuple[bytes, dict[str, bytes]] = b"", {}  # what was read last, and of which bytes
+# What was read last, its notes, and of which bytes it was.
+_last: tuple[bytes, dict[str, bytes], list[str]] = b"", {}, []
 
 
 def read_tokenizer(
-    path: Path, config: dict[str, Any], vocab_size: int, model_type: str
+    path: Path,
+    config: dict[str, Any],
+    vocab_size: int,
+    model_type: str,
+    *,
+    notes: list[str] | None = None,
 ) -> dict[str, bytes]:
     """Return what `tokenizer_metadata` does; fine-tunes of one base, whose files are equal, share it.
 
@@ -39,7 +45,10 @@ def read_tokenizer(
     global _last
     digest = _digest(path, config, vocab_size, model_type)
     if not digest or digest != _last[0]:
-        _last = digest, _read(path, config, vocab_size, model_type)
+        said: list[str] = []
+        _last = digest, _read(path, config, vocab_size, model_type, said), said
+    if notes is not None:
+        notes += _last[2]
     return _last[1]
 
 
@@ -59,10 +68,12 @@ def _digest(path: Path, config: dict[str, Any], vocab_size: int, model_type: str
     return digest.digest()
 
 
-def _read(path: Path, config: dict[str, Any], vocab_size: int, model_type: str) -> dict[str, bytes]:
+def _read(
+    path: Path, config: dict[str, Any], vocab_size: int, model_type: str, notes: list[str]
+) -> dict[str, bytes]:
     file = path / "tokenizer.json"
     if not file.is_file() or file.stat().st_size < LARGE:
-        return tokenizer_metadata(path, config, vocab_size, model_type)
+        return tokenizer_metadata(path, config, vocab_size, model_type, notes=notes)
     question = json.dumps([str(path), config, vocab_size, model_type])
     try:
         done = subprocess.run(
@@ -82,6 +93,7 @@ def _read(path: Path, config: dict[str, Any], vocab_size: int, model_type: str) 
     if "refusal" in answer:
         where = Path(answer["path"])
         raise FormatError(answer["refusal"].removeprefix(f"{where}: "), path=where)
+    notes += answer["notes"]
     found, at = {}, 0
     for key, n_bytes in answer["sizes"]:
         found[key] = values[at : at + n_bytes]
@@ -92,14 +104,14 @@ def _read(path: Path, config: dict[str, Any], vocab_size: int, model_type: str) 
 def _answer() -> None:
     """Read a question from stdin; write a line of JSON, then the values one after the other."""
     path, config, vocab_size, model_type = json.load(sys.stdin)
-    out = sys.stdout.buffer
+    out, notes = sys.stdout.buffer, list[str]()
     try:
-        found = tokenizer_metadata(Path(path), config, vocab_size, model_type)
+        found = tokenizer_metadata(Path(path), config, vocab_size, model_type, notes=notes)
     except FormatError as error:
         out.write(json.dumps({"refusal": str(error), "path": str(error.path)}).encode() + b"\n")
         return
     sizes = [(key, len(value)) for key, value in found.items()]
-    out.write(json.dumps({"sizes": sizes}).encode() + b"\n")
+    out.write(json.dumps({"sizes": sizes, "notes": notes}).encode() + b"\n")
     out.writelines(found.values())
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.json_file import read_object
+from edgemerge.formats.tokenizer.added import added_tokens
 from edgemerge.formats.tokenizer.bpe import bpe_vocabulary
-from edgemerge.formats.tokenizer.sentencepiece_file import read_sentencepiece
+from edgemerge.formats.tokenizer.sentencepiece_file import UNUSED, read_sentencepiece
 from edgemerge.formats.tokenizer.special import chat_templates, special_tokens
 from edgemerge.formats.tokenizer.spm import (
     adds_space,
@@ -28,7 +29,7 @@ from edgemerge.formats.tokenizer.unigram import unigram_json_vocabulary, unigram
 __all__ = ["tokenizer_metadata"]
 
 # Model types that the converter's LlamaModel and GemmaModel take care of.
-LLAMA_LIKE = ("llama", "mistral", "mixtral", "granite", "smollm3")
+LLAMA_LIKE = ("llama", "mistral", "ministral3", "mixtral", "granite", "smollm3")
 GEMMA = ("gemma2", "gemma3_text")
 # llama.cpp ends a text with EOS in the first, and begins it with BOS in the others, by default.
 UNIGRAM = encode_value("t5", "str")
@@ -58,11 +59,17 @@ _MISSHAPEN = (
     ValueError,
     struct.error,
 )
+ENDS = ("eos", "eot", "eom")
 ADD_KEYS = {"bos": "add_bos_token", "eos": "add_eos_token", "sep": "add_sep_token"}
 
 
 def tokenizer_metadata(
-    path: Path, config: dict[str, Any], vocab_size: int, model_type: str = "llama"
+    path: Path,
+    config: dict[str, Any],
+    vocab_size: int,
+    model_type: str = "llama",
+    *,
+    notes: list[str] | None = None,
 ) -> dict[str, bytes]:
     """Return the encoded `tokenizer.*` keys of a directory.
 
@@ -76,6 +83,8 @@ def tokenizer_metadata(
         Rows of the embedding; missing tokens are filled up with `[PADn]`.
     model_type : str
         config.json's; llama.cpp's converter treats a vocabulary a little differently in each.
+    notes : list of str, optional
+        What is left out, one sentence each, is added to it.
 
     Raises
     ------
@@ -86,13 +95,16 @@ def tokenizer_metadata(
     tokenizer_json = _read_optional(
         path / "tokenizer.json", max_bytes=MAX_TOKENIZER_BYTES, max_values=MAX_TOKENIZER_VALUES
     )
+    notes = [] if notes is None else notes
     try:
-        return _metadata(path, config, tokenizer_config, tokenizer_json, vocab_size, model_type)
+        return _metadata(
+            path, config, tokenizer_config, tokenizer_json, vocab_size, model_type, notes
+        )
     except _MISSHAPEN as e:
         # tokenizer.json is a dozen formats in one; what does not even have their shape ends here.
         raise FormatError(
             f"its tokenizer files are built in a way edgemerge does not know ({type(e).__name__}: "
-            f"{str(e)[:80]}); get them again, or convert the model to GGUF with llama.cpp",
+            f"{str(e)[:80]}); get them again, or give a GGUF of the model",
             path=path,
         ) from e
 
@@ -108,34 +120,37 @@ def _metadata(
     tokenizer_json: dict[str, Any] | None,
     vocab_size: int,
     model_type: str,
+    notes: list[str],
 ) -> dict[str, bytes]:
     keys: dict[str, bytes] = {}
     add_prefix_space = (tokenizer_config or {}).get("add_prefix_space")
     if add_prefix_space is not None and model_type in LLAMA_LIKE:
         keys["add_space_prefix"] = encode_value(bool(add_prefix_space), "bool")
-    n_vocab: int | None = vocab_size
+    as_written = model_type == "phi3"
+    added = added_tokens(
+        tokenizer_json, tokenizer_config, vocab_size, notes, json_counts=as_written
+    )
     if (path / "tokenizer.model").is_file():
         model = read_sentencepiece(path / "tokenizer.model")
-        added = _added_tokens(tokenizer_config or {}, tokenizer_json or {}, model_type)
         if model.is_unigram:
             keys |= unigram_vocabulary(path, model, added, vocab_size)
         else:
-            as_written = model_type == "phi3"
             keys |= spm_vocabulary(path, model, added, vocab_size, as_written=as_written)
     elif tokenizer_json is None:
         raise FormatError(
             "has neither tokenizer.model nor tokenizer.json; get one of them", path=path
         )
     elif tokenizer_json["model"].get("type") == "Unigram":
-        keys |= unigram_json_vocabulary(path, tokenizer_json, vocab_size)
+        keys |= unigram_json_vocabulary(path, tokenizer_json, added, vocab_size)
     elif is_spm_json(tokenizer_json):
-        keys |= spm_json_vocabulary(path, tokenizer_json, tokenizer_config or {}, vocab_size)
+        keys |= spm_json_vocabulary(path, tokenizer_json, tokenizer_config or {}, added, vocab_size)
         if not adds_space(tokenizer_json):
             keys["add_space_prefix"] = encode_value(False, "bool")
     else:
-        keys |= bpe_vocabulary(path, tokenizer_json, tokenizer_config or {}, vocab_size, model_type)
-        n_vocab = None  # the converter does not check the range of these ids, all are below it
-    ids, adds = special_tokens(tokenizer_json, tokenizer_config, config, n_vocab)
+        keys |= bpe_vocabulary(path, tokenizer_json, added, vocab_size, model_type)
+    stated = _without_negative(config, notes)
+    ids, adds = special_tokens(tokenizer_json, tokenizer_config, stated, None)
+    _check_ids(path, ids, keys["token_type"], vocab_size)
     if model_type in LLAMA_LIKE and vocab_size == CODELLAMA_VOCAB:
         ids.setdefault("eot", CODELLAMA_EOT)
     if model_type in LLAMA_LIKE and vocab_size == GRANITE_VOCAB:
@@ -157,15 +172,32 @@ def _metadata(
     return found
 
 
-def _added_tokens(
-    tokenizer_config: dict[str, Any], tokenizer_json: dict[str, Any], model_type: str
-) -> list[tuple[int, str, bool]]:
-    """List (id, text, special) of what is added to tokenizer.model; later ones count."""
-    tokens = tokenizer_config.get("added_tokens_decoder", {}).items()
-    found = [(int(i), token["content"], bool(token.get("special"))) for i, token in tokens]
-    if model_type == "phi3":
-        found += [
-            (token["id"], token["content"], bool(token.get("special")))
-            for token in tokenizer_json.get("added_tokens") or []
-        ]
-    return found
+def _without_negative(config: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Leave out ids below 0, by which some programs say that there is no such token."""
+    absent = [
+        key
+        for key, value in config.items()
+        if key.endswith("_token_id") and type(value) is int and value < 0
+    ]
+    notes += [f"{key} {config[key]} of config.json is taken for none" for key in absent]
+    return {key: value for key, value in config.items() if key not in absent}
+
+
+def _check_ids(path: Path, ids: dict[str, int], types: bytes, vocab_size: int) -> None:
+    """Refuse a special token that the embedding lacks, and an end of text that has no text.
+
+    `types` is the encoded array of int32; its elements begin at byte 16.
+    """
+    for kind, i in ids.items():
+        if i >= vocab_size:
+            raise FormatError(
+                f"its {kind} token has the id {i}, but the embedding has {vocab_size} rows; correct "
+                "it in config.json and the tokenizer's files",
+                path=path,
+            )
+        if kind in ENDS and struct.unpack_from("<i", types, 16 + 4 * i)[0] == UNUSED:
+            raise FormatError(
+                f"its {kind} token has the id {i}, to which its tokenizer gives no text; get "
+                "tokenizer.json and tokenizer_config.json of this very model",
+                path=path,
+            )

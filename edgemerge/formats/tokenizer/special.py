@@ -144,10 +144,13 @@ def _sequence(item: Json) -> str | None:
 
 
 def chat_templates(path: Path, tokenizer_config: Json | None) -> dict[str, bytes]:
-    """Return the `chat_template` keys, encoded; templates are copied and never rendered."""
-    if tokenizer_config is None:
-        return {}
-    template = tokenizer_config.get("chat_template", _template_files(path))
+    """Return the `chat_template` keys, encoded; templates are copied and never rendered.
+
+    chat_template.jinja counts more than an older one in tokenizer_config.json, as in transformers.
+    """
+    template = (tokenizer_config or {}).get("chat_template")
+    if template is None or (path / "chat_template.jinja").is_file():
+        template = _template_files(path)
     if isinstance(template, str):
         return {"chat_template": encode_value(template, "str")}
     if not isinstance(template, list):

@@ -9,10 +9,12 @@ from typing import Any
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.json_file import read_object
+from edgemerge.formats.tokenizer.added import AddedToken, special_texts
 from edgemerge.formats.tokenizer.sentencepiece_file import (
     BYTE,
     CONTROL,
     NORMAL,
+    UNKNOWN,
     UNUSED,
     USER_DEFINED,
     SentencePieceFile,
@@ -22,10 +24,13 @@ __all__ = [
     "ADDED_SCORE",
     "Vocabulary",
     "adds_space",
+    "is_special_piece",
     "is_spm_json",
     "looks_special",
+    "refuse_id",
     "spm_json_vocabulary",
     "spm_vocabulary",
+    "user_text",
 ]
 
 PAD_SCORE, ADDED_SCORE = -10000.0, -1000.0
@@ -39,23 +44,27 @@ class Vocabulary:
 
     Parameters
     ----------
+    path : Path
+        The directory, named in errors.
     n_tokens : int
         Rows of the embedding.
     """
 
-    def __init__(self, n_tokens: int) -> None:
+    def __init__(self, path: Path, n_tokens: int) -> None:
+        self._path = path
         self.tokens = [b"[PAD%d]" % i for i in range(n_tokens)]
         self.scores = [PAD_SCORE] * n_tokens
         self.types = [UNUSED] * n_tokens
 
     def put(self, token_id: object, text: bytes, score: float, kind: int) -> None:
-        """Fill in a token; ids beyond the embedding are dropped, as the converter does."""
+        """Fill in a token; one beyond the embedding is refused: the model could not read it."""
         if type(token_id) is not int or token_id < 0:
             raise ValueError(f"token id {str(token_id)[:20]!r} is not an integer >= 0")
-        if token_id < len(self.tokens):
-            self.tokens[token_id] = text
-            self.scores[token_id] = score
-            self.types[token_id] = kind
+        if token_id >= len(self.tokens):
+            raise refuse_id(self._path, text.decode(errors="replace"), token_id, len(self.tokens))
+        self.tokens[token_id] = text
+        self.scores[token_id] = score
+        self.types[token_id] = kind
 
     def keys(self, model: str) -> dict[str, bytes]:
         """Return the encoded `tokenizer.ggml.*` keys, for llama.cpp's tokenizer model "llama" or "t5"."""
@@ -68,10 +77,19 @@ class Vocabulary:
         }
 
 
+def refuse_id(path: Path, text: str, token_id: object, n_rows: int) -> FormatError:
+    """Make the error for a token that the embedding has no row for."""
+    return FormatError(
+        f"its tokenizer gives {text[:40]!r} the id {str(token_id)[:20]}, but the embedding has "
+        f"{n_rows} rows; take the token out of the tokenizer's files, or get all files from one model",
+        path=path,
+    )
+
+
 def spm_vocabulary(
     path: Path,
     model: SentencePieceFile,
-    added: list[tuple[int, str, bool]],
+    added: list[AddedToken],
     vocab_size: int,
     *,
     as_written: bool = False,
@@ -84,26 +102,42 @@ def spm_vocabulary(
         The directory; its added_tokens.json counts too.
     model : SentencePieceFile
         Its tokenizer.model.
-    added : list of (int, str, bool)
-        Ids, texts and whether they are special, of tokens that override pieces.
+    added : list of AddedToken
+        Tokens that override pieces.
     vocab_size : int
         Number of tokens to return.
     as_written : bool
         Whether added tokens are special only where they say so, as the converter has it for Phi-3.
     """
-    vocabulary = Vocabulary(vocab_size)
+    vocabulary = Vocabulary(path, vocab_size)
     for i, (piece, score, kind) in enumerate(model.pieces):
         vocabulary.put(i, piece, score, NORMAL if kind == USER_DEFINED else kind)
     if (path / "added_tokens.json").is_file():
         for text, i in read_object(path / "added_tokens.json").items():
             vocabulary.put(i, text.encode(), ADDED_SCORE, USER_DEFINED)
-    for i, text, special in added:
-        if special or (looks_special(text) and not as_written):
-            vocabulary.put(i, text.encode(), ADDED_SCORE, CONTROL)
-        else:  # llama.cpp compares these with text whose spaces are spaces
-            plain = text if as_written else text.replace("▁", " ")
-            vocabulary.put(i, plain.encode(), ADDED_SCORE, USER_DEFINED)
+    for token in added:
+        text = token.text
+        if not as_written and not token.in_config and is_special_piece(model, token):
+            continue
+        if token.special or (looks_special(text) and not as_written):
+            vocabulary.put(token.id, text.encode(), ADDED_SCORE, CONTROL)
+        else:
+            plain = text if as_written else user_text(text)
+            vocabulary.put(token.id, plain.encode(), ADDED_SCORE, USER_DEFINED)
     return vocabulary.keys("llama")
+
+
+def is_special_piece(model: SentencePieceFile, token: AddedToken) -> bool:
+    """Tell whether tokenizer.model has this token already, as one that no text becomes."""
+    if not 0 <= token.id < len(model.pieces):
+        return False
+    piece, _, kind = model.pieces[token.id]
+    return kind in (CONTROL, UNKNOWN) and piece == token.text.encode()
+
+
+def user_text(text: str) -> str:
+    """Return what llama.cpp compares with text, whose spaces are spaces."""
+    return text.replace("▁", " ")
 
 
 def looks_special(text: str) -> bool:
@@ -140,13 +174,17 @@ def adds_space(tokenizer_json: Json) -> bool:
 
 
 def spm_json_vocabulary(
-    path: Path, tokenizer_json: Json, tokenizer_config: Json, vocab_size: int
+    path: Path,
+    tokenizer_json: Json,
+    tokenizer_config: Json,
+    added: list[AddedToken],
+    vocab_size: int,
 ) -> dict[str, bytes]:
     """Return the `tokenizer.ggml.*` keys of such a tokenizer.json.
 
-    As `LlamaHfVocab` but for two things it gets wrong: all its scores are alike, so that llama.cpp
-    would merge from left to right instead of by rank, and it does not fill up to the embedding's
-    rows.
+    As `LlamaHfVocab` but for three things it gets wrong: all its scores are alike, so that llama.cpp
+    would merge from left to right instead of by rank; it does not fill up to the embedding's rows; and
+    it forgets which tokens are special where tokenizer_config.json does not name them.
 
     Parameters
     ----------
@@ -154,10 +192,12 @@ def spm_json_vocabulary(
         The directory, named in errors.
     tokenizer_json, tokenizer_config : dict
         The files of these names.
+    added : list of AddedToken
+        Tokens beside the vocabulary, or that override its own.
     vocab_size : int
         Number of tokens to return.
     """
-    model, vocabulary = tokenizer_json["model"], Vocabulary(vocab_size)
+    model, vocabulary = tokenizer_json["model"], Vocabulary(path, vocab_size)
     if max(model["vocab"].values(), default=0) >= vocab_size:
         raise FormatError(
             f"tokenizer.json has more tokens than the {vocab_size} rows of the embedding; get both "
@@ -165,16 +205,19 @@ def spm_json_vocabulary(
             path=path,
         )
     scores = _scores_of_merges(model.get("merges") or [])
-    special = _special_texts(tokenizer_config)
+    named = special_texts(tokenizer_config)
+    kinds = {
+        token.text: CONTROL if token.special or token.text in named else USER_DEFINED
+        for token in added
+    }
     for text, i in model["vocab"].items():
-        kind = CONTROL if text in special else NORMAL
+        kind = kinds.get(text, CONTROL if text in named else NORMAL)
         kind = BYTE if BYTE_TOKEN.fullmatch(text) else kind
-        vocabulary.put(i, text.encode(), scores.get(text, 0.0), kind)
-    for token in tokenizer_json.get("added_tokens") or []:
-        text = token["content"]
-        if text not in model["vocab"]:
-            kind = CONTROL if text in special else USER_DEFINED
-            vocabulary.put(token["id"], text.encode(), ADDED_SCORE, kind)
+        shown = user_text(text) if kind == USER_DEFINED else text
+        vocabulary.put(i, shown.encode(), scores.get(text, 0.0), kind)
+    for token in added:
+        if token.text not in model["vocab"]:
+            vocabulary.put(token.id, token.text.encode(), ADDED_SCORE, kinds[token.text])
     return vocabulary.keys("llama")
 
 
@@ -185,10 +228,3 @@ def _scores_of_merges(merges: list[Any]) -> dict[str, float]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         scores.setdefault(left + right, -float(len(scores)))
     return scores
-
-
-def _special_texts(tokenizer_config: Json) -> set[str]:
-    named = [tokenizer_config.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "sep", "pad")]
-    named += tokenizer_config.get("additional_special_tokens") or []
-    texts = (token.get("content") if isinstance(token, dict) else token for token in named)
-    return {text for text in texts if isinstance(text, str)}

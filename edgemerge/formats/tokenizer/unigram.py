@@ -14,6 +14,7 @@ from typing import Any
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import encode_value
+from edgemerge.formats.tokenizer.added import AddedToken
 from edgemerge.formats.tokenizer.sentencepiece_file import (
     BYTE,
     CONTROL,
@@ -22,7 +23,12 @@ from edgemerge.formats.tokenizer.sentencepiece_file import (
     USER_DEFINED,
     SentencePieceFile,
 )
-from edgemerge.formats.tokenizer.spm import ADDED_SCORE, Vocabulary, looks_special
+from edgemerge.formats.tokenizer.spm import (
+    ADDED_SCORE,
+    Vocabulary,
+    is_special_piece,
+    looks_special,
+)
 
 __all__ = ["unigram_json_vocabulary", "unigram_vocabulary"]
 
@@ -30,7 +36,7 @@ Json = dict[str, Any]
 
 
 def unigram_vocabulary(
-    path: Path, model: SentencePieceFile, added: list[tuple[int, str, bool]], vocab_size: int
+    path: Path, model: SentencePieceFile, added: list[AddedToken], vocab_size: int
 ) -> dict[str, bytes]:
     """Return the `tokenizer.ggml.*` keys of a tokenizer.model that holds probabilities.
 
@@ -40,8 +46,8 @@ def unigram_vocabulary(
         The directory, named in errors.
     model : SentencePieceFile
         Its tokenizer.model.
-    added : list of (int, str, bool)
-        Ids, texts and whether they are special, of tokens that override pieces.
+    added : list of AddedToken
+        Tokens that override pieces.
     vocab_size : int
         Number of tokens to return.
 
@@ -50,7 +56,7 @@ def unigram_vocabulary(
     FormatError
         It spells characters that it lacks as bytes.
     """
-    vocabulary = Vocabulary(vocab_size)
+    vocabulary = Vocabulary(path, vocab_size)
     unknown = None
     for i, (piece, score, kind) in enumerate(model.pieces):
         if kind == BYTE:
@@ -58,10 +64,11 @@ def unigram_vocabulary(
         if kind == UNKNOWN:
             unknown = i
         vocabulary.put(i, piece, score, kind)
-    for i, text, special in added:
-        if i != unknown:
-            kind = CONTROL if special or looks_special(text) else USER_DEFINED
-            vocabulary.put(i, text.encode(), ADDED_SCORE, kind)
+    for token in added:
+        if token.id == unknown or (not token.in_config and is_special_piece(model, token)):
+            continue
+        kind = CONTROL if token.special or looks_special(token.text) else USER_DEFINED
+        vocabulary.put(token.id, token.text.encode(), ADDED_SCORE, kind)
     return _keys(
         vocabulary,
         unknown,
@@ -71,7 +78,9 @@ def unigram_vocabulary(
     )
 
 
-def unigram_json_vocabulary(path: Path, tokenizer_json: Json, vocab_size: int) -> dict[str, bytes]:
+def unigram_json_vocabulary(
+    path: Path, tokenizer_json: Json, added: list[AddedToken], vocab_size: int
+) -> dict[str, bytes]:
     """Return the `tokenizer.ggml.*` keys of a tokenizer.json of type Unigram.
 
     Parameters
@@ -80,6 +89,8 @@ def unigram_json_vocabulary(path: Path, tokenizer_json: Json, vocab_size: int) -
         The directory, named in errors.
     tokenizer_json : dict
         The file of this name.
+    added : list of AddedToken
+        Tokens beside its pieces, or that override them.
     vocab_size : int
         Number of tokens to return.
 
@@ -94,14 +105,14 @@ def unigram_json_vocabulary(path: Path, tokenizer_json: Json, vocab_size: int) -
         raise _refuse_bytes(path)
     charsmap, merges_spaces = _read_normalizer(path, tokenizer_json.get("normalizer"))
     adds_space, drops_spaces = _read_cutter(path, tokenizer_json.get("pre_tokenizer"))
-    vocabulary = Vocabulary(vocab_size)
+    vocabulary = Vocabulary(path, vocab_size)
     unknown = model.get("unk_id")
     for i, (piece, score) in enumerate(model["vocab"]):
         vocabulary.put(i, piece.encode(), float(score), UNKNOWN if i == unknown else NORMAL)
-    for token in tokenizer_json.get("added_tokens") or []:
-        if token["id"] != unknown:
-            kind = CONTROL if token.get("special") else USER_DEFINED
-            vocabulary.put(token["id"], token["content"].encode(), ADDED_SCORE, kind)
+    for token in added:
+        if token.id != unknown:
+            kind = CONTROL if token.special else USER_DEFINED
+            vocabulary.put(token.id, token.text.encode(), ADDED_SCORE, kind)
     return _keys(
         vocabulary,
         unknown,

@@ -24,8 +24,12 @@ from tests.support.architecture_models import (
     logits,
 )
 
-# Which the converter forgets: llama.cpp does not look at the yarn_attn_factor that it writes.
-OURS = {("qwen3", "yarn_attention"): ("qwen3.rope.scaling.attn_factor",)}
+# Which the converter forgets: llama.cpp does not look at the yarn_attn_factor that it writes, and takes
+# mscale to be 1.
+OURS = {
+    ("qwen3", "yarn_attention"): ("qwen3.rope.scaling.attn_factor",),
+    ("ministral3", "other_scale"): ("mistral3.rope.scaling.attn_factor",),
+}
 FROM_CONFIG = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 

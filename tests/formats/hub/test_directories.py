@@ -57,7 +57,7 @@ def test_missing_pieces(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     assert "pickle" in refusal(directory)
     (directory / "pytorch_model.bin").rename(directory / "model-00001-of-00002.safetensors")
-    assert "model.safetensors.index.json" in refusal(directory)
+    assert "shard 'model-00002-of-00002.safetensors' is missing" in refusal(directory)
     (directory / "model-00001-of-00002.safetensors").unlink()
     assert "neither" in refusal(directory)
     (directory / "config.json").unlink()
@@ -118,11 +118,8 @@ def test_index_and_shards_agree(sharded: Path) -> None:
     [
         ({"model_type": "mamba"}, "model_type 'mamba'"),
         ({"model_type": ...}, "model_type 'None'"),
-        ({"model_type": ["llama"]}, "convert the model to GGUF"),
+        ({"model_type": ["llama"]}, "give a GGUF of it"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "'bitsandbytes'"),
-        ({"quantization_config": "awq"}, "'awq'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"hidden_size": 17}, "its shape is [316"),
         ({"hidden_size": ...}, "hidden_size is missing"),
@@ -141,7 +138,6 @@ def test_index_and_shards_agree(sharded: Path) -> None:
         ({"rms_norm_eps": -1}, "rms_norm_eps"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
-        ({"tie_word_embeddings": False}, "tensor 'lm_head.weight': is missing"),
         ({"attention_bias": True}, "self_attn.q_proj.bias"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
@@ -206,7 +202,7 @@ def edit_tensors_as_f16(directory: Path, change: Callable[[dict], object]) -> No
 
 def test_tied_models_drop_their_output(directory: Path) -> None:
     edit_tensors_as_f16(
-        directory, lambda t: t.update({"lm_head.weight": np.zeros((1, 1), np.float16)})
+        directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()})
     )
     model = HubModel(directory)
     assert "output.weight" not in model.specs()

@@ -47,7 +47,6 @@ def refusal(model: Path) -> str:
         ("gemma2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar is '7.0'"),
         ("gemma2", {"num_hidden_layers": 46}, "query_pre_attn_scalar is '16.0'"),
         ("gemma2", {"layer_types": ["full_attention"] * 2}, "layer_types"),
-        ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings is 'False'"),
         ("gemma2", {"rope_parameters": {"rope_theta": 5e5}}, "rope_theta is '500000.0'"),
         ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping is '0'"),
         ("gemma2", {"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
@@ -88,7 +87,6 @@ def refusal(model: Path) -> str:
         ("qwen3_moe", {"num_local_experts": 5}, "mlp.gate.weight': its shape is [4, 32]"),
         ("qwen3_moe", {"moe_intermediate_size": 32}, "makes it [32, 32]"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts is '0'"),
-        ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings is 'True'"),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "no_rope_layers is '[1, 1, 1, 1]'"),
         (
             "smollm3",
@@ -122,6 +120,27 @@ def refusal(model: Path) -> str:
             "rope_theta is '1.0', it must be above 1",
         ),
         ("phi3", {"head_dim": 16}, "head_dim is '16'"),
+        ("olmo3", {"layer_types": ["full_attention"] * 3}, "it must be a list of 4 of sliding_att"),
+        ("olmo3", {"layer_types": ["conv"] * 4}, "it must be a list of 4 of sliding_attention"),
+        (
+            "granite4",
+            {"layer_types": ["mamba", "attention"]},
+            "are not read from a directory; give a GGUF",
+        ),
+        ("granite4", {"layer_types": None}, "layer_types is 'None', and such models are not read"),
+        ("granite4", {"num_local_experts": 4}, "num_local_experts is '4', and such models are not"),
+        ("granite4", {"position_embedding_type": "nope"}, "computes such models with 'rope'"),
+        ("granite4", {"shared_intermediate_size": 16}, "that of intermediate_size"),
+        (
+            "granite4",
+            {"intermediate_size": 16, "shared_intermediate_size": 16},
+            "shared_mlp.input_linear.weight': its shape is [24, 16] but config.json makes it [16, 16]",
+        ),
+        (
+            "ministral3",
+            {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.1}},
+            "rope_type is 'default', but llama.cpp computes such models with 'yarn'",
+        ),
     ],
 )
 def test_refused_by_name(name: str, changes: dict, says: str, tmp_path: Path) -> None:
@@ -195,20 +214,32 @@ def test_norms_of_gemma(dtype: type[np.floating], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_gemma3_beside_a_vision_tower(prefix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "outer", "architecture"),
+    [
+        ("gemma3", "gemma3", "Gemma3ForConditionalGeneration"),
+        ("ministral3", "mistral3", "Mistral3ForConditionalGeneration"),
+    ],
+)
+def test_text_models_beside_a_vision_tower(
+    name: str, outer: str, architecture: str, prefix: str, tmp_path: Path
+) -> None:
     """The text model of the multimodal files is that of the text-only ones."""
-    plain = HubModel(ARCHITECTURES / "gemma3")
-    folder = copy_model("gemma3", {}, tmp_path)
+    plain = HubModel(ARCHITECTURES / name)
+    folder = copy_model(name, {}, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     wrapped = {
-        "architectures": ["Gemma3ForConditionalGeneration"],
-        "model_type": "gemma3",
+        "architectures": [architecture],
+        "model_type": outer,
         "text_config": {k: v for k, v in config.items() if k != "architectures"},
         "vision_config": {"hidden_size": 8},
     }
     (folder / "config.json").write_text(json.dumps(wrapped))
     path = folder / "model.safetensors"
-    tensors = {key.replace("model.", prefix, 1): x for key, x in read_safetensors(path).items()}
+    tensors = {
+        key.replace("model.", prefix, 1).replace("lm_head", "language_model.lm_head"): x
+        for key, x in read_safetensors(path).items()
+    }
     tensors["vision_tower.vision_model.post_layernorm.weight"] = np.ones(8, np.float32)
     tensors["multi_modal_projector.mm_input_projection_weight"] = np.ones((8, 8), np.float32)
     write_safetensors(path, tensors)

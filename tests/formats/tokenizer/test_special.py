@@ -100,4 +100,6 @@ def test_chat_templates(tmp_path: Path) -> None:
     assert keys({}) == {"chat_template": "from json"}
     (tmp_path / "chat_template.jinja").write_text("{{ évil }}")
     assert keys({}) == {"chat_template": "{{ évil }}"}
-    assert keys({"chat_template": "inline"}) == {"chat_template": "inline"}
+    for older in ("inline", None):
+        assert keys({"chat_template": older}) == {"chat_template": "{{ évil }}"}
+    assert keys(None) == {"chat_template": "{{ évil }}"}

@@ -1,0 +1,246 @@
+"""Where each tensor of a Hugging Face directory lies, by its GGUF name, checked against config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+from edgemerge.errors import FormatError
+from edgemerge.formats.architectures import (
+    GLOBAL,
+    ROTARY_HEADS,
+    expert_name,
+    gguf_name,
+    half_names,
+    layer_index,
+)
+from edgemerge.formats.hub.config import HubConfig
+from edgemerge.formats.hub.files import CONFIG, stored_tensors
+from edgemerge.formats.hub.names import is_adapter, is_packed, is_unused, own_name
+from edgemerge.formats.hub.safetensors import StoredTensor
+from edgemerge.types import TensorSpec
+
+__all__ = ["Inventory", "Place"]
+
+DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors -> ggml
+
+
+@dataclass(frozen=True, slots=True)
+class _Expert:
+    """One matrix of one expert, before all of its layer are found."""
+
+    shard: Path
+    name: str
+    tensor: StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of one tensor are, and what they become.
+
+    Its parts, the experts of a stack or else one, are of equal size and follow one another.
+    """
+
+    parts: tuple[tuple[Path, int], ...]  # shard, offset in it
+    part_bytes: int
+    dtype: str  # as stored
+    n_heads: int = 0  # 0: rows lie as GGUF wants them; else the heads that cut the rotary order
+    norm_offset: float = 0.0  # 0: the bytes are passed on; else added, which makes it float32
+
+
+class Inventory:
+    """All tensors of a directory.
+
+    Parameters
+    ----------
+    path : Path
+        The directory.
+    config : HubConfig
+        Its config.json.
+
+    Raises
+    ------
+    FormatError
+        A tensor is missing, of another shape or type than config.json makes it, or none of the model's.
+    """
+
+    def __init__(self, path: Path, config: HubConfig) -> None:
+        self.places: dict[str, Place] = {}
+        self.specs: dict[str, TensorSpec] = {}  # in the order in which the converter lists them
+        self.unused: list[str] = []  # stored names of what inference does without
+        self._path, self._config = path, config
+        self._experts: dict[int, dict[str, dict[int, _Expert]]] = {}  # of layers begun, by stem
+        found: dict[str, str] = {}  # transformers' name -> stored name
+        for shard, tensors in stored_tensors(path).items():
+            # By name within a shard, as llama.cpp's SafetensorsLocal lists them.
+            for stored_name, tensor in sorted(tensors.items()):
+                name = own_name(config.model_type, stored_name)
+                if name is None:
+                    self.unused.append(stored_name)
+                    continue
+                if name in found:
+                    raise FormatError(
+                        f"is {found[name]} under another name; remove one of the two",
+                        path=shard,
+                        tensor=stored_name,
+                    )
+                self._add(shard, name, stored_name, tensor)
+                found[name] = stored_name
+        self._require_all(found)
+
+    def _add(self, shard: Path, name: str, stored_name: str, tensor: StoredTensor) -> None:
+        """Check one stored tensor against config.json and file it under its GGUF name."""
+        if is_unused(name, tensor.dtype):
+            self.unused.append(stored_name)
+            return
+        if is_packed(name):
+            raise self._refuse_packed(shard, stored_name, "a part of a packed weight")
+        if is_adapter(name):
+            raise FormatError(
+                "belongs to a LoRA; merge it into its base model first (merge_and_unload() of peft)",
+                path=shard,
+                tensor=stored_name,
+            )
+        if halves := half_names(self._config.model_type, name):
+            for half, own in zip(_halve(tensor), halves, strict=True):
+                self._place(shard, stored_name, half, own)
+            return
+        expert = expert_name(self._config.model_type, name)
+        new_name, number = expert or (gguf_name(self._config.model_type, name), 0)
+        if new_name is None or (expert is not None and number >= self._config.n_experts):
+            raise self._refuse_unknown(shard, stored_name)
+        if expert is None:
+            self._place(shard, stored_name, tensor, new_name)
+            return
+        layer, stem = self._find_layer(shard, stored_name, new_name)
+        assert layer is not None
+        self._check(shard, stored_name, tensor, stem)
+        found = _Expert(shard, stored_name, tensor)
+        self._experts.setdefault(layer, {}).setdefault(stem, {})[number] = found
+        self._stack(layer)
+
+    def _place(self, shard: Path, stored_name: str, tensor: StoredTensor, name: str) -> None:
+        """Check a tensor, and file it under its GGUF name."""
+        _, stem = self._find_layer(shard, stored_name, name)
+        self._check(shard, stored_name, tensor, stem)
+        self._file(name, stem, shard, tensor)
+
+    def _find_layer(self, shard: Path, stored_name: str, name: str) -> tuple[int | None, str]:
+        """Return a tensor's layer, and its name without it."""
+        layer = layer_index(name)
+        if layer is None:
+            return None, name
+        if layer >= self._config.n_layers:
+            raise self._refuse_unknown(shard, stored_name)
+        return layer, name.split(".", 2)[2]
+
+    def _refuse_unknown(self, shard: Path, stored_name: str) -> FormatError:
+        return FormatError(
+            f"llama.cpp's {self._config.family.architecture} with {self._config.n_layers} layers has "
+            f"no such tensor, so {CONFIG} and weights do not belong together; get both from one model",
+            path=shard,
+            tensor=stored_name,
+        )
+
+    def _refuse_packed(self, shard: Path, stored_name: str, what: str) -> FormatError:
+        tool = self._config.quantised or "some tool"
+        remedy = "give the original fp16 or bf16 model, or a GGUF"
+        if tool == "mlx":
+            remedy = "unpack it with mlx_lm.convert --dequantize, or give the original model"
+        return FormatError(
+            f"is {what}, quantised by {tool!r}, which is not read from here; {remedy}",
+            path=shard,
+            tensor=stored_name,
+        )
+
+    def _check(self, shard: Path, stored_name: str, tensor: StoredTensor, stem: str) -> None:
+        if tensor.dtype not in DTYPES:
+            if self._config.quantised:
+                raise self._refuse_packed(shard, stored_name, f"of type {tensor.dtype}")
+            raise FormatError(
+                f"its type {tensor.dtype} is not one of {', '.join(DTYPES)}; give the original "
+                "fp16, bf16 or fp32 model",
+                path=shard,
+                tensor=stored_name,
+            )
+        expected = self._config.expected_shape(stem)
+        if tensor.shape != expected:
+            raise FormatError(
+                f"its shape is {list(tensor.shape)} but {CONFIG} makes it {list(expected)}; the "
+                "two files belong to different models, get the directory again",
+                path=shard,
+                tensor=stored_name,
+            )
+
+    def _file(self, name: str, stem: str, shard: Path, tensor: StoredTensor) -> None:
+        family = self._config.family
+        heads = 0
+        if family.rotates_pairs and stem in ROTARY_HEADS:
+            heads = getattr(self._config, ROTARY_HEADS[stem])
+        offset = family.norm_offset if stem.endswith("norm.weight") else 0.0
+        dtype = DTYPES[tensor.dtype]
+        parts = ((shard, tensor.offset),)
+        self.places[name] = Place(parts, tensor.nbytes, dtype, heads, offset)
+        if offset:
+            self.specs[name] = TensorSpec(name, tensor.shape, "F32", 4 * prod(tensor.shape))
+        else:
+            self.specs[name] = TensorSpec(name, tensor.shape, dtype, tensor.nbytes)
+
+    def _stack(self, layer: int) -> None:
+        """File a layer's experts when the last of them has come, as the converter does."""
+        stacks = self._experts[layer]
+        n_experts, stems = self._config.n_experts, self._config.family.experts
+        if any(len(stacks.get(stem, ())) < n_experts for stem in stems):
+            return
+        for stem in stems:
+            experts = [stacks[stem][i] for i in range(n_experts)]
+            first = experts[0].tensor
+            for expert in experts:
+                if expert.tensor.dtype != first.dtype:
+                    raise FormatError(
+                        f"its type is {expert.tensor.dtype}, that of the layer's first expert "
+                        f"{first.dtype}; save the model in one type",
+                        path=expert.shard,
+                        tensor=expert.name,
+                    )
+            name = f"blk.{layer}.{stem}"
+            parts = tuple((expert.shard, expert.tensor.offset) for expert in experts)
+            dtype = DTYPES[first.dtype]
+            self.places[name] = Place(parts, first.nbytes, dtype)
+            shape = (n_experts, *first.shape)
+            self.specs[name] = TensorSpec(name, shape, dtype, n_experts * first.nbytes)
+        del self._experts[layer]
+
+    def _require_all(self, found: Mapping[str, str]) -> None:
+        """Refuse a directory that lacks a tensor; names are Hugging Face's."""
+        config, family = self._config, self._config.family
+
+        def wanted() -> Iterator[str]:  # one by one: a hostile config.json has billions of layers
+            yield from (hf for name, hf in GLOBAL.items() if name != "output.weight")
+            names = [hf for stem, hf in family.block.items() if config.required(stem)]
+            names += family.halves
+            for layer in range(config.n_layers):
+                yield from (f"model.layers.{layer}.{name}" for name in names)
+                for i in range(config.n_experts):
+                    for hf in family.experts.values():
+                        yield f"model.layers.{layer}.{hf.format(i)}"
+
+        for name in wanted():
+            if name not in found:
+                raise FormatError(
+                    "is missing from the directory; get its safetensors files again",
+                    path=self._path,
+                    tensor=name,
+                )
+
+
+def _halve(tensor: StoredTensor) -> tuple[StoredTensor, StoredTensor]:
+    """Cut a matrix into its upper and lower half; one of an odd height is left for the check of shapes."""
+    n_rows, *rest = tensor.shape or (0,)
+    shape, nbytes = (n_rows // 2, *rest), tensor.nbytes // 2
+    if n_rows % 2:
+        return tensor, tensor
+    upper = StoredTensor(tensor.dtype, shape, tensor.offset, nbytes)
+    return upper, replace(upper, offset=tensor.offset + nbytes)

@@ -1,0 +1,203 @@
+"""Keys that one family of models alone has, and the arithmetic that llama.cpp has in one way only.
+
+The keys are those of llama.cpp's conversion/*.py; what it does not compute is refused by its key's name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgemerge.formats.gguf.metadata import Scalar, encode_value
+from edgemerge.formats.hub.checker import Checker
+
+__all__ = [
+    "Shapes",
+    "gemma2_keys",
+    "gemma3_keys",
+    "granite4_keys",
+    "ministral3_keys",
+    "no_keys",
+    "olmo3_keys",
+    "phi3_keys",
+    "qwen3_moe_keys",
+    "scales_of_granite",
+    "smollm3_keys",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The counts that every model has."""
+
+    n_layers: int
+    n_embd: int
+    n_head: int
+    head_dim: int
+
+
+def no_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
+    """Return nothing, for a family without keys of its own."""
+    return {}
+
+
+def scales_of_granite(check: Checker, shapes: Shapes) -> dict[str, bytes]:
+    """State four factors, of which llama.cpp takes each for 1 where it is not stated."""
+    names = {
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+    }
+    return {key: encode_value(check.number(name, 1.0), "f32") for key, name in names.items()}
+
+
+def granite4_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
+    """Read a Granite 4 that has attention in every layer, and no experts; its hybrids are refused."""
+    kinds = check.get("layer_types")
+    if not isinstance(kinds, list) or not set(kinds) <= {"attention", "full_attention"}:
+        raise check.elsewhere("layer_types", kinds)
+    if n_experts := check.get("num_local_experts"):
+        raise check.elsewhere("num_local_experts", n_experts)
+    if (kind := check.get("position_embedding_type")) != "rope":
+        raise check.unlike("position_embedding_type", kind, "'rope'")
+    width = check.count("shared_intermediate_size")
+    if width != check.count("intermediate_size"):
+        raise check.unlike("shared_intermediate_size", width, "that of intermediate_size")
+    heads = [check.count("num_key_value_heads", shapes.n_head)] * shapes.n_layers
+    counts = {
+        "expert_count": 0,
+        "expert_used_count": 0,
+        "expert_shared_feed_forward_length": width,
+        "ssm.conv_kernel": check.count("mamba_d_conv"),
+        "ssm.state_size": check.count("mamba_d_state"),
+        "ssm.group_count": check.count("mamba_n_groups"),
+        "ssm.inner_size": check.count("mamba_expand") * shapes.n_embd,
+        "ssm.time_step_rank": check.count("mamba_n_heads"),
+    }
+    return {
+        **scales_of_granite(check, shapes),
+        **{key: encode_value(value, "u32") for key, value in counts.items()},
+        "attention.head_count_kv": encode_value(list(heads), "[i32]"),
+        "rope.scaling.finetuned": encode_value(True, "bool"),
+    }
+
+
+def gemma2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
+    """State caps of logits, and a window in every second layer."""
+    _check_query_scale(check, shapes, n_layers_of_27b=46)
+    _check_layer_types(check, _windows(shapes.n_layers, 2))
+    return {
+        "attn_logit_softcapping": encode_value(check.number("attn_logit_softcapping"), "f32"),
+        "final_logit_softcapping": encode_value(check.number("final_logit_softcapping"), "f32"),
+        "attention.sliding_window": encode_value(check.count("sliding_window"), "u32"),
+    }
+
+
+def gemma3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
+    """State a window in five layers of six, or in none."""
+    _check_query_scale(check, shapes, n_layers_of_27b=62)
+    if check.flag("use_bidirectional_attention"):
+        raise check.unlike("use_bidirectional_attention", True, "causal attention")
+    if (cap := check.get("attn_logit_softcapping")) is not None:
+        raise check.unlike("attn_logit_softcapping", cap, "none")
+    keys = {}
+    if check.get("final_logit_softcapping") is not None:
+        cap = check.number("final_logit_softcapping")
+        keys["final_logit_softcapping"] = encode_value(cap, "f32")
+    types = check.get("layer_types")
+    period = check.get("sliding_window_pattern") or check.get("_sliding_window_pattern")
+    full = _windows(shapes.n_layers, 1)
+    if types == full or (types is None and period == 1):
+        return keys
+    if types is None and period not in (None, 6):
+        raise check.unlike("sliding_window_pattern", period, "6 or 1")
+    _check_layer_types(check, _windows(shapes.n_layers, 6))
+    window = encode_value(check.count("sliding_window"), "u32")
+    return keys | {"attention.sliding_window": window}
+
+
+def _windows(n_layers: int, period: int) -> list[str]:
+    """Kinds of attention where every layer of number `period` sees the whole text."""
+    return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layers)]
+
+
+def _check_layer_types(check: Checker, wanted: list[str]) -> None:
+    if check.get("layer_types") not in (None, wanted):
+        period = [*wanted, "full_attention"].index("full_attention") + 1
+        raise check.unlike(
+            "layer_types", check.get("layer_types"), f"full attention in every layer {period}"
+        )
+
+
+def _check_query_scale(check: Checker, shapes: Shapes, n_layers_of_27b: int) -> None:
+    """llama.cpp knows the scale of Gemma's queries by the model's size."""
+    is_27b = shapes.n_layers == n_layers_of_27b
+    wanted = shapes.n_embd // shapes.n_head if is_27b else shapes.head_dim
+    scalar = check.number("query_pre_attn_scalar")
+    if scalar != wanted:
+        raise check.unlike("query_pre_attn_scalar", scalar, str(wanted))
+
+
+def ministral3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
+    """Longer texts sharpen the attention, from the length on that YaRN stretches."""
+    rope = check.raw.get("rope_scaling") or check.raw.get("rope_parameters") or {}
+    if rope.get("llama_4_scaling_beta") is None:
+        return {}
+    if (kind := rope.get("rope_type", rope.get("type"))) != "yarn":
+        raise check.unlike("rope_type", kind, "'yarn' where llama_4_scaling_beta is stated")
+    beta = check.number("llama_4_scaling_beta", table=rope)
+    return {"attention.temperature_scale": encode_value(beta, "f32")}
+
+
+def olmo3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
+    """State a window in any of the layers, which turn by the same frequencies without YaRN."""
+    kinds = check.get("layer_types")
+    if kinds is None:
+        kinds = _windows(shapes.n_layers, 4)
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(kinds, list) or len(kinds) != shapes.n_layers or not set(kinds) <= set(known):
+        raise check.refuse(
+            "layer_types", kinds, f"a list of {shapes.n_layers} of {', '.join(known)}"
+        )
+    slides: list[Scalar] = [kind == known[0] for kind in kinds]
+    keys = {
+        "attention.sliding_window": encode_value(check.count("sliding_window"), "u32"),
+        "attention.sliding_window_pattern": encode_value(slides, "[bool]"),
+    }
+    rope = check.get("rope_parameters") or {}
+    if "full_attention" not in rope:  # then both kinds of layers have one frequency base
+        theta = check.number("rope_theta", check.number("rope_theta"), rope)
+        keys["rope.freq_base_swa"] = encode_value(theta, "f32")
+    return keys
+
+
+def phi3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
+    """State a window, which llama.cpp does not compute with."""
+    # llama.cpp computes Phi-3 without a window; 0 tells it that there is none.
+    window = check.get("sliding_window")
+    stated = check.count("sliding_window") if window else 0
+    return {"attention.sliding_window": encode_value(stated, "u32")}
+
+
+def qwen3_moe_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
+    """State the width of an expert; every layer has experts."""
+    if not check.flag("norm_topk_prob"):
+        raise check.unlike("norm_topk_prob", False, "true")
+    if (step := check.count("decoder_sparse_step")) != 1:
+        raise check.unlike("decoder_sparse_step", step, "experts in every layer")
+    if layers := check.get("mlp_only_layers"):
+        raise check.unlike("mlp_only_layers", layers, "experts in every layer")
+    width = check.count("moe_intermediate_size")
+    return {"expert_feed_forward_length": encode_value(width, "u32")}
+
+
+def smollm3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
+    """llama.cpp leaves out the rotation in every fourth layer, whatever the model says."""
+    wanted = [int((i + 1) % 4 != 0) for i in range(shapes.n_layers)]
+    period = check.count("no_rope_layer_interval")
+    turned = check.get("no_rope_layers")
+    if turned is None:
+        turned = [int((i + 1) % period != 0) for i in range(shapes.n_layers)]
+    if turned != wanted:
+        raise check.unlike("no_rope_layers", turned, "every fourth layer without rotation")
+    return {}
