@@ -21,7 +21,7 @@ import numpy as np
 
 from edgemerge.errors import OutputError
 from edgemerge.formats.files import forget_range, read_state
-from edgemerge.formats.gguf.split import sibling_parts
+from edgemerge.formats.gguf.model import parts_of
 from edgemerge.sizes import format_size
 from edgemerge.types import FileState, UInt8
 
@@ -41,7 +41,7 @@ def check_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
     """
     if path.is_dir():
         raise OutputError("is a folder; give the name of a file", path=path)
-    if path.resolve() in {part for given in inputs for part in sibling_parts(given)}:
+    if path.resolve() in {part for given in inputs for part in parts_of(given)}:
         raise OutputError("is one of the inputs; choose another name", path=path)
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist; make it first", path=path)

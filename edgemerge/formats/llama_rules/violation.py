@@ -26,12 +26,15 @@ class Violation:
         Whether `edgemerge convert` writes a file without it.
     tensor : str, optional
         GGUF name of the tensor that it is about.
+    depends_on_text : bool
+        Whether llama.cpp loads the model, and aborts at some texts only.
     """
 
     what: str
     remedy: str = EXPORT_AGAIN
     is_mended: bool = False
     tensor: str | None = None
+    depends_on_text: bool = False
 
     def error(self, path: Path) -> FormatError:
         """Make the error for a model that was to be run.

@@ -135,6 +135,7 @@ def _check_bytes(texts: TokenTexts) -> Iterator[Violation]:
             f"has a SentencePiece vocabulary without a token for {len(lacking)} of the 256 bytes "
             f"(<0x{lacking[-1]:02X}>), and ends at the first character that it does not know",
             "get the model with a vocabulary that was trained with byte_fallback",
+            depends_on_text=True,
         )
 
 

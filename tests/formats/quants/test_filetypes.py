@@ -227,5 +227,5 @@ def test_a_mixture_needs_the_number_of_layers() -> None:
 
 
 def test_importing_the_table_is_light() -> None:
-    code = "import sys, edgemerge.formats.filetypes; sys.exit('numba' in sys.modules)"
+    code = "import sys, edgemerge.formats.quants.filetypes; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
