@@ -22,7 +22,7 @@ import numpy as np
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.board.device import default_threads
 from edgemerge.runtime.library import Buffers, load_library
-from edgemerge.runtime.model_files import check_adapter, model_files
+from edgemerge.runtime.model_files import check_adapter, check_writes, model_files
 from edgemerge.types import Float32
 
 __all__ = ["Context", "Lora", "Model"]
@@ -56,6 +56,8 @@ class Model:
     ------
     RuntimeFailure
         llama.cpp is not installed, or refuses a file; `detail` has the end of its log.
+    FormatError
+        A file is damaged, or breaks a rule of llama.cpp's that would end the process.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Model:
         self.path = Path(path)
         self.n_threads = n_threads or default_threads()
         files = model_files(self.path)  # what is missing is said better here than by llama.cpp
+        check_writes(self.path)
         for lora in loras:
             check_adapter(lora.path)
         self.library = load_library()

@@ -10,7 +10,7 @@ from edgemerge.formats.gguf.kind import check_is_model
 from edgemerge.formats.gguf.model import GgufFile, GgufModel
 from edgemerge.formats.llama_rules import find_violations
 
-__all__ = ["check_adapter", "model_files", "open_gguf"]
+__all__ = ["check_adapter", "check_writes", "model_files", "open_gguf", "reads_whole"]
 
 # Architectures whose graphs assert what `llama_decode` alone does not give: an encoder's output, another
 # model's layers.
@@ -18,7 +18,14 @@ _NEEDING_MORE = {
     "t5": "answers what its encoder has read (llama-cli runs it)",
     "eagle3": "guesses the next words of another model",
     "dflash": "guesses the next words of another model",
+    "t5encoder": "reads for another model",
 }
+# Architectures for which llama.cpp keeps no cache (`create_memory` of src/llama-model.cpp): each text is
+# computed as a whole. The last few write, but not word by word.
+_WITHOUT_MEMORY = (
+    "bert jina-bert-v2 jina-bert-v3 nomic-bert nomic-bert-moe neo-bert eurobert modern-bert"
+)
+_WITHOUT_MEMORY += " gemma-embedding wavtokenizer-dec dream llada llada-moe rnd1"
 
 
 def model_files(path: Path) -> list[Path]:
@@ -70,6 +77,27 @@ def open_gguf(path: Path) -> GgufModel:
         source.close()
         raise
     return source
+
+
+def reads_whole(source: GgufModel) -> bool:
+    """Tell whether a model computes each text at once, with nothing kept of it, as encoders do."""
+    return source.architecture in _WITHOUT_MEMORY.split()
+
+
+def check_writes(path: Path) -> None:
+    """Refuse a model that does not continue a text, for what generates and scores.
+
+    Raises
+    ------
+    RuntimeFailure
+        It embeds texts, or writes them in another way than word by word.
+    """
+    with closing(open_gguf(path)) as source:
+        if reads_whole(source):
+            raise RuntimeFailure(
+                f"{path}: a {source.architecture} model does not continue a text: ask edgemerge serve for "
+                "its embeddings, or give another model"
+            )
 
 
 def check_adapter(path: Path) -> None:

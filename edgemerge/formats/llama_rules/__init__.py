@@ -36,6 +36,6 @@ def find_violations(
     """
     return [
         *check_vocabulary(metadata),
-        *check_hyper_parameters(metadata, architecture),
+        *check_hyper_parameters(metadata, specs, architecture),
         *check_tensors(specs),
     ]

@@ -10,6 +10,7 @@ from math import isfinite
 
 from edgemerge.formats.gguf.metadata import Value, get_value
 from edgemerge.formats.llama_rules.violation import Violation
+from edgemerge.types import TensorSpec
 
 __all__ = ["check_hyper_parameters"]
 
@@ -38,13 +39,17 @@ _ROTATES_WHOLE_HEADS = frozenset(_ROTATING.split())
 _HAS_EQUAL_HEADS = _ROTATES_WHOLE_HEADS | frozenset(_EQUAL.split())
 
 
-def check_hyper_parameters(metadata: Mapping[str, bytes], architecture: str) -> Iterator[Violation]:
+def check_hyper_parameters(
+    metadata: Mapping[str, bytes], specs: Mapping[str, TensorSpec], architecture: str
+) -> Iterator[Violation]:
     """Yield the numbers that llama.cpp asserts something else of.
 
     Parameters
     ----------
     metadata : mapping of GGUF key to typed value
         Keys that are absent, or of another type than llama.cpp reads, are left to it: it names them.
+    specs : mapping of GGUF name to TensorSpec
+        All tensors of the model.
     architecture : str
         GGUF's general.architecture, with which the keys begin.
     """
@@ -65,6 +70,7 @@ def check_hyper_parameters(metadata: Mapping[str, bytes], architecture: str) -> 
             yield keys.refuse(key, epsilon, "0 or more")  # asserted in ggml-cpu/ops.cpp
     yield from _check_experts(keys)
     yield from _check_heads(keys)
+    yield from _check_layers(keys, specs)
 
 
 class _Keys:
@@ -125,3 +131,17 @@ def _check_heads(keys: _Keys) -> Iterator[Violation]:
         yield keys.refuse("attention.value_length", value, f"{key}, as attention.key_length is")
     elif keys.architecture in _ROTATES_WHOLE_HEADS and rotated != value:
         yield keys.refuse("rope.dimension_count", rotated, f"{value}, the length of a head")
+    elif rotated % 2 or rotated > key:  # `ggml_compute_forward_rope`
+        yield keys.refuse("rope.dimension_count", rotated, f"even, and {key} at most")
+
+
+def _check_layers(keys: _Keys, specs: Mapping[str, TensorSpec]) -> Iterator[Violation]:
+    """Graphs divide by the number of heads where a layer has them; those without attention may say 0."""
+    for key, part in ((_HEADS, "attn_q"), (f"{_HEADS}_kv", "attn_k")):
+        counts = keys.integers(key)
+        n_layers = keys.integer("block_count", 0) if len(counts) == 1 else len(counts)
+        for layer in range(min(n_layers, _MAX_LAYERS)):
+            count = counts[0] if len(counts) == 1 else counts[layer]
+            if count <= 0 and f"blk.{layer}.{part}.weight" in specs:
+                yield keys.refuse(key, count, f"at least 1, as layer {layer} has heads")
+                return

@@ -225,7 +225,7 @@ def _read_needs(metadata: Mapping[str, bytes], arch: str, weights: int) -> tuple
     def numbers(key: str, default: int) -> list[int]:
         value = get_value(metadata, f"{arch}.{key}", default)
         values = value if isinstance(value, list) else [value]
-        return [int(number) for number in values if isinstance(number, int | float)] or [default]
+        return [number for number in values if isinstance(number, int)] or [default]
 
     (n_layers,), (n_embd,) = numbers("block_count", 0)[:1], numbers("embedding_length", 0)[:1]
     n_heads = max(1, *numbers("attention.head_count", 1))
