@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgemerge.formats.gguf.metadata import encode_value, get_value
 from edgemerge.formats.llama_rules import find_violations
+from edgemerge.formats.llama_rules.charsmap import leaves_table
 from edgemerge.formats.llama_rules.mending import mend_metadata
 from edgemerge.formats.llama_rules.rwkv import stuck_byte
+from edgemerge.formats.llama_rules.vocabulary import CHARSMAP_KEY
 from edgemerge.types import TensorSpec
 from tests.support.odd_models import SCORES, TOKENS, TYPES, OddModel, load_base
 from tests.support.tiny_bert import write_tiny_bert
@@ -88,6 +92,13 @@ def test_a_wordpiece_vocabulary_with_byte_tokens(model: OddModel) -> None:
     model.set("tokenizer.ggml.model", "bert", "str")
     said = "has tokens for bytes in a vocabulary that has none (tokenizer.ggml.model is bert)"
     assert violations(model) == [said]
+
+
+def test_words_that_are_not_cut_at_spaces(model: OddModel) -> None:
+    model.set("tokenizer.ggml.model", "gpt2", "str")
+    assert violations(model) == []
+    model.set("tokenizer.ggml.pre", "whitespace", "str")
+    assert "which do not fit" in violations(model)[0]
 
 
 def test_an_empty_vocabulary(model: OddModel) -> None:
@@ -252,3 +263,39 @@ def test_the_token_that_a_key_names_keeps_its_text(model: OddModel) -> None:
 )
 def test_a_byte_at_which_rwkvs_tokenizer_never_ends(texts: list[bytes], byte: int | None) -> None:
     assert stuck_byte(texts) == byte
+
+
+def make_charsmap(units: dict[int, int], texts: bytes, n_units: int = 512) -> bytes:
+    table = np.zeros(n_units, "<u4")
+    for place, unit in units.items():
+        table[place] = unit
+    return struct.pack("<I", table.nbytes) + table.tobytes() + texts
+
+
+ROOT, LEAF = 256 << 10, 1 << 8  # children of the root lie from 256 on
+A, OF_A = 256 ^ ord("a"), 300  # where "a" leads, and where its value is
+TO_VALUE = (A ^ OF_A) << 10
+
+
+@pytest.mark.parametrize(
+    ("units", "texts", "is_wrong"),
+    [
+        ({0: ROOT, A: ord("a") | LEAF | TO_VALUE, OF_A: 1}, b"x\0b\0", False),
+        ({0: ROOT, A: ord("a") | LEAF | TO_VALUE, OF_A: 3}, b"x\0b", True),  # no NUL
+        ({0: ROOT, A: ord("a") | LEAF | TO_VALUE, OF_A: 9}, b"x\0b\0", True),  # beyond the texts
+        ({0: ROOT, A: ord("a") | LEAF | (1000 << 10), OF_A: 1}, b"x\0", True),  # beyond the table
+        ({0: 600 << 10}, b"x\0", True),
+        ({0: ROOT, A: ord("a"), A ^ ord("b"): ord("b") | (900 << 10)}, b"x\0", True),  # after two
+        ({}, b"x\0", False),
+    ],
+)
+def test_a_table_of_characters_that_points_outside(
+    units: dict[int, int], texts: bytes, is_wrong: bool
+) -> None:
+    assert leaves_table(make_charsmap(units, texts)) == is_wrong
+
+
+def test_a_vocabulary_with_such_a_table(model: OddModel) -> None:
+    model.set("tokenizer.ggml.model", "t5", "str")
+    model.set(CHARSMAP_KEY, list(make_charsmap({0: 600 << 10}, b"x\0")), "[u8]")
+    assert any("has a table of characters" in said for said in violations(model))

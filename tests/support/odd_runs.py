@@ -1,4 +1,4 @@
-"""Run, evaluate, measure and serve a model, each model in a process of its own, and tell how it ended."""
+"""Run, score, measure and serve a model, each model in a process of its own, and tell how it ended."""
 
 from __future__ import annotations
 
@@ -101,6 +101,16 @@ def evaluate(path: Path) -> None:
         score(model, [Question(TEXT, (" ja", " nein"), 0)])
 
 
+def perplexity(path: Path) -> None:
+    from edgemerge.runtime.evaluation.perplexity import cut_text, perplexity_of, score_chunks
+    from edgemerge.runtime.llama import Model
+
+    text = path.with_suffix(".txt")
+    text.write_text(TEXT * 8)
+    with Model(path, n_threads=1) as model:
+        perplexity_of(chunk for _, chunk in score_chunks(model, cut_text(model, text, 32)))
+
+
 def bench(path: Path) -> None:
     from edgemerge.runtime.bench.bench import BenchSettings
     from edgemerge.runtime.bench.child import measure
@@ -133,6 +143,7 @@ def serve(path: Path) -> None:
 JOBS: dict[str, Callable[[Path], None]] = {
     "run": run,
     "eval": evaluate,
+    "perplexity": perplexity,
     "bench": bench,
     "serve": serve,
 }

@@ -35,6 +35,7 @@ def find_odd(seeds: range, folder: Path) -> Iterator[tuple[int, str]]:
         outcome = try_model(path)
         if not outcome.findings:
             path.unlink()
+            path.with_suffix(".txt").unlink(missing_ok=True)
             continue
         yield (
             seed,

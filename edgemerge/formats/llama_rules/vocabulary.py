@@ -7,15 +7,25 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from edgemerge.formats.gguf.metadata import get_value, value_kind
+from edgemerge.formats.llama_rules.charsmap import leaves_table
 from edgemerge.formats.llama_rules.rwkv import stuck_byte
 from edgemerge.formats.llama_rules.token_texts import TokenTexts
 from edgemerge.formats.llama_rules.violation import Violation
 
-__all__ = ["KINDS", "NAME_KEY", "PHI3_TEXTS", "SPECIAL_KEYS", "TOKENS_KEY", "TYPES_KEY"]
+__all__ = [
+    "CHARSMAP_KEY",
+    "KINDS",
+    "NAME_KEY",
+    "PHI3_TEXTS",
+    "SPECIAL_KEYS",
+    "TOKENS_KEY",
+    "TYPES_KEY",
+]
 __all__ += ["adds_nothing", "check_vocabulary", "names_phi3"]
 
 TOKENS_KEY, TYPES_KEY = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 NAME_KEY = "general.name"
+CHARSMAP_KEY = "tokenizer.ggml.precompiled_charsmap"
 MODEL_KEY, PRE_KEY = "tokenizer.ggml.model", "tokenizer.ggml.pre"
 
 # special token -> key; llama.cpp's `special_token_types`
@@ -90,6 +100,13 @@ def check_vocabulary(metadata: Mapping[str, bytes]) -> Iterator[Violation]:
         yield from _check_bytes(texts)
     if model == "bert" and _has_byte_types(metadata):
         yield Violation(f"has tokens for bytes in a vocabulary that has none ({MODEL_KEY} is bert)")
+    if get_value(metadata, PRE_KEY) == "whitespace" and model in ("gpt2", "hybriddna"):
+        # `find_bpe_rank` asserts that no piece has a space; only the tokenizer "whitespace" takes them out
+        yield Violation(
+            f"states {PRE_KEY} as whitespace and {MODEL_KEY} as {model}, which do not fit"
+        )
+    if model == "t5" and leaves_table(_charsmap(metadata)):
+        yield Violation(f"has a table of characters ({CHARSMAP_KEY}) that points outside itself")
     if model == "rwkv" and (byte := stuck_byte(texts.texts())) is not None:
         yield Violation(
             f"has tokens that begin with the byte 0x{byte:02X}, and none that is that byte"
@@ -137,6 +154,11 @@ def _check_bytes(texts: TokenTexts) -> Iterator[Violation]:
             "get the model with a vocabulary that was trained with byte_fallback",
             depends_on_text=True,
         )
+
+
+def _charsmap(metadata: Mapping[str, bytes]) -> bytes:
+    raw = metadata.get(CHARSMAP_KEY, b"")
+    return raw[16:] if raw and value_kind(raw) in ("[u8]", "[i8]") else b""
 
 
 def _has_byte_types(metadata: Mapping[str, bytes]) -> bool:
