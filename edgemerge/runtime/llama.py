@@ -181,12 +181,17 @@ class Model:
             Whether `<|im_end|>` and its like in the text become the control tokens they name.
         """
         raw = text.encode("utf-8")
-        room = len(raw) + 8  # a token is at least a byte, bar the space that some put in front
-        buffer = (ctypes.c_int32 * room)()
-        count = self.api.llama_tokenize(self._vocab, raw, len(raw), buffer, room, False, special)
-        if count < 0:
-            raise self.library.failure(f"{self.path}: llama.cpp cannot tokenise {text[:40]!r}")
-        return buffer[:count]
+        room = (
+            len(raw) + 8
+        )  # a token is at least a byte, but a table of characters may make more of them
+        while True:
+            buffer = (ctypes.c_int32 * room)()
+            count = self.api.llama_tokenize(
+                self._vocab, raw, len(raw), buffer, room, False, special
+            )
+            if count >= 0:
+                return buffer[:count]
+            room = -count
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Bytes that a token stands for; a character may be spread over several tokens.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from edgemerge.errors import FormatError
 
@@ -46,7 +47,7 @@ class Violation:
         """
         remedy = self.remedy
         if self.is_mended:
-            remedy = f"make a file that runs with edgemerge convert {path} -o NEW.gguf"
+            remedy = f"make a file that runs with edgemerge convert {quote(str(path))} -o NEW.gguf"
         return FormatError(
             f"{self.what}, so llama.cpp cannot run it; {remedy}", path=path, tensor=self.tensor
         )

@@ -59,11 +59,6 @@ class ServedLlama(Llama):  # type: ignore[misc]
     ------
     RuntimeFailure, FormatError
         llama.cpp refuses a file, or would end the process at it.
-
-    Attributes
-    ----------
-    reads_whole : bool
-        Whether a text goes through the model at once, and nothing follows it, as with encoders.
     """
 
     def __init__(
@@ -76,7 +71,8 @@ class ServedLlama(Llama):  # type: ignore[misc]
         loras: Sequence[Lora] = (),
     ) -> None:
         with closing(open_gguf(path)) as source:
-            files, self.reads_whole = source.files(), reads_whole(source)
+            files = source.files()
+            self.reads_whole = reads_whole(source)  # an encoder: a text at once, nothing follows it
         n_batch = n_ctx if self.reads_whole else BATCH
         _library.start()
         if n_gpu_layers is None:
