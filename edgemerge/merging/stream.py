@@ -16,6 +16,7 @@ from edgemerge.budget import Arena
 from edgemerge.errors import FormatError, MismatchError, Stopped
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.codec import CODECS
+from edgemerge.formats.quants.finite import find_non_finite
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH
 from edgemerge.methods.blocks import NON_FINITE, Block, least_overflow
@@ -209,7 +210,19 @@ class TensorStream:
         tensor = self.job.experts[0]
         for _, start, stop in self._ranges():
             raw = self._read(tensor, 0, start, stop, start)
+            self._check_copy(tensor, raw, start)
             self._write(output, offset, start, stop - start, raw)
+
+    def _check_copy(self, tensor: InputTensor, raw: UInt8, first_row: int) -> None:
+        """Refuse NaN and infinity, as decoding does."""
+        bad = find_non_finite(raw, tensor.spec.dtype)
+        if bad is not None:
+            raise FormatError(
+                f"holds NaN or infinity at index {first_row * tensor.spec.n_cols + bad}; "
+                "that model is damaged, get it again",
+                path=self._sources[tensor.model].path,
+                tensor=tensor.spec.name,
+            )
 
     def _merge(self, output: OutputFile, offset: int) -> None:
         codec = CODECS[self.job.out.dtype]

@@ -21,7 +21,7 @@ import numpy as np
 
 from edgemerge.errors import OutputError
 from edgemerge.formats.files import forget_range, read_state, real_path
-from edgemerge.formats.gguf.split import sibling_parts
+from edgemerge.formats.gguf.model import parts_of
 from edgemerge.sizes import format_size
 from edgemerge.types import FileState, UInt8
 
@@ -41,7 +41,7 @@ def check_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
         or its folder is missing.
     """
     check_name(path)
-    read = {part for given in inputs for part in sibling_parts(given)}
+    read = {part for given in inputs for part in parts_of(given)}
     if any(_is_same(written, part) for written in (path, _part_of(path)) for part in read):
         raise OutputError("is one of the inputs; choose another name", path=path)
     if not path.parent.is_dir():

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from edgemerge.errors import FormatError, MismatchError
+from edgemerge.formats.gguf.kind import check_is_model
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT, note_vocabularies
 from edgemerge.types import Source, TensorSpec
@@ -97,11 +98,12 @@ def check_models(sources: Sequence[Source], vocabulary: Source | None = None) ->
     MismatchError
         Architectures, head counts or vocabularies differ.
     FormatError
-        A GGUF states a tensor layout that nobody knows.
+        A GGUF states a tensor layout that nobody knows, or is no model.
     """
     first, *others = sources
     arch = first.architecture
     for source in sources:
+        check_is_model(source.path, source.metadata())
         layout = get_value(source.metadata(), LAYOUT_KEY.format(source.architecture))
         if layout not in KNOWN_LAYOUTS:
             raise FormatError(

@@ -11,10 +11,13 @@ from edgemerge.errors import RecipeError
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.gguf.metadata import encode_value, get_value
 from edgemerge.formats.gguf.split import whole_name
+from edgemerge.formats.llama_rules.mending import mend_metadata
+from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.filetypes import (
     FILE_TYPES,
     dominant_file_type,
     keep_types,
+    stays_f32,
     tensor_types,
     unknown_type,
 )
@@ -79,6 +82,7 @@ def choose_types(
     if file_type.lower() == KEEP:
         overrides.refuse_for(KEEP)
         copied = {d.name: d.reference.dtype for d in drafts if may_copy(d, method)}
+        copied = {n: t for n, t in copied.items() if t not in CODECS or not stays_f32(specs[n])}
         kept, said = keep_types({n: s for n, s in specs.items() if n not in copied})
         notes += said
         return KEEP, {name: copied.get(name) or kept[name] for name in specs}
@@ -120,8 +124,12 @@ def output_metadata(
     drafts: Sequence[Draft],
     file_type: str,
     types: Mapping[str, str],
+    notes: list[str],
 ) -> dict[str, bytes]:
-    """Take the base's metadata, the tokenizer source's tokenizer, and say what the output is."""
+    """Take the base's metadata, the tokenizer source's tokenizer, and say what the output is.
+
+    What llama.cpp would not load of it is mended, with a note.
+    """
     reference = sources[recipe.models()[0]]
     metadata = {
         k: v
@@ -144,6 +152,8 @@ def output_metadata(
     metadata["general.file_type"] = _file_type_id(file_type, reference, drafts, types)
     if any(dtype not in UNQUANTISED for dtype in types.values()):
         metadata["general.quantization_version"] = encode_value(2, "u32")
+    metadata, said = mend_metadata(metadata)
+    notes += said
     return metadata
 
 

@@ -16,6 +16,7 @@ from edgemerge.alignment.geometry import layer_geometry
 from edgemerge.errors import EdgemergeError, MismatchError
 from edgemerge.formats.architectures import FAMILIES, hf_name
 from edgemerge.formats.gguf.metadata import Array, get_value
+from edgemerge.formats.llama_rules import find_violations
 from edgemerge.formats.quants.codec import block_size, find_codec
 from edgemerge.formats.quants.filetypes import keep_types
 from edgemerge.planning.compatibility import (
@@ -62,6 +63,7 @@ def foresee_losses(source: Source) -> list[str]:
     """
     return [
         *_kind(source),
+        *_faults(source),
         *_types(source),
         *_scales(source),
         *_unusual_tensors(source),
@@ -71,13 +73,23 @@ def foresee_losses(source: Source) -> list[str]:
 
 
 def _kind(source: Source) -> Iterator[str]:
-    kind = get_value(source.metadata(), "general.type", "model")
-    if kind != "model":
-        yield f"it says that it is of type {kind}, and only whole models are merged"
     try:
         check_models([source])
     except EdgemergeError as error:
         yield str(error)
+    else:
+        kind = get_value(source.metadata(), "general.type", "model")
+        if kind != "model":
+            yield f"it says that it is of type {kind}, and only whole models are merged"
+
+
+def _faults(source: Source) -> Iterator[str]:
+    """Say why llama.cpp does not run a file; a directory is not run, and what is made of it is mended."""
+    if source.path.is_dir():
+        return
+    for violation in find_violations(source.metadata(), source.specs(), source.architecture):
+        end = "what is written is mended" if violation.is_mended else "nor what is made of it"
+        yield f"llama.cpp cannot run it, as it {violation}: {end}"
 
 
 def _types(source: Source) -> Iterator[str]:

@@ -30,6 +30,7 @@ from edgemerge.planning.compatibility import check_models, check_scaled_output
 from edgemerge.planning.header import choose_types, output_metadata
 from edgemerge.planning.importance import importance_metadata, weigh_jobs
 from edgemerge.planning.jobs import Draft, draft_jobs, list_experts, may_copy, unused_settings
+from edgemerge.planning.llama_check import check_runs
 from edgemerge.planning.vocabulary import find_vocabulary
 from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
 
@@ -82,8 +83,9 @@ def make_plan(
             method.check(draft)
     file_type, types = choose_types(recipe, method, drafts, sources, notes)
     check_scaled_output(types, sources[models[0]])
-    metadata = output_metadata(recipe, method, sources, drafts, file_type, types)
+    metadata = output_metadata(recipe, method, sources, drafts, file_type, types, notes)
     jobs = [_finish(draft, method, types[draft.name]) for draft in drafts]
+    notes += check_runs(metadata, jobs, sources[models[0]])
     if recipe.imatrix is not None:
         with closing(ImportanceMatrix(recipe.imatrix)) as importance:
             jobs, lacking = weigh_jobs(jobs, importance)

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 
 from edgemerge.errors import FormatError, VerificationError
 from edgemerge.formats.files import read_bounded
-from edgemerge.formats.gguf.split import MAX_PARTS, sibling_parts
+from edgemerge.formats.gguf.model import parts_of
+from edgemerge.formats.gguf.split import MAX_PARTS
 from edgemerge.output.file import check_output, write_file
 from edgemerge.provenance.keys import is_signed_by, key_id
 from edgemerge.types import Progress
@@ -108,7 +109,7 @@ def signature_path(path: str | os.PathLike[str]) -> Path:
     FormatError
         The path names no file.
     """
-    first = sibling_parts(Path(path))[0]
+    first = parts_of(Path(path))[0]
     if not first.name:
         raise FormatError("is a folder; give a model's file", path=path)
     return first.with_name(first.name + ".sig")
@@ -148,7 +149,7 @@ def sign_model(
     """
     target = signature_path(path)
     check_output(target, (), force=force)
-    digests = _read_digests(sibling_parts(Path(path)), progress)
+    digests = _read_digests(parts_of(Path(path)), progress)
     message = f"{DOMAIN}\nkey {key_id(key.public_key())}\n{_lines(digests)}"
     signature = key.sign(message.encode())
     write_file(target, f"{message}ed25519 {signature.hex()}\n".encode())
@@ -176,7 +177,7 @@ def check_signature(
     FormatError
         A file of the model is missing, or none.
     """
-    files = sibling_parts(Path(path))
+    files = parts_of(Path(path))
     target = signature_path(path)
     if not target.is_file():
         raise VerificationError(

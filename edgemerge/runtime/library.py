@@ -165,6 +165,8 @@ def load_library() -> Library:
     # OpenMP's default is to spin while it waits: on a board with anything else to do, generation
     # fell from 25 to 0.8 tokens/s. libgomp reads this once, when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Where llama.cpp aborts all the same, it would start a debugger and fill the terminal.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     try:
         import llama_cpp
     except ImportError as error:

@@ -22,7 +22,7 @@ import numpy as np
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.board.device import default_threads
 from edgemerge.runtime.library import Buffers, load_library
-from edgemerge.runtime.model_files import check_adapter, model_files
+from edgemerge.runtime.model_files import check_adapter, check_writes, model_files
 from edgemerge.runtime.thread_counts import ThreadCounts, find_threads
 from edgemerge.types import Float32
 
@@ -57,6 +57,8 @@ class Model:
     ------
     RuntimeFailure
         llama.cpp is not installed, or refuses a file; `detail` has the end of its log.
+    FormatError
+        A file is damaged, or breaks a rule of llama.cpp's that would end the process.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Model:
         self.path = Path(path)
         self.use_threads(n_threads)
         files = model_files(self.path)  # what is missing is said better here than by llama.cpp
+        check_writes(self.path)
         for lora in loras:
             check_adapter(lora.path)
         self.library = load_library()
@@ -190,12 +193,17 @@ class Model:
             Whether `<|im_end|>` and its like in the text become the control tokens they name.
         """
         raw = text.encode("utf-8")
-        room = len(raw) + 8  # a token is at least a byte, bar the space that some put in front
-        buffer = (ctypes.c_int32 * room)()
-        count = self.api.llama_tokenize(self._vocab, raw, len(raw), buffer, room, False, special)
-        if count < 0:
-            raise self.library.failure(f"{self.path}: llama.cpp cannot tokenise {text[:40]!r}")
-        return buffer[:count]
+        room = (
+            len(raw) + 8
+        )  # a token is at least a byte, but a table of characters may make more of them
+        while True:
+            buffer = (ctypes.c_int32 * room)()
+            count = self.api.llama_tokenize(
+                self._vocab, raw, len(raw), buffer, room, False, special
+            )
+            if count >= 0:
+                return buffer[:count]
+            room = -count
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """Bytes that a token stands for; a character may be spread over several tokens.

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
-from edgemerge.errors import RuntimeFailure
+from edgemerge.errors import FormatError, RuntimeFailure
+from edgemerge.formats.gguf.kind import check_is_model
 from edgemerge.formats.gguf.model import GgufFile, GgufModel
-from edgemerge.formats.gguf.split import sibling_parts
+from edgemerge.formats.llama_rules import find_violations
 from edgemerge.suggestions import suggest_path
 
-__all__ = ["check_adapter", "model_files", "open_gguf"]
+__all__ = ["check_adapter", "check_writes", "model_files", "open_gguf", "reads_whole"]
+
+# Architectures whose graphs assert what `llama_decode` alone does not give: an encoder's output, another
+# model's layers.
+_NEEDING_MORE = {
+    "t5": "answers what its encoder has read (llama-cli runs it)",
+    "eagle3": "guesses the next words of another model",
+    "dflash": "guesses the next words of another model",
+    "t5encoder": "reads for another model",
+}
+# Architectures for which llama.cpp keeps no cache (`create_memory` of src/llama-model.cpp): each text is
+# computed as a whole. The last few write, but not word by word.
+_WITHOUT_MEMORY = (
+    "bert jina-bert-v2 jina-bert-v3 nomic-bert nomic-bert-moe neo-bert eurobert modern-bert"
+)
+_WITHOUT_MEMORY += " gemma-embedding wavtokenizer-dec dream llada llada-moe rnd1"
 
 
 def model_files(path: Path) -> list[Path]:
-    """Files of a model: one, or all of those that it is split into.
+    """Files of a model that llama.cpp can be given: one, or all of those that it is split into.
 
     Parameters
     ----------
@@ -22,18 +39,11 @@ def model_files(path: Path) -> list[Path]:
 
     Raises
     ------
-    RuntimeFailure
-        One of them is missing, or it is a folder.
+    RuntimeFailure, FormatError
+        As of `open_gguf`.
     """
-    _check_file(path)
-    files = sibling_parts(path)
-    for file in files:
-        if not file.is_file():
-            raise RuntimeFailure(
-                f"{file}: there is no such file, and {path.name} is a part of a model in "
-                f"{len(files)}: get all of them, under these names"
-            )
-    return files
+    with closing(open_gguf(path)) as source:
+        return source.files()
 
 
 def open_gguf(path: Path) -> GgufModel:
@@ -49,10 +59,46 @@ def open_gguf(path: Path) -> GgufModel:
     RuntimeFailure
         There is no such file, or it is a folder.
     FormatError
-        It is no GGUF, is cut off or damaged, or a part of it is missing.
+        It is no GGUF, is cut off or damaged, a part of it is missing, it is no model, or one at which
+        llama.cpp would end the process.
     """
     _check_file(path)
-    return GgufModel(path)
+    source = GgufModel(path)
+    try:
+        check_is_model(path, source.metadata())
+        if source.architecture in _NEEDING_MORE:
+            raise FormatError(
+                f"is a {source.architecture} model, which only {_NEEDING_MORE[source.architecture]}; "
+                "give a model that writes text by itself",
+                path=path,
+            )
+        for violation in find_violations(source.metadata(), source.specs(), source.architecture):
+            raise violation.error(path)
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+def reads_whole(source: GgufModel) -> bool:
+    """Tell whether a model computes each text at once, with nothing kept of it, as encoders do."""
+    return source.architecture in _WITHOUT_MEMORY.split()
+
+
+def check_writes(path: Path) -> None:
+    """Refuse a model that does not continue a text, for what generates and scores.
+
+    Raises
+    ------
+    RuntimeFailure
+        It embeds texts, or writes them in another way than word by word.
+    """
+    with closing(open_gguf(path)) as source:
+        if reads_whole(source):
+            raise RuntimeFailure(
+                f"{path}: a {source.architecture} model does not continue a text: ask edgemerge serve for "
+                "its embeddings, or give another model"
+            )
 
 
 def check_adapter(path: Path) -> None:

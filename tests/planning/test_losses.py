@@ -41,8 +41,8 @@ def test_a_plain_model_loses_nothing() -> None:
     [
         (BASE, HEADS),
         (
-            FakeSource("/models/a", metadata={"general.type": ("adapter", "str")}),
-            "it says that it is of type adapter, and only whole models are merged",
+            FakeSource("/models/a", metadata={"general.type": ("vocab", "str")}),
+            "it says that it is of type vocab, and only whole models are merged",
         ),
         (
             FakeSource("/models/a", metadata={"llama.tensor_data_layout": ("odd", "str")}),

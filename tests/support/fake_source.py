@@ -53,7 +53,7 @@ class FakeSource:
             f"{architecture}.attention.head_count": (4, "u32"),
             f"{architecture}.attention.head_count_kv": (2, "u32"),
             f"{architecture}.context_length": (256, "u32"),
-            "tokenizer.ggml.model": ("llama", "str"),
+            "tokenizer.ggml.model": ("gpt2", "str"),
             "tokenizer.ggml.tokens": (vocabulary, "[str]"),
             **(metadata or {}),
         }

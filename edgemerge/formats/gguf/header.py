@@ -20,7 +20,7 @@ from edgemerge.formats.gguf import metadata as meta
 from edgemerge.formats.quants.codec import GGML_TYPES, block_size
 from edgemerge.types import TensorSpec
 
-__all__ = ["ALIGNMENT_KEY", "DEFAULT_ALIGNMENT", "HeaderParser", "align_up"]
+__all__ = ["ALIGNMENT_KEY", "DEFAULT_ALIGNMENT", "MAGIC", "HeaderParser", "align_up"]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, TypeAlias, overload
 
 __all__ = ["SCALARS", "TYPE_IDS", "Array", "Value", "decode_value", "encode_value", "get_value"]
+__all__ += ["iter_strings", "value_kind"]
 
 Scalar: TypeAlias = int | float | bool | str
 
@@ -155,3 +156,22 @@ def get_value(
     """Return one decoded value of a model's metadata, or `default` where the key is absent."""
     raw = metadata.get(key)
     return default if raw is None else decode_value(raw)
+
+
+def value_kind(raw: bytes) -> str:
+    """Name the type of a typed value as `encode_value` does: `"u32"`, `"[str]"`."""
+    names = {type_id: name for name, type_id in TYPE_IDS.items()}
+    type_id = int.from_bytes(raw[:4], "little")
+    if type_id != ARRAY:
+        return names[type_id]
+    return f"[{names[int.from_bytes(raw[4:8], 'little')]}]"
+
+
+def iter_strings(raw: bytes) -> Iterator[bytes]:
+    """Yield the items of an array of strings, one at a time: a vocabulary as a list takes 20 MB."""
+    (count,) = struct.unpack_from("<Q", raw, 8)
+    unpack, at = struct.Struct("<Q").unpack_from, 16
+    for _ in range(count):
+        (length,) = unpack(raw, at)
+        yield raw[at + 8 : at + 8 + length]
+        at += 8 + length

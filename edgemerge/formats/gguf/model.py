@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from edgemerge.errors import FormatError
@@ -15,12 +16,18 @@ from edgemerge.formats.files import (
     read_state,
     was_cached,
 )
-from edgemerge.formats.gguf.header import HeaderParser
+from edgemerge.formats.gguf.header import MAGIC, HeaderParser
 from edgemerge.formats.gguf.metadata import get_value
-from edgemerge.formats.gguf.split import COUNT_KEY, NUMBER_KEY, TOTAL_KEY, find_parts
+from edgemerge.formats.gguf.split import (
+    COUNT_KEY,
+    NUMBER_KEY,
+    TOTAL_KEY,
+    find_parts,
+    sibling_parts,
+)
 from edgemerge.types import FileState, TensorSpec, UInt8
 
-__all__ = ["GgufFile", "GgufModel"]
+__all__ = ["GgufFile", "GgufModel", "parts_of"]
 
 
 class GgufFile:
@@ -44,6 +51,8 @@ class GgufFile:
             header = HeaderParser(self.path, self._fd)
             self.metadata, self.specs, self._offsets = header.parse()
             self.trailing_bytes = header.trailing_bytes
+            end = self.state.n_bytes - self.trailing_bytes
+            self.holds_another = os.pread(self._fd, len(MAGIC), end) == MAGIC
         except BaseException:
             os.close(self._fd)
             raise
@@ -108,6 +117,12 @@ class GgufModel:
         number = _integer(self._parts[0], NUMBER_KEY) or 0
         if count <= 1:
             return
+        if self._parts[0].holds_another:
+            raise FormatError(
+                f"is a part of a split of {count} with another one joined to it, which is no model; get the "
+                "parts and give the first, or join them with llama-gguf-split --merge",
+                path=self.path,
+            )
         for i, path in enumerate(find_parts(self.path, number, count)):
             if i != number:
                 self._parts.append(GgufFile(path))
@@ -155,6 +170,22 @@ class GgufModel:
         """Close the files."""
         for part in self._parts:
             part.close()
+
+
+def parts_of(path: Path) -> list[Path]:
+    """List the files that belong together with a file of a model, itself included.
+
+    A whole model may be called NAME-00001-of-00003.gguf: what the header says goes before the name. Of
+    what cannot be read, the name is all there is.
+    """
+    named = sibling_parts(path)
+    if len(named) == 1:
+        return named
+    try:
+        with closing(GgufFile(path)) as file:
+            return named if (_integer(file, COUNT_KEY) or 0) > 1 else [path]
+    except (OSError, FormatError):
+        return named
 
 
 def _architecture(file: GgufFile) -> str:

@@ -19,8 +19,8 @@ from edgemerge.formats.quants.overrides import TypeOverrides
 from edgemerge.suggestions import suggest
 from edgemerge.types import TensorSpec
 
-__all__ = ["FILE_TYPES", "FileType", "dominant_file_type", "keep_types", "tensor_types"]
-__all__ += ["unknown_type"]
+__all__ = ["FILE_TYPES", "FileType", "dominant_file_type", "keep_types", "stays_f32"]
+__all__ += ["tensor_types", "unknown_type"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +208,8 @@ def keep_types(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, str], list[st
     """Give every tensor the type that it has in the base model, or the nearest that can be written.
 
     The types that edgemerge does not write (IQ1, IQ2, IQ3) become the smallest that it writes of at
-    least as many bits, Q2_K or Q3_K, whose blocks have the same 256 weights.
+    least as many bits, Q2_K or Q3_K, whose blocks have the same 256 weights. What convert_hf_to_gguf
+    always writes as F32 is F32: with norms in F16, as a directory has them, llama.cpp aborts.
 
     Parameters
     ----------
@@ -230,7 +231,11 @@ def keep_types(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, str], list[st
     types: dict[str, str] = {}
     replaced: Counter[tuple[str, str]] = Counter()
     for name, spec in specs.items():
-        if find_codec(spec).can_encode:
+        codec = find_codec(spec)
+        if stays_f32(spec):
+            types[name] = "F32"
+            continue
+        if codec.can_encode:
             types[name] = spec.dtype
             continue
         types[name] = _UNWRITTEN[spec.dtype]
@@ -266,15 +271,19 @@ def _is_quantised(spec: TensorSpec) -> bool:
     )
 
 
-def _type_left_alone(spec: TensorSpec, rule: FileType) -> str:
-    """Type of a tensor that llama-quantize copies; the rule is in `tensor_types`."""
-    always_f32 = (
+def stays_f32(spec: TensorSpec) -> bool:
+    """Whether convert_hf_to_gguf writes a tensor as F32, whatever the file type."""
+    return (
         len(spec.shape) < 2
         or not spec.name.endswith(".weight")
         or spec.name in _KEPT_F32_NAMES
         or any(part in spec.name for part in _CONVERTED_F32)
     )
-    if always_f32 or spec.dtype == "F32":
+
+
+def _type_left_alone(spec: TensorSpec, rule: FileType) -> str:
+    """Type of a tensor that llama-quantize copies; the rule is in `tensor_types`."""
+    if stays_f32(spec) or spec.dtype == "F32":
         return "F32"
     if block_size(rule.default)[0] == 1:
         return rule.default

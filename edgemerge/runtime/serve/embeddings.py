@@ -45,9 +45,10 @@ def embed(llama: Llama, tokens: Sequence[int]) -> list[float]:
     context, batch = llama._ctx, llama._batch
     context.kv_cache_clear()
     rows: list[Float32] = []
-    for first in range(0, len(tokens), OUTPUTS):
+    step = len(tokens) if llama.reads_whole else OUTPUTS
+    for first in range(0, len(tokens), step):
         current_run.get().check()
-        part = list(tokens[first : first + OUTPUTS])
+        part = list(tokens[first : first + step])
         batch.set_batch(batch=part, n_past=first, logits_all=True)
         context.decode(batch)
         raw = load_library().api.llama_get_embeddings(llama.ctx)

@@ -11,6 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 from edgemerge.runtime.board.device import default_threads
 from edgemerge.runtime.library import load_library
 from edgemerge.runtime.llama import Lora
-from edgemerge.runtime.model_files import check_adapter, model_files
+from edgemerge.runtime.model_files import check_adapter, open_gguf, reads_whole
 from edgemerge.runtime.repetition import LoopWatch
 from edgemerge.runtime.serve.active_request import current_run
 from edgemerge.runtime.serve.chat import make_chat_handler
@@ -59,8 +60,8 @@ class ServedLlama(Llama):  # type: ignore[misc]
 
     Raises
     ------
-    RuntimeFailure
-        llama.cpp refuses a file.
+    RuntimeFailure, FormatError
+        llama.cpp refuses a file, or would end the process at it.
     """
 
     def __init__(
@@ -72,15 +73,19 @@ class ServedLlama(Llama):  # type: ignore[misc]
         n_gpu_layers: int | None = None,
         loras: Sequence[Lora] = (),
     ) -> None:
+        with closing(open_gguf(path)) as source:
+            files = source.files()
+            self.reads_whole = reads_whole(source)  # an encoder: a text at once, nothing follows it
+        n_batch = n_ctx if self.reads_whole else BATCH
         _library.start()
         if n_gpu_layers is None:
             n_gpu_layers = _ALL_LAYERS if _api.llama_supports_gpu_offload() else 0
         try:
             super().__init__(
-                str(model_files(path)[0]),
+                str(files[0]),
                 n_ctx=n_ctx,
-                n_batch=BATCH,
-                n_ubatch=BATCH,
+                n_batch=n_batch,
+                n_ubatch=n_batch,
                 n_threads=n_threads or default_threads(),
                 n_threads_batch=n_threads or default_threads(),
                 n_gpu_layers=n_gpu_layers,
@@ -89,7 +94,7 @@ class ServedLlama(Llama):  # type: ignore[misc]
             )
         except ValueError as error:
             raise _library.load_failure(path) from error
-        if n_threads is None:
+        if n_threads is None and not self.reads_whole:
             n_bytes = _api.llama_model_size(self.model)
             find_threads(_api, self.ctx, n_bytes=n_bytes, n_batch=BATCH, most=default_threads())
         self.tokenizer_ = Pieces(self)
@@ -112,7 +117,7 @@ class ServedLlama(Llama):  # type: ignore[misc]
     @context_params.setter
     def context_params(self, params: Any) -> None:
         # Llama has no argument for it, and llama.cpp's default reserves a row per token of a batch
-        params.n_outputs_max = OUTPUTS
+        params.n_outputs_max = 0 if self.reads_whole else OUTPUTS
         self._context_params = params
 
     @property
@@ -206,8 +211,11 @@ class ServedLlama(Llama):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            The prompt is empty, too long, or has tokens that the model does not know.
+            The prompt is empty, too long, or has tokens that the model does not know; or the model
+            only embeds.
         """
+        if self.reads_whole:
+            raise ValueError("this model embeds texts and does not continue them")
         settings.pop("suffix", None)
         tokens = self._read_prompt(prompt)
         self._check_bias(settings.get("logit_bias"))

@@ -16,8 +16,8 @@ __all__ = ["Pieces"]
 class Pieces(BaseLlamaTokenizer):  # type: ignore[misc]
     """Tokens to text and back.
 
-    llama-cpp-python loses pieces of more than 32 bytes, and asks llama.cpp again for each token of
-    the answer at each new one.
+    llama-cpp-python loses pieces of more than 32 bytes, asks llama.cpp again for each token of the
+    answer at each new one, and sets room aside for as many tokens as the header says it was trained on.
     """
 
     def __init__(self, llama: Llama) -> None:
@@ -26,8 +26,16 @@ class Pieces(BaseLlamaTokenizer):  # type: ignore[misc]
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = True) -> list[int]:
         """Token ids of a text."""
-        tokens: list[int] = self._model.tokenize(text, add_bos=add_bos, special=special)
-        return tokens
+        room = (
+            len(text) + 8
+        )  # a token is at least a byte, but a table of characters may make more of them
+        while True:
+            buffer = (ctypes.c_int32 * room)()
+            vocab = self._model.vocab
+            count = _api.llama_tokenize(vocab, text, len(text), buffer, room, add_bos, special)
+            if count >= 0:
+                return buffer[:count]
+            room = -count
 
     def detokenize(
         self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False

@@ -1,0 +1,477 @@
+"""Models with odd headers and tokenizers, drawn from a seed: small ones, changed in one to three places.
+
+`odd_model(bases, seed)` is a function of the seed alone, so a number is enough to tell of a finding.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from edgemerge.formats.gguf.metadata import Value, decode_value, encode_value, value_kind
+from edgemerge.formats.gguf.model import GgufFile
+from edgemerge.formats.gguf.types import block_size, row_bytes
+from edgemerge.formats.gguf.writer import make_layout
+from edgemerge.types import TensorSpec
+from tests.support.architecture_models import ARCHITECTURES as ARCHITECTURES_DIR
+from tests.support.architecture_models import NAMES, convert
+from tests.support.tiny_bert import write_tiny_bert
+from tests.support.tiny_gguf import write_tiny_gguf
+
+TOKENS, TYPES, SCORES = (f"tokenizer.ggml.{key}" for key in ("tokens", "token_type", "scores"))
+KINDS = ["u32", "i32", "u64", "f32", "bool", "str", "[u32]", "[i32]", "[f32]"]
+SPECIAL = ["bos", "eos", "eot", "unknown", "seperator", "padding", "mask"]
+MODELS = [
+    "none",
+    "no_vocab",
+    "bert",
+    "t5",
+    "rwkv",
+    "plamo2",
+    "whitespace",
+    "hybriddna",
+    "test",
+    "gemma4",
+]
+MODELS += ["gpt2", "llama", "made-up"]
+PRES = [
+    "llama-bpe",
+    "gpt-2",
+    "qwen2",
+    "gemma4",
+    "glm4",
+    "chatglm-bpe",
+    "tekken",
+    "default",
+    "made-up",
+    "",
+]
+PRES += [
+    "jina-v1-en",
+    "kimi-k2",
+    "whitespace",
+    "roberta-bpe",
+    "falcon",
+    "bloom",
+    "gpt-4o",
+    "smollm",
+]
+ARCHITECTURES = [
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi2",
+    "phi3",
+    "granite",
+    "olmo2",
+    "falcon",
+]
+ARCHITECTURES += [
+    "mamba",
+    "t5",
+    "t5encoder",
+    "bert",
+    "nomic-bert",
+    "gpt2",
+    "deci",
+    "mistral3",
+    "qwen3moe",
+]
+ARCHITECTURES += [
+    "starcoder2",
+    "command-r",
+    "dream",
+    "llada",
+    "smollm3",
+    "eagle3",
+    "clip",
+    "made-up",
+]
+DTYPES = [
+    "F16",
+    "BF16",
+    "F64",
+    "Q8_0",
+    "Q4_0",
+    "Q8_1",
+    "I8",
+    "I16",
+    "I32",
+    "I64",
+    "IQ4_NL",
+    "MXFP4",
+]
+NUMBERS = [0, 1, 2, 3, 5, 7, 16, 31, 64, 257, 513, 1025, 65535, 2**31 - 1, 2**32 - 1]
+FLOATS = [0.0, -1.0, 1e-30, 1e30, math.inf, -math.inf, math.nan]
+EXTRA = {  # keys of an architecture that a small model need not have
+    "nextn_predict_layers": "u32",
+    "expert_count": "u32",
+    "expert_used_count": "u32",
+    "expert_group_count": "u32",
+    "expert_group_used_count": "u32",
+    "attention.key_length": "u32",
+    "attention.value_length": "u32",
+    "attention.key_length_swa": "u32",
+    "attention.sliding_window": "u32",
+    "attention.sliding_window_pattern": "u32",
+    "attention.layer_norm_epsilon": "f32",
+    "attention.scale": "f32",
+    "attention.max_alibi_bias": "f32",
+    "attention.clamp_kqv": "f32",
+    "attn_logit_softcapping": "f32",
+    "final_logit_softcapping": "f32",
+    "rope.dimension_count": "u32",
+    "rope.freq_base": "f32",
+    "rope.scaling.factor": "f32",
+    "rope.scaling.attn_factor": "f32",
+    "rope.scaling.original_context_length": "u32",
+    "pooling_type": "u32",
+    "embedding_length_out": "u32",
+    "logit_scale": "f32",
+    "residual_scale": "f32",
+    "use_parallel_residual": "bool",
+    "attention.causal": "bool",
+    "vocab_size": "u32",
+}
+
+
+@dataclass
+class OddModel:
+    """A GGUF in memory that can be changed and written."""
+
+    metadata: dict[str, bytes]
+    tensors: dict[str, tuple[tuple[int, ...], str, bytes]]  # shape, type, data
+    changes: list[str] = field(default_factory=list)
+
+    @property
+    def architecture(self) -> str:
+        return str(decode_value(self.metadata["general.architecture"]))
+
+    def write(self, path: Path) -> Path:
+        specs = [TensorSpec(n, s, t, len(data)) for n, (s, t, data) in self.tensors.items()]
+        layout = make_layout(self.metadata, specs)
+        with path.open("wb") as file:
+            file.write(layout.header)
+            for name, (_, _, data) in self.tensors.items():
+                file.seek(layout.offsets[name])
+                file.write(data)
+            file.truncate(layout.n_bytes)
+        return path
+
+    def texts(self) -> list[bytes]:
+        return [str(text).encode() for text in self.listed(TOKENS)]
+
+    def listed(self, key: str) -> list[Value]:
+        value = decode_value(self.metadata[key]) if key in self.metadata else []
+        return list(value) if isinstance(value, list) else []  # type: ignore[arg-type]
+
+    def set(self, key: str, value: object, kind: str) -> str:
+        self.metadata[key] = encode_value(value, kind)  # type: ignore[arg-type]
+        shown = f"{value!r}"
+        return f"{key} = {shown if len(shown) < 40 else shown[:40] + '…'} as {kind}"
+
+
+def load_base(path: Path) -> OddModel:
+    """Read a small GGUF whole."""
+    file = GgufFile(path)
+    tensors = {}
+    for name, spec in file.specs.items():
+        raw = np.empty(spec.nbytes, np.uint8)
+        file.read_bytes(name, 0, raw)
+        tensors[name] = (spec.shape, spec.dtype, raw.tobytes())
+    file.close()
+    return OddModel(dict(file.metadata), tensors)
+
+
+def make_bases(folder: Path) -> list[OddModel]:
+    """A Llama with SentencePiece, a BERT, and a small model of each architecture that we convert."""
+    paths = [write_tiny_gguf(folder / "llama.gguf"), write_tiny_bert(folder / "bert.gguf")]
+    paths += [convert(ARCHITECTURES_DIR / name, folder / f"{name}-hub.gguf") for name in NAMES]
+    return [load_base(path) for path in paths]
+
+
+def odd_model(bases: Sequence[OddModel], seed: int) -> OddModel:
+    """Draw a base and change it."""
+    rng = random.Random(seed)
+    base = bases[0] if rng.random() < 0.5 else rng.choice(bases)
+    model = OddModel(dict(base.metadata), dict(base.tensors))
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        change = rng.choice(CHANGES)
+        model.changes.append(change(model, rng))
+    return model
+
+
+# -- tokens ---------------------------------------------------------------------------------------
+
+
+def change_texts(model: OddModel, rng: random.Random) -> str:
+    texts = model.texts()
+    if len(texts) < 2:
+        return "no tokens"
+    i, j = rng.sample(range(len(texts)), 2)
+    odd = [
+        texts[j],
+        b"",
+        b"\0",
+        texts[j] + b"\0x",
+        b"\xff\xfe",
+        b"x" * 70000,
+        b" ",
+        b"\n",
+        b"[EMPTY_5]",
+    ]
+    odd += [b"<0x41>", b"<|im_end|>", b"\xe2\x96", b"<s>"]
+    texts[i] = rng.choice(odd)
+    return model.set(TOKENS, texts, "[str]")[:20] + f" {i}: {texts[i][:20]!r}"
+
+
+def change_bytes(model: OddModel, rng: random.Random) -> str:
+    texts = model.texts()
+    lost = set(rng.sample(range(256), rng.choice((1, 128, 256))))
+    names = {b"<0x%02X>" % byte for byte in lost}
+    model.set(TOKENS, [b"-" + t[1:] if t in names else t for t in texts], "[str]")
+    return f"{len(lost)} byte pieces renamed"
+
+
+def change_count(model: OddModel, rng: random.Random) -> str:
+    key = rng.choice((TOKENS, TYPES, SCORES))
+    items: list[object] = list(model.texts() if key == TOKENS else model.listed(key))
+    if not items:
+        return "nothing to cut"
+    n = rng.choice((0, 1, len(items) - 1, len(items) + 1))
+    items = [*items, items[-1]][:n]
+    model.set(key, items, value_kind(model.metadata[key]))
+    return f"{key}: {n} items"
+
+
+def cut_vocabulary(model: OddModel, rng: random.Random) -> str:
+    """All of a model for fewer tokens: then the special ids lie beyond them."""
+    n = rng.choice((1, 2, 3, 12, 103))
+    for key in (TOKENS, TYPES, SCORES):
+        if key in model.metadata:
+            items = model.texts() if key == TOKENS else model.listed(key)
+            model.set(key, items[:n], value_kind(model.metadata[key]))
+    for name in ("token_embd.weight", "output.weight"):
+        if name in model.tensors:
+            (_, width), dtype, data = model.tensors[name]
+            model.tensors[name] = ((n, width), dtype, data[: n * row_bytes(dtype, width)])
+    return f"a vocabulary of {n}"
+
+
+def change_types(model: OddModel, rng: random.Random) -> str:
+    n = len(model.texts())
+    kinds = rng.choice(([6], [3], [5], [0], [-1], [99], list(range(-1, 9))))
+    return model.set(
+        TYPES, [rng.choice(kinds) for _ in range(n)], rng.choice(("[i32]", "[i32]", "[f32]"))
+    )
+
+
+def change_scores(model: OddModel, rng: random.Random) -> str:
+    n = len(model.texts())
+    if rng.random() < 0.2:
+        return model.set(SCORES, [1] * n, rng.choice(("[i32]", "[u32]")))
+    return model.set(SCORES, [rng.choice(FLOATS[:-3] + FLOATS) for _ in range(n)], "[f32]")
+
+
+def change_special(model: OddModel, rng: random.Random) -> str:
+    key = f"tokenizer.ggml.{rng.choice(SPECIAL)}_token_id"
+    value = rng.choice((0, 5, len(model.texts()), 2**31, -1))
+    kind = rng.choice(("u32", "i64")) if value >= 0 else "i32"
+    return model.set(key, value, kind)
+
+
+def drop_special(model: OddModel, rng: random.Random) -> str:
+    for name in SPECIAL:
+        model.metadata.pop(f"tokenizer.ggml.{name}_token_id", None)
+    key = f"tokenizer.ggml.add_{rng.choice(('bos', 'eos', 'sep'))}_token"
+    return "no special ids, " + model.set(key, rng.random() < 0.8, "bool")
+
+
+def change_tokenizer(model: OddModel, rng: random.Random) -> str:
+    return model.set("tokenizer.ggml.model", rng.choice(MODELS), "str")
+
+
+def change_pre(model: OddModel, rng: random.Random) -> str:
+    if rng.random() < 0.5 and "tokenizer.ggml.merges" not in model.metadata:
+        model.set("tokenizer.ggml.merges", ["t h", "th e"], "[str]")
+        model.set("tokenizer.ggml.model", "gpt2", "str")
+    return model.set("tokenizer.ggml.pre", rng.choice(PRES), "str")
+
+
+def change_merges(model: OddModel, rng: random.Random) -> str:
+    odd = [["abc"], [""], [" "], ["a  b"], ["a b c"], ["\0 x"], [" a"], ["a "], []]
+    return model.set("tokenizer.ggml.merges", rng.choice(odd), "[str]")
+
+
+def add_charsmap(model: OddModel, rng: random.Random) -> str:
+    model.set("tokenizer.ggml.model", "t5", "str")
+    raw = [rng.randrange(256) for _ in range(rng.choice((0, 3, 8, 64, 1024)))]
+    if len(raw) > 8 and rng.random() < 0.7:
+        raw[:4] = [*(len(raw) // 2 // 4 * 4).to_bytes(4, "little")]
+    model.set("tokenizer.ggml.precompiled_charsmap", raw, "[u8]")
+    return f"a charsmap of {len(raw)} bytes"
+
+
+# -- numbers --------------------------------------------------------------------------------------
+
+
+def change_number(model: OddModel, rng: random.Random) -> str:
+    own = [key for key in model.metadata if key.startswith(f"{model.architecture}.")]
+    if not own:
+        return "no keys"
+    key = rng.choice(own)
+    kind = value_kind(model.metadata[key])
+    if kind.startswith("["):
+        return model.set(key, [0] * rng.choice((0, 1, 2, 3)), kind)
+    return model.set(key, odd_value(kind, rng), kind)
+
+
+def change_kind(model: OddModel, rng: random.Random) -> str:
+    key = rng.choice([key for key in model.metadata if key != "general.architecture"])
+    if key == "general.alignment":
+        return "alignment"
+    kind = rng.choice(KINDS)
+    value = [1, 2] if kind.startswith("[") else odd_value(kind, rng)
+    return model.set(key, value, kind)
+
+
+def drop_key(model: OddModel, rng: random.Random) -> str:
+    key = rng.choice([key for key in model.metadata if key != "general.architecture"])
+    del model.metadata[key]
+    return f"no {key}"
+
+
+def add_number(model: OddModel, rng: random.Random) -> str:
+    key, kind = rng.choice(list(EXTRA.items()))
+    return model.set(f"{model.architecture}.{key}", odd_value(kind, rng), kind)
+
+
+def change_heads(model: OddModel, rng: random.Random) -> str:
+    """Numbers per layer."""
+    keys = (
+        "attention.head_count",
+        "attention.head_count_kv",
+        "feed_forward_length",
+        "expert_used_count",
+    )
+    n = rng.choice((1, 2, 2, 2, 3))
+    values = [rng.choice((0, 1, 2, 3, 4, 128)) for _ in range(n)]
+    return model.set(
+        f"{model.architecture}.{rng.choice(keys)}", values, rng.choice(("[u32]", "[i32]"))
+    )
+
+
+def change_scaling(model: OddModel, rng: random.Random) -> str:
+    kind = rng.choice(("none", "linear", "yarn", "longrope", "su", "dynamic", ""))
+    return model.set(f"{model.architecture}.rope.scaling.type", kind, "str")
+
+
+def odd_value(kind: str, rng: random.Random) -> object:
+    if kind == "str":
+        return rng.choice(("", "x", "phi3", "\0", "ü" * 300))
+    if kind == "bool":
+        return rng.random() < 0.5
+    if kind == "f32":
+        return rng.choice(FLOATS)
+    if kind == "i32":
+        return rng.choice((*NUMBERS[:-1], -1))
+    limit = {"u8": 255, "u16": 65535}.get(kind, 2**32 - 1)
+    return min(limit, rng.choice(NUMBERS))
+
+
+# -- tensors --------------------------------------------------------------------------------------
+
+
+def change_dtype(model: OddModel, rng: random.Random) -> str:
+    name = rng.choice(list(model.tensors))
+    shape, _, _ = model.tensors[name]
+    fitting = [dtype for dtype in DTYPES if shape[-1] % block_size(dtype)[0] == 0]
+    dtype = rng.choice(fitting)
+    stem = name.split(".", 2)[-1] if name.startswith("blk.") else name
+    for other, (dims, old, _) in list(model.tensors.items()):
+        if other.endswith(stem) and dims[-1] == shape[-1] and old != dtype:
+            n_bytes = math.prod(dims[:-1]) * row_bytes(dtype, dims[-1])
+            model.tensors[other] = (dims, dtype, bytes(n_bytes))
+    return f"{stem} as {dtype}"
+
+
+def drop_tensor(model: OddModel, rng: random.Random) -> str:
+    name = rng.choice(list(model.tensors))
+    del model.tensors[name]
+    return f"no {name}"
+
+
+def reshape_tensor(model: OddModel, rng: random.Random) -> str:
+    name = rng.choice(list(model.tensors))
+    shape, _, data = model.tensors[name]
+    size = math.prod(shape)
+    new = rng.choice((shape[::-1], (size,), (1, *shape), (size, 1), (1, 1, 1, size)))
+    model.tensors[name] = (new, "F32", bytes(4 * size) if len(data) != 4 * size else data)
+    return f"{name} of {new}"
+
+
+def add_tensor(model: OddModel, rng: random.Random) -> str:
+    names = [
+        "rope_freqs.weight",
+        "blk.0.attn_q.bias",
+        "blk.0.attn_output.bias",
+        "blk.0.attn_q_norm.weight",
+    ]
+    names += [
+        "output.bias",
+        "blk.7.attn_q.weight",
+        "extra.weight",
+        "blk.0.attn_q.scale",
+        "output_norm.bias",
+    ]
+    name = rng.choice(names)
+    n, dtype = rng.choice((1, 4, 8, 16, 64)), rng.choice(("F32", "F32", "F16"))
+    model.tensors[name] = ((n,), dtype, bytes(n * block_size(dtype)[1]))
+    return f"{name} of {n} {dtype}"
+
+
+def change_architecture(model: OddModel, rng: random.Random) -> str:
+    old, new = model.architecture, rng.choice(ARCHITECTURES)
+    model.metadata = {
+        f"{new}{key.removeprefix(old)}" if key.startswith(f"{old}.") else key: value
+        for key, value in model.metadata.items()
+    }
+    return model.set("general.architecture", new, "str")
+
+
+def change_name(model: OddModel, rng: random.Random) -> str:
+    return model.set(
+        "general.name", rng.choice(("My Phi-3", "a\nb", "modern-bert", "", "\0")), "str"
+    )
+
+
+CHANGES: list[Callable[[OddModel, random.Random], str]] = [
+    *(
+        change_texts,
+        change_texts,
+        change_bytes,
+        change_count,
+        cut_vocabulary,
+        change_types,
+        change_scores,
+    ),
+    *(change_special, drop_special, change_tokenizer, change_tokenizer, change_pre, change_merges),
+    *(add_charsmap, change_number, change_number, change_number, change_kind, drop_key, add_number),
+    *(
+        add_number,
+        change_heads,
+        change_scaling,
+        change_dtype,
+        change_dtype,
+        drop_tensor,
+        reshape_tensor,
+    ),
+    *(add_tensor, change_architecture, change_name),
+]

@@ -1,0 +1,155 @@
+"""Run, score, measure and serve a model, each model in a process of its own, and tell how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+TEXT = "The answer of Müdigkeit 日本, what\n\tis 5?"
+SECONDS = 20
+MEMORY = 6 << 30
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one model: job -> its end, and the job at which the process died."""
+
+    ends: dict[str, str]
+    died: str | None
+
+    @property
+    def findings(self) -> list[str]:
+        found = [f"{job}: {end}" for job, end in self.ends.items() if end.startswith("traceback")]
+        return found + ([f"died in {self.died}"] if self.died else [])
+
+
+def try_model(path: Path) -> Outcome:
+    """Fork, do all jobs, and read what the child could say of each before its end."""
+    import_all()
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read_end)
+        _in_child(path, write_end)
+    os.close(write_end)
+    with os.fdopen(read_end) as told:
+        lines = [json.loads(line) for line in told]
+    _, status = os.waitpid(pid, 0)
+    ends = {job: end for job, end in lines if end is not None}
+    begun = [job for job, end in lines if end is None]
+    died = None
+    if os.WIFSIGNALED(status) or len(ends) < len(begun) or not begun:
+        died = f"{begun[-1] if begun else 'the beginning'} with status {status}"
+    return Outcome(ends, died)
+
+
+def import_all() -> None:
+    """Import in the parent, once, what every child needs."""
+    import edgemerge.runtime.bench.child
+    import edgemerge.runtime.evaluation.evaluate
+    import edgemerge.runtime.evaluation.perplexity
+    import edgemerge.runtime.serve.llama  # noqa: F401
+
+
+def _in_child(path: Path, write_end: int) -> None:
+    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 1)
+    if "ODD_RUNS_SHOW" not in os.environ:
+        os.dup2(nothing, 2)
+    for name, job in JOBS.items():
+        os.write(write_end, json.dumps([name, None]).encode() + b"\n")
+        os.write(write_end, json.dumps([name, _end_of(job, path)]).encode() + b"\n")
+    os._exit(0)
+
+
+def _end_of(job: Callable[[Path], None], path: Path) -> str:
+    from edgemerge.errors import EdgemergeError
+
+    try:
+        job(path)
+    except EdgemergeError as error:
+        said = str(error)
+        return f"error: {said}" if said.isprintable() else f"traceback: {said!r}"
+    except Exception as error:
+        return f"traceback: {type(error).__name__}: {error}"
+    return "fine"
+
+
+def run(path: Path) -> None:
+    from edgemerge.runtime.generate import complete
+    from edgemerge.runtime.llama import Model
+
+    with Model(path, n_threads=1) as model:
+        list(complete(model, TEXT, max_tokens=3))
+
+
+def evaluate(path: Path) -> None:
+    from edgemerge.runtime.evaluation.evaluate import evaluate as score
+    from edgemerge.runtime.evaluation.questions import Question
+    from edgemerge.runtime.llama import Model
+
+    with Model(path, n_threads=1) as model:
+        score(model, [Question(TEXT, (" ja", " nein"), 0)])
+
+
+def perplexity(path: Path) -> None:
+    from edgemerge.runtime.evaluation.perplexity import cut_text, perplexity_of, score_chunks
+    from edgemerge.runtime.llama import Model
+
+    text = path.with_suffix(".txt")
+    text.write_text(TEXT * 8)
+    with Model(path, n_threads=1) as model:
+        perplexity_of(chunk for _, chunk in score_chunks(model, cut_text(model, text, 32)))
+
+
+def bench(path: Path) -> None:
+    from edgemerge.runtime.bench.bench import BenchSettings
+    from edgemerge.runtime.bench.child import measure
+
+    measure(lambda *_: None, path, BenchSettings(threads=(1,), n_prompt=8, n_gen=2, repetitions=1))
+
+
+def serve(path: Path) -> None:
+    from edgemerge.runtime.serve.run import Run, current_run
+
+    from edgemerge.runtime.serve.llama import ServedLlama
+    from edgemerge.runtime.serve.models import read_model_file
+
+    run = Run("odd", 60.0)
+    run.start()
+    current_run.set(run)
+    file = read_model_file(str(path), 64)
+    model = ServedLlama(file.path, n_ctx=64, n_threads=1)
+    for request in (
+        lambda: model.create_completion(TEXT, max_tokens=3, logprobs=2),
+        lambda: model.create_embedding(TEXT),
+        lambda: model.write_text(model._read_prompt(TEXT)),
+    ):
+        try:
+            request()
+        except (ValueError, RuntimeError):  # answers of 400 and 500: the server goes on
+            continue
+    model.close()
+
+
+JOBS: dict[str, Callable[[Path], None]] = {
+    "run": run,
+    "eval": evaluate,
+    "perplexity": perplexity,
+    "bench": bench,
+    "serve": serve,
+}
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        print(argument, try_model(Path(argument)))
