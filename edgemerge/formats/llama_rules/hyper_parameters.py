@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from math import isfinite
 
-from edgemerge.formats.gguf.metadata import Value, get_value
+from edgemerge.formats.gguf.metadata import Array, Value, get_value
 from edgemerge.formats.llama_rules.violation import Violation
 from edgemerge.types import TensorSpec
 
