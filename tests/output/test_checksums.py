@@ -87,7 +87,7 @@ def test_every_width_folds_to_the_same(width: int, tmp_path: Path) -> None:
         pytest.skip("this processor does not multiply so")
     code = (
         "import zlib, numpy as np\n"
-        "from edgemerge import checksums\n"
+        "from edgemerge.output import checksums\n"
         "raw = np.random.default_rng(0).integers(0, 256, 99_999, np.uint8)\n"
         "print(checksums.crc32(raw, 7) == zlib.crc32(raw, 7), checksums._Folding.is_possible)"
     )
