@@ -40,7 +40,10 @@ class Described(Protocol):
 
 
 class WorkingMemory(NamedTuple):
-    """What `BlockStream.take` gives a method, beside the decoded inputs; bytes."""
+    """Bytes that a method takes by `BlockStream.take`, beside the decoded inputs.
+
+    The plan adds `SUM_LANES` float64, and the alignment of eight arrays for each input.
+    """
 
     fixed: int = 0
     per_row: int = 0  # of the block at hand

@@ -39,7 +39,7 @@ def recipe_of(method: str, models: list[str], out_type: str) -> Recipe:
     """A recipe with as many models as the method takes, and something to prune where it prunes."""
     row = METHODS[method]
     base, *experts = models if row.needs_base else [None, *models[1:]]
-    parameters = {"density": 0.7} if row.prune is not None else {}
+    parameters = {"density": 0.7} if "density" in row.defaults(model=True) else {}
     if method == "slerp":
         parameters = {"t": 0.3}
     experts = experts[: row.n_models[1]]
