@@ -16,47 +16,32 @@ class ProcessMemory:
     Attributes
     ----------
     rss : int
-        Resident now (VmRSS): `anon`, `file` and shared memory.
+        Resident now (VmRSS): the process's own memory, `file` and shared memory.
     peak : int
         Most that was ever resident (VmHWM). Not `getrusage`: its maximum survives exec and so may be
         a parent's.
-    anon : int
-        Resident and the process's own (RssAnon): buffers, KV cache, Python.
     file : int
         Resident pages of mapped files (RssFile): a model's weights, libraries. The kernel may drop
         them and read them again.
-    swap : int
-        Swapped out (VmSwap).
     """
 
     rss: int
     peak: int
-    anon: int
     file: int
-    swap: int
 
 
-def read_process(pid: int | None = None) -> ProcessMemory:
-    """Read what a process takes of memory.
-
-    Parameters
-    ----------
-    pid : int, optional
-        The process; by default this one. Figures are 0 where /proc does not tell, as for a process
-        that has ended.
-    """
+def read_process() -> ProcessMemory:
+    """Read what this process takes of memory; figures are 0 where /proc does not tell."""
     try:
-        status = Path(f"/proc/{pid or 'self'}/status").read_text()
+        status = Path("/proc/self/status").read_text()
     except OSError:
         status = ""
-    # "VmHWM:     1748 kB"; a process of the kernel's own has no such lines
+    # "VmHWM:     1748 kB"
     sizes = {
         name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.M)
     }
     return ProcessMemory(
         rss=sizes.get("VmRSS", 0),
         peak=sizes.get("VmHWM", 0),
-        anon=sizes.get("RssAnon", 0),
         file=sizes.get("RssFile", 0),
-        swap=sizes.get("VmSwap", 0),
     )

@@ -15,7 +15,7 @@ from edgemerge.native.image import Image
 
 __all__ = ["LinkError", "link"]
 
-SHT_PROGBITS, SHT_SYMTAB, SHT_RELA, SHT_NOBITS = 1, 2, 4, 8
+SHT_SYMTAB, SHT_RELA, SHT_NOBITS = 2, 4, 8
 SHF_ALLOC = 2
 PAGE = 4096
 EM_X86_64, EM_AARCH64 = 62, 183

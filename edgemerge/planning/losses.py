@@ -227,11 +227,11 @@ def _losses(base: Source, model: Source) -> Iterator[str]:
         if left == right:  # the same number in another integer type
             continue
         if key.startswith("tokenizer.chat_template"):
-            yield f"its chat template ({key}): {_instead(base, key, 'another', key in ours)}"
+            yield f"its chat template ({key}): {_instead(base, 'another', key in ours)}"
         elif isinstance(right, Array) or isinstance(left, Array):
-            yield f"its {key}: {_instead(base, key, 'another list', key in ours)}"
+            yield f"its {key}: {_instead(base, 'another list', key in ours)}"
         else:
-            yield f"its {key} of {right}: {_instead(base, key, str(left), key in ours)}"
+            yield f"its {key} of {right}: {_instead(base, str(left), key in ours)}"
     for name, spec in model.specs().items():
         if not is_constant(name):
             continue
@@ -241,7 +241,7 @@ def _losses(base: Source, model: Source) -> Iterator[str]:
             yield f"its {name}: {base.path.name} has other values, which are taken"
 
 
-def _instead(base: Source, key: str, value: str, is_there: bool) -> str:
+def _instead(base: Source, value: str, is_there: bool) -> str:
     return (
         f"{base.path.name} has {value}, which is taken"
         if is_there

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from edgemerge.runtime.board.device import read_memory, read_process
+from edgemerge.process import read_process
+from edgemerge.runtime.board.device import read_memory
 from edgemerge.runtime.llama import Model
 from edgemerge.runtime.worker import Worker
 

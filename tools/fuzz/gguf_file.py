@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from edgemerge.formats import open_model
-from edgemerge.formats.gguf.metadata import decode_value
+from edgemerge.formats.gguf.metadata import Array, decode_value
 
 __all__ = ["read_gguf"]
 
@@ -19,7 +19,8 @@ def read_gguf(data: bytes, folder: Path) -> None:
     model = open_model(path)
     try:
         for raw in model.metadata().values():
-            decode_value(raw)
+            if isinstance(value := decode_value(raw), Array):
+                list(value)
         for name, spec in model.specs().items():
             if spec.nbytes:
                 model.read_rows(name, 0, spec.n_rows, np.empty(spec.nbytes, np.uint8))

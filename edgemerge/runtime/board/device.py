@@ -10,7 +10,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgemerge.process import ProcessMemory, read_process
 from edgemerge.runtime.board.memory import Memory, Swap, read_memory, read_swaps
 from edgemerge.runtime.board.power import PowerMeter, open_power_meter
 from edgemerge.runtime.board.processor import (
@@ -24,8 +23,8 @@ from edgemerge.runtime.board.processor import (
 from edgemerge.runtime.board.sysfs import read_text
 from edgemerge.runtime.board.thermals import Throttling, read_temperature, read_throttling
 
-__all__ = ["Board", "Memory", "PowerMeter", "ProcessMemory", "Swap", "Throttling"]
-__all__ += ["default_threads", "open_power_meter", "read_board", "read_memory", "read_process"]
+__all__ = ["Board", "Memory", "PowerMeter", "Swap", "Throttling"]
+__all__ += ["default_threads", "open_power_meter", "read_board", "read_memory"]
 __all__ += ["read_swaps", "read_temperature", "read_throttling"]
 
 # Instructions that llama.cpp has kernels for, as /proc/cpuinfo writes them; asimd is Arm's 64-bit NEON.

@@ -180,9 +180,7 @@ def test_swap_by_what_it_lies_on(tmp_path: Path) -> None:
 def test_memory_of_a_process() -> None:
     ours = read_process()
     assert 10 << 20 < ours.rss <= ours.peak < 1 << 40
-    assert ours.anon + ours.file <= ours.rss
-    assert read_process(os.getpid()).anon > 0
-    assert read_process(2**22 + 1).rss == 0  # beyond the largest process number of Linux
+    assert 0 < ours.file <= ours.rss
 
 
 # -- heat ------------------------------------------------------------------------------------------
