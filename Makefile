@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv when there is none; a second run
 # finds everything in place. ARGS goes to the command: `make test ARGS='-k gguf -x'`.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check arm64 bench bench-peers wheel sbom clean
+.PHONY: help demo test check coverage arm64 bench bench-peers wheel sbom clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -17,6 +17,9 @@ test: .venv/ready-dev  ## run all tests but those marked slow (ARGS='-m slow' ru
 
 check: .venv/ready-dev  ## lint, format, types, layers, then the tests (ARGS=--no-tests leaves them out)
 	tools/check $(ARGS)
+
+coverage: .venv/ready-dev  ## report which lines the tests of kernels, methods and planning reach (ARGS picks other tests); no gate
+	tools/coverage $(ARGS)
 
 arm64: .venv/bin/python  ## compare the bytes of codecs and merges with an emulated Arm's (ARGS=cortex-a53 picks the processor)
 	tools/arm64 $(ARGS)
@@ -39,7 +42,7 @@ sbom: wheel  ## build the wheel, and beside it the list of all that is in a rele
 
 clean:  ## remove the environments and all that was built here (the llama.cpp wheel stays in its cache)
 	rm -rf .venv .venv-peers build dist *.egg-info demo-output edgemerge/native/prebuilt
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A pyenv shim exists for versions that are not selected and then fails, so each candidate has to run.

@@ -20,7 +20,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import make_tiny_model as tiny
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +27,9 @@ import edgemerge
 from edgemerge.formats.gguf.writer import make_layout
 from edgemerge.formats.quants.codec import CODECS, row_bytes
 from edgemerge.types import Plan, TensorSpec
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools import make_tiny_model as tiny
 
 PIECE = 256  # elements: a block of the K-quants, whole blocks of every other type
 POOL = 1 << 14  # pieces: 4 M weights, whose bytes stay in the second-level cache

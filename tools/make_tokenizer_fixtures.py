@@ -10,12 +10,15 @@ vocabulary, whose merges were learnt without any cutting: so each cut shows in t
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from architecture_shapes import PRE_TOKENIZERS
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.architecture_shapes import PRE_TOKENIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "tests" / "data" / "tokenizers"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from tests.support.head_models import ArraySource, head_tensors, random_order, s
 
 Float32 = NDArray[np.float32]
 N_HEADS, N_KV, LENGTH, N_EMBD = 8, 4, 8, 48
-SETTINGS = {"attention_head_count": N_HEADS, "attention_head_count_kv": N_KV}
+SETTINGS: dict[str, Any] = {"attention_head_count": N_HEADS, "attention_head_count_kv": N_KV}
 
 
 def attention(w: Mapping[str, Float32], x: Float32) -> NDArray[np.float64]:
@@ -41,8 +42,8 @@ def attention(w: Mapping[str, Float32], x: Float32) -> NDArray[np.float64]:
     def rotary(y: NDArray[np.float64]) -> NDArray[np.complex128]:
         return (y[..., ::2] + 1j * y[..., 1::2]) * turn
 
-    q, k = rotary(q), rotary(k).repeat(N_HEADS // N_KV, axis=1)
-    scores = np.einsum("ihd,jhd->hij", q, k.conj()).real / np.sqrt(LENGTH)
+    turned, keys = rotary(q), rotary(k).repeat(N_HEADS // N_KV, axis=1)
+    scores = np.einsum("ihd,jhd->hij", turned, keys.conj()).real / np.sqrt(LENGTH)
     scores[:, np.triu(np.ones((len(x), len(x)), bool), 1)] = -np.inf
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)
@@ -168,8 +169,11 @@ def test_neurons_are_found_and_change_nothing(noise: float) -> None:
         rows, columns = plan.row_order(name, len(values)), plan.column_order(name)
         assert (rows is None) != (columns is None)
         restored[name] = values[rows] if rows is not None else values[:, columns]
-    wanted = feed_forward(*b.values(), x)
-    np.testing.assert_allclose(feed_forward(*restored.values(), x), wanted, rtol=1e-9, atol=1e-6)
+    outputs = []
+    for model in (b, restored):
+        gate, up, down = model.values()
+        outputs.append(feed_forward(gate, up, down, x))
+    np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-9, atol=1e-6)
     if not noise:
         assert plan.cost == pytest.approx(0.0, abs=1e-6)
         assert all(np.array_equal(restored[k], a[k]) for k in a)

@@ -40,7 +40,7 @@ def numbers(kind: str, n: int, seed: int) -> Float32:
         patterns = rng.integers(0, 0x00800000, n, np.uint32)
         return (patterns | rng.integers(0, 2, n, np.uint32) << np.uint32(31)).view(np.float32)
     if kind == "equal":
-        return rng.choice(np.float32([-2, -1, -0.5, -0.0, 0, 0.5, 1, 2]), n)
+        return rng.choice(np.array([-2, -1, -0.5, -0.0, 0, 0.5, 1, 2], np.float32), n)
     if kind == "wide":
         return (normal * 10.0 ** rng.uniform(-30, 30, n)).astype(np.float32)
     return normal.astype(np.float32)
@@ -72,18 +72,18 @@ def subtract(base: Float32, x: Float32) -> int:
 
 
 def test_subtract_counts_what_is_not_finite() -> None:
-    base = np.float32([0, np.inf, np.nan, -3e38, 1, np.inf, 5])
-    x = np.float32([0, 1, 1, 3e38, -np.inf, np.inf, 7])
+    base = np.array([0, np.inf, np.nan, -3e38, 1, np.inf, 5], np.float32)
+    x = np.array([0, 1, 1, 3e38, -np.inf, np.inf, 7], np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         assert subtract(base, x) == 5
-    assert subtract(base[:1], np.float32([3e38])) == 0
+    assert subtract(base[:1], np.array([3e38], np.float32)) == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize(("shape", "kind"), CASES)
 def test_weighted_sum(shape: tuple[int, int], kind: str, count: int) -> None:
     x = models(shape, kind, count)
-    weights = np.float32([0.6, -0.3, 1.7, 0.0, 1e-3])[:count]
+    weights = np.array([0.6, -0.3, 1.7, 0.0, 1e-3], np.float32)[:count]
     want = reference.weighted_sum(weights.tolist(), x)
     sizes = reference.weighted_sum(np.abs(weights).tolist(), np.abs(x))
     others = x[1:].copy()
@@ -96,7 +96,7 @@ def test_weighted_sum(shape: tuple[int, int], kind: str, count: int) -> None:
 def test_weighted_sum_is_exact_where_float32_is() -> None:
     x = np.random.default_rng(0).integers(-100, 100, (3, 9000)).astype(np.float32)
     want = reference.weighted_sum([0.5, -2.0, 4.0], x)
-    linear.weighted_sum(np.float32([0.5, -2.0, 4.0]), x)
+    linear.weighted_sum(np.array([0.5, -2.0, 4.0], np.float32), x)
     assert np.array_equal(x[0], want)
 
 
@@ -118,7 +118,10 @@ def test_add_scaled(shape: tuple[int, int], kind: str, scale: float) -> None:
 def test_deltas_are_added_as_in_three_steps(shape: tuple[int, int], kind: str, count: int) -> None:
     base, *experts = models(shape, kind, 1 + count)
     deltas = np.stack(experts)
-    weights, scales = np.float32([0.6, -0.3, 1.7])[:count], np.float32([1.0, 1.9, 0.4])[:count]
+    weights, scales = (
+        np.array([0.6, -0.3, 1.7], np.float32)[:count],
+        np.array([1.0, 1.9, 0.4], np.float32)[:count],
+    )
     want, scaled = base.copy(), scales[:, None] * deltas
     assert scaled.dtype == np.float32
     linear.weighted_sum(weights, scaled)
@@ -132,7 +135,7 @@ def test_deltas_are_added_as_in_three_steps(shape: tuple[int, int], kind: str, c
 def test_changes_are_added_as_deltas(shape: tuple[int, int], kind: str, count: int) -> None:
     base, *experts = models(shape, kind, 1 + count)
     x = np.stack(experts)
-    weights = np.float32([0.6, -0.3, 1.7])[:count]
+    weights = np.array([0.6, -0.3, 1.7], np.float32)[:count]
     want, deltas = base.copy(), x.copy()
     for delta in deltas:
         subtract(base, delta)
@@ -189,8 +192,9 @@ def test_a_norm_is_added_in_lanes_and_these_in_halves(n_cols: int) -> None:
 
 @pytest.mark.parametrize("limit", [0x7F800000, 0x477FF000])
 def test_count_beyond(limit: int) -> None:
-    x = np.float32(
-        [0, -0.0, 65504, 65519.996, 65520, -65520, 3e38, -np.inf, np.inf, np.nan, -np.nan]
+    x = np.array(
+        [0, -0.0, 65504, 65519.996, 65520, -65520, 3e38, -np.inf, np.inf, np.nan, -np.nan],
+        np.float32,
     )
     x = np.concatenate([x, numbers("denormal", 40, 0)])
     count = np.full(1, -1, np.int64)
@@ -216,7 +220,7 @@ def elect(weights: Float32, normalize: bool, delta: Float32) -> Float32:
 @pytest.mark.parametrize(("shape", "kind"), CASES)
 def test_elect(shape: tuple[int, int], kind: str, normalize: bool) -> None:
     delta = models(shape, kind, 3)
-    weights = np.float32([0.6, 0.25, 1.5])
+    weights = np.array([0.6, 0.25, 1.5], np.float32)
     exact = reference.elect(weights.tolist(), normalize, delta)
     votes = reference.weighted_sum(weights.tolist(), delta)
     sizes = reference.weighted_sum(weights.tolist(), np.abs(delta))
@@ -235,7 +239,7 @@ def test_election_rescales_and_moves_in_two_roundings(
     shape: tuple[int, int], kind: str, normalize: bool
 ) -> None:
     base, *experts = models(shape, kind, 4)
-    weights, scales = np.float32([0.6, 0.25, 1.5]), np.float32([1.0, 1.7, 0.9])
+    weights, scales = np.array([0.6, 0.25, 1.5], np.float32), np.array([1.0, 1.7, 0.9], np.float32)
     scaled = scales[:, None] * np.stack(experts)
     want = base + np.float32(0.7) * elect(weights, normalize, scaled)
     scratch, delta = np.empty((3, ties.TILE), np.float32), np.stack(experts)
@@ -250,7 +254,7 @@ def test_two_are_elected_as_among_three(shape: tuple[int, int], kind: str, norma
     """A third that is zero everywhere agrees with no sign and has no part in a vote."""
     two = models(shape, kind, 2)
     three = np.stack([*two, np.zeros_like(two[0])])
-    weights = np.float32([0.6, -0.25, 1.5])
+    weights = np.array([0.6, -0.25, 1.5], np.float32)
     want = elect(weights, normalize, three)
     assert np.array_equal(elect(weights[:2], normalize, two), want)
 
@@ -259,20 +263,20 @@ def test_two_are_elected_as_among_three(shape: tuple[int, int], kind: str, norma
 def test_elect_is_exact_on_small_integers(normalize: bool) -> None:
     """Many votes are zero, which counts as positive; an entry of zero agrees with no sign."""
     delta = np.random.default_rng(0).integers(-1, 2, (4, 9001)).astype(np.float32)
-    weights = np.float32([1, 2, -1, 1])
+    weights = np.array([1, 2, -1, 1], np.float32)
     want = reference.elect(weights.tolist(), normalize, delta)
     assert np.array_equal(elect(weights, normalize, delta), want.values.astype(np.float32))
 
 
 def test_elect_gives_the_example_of_the_specification() -> None:
-    delta = np.float32([[1, -1, 2, 0], [-1, 1, -1, 0]])
-    assert elect(np.float32([1, 1]), True, delta).tolist() == [1, 1, 2, 0]
+    delta = np.array([[1, -1, 2, 0], [-1, 1, -1, 0]], np.float32)
+    assert elect(np.array([1, 1], np.float32), True, delta).tolist() == [1, 1, 2, 0]
 
 
 def test_a_divisor_of_zero_is_one() -> None:
     """Weights 1 and -1 on opposite vectors agree, and their sum does not divide."""
-    delta = np.float32([[3, -3], [-3, 3]])
-    assert elect(np.float32([1, -1]), True, delta).tolist() == [6, -6]
+    delta = np.array([[3, -3], [-3, 3]], np.float32)
+    assert elect(np.array([1, -1], np.float32), True, delta).tolist() == [6, -6]
 
 
 # -- exact selection -----------------------------------------------------------

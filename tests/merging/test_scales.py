@@ -39,7 +39,7 @@ def write(
     specs = [TensorSpec(name, (16, 256), "NVFP4", raw.nbytes) for name, raw in stored.items()]
     for name, factor in ((SCALE, scale), ("output.scale", output_scale)):
         if factor is not None:
-            stored[name] = np.float32([factor]).view(np.uint8)
+            stored[name] = np.array([factor], np.float32).view(np.uint8)
             specs.append(TensorSpec(name, (1,), "F32", 4))
     layout = make_layout(metadata, specs)
     with path.open("wb") as file:

@@ -68,7 +68,9 @@ def tensors(kind: str, shape: tuple[int, ...], count: int) -> list[Float32]:
     if kind == "denormal":
         step = np.float32(2.0**-149)
         return [rng.integers(-500, 500, shape).astype(np.float32) * step for _ in range(count + 1)]
-    return [base, *(base + np.float32(0.1) * rng.standard_normal(shape) ** 3 for _ in range(count))]
+    cubes = [rng.standard_normal(shape) ** 3 for _ in range(count)]
+    experts: list[NDArray[Any]] = [base + np.float32(0.1) * cube for cube in cubes]
+    return [base, *experts]
 
 
 def both(
@@ -200,7 +202,7 @@ def test_task_weights_that_cancel_are_not_normalised() -> None:
 
 
 def test_an_unchanged_expert_dilutes_a_normalised_sum_but_no_election() -> None:
-    base, x = np.zeros(4, np.float32), np.float32([1, -2, 3, -4])
+    base, x = np.zeros(4, np.float32), np.array([1, -2, 3, -4], np.float32)
     models = [(x, {"weight": 1.0}), (base, {"weight": 1.0})]
     options = {"normalize": True}
     assert np.array_equal(merge_in_memory("task_arithmetic", base, models, options), x / 2)
@@ -209,13 +211,13 @@ def test_an_unchanged_expert_dilutes_a_normalised_sum_but_no_election() -> None:
 
 def test_only_the_weights_that_agree_divide_an_election() -> None:
     """Weights 1 and -1 on opposite vectors cancel: the divisor is 1, whatever the sum of all is."""
-    base, x = np.zeros(4, np.float32), np.float32([1, -2, 3, -4])
+    base, x = np.zeros(4, np.float32), np.array([1, -2, 3, -4], np.float32)
     models = [(x, {"weight": 1.0}), (-x, {"weight": -1.0}), (base, {"weight": 2.0})]
     assert np.array_equal(merge_in_memory("ties", base, models), 2 * x)
 
 
 def test_lambda_comes_after_normalize() -> None:
-    base, x = np.zeros(4, np.float32), np.float32([1, -2, 3, -4])
+    base, x = np.zeros(4, np.float32), np.array([1, -2, 3, -4], np.float32)
     models = [(x, {"weight": 3.0}), (x, {"weight": 5.0})]
     for method in ("ties", "task_arithmetic"):
         merged = merge_in_memory(method, base, models, {"normalize": True, "lambda": 0.5})
@@ -225,7 +227,7 @@ def test_lambda_comes_after_normalize() -> None:
 @pytest.mark.parametrize("cosine", [1.0, -1.0, 0.9996, 0.9994, 0.0])
 @pytest.mark.parametrize("t", [0.25, 0.5])
 def test_slerp_is_lerp_where_parallel(cosine: float, t: float) -> None:
-    base = np.float32([3, 0])
+    base = np.array([3, 0], np.float32)
     x = (5 * np.array([cosine, np.sqrt(1 - cosine**2)])).astype(np.float32)
     merged = merge_in_memory("slerp", base, [(x, {})], {"t": t}).astype(np.float64)
     lerp = (1 - t) * base.astype(np.float64) + t * x
@@ -233,7 +235,7 @@ def test_slerp_is_lerp_where_parallel(cosine: float, t: float) -> None:
         assert merged == pytest.approx(lerp, abs=1e-6)
     else:  # on the sphere a half-way mean of equal norms keeps its norm
         assert np.linalg.norm(merged) > np.linalg.norm(lerp)
-    unit = merge_in_memory("slerp", base / 3, [(x / 5, {})], {"t": t})
+    unit = merge_in_memory("slerp", base / np.float32(3), [(x / np.float32(5), {})], {"t": t})
     if abs(cosine) < 0.9995:
         assert np.linalg.norm(unit) == pytest.approx(1, abs=1e-6)
 
@@ -310,7 +312,7 @@ def test_expectation_and_l1_keep_what_they_promise() -> None:
 def test_della_keeps_by_rank() -> None:
     """Every column of a sorted row has its own probability; 2000 rows estimate it."""
     rows, cols, density, epsilon = 2000, 32, 0.5, 0.3
-    signs = np.random.default_rng(0).choice(np.float32([-1, 1]), (rows, cols))
+    signs = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (rows, cols))
     delta = signs * np.arange(1, cols + 1, dtype=np.float32)
     mask = random_mask("della_linear", {"density": density, "epsilon": epsilon}, delta)
     want = np.linspace(density - epsilon, density + epsilon, cols)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,7 @@ def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.find_missing([NAME]) == [NAME]
     assert subtract_ones() == [-1, 0, 1, 2]
     assert store.find_missing([NAME]) == []
-    monkeypatch.setattr(store.subprocess, "Popen", None)  # nobody is asked again
+    monkeypatch.setattr(subprocess, "Popen", None)  # nobody is asked again
     store.compile_missing([NAME])
     assert subtract_ones() == [-1, 0, 1, 2]
 
@@ -98,7 +100,7 @@ def test_a_wheels_images_come_first(
 ) -> None:
     store.compile_missing([NAME])
     path = image_path(cache)
-    prebuilt = tmp_path / "prebuilt" / store.platform.machine()
+    prebuilt = tmp_path / "prebuilt" / platform.machine()
     prebuilt.mkdir(parents=True)
     path.rename(prebuilt / path.name)
     assert store.find_missing([NAME]) == [NAME]
@@ -106,7 +108,7 @@ def test_a_wheels_images_come_first(
     monkeypatch.setattr(store, "_processor_features", lambda: frozenset(store.X86_64_V3))
     assert store.find_missing([NAME]) == []
     assert subtract_ones() == [-1, 0, 1, 2]
-    if store.platform.machine() == "x86_64":  # an older processor must not run them
+    if platform.machine() == "x86_64":  # an older processor must not run them
         monkeypatch.setattr(store, "_processor_features", lambda: frozenset({"avx"}))
         assert store.find_missing([NAME]) == [NAME]
 
@@ -124,7 +126,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 def test_a_compiler_that_fails_is_one_sentence(
     cache: Path, status: int | OSError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store.subprocess, "Popen", Children(status))
+    monkeypatch.setattr(subprocess, "Popen", Children(status))
     with pytest.raises(RuntimeFailure, match="kernels could not be") as error:
         store.load_image("linear", "subtract")
     assert "\n" not in str(error.value)
@@ -144,7 +146,7 @@ def test_a_module_in_the_users_folder_is_not_run(
 
 def test_the_children_are_this_python(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     children = Children()
-    monkeypatch.setattr(store.subprocess, "Popen", children)
+    monkeypatch.setattr(subprocess, "Popen", children)
     store.compile_missing([NAME, "ties.elect"])
     (command,) = children.commands
     assert command[:3] == [sys.executable, "-P", "-m"]

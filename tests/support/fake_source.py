@@ -7,9 +7,10 @@ from pathlib import Path
 
 from edgemerge.formats.gguf.metadata import Scalar, Value, encode_value
 from edgemerge.formats.gguf.types import row_bytes
-from edgemerge.types import Source, TensorSpec, UInt8
+from edgemerge.types import FileState, Source, TensorSpec, UInt8
 
 N_EMBD, N_FF, N_VOCAB = 256, 512, 64
+TOKENS = tuple(f"t{i}" for i in range(N_VOCAB))
 
 
 def tensor(name: str, shape: tuple[int, ...], dtype: str = "F16") -> TensorSpec:
@@ -28,7 +29,7 @@ class FakeSource:
         architecture: str = "llama",
         n_layers: int = 2,
         dtype: str = "F16",
-        tokens: Sequence[str] = tuple(f"t{i}" for i in range(N_VOCAB)),
+        tokens: Sequence[str] = TOKENS,
         metadata: Mapping[str, tuple[Value, str]] | None = None,
         extra: Sequence[TensorSpec] = (),
         without: str | None = None,
@@ -70,6 +71,12 @@ class FakeSource:
 
     def forget(self, name: str, n_rows: int | None = None) -> None:
         raise AssertionError("planning reads no tensor data")
+
+    def states(self) -> Sequence[FileState]:
+        return ()
+
+    def check_unchanged(self) -> None:
+        """There is no file that could change."""
 
     def close(self) -> None:
         """There is nothing to close."""

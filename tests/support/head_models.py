@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.formats.gguf.metadata import encode_value
-from edgemerge.types import TensorSpec
+from edgemerge.types import FileState, TensorSpec
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
@@ -24,7 +25,7 @@ class ArraySource:
         *,
         architecture: str = "llama",
         dtype: str = "F32",
-        **settings: int | float | list[int],
+        **settings: Any,  # int, float or list of int
     ) -> None:
         self.path = Path("memory")
         self.architecture = architecture
@@ -50,7 +51,13 @@ class ArraySource:
         rows = self.tensors[name].reshape(-1, self._specs[name].n_cols)
         out_u8[:] = rows[start:stop].reshape(-1).view(np.uint8)
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str, n_rows: int | None = None) -> None:
+        pass
+
+    def states(self) -> Sequence[FileState]:
+        return ()
+
+    def check_unchanged(self) -> None:
         pass
 
     def close(self) -> None:

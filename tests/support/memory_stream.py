@@ -35,7 +35,8 @@ class MemoryStream:
         self._values = [x for x, _ in models]
         shape = self._values[0].shape
         spec = TensorSpec(tensor, shape, "F32", 4 * self._values[0].size)
-        defaults = self._method.model_parameters
+        defaults: dict[str, Any] = {**self._method.model_parameters}
+        common: dict[str, Any] = {**self._method.global_parameters}
         self.job = TensorJob(
             out=spec,
             method=method,
@@ -43,7 +44,7 @@ class MemoryStream:
             experts=tuple(
                 InputTensor(k, spec, {**defaults, **s}) for k, (_, s) in enumerate(models)
             ),
-            settings={**self._method.global_parameters, **options},
+            settings={**common, **options},
             rows_per_block=rows_per_block,
             passes=1,
         )
