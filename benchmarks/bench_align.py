@@ -99,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     base, moved, truth = make_models(options.work, options.layers)
     reading = read_once((base, moved))
-    command = [sys.executable, "-m", "edgemerge", "align", base, moved, "--json"]
+    command: list[str | Path] = [sys.executable, "-m", "edgemerge", "align", base, moved, "--json"]
     cost = run([*command, "--memory", options.memory])
     found = json.loads(cost.output)
     exact = [layer["heads"] for layer in found["layers"]] == truth

@@ -160,6 +160,11 @@ def merge_works() -> dict[str, tuple[Work, int]]:
     middle, largest = int(np.float32(0.7).view(np.int32)), int(np.float32(9).view(np.int32))
     key, nothing = np.uint64(12345), np.uint64(2**24)  # is dropped
     all_models, one = models.nbytes, x.nbytes
+
+    def drop_by_rank() -> None:
+        np.copyto(z, x)
+        della.drop_by_rank(key, key, N_COLS, 0.5, 0.1, False, ranks, z)
+
     return {
         "linear.weighted_sum": (
             lambda: linear.weighted_sum(third, models),
@@ -187,10 +192,7 @@ def merge_works() -> dict[str, tuple[Work, int]]:
         "select.keep_between": (lambda: select.keep_between(0, largest, y), 2 * one),
         "dare.drop_random": (lambda: dare.drop_random(key, key, nothing, y), 2 * one),
         "della.drop_by_rank": (
-            lambda: (
-                np.copyto(z, x),
-                della.drop_by_rank(key, key, N_COLS, 0.5, 0.1, False, ranks, z),
-            ),
+            drop_by_rank,
             4 * one,
         ),
         "norms.row_norms": (lambda: norms.row_norms(x, N_COLS, 0, lanes, sums), one),

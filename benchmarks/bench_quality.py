@@ -171,6 +171,7 @@ def draw(figures: list[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     colours = {"models": "#777777", "paper": "#0072b2", "ours": "#009e73"}
     colours |= {"shuffled": "#d55e00", "aligned": "#e69f00"}
@@ -192,7 +193,7 @@ def draw(figures: list[dict[str, Any]], path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     handles = [
-        pyplot.Line2D([], [], color=colour, marker="o", linestyle="", label=names[group])
+        Line2D([], [], color=colour, marker="o", linestyle="", label=names[group])
         for group, colour in colours.items()
     ]
     axes.legend(handles=handles, loc="upper right", fontsize=8, frameon=True)

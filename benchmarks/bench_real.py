@@ -57,7 +57,7 @@ def add_noise(model: Path, output: Path, share: float) -> None:
                 values += share * values.std() * random.standard_normal(values.size, np.float32)
             CODECS[spec.dtype].encode(values, raw, np.empty(0, np.float32))
             file.seek(layout.offsets[name])
-            file.write(raw)
+            file.write(raw.data)
         file.truncate(layout.n_bytes)
     source.close()
 

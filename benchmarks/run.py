@@ -59,7 +59,7 @@ def main() -> None:
     results = []
     for name in names:
         print(f"== {name}", file=sys.stderr)
-        command = [sys.executable, HERE / f"bench_{name}.py", *rest]
+        command: list[str | Path] = [sys.executable, HERE / f"bench_{name}.py", *rest]
         lines = run(command, shows_progress=True).output.strip().splitlines()
         result = json.loads(lines[-1])
         table = tables(lines)

@@ -101,9 +101,9 @@ def document(
     return {**found, "parameters": dict(parameters), "out_dtype": "float16"}
 
 
-def run_recipe(recipe: Mapping[str, Any], output: Path, folder: Path = MODELS) -> None:
+def run_recipe(given: Mapping[str, Any], output: Path, folder: Path = MODELS) -> None:
     """Merge as a recipe says, with its models taken from a folder."""
-    recipe = json.loads(json.dumps(recipe))
+    recipe = json.loads(json.dumps(given))
     if "base_model" in recipe:
         recipe["base_model"] = str(folder / recipe["base_model"])
     for model in recipe["models"]:
@@ -162,7 +162,7 @@ def shaped() -> Iterator[Candidate]:
 
     for pair in ([0.8, 0.6], [0.5, 0.9], [0.6, 0.9], [0.6, 1.0], [0.6, 1.2]):
         yield add(f"{pair[0]} to {pair[1]}", pair)
-    trials = {"embed_tokens": ((0.5, 0.7), (0.6, 0.7), (0.8, 0.65), (1.0, 0.6))}
+    trials: dict[str, Any] = {"embed_tokens": ((0.5, 0.7), (0.6, 0.7), (0.8, 0.65), (1.0, 0.6))}
     trials |= {"norm": ((0.5, 0.7), (1.0, 0.7)), "self_attn": ((0.5, 0.8), (0.9, 0.6))}
     for kind, own, rest in ((kind, *pair) for kind, pairs in trials.items() for pair in pairs):
         yield add(f"{kind} {own}, rest {rest}", rest, **{kind: own})
@@ -170,9 +170,9 @@ def shaped() -> Iterator[Candidate]:
         kinds = {"o_proj": own, "down_proj": own}
         yield add(f"o and down {own}, rest {rest}", rest, **kinds)
         yield add(f"o and down {own}, embeddings 0.6, rest {rest}", rest, embed_tokens=0.6, **kinds)
-    for own in ([0.8, 1.2], [1.0, 1.5]):
-        label = f"o and down {own[0]} to {own[1]}, embeddings 0.6, rest 0.5 to 0.8"
-        yield add(label, [0.5, 0.8], embed_tokens=0.6, o_proj=own, down_proj=own)
+    for ends in ([0.8, 1.2], [1.0, 1.5]):
+        label = f"o and down {ends[0]} to {ends[1]}, embeddings 0.6, rest 0.5 to 0.8"
+        yield add(label, [0.5, 0.8], embed_tokens=0.6, o_proj=ends, down_proj=ends)
     for method in ("breadcrumbs_ties", "dare_linear", "ties"):
         found = document(method, both(density=0.9), {"lambda": [0.6, 1.0]})
         yield recipe(f"{method} density=0.9 lambda 0.6 to 1.0", "shaped", found)
@@ -278,7 +278,7 @@ def singular(
 
 def nearest_orthogonal(matrix: np.ndarray) -> np.ndarray:
     left, _, right = np.linalg.svd(matrix, full_matrices=False)
-    return left @ right
+    return np.asarray(left @ right)
 
 
 def outside(folder: Path) -> Iterator[Candidate]:
@@ -305,9 +305,9 @@ def outside(folder: Path) -> Iterator[Candidate]:
     for how, scale in ((h, s) for h in ("tensor", "row") for s in (0.9, 1.0, 1.1, 1.2)):
         yield add(f"agreement by {how} lambda={scale}", agreement, scale, how == "row")
     trials = ((1.0, 1.0), (1.2, 1.2), (1.4, 1.4), (0.9, 1.5), (0.8, 1.8))
-    for share, scale in ((s, t) for s in (0.125, 0.25, 0.5) for t in trials):
-        said = f"lambda={scale[0]} to {scale[1]}" if scale[0] != scale[1] else f"lambda={scale[0]}"
-        yield add(f"singular vectors share={share} {said}", singular, scale, share, 0.6)
+    for share, ends in ((s, t) for s in (0.125, 0.25, 0.5) for t in trials):
+        said = f"lambda={ends[0]} to {ends[1]}" if ends[0] != ends[1] else f"lambda={ends[0]}"
+        yield add(f"singular vectors share={share} {said}", singular, ends, share, 0.6)
 
 
 # -- choosing and comparing ------------------------------------------------------------------------

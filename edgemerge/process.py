@@ -30,10 +30,10 @@ class ProcessMemory:
     file: int
 
 
-def read_process() -> ProcessMemory:
-    """Read what this process takes of memory; figures are 0 where /proc does not tell."""
+def read_process(pid: int | None = None) -> ProcessMemory:
+    """Read what a process takes of memory, by default this one; figures are 0 where /proc does not tell."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path(f"/proc/{pid or 'self'}/status").read_text()
     except OSError:
         status = ""
     # "VmHWM:     1748 kB"

@@ -47,7 +47,7 @@ def _compiled_kernels() -> None:
 @pytest.fixture(autouse=True)
 def _small_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Count this process as a fresh one: tests of budgets would depend on the tests before them."""
-    memory = ProcessMemory(rss=0, peak=0, anon=0, file=0, swap=0)
+    memory = ProcessMemory(rss=0, peak=0, file=0)
     monkeypatch.setattr("edgemerge.budget.read_process", lambda: memory)
 
 

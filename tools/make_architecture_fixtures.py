@@ -17,7 +17,6 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,9 +77,10 @@ def make(folder: Path, name: str, shape: Shape, llama_cpp: Path) -> None:
                 away = ("general.", "tokenizer.")
                 converted["metadata"] = {k: v for k, v in own if not k.startswith(away)}
             expected[variant or "plain"] = {"config": changes, **converted}
-    np.savez_compressed(folder / "logits.npz", **logits)
+    arrays: dict[str, Any] = logits
+    np.savez_compressed(folder / "logits.npz", **arrays)
     facts = {
-        "tokens": token_sequence(shape),
+        "tokens": token_sequence(shape.config["vocab_size"]),
         "shown": SHOWN,
         "text": TEXT,
         "text_ids": encode(folder, shape),
@@ -94,9 +94,9 @@ def change_config(folder: Path, changes: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def token_sequence(shape: Shape) -> list[int]:
+def token_sequence(n_vocab: int) -> list[int]:
     """Tokens from all over the vocabulary."""
-    return [(37 * i + 11) % (shape.config["vocab_size"] - 3) for i in range(N_TOKENS)]
+    return [(37 * i + 11) % (n_vocab - 3) for i in range(N_TOKENS)]
 
 
 # -- the model -------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def compute_logits(folder: Path) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
-    tokens = token_sequence(SimpleNamespace(config={"vocab_size": model.config.vocab_size}))
+    tokens = token_sequence(model.config.vocab_size)
     with torch.no_grad():
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
     return logits[list(SHOWN)].numpy()
@@ -219,6 +219,7 @@ def make_sentencepiece_json(folder: Path, config: dict[str, Any]) -> None:
 
 
 def make_bpe(folder: Path, shape: Shape) -> None:
+    assert shape.pre is not None
     steps = PRE_TOKENIZERS[shape.pre]
     tokenizer = Tokenizer(models.BPE(ignore_merges=shape.ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps(pre_tokenizers))

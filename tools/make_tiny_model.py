@@ -215,7 +215,7 @@ def fill(tensors: list[Tensor], values: Callable[[Tensor, int, int], np.ndarray]
     def work(job: tuple[Tensor, int]) -> None:
         tensor, block = job
         count = min(BLOCK, tensor.n_elements - block * BLOCK)
-        data = memoryview(encode(values(tensor, block, count), tensor.dtype)).cast("B")
+        data = encode(values(tensor, block, count), tensor.dtype).data.cast("B")
         offset = tensor.offset + block * BLOCK * ITEM_BYTES[tensor.dtype]
         while data:  # a write may be short
             written = os.pwrite(files[tensor.file], data, offset)

@@ -22,15 +22,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgemerge.native.names import KERNELS
 from edgemerge.native.signatures import SHARED
-from edgemerge.native.store import KERNELS, PREBUILT
+from edgemerge.native.store import PREBUILT
 from tests.support.processors import LEVELS, disabled_features, levels_here
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = (
     Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgemerge" / "processors"
 )
-TESTS = (
+TESTS: tuple[str, ...] = (
     "tests/kernels",
     "tests/formats/quants/test_codec.py",
     "tests/formats/quants/test_weighted.py",

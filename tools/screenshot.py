@@ -84,7 +84,7 @@ def take_picture(url: str, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="+", help="GGUF files to serve")
     parser.add_argument("--memory", default="1GiB", help="budget of the server")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/figures/serve.png"))

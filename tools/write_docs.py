@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(<!-- docs:(\w+) -->\n).*?(<!-- /docs -->)", re.DOTALL)
 # The order of a merge; then what serves the wings, what runs models, and what people see.
+WINGS: tuple[str, ...]
 WINGS = ("recipe", "methods", "alignment", "planning", "output", "merging", "provenance", "reports")
 WINGS += ("formats", "native", "runtime", "cli")
 

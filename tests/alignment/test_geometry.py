@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def geometry(
             del tensors[f"blk.0.{stem}"]
         else:
             tensors[f"blk.0.{stem}"] = np.zeros(shape, np.float32)
-    known: dict[str, int | float | list[int]] = {
+    known: dict[str, Any] = {
         "attention_head_count": 4,
         "attention_head_count_kv": 2,
         **settings,
@@ -67,7 +68,8 @@ def test_a_layer_that_cannot_be_aligned_says_why(
 ) -> None:
     changes, settings, reason = REASONS[case]
     caplog.set_level("INFO", "edgemerge")
-    found = geometry(changes, **settings)
+    known: dict[str, Any] = {**settings}
+    found = geometry(changes, **known)
     assert isinstance(found, Skipped)
     assert reason in found.reason
     assert found.reason in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -157,11 +158,11 @@ def test_every_tensor_comes_back(n_heads: int, n_kv: int, seed: int) -> None:
         for stem, size in sizes.items():
             tensors[f"blk.{layer}.{stem}"] = rng.standard_normal(size).astype(np.float32)
     orders = [random_order(n_heads, n_kv, rng) for _ in range(2)]
-    shuffled = {}
+    shuffled: dict[str, Any] = {}
     for layer, (groups, heads) in enumerate(orders):
         own = {k: x for k, x in tensors.items() if k.startswith(f"blk.{layer}.")}
         shuffled |= shuffle(own, groups, heads)
-    settings = {"attention_head_count": n_heads, "attention_head_count_kv": n_kv}
+    settings: dict[str, Any] = {"attention_head_count": n_heads, "attention_head_count_kv": n_kv}
     plans = align(ArraySource(tensors, **settings), ArraySource(shuffled, **settings))
     r = n_heads // n_kv
     for plan, (groups, heads) in zip(plans, orders, strict=True):
@@ -243,8 +244,8 @@ def test_each_row_is_read_once() -> None:
     tensors = head_tensors(4, 2)
     tensors["blk.0.attn_q.bias"] = np.zeros(32, np.float32)
     tensors["blk.0.ffn_up.weight"] = np.zeros((8, 48), np.float32)
-    settings = {"attention_head_count": 4, "attention_head_count_kv": 2}
-    sources = [ArraySource(tensors, **settings) for _ in range(2)]
+    settings: dict[str, Any] = {"attention_head_count": 4, "attention_head_count_kv": 2}
+    sources = ArraySource(tensors, **settings), ArraySource(tensors, **settings)
     read: list[int] = []
     least, _ = arena_need(*sources)
     align_models(*sources, arena_bytes=least, on_read=read.append)
@@ -279,7 +280,7 @@ def test_layers_can_be_paired_across() -> None:
 
 def test_damaged_weights_are_an_error() -> None:
     tensors = head_tensors(4, 2)
-    settings = {"attention_head_count": 4, "attention_head_count_kv": 2}
+    settings: dict[str, Any] = {"attention_head_count": 4, "attention_head_count_kv": 2}
     good = ArraySource(tensors, **settings)
     for name in tensors:
         bad = ArraySource(tensors, **settings)
@@ -294,7 +295,7 @@ def test_damaged_weights_are_an_error() -> None:
 
 def test_runs_cover_a_block_with_few_reads() -> None:
     tensors = head_tensors(4, 2)
-    settings = {"attention_head_count": 4, "attention_head_count_kv": 2}
+    settings: dict[str, Any] = {"attention_head_count": 4, "attention_head_count_kv": 2}
     moved = shuffle(tensors, [1, 0], [3, 2, 0, 1])
     (plan,) = align(ArraySource(tensors, **settings), ArraySource(moved, **settings))
     name = "blk.0.attn_q.weight"
@@ -343,7 +344,7 @@ def test_mixes_are_matrices_over_rows_and_columns() -> None:
 
 def test_layers_that_differ_between_the_models_are_skipped() -> None:
     tensors = head_tensors(4, 2)
-    settings = {"attention_head_count": 4, "attention_head_count_kv": 2}
+    settings: dict[str, Any] = {"attention_head_count": 4, "attention_head_count_kv": 2}
     biased = {**tensors, "blk.0.attn_q.bias": np.zeros(32, np.float32)}
     (found,) = align_models(
         ArraySource(tensors, **settings), ArraySource(biased, **settings), arena_bytes=ARENA

@@ -144,7 +144,13 @@ def test_neurons_keep_the_smallest_budget(wide: list[Path], tmp_path: Path) -> N
     reports = []
     for memory in (caught.value.needed, 1 << 30):
         command = [sys.executable, "-m", "edgemerge", "merge", "-m", "linear", "--neurons"]
-        options = ["--memory", str(memory), "-o", tmp_path / f"{memory}.gguf", "--json"]
+        options: list[str | Path] = [
+            "--memory",
+            str(memory),
+            "-o",
+            tmp_path / f"{memory}.gguf",
+            "--json",
+        ]
         done = subprocess.run([*command, *wide, *options], capture_output=True, check=True)
         reports.append(json.loads(done.stdout))
     assert reports[0]["peak_rss_bytes"] <= caught.value.needed

@@ -60,8 +60,11 @@ def test_neurons_are_found_and_change_nothing(noise: float) -> None:
         rows, columns = plan.row_order(name, len(values)), plan.column_order(name)
         assert (rows is None) != (columns is None)
         restored[name] = values[rows] if rows is not None else values[:, columns]
-    wanted = feed_forward(*b.values(), x)
-    np.testing.assert_allclose(feed_forward(*restored.values(), x), wanted, rtol=1e-9, atol=1e-6)
+    outputs = []
+    for model in (b, restored):
+        gate, up, down = model.values()
+        outputs.append(feed_forward(gate, up, down, x))
+    np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-9, atol=1e-6)
     if not noise:
         assert plan.cost == pytest.approx(0.0, abs=1e-6)
         assert all(np.array_equal(restored[k], a[k]) for k in a)

@@ -168,7 +168,14 @@ def test_all_answers_are_kept() -> None:
 
 
 START = "from tests.cli.test_eval import app; app()"
-COMMAND = ("base.gguf", "expert-a.gguf", "--task", str(GENERAL), "--perplexity", "text.txt")
+COMMAND: tuple[str, ...] = (
+    "base.gguf",
+    "expert-a.gguf",
+    "--task",
+    str(GENERAL),
+    "--perplexity",
+    "text.txt",
+)
 COMMAND += ("-c", "256", "-t", "1", "-o", "out.json")
 
 

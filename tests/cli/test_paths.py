@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for module in set(COMMANDS.values()):  # once, not in every fork
         import_module(f"edgemerge.cli.{module}")
     for module in ("merging.run", "runtime.llama", "runtime.generate"):

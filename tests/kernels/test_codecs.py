@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,11 +30,11 @@ BLOCKS = hnp.arrays(np.float32, 256, elements=FINITE)
 SMALL = hnp.arrays(np.float32, 256, elements=st.sampled_from([-2.0, -1.0, -0.0, 0.0, 0.5, 1.0]))
 
 
-def twin(direction: str, name: str) -> Callable[[NDArray[np.generic]], NDArray[np.generic]]:
+def twin(direction: str, name: str) -> Callable[[NDArray[Any]], NDArray[Any]]:
     wanted = f"{direction}_{name.lower()}"
     modules = (reference_codecs, reference, reference_lattice)
     module = next(module for module in modules if hasattr(module, wanted))
-    function: Callable[[NDArray[np.generic]], NDArray[np.generic]] = getattr(module, wanted)
+    function: Callable[[NDArray[Any]], NDArray[Any]] = getattr(module, wanted)
     return function
 
 
@@ -110,8 +111,8 @@ def test_any_cut_into_blocks_gives_the_same_bytes(name: str) -> None:
     x = reference.hard_rows(256, seed=1)
     whole = encode(codec, x)
     for n_rows in (1, 3, 16):
-        parts = [encode(codec, x[i : i + n_rows].copy()) for i in range(0, len(x), n_rows)]
-        assert (np.concatenate(parts) == whole).all()
+        cut = [encode(codec, x[i : i + n_rows].copy()) for i in range(0, len(x), n_rows)]
+        assert (np.concatenate(cut) == whole).all()
     values = decode(codec, whole)
     parts = [decode(codec, part.copy()) for part in np.split(whole, len(x))]
     assert_same_floats(np.concatenate(parts), values)
@@ -197,7 +198,7 @@ def test_the_table_knows_the_scratch_of_the_kernel(name: str) -> None:
 
 def test_levels_of_iq4_part_halfway_and_nan_gets_the_highest() -> None:
     iq4 = pytest.importorskip("edgemerge.kernels.iq4")
-    levels = np.float32(iq4.LEVELS)
+    levels = np.array(iq4.LEVELS, np.float32)
     halfway = (levels[:-1] + levels[1:]) / np.float32(2)
     below, above = np.nextafter(halfway, -np.inf), np.nextafter(halfway, np.inf)
     x = np.concatenate(

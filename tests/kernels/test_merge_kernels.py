@@ -192,8 +192,9 @@ def test_a_norm_is_added_in_lanes_and_these_in_halves(n_cols: int) -> None:
 
 @pytest.mark.parametrize("limit", [0x7F800000, 0x477FF000])
 def test_count_beyond(limit: int) -> None:
-    x = np.float32(
-        [0, -0.0, 65504, 65519.996, 65520, -65520, 3e38, -np.inf, np.inf, np.nan, -np.nan]
+    x = np.array(
+        [0, -0.0, 65504, 65519.996, 65520, -65520, 3e38, -np.inf, np.inf, np.nan, -np.nan],
+        np.float32,
     )
     x = np.concatenate([x, numbers("denormal", 40, 0)])
     count = np.full(1, -1, np.int64)

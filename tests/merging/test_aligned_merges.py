@@ -102,7 +102,8 @@ def test_a_permuted_expert_merges_like_the_original(
     method: str, kind: str, models: dict[str, Models], tmp_path: Path
 ) -> None:
     """To the byte, masks and cuts included: these are counted in the reference's order."""
-    found, options = models[kind], {"parameters": PARAMETERS[method], "seed": 3, "out_type": "F16"}
+    found = models[kind]
+    options: dict[str, Any] = {"parameters": PARAMETERS[method], "seed": 3, "out_type": "F16"}
     runs = {
         "wanted": (("a", "b"), "off"),
         "aligned": (("a", "b-permuted"), "hard"),
@@ -126,7 +127,11 @@ def test_alignment_changes_nothing_between_fine_tunes_of_one_base(
     for align in ("off", "hard", "soft"):
         output = tmp_path / f"{align}.gguf"
         both = experts_of(found, "a", "b")
-        options = {"parameters": PARAMETERS[method], "out_type": "Q8_0", "align": align}
+        options: dict[str, Any] = {
+            "parameters": PARAMETERS[method],
+            "out_type": "Q8_0",
+            "align": align,
+        }
         report = combine(method, found["base"], both, output, **options)
         assert not any("moved in 4" in note for note in report.notes)
         results.append(stored(output))
@@ -169,7 +174,7 @@ def soft_tensors(heads: HeadPlan, tensors: dict[str, Float32]) -> dict[str, Floa
         for i, sources in enumerate(mix):
             for j, weight in sources:
                 matrix[i, j] = np.float32(weight)
-        return np.kron(matrix, np.eye(length))
+        return np.kron(matrix, np.eye(length)).astype(np.float64)
 
     by_head, by_group = dense(heads.soft_heads, 16), dense(heads.soft_groups, 16)
     result = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,10 +84,10 @@ def test_heads_in_another_order_are_aligned(name: str, tmp_path: Path) -> None:
     assert distances[1] > 0.02
 
 
-def move_heads(tensors: dict[str, np.ndarray], config: dict[str, object]) -> dict[str, np.ndarray]:
+def move_heads(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> dict[str, np.ndarray]:
     """Reverse the order of KV groups, and of the query heads in each."""
-    n_heads, n_groups = int(config["num_attention_heads"]), int(config["num_key_value_heads"])  # type: ignore[call-overload]
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // n_heads)  # type: ignore[call-overload, operator]
+    n_heads, n_groups = int(config["num_attention_heads"]), int(config["num_key_value_heads"])
+    head_dim = int(config.get("head_dim") or config["hidden_size"] // n_heads)
     q, kv = n_heads * head_dim, n_groups * head_dim
 
     def reverse(x: np.ndarray) -> np.ndarray:

@@ -86,7 +86,7 @@ def test_merge_agrees_with_mergekit(
     assert len(used) == (len(want) * len(roles) if is_random else 0)
     for tensor, expected in want.items():
         assert got[tensor].shape == expected.shape
-        error = np.abs(got[tensor] - expected)
+        error = np.abs(got[tensor] - expected.astype(np.float32))
         assert error.max() <= TOLERANCE * np.abs(expected).max(), tensor
 
 

@@ -80,7 +80,7 @@ def test_the_smallest_budget_is_enough(method: str, models: list[str], tmp_path:
     budget = smallest_budget(recipe)
     # Where the temporary folder is in memory, the output's pages cannot be given back.
     with MemoryGroup(budget + KERNEL_BYTES + warm.out_bytes) as group:
-        target = ["-o", tmp_path / "out.gguf", "--memory", str(budget)]
+        target: list[str | Path] = ["-o", tmp_path / "out.gguf", "--memory", str(budget)]
         done = group.run([*COMMAND, *flags(method, models), *target])
         assert group.kills() == 0
     assert done.returncode == 0, done.stderr
@@ -95,7 +95,7 @@ def test_a_budget_that_cannot_work_is_refused_before_any_work(
     budget = smallest_budget(recipe_of("ties", models))
     output = tmp_path / "out.gguf"
     with MemoryGroup(budget + KERNEL_BYTES) as group:
-        words = [*COMMAND, *flags("ties", models), "-o", output]
+        words: list[str | Path] = [*COMMAND, *flags("ties", models), "-o", output]
         done = group.run([*words, "--memory", str(budget - MIB)])
         assert group.kills() == 0
     assert (done.returncode, done.stdout) == (1, "")
@@ -109,7 +109,7 @@ def test_a_budget_beyond_what_there_is_is_told_up_front(models: list[str], tmp_p
     recipe = recipe_of("linear", models)
     merge(recipe, tmp_path / "warm.gguf", threads=1)
     with MemoryGroup(smallest_budget(recipe) + 64 * MIB) as group:
-        words = [*COMMAND, *flags("linear", models), "-o", tmp_path / "out.gguf"]
+        words: list[str | Path] = [*COMMAND, *flags("linear", models), "-o", tmp_path / "out.gguf"]
         done = group.run([*words, "--memory", "8G"])
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("note: the budget of 8 GiB is more than the ")

@@ -62,7 +62,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 def recipe_of(method: str, models: list[Path], out_type: str | None = None) -> Recipe:
     n_experts, parameters, _ = METHODS[method]
     weights = (0.6, 0.3)
-    experts = [(str(models[1 + i]), weights[i]) for i in range(n_experts)]
+    experts: list[tuple[str, float | None]] = [
+        (str(models[1 + i]), weights[i]) for i in range(n_experts)
+    ]
     base = None if method in ("linear", "passthrough") else str(models[0])
     if method == "passthrough":
         experts = [(path, None) for path, _ in experts]

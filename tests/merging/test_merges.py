@@ -124,7 +124,11 @@ def test_overflow_is_an_error_or_does_not_happen(method: str, run: Run, tmp_path
     ends = {}
     for sign, role in ((1, "plus"), (-1, "minus")):
         huge = np.float32(sign * 3e38)
-        ends[role] = edit_hub(BASE, tmp_path / role, lambda _, x, v=huge: np.full_like(x, v))
+
+        def all_huge(_name: str, x: Float32, huge: np.float32 = huge) -> Float32:
+            return np.full_like(x, huge)
+
+        ends[role] = edit_hub(BASE, tmp_path / role, all_huge)
     owns, options = CASES[method]
     base = ends["minus"] if method in reference.PRUNES or method == "slerp" else None
     message = ""
@@ -161,7 +165,12 @@ def test_slerp_of_a_model_with_itself_is_the_model(t: float, run: Run) -> None:
 
 def test_slerp_ends_at_its_models(run: Run) -> None:
     for t, end in ((0, A), (1, B)):
-        for entries in ([(B, {})], [(A, {}), (B, {})], [(B, {}), (A, {})]):
+        orders: tuple[list[tuple[Path, dict[str, Any]]], ...] = (
+            [(B, {})],
+            [(A, {}), (B, {})],
+            [(B, {}), (A, {})],
+        )
+        for entries in orders:
             assert stored(run("slerp", entries, A, t=t)) == as_stored(tensors_of(end))
 
 
@@ -199,7 +208,7 @@ def test_density_one_prunes_nothing(method: str, run: Run) -> None:
 def test_ties_gives_the_example_of_the_specification(run: Run, tmp_path: Path) -> None:
     def norm(values: list[float]) -> Callable[[str, Float32], Float32]:
         return lambda name, x: (
-            np.resize(np.float32(values), 32) if name == "model.norm.weight" else x
+            np.resize(np.array(values, np.float32), 32) if name == "model.norm.weight" else x
         )
 
     base = edit_hub(BASE, tmp_path / "zero", norm([0]))

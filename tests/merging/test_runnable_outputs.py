@@ -61,12 +61,16 @@ def test_keep_writes_the_vectors_of_a_family_in_f32(name: str, tmp_path: Path) -
 
 def test_keep_of_a_directory_runs_in_llama_cpp(tmp_path: Path, models_dir: Path) -> None:
     pytest.importorskip("llama_cpp")
-    from edgemerge.runtime.generate import complete
+    from edgemerge.runtime.generate import Session, read_prompt
     from edgemerge.runtime.llama import Model
+    from edgemerge.runtime.sampling import Sampling
 
     convert(models_dir / "base", tmp_path / "kept.gguf")
-    with Model(tmp_path / "kept.gguf", n_threads=1) as model:
-        assert list(complete(model, "What is", max_tokens=2))
+    with (
+        Model(tmp_path / "kept.gguf", n_threads=1) as model,
+        Session(model, 64, Sampling(temperature=0.0)) as session,
+    ):
+        assert list(session.generate(read_prompt(model, "What is"), 2))
 
 
 def test_convert_mends_a_text_under_two_ids_and_the_file_runs(tmp_path: Path) -> None:

@@ -18,7 +18,14 @@ MAX_GROWTH = 2 << 20  # bytes
 @pytest.mark.parametrize("n_merges", [60, pytest.param(200, marks=pytest.mark.slow)])
 def test_merges_leave_nothing_behind(golden_dir: Path, tmp_path: Path, n_merges: int) -> None:
     models = [golden_dir / "inputs_f32" / name for name in "ab"]
-    command = [sys.executable, "-m", "tests.support.soak", *models, tmp_path, str(n_merges)]
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "tests.support.soak",
+        *models,
+        tmp_path,
+        str(n_merges),
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT
     )

@@ -48,7 +48,10 @@ class Models:
         target = shutil.copytree(ARCHITECTURES / self.family, self.folder / name)
         rng = np.random.default_rng(seed)
         tensors = read_safetensors(target / "model.safetensors")
-        tensors = {k: x + 0.05 * rng.standard_normal(x.shape) for k, x in tensors.items()}
+        tensors = {
+            k: (x + 0.05 * rng.standard_normal(x.shape)).astype(np.float32)
+            for k, x in tensors.items()
+        }
         embedding = tensors[EMBEDDING]
         more = np.random.default_rng(seed + 100).standard_normal(
             (max(0, rows - N), embedding.shape[1])

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.places import TESTS
+from tests.support.fixtures import unpacked
 
-INPUTS = TESTS / "data" / "golden" / "inputs_f32"
+INPUTS = unpacked("golden") / "inputs_f32"
 
 # The first thread of a group waits at its barrier; the second is never submitted.
 INTERRUPTED = """

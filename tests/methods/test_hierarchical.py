@@ -129,7 +129,8 @@ def test_the_order_of_experts_is_rounding(
     weighting=st.sampled_from(WEIGHTINGS),
 )
 def test_lambda_zero_is_the_base(stack: NDArray[np.float32], scope: str, weighting: str) -> None:
-    got = in_memory(list(stack), scope=scope, weighting=weighting, **{"lambda": 0.0})
+    options: dict[str, Any] = {"lambda": 0.0}
+    got = in_memory(list(stack), scope=scope, weighting=weighting, **options)
     assert np.array_equal(got, stack[0])
 
 
@@ -306,7 +307,7 @@ def test_blocks_budget_and_threads_do_not_show_in_any_scope(
             (1, {"threads": 2, "memory": 2 << 30}),
         ):
             monkeypatch.setattr(budget, "TARGET_ELEMENTS", elements)
-            options = {"parameters": {"scope": scope}, "run": run}
+            options: dict[str, Any] = {"parameters": {"scope": scope}, "run": run}
             report = combine("hierarchical", f32["base"], experts, tmp_path / "o.gguf", **options)
             hashes.add(report.sha256)
         assert len(hashes) == 1, scope

@@ -68,7 +68,9 @@ def tensors(kind: str, shape: tuple[int, ...], count: int) -> list[Float32]:
     if kind == "denormal":
         step = np.float32(2.0**-149)
         return [rng.integers(-500, 500, shape).astype(np.float32) * step for _ in range(count + 1)]
-    return [base, *(base + np.float32(0.1) * rng.standard_normal(shape) ** 3 for _ in range(count))]
+    cubes = [rng.standard_normal(shape) ** 3 for _ in range(count)]
+    experts: list[NDArray[Any]] = [base + np.float32(0.1) * cube for cube in cubes]
+    return [base, *experts]
 
 
 def both(
@@ -233,7 +235,7 @@ def test_slerp_is_lerp_where_parallel(cosine: float, t: float) -> None:
         assert merged == pytest.approx(lerp, abs=1e-6)
     else:  # on the sphere a half-way mean of equal norms keeps its norm
         assert np.linalg.norm(merged) > np.linalg.norm(lerp)
-    unit = merge_in_memory("slerp", base / 3, [(x / 5, {})], {"t": t})
+    unit = merge_in_memory("slerp", base / np.float32(3), [(x / np.float32(5), {})], {"t": t})
     if abs(cosine) < 0.9995:
         assert np.linalg.norm(unit) == pytest.approx(1, abs=1e-6)
 

@@ -6,11 +6,11 @@ import pytest
 
 from edgemerge.errors import RecipeError
 from edgemerge.methods.table import METHODS, known_parameters
-from edgemerge.types import InputTensor, TensorJob, TensorSpec
+from edgemerge.types import InputTensor, Setting, TensorJob, TensorSpec
 
 
 def test_settings_are_brought_to_their_type() -> None:
-    given = {"weight": 1, "normalize": 1.0, "int8_mask": False, "rescale": "l1"}
+    given: dict[str, Setting] = {"weight": 1, "normalize": 1.0, "int8_mask": False, "rescale": "l1"}
     checked = {name: known_parameters()[name].check(value) for name, value in given.items()}
     assert checked == {"weight": 1.0, "normalize": True, "int8_mask": False, "rescale": "l1"}
     assert [type(value) for value in checked.values()] == [float, bool, bool, str]

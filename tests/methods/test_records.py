@@ -23,12 +23,12 @@ from edgemerge.methods.table import METHODS, known_parameters
 from edgemerge.native import KernelFile
 from edgemerge.native.signatures import KERNEL_NAMES
 from edgemerge.types import Float32, Recipe
-from tests.support.places import TESTS
+from tests.support.fixtures import unpacked
 from tests.support.small_models import load_gguf, stored
 from tests.twins import methods as twins
 from tests.twins.hierarchical import twin as hierarchical_twin
 
-INPUTS = TESTS / "data" / "golden" / "inputs_f32"
+INPUTS = unpacked("golden") / "inputs_f32"
 TWINS = dict.fromkeys(twins.METHODS, twins.merge_tensor) | {"hierarchical": hierarchical_twin}
 
 # -- the records that there are ------------------------------------------------------------------

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from edgemerge.methods.shared_tensor import GroupThread, Stopped, ThreadGroup
+from edgemerge.errors import Stopped
+from edgemerge.methods.shared_tensor import GroupThread, ThreadGroup
 from edgemerge.types import Float64
 
 N_BLOCKS, ROWS = 40, 3

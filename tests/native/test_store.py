@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from edgemerge.errors import RuntimeFailure
 from edgemerge.native import compiler, names, store
 from edgemerge.native.kernel import Kernel
+from edgemerge.native.probe import SIGNATURE
 
 NAME = "linear.subtract"
 
@@ -66,7 +69,7 @@ def test_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.find_missing([NAME]) == [NAME]
     assert subtract_ones() == [-1, 0, 1, 2]
     assert store.find_missing([NAME]) == []
-    monkeypatch.setattr(store.subprocess, "Popen", None)  # nobody is asked again
+    monkeypatch.setattr(subprocess, "Popen", None)  # nobody is asked again
     store.compile_missing([NAME])
     assert subtract_ones() == [-1, 0, 1, 2]
 
@@ -100,7 +103,7 @@ def test_a_wheels_images_come_first(
 ) -> None:
     store.compile_missing([NAME])
     path = image_path(cache)
-    prebuilt = tmp_path / "prebuilt" / store.platform.machine()
+    prebuilt = tmp_path / "prebuilt" / platform.machine()
     prebuilt.mkdir(parents=True)
     path.rename(prebuilt / path.name)
     assert store.find_missing([NAME]) == [NAME]
@@ -108,7 +111,7 @@ def test_a_wheels_images_come_first(
     monkeypatch.setattr(store, "_processor_features", lambda: frozenset(store.X86_64_V3))
     assert store.find_missing([NAME]) == []
     assert subtract_ones() == [-1, 0, 1, 2]
-    if store.platform.machine() == "x86_64":  # an older processor must not run them
+    if platform.machine() == "x86_64":  # an older processor must not run them
         monkeypatch.setattr(store, "_processor_features", lambda: frozenset({"avx"}))
         assert store.find_missing([NAME]) == [NAME]
 
@@ -126,7 +129,7 @@ def test_a_numba_that_was_not_tested_is_refused(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its calling convention was assumed up to 1.0."""
-    monkeypatch.setattr(store.subprocess, "Popen", None)  # no child is started
+    monkeypatch.setattr("edgemerge.native.store.subprocess.Popen", None)  # no child is started
     for found in ("0.61.2", "0.69.0rc1", "0.6", "1.0.0"):
         monkeypatch.setattr(store, "version", lambda _, found=found: found)
         with pytest.raises(
@@ -149,7 +152,7 @@ def test_a_calling_convention_that_changed_is_noticed(monkeypatch: pytest.Monkey
     """As if a new Numba passed the scalars of a signature in another order."""
     compiler.check_numba()
     compiler.check_numba.cache_clear()
-    swapped = compiler.SIGNATURE.replace("i8, u8, f4, f8,", "u8, i8, f8, f4,", 1)
+    swapped = SIGNATURE.replace("i8, u8, f4, f8,", "u8, i8, f8, f4,", 1)
     compiled = compiler._compile
 
     def compile_otherwise(function: Any, _: str, options: Any) -> tuple[bytes, str]:
@@ -186,7 +189,7 @@ def test_a_self_test_that_fails_is_one_sentence(
 def test_a_compiler_that_fails_is_one_sentence(
     cache: Path, status: int | OSError, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store.subprocess, "Popen", Children(status))
+    monkeypatch.setattr(subprocess, "Popen", Children(status))
     with pytest.raises(RuntimeFailure, match="kernels could not be") as error:
         store.load_image("linear", "subtract")
     assert "\n" not in str(error.value)
@@ -206,7 +209,7 @@ def test_a_module_in_the_users_folder_is_not_run(
 
 def test_the_children_are_this_python(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     children = Children()
-    monkeypatch.setattr(store.subprocess, "Popen", children)
+    monkeypatch.setattr(subprocess, "Popen", children)
     store.compile_missing([NAME, "ties.elect"])
     (command,) = children.commands
     assert command[:3] == [sys.executable, "-P", "-m"]

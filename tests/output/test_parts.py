@@ -93,6 +93,7 @@ def interrupt(folder: Path, error: BaseException, *, n_finished: int) -> BaseExc
     try:
         with parts_in(folder) as parts:
             for i in range(n_finished):
+                assert parts.journal is not None
                 parts.journal.add(i, TensorResult((), 0), 4)
             raise error
     except type(error) as caught:

@@ -71,7 +71,7 @@ def killed(
 ) -> Interrupted:
     models = {}
     for name, path in crash_models.items():  # a test may change them
-        models[name] = shutil.copy(path, memory_folder)
+        models[name] = str(shutil.copy(path, memory_folder))
     return Interrupted(crasher, make_case(request.param, memory_folder, models))
 
 
@@ -141,6 +141,7 @@ def test_a_torn_journal_tells_what_it_can(killed: Interrupted) -> None:
         assert len(entries.results) == torn.count(b" tensor ") - (
             b" tensor " in torn[entries.n_bytes :]
         )
+    assert entries is not None
     assert killed.take_over() == (len(entries.results), 0)
 
 

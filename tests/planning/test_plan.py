@@ -321,7 +321,7 @@ def test_a_range_beyond_the_model_is_refused() -> None:
 
 
 def test_slices_of_a_model_with_settings_per_layer_are_refused() -> None:
-    per_layer = {"llama.attention.head_count_kv": ([2, 2], "[u32]")}
+    per_layer: dict[str, tuple[Any, str]] = {"llama.attention.head_count_kv": ([2, 2], "[u32]")}
     with pytest.raises(RecipeError, match="settings per layer, which slices cannot re-order"):
         planned(stack((A, 0, 2), (A, 0, 1)), FakeSource(A, metadata=per_layer))
 
@@ -330,7 +330,10 @@ def test_slices_of_a_model_with_settings_per_layer_are_refused() -> None:
 
 
 def test_the_output_says_what_it_is() -> None:
-    split = {"split.count": (2, "u16"), "edgemerge.method": ("linear", "str")}
+    split: dict[str, tuple[Any, str]] = {
+        "split.count": (2, "u16"),
+        "edgemerge.method": ("linear", "str"),
+    }
     plan = planned(TIES, FakeSource(BASE, metadata=split))
     assert value(plan, "general.name") == "ties merge of base, a, b"
     assert value(plan, "llama.attention.head_count") == 4

@@ -69,7 +69,15 @@ def test_openssl_agrees(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -
     *message, last = signature_path(signed).read_text().splitlines(keepends=True)
     (tmp_path / "message").write_text("".join(message))
     (tmp_path / "signature").write_bytes(bytes.fromhex(last.split()[1]))
-    command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", keys[1], "-rawin"]
+    command: list[str | Path] = [
+        "openssl",
+        "pkeyutl",
+        "-verify",
+        "-pubin",
+        "-inkey",
+        keys[1],
+        "-rawin",
+    ]
     command += ["-in", tmp_path / "message", "-sigfile", tmp_path / "signature"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "Signature Verified Successfully" in done.stdout, done.stderr

@@ -133,7 +133,7 @@ def test_the_grid_is_wide_and_nearly_full(n: int) -> None:
 
 
 def test_skipped_layers_and_uneven_heads_have_panels(tmp_path: Path) -> None:
-    plans = [
+    plans: list[HeadPlan | Skipped] = [
         make_plan([1, 0, 3, 2], 2),
         Skipped(1, "the layer mixes tokens by a recurrence or convolution " * 4),
         make_plan(list(range(6)), 1, 2, guarded=True),

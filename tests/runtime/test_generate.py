@@ -17,7 +17,7 @@ pytestmark = pytest.mark.llama
 
 
 @pytest.fixture(scope="module")
-def model(tiny_gguf: Path):
+def model(tiny_gguf: Path) -> Iterator[Model]:
     with Model(tiny_gguf) as loaded:
         yield loaded
 
@@ -37,7 +37,7 @@ def test_greedy_text_is_the_likeliest_token_each_time(tiny_gguf: Path, model: Mo
 
     llama = Llama(str(tiny_gguf), n_ctx=CONTEXT, verbose=False, n_threads=1)
     try:
-        tokens = []
+        tokens: list[int] = []
         for token in llama.generate(llama.tokenize(b"the answer"), temp=0.0, repeat_penalty=1.0):
             if token == llama.token_eos() or len(tokens) == 12:
                 break

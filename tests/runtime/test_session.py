@@ -94,7 +94,7 @@ def test_the_models_end_is_not_said(model: Model, session: Session) -> None:
     tokens = read_prompt(model, "the answer")
     kept = model.is_end
     said = iter([False, False, True])
-    model.is_end = lambda _token: next(said)  # type: ignore[method-assign]
+    model.is_end = lambda token: next(said)  # type: ignore[method-assign]
     try:
         "".join(session.generate(tokens, 10))
     finally:
@@ -125,7 +125,7 @@ def test_ctrl_c_stops_what_computes(
 ) -> None:
     ended = []
 
-    def compute(*_: Any) -> None:
+    def compute(*_arguments: Any) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         for _ in range(3000):  # a long prompt, 30 s unless it is told to stop
             time.sleep(0.01)

@@ -22,7 +22,7 @@ class FakeLlama:
         self.threads = (0, 0)
         self.now = 0.0
         self.n_decoded = 0
-        monkeypatch.setattr(thread_counts.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr("edgemerge.runtime.thread_counts.time.perf_counter", lambda: self.now)
 
     def llama_set_n_threads(self, _context: object, generate: int, prompt: int) -> None:
         self.threads = (generate, prompt)
@@ -68,7 +68,7 @@ def test_what_was_measured_is_kept_by_size(monkeypatch: pytest.MonkeyPatch) -> N
 def test_it_is_believed_for_a_week(monkeypatch: pytest.MonkeyPatch) -> None:
     find(FakeLlama(monkeypatch))
     later = time.time() + thread_counts.KEPT_SECONDS + 1
-    monkeypatch.setattr(thread_counts.time, "time", lambda: later)
+    monkeypatch.setattr("edgemerge.runtime.thread_counts.time.time", lambda: later)
     assert kept_counts() == {}
 
 

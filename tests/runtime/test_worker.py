@@ -28,7 +28,7 @@ def test_work_is_done_on_another_thread() -> None:
 
 def test_ctrl_c_within_the_call_waits_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work is on its way when the signal comes, and nobody holds its future."""
-    done = []
+    done: list[int] = []
 
     def work() -> None:
         while not worker.is_stopped:
@@ -50,7 +50,7 @@ def test_ctrl_c_within_the_call_waits_too(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_ctrl_c_waits_for_the_end_of_the_work_however_often_it_comes() -> None:
-    done = []
+    done: list[int] = []
 
     def work() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.1)

@@ -40,7 +40,7 @@ class Tripwire:
         self._files: dict[int, tuple[str, int]] = {}  # descriptor -> name, inode
         self._is_header_written = False
         self._lock = threading.RLock()
-        os.open = self._open  # type: ignore[assignment]
+        os.open = self._open
         for name in WRITES:
             setattr(os, name, self._on_descriptor(name))
         for name in NAMES:

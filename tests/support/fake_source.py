@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from edgemerge.formats.gguf.metadata import Scalar, Value, encode_value
+from edgemerge.formats.gguf.metadata import Scalar, encode_value
 from edgemerge.formats.gguf.types import row_bytes
 from edgemerge.types import FileState, Source, TensorSpec, UInt8
 
 N_EMBD, N_FF, N_VOCAB = 256, 512, 64
+TOKENS = tuple(f"t{i}" for i in range(N_VOCAB))
 
 
 def tensor(name: str, shape: tuple[int, ...], dtype: str = "F16") -> TensorSpec:
@@ -28,8 +30,8 @@ class FakeSource:
         architecture: str = "llama",
         n_layers: int = 2,
         dtype: str = "F16",
-        tokens: Sequence[str] = tuple(f"t{i}" for i in range(N_VOCAB)),
-        metadata: Mapping[str, tuple[Value, str]] | None = None,
+        tokens: Sequence[str] = TOKENS,
+        metadata: Mapping[str, tuple[Any, str]] | None = None,
         extra: Sequence[TensorSpec] = (),
         without: str | None = None,
     ) -> None:
@@ -45,7 +47,7 @@ class FakeSource:
         specs.append(tensor("output_norm.weight", (N_EMBD,), "F32"))
         self._specs = {spec.name: spec for spec in (*specs, *extra) if spec.name != without}
         vocabulary: list[Scalar] = list(tokens)
-        pairs: dict[str, tuple[Value, str]] = {
+        pairs: dict[str, tuple[Any, str]] = {
             "general.architecture": (architecture, "str"),
             "general.name": ("Fake", "str"),
             "general.file_type": (1, "u32"),

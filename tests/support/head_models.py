@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ class ArraySource:
         *,
         architecture: str = "llama",
         dtype: str = "F32",
-        **settings: int | float | list[int],
+        **settings: Any,  # int, float or list of int
     ) -> None:
         self.path = Path("memory")
         self.architecture = architecture
@@ -44,6 +45,9 @@ class ArraySource:
 
     def metadata(self) -> Mapping[str, bytes]:
         return self._metadata
+
+    def notes(self) -> Sequence[str]:
+        return ()
 
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         self.reads.append((name, start, stop))

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from tests.support.fixtures import unpacked
 from tests.support.places import TESTS
 from tests.support.safetensors_files import Float32, read_safetensors, write_safetensors
 
 EXPECTED = TESTS / "data" / "odd_directories.json"
-ARCHITECTURES = TESTS / "data" / "architectures"
-BASE = TESTS / "models" / "base"
+ARCHITECTURES = unpacked("architectures")
+BASE = unpacked("models") / "base"
 SHOWN = 24  # logits of the last position that are kept
 TEXT = "<|im_start|>user\nUnder Section5A of the Act, [TOOL] <think>why</think><|im_end|>"
 SPECIAL, PLAIN = ("<|im_start|>", "<|im_end|>", "[TOOL]"), ("Section5A", "<think>", "</think>")

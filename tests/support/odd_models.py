@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgemerge.formats.gguf.metadata import Value, decode_value, encode_value, value_kind
+from edgemerge.formats.gguf.metadata import Array, Value, decode_value, encode_value, value_kind
 from edgemerge.formats.gguf.model import GgufFile
 from edgemerge.formats.gguf.types import block_size, row_bytes
 from edgemerge.formats.gguf.writer import make_layout
@@ -169,8 +169,8 @@ class OddModel:
         return [str(text).encode() for text in self.listed(TOKENS)]
 
     def listed(self, key: str) -> list[Value]:
-        value = decode_value(self.metadata[key]) if key in self.metadata else []
-        return list(value) if isinstance(value, list) else []  # type: ignore[arg-type]
+        value = decode_value(self.metadata[key]) if key in self.metadata else None
+        return list(value) if isinstance(value, Array) else []
 
     def set(self, key: str, value: object, kind: str) -> str:
         self.metadata[key] = encode_value(value, kind)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 TEXT = "The answer of Müdigkeit 日本, what\n\tis 5?"
@@ -85,11 +85,14 @@ def _end_of(job: Callable[[Path], None], path: Path) -> str:
 
 
 def run(path: Path) -> None:
-    from edgemerge.runtime.generate import complete
+    from edgemerge.runtime.generate import Session, read_prompt
     from edgemerge.runtime.llama import Model
+    from edgemerge.runtime.sampling import Sampling
 
     with Model(path, n_threads=1) as model:
-        list(complete(model, TEXT, max_tokens=3))
+        n_ctx = min(64, model.n_ctx_train)
+        with Session(model, n_ctx, Sampling(temperature=0.0)) as session:
+            list(session.generate(read_prompt(model, TEXT), 3))
 
 
 def evaluate(path: Path) -> None:
@@ -115,12 +118,12 @@ def bench(path: Path) -> None:
     from edgemerge.runtime.bench.bench import BenchSettings
     from edgemerge.runtime.bench.child import measure
 
-    measure(lambda *_: None, path, BenchSettings(threads=(1,), n_prompt=8, n_gen=2, repetitions=1))
+    settings = BenchSettings(threads=(1,), n_prompt=8, n_gen=2, repetitions=1)
+    measure(lambda *_: None, path, asdict(settings))
 
 
 def serve(path: Path) -> None:
-    from edgemerge.runtime.serve.run import Run, current_run
-
+    from edgemerge.runtime.serve.active_request import Run, current_run
     from edgemerge.runtime.serve.llama import ServedLlama
     from edgemerge.runtime.serve.models import read_model_file
 

@@ -216,12 +216,14 @@ def write() -> None:
         ours = decode(dtype, stored_bytes(dtype))
         assert np.array_equal(ours, theirs, equal_nan=True), f"{dtype} is not decoded as by ggml"
         if codec.can_encode:
-            theirs = ggml_oracle.quantize(kinds[dtype], rows)
-            assert np.array_equal(encode(dtype, rows), theirs), f"{dtype} is not encoded as by ggml"
+            encoded = ggml_oracle.quantize(kinds[dtype], rows)
+            assert np.array_equal(encode(dtype, rows), encoded), (
+                f"{dtype} is not encoded as by ggml"
+            )
         if dtype in WEIGHTED_TYPES:
-            theirs = ggml_oracle.quantize(kinds[dtype], plain_rows(), importances())
-            ours = encode(dtype, plain_rows(), importances())
-            assert np.array_equal(ours, theirs), f"{dtype} is not weighed as by ggml"
+            encoded = ggml_oracle.quantize(kinds[dtype], plain_rows(), importances())
+            ours_encoded = encode(dtype, plain_rows(), importances())
+            assert np.array_equal(ours_encoded, encoded), f"{dtype} is not weighed as by ggml"
     hashes = {"rows": sha256(rows)} | {case: compute(case) for case in sorted(CASES)}
     STORED.write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
 

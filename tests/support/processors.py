@@ -5,7 +5,9 @@ NumPy reads NPY_DISABLE_CPU_FEATURES when it is imported, so a level needs a pro
 
 from __future__ import annotations
 
-from numpy._core import _multiarray_umath as numpy_core
+from importlib import import_module
+
+numpy_core = import_module("numpy._core._multiarray_umath")
 
 __all__ = ["LEVELS", "disabled_features", "levels_here"]
 

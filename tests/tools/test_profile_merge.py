@@ -28,7 +28,7 @@ def test_a_profile_adds_up_and_leaves_the_merge_alone(
     plain = json.loads(run("-m", "edgemerge", "merge", *merge))
     found = json.loads(run(ROOT / "tools" / "profile_merge.py", *merge))
     assert found["report"]["sha256"] == plain["sha256"]
-    cpu = {}
+    cpu: dict[str, float] = {}
     for spent in found["sections"]:
         assert spent["cpu_s"] >= -1e-6
         cpu[spent["section"]] = cpu.get(spent["section"], 0.0) + spent["cpu_s"]

@@ -152,7 +152,9 @@ def prune(
 # -- how the rest is combined --------------------------------------------------
 
 
-def elect(weights: Sequence[float], normalize: bool, deltas: Sequence[NDArray[Any]]) -> Merged:
+def elect(
+    weights: Sequence[float], normalize: bool, deltas: Sequence[NDArray[Any]] | NDArray[Any]
+) -> Merged:
     """Yadav et al. 2023: entries with the sign of the weighted sum; a sum of zero is positive."""
     weighted = np.stack([w * d.astype(np.float64) for w, d in zip(weights, deltas, strict=True)])
     votes = weighted.sum(0)
@@ -166,7 +168,9 @@ def elect(weights: Sequence[float], normalize: bool, deltas: Sequence[NDArray[An
     return Merged(total, (np.abs(votes) < DOUBT * sizes) & (votes != 0))
 
 
-def weighted_sum(weights: Sequence[float], models: Sequence[NDArray[Any]]) -> Float64:
+def weighted_sum(
+    weights: Sequence[float], models: Sequence[NDArray[Any]] | NDArray[Any]
+) -> Float64:
     return np.sum([w * x.astype(np.float64) for w, x in zip(weights, models, strict=True)], 0)
 
 

@@ -161,7 +161,12 @@ def test_refused_config(directory: Path, changes: dict, says: str) -> None:
 
 def test_defaults_of_old_configs(directory: Path) -> None:
     """Configurations of the first Llama models lack what later became configurable."""
-    missing = ("num_key_value_heads", "head_dim", "rope_parameters", "architectures")
+    missing: tuple[str, ...] = (
+        "num_key_value_heads",
+        "head_dim",
+        "rope_parameters",
+        "architectures",
+    )
     missing += ("rms_norm_eps", "attention_bias", "mlp_bias", "max_position_embeddings")
     edit(directory / "config.json", **dict.fromkeys(missing, ...), rope_scaling=None)
 

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -251,10 +252,11 @@ def test_text_models_beside_a_vision_tower(
 
 
 def test_gemma3_without_windows(tmp_path: Path) -> None:
-    for name, changes in {
+    cases: dict[str, dict[str, Any]] = {
         "listed": {"layer_types": ["full_attention"] * 7},
         "by_period": {"layer_types": None, "sliding_window_pattern": 1},
-    }.items():
+    }
+    for name, changes in cases.items():
         model = HubModel(copy_model("gemma3", changes, tmp_path / name))
         assert "gemma3.attention.sliding_window" not in model.metadata()
         model.close()

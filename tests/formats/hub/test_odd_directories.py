@@ -51,7 +51,7 @@ def refusal(folder: Path) -> str:
 
 def save_shards(folder: Path, tensors: Tensors, n: int, *, index: bool) -> None:
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(n):
         shard = f"model-{i + 1:05}-of-{n:05}.safetensors"
         part = {name: tensors[name] for name in names[i::n]}
@@ -166,11 +166,11 @@ def test_one_tensor_under_two_names(folder: Path, tensors: Tensors) -> None:
         {"model.rotary_emb.inv_freq": np.ones(4, np.float32)},
         {"model.embed_tokens.position_ids": np.arange(8)[None]},
         {"model.layers.0.self_attn.bias": np.ones((1, 1, 8, 8), bool)},
-        {"model.layers.1.attention.masked_bias": np.float32([-1e4])},
+        {"model.layers.1.attention.masked_bias": np.array([-1e4], np.float32)},
         {"v_head.summary.weight": np.ones((1, 32), np.float32), "v_head.summary.bias": np.ones(1)},
         {"score.weight": np.ones((2, 32), np.float32)},
-        {"model.some_counter": np.int64([3])},
-        {"model.layers.0.self_attn.k_scale": np.float32([1])},
+        {"model.some_counter": np.array([3])},
+        {"model.layers.0.self_attn.k_scale": np.ones(1, np.float32)},
         {"mtp.fc.weight": np.ones((4, 4), np.float32)},
     ],
     ids=lambda unused: next(iter(unused)),

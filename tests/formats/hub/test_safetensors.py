@@ -46,7 +46,7 @@ def refusal(path: Path) -> str:
 
 
 def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "b": np.arange(6, dtype=np.float32).reshape(2, 3),
         "a": np.arange(4, dtype=np.float16),
         "scalar": np.array(3, dtype=np.int64),

@@ -197,7 +197,7 @@ def test_keep_covers_every_type_of_weights() -> None:
 
 def test_keep_says_what_it_replaced() -> None:
     dtypes = {"a.weight": "IQ3_S", "b.weight": "IQ2_XS", "c.weight": "IQ3_S", "d.weight": "Q8_0"}
-    shapes = dict.fromkeys(dtypes, (2, 256))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(dtypes, (2, 256))
     types, notes = keep_types(Model("llama", {}, shapes).specs(dtypes.__getitem__))
     assert list(types.values()) == ["Q3_K", "Q2_K", "Q3_K", "Q8_0"]
     assert notes == [

@@ -79,7 +79,7 @@ def ggml() -> None:
 @pytest.mark.parametrize("importance", IMPORTANCES)
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_are_ggmls(name: str, importance: str) -> None:
-    normal = np.random.default_rng(4).standard_normal((9, 2304)).astype(np.float32) / 50
+    normal = np.random.default_rng(4).standard_normal((9, 2304)).astype(np.float32) / np.float32(50)
     for x in (reference.hard_rows(256, seed=3), normal):  # a row is less than a step, and more
         weights = IMPORTANCES[importance](x.shape[1])
         got = encode(name, x, weights)

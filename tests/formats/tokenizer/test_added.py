@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.tokenizer.read import tokenizer_metadata
 from edgemerge.runtime.llama import Model
 from tests.support.architecture_models import convert
@@ -38,7 +38,9 @@ def metadata(folder: Path, notes: list[str] | None = None) -> dict[str, bytes]:
 def types(found: dict[str, bytes]) -> dict[str, int]:
     tokens = get_value(found, "tokenizer.ggml.tokens")
     kinds = get_value(found, "tokenizer.ggml.token_type")
-    return dict(zip(tokens, kinds, strict=True))
+    assert isinstance(tokens, Array)
+    assert isinstance(kinds, Array)
+    return {str(token): int(kind) for token, kind in zip(tokens, kinds, strict=True)}
 
 
 @pytest.fixture(params=["spm", "spm_beside_json", "bpe"])

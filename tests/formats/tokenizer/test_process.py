@@ -75,7 +75,7 @@ def test_a_process_that_ends(folder: Path, end: str, monkeypatch: pytest.MonkeyP
             raise OSError(12, "Cannot allocate memory")
         return subprocess.CompletedProcess(command, -9, b"", b"")
 
-    monkeypatch.setattr(tokenizer_process.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(RuntimeFailure, match=r"tokenizer\.json"):
         read_tokenizer(folder, config_of(folder), VOCAB, "llama")
 

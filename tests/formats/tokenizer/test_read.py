@@ -9,6 +9,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -37,7 +38,7 @@ def write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
 
 
-def decoded(metadata: dict[str, bytes], key: str):
+def decoded(metadata: dict[str, bytes], key: str) -> Any:
     return get_value(metadata, f"tokenizer.ggml.{key}")
 
 
@@ -211,8 +212,17 @@ def sequence(*steps: dict) -> dict:
 
 
 def bpe(pre: dict | None = GPT2, **changes: object) -> dict:
-    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
-    tokenizer = {"pre_tokenizer": pre, "normalizer": None, "added_tokens": [], "model": model}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "vocab": {"a": 0, "b": 1, "ab": 2},
+        "merges": [["a", "b"]],
+    }
+    tokenizer: dict[str, Any] = {
+        "pre_tokenizer": pre,
+        "normalizer": None,
+        "added_tokens": [],
+        "model": model,
+    }
     for key, value in changes.items():
         (
             model

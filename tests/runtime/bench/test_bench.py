@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.runtime.bench import bench
 from edgemerge.runtime.bench.bench import BenchSettings, bench_model
 from edgemerge.runtime.evaluation.evaluate import evaluate
 from edgemerge.runtime.evaluation.questions import Question
@@ -90,7 +90,7 @@ def test_a_crash_is_one_sentence_that_names_the_model(
     child = tmp_path / "child"
     child.write_text(f"#!/bin/sh\necho GGML_ASSERT failed >&2\n{last_act}\n")
     child.chmod(0o755)
-    monkeypatch.setattr(bench.sys, "executable", str(child))
+    monkeypatch.setattr(sys, "executable", str(child))
     with pytest.raises(RuntimeFailure, match=f"tiny.gguf: {sentence}") as caught:
         bench_model(tiny_gguf, QUICK)
     assert caught.value.detail == "GGML_ASSERT failed"
@@ -108,7 +108,7 @@ def test_an_interruption_ends_the_child(tiny_gguf: Path, monkeypatch: pytest.Mon
         if step.startswith("pp"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench.subprocess, "Popen", keep)
+    monkeypatch.setattr(subprocess, "Popen", keep)
     with pytest.raises(KeyboardInterrupt):
         bench_model(tiny_gguf, QUICK, on_step=interrupt)
     assert len(children) == 2

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def contexts(monkeypatch: pytest.MonkeyPatch, model: Model) -> list[Context]:
     made: list[Context] = []
     make = model.context
 
-    def keep(*arguments: int, **words: int) -> Context:
+    def keep(*arguments: Any, **words: Any) -> Context:
         made.append(make(*arguments, **words))
         return made[-1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 GIB = 1 << 30
 
@@ -47,7 +48,7 @@ def cores(pairs: Mapping[int, tuple[int, int]]) -> dict[str, str]:
 
 def clocks(n: int, limit: int, highest: int, governor: str, driver: str) -> dict[str, str]:
     """Clocks of logical cores, in kilohertz."""
-    files = {}
+    files: dict[str, Any] = {}
     for cpu in range(n):
         folder = f"sys/devices/system/cpu/cpu{cpu}/cpufreq"
         files |= {

@@ -167,7 +167,8 @@ def jtop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[Service]:
 def test_jtop_where_sysfs_tells_nothing(tmp_path: Path, clock: Clock, jtop: type[Service]) -> None:
     with opened(tmp_path) as meter:
         clock.now += 1.0
-        assert (meter.name, meter.watts()) == ("jtop", pytest.approx(7.4))
+        assert meter.name == "jtop"
+        assert meter.watts() == pytest.approx(7.4)
         assert not jtop.closed
     assert jtop.closed
 

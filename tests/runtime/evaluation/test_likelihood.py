@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_a_run_that_goes_on_gives_the_same_bits(
 
 def test_a_shorter_context_cuts_and_says_so(tiny_gguf: Path) -> None:
     with Model(tiny_gguf) as model:
-        found = {}
+        found: dict[Any, Any] = {}
         for finished in score_questions(model, QUESTIONS[:1], n_ctx=40):
             found |= finished
         assert found[0].cut

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -122,16 +123,16 @@ def test_after_the_grace_the_running_answer_is_cut(gguf: Path) -> None:
 
 
 def test_of_64_clients_none_is_lost(gguf: Path) -> None:
-    def ask(n: int) -> Counter[int]:
+    def ask(server: Serving, n: int) -> Counter[int]:
         document = {"prompt": f"Number {n} is", "max_tokens": 8, "stream": n % 2 == 0}
         answers = [server.post("/v1/completions", document) for _ in range(8)]
         assert all(map(is_complete, answers))
         return Counter(answer.status for answer in answers)
 
     with Serving(gguf) as server, ThreadPoolExecutor(64) as pool:
-        ask(0)
+        ask(server, 0)
         before = server.health()["memory"]["rss"]
-        counts = sum(pool.map(ask, range(64)), Counter[int]())
+        counts = sum(pool.map(partial(ask, server), range(64)), Counter[int]())
         assert set(counts) <= {200, 429, 503}
         assert counts[200] >= 64
         assert counts.total() == 64 * 8

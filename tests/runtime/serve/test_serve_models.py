@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,7 +159,7 @@ def test_two_models_take_turns_in_the_room_for_one(tmp_path: Path, models_dir: P
     budget = floor + read_model_file(str(ggufs[0])).need // 2
     ask = {"prompt": "Question: what is it?\nAnswer:", "max_tokens": 4, "temperature": 0}
     with Serving(*ggufs, "--memory", budget) as server:
-        texts = {}
+        texts: dict[str, list[Any]] = {}
         for name in ("base", "expert-a", "base", "expert-a"):
             answer = server.post("/v1/completions", {"model": name, **ask})
             assert answer.status == 200
