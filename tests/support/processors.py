@@ -17,12 +17,18 @@ LEVELS = {
     "x86-64-v3": {"AVX", "F16C", "FMA3", "AVX2", "X86_V3"},
     "x86-64-v4": {"AVX512F", "AVX512CD", "AVX512_SKX", "X86_V4"},
 }
-NEEDED = {"x86-64-v2": "SSE42", "x86-64-v3": "AVX2", "x86-64-v4": "AVX512_SKX"}
+# What says that a level is there, since NumPy 2.4 and before.
+SIGNS = {
+    "x86-64-v2": ("X86_V2", "SSE42"),
+    "x86-64-v3": ("X86_V3", "AVX2"),
+    "x86-64-v4": ("X86_V4", "AVX512_SKX"),
+}
 
 
 def levels_here() -> list[str]:
     """Levels that this processor has, the lowest first; none on one that is no x86-64."""
-    return [level for level, name in NEEDED.items() if numpy_core.__cpu_features__.get(name)]
+    features = numpy_core.__cpu_features__
+    return [level for level, (new, old) in SIGNS.items() if features.get(new, features.get(old))]
 
 
 def disabled_features(level: str) -> str:
