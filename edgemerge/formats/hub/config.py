@@ -20,6 +20,7 @@ from edgemerge.formats.json_file import read_object
 __all__ = ["HubConfig", "read_config"]
 
 MAX_LAYERS, MAX_HEAD_DIM = 1 << 12, 1 << 14  # lists and tables of so many are made from them
+SAME_ACTIVATION = {"swish": "silu"}  # two names of one function in transformers
 ROPE_THETA = 10000.0  # llama.cpp's own, where it is not told
 # Models with a vision tower: their type -> types of the text model in it, and how that is read
 WRAPPED = {
@@ -193,8 +194,8 @@ def _refuse_other_models(check: Checker, reader: Reader) -> None:
         )
     key, wanted = reader.activation
     activation = check.get(key)
-    if activation not in (None, wanted):
-        raise check.refuse(key, activation, f"{wanted}, as in llama.cpp")
+    if SAME_ACTIVATION.get(activation, activation) not in (None, wanted):
+        raise check.unlike(key, activation, wanted)
 
 
 def _quantised(raw: dict[str, Any]) -> str | None:

@@ -92,9 +92,7 @@ def unread_files(path: Path) -> str | None:
     if not others:
         return None
     shown = others[0] if len(others) == 1 else f"{others[0]} and {len(others) - 1} more"
-    return (
-        f"{path.name} is read from {SINGLE}, as transformers does; {shown} beside it are not used"
-    )
+    return f"{path.name} is read from {SINGLE}, as transformers does, and not from {shown}"
 
 
 def _read_unlisted(path: Path, found: list[Path]) -> dict[Path, dict[str, StoredTensor]]:

@@ -167,9 +167,11 @@ class Inventory:
             )
         expected = self._config.expected_shape(stem)
         if tensor.shape != expected:
+            remedy = "the two files belong to different models, get the directory again"
+            if stem == "token_embd.weight" and tensor.shape[1:] == expected[1:]:
+                remedy = f"if the model got or lost tokens, write vocab_size {tensor.shape[0]} in {CONFIG}"
             raise FormatError(
-                f"its shape is {list(tensor.shape)} but {CONFIG} makes it {list(expected)}; the "
-                "two files belong to different models, get the directory again",
+                f"its shape is {list(tensor.shape)} but {CONFIG} makes it {list(expected)}; {remedy}",
                 path=shard,
                 tensor=stored_name,
             )

@@ -13,8 +13,8 @@ from typing import Any
 
 __all__ = ["AddedToken", "added_tokens", "special_texts"]
 
-# In the tokenizer of all Gemma 3, but the smallest two have no row for it.
-WITHOUT_ROW = "<image_soft_token>"
+# In the tokenizer of every Gemma 3, but those without a vision tower have no row for it.
+IMAGE_TOKEN = "<image_soft_token>"
 ROLES = ("bos", "eos", "unk", "sep", "pad")
 Json = dict[str, Any]
 
@@ -36,6 +36,7 @@ def added_tokens(
     notes: list[str],
     *,
     json_counts: bool = False,
+    may_lack_image: bool = False,
 ) -> list[AddedToken]:
     """List what was added to a vocabulary.
 
@@ -50,6 +51,8 @@ def added_tokens(
     json_counts : bool
         Which counts where both list an id: tokenizer.json, as llama.cpp's converter has it for Phi-3,
         else tokenizer_config.json, as in transformers.
+    may_lack_image : bool
+        Whether the token that stands for an image is left out where the embedding ends before it.
     """
     config = tokenizer_config or {}
     listed = {t["id"]: t for t in (tokenizer_json or {}).get("added_tokens") or []}
@@ -59,7 +62,7 @@ def added_tokens(
     found = []
     for i, token in joined.items():
         text = token["content"]
-        if i == vocab_size and text == WITHOUT_ROW:
+        if may_lack_image and i == vocab_size and text == IMAGE_TOKEN:
             notes.append(f"token {text!r} is left out, as the embedding has no row for it")
             continue
         special = bool(token.get("special")) or text in extra

@@ -128,7 +128,12 @@ def _metadata(
         keys["add_space_prefix"] = encode_value(bool(add_prefix_space), "bool")
     as_written = model_type == "phi3"
     added = added_tokens(
-        tokenizer_json, tokenizer_config, vocab_size, notes, json_counts=as_written
+        tokenizer_json,
+        tokenizer_config,
+        vocab_size,
+        notes,
+        json_counts=as_written,
+        may_lack_image=model_type in GEMMA,
     )
     if (path / "tokenizer.model").is_file():
         model = read_sentencepiece(path / "tokenizer.model")
@@ -167,9 +172,18 @@ def _metadata(
     found = {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | {
         f"tokenizer.{key}": value for key, value in chat_templates(path, tokenizer_config).items()
     }
+    if _is_older_template(tokenizer_config, found):
+        notes.append("chat_template.jinja counts, not the other template in tokenizer_config.json")
     if model_type in GEMMA:
         found["tokenizer.ggml.add_space_prefix"] = encode_value(False, "bool")
     return found
+
+
+def _is_older_template(tokenizer_config: dict[str, Any] | None, found: dict[str, bytes]) -> bool:
+    """Tell whether tokenizer_config.json has a template that is not the one that was taken."""
+    stated = (tokenizer_config or {}).get("chat_template")
+    taken = found.get("tokenizer.chat_template")
+    return isinstance(stated, str) and taken != encode_value(stated, "str")
 
 
 def _without_negative(config: dict[str, Any], notes: list[str]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def test_index_and_shards_agree(sharded: Path) -> None:
         ({"head_dim": 7}, "head_dim is '7'"),
         ({"head_dim": 8}, "makes it"),
         ({"intermediate_size": 25}, "mlp"),
-        ({"vocab_size": 999}, "embed_tokens"),
+        ({"vocab_size": 999}, "write vocab_size 316 in config.json"),
         ({"rms_norm_eps": -1}, "rms_norm_eps"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),

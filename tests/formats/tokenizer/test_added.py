@@ -152,3 +152,17 @@ def test_a_padding_id_of_minus_one_is_none(tmp_path: Path) -> None:
     found = metadata(folder, notes)
     assert "tokenizer.ggml.padding_token_id" not in found
     assert notes == ["pad_token_id -1 of config.json is taken for none"]
+
+
+def test_an_older_chat_template_is_left_out_with_a_note(tmp_path: Path) -> None:
+    folder = shutil.copytree(ARCHITECTURES / "llama", tmp_path / "m")
+    said = "chat_template.jinja counts, not the other template in tokenizer_config.json"
+    for older, expected in ((CHATML, []), ("old", [said])):
+        (folder / "chat_template.jinja").write_text(CHATML)
+        edit_json(folder / "tokenizer_config.json", chat_template=older)
+        notes: list[str] = []
+        found = metadata(folder, notes)
+        assert get_value(found, "tokenizer.chat_template") == CHATML
+        assert notes == expected
+    (folder / "tokenizer_config.json").unlink()
+    assert get_value(metadata(folder), "tokenizer.chat_template") == CHATML
