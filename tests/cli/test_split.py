@@ -44,8 +44,8 @@ def test_llama_cpp_loads_a_split_by_any_part(models_dir: Path, folder: Path) -> 
     result = invoke("run", "cut-00001-of-00003.gguf", "-p", "x")
     assert result.exit_code == 1
     assert result.stderr == (
-        f"edgemerge: {path.name}: there is no such file, and cut-00001-of-00003.gguf is a part of a "
-        "model in 3: get all of them, under these names\n"
+        "edgemerge: cut-00001-of-00003.gguf: is part 1 of a split of 3, and beside it there is no "
+        f"{path.name}; get the missing parts, under these names\n"
     )
 
 

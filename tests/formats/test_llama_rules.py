@@ -15,7 +15,7 @@ from edgemerge.formats.llama_rules.mending import mend_metadata
 from edgemerge.formats.llama_rules.rwkv import stuck_byte
 from edgemerge.formats.llama_rules.vocabulary import CHARSMAP_KEY
 from edgemerge.types import TensorSpec
-from tests.support.odd_models import SCORES, TOKENS, TYPES, OddModel, load_base
+from tests.support.open_gguf import SCORES, TOKENS, TYPES, OddModel, load_base
 from tests.support.tiny_bert import write_tiny_bert
 from tests.support.tiny_gguf import write_tiny_gguf
 

@@ -15,7 +15,7 @@ from edgemerge.merging.run import merge
 from edgemerge.recipe.recipe import make_recipe
 from tests.support.architecture_models import ARCHITECTURES, NAMES
 from tests.support.architecture_models import convert as convert_to_f32
-from tests.support.odd_models import OddModel, load_base
+from tests.support.open_gguf import OddModel, load_base
 from tests.support.tiny_gguf import write_tiny_gguf
 
 

@@ -11,6 +11,7 @@ from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.generate import Session, check_prompt, read_prompt
 from edgemerge.runtime.llama import Model
 from edgemerge.runtime.sampling import Sampling
+from tests.support.open_gguf import load_base
 from tests.support.tiny_gguf import CONTEXT
 
 pytestmark = pytest.mark.llama
@@ -97,10 +98,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         Model(tmp_path / "none.gguf")
 
 
-def test_a_refused_file_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "bad.gguf"
-    path.write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(RuntimeFailure, match=r"bad\.gguf: .* cannot load .*version: 0") as caught:
+def test_a_refused_file_says_why(
+    tmp_path: Path, tiny_gguf: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = load_base(tiny_gguf)
+    model.set("tokenizer.ggml.model", "made-up", "str")
+    path = model.write(tmp_path / "bad.gguf")
+    with pytest.raises(
+        RuntimeFailure, match=r"bad\.gguf: .* cannot load .*unknown token"
+    ) as caught:
         Model(path)
     assert str(caught.value).endswith("): get or make the file again, or update llama-cpp-python")
     assert caught.value.detail == ""  # all else in the log says only that it failed

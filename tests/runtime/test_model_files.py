@@ -10,7 +10,7 @@ from edgemerge.formats.gguf.model import parts_of
 from edgemerge.merging.run import merge
 from edgemerge.recipe.recipe import make_recipe
 from edgemerge.runtime.model_files import model_files, open_gguf
-from tests.support.odd_models import load_base
+from tests.support.open_gguf import load_base
 
 
 def test_files_of_a_split_model(tmp_path: Path, tiny_gguf: Path) -> None:

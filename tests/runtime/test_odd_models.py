@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.odd_models import OddModel, load_base
 from tests.support.odd_runs import TEXT
+from tests.support.open_gguf import OddModel, load_base
 from tests.support.places import TESTS
 from tests.support.serving import Serving
 from tests.support.tiny_bert import write_tiny_bert

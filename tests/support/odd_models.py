@@ -8,22 +8,16 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from edgemerge.formats.gguf.metadata import Array, Value, decode_value, encode_value, value_kind
-from edgemerge.formats.gguf.model import GgufFile
+from edgemerge.formats.gguf.metadata import value_kind
 from edgemerge.formats.gguf.types import block_size, row_bytes
-from edgemerge.formats.gguf.writer import make_layout
-from edgemerge.types import TensorSpec
 from tests.support.architecture_models import ARCHITECTURES as ARCHITECTURES_DIR
 from tests.support.architecture_models import NAMES, convert
+from tests.support.open_gguf import SCORES, TOKENS, TYPES, OddModel, load_base
 from tests.support.tiny_bert import write_tiny_bert
 from tests.support.tiny_gguf import write_tiny_gguf
 
-TOKENS, TYPES, SCORES = (f"tokenizer.ggml.{key}" for key in ("tokens", "token_type", "scores"))
 KINDS = ["u32", "i32", "u64", "f32", "bool", "str", "[u32]", "[i32]", "[f32]"]
 SPECIAL = ["bos", "eos", "eot", "unknown", "seperator", "padding", "mask"]
 MODELS = [
@@ -110,84 +104,20 @@ DTYPES = [
 ]
 NUMBERS = [0, 1, 2, 3, 5, 7, 16, 31, 64, 257, 513, 1025, 65535, 2**31 - 1, 2**32 - 1]
 FLOATS = [0.0, -1.0, 1e-30, 1e30, math.inf, -math.inf, math.nan]
-EXTRA = {  # keys of an architecture that a small model need not have
-    "nextn_predict_layers": "u32",
-    "expert_count": "u32",
-    "expert_used_count": "u32",
-    "expert_group_count": "u32",
-    "expert_group_used_count": "u32",
-    "attention.key_length": "u32",
-    "attention.value_length": "u32",
-    "attention.key_length_swa": "u32",
-    "attention.sliding_window": "u32",
-    "attention.sliding_window_pattern": "u32",
-    "attention.layer_norm_epsilon": "f32",
-    "attention.scale": "f32",
-    "attention.max_alibi_bias": "f32",
-    "attention.clamp_kqv": "f32",
-    "attn_logit_softcapping": "f32",
-    "final_logit_softcapping": "f32",
-    "rope.dimension_count": "u32",
-    "rope.freq_base": "f32",
-    "rope.scaling.factor": "f32",
-    "rope.scaling.attn_factor": "f32",
-    "rope.scaling.original_context_length": "u32",
-    "pooling_type": "u32",
-    "embedding_length_out": "u32",
-    "logit_scale": "f32",
-    "residual_scale": "f32",
-    "use_parallel_residual": "bool",
-    "attention.causal": "bool",
-    "vocab_size": "u32",
-}
-
-
-@dataclass
-class OddModel:
-    """A GGUF in memory that can be changed and written."""
-
-    metadata: dict[str, bytes]
-    tensors: dict[str, tuple[tuple[int, ...], str, bytes]]  # shape, type, data
-    changes: list[str] = field(default_factory=list)
-
-    @property
-    def architecture(self) -> str:
-        return str(decode_value(self.metadata["general.architecture"]))
-
-    def write(self, path: Path) -> Path:
-        specs = [TensorSpec(n, s, t, len(data)) for n, (s, t, data) in self.tensors.items()]
-        layout = make_layout(self.metadata, specs)
-        with path.open("wb") as file:
-            file.write(layout.header)
-            for name, (_, _, data) in self.tensors.items():
-                file.seek(layout.offsets[name])
-                file.write(data)
-            file.truncate(layout.n_bytes)
-        return path
-
-    def texts(self) -> list[bytes]:
-        return [str(text).encode() for text in self.listed(TOKENS)]
-
-    def listed(self, key: str) -> list[Value]:
-        value = decode_value(self.metadata[key]) if key in self.metadata else None
-        return list(value) if isinstance(value, Array) else []
-
-    def set(self, key: str, value: object, kind: str) -> str:
-        self.metadata[key] = encode_value(value, kind)  # type: ignore[arg-type]
-        shown = f"{value!r}"
-        return f"{key} = {shown if len(shown) < 40 else shown[:40] + '…'} as {kind}"
-
-
-def load_base(path: Path) -> OddModel:
-    """Read a small GGUF whole."""
-    file = GgufFile(path)
-    tensors = {}
-    for name, spec in file.specs.items():
-        raw = np.empty(spec.nbytes, np.uint8)
-        file.read_bytes(name, 0, raw)
-        tensors[name] = (spec.shape, spec.dtype, raw.tobytes())
-    file.close()
-    return OddModel(dict(file.metadata), tensors)
+# Keys of an architecture that a small model need not have, by the type of their value.
+EXTRA_U32 = """
+nextn_predict_layers expert_count expert_used_count expert_group_count expert_group_used_count
+attention.key_length attention.value_length attention.key_length_swa attention.sliding_window
+attention.sliding_window_pattern rope.dimension_count rope.scaling.original_context_length pooling_type
+embedding_length_out vocab_size
+"""
+EXTRA_F32 = """
+attention.layer_norm_epsilon attention.scale attention.max_alibi_bias attention.clamp_kqv
+attn_logit_softcapping final_logit_softcapping rope.freq_base rope.scaling.factor rope.scaling.attn_factor
+logit_scale residual_scale
+"""
+EXTRA = dict.fromkeys(EXTRA_U32.split(), "u32") | dict.fromkeys(EXTRA_F32.split(), "f32")
+EXTRA |= {"use_parallel_residual": "bool", "attention.causal": "bool"}
 
 
 def make_bases(folder: Path) -> list[OddModel]:

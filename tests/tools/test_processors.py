@@ -64,7 +64,7 @@ def test_the_summary_names_what_ran_and_what_could_not(
         )
 
     monkeypatch.setattr(processors, "run", run)
-    monkeypatch.setattr(processors.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("tools.processors.shutil.which", lambda name: f"/usr/bin/{name}")
     assert processors.main([]) == status
     table = capsys.readouterr().out
     assert "x86-64-v4     tests   not run: make test is this level" in table
