@@ -18,7 +18,6 @@ from typer.testing import CliRunner, Result
 from edgemerge.budget import FLOOR_BYTES
 from edgemerge.cli import make_app
 from edgemerge.output.file import OutputFile
-from edgemerge.provenance.keys import create_keys
 from tests.support.small_models import stored
 
 FLOOR = f"{FLOOR_BYTES >> 20} MiB"
@@ -265,35 +264,6 @@ def test_an_output_is_never_an_input_nor_its_recipe(run: Run) -> None:
     assert message == "recipe.yml: is one of the inputs; choose another name"
     assert Path("a.gguf").read_bytes() == before
     assert Path("recipe.yml").read_text() == recipe
-
-
-@pytest.mark.parametrize("link", [Path, Path.hardlink_to, Path.symlink_to], ids=str)
-def test_no_input_of_any_kind_is_overwritten(run: Run, folder: Path, link: Any) -> None:
-    """`--imatrix X -o X --force` replaced X by the merge."""
-    create_keys("key")
-    Path("imatrix").write_text("precious")
-    Path("recipe.yml").write_text(
-        "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
-    )
-    for name in ("imatrix", "recipe.yml", "key.pem"):
-        text = Path(name).read_text()
-        target = name if link is Path else f"link-{name}"
-        if link is not Path:
-            link(Path(target), folder / name)
-        given = ("--imatrix", "imatrix", "--sign", "key.pem", "--force")
-        message = fail(run("merge", "recipe.yml", *given, "-o", target))
-        assert message == f"{target}: is one of the inputs; choose another name"
-        message = fail(run("merge", "recipe.yml", *given, "-o", "new.gguf", "--report", target))
-        assert message == f"{target}: is one of the inputs; choose another name"
-        assert Path(name).read_text() == text
-    assert not Path("new.gguf").exists()
-
-
-def test_an_importance_matrix_is_no_output_of_convert(run: Run) -> None:
-    Path("imatrix").write_text("precious")
-    message = fail(run("convert", "a", "--imatrix", "imatrix", "-o", "imatrix", "--force"))
-    assert message == "imatrix: is one of the inputs; choose another name"
-    assert Path("imatrix").read_text() == "precious"
 
 
 def test_a_second_merge_to_the_same_file_waits_for_nobody(run: Run, folder: Path) -> None:
