@@ -144,7 +144,7 @@ def attach(watch: Stopwatch) -> None:
 
 
 def _section_of(kernel: str) -> str:
-    return {"decode": DECODE, "encode": ENCODE, "fold": CHECK}.get(kernel.partition("_")[0], MERGE)
+    return {"decode": DECODE, "encode": ENCODE}.get(kernel.partition("_")[0], MERGE)
 
 
 class TimedHash:

@@ -80,7 +80,7 @@ def kernels_of(
     moves: bool = False,
 ) -> set[str]:
     """Name the kernels (FILE.KERNEL) of a merge; `moves`: heads or neurons are matched."""
-    names = {"crc.fold_crc32", "norms.count_beyond", *_summing(method)}
+    names = {"norms.count_beyond", *_summing(method)}
     files = [*(ALIGNING if moves else ())]
     if prune := METHODS[method].prune:
         names |= {"norms.row_norms", "gram.add_rows"}

@@ -9,13 +9,13 @@ checksums are of rows in that order, and nothing short of the alignment would gi
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from edgemerge.errors import VerificationError
 from edgemerge.formats import open_model
@@ -58,11 +58,11 @@ def check_inputs(path: str | os.PathLike[str], given: Sequence[Path]) -> None:
         _refuse_aligned(recipe, path)
         sources = {model: _open(model, stack) for model in recipe.models()}
         found = _checksums(recipe, sources)
-    stated = [crc32 for _, crc32 in provenance.inputs]
-    for model, crc32, wanted in zip(recipe.models(), found, stated, strict=True):
-        if f"{crc32:08x}" != wanted:
+    stated = [checksum for _, checksum in provenance.inputs]
+    for model, checksum, wanted in zip(recipe.models(), found, stated, strict=True):
+        if f"{checksum:08x}" != wanted:
             raise VerificationError(
-                f"is not the input of that name: its tensors have the checksum {crc32:08x}, and "
+                f"is not the input of that name: its tensors have the checksum {checksum:08x}, and "
                 f"{path.name} was made of {wanted}; give the model that was merged",
                 path=model,
             )
@@ -170,8 +170,8 @@ def _checksums(recipe: Recipe, sources: Mapping[Path, Source]) -> list[int]:
     found = [0] * len(models)
     for draft in draft_jobs(recipe, find_method(recipe.method), models, sources):
         for tensor in (*([draft.base] if draft.base else []), *draft.experts):
-            crc32 = _checksum(sources[models[tensor.model]], tensor.spec.name)
-            found[tensor.model] = zlib.crc32(crc32.to_bytes(4, "little"), found[tensor.model])
+            checksum = _checksum(sources[models[tensor.model]], tensor.spec.name)
+            found[tensor.model] = crc32(checksum.to_bytes(4, "little"), found[tensor.model])
     return found
 
 
@@ -179,11 +179,11 @@ def _checksum(source: Source, name: str) -> int:
     """Compute the CRC-32 of a tensor's rows as they are stored."""
     spec = source.specs()[name]
     step = max(1, PIECE // max(1, spec.row_bytes))
-    crc32 = 0
+    checksum = 0
     for start in range(0, spec.n_rows, step):
         stop = min(start + step, spec.n_rows)
         raw_u8 = np.empty((stop - start) * spec.row_bytes, np.uint8)
         source.read_rows(name, start, stop, raw_u8)
-        crc32 = zlib.crc32(raw_u8.data, crc32)
+        checksum = crc32(raw_u8.data, checksum)
     source.forget(name)
-    return crc32
+    return checksum
