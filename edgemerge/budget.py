@@ -33,7 +33,7 @@ MIB = 1 << 20
 # much, never enter the process (`edgemerge.native`). tests/test_budget_rss.py measures it.
 FLOOR_BYTES = 64 * MIB
 WORKER_BYTES = 1 * MIB  # a thread's stack and its Python objects
-SOLVER_BYTES = 72 << 20  # SciPy and POT, imported where a matching is in doubt
+SOLVER_BYTES = 72 << 20  # SciPy's solver, imported where a matching is in doubt: 50 MiB
 ALIGNMENT = 64
 
 # Blocks beyond this gain nothing: Python's share of a block is then 2 to 4 %. Smaller ones, which would fit
