@@ -29,7 +29,6 @@ from edgemerge.formats.gguf.types import GGML_TYPES
 from edgemerge.formats.quants.codec import CODECS, Codec
 from edgemerge.methods.blocks import ELECTION_TILE, RANK_BINS, SUM_LANES
 from edgemerge.native import KernelFile
-from edgemerge.output.checksums import crc32
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.support import ggml_oracle
@@ -197,7 +196,6 @@ def merge_works() -> dict[str, tuple[Work, int]]:
         ),
         "norms.row_norms": (lambda: norms.row_norms(x, N_COLS, 0, lanes, sums), one),
         "norms.count_overflows": (lambda: norms.count_overflows(x, 0x7F800000, count), one),
-        "crc.fold_crc32": (lambda: crc32(x.view(np.uint8)), one),
         "gram.row_dots": (lambda: gram.row_dots(x, y, N_COLS, lanes, dots), 2 * one),
         "gram.row_grams": (lambda: gram.row_grams(models, N_COLS, lanes, grams), all_models),
     }

@@ -41,7 +41,7 @@ RETRY_BYTES = (
     8 * MIB
 )  # what such a process may grow by until the call is made again with more memory
 WORKER_BYTES = 1 * MIB  # a thread's stack and its Python objects
-SOLVER_BYTES = 72 << 20  # SciPy and POT, imported where a matching is in doubt
+SOLVER_BYTES = 72 << 20  # SciPy's solver, imported where a matching is in doubt: 50 MiB
 ALIGNMENT = 64
 
 # Larger blocks gain nothing: Python takes 2 to 4 % of the time of such a block. Smaller blocks would fit

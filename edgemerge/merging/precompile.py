@@ -84,7 +84,7 @@ def kernels_of(
     aligns: bool = False,
 ) -> set[str]:
     """Name the kernels (FILE.KERNEL) of a merge; `aligns`: whether heads or neurons are matched."""
-    names = {"crc.fold_crc32", "norms.count_overflows", *METHODS[method].kernels}
+    names = {"norms.count_overflows", *METHODS[method].kernels}
     if aligns:
         names |= {"linear.add_scaled"}
         names |= {f"{file}.{name}" for file in ALIGNING for name in SIGNATURES[file]}

@@ -15,9 +15,6 @@ __all__ = ["KERNEL_NAMES", "SHARED", "SIGNATURES"]
 SHARED = ("affine_search", "scalars")
 
 SIGNATURES: Mapping[str, Mapping[str, str]] = {
-    "crc": {
-        "fold_crc32": "u1[::1], u8, u8, u1[::1], u1[::1]",
-    },
     "dare": {
         "drop_random": "u8, u8, u8, f4[::1]",
     },

@@ -12,12 +12,12 @@ import errno
 import fcntl
 import os
 import stat
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from edgemerge.errors import OutputError
 from edgemerge.formats.files import forget_range, read_state, real_path
@@ -231,7 +231,7 @@ class OutputFile:
         forget_range(self._fd, offset, n_bytes)
         crc = 0
         for chunk in read_chunks(self._fd, offset, n_bytes):
-            crc = zlib.crc32(chunk, crc)
+            crc = crc32(chunk, crc)
         forget_range(self._fd, offset, n_bytes)
         return crc
 

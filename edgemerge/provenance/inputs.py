@@ -9,13 +9,13 @@ checksums are of rows in that order, and nothing short of the alignment would gi
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from edgemerge.errors import VerificationError
 from edgemerge.formats import open_model
@@ -71,11 +71,11 @@ def check_inputs(
         _refuse_aligned(recipe, path)
         sources = {model: _open(model, stack) for model in recipe.models()}
         found = _checksums(recipe, sources, progress)
-    stated = [crc32 for _, crc32 in provenance.inputs]
-    for model, crc32, wanted in zip(recipe.models(), found, stated, strict=True):
-        if f"{crc32:08x}" != wanted:
+    stated = [checksum for _, checksum in provenance.inputs]
+    for model, checksum, wanted in zip(recipe.models(), found, stated, strict=True):
+        if f"{checksum:08x}" != wanted:
             raise VerificationError(
-                f"is not the input of that name: its tensors have the checksum {crc32:08x}, and "
+                f"is not the input of that name: its tensors have the checksum {checksum:08x}, and "
                 f"{path.name} was made of {wanted}; give the model that was merged",
                 path=model,
             )
@@ -191,8 +191,8 @@ def _checksums(
     ]
     done, total = 0, sum(tensor.spec.nbytes for tensor in tensors)
     for tensor in tensors:
-        crc32 = _checksum(sources[models[tensor.model]], tensor.spec)
-        found[tensor.model] = zlib.crc32(crc32.to_bytes(4, "little"), found[tensor.model])
+        checksum = _checksum(sources[models[tensor.model]], tensor.spec)
+        found[tensor.model] = crc32(checksum.to_bytes(4, "little"), found[tensor.model])
         done += tensor.spec.nbytes
         if progress is not None:
             progress(done, total)
@@ -202,11 +202,11 @@ def _checksums(
 def _checksum(source: Source, spec: TensorSpec) -> int:
     """Compute the CRC-32 of a tensor's rows, or of its first, as they are stored."""
     step = max(1, PIECE // max(1, spec.row_bytes))
-    crc32 = 0
+    checksum = 0
     for start in range(0, spec.n_rows, step):
         stop = min(start + step, spec.n_rows)
         raw_u8 = np.empty((stop - start) * spec.row_bytes, np.uint8)
         source.read_rows(spec.name, start, stop, raw_u8)
-        crc32 = zlib.crc32(raw_u8.data, crc32)
+        checksum = crc32(raw_u8.data, checksum)
     source.forget(spec.name)
-    return crc32
+    return checksum

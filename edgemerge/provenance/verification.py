@@ -9,7 +9,6 @@ can change the checksums too, and it does not cover the metadata: a signature
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,13 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32, crc32_combine
 
 from edgemerge.errors import FormatError, VerificationError
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.formats.inspection import Provenance, read_provenance
-from edgemerge.output.checksums import combine_checksums
 from edgemerge.types import Progress, TensorSpec
 
 __all__ = ["Verification", "has_provenance", "verify_model"]
@@ -170,7 +169,7 @@ def _read_checksums(
     def read(piece: _Piece) -> int:
         raw_u8 = np.empty(piece.nbytes, np.uint8)
         source.read_bytes(piece.name, piece.start, raw_u8)
-        return zlib.crc32(raw_u8.data)
+        return crc32(raw_u8.data)
 
     specs = source.specs()
     found = dict.fromkeys(specs, 0)
@@ -178,8 +177,8 @@ def _read_checksums(
     pieces = _cut(specs.values())
     with ThreadPoolExecutor(threads, "edgemerge-verify") as pool:
         while batch := list(islice(pieces, PIECES_AHEAD * threads)):
-            for piece, crc32 in zip(batch, pool.map(read, batch), strict=True):
-                found[piece.name] = combine_checksums(found[piece.name], crc32, piece.nbytes)
+            for piece, checksum in zip(batch, pool.map(read, batch), strict=True):
+                found[piece.name] = crc32_combine(found[piece.name], checksum, piece.nbytes)
                 if piece.is_last:
                     source.forget(piece.name)
                 done += piece.nbytes

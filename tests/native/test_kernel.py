@@ -12,14 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemerge.kernels import crc, della, gram, heads, linear, norms, sinkhorn, ties
+from edgemerge.kernels import della, gram, heads, linear, norms, sinkhorn, ties
 from edgemerge.methods import blocks
 from edgemerge.native import KernelFile, load_kernel
 from edgemerge.native.compiler import compile_object
 from edgemerge.native.image import BadImage, Image
 from edgemerge.native.linker import LinkError, link
 from edgemerge.native.signatures import SHARED, SIGNATURES
-from edgemerge.output import checksums
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 RNG = np.random.default_rng(0)
@@ -51,7 +50,6 @@ def test_constants_of_kernels_that_size_their_scratch() -> None:
     assert blocks.ELECTION_TILE == ties.TILE
     assert blocks.RANK_BINS == della.RADIX
     assert blocks.SUM_LANES == norms.LANES == gram.LANES
-    assert checksums.FOLDED == crc.FOLDED
 
 
 # -- the same as Numba's dispatcher --------------------------------------------------------------------
