@@ -132,3 +132,21 @@ def squared_distances(a_f32, b_f32, out_f64):
                 difference = np.float64(a_f32[i, t]) - np.float64(b_f32[j, t])
                 total += difference * difference
             out_f64[i, j] = total
+
+
+@njit(cache=True, nogil=True)
+def add_products(a_f32, b_f32, out_f64):
+    """Add A^T B of some rows: out[p, q] += A[i, p] * B[i, q], rows one by one in order.
+
+    Parameters
+    ----------
+    a_f32, b_f32 : (n_rows, m), (n_rows, k) float32
+        the same rows of two matrices
+    out_f64 : (m, k) float64
+        running sums, added to
+    """
+    for i in range(a_f32.shape[0]):
+        for p in range(a_f32.shape[1]):
+            factor = np.float64(a_f32[i, p])
+            for q in range(b_f32.shape[1]):
+                out_f64[p, q] += factor * np.float64(b_f32[i, q])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -20,7 +20,6 @@ from rich.progress import (
 from rich.text import Text
 
 from edgemerge import types
-from edgemerge.cli.terminal import check_stop
 
 __all__ = ["Bars", "show_bars"]
 
@@ -34,10 +33,15 @@ class Bars:
         Where they are shown; `Counts` among its columns.
     label, unit : str
         Of the work as a whole; without a unit, what is counted are bytes.
+    check_stop : callable
+        Raises where the work is to stop.
     """
 
-    def __init__(self, bars: Progress, label: str, unit: str | None) -> None:
+    def __init__(
+        self, bars: Progress, label: str, unit: str | None, check_stop: Callable[[], None]
+    ) -> None:
         self._bars = bars
+        self._check_stop = check_stop
         self._part: TaskID | None = None
         self.whole = self._add(label, unit)
 
@@ -53,15 +57,15 @@ class Bars:
             self._part = task
 
         def show(done: int, total: int) -> None:
-            check_stop()
+            self._check_stop()
             self._bars.update(task, completed=done, total=total)
 
         return show
 
 
 @contextmanager
-def show_bars(label: str, unit: str | None) -> Iterator[Bars]:
-    """Show bars until the end of the block, which takes them away."""
+def show_bars(label: str, unit: str | None, check_stop: Callable[[], None]) -> Iterator[Bars]:
+    """Show bars until the end of the block, which takes them away; arguments as of `Bars`."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -70,7 +74,7 @@ def show_bars(label: str, unit: str | None) -> Iterator[Bars]:
         console=Console(stderr=True),
         transient=True,
     ) as bars:
-        yield Bars(bars, label, unit)
+        yield Bars(bars, label, unit, check_stop)
 
 
 class Counts(ProgressColumn):

@@ -175,5 +175,5 @@ def progress_bars(
         return
     from edgemerge.cli.progress import show_bars
 
-    with show_bars(label, unit) as bars:
+    with show_bars(label, unit, check_stop) as bars:
         yield bars.whole, bars.begin

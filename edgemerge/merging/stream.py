@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -13,21 +11,22 @@ from numpy.typing import NDArray
 from edgemerge.alignment.neurons import NeuronPlan
 from edgemerge.alignment.reordering import Reordering, find_neuron_reordering, find_reordering
 from edgemerge.budget import Arena
-from edgemerge.errors import FormatError, MismatchError, Stopped
+from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.finite import find_non_finite
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH
+from edgemerge.merging.traffic import PartResult, Traffic
 from edgemerge.methods.blocks import NON_FINITE, Block, least_overflow
 from edgemerge.methods.shared_tensor import GroupThread
 from edgemerge.methods.table import METHODS
 from edgemerge.native import KernelFile
-from edgemerge.output.checksums import RowChecksum, TensorResult, join_checksums
+from edgemerge.output.checksums import RowChecksum
 from edgemerge.output.file import OutputFile
 from edgemerge.types import Float32, Float64, HeadPlan, InputTensor, Plan, Source, TensorJob, UInt8
 
-__all__ = ["PartResult", "Permutations", "TensorStream", "Traffic", "join_parts"]
+__all__ = ["Permutations", "TensorStream"]
 
 linear, norms = KernelFile("linear"), KernelFile("norms")
 
@@ -37,40 +36,6 @@ Permutations: TypeAlias = dict[tuple[int, int, int, int], list[HeadPlan | Neuron
 # Pages are dropped from the page cache while a tensor is read, not after it. The system then reads the next
 # pages into the same memory. On a virtual machine this halves the processor time of reading.
 FORGET_BYTES = 8 << 20
-
-
-class Traffic:
-    """Bytes that all workers read and wrote so far, and the event that stops them."""
-
-    def __init__(self) -> None:
-        self.read = 0
-        self.written = 0
-        self.stop = threading.Event()
-        self._lock = threading.Lock()
-
-    def add(self, n_read: int, n_written: int) -> None:
-        """Count bytes. Raises `Stopped` where `stop` is set."""
-        with self._lock:
-            self.read += n_read
-            self.written += n_written
-        if self.stop.is_set():
-            raise Stopped
-
-
-@dataclass(frozen=True, slots=True)
-class PartResult:
-    """Checksums of what one worker read of each input, and of what it wrote."""
-
-    inputs: tuple[RowChecksum, ...]
-    output: RowChecksum
-
-
-def join_parts(parts: Sequence[PartResult]) -> TensorResult:
-    """Join the checksums of all workers of one tensor."""
-    inputs = zip(*(part.inputs for part in parts), strict=True)
-    return TensorResult(
-        tuple(map(join_checksums, inputs)), join_checksums([part.output for part in parts])
-    )
 
 
 class TensorStream:

@@ -24,7 +24,8 @@ from edgemerge.budget import Arena
 from edgemerge.errors import Stopped
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
-from edgemerge.merging.stream import PartResult, Permutations, TensorStream, Traffic, join_parts
+from edgemerge.merging.stream import Permutations, TensorStream
+from edgemerge.merging.traffic import PartResult, Traffic, join_parts
 from edgemerge.methods.shared_tensor import ThreadGroup
 from edgemerge.methods.table import METHODS
 from edgemerge.output.checksums import TensorResult

@@ -45,6 +45,7 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
         "sketch_columns": "f4[::1], i8, i4[::1], f8[::1], f8[:,::1]",
         "squared_norms": "f4[:,::1], f8[::1]",
         "squared_distances": "f4[:,::1], f4[:,::1], f8[:,::1]",
+        "add_products": "f4[:,::1], f4[:,::1], f8[:,::1]",
     },
     "importance": {
         "gather_weighted": "f4[::1], f4[::1], i8, i8, f4, f4, f4[::1], f4[::1]",

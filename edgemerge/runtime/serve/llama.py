@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import takewhile
@@ -26,6 +24,7 @@ from edgemerge.runtime.repetition import LoopWatch
 from edgemerge.runtime.serve.active_request import current_run
 from edgemerge.runtime.serve.chat import make_chat_handler
 from edgemerge.runtime.serve.embeddings import embed
+from edgemerge.runtime.serve.empty_answer import empty_completion
 from edgemerge.runtime.serve.models import BATCH, OUTPUTS
 from edgemerge.runtime.serve.pieces import Pieces
 from edgemerge.runtime.serve.scores import TokenScore, score_token, write_logprobs
@@ -228,7 +227,7 @@ class ServedLlama(Llama):  # type: ignore[misc]
         completion: Any
         if max_tokens == 0:
             current_run.get().prompt_tokens += len(tokens)
-            completion = _empty_completion(settings.get("model") or "", len(tokens))
+            completion = empty_completion(settings.get("model") or "", len(tokens))
         else:
             completion = super().create_completion(
                 list(tokens), max_tokens=max_tokens, stream=stream, **settings
@@ -393,16 +392,3 @@ class ServedLlama(Llama):  # type: ignore[misc]
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences have in common at their beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-
-
-def _empty_completion(model: str, n_tokens: int) -> dict[str, Any]:
-    """Answer of no tokens, as `Llama.create_completion` writes it."""
-    choice = {"text": "", "index": 0, "logprobs": None, "finish_reason": "length"}
-    return {
-        "id": f"cmpl-{uuid.uuid4()}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [choice],
-        "usage": {"prompt_tokens": n_tokens, "completion_tokens": 0, "total_tokens": n_tokens},
-    }
