@@ -15,13 +15,18 @@ __all__ = [
     "gemma2_keys",
     "gemma3_keys",
     "granite4_keys",
+    "lfm2_keys",
+    "lfm2_layers",
+    "lfm2_width",
     "ministral3_keys",
     "no_keys",
     "olmo3_keys",
+    "one_kind",
     "phi3_keys",
     "qwen3_moe_keys",
     "scales_of_granite",
     "smollm3_keys",
+    "stated_width",
 ]
 
 
@@ -79,6 +84,54 @@ def granite4_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
         **{key: encode_value(value, "u32") for key, value in counts.items()},
         "attention.head_count_kv": encode_value(list(heads), "[i32]"),
         "rope.scaling.finetuned": encode_value(True, "bool"),
+    }
+
+
+def one_kind(check: Checker, shapes: Shapes) -> tuple[str, ...]:
+    """Return nothing, as all layers have the same tensors."""
+    return ()
+
+
+def stated_width(check: Checker) -> int:
+    """Return the width of the feed-forward part as config.json has it."""
+    return check.count("intermediate_size")
+
+
+def lfm2_layers(check: Checker, shapes: Shapes) -> tuple[str, ...]:
+    """Return which layers have attention, and which a short convolution."""
+    kinds = check.get("layer_types")
+    if kinds is None and isinstance(indices := check.get("full_attn_idxs"), list):
+        kinds = ["full_attention" if i in indices else "conv" for i in range(shapes.n_layers)]
+    if kinds is None:
+        kinds = ["full_attention"] * shapes.n_layers
+    known = {"full_attention", "conv"}
+    if not isinstance(kinds, list) or len(kinds) != shapes.n_layers or not set(kinds) <= known:
+        raise check.refuse(
+            "layer_types", kinds, f"a list of {shapes.n_layers} of full_attention, conv"
+        )
+    return tuple(kinds)
+
+
+def lfm2_width(check: Checker) -> int:
+    """Return the width of the feed-forward part, as `Lfm2MLP` of transformers computes it."""
+    width = check.count("block_ff_dim", check.get("intermediate_size"))
+    if not check.flag("block_auto_adjust_ff_dim"):
+        return width
+    width = int(check.number("block_ffn_dim_multiplier") * int(2 * width / 3))
+    multiple = check.count("block_multiple_of")
+    return multiple * -(-width // multiple)
+
+
+def lfm2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
+    """State the heads of each layer: those with a convolution have none."""
+    if check.flag("conv_bias"):
+        raise check.unlike("conv_bias", True, "none")
+    n_kv_head = check.count("num_key_value_heads")
+    kinds = lfm2_layers(check, shapes)
+    heads: list[Scalar] = [n_kv_head if kind != "conv" else 0 for kind in kinds]
+    return {
+        "attention.head_count_kv": encode_value(heads, "[i32]"),
+        "shortconv.l_cache": encode_value(check.count("conv_L_cache"), "u32"),
     }
 
 
