@@ -59,7 +59,9 @@ def scales_of_granite(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 def granite4_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """Read a Granite 4 that has attention in every layer, and no experts; its hybrids are refused."""
     kinds = check.get("layer_types")
-    if not isinstance(kinds, list) or not set(kinds) <= {"attention", "full_attention"}:
+    if not isinstance(kinds, list) or any(
+        kind not in ("attention", "full_attention") for kind in kinds
+    ):
         raise check.elsewhere("layer_types", kinds)
     if n_experts := check.get("num_local_experts"):
         raise check.elsewhere("num_local_experts", n_experts)
@@ -99,17 +101,21 @@ def stated_width(check: Checker) -> int:
 
 def lfm2_layers(check: Checker, shapes: Shapes) -> tuple[str, ...]:
     """Return which layers have attention, and which a short convolution."""
+    indices = check.get("full_attn_idxs")
+    if not isinstance(indices, list):
+        indices = range(shapes.n_layers)
+    default = ["full_attention" if i in indices else "conv" for i in range(shapes.n_layers)]
+    return tuple(_layer_kinds(check, default, ("full_attention", "conv")))
+
+
+def _layer_kinds(check: Checker, default: list[str], known: tuple[str, ...]) -> list[str]:
+    """Return the kind of each layer, or the default where none is stated."""
     kinds = check.get("layer_types")
-    if kinds is None and isinstance(indices := check.get("full_attn_idxs"), list):
-        kinds = ["full_attention" if i in indices else "conv" for i in range(shapes.n_layers)]
-    if kinds is None:
-        kinds = ["full_attention"] * shapes.n_layers
-    known = {"full_attention", "conv"}
-    if not isinstance(kinds, list) or len(kinds) != shapes.n_layers or not set(kinds) <= known:
-        raise check.refuse(
-            "layer_types", kinds, f"a list of {shapes.n_layers} of full_attention, conv"
-        )
-    return tuple(kinds)
+    kinds = default if kinds is None else kinds
+    n = len(default)
+    if not isinstance(kinds, list) or len(kinds) != n or any(kind not in known for kind in kinds):
+        raise check.refuse("layer_types", kinds, f"a list of {n} of {', '.join(known)}")
+    return kinds
 
 
 def lfm2_width(check: Checker) -> int:
@@ -204,20 +210,15 @@ def ministral3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 def olmo3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """State a window in any of the layers, which turn by the same frequencies without YaRN."""
-    kinds = check.get("layer_types")
-    if kinds is None:
-        kinds = _windows(shapes.n_layers, 4)
-    known = ("sliding_attention", "full_attention")
-    if not isinstance(kinds, list) or len(kinds) != shapes.n_layers or not set(kinds) <= set(known):
-        raise check.refuse(
-            "layer_types", kinds, f"a list of {shapes.n_layers} of {', '.join(known)}"
-        )
-    slides: list[Scalar] = [kind == known[0] for kind in kinds]
+    kinds = _layer_kinds(
+        check, _windows(shapes.n_layers, 4), ("sliding_attention", "full_attention")
+    )
+    slides: list[Scalar] = [kind == "sliding_attention" for kind in kinds]
     keys = {
         "attention.sliding_window": encode_value(check.count("sliding_window"), "u32"),
         "attention.sliding_window_pattern": encode_value(slides, "[bool]"),
     }
-    rope = check.get("rope_parameters") or {}
+    rope = check.raw.get("rope_scaling") or check.raw.get("rope_parameters") or {}
     if "full_attention" not in rope:  # then both kinds of layers have one frequency base
         theta = check.number("rope_theta", check.number("rope_theta"), rope)
         keys["rope.freq_base_swa"] = encode_value(theta, "f32")
