@@ -46,6 +46,7 @@ PRE_TOKENIZERS: dict[str, Callable[[Any], list[Any]]] = {
     "qwen2": _split(QWEN2),
     "dbrx": _split(CL100K),
     "llama-bpe": _split(CL100K),
+    "lfm2": _split(CL100K),
     "refact": _digits,
     "smollm": _digits,
     "smaug-bpe": _split(CL100K),
@@ -301,5 +302,15 @@ SHAPES: dict[str, Shape] = {
                     residual_multiplier=0.5, attention_multiplier=0.25),
         "dbrx",
         config_added={"layer_types": ["attention"] * 2},
+    ),
+    "lfm2": Shape(
+        "lfm2",
+        TINY | dict(hidden_size=16, intermediate_size=30, num_attention_heads=2, num_key_value_heads=1,
+                    num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"],
+                    block_multiple_of=8, tie_word_embeddings=True),
+        "lfm2",
+        ignore_merges=True,
+        has_bos=True,
+        variants={"theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}},
     ),
 }  # fmt: skip

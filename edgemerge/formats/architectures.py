@@ -36,6 +36,9 @@ class Family:
     experts: Mapping[str, str] = field(default_factory=dict)
     # Hugging Face name of two matrices, one above the other -> their GGUF names
     halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    outside: Mapping[str, str] = field(default_factory=lambda: GLOBAL)  # as `block`, of no layer
+    # GGUF name -> the kind of layer (`layer_types` of config.json) that alone has such a tensor
+    only: Mapping[str, str] = field(default_factory=dict)
     rotates_pairs: bool = False  # GGUF keeps the rows of q and k in another order, see ROTARY_HEADS
     norm_offset: float = 0.0  # stored norms are this much below what a vector is multiplied by
     is_biased: bool = False  # whether q, k and v always have biases
@@ -99,6 +102,34 @@ _LLAMA = {**_NORMS_BEFORE, **_QKV, **_QKV_BIAS, **_OUTPUT, **_FFN, **_OTHER_BIAS
 _OLMO = {**_NORMS_AFTER, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}
 _GEMMA3 = {**_NORMS_AROUND, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}
 
+_LFM2_ATTENTION = {
+    **_QKV,
+    "attn_q_norm.weight": "self_attn.q_layernorm.weight",
+    "attn_k_norm.weight": "self_attn.k_layernorm.weight",
+    "attn_output.weight": "self_attn.out_proj.weight",
+}
+_LFM2_CONV = {
+    "shortconv.conv.weight": "conv.conv.weight",
+    "shortconv.in_proj.weight": "conv.in_proj.weight",
+    "shortconv.out_proj.weight": "conv.out_proj.weight",
+}
+_LFM2_REST = {
+    "attn_norm.weight": "operator_norm.weight",
+    "ffn_norm.weight": "ffn_norm.weight",
+    "ffn_gate.weight": "feed_forward.w1.weight",
+    "ffn_down.weight": "feed_forward.w2.weight",
+    "ffn_up.weight": "feed_forward.w3.weight",
+}
+_LFM2_OUTSIDE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "token_embd_norm.weight": "model.embedding_norm.weight",  # of the output, whatever its name
+    "output.weight": "lm_head.weight",
+}
+_LFM2_ONLY = {
+    **dict.fromkeys(_LFM2_ATTENTION, "full_attention"),
+    **dict.fromkeys(_LFM2_CONV, "conv"),
+}
+
 # model_type of config.json -> what edgemerge reads of such a directory
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", _LLAMA, rotates_pairs=True),
@@ -153,6 +184,12 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "granite": Family("granite", _LLAMA, rotates_pairs=True),
+    "lfm2": Family(
+        "lfm2",
+        {**_LFM2_ATTENTION, **_LFM2_CONV, **_LFM2_REST},
+        outside=_LFM2_OUTSIDE,
+        only=_LFM2_ONLY,
+    ),
     "granitemoehybrid": Family(
         "granite",
         {
@@ -213,7 +250,7 @@ def _invert(table: Mapping[str, str]) -> dict[str, str]:
     return {hf: gguf for gguf, hf in table.items()}
 
 
-_FROM_HF_GLOBAL = _invert(GLOBAL)
+_FROM_HF_GLOBAL = {name: _invert(family.outside) for name, family in FAMILIES.items()}
 _FROM_HF_BLOCK = {name: _invert(family.block) for name, family in FAMILIES.items()}
 _FROM_HF_EXPERT = {name: _invert(family.experts) for name, family in FAMILIES.items()}
 
@@ -229,6 +266,7 @@ def _names_by_architecture() -> dict[str, dict[str, str]]:
 
 
 _TO_HF_BLOCK = _names_by_architecture()
+_TO_HF_GLOBAL = {family.architecture: family.outside for family in FAMILIES.values()}
 
 
 def gguf_name(model_type: str, hf_name: str) -> str | None:
@@ -236,7 +274,7 @@ def gguf_name(model_type: str, hf_name: str) -> str | None:
     if match := _HF_BLOCK.fullmatch(hf_name):
         stem = _FROM_HF_BLOCK[model_type].get(match[2])
         return f"blk.{match[1]}.{stem}" if stem is not None else None
-    return _FROM_HF_GLOBAL.get(hf_name)
+    return _FROM_HF_GLOBAL[model_type].get(hf_name)
 
 
 def half_names(model_type: str, hf_name: str) -> tuple[str, str] | None:
@@ -271,7 +309,7 @@ def hf_name(architecture: str, gguf_name: str) -> str | None:
     prefix = f"model.layers.{block[1]}." if block else ""
     name = block[2] if block else gguf_name
     if architecture in _TO_HF_BLOCK:
-        found = (_TO_HF_BLOCK[architecture] if block else GLOBAL).get(name)
+        found = (_TO_HF_BLOCK if block else _TO_HF_GLOBAL)[architecture].get(name)
         return prefix + found if found is not None else None
     stem, _, suffix = name.rpartition(".")
     if suffix not in ("weight", "bias"):

@@ -31,7 +31,7 @@ from edgemerge.planning.header import choose_types, output_metadata
 from edgemerge.planning.importance import importance_metadata, weigh_jobs
 from edgemerge.planning.jobs import Draft, draft_jobs, list_experts, may_copy, unused_settings
 from edgemerge.planning.llama_check import check_runs
-from edgemerge.planning.vocabulary import find_vocabulary
+from edgemerge.planning.vocabulary import find_vocabulary, note_templates
 from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
 
 __all__ = ["DEFAULT_MEMORY", "alignment_pairs", "make_plan"]
@@ -76,7 +76,10 @@ def make_plan(
     models = recipe.models()
     sources = {path: open_model(path) for path in models}
     notes = [*recipe.notes, *unused_settings(recipe, method)]
-    notes += check_models(list(sources.values()), find_vocabulary(recipe, sources))
+    owner = find_vocabulary(recipe, sources)
+    notes += check_models(list(sources.values()), owner)
+    if recipe.chat_template is None:
+        notes += note_templates(owner, list(sources.values()))
     drafts = list(draft_jobs(recipe, method, models, sources))
     for draft in drafts:
         if not draft.is_constant:

@@ -27,11 +27,12 @@ __all__ = [
     "has_own_head",
     "has_rows_of_tokens",
     "needs_head",
+    "note_templates",
     "note_vocabularies",
 ]
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
-TOKENS_KEY = "tokenizer.ggml.tokens"
+TOKENS_KEY, TEMPLATE_KEY = "tokenizer.ggml.tokens", "tokenizer.chat_template"
 FIRST_TOKEN = 16  # byte of an encoded list of strings: two types of 4 bytes, a count of 8
 MOST_RENAMED = 0.01  # of the common tokens; with more, two vocabularies have little in common
 PIECE = 1 << 20  # bytes of rows that are compared at a time; one row at least
@@ -125,6 +126,17 @@ def note_vocabularies(owner: Source, other: Source) -> list[str]:
     if renamed:
         notes.append(f"{other.path.name} spells some tokens differently from {owner.path.name}")
     return notes
+
+
+def note_templates(owner: Source, sources: Sequence[Source]) -> list[str]:
+    """Say that the output has no chat template though some model has one."""
+    have = [source.path.name for source in sources if TEMPLATE_KEY in source.metadata()]
+    if not have or TEMPLATE_KEY in owner.metadata():
+        return []
+    return [
+        f"the output has no chat template, as {owner.path.name} has none; {have[0]} has one, and gives it "
+        "as tokenizer_source"
+    ]
 
 
 def _count(source: Source) -> int | None:

@@ -12,7 +12,7 @@ MODEL_ARCHS = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
 
 def all_names(model_type: str) -> list[tuple[str, str]]:
     family = arch.FAMILIES[model_type]
-    pairs = list(arch.GLOBAL.items())
+    pairs = list(family.outside.items())
     for i in range(N_LAYERS):
         pairs += [(f"blk.{i}.{g}", f"model.layers.{i}.{h}") for g, h in family.block.items()]
     return pairs
@@ -128,6 +128,7 @@ def test_unknown_hugging_face_names(name: str) -> None:
         ("phi2", "blk.0.ffn_up.bias", "model.layers.0.mlp.fc1.bias"),
         ("phi2", "output_norm.bias", "model.final_layernorm.bias"),
         ("qwen2", "output.weight", "lm_head.weight"),
+        ("lfm2", "token_embd_norm.weight", "model.embedding_norm.weight"),
         ("mamba", "blk.0.ssm_a", None),
         ("qwen3", "blk.0.attn_rot_embd.weight", None),
         ("qwen3", "nonsense", None),

@@ -102,7 +102,7 @@ def move_heads(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> dict[s
         elif module == "qkv_proj":
             parts = np.split(x, [q, q + kv])
             moved[key] = np.concatenate([reverse(part) for part in parts])
-        elif module == "o_proj" and key.endswith("weight"):
+        elif key.endswith(("self_attn.o_proj.weight", "self_attn.out_proj.weight")):
             moved[key] = reverse(x.T).T
         elif module in ("q_norm", "k_norm") and x.size > head_dim:
             moved[key] = reverse(x)

@@ -366,6 +366,15 @@ def test_the_recipes_chat_template_goes_before_the_tokenizers() -> None:
     assert value(planned(asked, own), "tokenizer.chat_template") == "{{ b }}"
 
 
+def test_a_chat_template_that_only_an_expert_has_is_told() -> None:
+    own = FakeSource(B, metadata={"tokenizer.chat_template": ("{{ b }}", "str")})
+    said = "the output has no chat template, as a has none; b has one, and gives it as tokenizer_source"
+    assert said in planned(LINEAR, own).notes
+    assert said not in planned(LINEAR).notes
+    for changes in ({"chat_template": "{{ c }}"}, {"tokenizer_source": str(B)}):
+        assert said not in planned(replace(LINEAR, **changes), own).notes
+
+
 def test_planning_opens_every_model_once() -> None:
     opened: list[Path] = []
 

@@ -42,6 +42,8 @@ class HubConfig:
     head_dim: int
     n_experts: int  # 0: a dense model
     n_ff_expert: int
+    n_taps: int  # of a convolution; 0: there is none
+    layer_kinds: tuple[str, ...]  # one for each layer, where these are not alike
     vocab_size: int
     rope: Rope
     tied: bool  # whether it says that its head is the embedding
@@ -69,6 +71,10 @@ class HubConfig:
             "token_embd": (self.vocab_size, self.n_embd),
             "output": (self.vocab_size, self.n_embd),
             "output_norm": (self.n_embd, 0),
+            "token_embd_norm": (self.n_embd, 0),
+            "shortconv.conv": (self.n_embd, self.n_taps),
+            "shortconv.in_proj": (3 * self.n_embd, self.n_embd),
+            "shortconv.out_proj": (self.n_embd, self.n_embd),
             "attn_norm": (self.n_embd, 0),
             "attn_q_norm": (q if whole else self.head_dim, 0),
             "attn_k_norm": (kv if whole else self.head_dim, 0),
@@ -95,6 +101,11 @@ class HubConfig:
         if stem.endswith(".weight"):
             return True
         return self.attention_bias if stem.startswith("attn") else self.mlp_bias
+
+    def lacks(self, layer: int, stem: str) -> bool:
+        """Tell whether a layer is of a kind that has no such tensor."""
+        kind = self.family.only.get(stem)
+        return kind is not None and self.layer_kinds[layer] != kind
 
     def metadata(self) -> dict[str, bytes]:
         """Return the architecture's keys, encoded, in the converter's order."""
@@ -128,7 +139,7 @@ def read_config(path: Path) -> HubConfig:
         raise check.refuse("head_dim", head_dim, "even, as the rotation needs")
     if reader.splits_embedding and head_dim * n_head != n_embd:
         raise check.unlike("head_dim", head_dim, f"hidden_size / {n_head} heads")
-    tied = check.flag("tie_word_embeddings")
+    tied = check.flag(next((key for key in reader.tie_keys if key in raw), reader.tie_keys[-1]))
     n_experts = _count_experts(check, reader)
     n_ff_expert = check.count(reader.experts[2]) if reader.experts else 0
     shapes = Shapes(check.count("num_hidden_layers", most=MAX_LAYERS), n_embd, n_head, head_dim)
@@ -150,12 +161,14 @@ def read_config(path: Path) -> HubConfig:
         model_type=model_type,
         n_layers=shapes.n_layers,
         n_embd=n_embd,
-        n_ff=check.count("intermediate_size"),
+        n_ff=reader.width(check),
         n_head=n_head,
         n_kv_head=n_kv_head,
         head_dim=head_dim,
         n_experts=n_experts,
         n_ff_expert=n_ff_expert,
+        n_taps=check.count("conv_L_cache") if "conv_L_cache" in reader.defaults else 0,
+        layer_kinds=reader.layer_kinds(check, shapes),
         vocab_size=check.count("vocab_size"),
         rope=rope,
         tied=tied,
@@ -213,7 +226,7 @@ def _common_keys(
     keys = {
         "block_count": shapes.n_layers,
         "embedding_length": shapes.n_embd,
-        "feed_forward_length": check.count("intermediate_size"),
+        "feed_forward_length": reader.width(check),
         "attention.head_count": shapes.n_head,
         "attention.head_count_kv": n_kv_head,
         "vocab_size": check.count("vocab_size"),
@@ -223,7 +236,7 @@ def _common_keys(
     if reader.experts:
         keys["expert_count"] = _count_experts(check, reader)
         keys["expert_used_count"] = check.count(reader.experts[1])
-    eps = encode_value(check.number("rms_norm_eps", 1e-6), "f32")
+    eps = encode_value(check.number(reader.eps_key, 1e-6), "f32")
     encoded = {key: encode_value(value, "u32") for key, value in keys.items()}
     return encoded | {"attention.layer_norm_rms_epsilon": eps}
 

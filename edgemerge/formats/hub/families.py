@@ -18,13 +18,18 @@ from edgemerge.formats.hub.own_keys import (
     gemma2_keys,
     gemma3_keys,
     granite4_keys,
+    lfm2_keys,
+    lfm2_layers,
+    lfm2_width,
     ministral3_keys,
     no_keys,
     olmo3_keys,
+    one_kind,
     phi3_keys,
     qwen3_moe_keys,
     scales_of_granite,
     smollm3_keys,
+    stated_width,
 )
 
 __all__ = ["READERS", "Reader", "Shapes"]
@@ -40,6 +45,10 @@ class Reader:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     activation: tuple[str, str] = ("hidden_act", "silu")
     own_keys: Callable[[Checker, Shapes], dict[str, bytes]] = no_keys
+    layer_kinds: Callable[[Checker, Shapes], tuple[str, ...]] = one_kind
+    width: Callable[[Checker], int] = stated_width  # of the feed-forward part
+    eps_key: str = "rms_norm_eps"
+    tie_keys: tuple[str, ...] = ("tie_word_embeddings",)  # the first that is stated counts
     states_head_dim: bool = False  # also where config.json does not
     splits_embedding: bool = False  # llama.cpp takes head_dim to be n_embd / n_head
     tied: bool | None = None  # None: as the model likes
@@ -271,6 +280,28 @@ READERS: dict[str, Reader] = {
             "mamba_n_heads": 128,
         },
         own_keys=granite4_keys,
+        splits_embedding=True,
+    ),
+    "lfm2": Reader(
+        ("Lfm2ForCausalLM", "LFM2ForCausalLM"),
+        (*_TEXT, "vocab_size", "shortconv.l_cache"),
+        ("default",),
+        {
+            "max_position_embeddings": 128000,
+            "num_key_value_heads": 8,
+            "norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+            "conv_L_cache": 3,
+            "block_multiple_of": 256,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": True,
+        },
+        own_keys=lfm2_keys,
+        layer_kinds=lfm2_layers,
+        width=lfm2_width,
+        eps_key="norm_eps",
+        tie_keys=("tie_embedding", "tie_word_embeddings"),
         splits_embedding=True,
     ),
     "olmo2": Reader(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.architectures import (
-    GLOBAL,
     ROTARY_HEADS,
     expert_name,
     gguf_name,
@@ -123,7 +122,11 @@ class Inventory:
 
     def _place(self, shard: Path, stored_name: str, tensor: StoredTensor, name: str) -> None:
         """Check a tensor, and file it under its GGUF name."""
-        _, stem = self._find_layer(shard, stored_name, name)
+        layer, stem = self._find_layer(shard, stored_name, name)
+        if layer is not None and self._config.lacks(layer, stem):
+            raise self._refuse_unknown(shard, stored_name)
+        if stem == "shortconv.conv.weight" and len(tensor.shape) == 3 and tensor.shape[1] == 1:
+            tensor = replace(tensor, shape=tensor.shape[::2])  # one filter for each channel
         self._check(shard, stored_name, tensor, stem)
         self._file(name, stem, shard, tensor)
 
@@ -220,11 +223,13 @@ class Inventory:
         config, family = self._config, self._config.family
 
         def wanted() -> Iterator[str]:  # one by one: a hostile config.json has billions of layers
-            yield from (hf for name, hf in GLOBAL.items() if name != "output.weight")
-            names = [hf for stem, hf in family.block.items() if config.required(stem)]
-            names += family.halves
+            yield from (hf for name, hf in family.outside.items() if name != "output.weight")
+            names = {stem: hf for stem, hf in family.block.items() if config.required(stem)}
+            names |= {hf: hf for hf in family.halves}
             for layer in range(config.n_layers):
-                yield from (f"model.layers.{layer}.{name}" for name in names)
+                for stem, hf in names.items():
+                    if not config.lacks(layer, stem):
+                        yield f"model.layers.{layer}.{hf}"
                 for i in range(config.n_experts):
                     for hf in family.experts.values():
                         yield f"model.layers.{layer}.{hf.format(i)}"

@@ -15,13 +15,18 @@ __all__ = [
     "gemma2_keys",
     "gemma3_keys",
     "granite4_keys",
+    "lfm2_keys",
+    "lfm2_layers",
+    "lfm2_width",
     "ministral3_keys",
     "no_keys",
     "olmo3_keys",
+    "one_kind",
     "phi3_keys",
     "qwen3_moe_keys",
     "scales_of_granite",
     "smollm3_keys",
+    "stated_width",
 ]
 
 
@@ -54,7 +59,9 @@ def scales_of_granite(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 def granite4_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """Read a Granite 4 that has attention in every layer, and no experts; its hybrids are refused."""
     kinds = check.get("layer_types")
-    if not isinstance(kinds, list) or not set(kinds) <= {"attention", "full_attention"}:
+    if not isinstance(kinds, list) or any(
+        kind not in ("attention", "full_attention") for kind in kinds
+    ):
         raise check.elsewhere("layer_types", kinds)
     if n_experts := check.get("num_local_experts"):
         raise check.elsewhere("num_local_experts", n_experts)
@@ -79,6 +86,58 @@ def granite4_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
         **{key: encode_value(value, "u32") for key, value in counts.items()},
         "attention.head_count_kv": encode_value(list(heads), "[i32]"),
         "rope.scaling.finetuned": encode_value(True, "bool"),
+    }
+
+
+def one_kind(check: Checker, shapes: Shapes) -> tuple[str, ...]:
+    """Return nothing, as all layers have the same tensors."""
+    return ()
+
+
+def stated_width(check: Checker) -> int:
+    """Return the width of the feed-forward part as config.json has it."""
+    return check.count("intermediate_size")
+
+
+def lfm2_layers(check: Checker, shapes: Shapes) -> tuple[str, ...]:
+    """Return which layers have attention, and which a short convolution."""
+    indices = check.get("full_attn_idxs")
+    if not isinstance(indices, list):
+        indices = range(shapes.n_layers)
+    default = ["full_attention" if i in indices else "conv" for i in range(shapes.n_layers)]
+    return tuple(_layer_kinds(check, default, ("full_attention", "conv")))
+
+
+def _layer_kinds(check: Checker, default: list[str], known: tuple[str, ...]) -> list[str]:
+    """Return the kind of each layer, or the default where none is stated."""
+    kinds = check.get("layer_types")
+    kinds = default if kinds is None else kinds
+    n = len(default)
+    if not isinstance(kinds, list) or len(kinds) != n or any(kind not in known for kind in kinds):
+        raise check.refuse("layer_types", kinds, f"a list of {n} of {', '.join(known)}")
+    return kinds
+
+
+def lfm2_width(check: Checker) -> int:
+    """Return the width of the feed-forward part, as `Lfm2MLP` of transformers computes it."""
+    width = check.count("block_ff_dim", check.get("intermediate_size"))
+    if not check.flag("block_auto_adjust_ff_dim"):
+        return width
+    width = int(check.number("block_ffn_dim_multiplier") * int(2 * width / 3))
+    multiple = check.count("block_multiple_of")
+    return multiple * -(-width // multiple)
+
+
+def lfm2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
+    """State the heads of each layer: those with a convolution have none."""
+    if check.flag("conv_bias"):
+        raise check.unlike("conv_bias", True, "none")
+    n_kv_head = check.count("num_key_value_heads")
+    kinds = lfm2_layers(check, shapes)
+    heads: list[Scalar] = [n_kv_head if kind != "conv" else 0 for kind in kinds]
+    return {
+        "attention.head_count_kv": encode_value(heads, "[i32]"),
+        "shortconv.l_cache": encode_value(check.count("conv_L_cache"), "u32"),
     }
 
 
@@ -151,20 +210,15 @@ def ministral3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 def olmo3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """State a window in any of the layers, which turn by the same frequencies without YaRN."""
-    kinds = check.get("layer_types")
-    if kinds is None:
-        kinds = _windows(shapes.n_layers, 4)
-    known = ("sliding_attention", "full_attention")
-    if not isinstance(kinds, list) or len(kinds) != shapes.n_layers or not set(kinds) <= set(known):
-        raise check.refuse(
-            "layer_types", kinds, f"a list of {shapes.n_layers} of {', '.join(known)}"
-        )
-    slides: list[Scalar] = [kind == known[0] for kind in kinds]
+    kinds = _layer_kinds(
+        check, _windows(shapes.n_layers, 4), ("sliding_attention", "full_attention")
+    )
+    slides: list[Scalar] = [kind == "sliding_attention" for kind in kinds]
     keys = {
         "attention.sliding_window": encode_value(check.count("sliding_window"), "u32"),
         "attention.sliding_window_pattern": encode_value(slides, "[bool]"),
     }
-    rope = check.get("rope_parameters") or {}
+    rope = check.raw.get("rope_scaling") or check.raw.get("rope_parameters") or {}
     if "full_attention" not in rope:  # then both kinds of layers have one frequency base
         theta = check.number("rope_theta", check.number("rope_theta"), rope)
         keys["rope.freq_base_swa"] = encode_value(theta, "f32")

@@ -98,6 +98,7 @@ OTHER_NAMES: dict[tuple[str, str], str] = {
     ("granite", "smollm"): "refact",
     ("granitemoehybrid", "smaug-bpe"): "dbrx",
     ("granitemoehybrid", "smollm"): "refact",
+    ("lfm2", "llama-bpe"): "lfm2",
     ("olmo2", "smaug-bpe"): "dbrx",
     ("olmo3", "smaug-bpe"): "dbrx",
     ("phi3", "smaug-bpe"): "dbrx",

@@ -260,3 +260,24 @@ def test_gemma3_without_windows(tmp_path: Path) -> None:
         model = HubModel(copy_model("gemma3", changes, tmp_path / name))
         assert "gemma3.attention.sliding_window" not in model.metadata()
         model.close()
+
+
+def test_lfm2_as_it_was_published(tmp_path: Path) -> None:
+    """Its first config.json had other names for what transformers calls otherwise today."""
+    older = {
+        "intermediate_size": None,
+        "block_ff_dim": 30,
+        "layer_types": None,
+        "full_attn_idxs": [1],
+        "tie_word_embeddings": None,
+        "tie_embedding": True,
+        "rope_parameters": None,
+        "rope_theta": 1000000.0,
+    }
+    plain = HubModel(ARCHITECTURES / "lfm2")
+    model = HubModel(copy_model("lfm2", older, tmp_path))
+    assert model.metadata() == plain.metadata()
+    assert model.specs() == plain.specs()
+    assert not model.notes()
+    for source in (model, plain):
+        source.close()

@@ -289,6 +289,13 @@ def test_keys_that_tools_leave_in_config_json(folder: Path, changes: dict) -> No
     assert read(folder)[1] == []
 
 
+def test_plain_weights_that_mlx_saved_are_read(folder: Path, tensors: Tensors) -> None:
+    save_file(tensors, folder / WHOLE)
+    expected, _ = read(folder)
+    save_file(tensors, folder / WHOLE, metadata={"format": "mlx"})
+    assert read(folder) == (expected, [])
+
+
 def test_a_classifier_is_refused_with_a_remedy(folder: Path) -> None:
     edit_json(folder / "config.json", architectures=["LlamaForSequenceClassification"])
     assert "give the language model that it was made from" in refusal(folder)
