@@ -276,6 +276,6 @@ class Model:
             )
         if self._measures_threads:
             self.threads = find_threads(
-                self.api, handle, n_bytes=self.n_bytes, n_batch=n_batch, most=default_threads()
+                self.api, handle, n_bytes=self.n_bytes, most=default_threads()
             )
         return Context(self, handle)
