@@ -174,7 +174,8 @@ def stock_factors(grams: Float64) -> Float64:
     for a in range(n):
         for b in range(a + 1, n):
             product = np.maximum(norms[..., a] * norms[..., b], SMALLEST_PRODUCT)
-            total = total + np.clip(grams[..., a, b] / product, -1.0, 1.0)
+            with np.errstate(invalid="ignore"):  # task vectors that overflowed: the result shows it
+                total = total + np.clip(grams[..., a, b] / product, -1.0, 1.0)
     mean = total / (n * (n - 1) / 2)
     divisor = 1.0 + (n - 1) * mean
     factor: Float64 = np.zeros_like(mean)

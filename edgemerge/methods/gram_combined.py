@@ -117,8 +117,8 @@ def _nuslerp(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     total = float(weights.sum())
     t = 0.5 if abs(total) < TINY_WEIGHT else float(weights[1]) / total
     if job.settings["nuslerp_flatten"]:
-        g = survey_gram(stream)
-        yield from _combine(stream, np.array(nuslerp_factors(g[0, 0], g[0, 1], g[1, 1], t)))
+        (left, product), (_, right) = survey_gram(stream).tolist()
+        yield from _combine(stream, np.array(nuslerp_factors(left, product, right, t)))
     elif _by_columns(job):
         yield from _nuslerp_columns(stream, t)
     else:

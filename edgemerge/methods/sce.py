@@ -103,7 +103,8 @@ def _weigh(stream: BlockStream, selection: _Selection) -> Float64:
         total_energy += float(energy)
     if total_energy < TINY_ENERGY:
         return np.full(n_models, 1.0 / n_models)
-    return np.asarray(energies / total_energy)
+    with np.errstate(invalid="ignore"):  # task vectors that overflowed: the result shows it
+        return np.asarray(energies / total_energy)
 
 
 def _selects(tensor: Described) -> bool:
