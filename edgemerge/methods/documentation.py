@@ -32,10 +32,11 @@ def parameters_table() -> str:
     """
     rows = [
         (
-            f"`{p.name}`{_methods_of(p) if len(meanings) > 1 else ''}",
+            f"`{p.name}`",
             p.help,
             p.allowed(),
-            "each model" if p.of_model else "the merge",
+            ("each model" if p.of_model else "the merge")
+            + (_methods_of(p) if len(meanings) > 1 else ""),
         )
         for meanings in known_parameters().values()
         for p in meanings
@@ -63,6 +64,8 @@ def _default(parameter: Parameter) -> str:
         return "required"
     if isinstance(parameter.default, bool):
         return str(parameter.default).lower()
+    if parameter.kind == "count":
+        return f"{parameter.default:g}"
     return f"{parameter.default}"
 
 
