@@ -71,10 +71,16 @@ class Draft:
 
 
 def list_experts(part: Slice, base: Path | None, method: Method) -> list[ModelInput]:
-    """List a slice's models, without the base's own entry where the method has a base."""
-    if not method.needs_base:
-        return list(part.inputs)
-    return [model for model in part.inputs if model.path != base]
+    """List a slice's models: without the base's own entry where the method has a base.
+
+    Where a base is one more model, it comes last, with the first model's layers (mergekit plan.py).
+    """
+    if method.uses_base(base):
+        return [model for model in part.inputs if model.path != base]
+    models = list(part.inputs)
+    if method.merges_base and base is not None and base not in {model.path for model in models}:
+        models.append(ModelInput(base, models[0].layer_range))
+    return models
 
 
 def draft_jobs(
@@ -146,7 +152,8 @@ def unused_settings(recipe: Recipe, method: Method) -> list[str]:
                 _unused(method, key, model) for key in model.parameters if key not in of_models
             ]
     listed = [model.path for part in recipe.slices for model in part.inputs]
-    if recipe.base is not None and not method.needs_base and recipe.base not in listed:
+    uses_base = method.uses_base(recipe.base) or method.merges_base
+    if recipe.base is not None and not uses_base and recipe.base not in listed:
         notes.append(
             f"{method.name} has no base: {recipe.base.name} gives the metadata, but its weights "
             "are not part of the merge"
@@ -200,7 +207,7 @@ class _Part:
         self.sources, self.vocabulary = sources, vocabulary
         self.indices = {path: i for i, path in enumerate(models)}
         self.experts = list_experts(part, recipe.base, method)
-        self.base = self._base() if method.needs_base else None
+        self.base = self._base() if method.uses_base(recipe.base) else None
         self.models = ([self.base] if self.base else []) + self.experts
         self.reference = sources[self.models[0].path]
         ranges = [self._range(model) for model in self.models]

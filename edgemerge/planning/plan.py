@@ -143,7 +143,7 @@ def _check_counts(recipe: Recipe, method: Method) -> None:
         count = len(list_experts(part, recipe.base, method))
         if count < least or (most is not None and count > most):
             wanted = f"{least}" if most == least else f"at least {least}"
-            beside = " besides the base" if method.needs_base else ""
+            beside = " besides the base" if method.uses_base(recipe.base) else ""
             raise RecipeError(
                 f"{method.name} takes {wanted} model{'s' * (least != 1)}{beside}, not {count}",
                 field="models",
