@@ -127,9 +127,10 @@ def _make_folder(folder: Path, paths: Collection[Path]) -> None:
         raise OutputError(f"the folder cannot be made ({error.strerror})", path=folder) from error
     if folder.is_symlink():
         raise OutputError("is a link, and no folder of ours; remove it", path=folder)
-    ours = {path.stem for path in paths}
+    ours = {path.with_suffix(".mark").name for path in paths}
+    ours |= {path.name + end for path in paths for end in ("", ".part", ".part.journal")}
     for name in os.listdir(folder):
-        if name.split(".gguf")[0].removesuffix(".mark") not in ours:
+        if name not in ours:
             raise OutputError(
                 f"has a file {name!r} that is none of this merge's; remove the folder", path=folder
             )
