@@ -132,7 +132,7 @@ def make_plan(
 
 
 def _check_counts(recipe: Recipe, method: Method) -> None:
-    if method.needs_base and recipe.base is None:
+    if method.needs_base and not all(recipe.base_of(part) for part in recipe.slices):
         raise RecipeError(
             f"{method.name} needs the base that the models were tuned from; give it with --base "
             "or base_model",
@@ -140,7 +140,7 @@ def _check_counts(recipe: Recipe, method: Method) -> None:
         )
     least, most = method.n_models
     for part in recipe.slices:
-        count = len(list_experts(part, recipe.base, method))
+        count = len(list_experts(part, recipe.base_of(part), method))
         if count < least or (most is not None and count > most):
             wanted = f"{least}" if most == least else f"at least {least}"
             beside = " besides the base" if method.uses_base(recipe.base) else ""
