@@ -302,6 +302,7 @@ class Plan:
     budget: int  # bytes, for the whole process
     workers: int
     arena_bytes: int  # of one worker
+    needed_bytes: int  # of the budget: the process, headers, and all arenas
     align: str  # hard, soft or off
     alignment_bytes: int  # read to align heads, before the merge
     notes: tuple[str, ...]

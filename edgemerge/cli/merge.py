@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import typer
 
 from edgemerge.cli import request
 from edgemerge.cli.answers import ask_models
+from edgemerge.cli.method_help import HelpWithMethods
 from edgemerge.cli.sign import sign_output
 from edgemerge.cli.terminal import plain, print_json, print_table, progress_bars, speaks_plainly
 from edgemerge.types import Plan, Recipe, TensorJob
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from edgemerge.output.report import MergeReport
+
+CLASSES = {"merge": HelpWithMethods, "plan": HelpWithMethods}
 
 __all__ = ["merge_command", "plan_command", "print_report", "run_merge"]
 
@@ -135,8 +139,14 @@ def run_merge(
 
     budget = parse_size(memory) if memory is not None else None
     _say_if_scarce(budget or recipe.memory)
+    warned = []
+
+    def warn(sentence: str) -> None:
+        warned.append(sentence)
+        print(f"warning: {plain(sentence)}", file=sys.stderr)
+
     with progress_bars(label, quiet=quiet) as (progress, begin_part):
-        return merge(
+        report = merge(
             recipe,
             output,
             memory=budget,
@@ -146,7 +156,9 @@ def run_merge(
             force=force,
             progress=progress,
             begin_part=begin_part,
+            warn=warn,
         )
+    return replace(report, notes=tuple(note for note in report.notes if note not in warned))
 
 
 def _say_if_scarce(budget: int | None) -> None:
@@ -233,6 +245,7 @@ def _as_json(the_plan: Plan) -> dict[str, object]:
         "written_bytes": the_plan.written_bytes,
         "passes": max((job.passes for job in the_plan.jobs), default=0),
         "budget_bytes": the_plan.budget,
+        "needed_bytes": the_plan.needed_bytes,
         "workers": the_plan.workers,
         "arena_bytes": the_plan.arena_bytes,
         "notes": list(the_plan.notes),
@@ -254,9 +267,9 @@ def _as_json(the_plan: Plan) -> dict[str, object]:
 
 
 def _print(the_plan: Plan) -> None:
-    from edgemerge.budget import FLOOR_BYTES
     from edgemerge.sizes import format_count, format_size
 
+    blocks = the_plan.workers * the_plan.arena_bytes
     if the_plan.stages:
         _print_stages(the_plan)
     print(f"{the_plan.recipe.method} of {len(the_plan.models)} models to {the_plan.file_type}")
@@ -265,6 +278,7 @@ def _print(the_plan: Plan) -> None:
         print(
             f"  {'base  ' if i == 0 and the_plan.recipe.base else 'model '} {stage}{plain(str(path))}"
         )
+    _print_asked(the_plan)
     rows = []
     for label, jobs in _groups(the_plan.jobs):
         job = jobs[0]
@@ -284,11 +298,21 @@ def _print(the_plan: Plan) -> None:
         f"reads {format_size(the_plan.read_bytes)}, writes {format_size(the_plan.written_bytes)}"
     )
     print(
-        f"memory {format_size(the_plan.budget)}: {format_size(FLOOR_BYTES)} for Python and "
-        f"kernels, {the_plan.workers} x {format_size(the_plan.arena_bytes)} for blocks"
+        f"memory: needs {format_size(the_plan.needed_bytes)} of {format_size(the_plan.budget)}: "
+        f"{format_size(the_plan.needed_bytes - blocks)} for Python, kernels and headers, "
+        f"{the_plan.workers} x {format_size(the_plan.arena_bytes)} for blocks"
     )
     for note in the_plan.notes:
         print(f"note: {plain(note)}")
+
+
+def _print_asked(the_plan: Plan) -> None:
+    """Say the settings, defaults marked, and what each model has of its own."""
+    from edgemerge.recipe.words import describe_recipe, recipe_document
+
+    for line in describe_recipe(recipe_document(the_plan.recipe)):
+        if ": " in line:
+            print(f"  {plain(line)}")
 
 
 def _print_stages(the_plan: Plan) -> None:

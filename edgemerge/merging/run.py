@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +27,7 @@ from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.merging.precompile import precompile
 from edgemerge.merging.record import provenance
 from edgemerge.merging.stages import merge_stages, note_finished, read_finished
+from edgemerge.merging.warnings import foresee_warnings
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import check_name, check_output
 from edgemerge.output.parts import OutputParts, find_named, hash_named, is_begun
@@ -99,6 +100,7 @@ def merge(
     disk: int | None = None,
     progress: Progress | None = None,
     begin_part: BeginPart = ignore_parts,
+    warn: Callable[[str], None] | None = None,
 ) -> MergeReport:
     """Merge models into one GGUF file, or a split one.
 
@@ -122,6 +124,9 @@ def merge(
     begin_part : callable, optional
         Called where this begins: to read back what an earlier run finished, to align heads, to match
         neurons, to hash the output. What it returns is told how far that is.
+    warn : callable, optional
+        Called before the work with each sentence on what is probably not meant. Those on work of an
+        earlier run that is dropped are in the report's notes too.
 
     Returns
     -------
@@ -142,7 +147,9 @@ def merge(
     check_name(output)
     if split_bytes is None:  # else the names follow from the plan
         check_output(output, recipe.inputs(), force=force or is_begun(output))
-    merge_one = partial(_merge_one, memory=memory, threads=threads, begin_part=begin_part)
+    merge_one = partial(
+        _merge_one, memory=memory, threads=threads, begin_part=begin_part, warn=warn
+    )
     if not recipe.stages:
         return merge_one(recipe, output, split_bytes=split_bytes, force=force, progress=progress)
     return merge_stages(
@@ -166,6 +173,7 @@ def _merge_one(
     force: bool,
     progress: Progress | None,
     begin_part: BeginPart,
+    warn: Callable[[str], None] | None,
     split_bytes: int | None = None,
     mark: Path | None = None,
     record: Mapping[str, bytes] | None = None,
@@ -204,11 +212,17 @@ def _merge_one(
         elif len(named) == len(paths):
             outcome = _finish(the_plan, paths, begin_part)
         else:
+            if warn is not None:
+                for sentence in foresee_warnings(the_plan, inputs.sources):
+                    warn(sentence)
             precompile(the_plan)
             sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
             parts = OutputParts(sizes, fingerprint)
             stack.push(parts)
             parts.open()
+            if warn is not None:
+                for note in parts.notes:
+                    warn(note)
             # Again, as the part file now locks others out.
             _check_outputs(paths, recipe, force=force)
             outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress, begin_part)

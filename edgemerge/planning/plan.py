@@ -10,6 +10,7 @@ from pathlib import Path
 from edgemerge.budget import (
     FLOOR_BYTES,
     SOLVER_BYTES,
+    WORKER_BYTES,
     ArenaNeed,
     aligned,
     blocks_in_arena,
@@ -125,6 +126,10 @@ def make_plan(
         budget=budget,
         workers=workers,
         arena_bytes=arena_bytes,
+        needed_bytes=floor
+        + 2 * header_bytes
+        + reserved
+        + max(neuron_bytes, workers * (arena_bytes + WORKER_BYTES)),
         align=align if alignment else "off",
         alignment_bytes=_alignment_bytes(jobs, list(sources.values())) if alignment else 0,
         notes=tuple(dict.fromkeys(notes)),
