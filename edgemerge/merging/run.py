@@ -212,17 +212,14 @@ def _merge_one(
         elif len(named) == len(paths):
             outcome = _finish(the_plan, paths, begin_part)
         else:
-            if warn is not None:
-                for sentence in foresee_warnings(the_plan, inputs.sources):
-                    warn(sentence)
             precompile(the_plan)
             sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
             parts = OutputParts(sizes, fingerprint)
             stack.push(parts)
             parts.open()
             if warn is not None:
-                for note in parts.notes:
-                    warn(note)
+                for sentence in (*foresee_warnings(the_plan, inputs.sources), *parts.notes):
+                    warn(sentence)
             # Again, as the part file now locks others out.
             _check_outputs(paths, recipe, force=force)
             outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress, begin_part)

@@ -158,7 +158,7 @@ def test_the_report_is_written_and_checked_before_the_work(run: Run) -> None:
 
 
 def test_force_replaces(run: Run) -> None:
-    given = ("merge", "-m", "linear", "a", "-o", "out.gguf")
+    given = ("merge", "-m", "linear", "a", "b", "-o", "out.gguf")
     Path("out.gguf").write_bytes(b"old")
     message = "out.gguf: exists already; choose another name or give --force"
     assert fail(run(*given)) == message
@@ -292,8 +292,8 @@ def test_plan_prints_a_row_per_kind_of_tensor(run: Run, folder: Path, golden_dir
         "ties of 2 models to Q8_0\n"
         f"  base   {models}/base\n"
         f"  model  {models}/a\n"
-        "  ties: density 0.5, normalize on (default), rescale off (default), lambda 1 (default), "
-        "weight 1 (default)\n"
+        "  ties: density 0.5, weight 1 (default), normalize on (default), rescale off (default), "
+        "lambda 1 (default)\n"
         "tensor                    shape         from  to    reads       size\n"
         "output.weight             1 x [64, 32]  F32   Q8_0      1   2.12 KiB\n"
         "token_embd.weight         1 x [64, 32]  F32   Q8_0      1   2.12 KiB\n"
