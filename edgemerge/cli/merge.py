@@ -13,6 +13,7 @@ import typer
 
 from edgemerge.cli import request
 from edgemerge.cli.answers import ask_models
+from edgemerge.cli.made import describe_made, made_rows
 from edgemerge.cli.method_help import HelpWithMethods
 from edgemerge.cli.sign import sign_output
 from edgemerge.cli.terminal import plain, print_json, print_table, progress_bars, speaks_plainly
@@ -104,7 +105,7 @@ def merge_command(
         quiet=json_,
     )
     if report is not None:
-        write_page(result, report)
+        write_page(result, report, made_rows(describe_made(result.output)))
     signature = None if key is None else sign_output(result.output, key, force=force, quiet=json_)
     print_report(result, as_json=json_, signature=signature)
     is_watched = sys.stdout is not None and sys.stdout.isatty()
@@ -182,7 +183,7 @@ def print_report(report: MergeReport, *, as_json: bool, signature: Path | None =
     """Say on stdout what was done."""
     signed = {} if signature is None else {"signature": str(signature)}
     if as_json:
-        print_json(report.as_json() | signed)
+        print_json(report.as_json() | describe_made(report.output) | signed)
         return
     print("\n".join(map(plain, report.lines())))
     if signature is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.made import describe_machine
 from edgemerge.cli.terminal import print_json, progress_bar, speaks_plainly
 
 if TYPE_CHECKING:
@@ -285,14 +286,10 @@ def _when() -> Section:
     from importlib.metadata import version
 
     from edgemerge.reports.record import Section
-    from edgemerge.runtime.board.device import read_board
-    from edgemerge.sizes import format_size
 
-    board = read_board()
-    machine = ", ".join(filter(None, (board.name, board.processor, board.architecture)))
     rows = [
         ("written", datetime.now(UTC).isoformat(timespec="seconds")),
         ("by", f"edgemerge {version('edgemerge')}, Python {platform.python_version()}"),
-        ("on", f"{machine}, {board.cores} cores, {format_size(board.memory.total)} of memory"),
+        ("on", describe_machine()),
     ]
     return Section("When and where this record was written", rows=rows)

@@ -86,6 +86,14 @@ def test_merge_json_is_one_object_with_the_fields_of_the_contract(run: Run, fold
     digest = subprocess.run(["sha256sum", "out.gguf"], capture_output=True, text=True, check=True)
     assert document.pop("seconds") > 0
     assert document.pop("peak_rss_bytes") > 0
+    assert document.pop("machine")
+    assert document.pop("finished").startswith("20")
+    assert set(document.pop("versions")) == {"edgemerge", "numpy", "python"}
+    assert document.pop("recipe")["method"] == "linear"
+    assert document.pop("seed") == 0
+    inputs = document.pop("inputs")
+    assert [(one["name"], one["is_base"]) for one in inputs] == [("a", False), ("b", False)]
+    assert all(re.fullmatch("[0-9a-f]{8}", one["crc32"]) for one in inputs)
     assert document == {
         "output": "out.gguf",
         "out_bytes": (folder / "out.gguf").stat().st_size,
