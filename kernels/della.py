@@ -134,7 +134,7 @@ def drop_by_rank(key, first, n_cols, density, epsilon, unbiased, scratch_u32, de
     Parameters
     ----------
     key : uint64
-        hash of seed, model and tensor
+        hash of seed, tensor and task vector
     first : uint64
         flat index of element 0 in its tensor
     n_cols : int
