@@ -178,10 +178,11 @@ def _recipe(provenance: Provenance) -> dict[str, Any]:
 
 
 def _how(provenance: Provenance) -> Section:
-    from edgemerge.recipe.words import describe_recipe
+    from edgemerge.recipe.words import describe_recipe, describe_stages
     from edgemerge.reports.record import Section
 
-    sentences = [(line, None) for line in describe_recipe(_recipe(provenance))]
+    lines = [*describe_stages(provenance.stages), *describe_recipe(_recipe(provenance))]
+    sentences = [(line, None) for line in lines]
     rows = [("made by", f"edgemerge {provenance.version}"), ("seed", str(provenance.seed))]
     return Section("How it was made", sentences, rows=[*rows, ("recipe", provenance.recipe)])
 

@@ -1,4 +1,4 @@
-"""Several documents in one recipe: merges that take the results of others, as of mergekit-multimerge.
+"""Several documents in one recipe: merges that take the results of others, as of mergekit-multi.
 
 ::
 
@@ -24,6 +24,9 @@ from edgemerge.recipe.mergekit import RecipeReader
 from edgemerge.types import Recipe, Slice
 
 __all__ = ["place_stages", "read_stages", "stage_paths", "with_settings"]
+
+
+MAX_STAGES = 100
 
 
 def read_stages(documents: Sequence[Mapping[str, Any]], path: Path, *, strict: bool) -> Recipe:
@@ -80,6 +83,11 @@ def _as_stage(recipe: Recipe, output: Recipe) -> Recipe:
 
 
 def _names(documents: Sequence[Mapping[str, Any]], path: Path) -> list[str | None]:
+    if len(documents) > MAX_STAGES:
+        raise RecipeError(
+            f"has {len(documents)} documents, more than {MAX_STAGES}; make a recipe of each part",
+            path=path,
+        )
     names = [document.get("name") for document in documents]
     for i, name in enumerate(names):
         if name is not None and (not isinstance(name, str) or not name or Path(name).is_absolute()):

@@ -100,6 +100,9 @@ def test_the_file_says_what_its_stages_were_made_of() -> None:
     assert (first["name"], first["inputs"]) == ("first", ["a", "b"])
     assert (second["name"], second["inputs"]) == ("second", ["first.gguf", "c"])
     assert json.loads(second["recipe"])["method"] == "slerp"
+    said = CliRunner().invoke(make_app(), ["verify", "out.gguf"], prog_name="edgemerge").stdout
+    assert "stage second: slerp: t 0.3" in said
+    assert "stage second: base first.gguf" in said
     assert all(
         len(stage["input_crc32"]) == 2 and any(stage["input_crc32"]) for stage in (first, second)
     )

@@ -76,6 +76,7 @@ def test_a_stage_keeps_its_own_type_with_a_note_and_gets_the_outputs_budget() ->
         ((linear("7", "a"), linear(None, "a")), "the name of document 1 is no plain text"),
         ((linear("x", "a+b"), linear(None, "x")), "models[0].model: the LoRA adapter 'b' on 'a'"),
         ((linear("x", "a"), linear(None, "x+b")), "models[0].model: the LoRA adapter 'b' on 'x'"),
+        (tuple(linear(f"s{i}", "a") for i in range(101)), "has 101 documents, more than 100; make"),
         ((linear("x", "a"), "[1]\n"), "is not a recipe: it needs keys such as merge_method"),
     ],
 )
