@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgemerge.formats.gguf.metadata import encode_value, get_value
+from edgemerge.formats.gguf.metadata import Array, encode_value, get_value
 from edgemerge.formats.llama_rules import find_violations
 from edgemerge.formats.llama_rules.charsmap import leaves_table
 from edgemerge.formats.llama_rules.mending import mend_metadata
 from edgemerge.formats.llama_rules.rwkv import stuck_byte
 from edgemerge.formats.llama_rules.vocabulary import CHARSMAP_KEY
 from edgemerge.types import TensorSpec
+from tests.support.odd_kinds import write_kind
 from tests.support.open_gguf import SCORES, TOKENS, TYPES, OddModel, load_base
 from tests.support.tiny_bert import write_tiny_bert
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -204,6 +205,52 @@ def test_a_vector_that_is_not_f32(model: OddModel, name: str, dtype: str) -> Non
     assert violations(model) == [said]
 
 
+@pytest.mark.parametrize("kind", ["gpt-oss", "falcon-h1", "lfm2 moe"])
+def test_heads_of_values_are_as_long_as_those_of_keys(kind: str, tmp_path: Path) -> None:
+    """A graph of these takes it for granted, and ggml aborts at the product."""
+    odd = load_base(write_kind(kind, tmp_path)[0])
+    assert violations(odd) == []
+    key = f"{odd.architecture}.attention.value_length"
+    odd.set(key, 1, "u32")
+    assert violations(odd) == [f"states {key} as 1, which must be 16, as attention.key_length is"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "wanted"),
+    [
+        ("lfm2 moe", "expert_gating_func", 64, "1 to 4"),
+        ("lfm2 moe", "expert_gating_func", 0, "1 to 4"),
+        ("qwen3-vl", "n_deepstack_layers", 2, "1 at most"),
+    ],
+)
+def test_a_number_of_an_odd_kind(
+    kind: str, key: str, value: int, wanted: str, tmp_path: Path
+) -> None:
+    odd = load_base(write_kind(kind, tmp_path)[0])
+    odd.set(f"{odd.architecture}.{key}", value, "u32")
+    assert violations(odd) == [
+        f"states {odd.architecture}.{key} as {value}, which must be {wanted}"
+    ]
+
+
+@pytest.mark.parametrize("part", ["ssm_a", "ssm_d", "ssm_conv1d.weight"])
+def test_a_parameter_of_a_state_space_that_is_not_f32(model: OddModel, part: str) -> None:
+    """Of two dimensions, as the converter writes them, and no matrix: Falcon-H1 aborted at ssm_d in F16."""
+    name = f"blk.0.{part}"
+    model.tensors[name] = ((8, 1), "F16", bytes(16))
+    assert violations(model) == [f"tensor {name!r} is F16 where llama.cpp computes with F32 alone"]
+
+
+def test_embeddings_that_are_longer_than_the_model_is_wide(model: OddModel) -> None:
+    """Asked for one, llama.cpp reads so many numbers of a shorter row, and aborts."""
+    model.set("llama.embedding_length_out", 65, "u32")
+    assert violations(model) == [
+        "states llama.embedding_length_out as 65, which must be 64 at most"
+    ]
+    model.tensors["dense_2.weight"] = ((65, 64), "F32", bytes(4 * 65 * 64))
+    assert violations(model) == []
+
+
 @pytest.mark.parametrize("dtype", ["I8", "I32", "F64", "Q8_1"])
 def test_a_matrix_of_a_type_that_has_no_product(model: OddModel, dtype: str) -> None:
     retype(model, "blk.1.ffn_up.weight", dtype)
@@ -231,11 +278,11 @@ def test_of_two_tokens_with_one_text_one_is_renamed(
     model.set(TYPES, types, "[i32]")
     mended, notes = mend_metadata(model.metadata)
     texts = get_value(mended, TOKENS)
-    assert isinstance(texts, list)
+    assert isinstance(texts, Array)
     assert texts[renamed] == f"[PAD{renamed}]"
     assert texts[262 + 270 - renamed] == "er"
     new_types = get_value(mended, TYPES)
-    assert isinstance(new_types, list)
+    assert isinstance(new_types, Array)
     assert new_types[renamed] == UNUSED
     assert notes == [
         f"token {renamed} is now [PAD{renamed}]: llama.cpp wants every text once, and 'er' stood under 2 ids"
@@ -249,7 +296,7 @@ def test_the_token_that_a_key_names_keeps_its_text(model: OddModel) -> None:
     model.set("tokenizer.ggml.eot_token_id", 270, "u32")
     mended, _ = mend_metadata(model.metadata)
     texts = get_value(mended, TOKENS)
-    assert isinstance(texts, list)
+    assert isinstance(texts, Array)
     assert (texts[262], texts[270]) == ("[PAD262]", "er")
 
 
