@@ -221,6 +221,9 @@ def test_heads_of_values_are_as_long_as_those_of_keys(kind: str, tmp_path: Path)
         ("lfm2 moe", "expert_gating_func", 64, "1 to 4"),
         ("lfm2 moe", "expert_gating_func", 0, "1 to 4"),
         ("qwen3-vl", "n_deepstack_layers", 2, "1 at most"),
+        ("granite hybrid", "ssm.inner_size", 2, "512, twice embedding_length"),
+        ("falcon-h1", "ssm.time_step_rank", 0, "a divisor of the 128 of ssm.inner_size"),
+        ("falcon-h1", "ssm.group_count", 3, "a divisor of the 128 of ssm.inner_size"),
     ],
 )
 def test_a_number_of_an_odd_kind(
@@ -231,6 +234,15 @@ def test_a_number_of_an_odd_kind(
     assert violations(odd) == [
         f"states {odd.architecture}.{key} as {value}, which must be {wanted}"
     ]
+
+
+def test_a_layer_that_uses_more_experts_than_the_first(tmp_path: Path) -> None:
+    odd = load_base(write_kind("granite hybrid", tmp_path)[0])
+    key = "granitehybrid.expert_used_count"
+    odd.set(key, [2, 4], "[i32]")
+    assert violations(odd) == [f"states {key} as 4, which must be 2 at most, as in the first layer"]
+    odd.set(key, [4, 2], "[i32]")
+    assert violations(odd) == []
 
 
 @pytest.mark.parametrize("part", ["ssm_a", "ssm_d", "ssm_conv1d.weight"])

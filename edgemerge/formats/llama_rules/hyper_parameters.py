@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from math import isfinite
 
 from edgemerge.formats.gguf.metadata import Array, Value, get_value
+from edgemerge.formats.llama_rules.state_space import check_state_space
 from edgemerge.formats.llama_rules.violation import Violation
 from edgemerge.types import TensorSpec
 
@@ -23,6 +24,8 @@ _WIDENS = ("deepseek4", "qwen4exp", "gemma4-assistant", "wavtokenizer-dec")
 # Architectures that add features of an image to their first layers, and so their number.
 _DEEP = ("qwen3vl", "qwen3vlmoe")
 _GATINGS = 4  # LLAMA_EXPERT_GATING_FUNC_TYPE_…, from 1 on; `build_moe_ffn` aborts at others
+# Architectures whose layers may use more experts than the first: `build_moe_ffn` is told how many.
+_VARIES = ("nemotron_h", "nemotron_h_moe")
 # Architectures that take 0 for none and have no other to put in its place.
 _GATED = "bailingmoe2 bailingmoe3 deepseek32 dots1 exaone-moe kimi-linear lfm2moe minimax-m2 smallthinker"
 _EPSILONS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon")
@@ -76,6 +79,8 @@ def check_hyper_parameters(
         if isinstance(epsilon, float) and not (epsilon >= 0 and isfinite(epsilon)):
             yield keys.refuse(key, epsilon, "0 or more")  # asserted in ggml-cpu/ops.cpp
     yield from _check_width(keys, specs)
+    for key, value, wanted in check_state_space(architecture, keys.integer):
+        yield keys.refuse(key, value, wanted)
     yield from _check_experts(keys)
     yield from _check_heads(keys)
     yield from _check_layers(keys, specs)
@@ -120,7 +125,8 @@ def _check_width(keys: _Keys, specs: Mapping[str, TensorSpec]) -> Iterator[Viola
 
 def _check_experts(keys: _Keys) -> Iterator[Violation]:
     n, n_groups = keys.integer("expert_count", 0), keys.integer("expert_group_count", 0)
-    used = max(keys.integers("expert_used_count"), default=0)
+    each = keys.integers("expert_used_count")
+    used = max(each, default=0)
     taken = keys.integer("expert_group_used_count", 0)
     least = 1 if keys.architecture in _GATED.split() else 0
     if n > _MAX_EXPERTS:
@@ -129,6 +135,8 @@ def _check_experts(keys: _Keys) -> Iterator[Violation]:
         yield keys.refuse("expert_used_count", used, f"{n} at most")
     elif n and not used:
         yield keys.refuse("expert_used_count", used, "at least 1")
+    elif n and used > each[0] and keys.architecture not in _VARIES:
+        yield keys.refuse("expert_used_count", used, f"{each[0]} at most, as in the first layer")
     elif n and not least <= keys.integer("expert_gating_func", least) <= _GATINGS:
         gating = keys.integer("expert_gating_func", least)
         yield keys.refuse("expert_gating_func", gating, f"{least} to {_GATINGS}")
