@@ -16,6 +16,8 @@ import pytest
 import typer.main
 
 from edgemerge.cli import COMMANDS, make_app
+from edgemerge.formats.architectures import FAMILIES
+from edgemerge.formats.hub.families import READERS
 from edgemerge.methods.table import METHODS
 from edgemerge.recipe.recipe import load_recipe
 from tools.write_docs import help_text, rewrite
@@ -32,6 +34,25 @@ MAX_WORDS = 25  # of a sentence
 MAX_MEDIAN = 18
 TREES = ("edgemerge", "kernels", "tests", "tools", "benchmarks", "docs", r"\.ci")
 PLACEHOLDERS = ("NAME", "TYPE")
+# What README.md calls the families that are read from directories.
+FAMILY_NAMES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "ministral3": "Ministral 3",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3-MoE",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "and 3 (text)",
+    "phi3": "Phi-3",
+    "granite": "Granite 3",
+    "granitemoehybrid": "and 4 (dense)",
+    "lfm2": "LFM2",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 2 and 3",
+    "smollm3": "SmolLM3",
+}
 # What depends on the machine in the output of a merge: seconds, workers, memory at the peak.
 MACHINE = re.compile(r"in [\d.]+ s with \d+ workers?|memory [\d.]+ MiB at peak")
 
@@ -67,6 +88,14 @@ def test_every_method_and_parameter_is_documented() -> None:
     text = read(ROOT / "docs" / "methods.md")
     names = [*METHODS, *(p.name for method in METHODS.values() for p in method.parameters)]
     assert [word for word in names if f"| `{word}` |" not in text] == []
+
+
+def test_every_family_that_is_read_is_named() -> None:
+    assert FAMILIES.keys() == READERS.keys() == FAMILY_NAMES.keys()
+    limits = " ".join(read(README).partition("\n## Limits\n")[2].partition("\n## ")[0].split())
+    assert [known for known in FAMILY_NAMES.values() if known not in limits] == []
+    page = read(ROOT / "docs" / "models.md")
+    assert [family for family in READERS if f"\n| `{family}` |" not in page] == []
 
 
 # -- the README ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Write what the documentation quotes from the program: help, methods, the tree of modules.
+"""Write what the documentation quotes from the program: help, methods, families, the tree of modules.
 
     python -m tools.write_docs            rewrite the blocks in docs/ (`make docs`)
     python -m tools.write_docs --check    change nothing; exit 1 where a block is not what it would be
@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgemerge.cli import COMMANDS, make_app
+from edgemerge.formats.architectures import FAMILIES
+from edgemerge.formats.hub.families import READERS
 from edgemerge.methods.documentation import methods_table, parameters_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,8 +78,20 @@ def _about(path: Path) -> str:
     return text.partition("\n")[0]
 
 
+def families() -> str:
+    """Return a row per family that is read from a directory."""
+    lines = ["| `model_type` | classes | in GGUF | rope scaling |", "| --- | --- | --- | --- |"]
+    for model_type, reader in READERS.items():
+        classes = ", ".join(f"`{name}`" for name in reader.classes)
+        ropes = ", ".join(kind for kind in reader.ropes if kind != "default") or "none"
+        architecture = FAMILIES[model_type].architecture
+        lines.append(f"| `{model_type}` | {classes} | {architecture} | {ropes} |")
+    return "\n".join(lines) + "\n"
+
+
 WRITERS: dict[str, Callable[[], str]] = {
     "commands": commands,
+    "families": families,
     "methods": methods_table,
     "parameters": parameters_table,
     "tree": tree,

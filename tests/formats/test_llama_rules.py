@@ -15,6 +15,7 @@ from edgemerge.formats.llama_rules.mending import mend_metadata
 from edgemerge.formats.llama_rules.rwkv import stuck_byte
 from edgemerge.formats.llama_rules.vocabulary import CHARSMAP_KEY
 from edgemerge.types import TensorSpec
+from tests.support.odd_kinds import write_kind
 from tests.support.open_gguf import SCORES, TOKENS, TYPES, OddModel, load_base
 from tests.support.tiny_bert import write_tiny_bert
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -202,6 +203,64 @@ def test_a_vector_that_is_not_f32(model: OddModel, name: str, dtype: str) -> Non
     retype(model, name, dtype)
     said = f"tensor {name!r} is {dtype} where llama.cpp computes with F32 alone"
     assert violations(model) == [said]
+
+
+@pytest.mark.parametrize("kind", ["gpt-oss", "falcon-h1", "lfm2 moe"])
+def test_heads_of_values_are_as_long_as_those_of_keys(kind: str, tmp_path: Path) -> None:
+    """A graph of these takes it for granted, and ggml aborts at the product."""
+    odd = load_base(write_kind(kind, tmp_path)[0])
+    assert violations(odd) == []
+    key = f"{odd.architecture}.attention.value_length"
+    odd.set(key, 1, "u32")
+    assert violations(odd) == [f"states {key} as 1, which must be 16, as attention.key_length is"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "wanted"),
+    [
+        ("lfm2 moe", "expert_gating_func", 64, "1 to 4"),
+        ("lfm2 moe", "expert_gating_func", 0, "1 to 4"),
+        ("qwen3-vl", "n_deepstack_layers", 2, "1 at most"),
+        ("granite hybrid", "ssm.inner_size", 2, "512, twice embedding_length"),
+        ("falcon-h1", "ssm.time_step_rank", 0, "a divisor of the 128 of ssm.inner_size"),
+        ("falcon-h1", "ssm.group_count", 3, "a divisor of the 128 of ssm.inner_size"),
+    ],
+)
+def test_a_number_of_an_odd_kind(
+    kind: str, key: str, value: int, wanted: str, tmp_path: Path
+) -> None:
+    odd = load_base(write_kind(kind, tmp_path)[0])
+    odd.set(f"{odd.architecture}.{key}", value, "u32")
+    assert violations(odd) == [
+        f"states {odd.architecture}.{key} as {value}, which must be {wanted}"
+    ]
+
+
+def test_a_layer_that_uses_more_experts_than_the_first(tmp_path: Path) -> None:
+    odd = load_base(write_kind("granite hybrid", tmp_path)[0])
+    key = "granitehybrid.expert_used_count"
+    odd.set(key, [2, 4], "[i32]")
+    assert violations(odd) == [f"states {key} as 4, which must be 2 at most, as in the first layer"]
+    odd.set(key, [4, 2], "[i32]")
+    assert violations(odd) == []
+
+
+@pytest.mark.parametrize("part", ["ssm_a", "ssm_d", "ssm_conv1d.weight"])
+def test_a_parameter_of_a_state_space_that_is_not_f32(model: OddModel, part: str) -> None:
+    """Of two dimensions, as the converter writes them, and no matrix: Falcon-H1 aborted at ssm_d in F16."""
+    name = f"blk.0.{part}"
+    model.tensors[name] = ((8, 1), "F16", bytes(16))
+    assert violations(model) == [f"tensor {name!r} is F16 where llama.cpp computes with F32 alone"]
+
+
+def test_embeddings_that_are_longer_than_the_model_is_wide(model: OddModel) -> None:
+    """Asked for one, llama.cpp reads so many numbers of a shorter row, and aborts."""
+    model.set("llama.embedding_length_out", 65, "u32")
+    assert violations(model) == [
+        "states llama.embedding_length_out as 65, which must be 64 at most"
+    ]
+    model.tensors["dense_2.weight"] = ((65, 64), "F32", bytes(4 * 65 * 64))
+    assert violations(model) == []
 
 
 @pytest.mark.parametrize("dtype", ["I8", "I32", "F64", "Q8_1"])

@@ -14,6 +14,7 @@ from edgemerge.formats.gguf.metadata import value_kind
 from edgemerge.formats.gguf.types import block_size, row_bytes
 from tests.support.architecture_models import ARCHITECTURES as ARCHITECTURES_DIR
 from tests.support.architecture_models import NAMES, convert
+from tests.support.odd_kinds import headers, write_kind
 from tests.support.odd_values import (
     ARCHITECTURES,
     DTYPES,
@@ -31,9 +32,10 @@ from tests.support.tiny_gguf import write_tiny_gguf
 
 
 def make_bases(folder: Path) -> list[OddModel]:
-    """A Llama with SentencePiece, a BERT, and a small model of each architecture that we convert."""
+    """A Llama with SentencePiece, a BERT, small models of all that we convert, hybrids and the like."""
     paths = [write_tiny_gguf(folder / "llama.gguf"), write_tiny_bert(folder / "bert.gguf")]
     paths += [convert(ARCHITECTURES_DIR / name, folder / f"{name}-hub.gguf") for name in NAMES]
+    paths += [write_kind(kind, folder / kind)[0] for kind in headers() if kind != "bert"]
     return [load_base(path) for path in paths]
 
 

@@ -10,6 +10,7 @@ from itertools import islice
 from math import isfinite
 
 from edgemerge.formats.gguf.metadata import Array, Value, get_value
+from edgemerge.formats.llama_rules.state_space import check_state_space
 from edgemerge.formats.llama_rules.violation import Violation
 from edgemerge.types import TensorSpec
 
@@ -19,22 +20,31 @@ _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS of src/llama-hparams.h
 _MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")  # LLAMA_ROPE_SCALING_TYPES
 _HEADS = "attention.head_count"
+# Architectures whose last row before the head is wider than embedding_length.
+_WIDENS = ("deepseek4", "qwen4exp", "gemma4-assistant", "wavtokenizer-dec")
+# Architectures that add features of an image to their first layers, and so their number.
+_DEEP = ("qwen3vl", "qwen3vlmoe")
+_GATINGS = 4  # LLAMA_EXPERT_GATING_FUNC_TYPE_…, from 1 on; `build_moe_ffn` aborts at others
+# Architectures whose layers may use more experts than the first: `build_moe_ffn` is told how many.
+_VARIES = ("nemotron_h", "nemotron_h_moe")
+# Architectures that take 0 for none and have no other to put in its place.
+_GATED = "bailingmoe2 bailingmoe3 deepseek32 dots1 exaone-moe kimi-linear lfm2moe minimax-m2 smallthinker"
 _EPSILONS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon")
 
-# Architectures whose graphs assert n_embd_head == n_rot.
+# Architectures whose graphs assert n_embd_head == n_rot, or take it for granted.
 _ROTATING = """
 apertus arcee arctic baichuan chameleon codeshell cogvlm cohere2moe dbrx deci deepseek dots1 dream ernie4_5
-ernie4_5-moe exaone exaone-moe exaone4 falcon granite granite_swa graniteswitch grok grovemoe hunyuan-moe
-hunyuan_vl hy_v3 internlm2 jais2 llada llada-moe llama llama4 maincoder mellum mistral3 olmo olmo2 olmoe orion
-paddleocr pangu-embedded plamo pockettts qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3vl qwen3vlmoe rnd1
-seed_oss smallthinker smollm3 starcoder2 talkie xverse
+ernie4_5-moe exaone exaone-moe exaone4 falcon gpt-oss granite granite_swa graniteswitch grok grovemoe
+hunyuan-moe hunyuan_vl hy_v3 internlm2 jais2 llada llada-moe llama llama4 maincoder mellum mistral3 olmo
+olmo2 olmoe orion paddleocr pangu-embedded plamo pockettts qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3vl
+qwen3vlmoe rnd1 seed_oss smallthinker smollm3 starcoder2 talkie xverse
 """
-# More whose graphs assert that heads of keys are as long as those of values.
+# More in which heads of keys must be as long as those of values.
 _EQUAL = """
-afmoe bailingmoe2 bert bitnet bloom chatglm cohere2 command-r dflash eagle3 eurobert gemma4 glm4 glm4moe gpt2
-gptneox granitehybrid jais laguna maple minimax-01 minimax-m2 minimax-m3 modern-bert mpt muse-glimmer nanbeige
-nemotron nemotron_h nemotron_h_moe neo-bert openelm phi2 phi3 qwen qwen35 qwen35moe qwen3next qwen4exp refact
-spark2_5 stablelm starcoder t5
+afmoe bailingmoe2 bert bitnet bloom chatglm cohere2 command-r dflash eagle3 eurobert falcon-h1 gemma4 glm4
+glm4moe gpt2 gptneox granitehybrid jais laguna lfm2 lfm2moe maple minimax-01 minimax-m2 minimax-m3
+modern-bert mpt muse-glimmer nanbeige nemotron nemotron_h nemotron_h_moe neo-bert openelm phi2 phi3 qwen
+qwen35 qwen35moe qwen3next qwen4exp refact spark2_5 stablelm starcoder t5
 """
 _ROTATES_WHOLE_HEADS = frozenset(_ROTATING.split())
 _HAS_EQUAL_HEADS = _ROTATES_WHOLE_HEADS | frozenset(_EQUAL.split())
@@ -69,6 +79,9 @@ def check_hyper_parameters(
         epsilon = keys.read(key)
         if isinstance(epsilon, float) and not (epsilon >= 0 and isfinite(epsilon)):
             yield keys.refuse(key, epsilon, "0 or more")  # asserted in ggml-cpu/ops.cpp
+    yield from _check_width(keys, specs)
+    for key, value, wanted in check_state_space(architecture, keys.integer):
+        yield keys.refuse(key, value, wanted)
     yield from _check_experts(keys)
     yield from _check_heads(keys)
     yield from _check_layers(keys, specs)
@@ -98,16 +111,36 @@ class _Keys:
         return Violation(f"states {self.architecture}.{key} as {value}, which must be {wanted}")
 
 
+def _check_width(keys: _Keys, specs: Mapping[str, TensorSpec]) -> Iterator[Violation]:
+    """Check widths: `llama_context::decode` reads an embedding from a row of `embedding_length` numbers."""
+    width, out = keys.integer("embedding_length", 0), keys.integer("embedding_length_out", 0)
+    is_widened = any(name.startswith("dense_2.") for name in specs)
+    layers, deep = keys.integer("block_count", 0), keys.integer("n_deepstack_layers", 0)
+    if keys.architecture in _DEEP and deep >= max(
+        1, layers
+    ):  # the last has rows of the outputs alone
+        yield keys.refuse("n_deepstack_layers", deep, f"{layers - 1} at most")
+    if out > width and not is_widened and keys.architecture not in _WIDENS:
+        yield keys.refuse("embedding_length_out", out, f"{width} at most")
+
+
 def _check_experts(keys: _Keys) -> Iterator[Violation]:
     n, n_groups = keys.integer("expert_count", 0), keys.integer("expert_group_count", 0)
-    used = max(keys.integers("expert_used_count"), default=0)
+    each = keys.integers("expert_used_count")
+    used = max(each, default=0)
     taken = keys.integer("expert_group_used_count", 0)
+    least = 1 if keys.architecture in _GATED.split() else 0
     if n > _MAX_EXPERTS:
         yield keys.refuse("expert_count", n, f"{_MAX_EXPERTS} at most")
     elif used > n:
         yield keys.refuse("expert_used_count", used, f"{n} at most")
     elif n and not used:
         yield keys.refuse("expert_used_count", used, "at least 1")
+    elif n and used > each[0] and keys.architecture not in _VARIES:
+        yield keys.refuse("expert_used_count", used, f"{each[0]} at most, as in the first layer")
+    elif n and not least <= keys.integer("expert_gating_func", least) <= _GATINGS:
+        gating = keys.integer("expert_gating_func", least)
+        yield keys.refuse("expert_gating_func", gating, f"{least} to {_GATINGS}")
     elif n_groups and (n_groups >= n or n % n_groups):
         yield keys.refuse("expert_group_count", n_groups, f"a divisor of {n}")
     elif n_groups > 1 and not 0 < taken < n_groups:

@@ -16,7 +16,7 @@ _ID_TABLES = ("ffn_gate_tid2eid.weight", "d2t")
 # A row that is multiplied as a matrix is, in whatever type: `build_moe_ffn` of shared experts.
 _MATRIX_ROWS = ("ffn_gate_inp_shexp.weight",)
 # Of more than one dimension, and added, multiplied or convolved as vectors are.
-_F32_PARTS = ("_norm.weight", "ssm_conv1d", "shortconv.conv.weight", ".ssm_a", ".bias")
+_F32_PARTS = ("_norm.weight", "ssm_conv1d", "shortconv.conv.weight", ".ssm_a", ".ssm_d", ".bias")
 
 
 def needs_f32(spec: TensorSpec) -> bool:
