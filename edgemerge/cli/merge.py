@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -236,12 +236,14 @@ def _as_json(the_plan: Plan) -> dict[str, object]:
 
 
 def _print(the_plan: Plan) -> None:
-    from edgemerge.budget import FLOOR_BYTES
+    from edgemerge.budget import WORKER_BYTES
     from edgemerge.sizes import format_count, format_size
 
     print(f"{the_plan.recipe.method} of {len(the_plan.models)} models to {the_plan.file_type}")
     for i, path in enumerate(the_plan.models):
         print(f"  {'base  ' if i == 0 and the_plan.recipe.base else 'model '} {path}")
+    for line in _asked(the_plan):
+        print(f"  {plain(line)}")
     rows = []
     for label, jobs in _groups(the_plan.jobs):
         job = jobs[0]
@@ -261,12 +263,27 @@ def _print(the_plan: Plan) -> None:
         f"{len(the_plan.jobs)} tensors, {format_count(the_plan.n_elements)} parameters: "
         f"reads {format_size(the_plan.read_bytes)}, writes {format_size(written)}"
     )
+    of_worker = the_plan.arena_bytes + WORKER_BYTES
+    needed = the_plan.fixed_bytes + the_plan.workers * of_worker
     print(
-        f"memory {format_size(the_plan.budget)}: {format_size(FLOOR_BYTES)} for Python and "
-        f"kernels, {the_plan.workers} x {format_size(the_plan.arena_bytes)} for blocks"
+        f"memory: {format_size(needed)} of {format_size(the_plan.budget)}; "
+        f"{format_size(the_plan.fixed_bytes)} for Python, libraries and headers, "
+        f"{the_plan.workers} x {format_size(of_worker)} for workers"
     )
     for note in the_plan.notes:
         print(f"note: {plain(note)}")
+
+
+def _asked(the_plan: Plan) -> Iterator[str]:
+    """Say the settings of the method and of each model that has its own; defaults are marked."""
+    from edgemerge.recipe.words import describe_recipe, recipe_document
+
+    settings, *others = describe_recipe(recipe_document(the_plan.recipe))
+    if the_plan.align != "off" and the_plan.recipe.align is None:
+        mark = "," if ": " in settings else ":"
+        settings += f"{mark} heads aligned: {the_plan.align} (default)"
+    yield settings
+    yield from (line for line in others if ": " in line)
 
 
 def _groups(jobs: Iterable[TensorJob]) -> Iterable[tuple[str, list[TensorJob]]]:

@@ -104,11 +104,12 @@ def make_plan(
         _refuse_slices(recipe)
         reserved = SOLVER_BYTES
         neuron_bytes = _neuron_bytes(jobs, list(sources.values()))
+    beside = 2 * header_bytes + reserved
     workers, arena_bytes = divide_budget(
         needs + alignment,
         budget,
         threads,
-        2 * header_bytes + reserved,
+        beside,
         before_arenas=neuron_bytes,
         floor=floor,
     )
@@ -124,6 +125,7 @@ def make_plan(
         file_type=file_type,
         budget=budget,
         workers=workers,
+        fixed_bytes=floor + beside,
         arena_bytes=arena_bytes,
         align=align if alignment else "off",
         alignment_bytes=_alignment_bytes(jobs, list(sources.values())) if alignment else 0,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_matplotlib", "draw_alignment", "drawing_bytes", "save_figure"]
 
-MATPLOTLIB_BYTES = 64 << 20  # imported, with its fonts; tests/test_plots.py measures both
+MATPLOTLIB_BYTES = 64 << 20  # imported, with its fonts; tests/reports/test_plots.py measures both
 PANEL_BYTES = 3 << 19
 
 DPI = 150
@@ -214,7 +214,7 @@ def _alignment_figure(
     how = _wrap(
         f"Distance of the weights of every head of {reference} (rows) and of {model} (columns): "
         "dark is alike. Squares mark the matching that is used; numbers are its mean distance, "
-        "where heads move with that of leaving them in place before it.",
+        "where heads are reordered with that of leaving them in place before it.",
         width - 80,
         NOTE,
     )

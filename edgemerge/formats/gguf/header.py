@@ -1,8 +1,8 @@
 """The header of a GGUF file: a strict parser over `pread`.
 
-gguf-py's reader maps the file, builds a Python object per token (721 MB for a 262k vocabulary) and accepts
-files that ggml refuses, so the header is parsed here: every count, length, offset and type is checked
-against the file before it is used, and the key-value section is kept as raw bytes (`formats.metadata`).
+gguf-py's reader maps the file and builds a Python object per token: 721 MB for a vocabulary of 262k. It also
+accepts files that ggml refuses. So the header is parsed here. Every count, length, offset and type is checked
+against the file before it is used. The key-value section stays raw bytes (`edgemerge.formats.gguf.metadata`).
 Format: ggml/docs/gguf.md; limits: `gguf_init_from_file_impl` in ggml/src/gguf.cpp.
 """
 
