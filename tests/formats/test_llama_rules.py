@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgemerge.formats.gguf.metadata import encode_value, get_value
+from edgemerge.formats.gguf.metadata import Array, encode_value, get_value
 from edgemerge.formats.llama_rules import find_violations
 from edgemerge.formats.llama_rules.charsmap import leaves_table
 from edgemerge.formats.llama_rules.mending import mend_metadata
@@ -231,11 +231,11 @@ def test_of_two_tokens_with_one_text_one_is_renamed(
     model.set(TYPES, types, "[i32]")
     mended, notes = mend_metadata(model.metadata)
     texts = get_value(mended, TOKENS)
-    assert isinstance(texts, list)
+    assert isinstance(texts, Array)
     assert texts[renamed] == f"[PAD{renamed}]"
     assert texts[262 + 270 - renamed] == "er"
     new_types = get_value(mended, TYPES)
-    assert isinstance(new_types, list)
+    assert isinstance(new_types, Array)
     assert new_types[renamed] == UNUSED
     assert notes == [
         f"token {renamed} is now [PAD{renamed}]: llama.cpp wants every text once, and 'er' stood under 2 ids"
@@ -249,7 +249,7 @@ def test_the_token_that_a_key_names_keeps_its_text(model: OddModel) -> None:
     model.set("tokenizer.ggml.eot_token_id", 270, "u32")
     mended, _ = mend_metadata(model.metadata)
     texts = get_value(mended, TOKENS)
-    assert isinstance(texts, list)
+    assert isinstance(texts, Array)
     assert (texts[262], texts[270]) == ("[PAD262]", "er")
 
 

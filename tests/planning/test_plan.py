@@ -342,10 +342,10 @@ def test_the_output_says_what_it_is() -> None:
 
 
 def test_the_tokenizer_is_the_bases_or_that_of_the_named_model() -> None:
-    other = FakeSource(B, metadata={"tokenizer.ggml.model": ("gpt2", "str")})
-    assert value(planned(LINEAR, other), "tokenizer.ggml.model") == "llama"
+    other = FakeSource(B, metadata={"tokenizer.ggml.model": ("llama", "str")})
+    assert value(planned(LINEAR, other), "tokenizer.ggml.model") == "gpt2"
     asked = replace(LINEAR, tokenizer_source=str(B))
-    assert value(planned(asked, other), "tokenizer.ggml.model") == "gpt2"
+    assert value(planned(asked, other), "tokenizer.ggml.model") == "llama"
 
 
 def test_a_union_of_tokenizers_is_possible_where_they_are_one() -> None:
@@ -371,8 +371,11 @@ def test_a_chat_template_that_only_an_expert_has_is_told() -> None:
     said = "the output has no chat template, as a has none; b has one, and gives it as tokenizer_source"
     assert said in planned(LINEAR, own).notes
     assert said not in planned(LINEAR).notes
-    for changes in ({"chat_template": "{{ c }}"}, {"tokenizer_source": str(B)}):
-        assert said not in planned(replace(LINEAR, **changes), own).notes
+    for asked in (
+        replace(LINEAR, chat_template="{{ c }}"),
+        replace(LINEAR, tokenizer_source=str(B)),
+    ):
+        assert said not in planned(asked, own).notes
 
 
 def test_planning_opens_every_model_once() -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from math import isfinite
 
 from edgemerge.formats.gguf.metadata import Array, Value, get_value
@@ -88,9 +89,9 @@ class _Keys:
         return value if isinstance(value, int) else default
 
     def integers(self, key: str) -> list[int]:
-        """One for all layers, or one for each."""
+        """One for all layers, or one for each; of a stranger's longer array the first."""
         value = self.read(key)
-        listed = value if isinstance(value, Array) else [value]
+        listed = islice(value, _MAX_LAYERS) if isinstance(value, Array) else [value]
         return [item for item in listed if isinstance(item, int)]
 
     def refuse(self, key: str, value: object, wanted: str) -> Violation:
