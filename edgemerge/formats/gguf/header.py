@@ -163,7 +163,7 @@ class HeaderParser:
         return metadata
 
     def bound_metadata(self, end: int) -> None:
-        """Refuse metadata that goes on to `end`, before any of it is held in memory."""
+        """Refuse metadata that goes on to `end`, before any of it is in memory."""
         if end > MAX_METADATA_BYTES:
             raise self.fail(
                 f"has {end} bytes of metadata, the most are {MAX_METADATA_BYTES}; export it again"

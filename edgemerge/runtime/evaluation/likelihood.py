@@ -1,9 +1,9 @@
 """How likely a model finds each option of a question: lm-evaluation-harness's `loglikelihood`.
 
-An option's score is the log-likelihood of its tokens after the prompt. What all prompts of a task
-begin with (a description, worked examples) is computed once and stays in the model's memory. The
-options of a question share their prompt: it is computed once, as tokens that belong to one sequence
-per option, and several questions go into one batch.
+An option's score is the log-likelihood of its tokens after the prompt. All prompts of a task begin alike,
+with a description and worked examples. That beginning is computed once and stays in the model's memory. The
+prompt of a question is computed once for all its options: its tokens belong to one sequence per option.
+Several questions go into one batch.
 """
 
 from __future__ import annotations
