@@ -371,9 +371,8 @@ def test_a_chat_template_that_only_an_expert_has_is_told() -> None:
     said = "the output has no chat template, as a has none; b has one, and gives it as tokenizer_source"
     assert said in planned(LINEAR, own).notes
     assert said not in planned(LINEAR).notes
-    named = replace(LINEAR, tokenizer_source=str(B))
-    for asked in (replace(LINEAR, chat_template="{{ c }}"), named):
-        assert said not in planned(asked, own).notes
+    for asked in ({"chat_template": "{{ c }}"}, {"tokenizer_source": str(B)}):
+        assert said not in planned(replace(LINEAR, **asked), own).notes
 
 
 def test_planning_opens_every_model_once() -> None:
@@ -396,6 +395,6 @@ def test_nothing_but_our_errors_comes_out_of_a_model_without_layers() -> None:
 
 def test_only_a_tensor_that_would_hold_the_others_up_is_shared() -> None:
     target = TARGET_ELEMENTS
-    for tensor, model, most, wanted in ((100, 100, 1, 1), (100, 500, 3, 3), (100, 5000, 3, 1)):
-        assert workers_on(tensor * target, model * target, most) == wanted
+    for total, most, wanted in ((100, 1, 1), (500, 3, 3), (5000, 3, 1)):
+        assert workers_on(100 * target, total * target, most) == wanted
     assert workers_on(4 * target, 5 * target, 3) == 1  # too few blocks
