@@ -40,7 +40,9 @@ def merge_command(
     neurons: request.Neurons = False,
     parameter: request.Parameter = None,
     preset: request.Preset = None,
+    strict: request.Strict = False,
     split: request.Split = None,
+    disk: request.Disk = None,
     force: request.Force = False,
     json_: request.Json = False,
     report: request.Report = None,
@@ -71,6 +73,7 @@ def merge_command(
         preset=preset,
         tensor_types=tensor_type,
         imatrix=imatrix,
+        strict=strict,
     )
     inputs = (*recipe.inputs(), *(real_path(Path(text)) for text in models))
     if sign is not None:
@@ -86,7 +89,15 @@ def merge_command(
         check_output(report, inputs, force=force)
     label = f"{recipe.method} -> {output.name}"
     result = run_merge(
-        recipe, output, memory, threads, split=split, label=label, force=force, quiet=json_
+        recipe,
+        output,
+        memory,
+        threads,
+        split=split,
+        disk=disk,
+        label=label,
+        force=force,
+        quiet=json_,
     )
     if report is not None:
         write_page(result, report)
@@ -110,13 +121,14 @@ def run_merge(
     threads: int | None,
     *,
     split: str | None,
+    disk: str | None = None,
     label: str,
     force: bool,
     quiet: bool,
 ) -> MergeReport:
     """Merge under a progress bar, which `quiet` leaves out.
 
-    `memory` and `split` are sizes as the user wrote them.
+    `memory`, `split` and `disk` are sizes as the user wrote them.
     """
     from edgemerge.merging.run import merge
     from edgemerge.sizes import parse_size
@@ -130,6 +142,7 @@ def run_merge(
             memory=budget,
             threads=threads,
             split_bytes=parse_size(split) if split is not None else None,
+            disk=parse_size(disk) if disk is not None else None,
             force=force,
             progress=progress,
             begin_part=begin_part,
@@ -179,6 +192,7 @@ def plan_command(
     neurons: request.Neurons = False,
     parameter: request.Parameter = None,
     preset: request.Preset = None,
+    strict: request.Strict = False,
     json_: request.Json = False,
 ) -> None:
     """Show what a merge would read, write and need, without doing it."""
@@ -197,6 +211,7 @@ def plan_command(
         preset=preset,
         tensor_types=tensor_type,
         imatrix=imatrix,
+        strict=strict,
     )
     the_plan = plan(
         recipe, memory=parse_size(memory) if memory is not None else None, threads=threads
@@ -215,12 +230,15 @@ def _as_json(the_plan: Plan) -> dict[str, object]:
         "tensors": len(the_plan.jobs),
         "elements": the_plan.n_elements,
         "read_bytes": the_plan.read_bytes,
-        "written_bytes": sum(job.out.nbytes for job in the_plan.jobs),
+        "written_bytes": the_plan.written_bytes,
         "passes": max((job.passes for job in the_plan.jobs), default=0),
         "budget_bytes": the_plan.budget,
         "workers": the_plan.workers,
         "arena_bytes": the_plan.arena_bytes,
         "notes": list(the_plan.notes),
+        "stages": [
+            {"name": stage.recipe.name, **_as_json(stage), "jobs": []} for stage in the_plan.stages
+        ],
         "jobs": [
             {
                 "tensor": job.out.name,
@@ -239,9 +257,14 @@ def _print(the_plan: Plan) -> None:
     from edgemerge.budget import WORKER_BYTES
     from edgemerge.sizes import format_count, format_size
 
+    if the_plan.stages:
+        _print_stages(the_plan)
     print(f"{the_plan.recipe.method} of {len(the_plan.models)} models to {the_plan.file_type}")
     for i, path in enumerate(the_plan.models):
-        print(f"  {'base  ' if i == 0 and the_plan.recipe.base else 'model '} {path}")
+        stage = "" if path.is_absolute() else "stage "
+        print(
+            f"  {'base  ' if i == 0 and the_plan.recipe.base else 'model '} {stage}{plain(str(path))}"
+        )
     for line in _asked(the_plan):
         print(f"  {plain(line)}")
     rows = []
@@ -258,10 +281,9 @@ def _print(the_plan: Plan) -> None:
             )
         )
     print_table(("tensor", "shape", "from", "to", "reads", "size"), rows, right="reads size")
-    written = sum(job.out.nbytes for job in the_plan.jobs)
     print(
         f"{len(the_plan.jobs)} tensors, {format_count(the_plan.n_elements)} parameters: "
-        f"reads {format_size(the_plan.read_bytes)}, writes {format_size(written)}"
+        f"reads {format_size(the_plan.read_bytes)}, writes {format_size(the_plan.written_bytes)}"
     )
     of_worker = the_plan.arena_bytes + WORKER_BYTES
     needed = the_plan.fixed_bytes + the_plan.workers * of_worker
@@ -284,6 +306,25 @@ def _asked(the_plan: Plan) -> Iterator[str]:
         settings += f"{mark} heads aligned: {the_plan.align} (default)"
     yield settings
     yield from (line for line in others if ": " in line)
+
+
+def _print_stages(the_plan: Plan) -> None:
+    """Say what is made first, and what it takes of the disk until the output is finished."""
+    from edgemerge.sizes import format_size
+
+    for stage in the_plan.stages:
+        print(
+            f"stage {plain(str(stage.recipe.name))}: {stage.recipe.method} of {len(stage.models)} "
+            f"models to {stage.file_type}, reads {format_size(stage.read_bytes)}, writes "
+            f"{format_size(stage.written_bytes)}"
+        )
+        for note in stage.notes:
+            if note not in the_plan.notes:
+                print(f"  note: {plain(note)}")
+    total = sum(stage.written_bytes for stage in the_plan.stages)
+    print(
+        f"the stages take {format_size(total)} of disk in OUT.gguf.stages until the merge is done"
+    )
 
 
 def _groups(jobs: Iterable[TensorJob]) -> Iterable[tuple[str, list[TensorJob]]]:

@@ -134,7 +134,7 @@ def make_plan(
 
 
 def _check_counts(recipe: Recipe, method: Method) -> None:
-    if method.needs_base and recipe.base is None:
+    if method.needs_base and not all(recipe.base_of(part) for part in recipe.slices):
         raise RecipeError(
             f"{method.name} needs the base that the models were tuned from; give it with --base "
             "or base_model",
@@ -142,10 +142,10 @@ def _check_counts(recipe: Recipe, method: Method) -> None:
         )
     least, most = method.n_models
     for part in recipe.slices:
-        count = len(list_experts(part, recipe.base, method))
+        count = len(list_experts(part, recipe.base_of(part), method))
         if count < least or (most is not None and count > most):
             wanted = f"{least}" if most == least else f"at least {least}"
-            beside = " besides the base" if method.needs_base else ""
+            beside = " besides the base" if method.uses_base(recipe.base) else ""
             raise RecipeError(
                 f"{method.name} takes {wanted} model{'s' * (least != 1)}{beside}, not {count}",
                 field="models",

@@ -160,7 +160,12 @@ def _read_slice(stated: Mapping[str, Any], paths: Mapping[str, Path]) -> Slice:
         inputs.append(
             ModelInput(paths[model["path"]], layers, _read_parameters(model["parameters"]))
         )
-    return Slice(tuple(inputs), _read_parameters(stated["parameters"]))
+    base = stated.get("base")
+    return Slice(
+        tuple(inputs),
+        _read_parameters(stated["parameters"]),
+        None if base is None else paths[base],
+    )
 
 
 def _read_parameters(stated: Mapping[str, Any]) -> Parameters:
@@ -170,7 +175,7 @@ def _read_parameters(stated: Mapping[str, Any]) -> Parameters:
 def _read_rule(stated: Mapping[str, Any]) -> Rule:
     value, name = stated["value"], stated["filter"]
     if isinstance(value, list):
-        value = tuple(map(float, value))
+        value = tuple(x if isinstance(x, bool | str) else float(x) for x in value)
     elif not isinstance(value, int | float | str):
         raise TypeError("neither a number nor a word")
     return Rule(value, None if name is None else str(name))

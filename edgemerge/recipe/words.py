@@ -18,7 +18,9 @@ QUIET = {"int8_mask"}  # without effect
 
 def recipe_document(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as the plain types that a merged file's `edgemerge.recipe` has."""
-    return asdict(recipe)
+    document = asdict(recipe)
+    document["stages"] = [recipe_document(stage) for stage in recipe.stages]
+    return document
 
 
 def describe_recipe(document: Mapping[str, Any]) -> list[str]:

@@ -127,6 +127,12 @@ class Model:
         self.threads = ThreadCounts(n_threads, n_threads)
 
     @property
+    def keeps_state(self) -> bool:
+        """Whether it has a running state, as Mamba and LFM2: sequences cannot share one, nor cut it back."""
+        recurrent, hybrid = self.api.llama_model_is_recurrent, self.api.llama_model_is_hybrid
+        return bool(recurrent(self._handle) or hybrid(self._handle))
+
+    @property
     def n_threads(self) -> int:
         """Threads that generate."""
         return self.threads.generate
@@ -276,6 +282,6 @@ class Model:
             )
         if self._measures_threads:
             self.threads = find_threads(
-                self.api, handle, n_bytes=self.n_bytes, n_batch=n_batch, most=default_threads()
+                self.api, handle, n_bytes=self.n_bytes, most=default_threads()
             )
         return Context(self, handle)

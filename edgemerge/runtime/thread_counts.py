@@ -41,7 +41,7 @@ class ThreadCounts:
     prompt: int
 
 
-def find_threads(api: Any, context: Any, *, n_bytes: int, n_batch: int, most: int) -> ThreadCounts:
+def find_threads(api: Any, context: Any, *, n_bytes: int, most: int) -> ThreadCounts:
     """Return the counts for a model, and set them in its context.
 
     Parameters
@@ -52,8 +52,6 @@ def find_threads(api: Any, context: Any, *, n_bytes: int, n_batch: int, most: in
         A context of llama.cpp in which nothing was computed yet; it is left empty.
     n_bytes : int
         Size of the model's weights; models of about one size share what was measured.
-    n_batch : int
-        Most tokens that the context takes at once.
     most : int
         Threads at most: cores that this process may use.
 
@@ -67,7 +65,10 @@ def find_threads(api: Any, context: Any, *, n_bytes: int, n_batch: int, most: in
     if most == 1:
         counts = ThreadCounts(1, 1)
     elif counts is None:
-        counts = _measure(api, context, min(PROMPT_TOKENS, n_batch), most)
+        n_prompt = min(
+            PROMPT_TOKENS, api.llama_n_batch(context)
+        )  # fewer than asked in a small context
+        counts = _measure(api, context, n_prompt, most)
         _keep(key, counts)
     api.llama_set_n_threads(context, counts.generate, counts.prompt)
     return counts

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,9 @@ class FakeLlama:
     def llama_batch_get_one(self, _tokens: object, n: int) -> int:
         return n
 
+    def llama_n_batch(self, _context: object) -> int:
+        return 512
+
     def llama_decode(self, _context: object, n: int) -> int:
         self.n_decoded += 1
         generate, prompt = self.threads
@@ -46,7 +51,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def find(api: FakeLlama, n_bytes: int = 1 << 27) -> ThreadCounts:
-    return find_threads(api, object(), n_bytes=n_bytes, n_batch=512, most=4)
+    return find_threads(api, object(), n_bytes=n_bytes, most=4)
 
 
 def test_answers_and_prompts_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,3 +99,16 @@ def test_a_model_measures_unless_told(tmp_path: Path) -> None:
     with Model(path) as model, model.context(32, n_batch=32) as context:
         assert context.n_ctx >= 32
         assert list(kept_counts().values()) in ([model.threads], [])  # [] where there is one core
+
+
+@pytest.mark.llama
+def test_a_context_smaller_than_the_batch_is_measured(tmp_path: Path) -> None:
+    """llama.cpp cuts the batch to the context, and ends the process at a larger one."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf")
+    code = (
+        "import sys; from pathlib import Path; from edgemerge.runtime import llama\n"
+        "llama.default_threads = lambda: 2\n"
+        "with llama.Model(Path(sys.argv[1])) as model, model.context(8, n_batch=512): pass"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

@@ -3,7 +3,8 @@
 An option's score is the log-likelihood of its tokens after the prompt. All prompts of a task begin alike,
 with a description and worked examples. That beginning is computed once and stays in the model's memory. The
 prompt of a question is computed once for all its options: its tokens belong to one sequence per option.
-Several questions go into one batch.
+Several questions go into one batch. A model with a running state (Mamba, LFM2) can
+reuse neither: its prompts are computed for each option of more than one token.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ def score_questions(
     groups = [g for i, item in enumerate(questions) for g in _split(model, i, item, n_ctx)]
     # a vocabulary of 262 144 makes a row of logits a megabyte
     n_outputs = _LOGITS_BYTES // (4 * model.n_vocab)
-    whole = _make_pass([group for group in groups if not group.cut], n_outputs)
+    share = not model.keeps_state  # which cannot be cut back to the prompts' beginning
+    whole = _make_pass([group for group in groups if not group.cut], n_outputs, share=share)
     cut = _make_pass([group for group in groups if group.cut], n_outputs, share=False)
     for one in (whole, cut):
         yield from _run_pass(model, one, questions, skip)
@@ -195,7 +197,11 @@ def log_likelihoods(logits: Float32, rows: Sequence[int], tokens: Sequence[int])
 
 
 def _split(model: Model, index: int, question: Question, n_ctx: int) -> list[_Group]:
-    """Tokens of a question: one group, or one per option where the context is too short."""
+    """Tokens of a question: one group, or several where options cannot share what was computed.
+
+    Those cut to the context are one group each. So is each option of several tokens where the model keeps a
+    running state, which llama.cpp computes for one sequence at a time.
+    """
     # lm-evaluation-harness's _encode_pair: spaces at the prompt's end belong to the option
     text = question.prompt.rstrip()
     spaces = question.prompt[len(text) :]
@@ -217,14 +223,17 @@ def _split(model: Model, index: int, question: Question, n_ctx: int) -> list[_Gr
     # lm-evaluation-harness cuts each sequence from the left, by itself; the last token is no input
     rooms = [n_ctx - len(ending) + 1 for ending in endings]
     if len(prompt) <= min(rooms):
-        return [_Group(index, prompt, list(range(len(endings))), endings)]
+        alone = [i for i, ending in enumerate(endings) if model.keeps_state and len(ending) > 1]
+        together = [i for i in range(len(endings)) if i not in alone]
+        parts = [part for part in (together, *([i] for i in alone)) if part]
+        return [_Group(index, prompt, part, [endings[i] for i in part]) for part in parts]
     return [
         _Group(index, prompt[-room:], [i], [ending], cut=True)
         for i, (room, ending) in enumerate(zip(rooms, endings, strict=True))
     ]
 
 
-def _make_pass(groups: Sequence[_Group], n_outputs: int, *, share: bool = True) -> _Pass:
+def _make_pass(groups: Sequence[_Group], n_outputs: int, *, share: bool) -> _Pass:
     """Take off what all prompts begin with, but for a last token each; cut into batches."""
     prefix = _common_prefix([group.prompt[:-1] for group in groups]) if share and groups else []
     shorter = [replace(group, prompt=group.prompt[len(prefix) :]) for group in groups]
@@ -274,7 +283,10 @@ def _run_pass(
     ) as context:
         _feed_prefix(context, one.prefix, n_batch, n_sequences)
         for batch in wanted:
-            context.truncate(len(one.prefix))
+            if one.prefix:
+                context.truncate(len(one.prefix))
+            else:
+                context.clear()
             finished: dict[int, Likelihoods] = {}
             for group, values in zip(batch, _run(context, batch, len(one.prefix)), strict=True):
                 found = totals.setdefault(group.question, {})

@@ -95,7 +95,7 @@ class ServedLlama(Llama):  # type: ignore[misc]
             raise _library.load_failure(path) from error
         if n_threads is None and not self.reads_whole:
             n_bytes = _api.llama_model_size(self.model)
-            find_threads(_api, self.ctx, n_bytes=n_bytes, n_batch=BATCH, most=default_threads())
+            find_threads(_api, self.ctx, n_bytes=n_bytes, most=default_threads())
         self.tokenizer_ = Pieces(self)
         if loras:
             self._add_loras(loras, path)
