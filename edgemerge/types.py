@@ -1,8 +1,7 @@
 """The data types that wings pass to each other: records, and sizes that follow from them.
 
-Vocabulary: every model, whatever its file format, is seen through GGUF's eyes. Tensor names are GGUF
-names (`blk.0.attn_q.weight`), shapes are row-major (NumPy order, the reverse of GGUF's dimensions on
-disk), q and k rows are in GGUF's rotary order, and a type is ggml's name for it (`F16`, `Q4_K`).
+Every model is seen through GGUF's eyes. Tensors have GGUF's names (`blk.0.attn_q.weight`) and ggml's types
+(`Q4_K`). Shapes are row-major, the reverse of GGUF's on disk. Rows of q and k are in GGUF's rotary order.
 """
 
 from __future__ import annotations
@@ -301,7 +300,7 @@ class Plan:
     file_type: str
     budget: int  # bytes, for the whole process
     workers: int
-    fixed_bytes: int  # beside the workers: Python, kernels, headers, libraries
+    fixed_bytes: int  # of Python, libraries and headers, beside the workers
     arena_bytes: int  # of one worker
     align: str  # hard, soft or off
     alignment_bytes: int  # read to align heads, before the merge

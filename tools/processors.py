@@ -121,7 +121,7 @@ def environment(level: str) -> dict[str, str]:
 
 
 def shared_hash() -> str:
-    """Numba does not see that a file changed which kernels share: it is part of the cache's name."""
+    """Numba does not see that a file changed which kernels import: it is part of the cache's name."""
     digest = hashlib.sha256(b"".join((KERNELS / f"{file}.py").read_bytes() for file in SHARED))
     return digest.hexdigest()[:8]
 

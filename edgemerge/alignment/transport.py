@@ -171,7 +171,7 @@ def transport(cost: Float64, n_best: int = SUPPORT) -> Transport:
     scaled = cost / top
     allowed = _gather(scaled, indptr, indices)
     duals, plan, iterations, converged = solve_sinkhorn(allowed, indptr, indices)
-    # -log P is the cost plus a number per row and one per column, which move no optimum: rounding is
+    # -log P is the cost plus a number per row and one per column, which change no optimum: rounding is
     # exact on the support, and only what the support cut off can be missed.
     excess = np.full((n, n), np.inf)
     rows = np.repeat(np.arange(n), np.diff(indptr))

@@ -24,7 +24,7 @@ _SCALARS: dict[str, tuple[type[Any], Callable[[Any], Any]]] = {
     "f8": (ctypes.c_double, float),
     "b1": (ctypes.c_uint8, int),
 }
-# Kernels return nothing, and say no more than that they failed: all calls may share these.
+# Kernels return nothing, and say no more than that they failed: all calls may use the same ones.
 _RESULT, _ERROR = ctypes.create_string_buffer(8), ctypes.create_string_buffer(8)
 _OUTPUTS = ctypes.addressof(_RESULT), ctypes.addressof(_ERROR)
 
