@@ -1,8 +1,7 @@
-"""The few data types that the modules exchange; no logic beyond derived sizes.
+"""The data types that wings pass to each other: records, and sizes that follow from them.
 
-Vocabulary: every model, whatever its file format, is seen through GGUF's eyes. Tensor names are GGUF
-names (`blk.0.attn_q.weight`), shapes are row-major (NumPy order, the reverse of GGUF's dimensions on
-disk), q and k rows are in GGUF's rotary order, and a type is ggml's name for it (`F16`, `Q4_K`).
+Every model is seen through GGUF's eyes. Tensors have GGUF's names (`blk.0.attn_q.weight`) and ggml's types
+(`Q4_K`). Shapes are row-major, the reverse of GGUF's on disk. Rows of q and k are in GGUF's rotary order.
 """
 
 from __future__ import annotations
@@ -343,7 +342,7 @@ class HeadAxis:
 
 @dataclass(frozen=True, slots=True)
 class LayerHeads:
-    """The attention heads of one layer, and every tensor that moves when heads do."""
+    """The attention heads of one layer, and every tensor that is permuted with them."""
 
     layer: int
     n_heads: int
@@ -372,7 +371,7 @@ class HeadPlan:
     Costs are squared distances of heads relative to their norms: 0 equal, 1 unrelated.
     """
 
-    geometry: LayerHeads  # of the model that moves
+    geometry: LayerHeads  # of the model that is permuted
     reference_layer: int
     kv_groups: tuple[int, ...]  # new group g is the model's group kv_groups[g]
     heads: tuple[int, ...]  # new head h is the model's head heads[h]
@@ -392,10 +391,10 @@ class HeadPlan:
 
     @property
     def layer(self) -> int:
-        """Layer of the model that moves."""
+        """Layer of the model that is permuted."""
         return self.geometry.layer
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing moves."""
+        """Whether every head stays where it is."""
         return self.heads == tuple(range(len(self.heads)))

@@ -1,4 +1,4 @@
-"""Methods whose result is a linear combination of the inputs, with factors from their Gram matrix.
+"""Model Stock, NuSLERP, multi-SLERP and the Karcher mean: linear combinations by factors from Gram matrices.
 
 One pass measures the Gram matrix, `edgemerge.methods.coefficients` turns it into a factor per model, and a
 second pass adds the models up. With factors of its own for each row one pass is enough, as rows are whole.

@@ -1,7 +1,7 @@
-"""The hierarchical method's second half: task vectors weighted by their cosine similarity.
+"""The hierarchical method (arXiv 2511.13373): task vectors weighted by their cosine similarity.
 
-The first half aligns attention heads. It works where experts are read (`edgemerge.alignment.reordering`), so
-every method can use it. Here the Gram matrix of the aligned task vectors is measured over a tensor, a
+The paper first aligns attention heads. That is done where experts are read
+(`edgemerge.alignment.reordering`), so every method can use it. Here the Gram matrix of the aligned task vectors is measured over a tensor, a
 transformer block or each row. `edgemerge.methods.weighting` turns it into one factor per expert.
 """
 

@@ -1,7 +1,7 @@
-"""Methods on task vectors: base + lambda * combine(prune(expert - base)).
+"""Task arithmetic, TIES, DARE, DELLA and breadcrumbs: base + lambda * combine(prune(expert - base)).
 
-Every method here is a way to prune task vectors and a way to sum what is left, with or without TIES' election
-of a sign per weight. A record is made of the two by `_method`.
+A method here is a way to prune task vectors and a way to sum what is left. The sum elects one sign per weight
+(TIES) or does not. `_method` makes a record of the two.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 PREBUILT = Path(__file__).parent / "prebuilt"
 SLOW = ("encode", "search", "write", "drop_by")  # how kernels begin that take long to compile
-# What x86-64-v3 has beyond x86-64, as /proc/cpuinfo names it, and what all of its processors have besides:
+# What x86-64-v3 adds to x86-64, as /proc/cpuinfo names it, and what all of its processors have besides:
 # wheels bring code for it.
 X86_64_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "pclmulqdq"}
 

@@ -246,7 +246,7 @@ class _Part:
         start, stop = model.layer_range or (0, count)
         if stop > count:
             raise RecipeError(
-                f"layer_range [{start}, {stop}] goes beyond the {count} layers of {model.path}",
+                f"layer_range [{start}, {stop}] goes past the {count} layers of {model.path}",
                 field="layer_range",
             )
         return start, stop

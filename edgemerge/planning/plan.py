@@ -105,11 +105,12 @@ def make_plan(
         _refuse_slices(recipe)
         reserved = SOLVER_BYTES
         neuron_bytes = _neuron_bytes(jobs, list(sources.values()))
+    beside = 2 * header_bytes + reserved
     workers, arena_bytes = divide_budget(
         needs + alignment,
         budget,
         threads,
-        2 * header_bytes + reserved,
+        beside,
         before_arenas=neuron_bytes,
         floor=floor,
     )
@@ -126,10 +127,7 @@ def make_plan(
         budget=budget,
         workers=workers,
         arena_bytes=arena_bytes,
-        needed_bytes=floor
-        + 2 * header_bytes
-        + reserved
-        + max(neuron_bytes, workers * (arena_bytes + WORKER_BYTES)),
+        needed_bytes=floor + beside + max(neuron_bytes, workers * (arena_bytes + WORKER_BYTES)),
         align=align if alignment else "off",
         alignment_bytes=_alignment_bytes(jobs, list(sources.values())) if alignment else 0,
         notes=tuple(dict.fromkeys(notes)),

@@ -1,9 +1,9 @@
 """Whether given models are those that a merged file says it was made of.
 
 The provenance has a checksum of each input: the CRC-32 of the CRC-32s of the tensors that were read of it,
-in the order of the output's (`edgemerge.merging.run`). Which these were follows from the recipe, so the
-drafts of the merge are made once more. Where heads or neurons were brought into another order, the
-checksums are of rows in that order, and nothing short of the alignment would give it again.
+in the order of the output's (`edgemerge.merging.run`). Which tensors these were follows from the recipe, so
+the jobs of the merge are drafted once more. Where heads or neurons were reordered, the checksums are of
+reordered rows. Only the alignment itself could give these again, so such inputs are refused.
 """
 
 from __future__ import annotations

@@ -50,5 +50,5 @@ def _interpolate(gradient: Gradient, position: float) -> float:
     scaled = position * (len(gradient) - 1)
     left = min(int(scaled), len(gradient) - 1)
     right = min(left + 1, len(gradient) - 1)
-    share = scaled - left
-    return gradient[left] * (1 - share) + gradient[right] * share
+    weight = scaled - left
+    return gradient[left] * (1 - weight) + gradient[right] * weight

@@ -38,13 +38,13 @@ def describe_recipe(document: Mapping[str, Any]) -> list[str]:
     """
     name = str(document.get("method", "?"))
     method = METHODS.get(name)
-    shared = _table(document.get("parameters"))
+    common = _table(document.get("parameters"))
     fallback = _table(document.get("defaults"))
     known = {p.name: p.default for p in method.parameters} if method is not None else {}
-    parts = [f"{key} {_rules(rules)}" for key, rules in shared.items()]
+    parts = [f"{key} {_rules(rules)}" for key, rules in common.items()]
     own = {key for part in _slices(document) for model in part for key in model[1]}
     for key, value in known.items():
-        if key in shared or key in own or key in QUIET:
+        if key in common or key in own or key in QUIET:
             continue
         if key in fallback:
             value = fallback[key]

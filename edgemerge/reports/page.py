@@ -60,9 +60,9 @@ def _page(report: MergeReport, made: Sequence[tuple[str, str]]) -> Iterator[str]
     yield from _bars(
         [("peak", report.peak_rss_bytes), ("budget", report.budget_bytes)], report.budget_bytes
     )
-    yield "<h2>Bytes moved</h2>"
-    moved = [("read", report.read_bytes), ("written", report.written_bytes)]
-    yield from _bars(moved, max(n for _, n in moved))
+    yield "<h2>Bytes read and written</h2>"
+    traffic = [("read", report.read_bytes), ("written", report.written_bytes)]
+    yield from _bars(traffic, max(n for _, n in traffic))
     yield "<h2>Types in the output</h2>"
     yield from _bars(list(report.type_bytes.items()), report.out_bytes)
     yield "<h2>Details</h2><table>"

@@ -15,12 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from edgemerge.budget import FLOOR_BYTES
 from edgemerge.cli import make_app
 from edgemerge.output.file import OutputFile
 from tests.support.small_models import stored
-
-FLOOR = f"{FLOOR_BYTES >> 20} MiB"
 
 Run = Callable[..., Result]
 

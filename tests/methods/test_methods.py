@@ -292,8 +292,8 @@ def test_masks_do_not_depend_on_the_order_of_experts(method: str) -> None:
     base, *experts = tensors("continuous", (90, 33), 2)
     own = {"weight": 1.0, "density": 0.5}
     models = [(np.asarray(x, np.float32), own) for x in experts]
-    merged = [merge_in_memory(method, base, order) for order in (models, models[::-1])]
-    assert np.array_equal(*merged)
+    first, second = (merge_in_memory(method, base, order) for order in (models, models[::-1]))
+    assert np.array_equal(first, second)
 
 
 def test_equal_experts_have_masks_of_their_own() -> None:

@@ -90,7 +90,7 @@ def test_method_equals_its_definition(
 ) -> None:
     base, *models = tensors(kind, shape, count)
     got, want = both(method, base if based else None, models, options, 2)
-    scale = max(float(np.abs(x).max()) for x in (want, base, *models))
+    scale = max(float(np.abs(x).max()) for x in (want, base, *map(np.asarray, models)))
     assert np.abs(got - want).max() <= TOLERANCE * scale
 
 
@@ -220,7 +220,7 @@ def test_multislerp_refuses_weights_that_sum_to_zero() -> None:
 def test_model_stock_goes_away_from_models_that_disagree() -> None:
     """A negative cosine makes a negative step, as published."""
     base = np.zeros(2, np.float32)
-    models = [(np.array(x, np.float32), {}) for x in ([1, 0], [-1, 1])]
+    models: list[Any] = [(np.array(x, np.float32), {}) for x in ([1, 0], [-1, 1])]
     merged = merge_in_memory("model_stock", base, models)
     cosine = -(0.5**0.5)
     t = 2 * cosine / (1 + cosine)
@@ -230,14 +230,16 @@ def test_model_stock_goes_away_from_models_that_disagree() -> None:
 def test_sce_counts_in_float32_as_mergekit_does() -> None:
     """0.29 * 100 is 28.999... in float64 and 29 in float32."""
     deltas = np.random.default_rng(0).standard_normal((2, 100)).astype(np.float32)
-    models = [(x, {}) for x in deltas]
+    models: list[Any] = [(x, {}) for x in deltas]
     merged = merge_in_memory("sce", np.zeros(100, np.float32), models, {"select_topk": 0.29})
     assert np.count_nonzero(merged) == 29
 
 
 def test_ram_averages_over_those_that_changed_an_element() -> None:
     base = np.zeros(4, np.float32)
-    models = [(np.array(x, np.float32), {}) for x in ([3, 0, 1, 1e-6], [1, 2, 1, 0], [2, 0, 0, 0])]
+    models: list[Any] = [
+        (np.array(x, np.float32), {}) for x in ([3, 0, 1, 1e-6], [1, 2, 1, 0], [2, 0, 0, 0])
+    ]
     assert merge_in_memory("ram", base, models).tolist() == [2, 2, 1, 0]
     merged = merge_in_memory("ramplus_tl", base, models, {"r": 1.0, "alpha": 0.5})
     assert merged.tolist() == [2, 3, 1, 0]

@@ -179,7 +179,7 @@ def tensor_types(
     RecipeError
         No such file type, or it is not quantised and there are overrides.
     MismatchError
-        The metadata lack block_count, or a tensor's layer lies beyond it, where the mixture asks; or
+        The metadata lack block_count, or a tensor's layer is not below it, where the mixture asks; or
         a row is no whole number of blocks of its override's type, which llama.cpp replaces by none.
     """
     overrides = overrides or TypeOverrides()
