@@ -1,8 +1,9 @@
 """The hierarchical method (arXiv 2511.13373): task vectors weighted by their cosine similarity.
 
 The paper first aligns attention heads. That is done where experts are read
-(`edgemerge.alignment.reordering`), so every method can use it. Here the Gram matrix of the aligned task vectors is measured over a tensor, a
-transformer block or each row. `edgemerge.methods.weighting` turns it into one factor per expert.
+(`edgemerge.alignment.reordering`), so every method can use it. Here the Gram matrix of the aligned task
+vectors is measured over a tensor, a transformer block or each row. `edgemerge.methods.weighting` turns it
+into one factor per expert.
 """
 
 from __future__ import annotations

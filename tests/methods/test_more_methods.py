@@ -90,7 +90,8 @@ def test_method_equals_its_definition(
 ) -> None:
     base, *models = tensors(kind, shape, count)
     got, want = both(method, base if based else None, models, options, 2)
-    scale = max(float(np.abs(x).max()) for x in (want, base, *map(np.asarray, models)))
+    seen: list[Any] = [want, base, *models]
+    scale = max(float(np.abs(x).max()) for x in seen)
     assert np.abs(got - want).max() <= TOLERANCE * scale
 
 
