@@ -31,6 +31,8 @@ from edgemerge.runtime.sampling import Sampling
 QUESTION = "What is the capital of France? Answer in one sentence."
 PARAMETERS: dict[str, dict[str, Any]] = {
     "slerp": {"t": 0.5},
+    "nearswap": {"t": 0.001},
+    "sce": {"select_topk": 0.5},
     "ties": {"density": 0.5},
     "dare_linear": {"density": 0.6},
     "dare_ties": {"density": 0.6},
@@ -93,13 +95,14 @@ def main() -> None:
             rows.append([model.stem, "(the model itself)", "", ask(model, options.tokens)])
             for method in METHODS:
                 experts = [(str(noised), None)]
-                if method == "linear":
+                takes_two = method == "linear" or METHODS[method].n_models[0] == 2
+                if takes_two:
                     experts.insert(0, (str(model), None))
-                based = METHODS[method].needs_base
+                base = (half if takes_two else model) if METHODS[method].needs_base else None
                 recipe = make_recipe(
                     method,
                     experts,
-                    base=str(model) if based else None,
+                    base=str(base) if base else None,
                     parameters=PARAMETERS.get(method, {}),
                     out_type="keep",
                 )

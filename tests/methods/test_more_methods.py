@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.methods.coefficients import karcher_factors, multislerp_factors, nuslerp_factors
 from edgemerge.methods.table import METHODS
+from edgemerge.native.kernel import Kernel
 from edgemerge.types import InputTensor, TensorJob, TensorSpec
 from tests.support.memory_stream import merge_in_memory
 from tests.twins import directions, elements
@@ -252,3 +253,23 @@ def test_arcee_fusion_has_exact_quantiles_of_large_tensors() -> None:
     got, want = both("arcee_fusion", base, [x], {}, 400)
     assert np.mean(got != base) == pytest.approx(np.mean(want != base), abs=2e-6)
     assert np.mean(np.abs(got - want) > 1e-6) <= 2e-6
+
+
+@pytest.mark.parametrize(("method", "count", "based", "options"), CASES)
+def test_kernels_that_are_called_are_named(
+    method: str, count: int, based: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one would be compiled in the middle of a merge."""
+    called = set()
+    call = Kernel.__call__
+
+    def record(kernel: Kernel, *arguments: Any) -> None:
+        called.add(f"{kernel._file}.{kernel._name}")
+        call(kernel, *arguments)
+
+    monkeypatch.setattr(Kernel, "__call__", record)
+    base, *models = tensors("grid", (5, 33), count)
+    both(method, base if based else None, models, options, 2)
+    assert called <= set(METHODS[method].kernels)
+    if based and METHODS[method].takes_base and count > 1:
+        assert "linear.subtract" in METHODS[method].kernels  # the stream's
