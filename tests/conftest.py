@@ -46,11 +46,13 @@ def _compiled_kernels() -> None:
     precompile_all(lambda done, total: None)
 
 
-@pytest.fixture(autouse=True)
-def _small_process(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _small_process() -> Iterator[None]:
     """Count this process as a fresh one: tests of budgets would depend on the tests before them."""
     memory = ProcessMemory(rss=0, peak=0, file=0)
-    monkeypatch.setattr("edgemerge.budget.read_process", lambda: memory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgemerge.budget.read_process", lambda: memory)
+        yield
 
 
 @pytest.fixture(scope="session")
