@@ -286,53 +286,7 @@ def test_a_second_merge_to_the_same_file_waits_for_nobody(run: Run, folder: Path
     assert made() == set()
 
 
-# -- plan, inspect ---------------------------------------------------------------------------------
-
-
-def test_plan_prints_a_row_per_kind_of_tensor(run: Run, folder: Path, golden_dir: Path) -> None:
-    given = ("-m", "ties", "--base", "base", "a", "-P", "density=0.5", "--threads", "1")
-    models = golden_dir / "inputs_f32"
-    text = succeed(run("plan", *given, "--type", "Q8_0"))
-    assert re.sub(r"[\d.]+ [KM]iB (for|of)", r"# \1", text) == (
-        "ties of 2 models to Q8_0\n"
-        f"  base   {models}/base\n"
-        f"  model  {models}/a\n"
-        "  ties: density 0.5, weight 1 (default), normalize on (default), rescale off (default), "
-        "lambda 1 (default)\n"
-        "tensor                    shape         from  to    reads       size\n"
-        "output.weight             1 x [64, 32]  F32   Q8_0      1   2.12 KiB\n"
-        "token_embd.weight         1 x [64, 32]  F32   Q8_0      1   2.12 KiB\n"
-        "blk.*.attn_norm.weight    2 x [32]      F32   F32       1  256 bytes\n"
-        "blk.*.ffn_down.weight     2 x [32, 64]  F32   Q8_0      1   4.25 KiB\n"
-        "blk.*.ffn_gate.weight     2 x [64, 32]  F32   Q8_0      1   4.25 KiB\n"
-        "blk.*.ffn_up.weight       2 x [64, 32]  F32   Q8_0      1   4.25 KiB\n"
-        "blk.*.ffn_norm.weight     2 x [32]      F32   F32       1  256 bytes\n"
-        "blk.*.attn_k.weight       2 x [16, 32]  F32   Q8_0      1   1.06 KiB\n"
-        "blk.*.attn_output.weight  2 x [32, 32]  F32   Q8_0      1   2.12 KiB\n"
-        "blk.*.attn_q.weight       2 x [32, 32]  F32   Q8_0      1   2.12 KiB\n"
-        "blk.*.attn_v.weight       2 x [16, 32]  F32   Q8_0      1   1.06 KiB\n"
-        "output_norm.weight        1 x [32]      F32   F32       1  128 bytes\n"
-        "21 tensors, 22.7 K parameters: reads 177 KiB, writes 24 KiB\n"
-        "memory: needs # of 512 MiB: # for Python, kernels and headers, 1 x # for blocks\n"
-        f"note: {NO_BYTES}\n"
-    )
-    assert made() == set()
-
-
-def test_plan_json(run: Run) -> None:
-    given = ("-m", "linear", "a", "b", "--memory", "400M", "--threads", "2", "-P", "t=1")
-    document = json.loads(succeed(run("plan", *given, "--json")))
-    assert document["notes"] == ["linear does not use the parameter t", NO_BYTES]
-    assert (document["budget_bytes"], document["workers"]) == (400 << 20, 2)
-    assert document["jobs"][0] == {
-        "tensor": "output.weight",
-        "shape": [64, 32],
-        "from": ["F32", "F32"],
-        "to": "F16",
-        "passes": 1,
-        "rows_per_block": 64,
-    }
-    assert document["tensors"] == len(document["jobs"]) == 21
+# -- inspect ---------------------------------------------------------------------------------------
 
 
 def test_inspect_shows_a_model(run: Run, golden_dir: Path) -> None:

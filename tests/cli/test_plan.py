@@ -43,7 +43,7 @@ def test_plan_prints_a_row_per_kind_of_tensor(run: Run, golden_dir: Path) -> Non
     given = ("-m", "ties", "--base", "base", "a", "-P", "density=0.5", "--threads", "1")
     models = golden_dir / "inputs_f32"
     text = succeed(run("plan", *given, "--type", "Q8_0"))
-    assert re.sub(r"^memory: .*", "memory", text, flags=re.MULTILINE) == (
+    assert re.sub(r"[\d.]+ [KM]iB (for|of)", r"# \1", text) == (
         "ties of 2 models to Q8_0\n"
         f"  base   {models}/base\n"
         f"  model  {models}/a\n"
@@ -63,7 +63,7 @@ def test_plan_prints_a_row_per_kind_of_tensor(run: Run, golden_dir: Path) -> Non
         "blk.*.attn_v.weight       2 x [16, 32]  F32   Q8_0      1   1.06 KiB\n"
         "output_norm.weight        1 x [32]      F32   F32       1  128 bytes\n"
         "21 tensors, 22.7 K parameters: reads 177 KiB, writes 24 KiB\n"
-        "memory\n"
+        "memory: needs # of 512 MiB: # for Python, kernels and headers, 1 x # for blocks\n"
         f"note: {NO_BYTES}\n"
     )
     assert {path.name for path in Path().iterdir()} == set(MODELS)
@@ -83,14 +83,14 @@ def test_the_memory_of_a_plan_adds_up(run: Run) -> None:
     text = succeed(run("plan", "-m", "linear", "a", "b", "--memory", "400MiB", "--threads", "2"))
     size = r"([\d.]+) MiB"
     found = re.search(
-        rf"^memory: {size} of 400 MiB; {size} for Python, libraries and headers, "
-        rf"(\d) x {size} for workers$",
+        rf"^memory: needs {size} of 400 MiB: {size} for Python, kernels and headers, "
+        rf"(\d) x ([\d.]+) KiB for blocks$",
         text,
         re.MULTILINE,
     )
     assert found, text
-    needed, fixed, workers, each = map(float, found.groups())
-    assert needed == pytest.approx(fixed + workers * each, abs=0.5)
+    needed, fixed, workers, each_kib = map(float, found.groups())
+    assert needed == pytest.approx(fixed + workers * each_kib / 1024, abs=0.1)
 
 
 def test_plan_json(run: Run) -> None:
