@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import edgemerge
 from edgemerge.cli import COMMANDS
 from edgemerge.native.signatures import SHARED
 
@@ -185,6 +186,14 @@ def test_no_module_imports_itself_through_others() -> None:
     while free := left.keys() - set().union(*left.values()):
         left = {module: others for module, others in left.items() if module not in free}
     assert sorted(left) == []
+
+
+def test_no_module_has_the_name_of_a_public_function() -> None:
+    """`import edgemerge.merge as m` bound the function, or the module, by what was imported before."""
+    for name in ("merge", "plan", "load_recipe", "make_recipe", "open_model"):
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(f"edgemerge.{name}")
+        assert callable(getattr(edgemerge, name))
 
 
 # `-X importtime` writes one line per module to stderr, whatever starts the interpreter.
