@@ -84,7 +84,7 @@ def test_exit_codes(arguments: str, code: int, stderr: str) -> None:
 def test_json_is_alone_on_stdout_whatever_the_encoding(folder: Path) -> None:
     (folder / "grün").symlink_to(folder / "a")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    given = ("merge", "-m", "linear", "grün", "-o", "größe.gguf", "--json")
+    given = ("merge", "-m", "passthrough", "grün", "-o", "größe.gguf", "--json")
     result = run(*given, env=environment)
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads(result.stdout)["output"] == "größe.gguf"
