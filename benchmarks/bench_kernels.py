@@ -2,10 +2,10 @@
 
     benchmarks/bench_kernels.py [--types Q4_K,IQ2_S] [--figure PNG]
 
-ggml is the library inside llama-cpp-python, called through ctypes (tests/ggml_oracle.py). Codecs take rows
-of normal numbers; types that are only read decode random bytes. All that is compared takes turns, so that
-what else runs on the machine hits all alike, and of each the best time counts. The first call, which
-compiles, is not counted. Bytes are those of the arrays that a kernel reads and writes, each once; so are
+ggml is the library inside llama-cpp-python, called through ctypes (tests/support/ggml_oracle.py).
+Codecs take rows of normal numbers; types that are only read decode random bytes. All that is compared takes
+turns, so that other programs hit all alike. Of each the best time counts, without the first call, which
+compiles. Bytes are those of the arrays that a kernel reads and writes, each once; so are
 memcpy's, which copies as many float32. What works in place touches less memory, and may go faster.
 """
 

@@ -32,7 +32,7 @@ MIB = 1 << 20
 
 # Interpreter, NumPy, our modules and the machine code of the kernels: 42 to 50 MiB as a rule, and more where
 # the page cache holds libraries in large folios, all of which Linux then maps. Numba and LLVM, three times as
-# much, never enter the process (`edgemerge.native`). tests/test_budget_rss.py measures it.
+# much, never enter the process (`edgemerge.native`). tests/merging/test_budget_rss.py measures it.
 FLOOR_BYTES = 64 * MIB
 GROWTH_BYTES = (
     24 * MIB

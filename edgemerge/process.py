@@ -18,7 +18,7 @@ class ProcessMemory:
     rss : int
         Resident now (VmRSS): the process's own memory, `file` and shared memory.
     peak : int
-        Most that was ever resident (VmHWM). Not `getrusage`: its maximum survives exec and so may be
+        Most that was ever resident (VmHWM). Not `getrusage`: its maximum outlives exec, so it may be
         a parent's.
     file : int
         Resident pages of mapped files (RssFile): a model's weights, libraries. The kernel may drop

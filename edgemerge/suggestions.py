@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["suggest", "suggest_path"]
+__all__ = ["find_closest", "suggest", "suggest_path"]
 
 MAX_NAMES = 10_000  # of a folder; a larger one is not compared
 
@@ -15,11 +15,15 @@ MAX_NAMES = 10_000  # of a folder; a larger one is not compared
 def suggest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return `did you mean 'WORD'?`, or else `known are ...`; upper and lower case are one."""
     names = list(known)
-    folded = {name.casefold(): name for name in names}
+    close = find_closest(word, names, cutoff)
+    return f"known are {', '.join(names)}" if close is None else f"did you mean {close!r}?"
+
+
+def find_closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known word that is nearest to one, None where none is near; upper and lower case are one."""
+    folded = {name.casefold(): name for name in known}
     close = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=cutoff)
-    if close:
-        return f"did you mean {folded[close[0]]!r}?"
-    return f"known are {', '.join(names)}"
+    return folded[close[0]] if close else None
 
 
 def suggest_path(path: str | os.PathLike[str]) -> str:

@@ -1,8 +1,7 @@
-"""The few data types that the modules exchange; no logic beyond derived sizes.
+"""The data types that wings pass to each other: records, and sizes that follow from them.
 
-Vocabulary: every model, whatever its file format, is seen through GGUF's eyes. Tensor names are GGUF
-names (`blk.0.attn_q.weight`), shapes are row-major (NumPy order, the reverse of GGUF's dimensions on
-disk), q and k rows are in GGUF's rotary order, and a type is ggml's name for it (`F16`, `Q4_K`).
+Every model is seen through GGUF's eyes. Tensors have GGUF's names (`blk.0.attn_q.weight`) and ggml's types
+(`Q4_K`). Shapes are row-major, the reverse of GGUF's on disk. Rows of q and k are in GGUF's rotary order.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ __all__ = [
     "Skipped",
     "Slice",
     "Source",
+    "Steps",
     "TensorJob",
     "TensorSpec",
     "UInt8",
@@ -52,6 +52,7 @@ else:  # names for annotations: no reason to import NumPy, which `edgemerge --he
 
 Setting: TypeAlias = float | bool | str
 Gradient: TypeAlias = tuple[float, ...]  # interpolated over the layers of a slice
+Steps: TypeAlias = tuple[bool | str, ...]  # one after the other over the layers of a slice
 
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -152,7 +153,7 @@ class Source(Protocol):
 class Rule:
     """One entry of a parameter: a value for the tensors whose name contains `filter` (None: all)."""
 
-    value: Setting | Gradient
+    value: Setting | Gradient | Steps
     filter: str | None = None
 
 
@@ -174,11 +175,16 @@ class Slice:
 
     inputs: tuple[ModelInput, ...]
     parameters: Parameters = field(default_factory=dict)
+    base: Path | None = None  # instead of the recipe's
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What to merge, as checked by `edgemerge.recipe.recipe`; never changed afterwards."""
+    """What to merge, as checked by `edgemerge.recipe.recipe`; never changed afterwards.
+
+    Paths of models are absolute. A relative path is the name of one of the stages, whose output does not
+    exist yet.
+    """
 
     method: str
     base: Path | None
@@ -186,7 +192,7 @@ class Recipe:
     parameters: Parameters = field(default_factory=dict)
     defaults: Parameters = field(default_factory=dict)  # asked last, before the method's own
     out_type: str | None = None  # file type, "keep", or None for the default
-    dtype: str | None = None  # mergekit's working type; only float32 changes the default file type
+    dtype: str | None = None  # mergekit's working type; float32 and float64 make F32 the default
     tensor_types: tuple[tuple[str, str], ...] = ()  # pattern of names -> ggml type
     imatrix: Path | None = None  # importance matrix that guides the encoders
     memory: int | None = None  # bytes
@@ -194,18 +200,27 @@ class Recipe:
     align: str | None = None  # hard, soft or off; None: the method's own choice
     neurons: bool = False  # match feed-forward neurons too, for models trained apart
     tokenizer_source: str = "base"  # "base", "union" or the path of one of the models
-    chat_template: str | None = None  # Jinja text; None: the tokenizer source's own
+    chat_template: str | None = None  # Jinja text; None: the tokenizer source's own; or auto
     notes: tuple[str, ...] = ()  # what the user should know about how the request was read
+    name: str | None = None  # of a stage
+    stages: tuple[Recipe, ...] = ()  # merges that are done first, in this order
 
     def models(self) -> tuple[Path, ...]:
         """Every distinct model in the order of its first mention, the base first."""
-        paths = [] if self.base is None else [self.base]
-        paths += [model.path for part in self.slices for model in part.inputs]
-        return tuple(dict.fromkeys(paths))
+        paths = [self.base]
+        for part in self.slices:
+            paths += [part.base, *(model.path for model in part.inputs)]
+        return tuple(dict.fromkeys(path for path in paths if path is not None))
+
+    def base_of(self, part: Slice) -> Path | None:
+        """Return the base of a slice: its own, or the recipe's."""
+        return part.base or self.base
 
     def inputs(self) -> tuple[Path, ...]:
         """Every file or folder that a merge reads: the models, and the importance matrix."""
-        return (*self.models(), *([] if self.imatrix is None else [self.imatrix]))
+        models = [path for path in self.models() if path.is_absolute()]
+        models += [path for stage in self.stages for path in stage.inputs()]
+        return (*dict.fromkeys(models), *([] if self.imatrix is None else [self.imatrix]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,14 +301,21 @@ class Plan:
     budget: int  # bytes, for the whole process
     workers: int
     arena_bytes: int  # of one worker
+    needed_bytes: int  # of the budget: the process, headers, and all arenas
     align: str  # hard, soft or off
     alignment_bytes: int  # read to align heads, before the merge
     notes: tuple[str, ...]
+    stages: tuple[Plan, ...] = ()  # of the recipe's stages
 
     @property
     def read_bytes(self) -> int:
         """Bytes that will be read from the inputs, all passes together."""
         return self.alignment_bytes + sum(job.read_bytes for job in self.jobs)
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of the output's tensors."""
+        return sum(job.out.nbytes for job in self.jobs)
 
     @property
     def n_elements(self) -> int:
@@ -320,7 +342,7 @@ class HeadAxis:
 
 @dataclass(frozen=True, slots=True)
 class LayerHeads:
-    """The attention heads of one layer, and every tensor that moves when heads do."""
+    """The attention heads of one layer, and every tensor that is permuted with them."""
 
     layer: int
     n_heads: int
@@ -349,7 +371,7 @@ class HeadPlan:
     Costs are squared distances of heads relative to their norms: 0 equal, 1 unrelated.
     """
 
-    geometry: LayerHeads  # of the model that moves
+    geometry: LayerHeads  # of the model that is permuted
     reference_layer: int
     kv_groups: tuple[int, ...]  # new group g is the model's group kv_groups[g]
     heads: tuple[int, ...]  # new head h is the model's head heads[h]
@@ -369,10 +391,10 @@ class HeadPlan:
 
     @property
     def layer(self) -> int:
-        """Layer of the model that moves."""
+        """Layer of the model that is permuted."""
         return self.geometry.layer
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing moves."""
+        """Whether every head stays where it is."""
         return self.heads == tuple(range(len(self.heads)))

@@ -1,4 +1,4 @@
-"""What Q4_K and Q5_K share, and Q2_K in part: the search for scales and minima, and the head of a block.
+"""The search for scales and minima of Q4_K and Q5_K, in part of Q2_K, and the head of their blocks.
 
 Super-blocks of 256 values, eight sub-blocks of 32, each with its own scale and minimum. The search is that
 of ggml's quantize_row_q4_K_ref and quantize_row_q5_K_ref (make_qkx2_quants), bit for bit, turned on its
@@ -14,7 +14,7 @@ from numba import njit
 from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
 
 LANES = 64
-BEYOND = np.float32(1 << 22)
+LIMIT = np.float32(1 << 22)
 
 # Rows of LANES float32 in the scratch, after the 32 rows of the tile, of its weights and of its quants.
 WEIGHT = 0 * LANES  # root mean square; |x| is added to it to weigh an error
@@ -101,7 +101,7 @@ def _level(v, top):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _regular_level(v, top):
-    # The same for 0 <= v < BEYOND, without leaving float.
+    # The same for 0 <= v < LIMIT, without leaving float.
     level = np.float32(np.float32(v + np.float32(12582912.0)) - np.float32(12582912.0))
     return level if level < top else top
 
@@ -146,7 +146,7 @@ def _is_regular(state, lane):
     smallest, inverse = state[SMALLEST + lane], state[INVERSE + lane]
     first = np.float32(inverse * np.float32(state[LEAST + lane] - smallest))
     last = np.float32(inverse * np.float32(state[LARGEST + lane] - smallest))
-    return ((inverse > 0) & (first > -BEYOND) & (last < BEYOND)) | (state[ERROR + lane] < 0)
+    return ((inverse > 0) & (first > -LIMIT) & (last < LIMIT)) | (state[ERROR + lane] < 0)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

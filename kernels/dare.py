@@ -18,7 +18,7 @@ def drop_random(key, first, threshold, delta_f32):
     Parameters
     ----------
     key : uint64
-        hash of seed, model and tensor
+        hash of seed, tensor and task vector
     first : uint64
         flat index of element 0 in its tensor
     threshold : uint64

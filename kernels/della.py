@@ -134,7 +134,7 @@ def drop_by_rank(key, first, n_cols, density, epsilon, unbiased, scratch_u32, de
     Parameters
     ----------
     key : uint64
-        hash of seed, model and tensor
+        hash of seed, tensor and task vector
     first : uint64
         flat index of element 0 in its tensor
     n_cols : int
@@ -156,11 +156,11 @@ def drop_by_rank(key, first, n_cols, density, epsilon, unbiased, scratch_u32, de
     ends = scratch_u32[5 * n_cols : 5 * n_cols + RADIX + 1]
     n_bins = min(n_cols, RADIX)
     for rank in range(n_cols):
-        share = density
+        rate = density
         if n_cols > 1:
-            share = density - epsilon + rank / (n_cols - 1) * 2.0 * epsilon
+            rate = density - epsilon + rank / (n_cols - 1) * 2.0 * epsilon
         # A draw is whole, so it is below the bound where it is below the bound rounded up.
-        bounds[rank] = np.uint32(max(np.ceil(share * 16777216.0), 0.0))
+        bounds[rank] = np.uint32(max(np.ceil(rate * 16777216.0), 0.0))
     for start in range(0, delta_f32.size, n_cols):
         delta = delta_f32[start : start + n_cols]
         _draw(key, np.uint64(first) + np.uint64(start), draws)
@@ -178,9 +178,9 @@ def drop_by_rank(key, first, n_cols, density, epsilon, unbiased, scratch_u32, de
                 i = np.int64(order[rank])
                 mask[i] = np.uint32(draws[i] < bounds[rank])
                 if unbiased:
-                    share = density
+                    rate = density
                     if n_cols > 1:
-                        share = density - epsilon + rank / (n_cols - 1) * 2.0 * epsilon
-                    delta[i] /= np.float32(share)
+                        rate = density - epsilon + rank / (n_cols - 1) * 2.0 * epsilon
+                    delta[i] /= np.float32(rate)
         for i in range(n_cols):
             delta[i] = delta[i] if mask[i] else np.float32(0.0)

@@ -122,3 +122,49 @@ def combine_rows(factors_f32, n_cols, x_f32):
             factor = factors_f32[row, k]
             for i in range(n_cols):
                 total[i] += factor * model[i]
+
+
+@njit(cache=True, nogil=True)
+def add_column_dots(a_f32, b_f32, dots_f64):
+    """Add the dot products `a.a`, `a.b` and `b.b` of every column, row after row.
+
+    Parameters
+    ----------
+    a_f32, b_f32 : (n_rows * n_cols,) float32
+        the same rows of two models
+    dots_f64 : (3, n_cols) float64
+        running sums, added to
+    """
+    n_cols = dots_f64.shape[1]
+    for row in range(a_f32.size // n_cols):
+        a = a_f32[row * n_cols : (row + 1) * n_cols]
+        b = b_f32[row * n_cols : (row + 1) * n_cols]
+        for i in range(n_cols):
+            left = np.float64(a[i])
+            right = np.float64(b[i])
+            dots_f64[0, i] += left * left
+            dots_f64[1, i] += left * right
+            dots_f64[2, i] += right * right
+
+
+@njit(cache=True, nogil=True)
+def combine_columns(factors_f32, x_f32):
+    """Sum models with factors of their own for each column: `x[0] = sum_k factors[k, column] * x[k]`.
+
+    Parameters
+    ----------
+    factors_f32 : (n_models, n_cols) float32
+        one factor per model and column
+    x_f32 : (n_models, n_rows * n_cols) float32
+        weights or task vectors; row 0 is overwritten by the sum
+    """
+    n_models, n_cols = factors_f32.shape
+    for row in range(x_f32.shape[1] // n_cols):
+        start = row * n_cols
+        total = x_f32[0, start : start + n_cols]
+        for i in range(n_cols):
+            total[i] *= factors_f32[0, i]
+        for k in range(1, n_models):
+            model = x_f32[k, start : start + n_cols]
+            for i in range(n_cols):
+                total[i] += factors_f32[k, i] * model[i]

@@ -1,4 +1,4 @@
-"""Moving attention heads along the columns of a block, in place."""
+"""Permutes attention heads along the columns of a block, in place."""
 
 import numpy as np
 from numba import njit
@@ -8,7 +8,7 @@ from numba import njit
 def mix_columns(indptr_i64, indices_i64, weights_f32, row_f32, x_f32):
     """Replace every column by a weighted sum of columns: `new[:, j] = sum_p w[p] * old[:, idx[p]]`.
 
-    A permutation has one index and weight 1 per column, and moves values without changing them; a soft
+    A permutation has one index and weight 1 per column, and changes no value; a soft
     alignment has several (the barycentric projection of optimal transport, Imfeld et al. 2024).
 
     Parameters

@@ -1,4 +1,4 @@
-"""What kernels share: binary16 in and out, ggml's rounding, the end of a sum. Compiled into their callers."""
+"""Compiled into the kernels that call it: binary16 in and out, ggml's rounding, the end of a sum."""
 
 import numpy as np
 from numba import njit

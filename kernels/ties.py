@@ -17,7 +17,7 @@ def elect(weights_f32, scales_f32, normalize, scale, scratch_f32, delta_f32, bas
     Parameters
     ----------
     weights_f32, scales_f32 : (n_models,) float32
-        per task vector: its weight, and what its survivors are rescaled by
+        per task vector: its weight, and what its kept elements are rescaled by
     normalize : bool
         divide by the weights of those that agree
     scale : float

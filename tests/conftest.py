@@ -31,8 +31,10 @@ _SOURCES = [TESTS.parent / "kernels" / f"{file}.py" for file in SHARED]
 _SHARED = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:8]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(_CACHE / "edgemerge" / f"numba-tests-{_SHARED}"))
 
-# No time limit for one example: the first call imports a library, and a test machine is shared.
-hypothesis.settings.register_profile("edgemerge", deadline=None)
+# No time limit for one example or for making them: the first call imports a library, and a machine is shared.
+hypothesis.settings.register_profile(
+    "edgemerge", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("edgemerge")
 
 

@@ -245,15 +245,15 @@ def random_values(seed: int) -> Callable[[Tensor, int, int], np.ndarray]:
 
 
 def noisy_values(
-    origin: dict[str, Tensor], std: float, seed: int
+    original: dict[str, Tensor], std: float, seed: int
 ) -> Callable[[Tensor, int, int], np.ndarray]:
     """Weights of another model plus noise."""
-    files = {file: file.open("rb") for file in {tensor.file for tensor in origin.values()}}
+    files = {file: file.open("rb") for file in {tensor.file for tensor in original.values()}}
 
     def values(tensor: Tensor, block: int, count: int) -> np.ndarray:
         x = draw(tensor.name, block, count, seed, NOISE)
         x *= np.float32(std)
-        source = origin[tensor.name]
+        source = original[tensor.name]
         item = ITEM_BYTES[source.dtype]
         offset = source.offset + block * BLOCK * item
         x += decode(os.pread(files[source.file].fileno(), count * item, offset), source.dtype)
@@ -320,12 +320,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.noise_of:
         config = json.loads((args.noise_of / "config.json").read_text(encoding="utf-8"))
         files = sorted(args.noise_of.glob("*.safetensors"))
-        origin = {tensor.name: tensor for file in files for tensor in read_header(file)}
+        original = {tensor.name: tensor for file in files for tensor in read_header(file)}
         if not args.dtype:
-            dtype = next(iter(origin.values())).dtype
+            dtype = next(iter(original.values())).dtype
         config["torch_dtype"] = TORCH_NAMES[dtype]
-        shapes = [(tensor.name, tensor.shape) for tensor in origin.values()]
-        values = noisy_values(origin, args.std, args.seed)
+        shapes = [(tensor.name, tensor.shape) for tensor in original.values()]
+        values = noisy_values(original, args.std, args.seed)
     else:
         config = make_config(args.shape, dtype)
         shapes = list(tensor_shapes(config))

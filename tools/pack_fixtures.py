@@ -74,9 +74,9 @@ def archive(files: dict[str, bytes]) -> bytes:
     target = io.BytesIO()
     with tarfile.open(fileobj=target, mode="w") as tar:
         for path in sorted(files, key=lambda path: (Path(path).name, path)):
-            member = tarfile.TarInfo(path)
-            member.size = len(files[path])
-            tar.addfile(member, io.BytesIO(files[path]))
+            entry = tarfile.TarInfo(path)
+            entry.size = len(files[path])
+            tar.addfile(entry, io.BytesIO(files[path]))
     return lzma.compress(target.getvalue(), preset=6 | lzma.PRESET_EXTREME)
 
 

@@ -39,7 +39,7 @@ TESTS: tuple[str, ...] = (
 TESTS += ("tests/methods", "tests/test_portable_hashes.py")
 HASHES = ("-m", "tests.support.portable_hashes")
 
-# What Numba compiles with beyond the level, and OpenBLAS's name of its routines.
+# What Numba compiles with besides the level, and OpenBLAS's name of its routines.
 FEATURES = {"x86-64-v2": "", "x86-64-v3": "+pclmul", "x86-64-v4": "+pclmul"}
 ROUTINES = {"x86-64-v2": "NEHALEM", "x86-64-v3": "HASWELL", "x86-64-v4": "SKYLAKEX"}
 # Processors that qemu emulates; it knows no AVX-512.
@@ -121,7 +121,7 @@ def environment(level: str) -> dict[str, str]:
 
 
 def shared_hash() -> str:
-    """Numba does not see that a file changed which kernels share: it is part of the cache's name."""
+    """Numba does not see that a file changed which kernels import: it is part of the cache's name."""
     digest = hashlib.sha256(b"".join((KERNELS / f"{file}.py").read_bytes() for file in SHARED))
     return digest.hexdigest()[:8]
 

@@ -207,7 +207,7 @@ def profile(arguments: list[str]) -> dict[str, Any]:
 
 
 def _io_seconds(watch: Stopwatch, workers: int) -> float:
-    """Wall seconds in which reads, writes and syncs held the merge up: per worker, and those of the end."""
+    """Wall seconds in which reads, writes and syncs delayed the merge: per worker, and those of the end."""
     seconds = dict.fromkeys((MAIN, WORKER, JOURNAL), 0.0)
     for spent in watch.spent.values():
         if spent.section in INPUT_OUTPUT:

@@ -64,7 +64,7 @@ class _Unfit(Exception):
 
 
 def layer_geometry(source: Source) -> list[LayerHeads | Skipped]:
-    """Say for every layer how its heads cut its tensors, or why they cannot be moved.
+    """Say for every layer how its heads cut its tensors, or why they cannot be permuted.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def _layer_heads(source: Source, layer: int, specs: Mapping[str, TensorSpec]) ->
 
 
 def _refuse_model(source: Source) -> None:
-    """Refuse what forbids moving heads in any layer of a model."""
+    """Refuse what forbids permuting heads in any layer of a model."""
     metadata, arch = source.metadata(), source.architecture
     baichuan_13b = (
         arch == "baichuan" and get_value(metadata, f"{arch}.block_count") == BAICHUAN_13B_LAYERS

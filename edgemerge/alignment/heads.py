@@ -82,7 +82,7 @@ def align_models(
     Parameters
     ----------
     reference, other : Source
-        Two models of one architecture; the second is the one to move.
+        Two models of one architecture; the second is the one to permute.
     seed : int
         Of the sketches.
     arena_bytes : int

@@ -33,7 +33,7 @@ Float64: TypeAlias = NDArray[np.float64]
 Int32: TypeAlias = NDArray[np.int32]
 Index: TypeAlias = NDArray[np.int64]
 
-GUARD = 0.05  # tau: least relative gain for which heads are moved at all
+GUARD = 0.05  # tau: least relative gain for which heads are reordered at all
 REG = 0.02  # entropy weight where the largest cost is 1; below 0.01 it takes over 20000 sweeps
 SHRINK = 4.0  # of the entropy weight from one stage to the next
 SUPPORT = 8  # cheapest partners per row and per column; 3 were seen to miss the optimum of n = 64
@@ -171,7 +171,7 @@ def transport(cost: Float64, n_best: int = SUPPORT) -> Transport:
     scaled = cost / top
     allowed = _gather(scaled, indptr, indices)
     duals, plan, iterations, converged = solve_sinkhorn(allowed, indptr, indices)
-    # -log P is the cost plus a number per row and one per column, which move no optimum: rounding is
+    # -log P is the cost plus a number per row and one per column, which change no optimum: rounding is
     # exact on the support, and only what the support cut off can be missed.
     excess = np.full((n, n), np.inf)
     rows = np.repeat(np.arange(n), np.diff(indptr))

@@ -74,7 +74,8 @@ def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
     app.callback()(_root)
     for name in names:
         module = import_module(f"edgemerge.cli.{COMMANDS[name]}")
-        app.command(name)(getattr(module, f"{name}_command"))
+        own = getattr(module, "CLASSES", {})
+        app.command(name, cls=own.get(name))(getattr(module, f"{name}_command"))
     return app
 
 

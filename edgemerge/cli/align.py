@@ -1,4 +1,4 @@
-"""`edgemerge align`: where one model's attention heads are in another's frame, layer by layer."""
+"""`edgemerge align`: which of one model's attention heads is which of another's, layer by layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Plans = Sequence[HeadPlan | Skipped]
 class Verdict:
     """What an alignment means for a merge."""
 
-    name: str  # in_place, moved, unrelated or skipped
+    name: str  # in_place, reordered, unrelated or skipped
     finding: str  # in a few words, for the picture's title
     sentence: str
 
@@ -224,13 +224,13 @@ def _judge(plans: Plans, reference: str, model: str) -> Verdict:
         finding = "no layer can be aligned"
         reason = _reason(plans[0]) if plans else "there are none"
         return Verdict("skipped", finding, f"{finding} ({reason}): a merge leaves heads in place")
-    moved = [plan for plan in aligned if not plan.is_identity]
+    reordered = [plan for plan in aligned if not plan.is_identity]
     costs = [plan.identity_cost if plan.is_identity else plan.cost for plan in aligned]
     cost = sum(costs) / len(costs)
-    if moved:
-        finding = f"heads moved in {len(moved)} of {len(aligned)} layers"
+    if reordered:
+        finding = f"heads are in another order in {len(reordered)} of {len(aligned)} layers"
         doubt = f", though they stay far apart (cost {cost:.2f} of 1)" if cost > LITTLE else ""
-        return Verdict("moved", finding, f"{finding}: merge with --align hard{doubt}")
+        return Verdict("reordered", finding, f"{finding}: merge with --align hard{doubt}")
     if cost > LITTLE:
         finding = f"heads have little in common (cost {cost:.2f} of 1)"
         return Verdict("unrelated", finding, f"{finding}: no order of them helps a merge")
@@ -289,10 +289,13 @@ def _print(plans: Plans, names: tuple[str, str]) -> None:
     aligned = [plan for plan in plans if isinstance(plan, HeadPlan)]
     grouped = any(len(plan.heads) > len(plan.kv_groups) for plan in aligned)
     what = "group[heads]" if grouped else "heads"
-    print(f"A is {plain(names[0])}, B is {plain(names[1])}; costs: 0 equal, 1 unrelated")
+    print(
+        f"A is {plain(names[0])}, B is {plain(names[1])}; costs with heads in place and matched: "
+        "0 equal, 1 unrelated"
+    )
     header = (
         "layer",
-        "identity",
+        "in place",
         "matched",
         "gap",
         "confidence",
@@ -305,7 +308,7 @@ def _print(plans: Plans, names: tuple[str, str]) -> None:
 
 
 def _rows(plans: Plans) -> Iterator[tuple[str, ...]]:
-    """Write a row per layer; consecutive layers whose heads stay share one, with their ranges."""
+    """Write a row per layer, but one for consecutive layers whose heads stay, with their ranges."""
     for (_, said), run in groupby(plans, key=_finding):
         layers = list(run)
         first, last = layers[0].layer, layers[-1].layer
@@ -326,7 +329,7 @@ def _rows(plans: Plans) -> Iterator[tuple[str, ...]]:
 
 
 def _finding(plan: HeadPlan | Skipped) -> tuple[str, str]:
-    """Tell what layers share that are shown in one row."""
+    """Tell what two layers must have in common to be shown in one row."""
     if isinstance(plan, Skipped):
         return "", f"skipped: {_reason(plan)}"
     alone = "" if plan.is_identity else str(plan.layer)
@@ -346,12 +349,12 @@ def _span(values: Sequence[float], form: str) -> str:
 def _permutation(plan: HeadPlan) -> tuple[str, bool]:
     """Write a permutation for people, and tell whether it was too long for that.
 
-    Heads in brackets share a KV group; groups are named where there is more than one head in each.
+    Heads in brackets belong to one KV group; groups are named where there is more than one head in each.
     """
     if plan.guarded:
-        return "identity (moving them gains too little)", False
+        return "in place (reordering gains too little)", False
     if plan.is_identity:
-        return "identity", False
+        return "in place", False
     per_group = len(plan.heads) // len(plan.kv_groups)
     if per_group == 1:
         return _shorten(" ".join(map(str, plan.heads)))

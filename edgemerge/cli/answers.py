@@ -30,7 +30,8 @@ def ask_models(recipe: Recipe, output: Path, questions: Sequence[str] | None) ->
         return
     from edgemerge.runtime.smoke import QUESTIONS, ask_aside
 
-    models = [path for path in (*recipe.models(), output) if _can_be_asked(path)]
+    given = [path for path in recipe.models() if path.is_absolute()]  # not a stage's, which is gone
+    models = [path for path in (*given, output) if _can_be_asked(path)]
     asked = tuple(questions or QUESTIONS)
     try:
         answers = ask_aside(models, asked)

@@ -31,9 +31,9 @@ def doctor_command(
         Path,
         typer.Option("--storage", metavar="DIR", help="Folder whose storage speed is measured."),
     ] = Path(),
-    warm: Annotated[
+    compile_: Annotated[
         bool,
-        typer.Option("--warm", help="Compile all merge kernels now; minutes on a small board."),
+        typer.Option("--compile", help="Compile all merge kernels now; minutes on a small board."),
     ] = False,
     json_: request.Json = False,
 ) -> None:
@@ -42,8 +42,8 @@ def doctor_command(
 
     if not storage.is_dir():
         raise typer.BadParameter(f"--storage {storage} is no folder")
-    if warm:
-        _warm()
+    if compile_:
+        _compile()
     diagnosis = examine(storage.absolute(), model)
     if json_:
         print_json(diagnosis.as_json())
@@ -51,7 +51,7 @@ def doctor_command(
         _print(diagnosis)
 
 
-def _warm() -> None:
+def _compile() -> None:
     """Compile, and count the steps on stderr while it is a terminal."""
     import sys
 
@@ -162,7 +162,7 @@ def _software(found: Diagnosis) -> Iterator[tuple[str, str]]:
     )
     cold, total = len(found.kernels.cold), found.kernels.total
     state = "all compiled" if not cold else f"{total - cold} of {total} compiled"
-    later = "; the rest at their first use, or now with --warm" if cold else ""
+    later = "; the rest at their first use, or now with --compile" if cold else ""
     yield "kernels", f"Numba {found.kernels.numba}, {state}{later}"
     if found.llama is None:
         yield "llama.cpp", str(found.llama_problem)

@@ -40,7 +40,9 @@ def print_tables(
         print(f"{error}by chance {_chances(models, answers)}")
     if differences := list(_difference_rows(answers, names)):
         print()
-        print_table(("task", "model", f"acc less {names[models[0]]}'s", "p (McNemar)"), differences)
+        print_table(
+            ("task", "model", f"acc minus {names[models[0]]}'s", "p (McNemar)"), differences
+        )
 
 
 def _short_names(models: Sequence[Path]) -> dict[Path, str]:

@@ -1,4 +1,4 @@
-"""What `run` and `chat` share: options of the draw, text on the terminal, figures."""
+"""What `run` and `chat` have in common: options of the draw, text on the terminal, figures."""
 
 from __future__ import annotations
 
@@ -197,7 +197,9 @@ def pick_context(model: Model, given: int | None, wanted: int) -> int:
     if given is None:
         return choose_context(model, wanted)
     if given > model.n_ctx_train:
-        note(f"the model was trained on {model.n_ctx_train} tokens and may lose its way beyond")
+        note(
+            f"the model was trained on {model.n_ctx_train} tokens and may lose its way after that many"
+        )
     return given
 
 

@@ -129,7 +129,7 @@ def _print(source: Source, inspection: Inspection, *, with_metadata: bool) -> No
         print_table(("key", "value"), [(key, _show(raw)) for key, raw in metadata.items()])
     else:
         print(f"{len(metadata)} keys of metadata: --all lists them")
-    _print_list("What would not survive a merge", foresee_losses(source))
+    _print_list("What a merge would lose", foresee_losses(source))
     if isinstance(source, GgufModel) and source.trailing_bytes:
         print(f"note: {source.trailing_bytes} bytes after the last tensor belong to nothing")
 

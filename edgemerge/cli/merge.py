@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ import typer
 
 from edgemerge.cli import request
 from edgemerge.cli.answers import ask_models
+from edgemerge.cli.made import describe_made, made_rows
+from edgemerge.cli.method_help import HelpWithMethods
 from edgemerge.cli.sign import sign_output
 from edgemerge.cli.terminal import plain, print_json, print_table, progress_bars, speaks_plainly
 from edgemerge.types import Plan, Recipe, TensorJob
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from edgemerge.output.report import MergeReport
+
+CLASSES = {"merge": HelpWithMethods, "plan": HelpWithMethods}
 
 __all__ = ["merge_command", "plan_command", "print_report", "run_merge"]
 
@@ -40,7 +45,9 @@ def merge_command(
     neurons: request.Neurons = False,
     parameter: request.Parameter = None,
     preset: request.Preset = None,
+    strict: request.Strict = False,
     split: request.Split = None,
+    disk: request.Disk = None,
     force: request.Force = False,
     json_: request.Json = False,
     report: request.Report = None,
@@ -71,6 +78,7 @@ def merge_command(
         preset=preset,
         tensor_types=tensor_type,
         imatrix=imatrix,
+        strict=strict,
     )
     inputs = (*recipe.inputs(), *(real_path(Path(text)) for text in models))
     if sign is not None:
@@ -86,10 +94,18 @@ def merge_command(
         check_output(report, inputs, force=force)
     label = f"{recipe.method} -> {output.name}"
     result = run_merge(
-        recipe, output, memory, threads, split=split, label=label, force=force, quiet=json_
+        recipe,
+        output,
+        memory,
+        threads,
+        split=split,
+        disk=disk,
+        label=label,
+        force=force,
+        quiet=json_,
     )
     if report is not None:
-        write_page(result, report)
+        write_page(result, report, made_rows(describe_made(result.output)))
     signature = None if key is None else sign_output(result.output, key, force=force, quiet=json_)
     print_report(result, as_json=json_, signature=signature)
     is_watched = sys.stdout is not None and sys.stdout.isatty()
@@ -110,30 +126,40 @@ def run_merge(
     threads: int | None,
     *,
     split: str | None,
+    disk: str | None = None,
     label: str,
     force: bool,
     quiet: bool,
 ) -> MergeReport:
     """Merge under a progress bar, which `quiet` leaves out.
 
-    `memory` and `split` are sizes as the user wrote them.
+    `memory`, `split` and `disk` are sizes as the user wrote them.
     """
     from edgemerge.merging.run import merge
     from edgemerge.sizes import parse_size
 
     budget = parse_size(memory) if memory is not None else None
     _say_if_scarce(budget or recipe.memory)
+    warned = []
+
+    def warn(sentence: str) -> None:
+        warned.append(sentence)
+        print(f"warning: {plain(sentence)}", file=sys.stderr)
+
     with progress_bars(label, quiet=quiet) as (progress, begin_part):
-        return merge(
+        report = merge(
             recipe,
             output,
             memory=budget,
             threads=threads,
             split_bytes=parse_size(split) if split is not None else None,
+            disk=parse_size(disk) if disk is not None else None,
             force=force,
             progress=progress,
             begin_part=begin_part,
+            warn=warn,
         )
+    return replace(report, notes=tuple(note for note in report.notes if note not in warned))
 
 
 def _say_if_scarce(budget: int | None) -> None:
@@ -157,7 +183,7 @@ def print_report(report: MergeReport, *, as_json: bool, signature: Path | None =
     """Say on stdout what was done."""
     signed = {} if signature is None else {"signature": str(signature)}
     if as_json:
-        print_json(report.as_json() | signed)
+        print_json(report.as_json() | describe_made(report.output) | signed)
         return
     print("\n".join(map(plain, report.lines())))
     if signature is not None:
@@ -179,6 +205,7 @@ def plan_command(
     neurons: request.Neurons = False,
     parameter: request.Parameter = None,
     preset: request.Preset = None,
+    strict: request.Strict = False,
     json_: request.Json = False,
 ) -> None:
     """Show what a merge would read, write and need, without doing it."""
@@ -197,6 +224,7 @@ def plan_command(
         preset=preset,
         tensor_types=tensor_type,
         imatrix=imatrix,
+        strict=strict,
     )
     the_plan = plan(
         recipe, memory=parse_size(memory) if memory is not None else None, threads=threads
@@ -215,12 +243,16 @@ def _as_json(the_plan: Plan) -> dict[str, object]:
         "tensors": len(the_plan.jobs),
         "elements": the_plan.n_elements,
         "read_bytes": the_plan.read_bytes,
-        "written_bytes": sum(job.out.nbytes for job in the_plan.jobs),
+        "written_bytes": the_plan.written_bytes,
         "passes": max((job.passes for job in the_plan.jobs), default=0),
         "budget_bytes": the_plan.budget,
+        "needed_bytes": the_plan.needed_bytes,
         "workers": the_plan.workers,
         "arena_bytes": the_plan.arena_bytes,
         "notes": list(the_plan.notes),
+        "stages": [
+            {"name": stage.recipe.name, **_as_json(stage), "jobs": []} for stage in the_plan.stages
+        ],
         "jobs": [
             {
                 "tensor": job.out.name,
@@ -236,12 +268,18 @@ def _as_json(the_plan: Plan) -> dict[str, object]:
 
 
 def _print(the_plan: Plan) -> None:
-    from edgemerge.budget import FLOOR_BYTES
     from edgemerge.sizes import format_count, format_size
 
+    blocks = the_plan.workers * the_plan.arena_bytes
+    if the_plan.stages:
+        _print_stages(the_plan)
     print(f"{the_plan.recipe.method} of {len(the_plan.models)} models to {the_plan.file_type}")
     for i, path in enumerate(the_plan.models):
-        print(f"  {'base  ' if i == 0 and the_plan.recipe.base else 'model '} {path}")
+        stage = "" if path.is_absolute() else "stage "
+        print(
+            f"  {'base  ' if i == 0 and the_plan.recipe.base else 'model '} {stage}{plain(str(path))}"
+        )
+    _print_asked(the_plan)
     rows = []
     for label, jobs in _groups(the_plan.jobs):
         job = jobs[0]
@@ -256,17 +294,45 @@ def _print(the_plan: Plan) -> None:
             )
         )
     print_table(("tensor", "shape", "from", "to", "reads", "size"), rows, right="reads size")
-    written = sum(job.out.nbytes for job in the_plan.jobs)
     print(
         f"{len(the_plan.jobs)} tensors, {format_count(the_plan.n_elements)} parameters: "
-        f"reads {format_size(the_plan.read_bytes)}, writes {format_size(written)}"
+        f"reads {format_size(the_plan.read_bytes)}, writes {format_size(the_plan.written_bytes)}"
     )
     print(
-        f"memory {format_size(the_plan.budget)}: {format_size(FLOOR_BYTES)} for Python and "
-        f"kernels, {the_plan.workers} x {format_size(the_plan.arena_bytes)} for blocks"
+        f"memory: needs {format_size(the_plan.needed_bytes)} of {format_size(the_plan.budget)}: "
+        f"{format_size(the_plan.needed_bytes - blocks)} for Python, kernels and headers, "
+        f"{the_plan.workers} x {format_size(the_plan.arena_bytes)} for blocks"
     )
     for note in the_plan.notes:
         print(f"note: {plain(note)}")
+
+
+def _print_asked(the_plan: Plan) -> None:
+    """Say the settings, defaults marked, and what each model has of its own."""
+    from edgemerge.recipe.words import describe_recipe, recipe_document
+
+    for line in describe_recipe(recipe_document(the_plan.recipe)):
+        if ": " in line:
+            print(f"  {plain(line)}")
+
+
+def _print_stages(the_plan: Plan) -> None:
+    """Say what is made first, and what it takes of the disk until the output is finished."""
+    from edgemerge.sizes import format_size
+
+    for stage in the_plan.stages:
+        print(
+            f"stage {plain(str(stage.recipe.name))}: {stage.recipe.method} of {len(stage.models)} "
+            f"models to {stage.file_type}, reads {format_size(stage.read_bytes)}, writes "
+            f"{format_size(stage.written_bytes)}"
+        )
+        for note in stage.notes:
+            if note not in the_plan.notes:
+                print(f"  note: {plain(note)}")
+    total = sum(stage.written_bytes for stage in the_plan.stages)
+    print(
+        f"the stages take {format_size(total)} of disk in OUT.gguf.stages until the merge is done"
+    )
 
 
 def _groups(jobs: Iterable[TensorJob]) -> Iterable[tuple[str, list[TensorJob]]]:

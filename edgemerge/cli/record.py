@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.made import describe_machine
 from edgemerge.cli.terminal import print_json, progress_bar, speaks_plainly
 
 if TYPE_CHECKING:
@@ -177,10 +178,11 @@ def _recipe(provenance: Provenance) -> dict[str, Any]:
 
 
 def _how(provenance: Provenance) -> Section:
-    from edgemerge.recipe.words import describe_recipe
+    from edgemerge.recipe.words import describe_recipe, describe_stages
     from edgemerge.reports.record import Section
 
-    sentences = [(line, None) for line in describe_recipe(_recipe(provenance))]
+    lines = [*describe_stages(provenance.stages), *describe_recipe(_recipe(provenance))]
+    sentences = [(line, None) for line in lines]
     rows = [("made by", f"edgemerge {provenance.version}"), ("seed", str(provenance.seed))]
     return Section("How it was made", sentences, rows=[*rows, ("recipe", provenance.recipe)])
 
@@ -285,14 +287,10 @@ def _when() -> Section:
     from importlib.metadata import version
 
     from edgemerge.reports.record import Section
-    from edgemerge.runtime.board.device import read_board
-    from edgemerge.sizes import format_size
 
-    board = read_board()
-    machine = ", ".join(filter(None, (board.name, board.processor, board.architecture)))
     rows = [
         ("written", datetime.now(UTC).isoformat(timespec="seconds")),
         ("by", f"edgemerge {version('edgemerge')}, Python {platform.python_version()}"),
-        ("on", f"{machine}, {board.cores} cores, {format_size(board.memory.total)} of memory"),
+        ("on", describe_machine()),
     ]
     return Section("When and where this record was written", rows=rows)

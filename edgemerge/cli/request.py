@@ -12,7 +12,7 @@ from edgemerge.types import Recipe
 
 __all__ = ["Base", "Force", "Json", "Memory", "Method", "Models", "Output", "Parameter", "Preset"]
 __all__ += ["Align", "Ask", "Imatrix", "Neurons", "NoAsk", "Report", "Seed", "Sign", "Split"]
-__all__ += ["TensorTypes", "Threads", "Type"]
+__all__ += ["Disk", "Strict", "TensorTypes", "Threads", "Type"]
 __all__ += ["read_request", "read_tensor_types"]
 
 Models = Annotated[
@@ -97,6 +97,20 @@ Split = Annotated[
         help="Write OUT-00001-of-0000N.gguf and so on, with at most so many bytes of tensors each.",
     ),
 ]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict", help="Refuse unknown and duplicate keys of a recipe, instead of noting them."
+    ),
+]
+Disk = Annotated[
+    str | None,
+    typer.Option(
+        "--disk",
+        metavar="SIZE",
+        help="Disk that the stages of a recipe may take beside the output [default: what is free].",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Report = Annotated[
@@ -131,6 +145,7 @@ def read_request(
     preset: str | None,
     tensor_types: list[str] | None,
     imatrix: str | None,
+    strict: bool,
 ) -> Recipe:
     """Build the recipe that the arguments describe.
 
@@ -143,6 +158,7 @@ def read_request(
     """
     from edgemerge.recipe.presets import with_preset
     from edgemerge.recipe.recipe import check_alignment, find_imatrix, load_recipe, make_recipe
+    from edgemerge.recipe.stages import with_settings
 
     pairs = read_tensor_types(tensor_types)
     if method is None:
@@ -150,15 +166,15 @@ def read_request(
             raise typer.BadParameter("give one RECIPE.yml, or a method with -m and its models")
         if base is not None or parameters:
             raise typer.BadParameter("--base and -P go with -m; a recipe file has its own")
-        recipe = load_recipe(models[0])
+        recipe = load_recipe(models[0], strict=strict)
         if out_type is not None:
             recipe = replace(recipe, out_type=out_type)
         if seed is not None:
-            recipe = replace(recipe, seed=seed)
+            recipe = with_settings(recipe, seed=seed)
         if align is not None:
-            recipe = replace(recipe, align=check_alignment(align))
+            recipe = with_settings(recipe, align=check_alignment(align))
         if neurons:
-            recipe = replace(recipe, neurons=True)
+            recipe = with_settings(recipe, neurons=True)
         if pairs:
             recipe = replace(recipe, tensor_types=pairs)
         if imatrix is not None:

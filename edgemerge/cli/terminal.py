@@ -1,4 +1,4 @@
-"""What all commands share of the terminal: errors, JSON, progress, tables."""
+"""What all commands have in common: errors, JSON, progress, tables on the terminal."""
 
 from __future__ import annotations
 

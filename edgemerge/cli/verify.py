@@ -98,12 +98,13 @@ def _signature_json(signed: Signed) -> dict[str, str]:
 
 def _describe(provenance: Provenance) -> list[str]:
     """Say the recipe in words, or give its text where another program has changed it."""
-    from edgemerge.recipe.words import describe_recipe
+    from edgemerge.recipe.words import describe_recipe, describe_stages
 
+    stages = describe_stages(provenance.stages)
     recipe = _read_recipe(provenance)
     if isinstance(recipe, dict):
-        return describe_recipe(recipe)
-    return [f"recipe {provenance.recipe}"]
+        return [*stages, *describe_recipe(recipe)]
+    return [*stages, f"recipe {provenance.recipe}"]
 
 
 def _read_recipe(provenance: Provenance) -> object:

@@ -90,6 +90,7 @@ class Provenance:
     seed: Value | None
     inputs: tuple[tuple[str, str], ...]  # file name, CRC-32 of its tensors in hexadecimal
     recipe: str  # JSON, models by file name
+    stages: str = ""  # JSON: name, recipe and inputs of each merge that was done before
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +273,7 @@ def read_provenance(metadata: Mapping[str, bytes]) -> Provenance | None:
             if isinstance(crc, int)
         ),
         recipe=str(get_value(metadata, "edgemerge.recipe", "")),
+        stages=str(get_value(metadata, "edgemerge.stages", "")),
     )
 
 

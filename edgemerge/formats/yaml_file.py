@@ -1,4 +1,7 @@
-"""Reading one YAML document that a stranger may have written: small, plain, without surprises."""
+"""Reading the YAML documents of a file that a stranger may have written: small and plain.
+
+Duplicate keys and aliases are read as PyYAML reads them, which mergekit uses. Duplicates are told.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,27 @@ import yaml
 
 from edgemerge.errors import RecipeError
 
-__all__ = ["MAX_RECIPE_BYTES", "read_yaml"]
+__all__ = ["MAX_RECIPE_BYTES", "read_documents"]
 
 MAX_RECIPE_BYTES = 1 << 18  # what PyYAML reads in 3 s and 100 MB at worst; real recipes have 2 KB
+MAX_NODES = 100_000  # with every alias in full; real recipes have some hundreds
+MERGE_TAG, TEXT_TAG = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 
 
-def read_yaml(path: Path) -> Any:
-    """Read a recipe's document.
+def read_documents(path: Path) -> tuple[list[Any], list[str]]:
+    """Read the documents of a recipe.
+
+    Returns
+    -------
+    documents : list
+        Plain types; empty documents are left out.
+    duplicates : list of str
+        `line 6: the key 'base_model' stands twice`, for each key of which only the last entry counts.
 
     Raises
     ------
     RecipeError
-        The file cannot be read, is too large, or is no YAML of one document with text as keys.
+        The file cannot be read, is too large, or is no YAML with text as keys.
     """
     try:
         with path.open("rb") as file:
@@ -31,29 +43,57 @@ def read_yaml(path: Path) -> Any:
     if len(raw) > MAX_RECIPE_BYTES:
         raise RecipeError("is larger than 256 KiB, so it is no recipe", path=path)
     try:
-        return yaml.load(raw, Loader=_StrictLoader)
+        loader = _BoundedLoader(raw)
+        documents = []
+        while loader.check_data():  # type: ignore[no-untyped-call]
+            documents.append(loader.get_data())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"is not valid YAML ({_yaml_problem(error)})", path=path) from None
+    return [document for document in documents if document is not None], loader.duplicates
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and aliases, which YAML bombs are made of."""
+class _BoundedLoader(yaml.SafeLoader):
+    """SafeLoader that lists duplicate keys, and refuses what aliases would make large or endless."""
+
+    def __init__(self, raw: bytes) -> None:
+        super().__init__(raw)
+        self.duplicates: list[str] = []
+        self._n_nodes: dict[int, int] = {}  # id of a finished node -> nodes in it, aliases in full
+
+    def compose_document(self) -> Any:
+        self._n_nodes.clear()
+        return super().compose_document()
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise _at("aliases are not allowed in a recipe", self.current_event)
-        return super().compose_node(parent, index)
+        is_alias = self.check_event(yaml.AliasEvent)
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        node: Any = super().compose_node(parent, index)
+        if is_alias:
+            if id(node) not in self._n_nodes:
+                raise _at("an alias stands inside what it repeats", event)
+            return node
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            self._check_keys(node)
+            children = [child for pair in node.value for child in pair]
+        n_nodes = 1 + sum(self._n_nodes[id(child)] for child in children)
+        if n_nodes > MAX_NODES:
+            raise _at("aliases make it too large for a recipe", event)
+        self._n_nodes[id(node)] = n_nodes
+        return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def _check_keys(self, node: yaml.MappingNode) -> None:
         seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise _at(f"the key {key!r} is not text", key_node)
-            if key in seen:
-                raise _at(f"the key {key!r} stands twice", key_node)
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+        for key, _ in node.value:
+            if key.tag == MERGE_TAG:
+                continue
+            if not isinstance(key, yaml.ScalarNode) or key.tag != TEXT_TAG:
+                shown = f"the key {key.value}" if isinstance(key, yaml.ScalarNode) else "a key"
+                raise _at(f"{shown} is not text", key)
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                self.duplicates.append(f"line {line}: the key {key.value!r} stands twice")
+            seen.add(key.value)
 
 
 def _at(problem: str, where: Any) -> yaml.YAMLError:

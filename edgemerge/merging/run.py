@@ -8,32 +8,33 @@ The result is the same for every budget and thread count, and however often the 
 
 from __future__ import annotations
 
-import json
 import os
 import time
-import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgemerge.budget import floor_bytes
 from edgemerge.errors import EdgemergeError, OutputError
 from edgemerge.formats import open_model
-from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.gguf.split import MAX_PARTS, part_paths, whole_name
 from edgemerge.formats.gguf.writer import GgufLayout, make_layouts
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.merging.precompile import precompile
+from edgemerge.merging.record import provenance
+from edgemerge.merging.stages import merge_stages, note_finished, read_finished
+from edgemerge.merging.warnings import foresee_warnings
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import check_name, check_output
 from edgemerge.output.parts import OutputParts, find_named, hash_named, is_begun
 from edgemerge.output.report import FileReport, MergeReport, peak_rss_bytes
 from edgemerge.output.resume import find_fingerprint, verify_earlier
 from edgemerge.planning.plan import make_plan
+from edgemerge.planning.planned import PlannedSource
 from edgemerge.types import BeginPart, Plan, Progress, Recipe, Source, ignore_parts
 
 if TYPE_CHECKING:  # only a merge that runs imports them
@@ -68,14 +69,24 @@ def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = Non
         The recipe, a file, the models together or the budget are wrong.
     """
     floor = floor_bytes()
-    with ExitStack() as stack:
-        return make_plan(
-            recipe,
-            lambda path: _open(path, stack),
-            memory=memory,
-            threads=threads or usable_processors(),
-            floor=floor,
-        )
+    planned: dict[Path, Source] = {}  # results of stages
+
+    def plan_one(one: Recipe) -> Plan:
+        with ExitStack() as stack:
+            return make_plan(
+                replace(one, stages=()),
+                lambda path: planned.get(path) or _open(path, stack),
+                memory=memory,
+                threads=threads or usable_processors(),
+                floor=floor,
+            )
+
+    stages = []
+    for stage in recipe.stages:
+        stages.append(plan_one(stage))
+        path = Path(str(stage.name))
+        planned[path] = PlannedSource(stages[-1], path)
+    return replace(plan_one(recipe), recipe=recipe, stages=tuple(stages))
 
 
 def merge(
@@ -86,8 +97,10 @@ def merge(
     threads: int | None = None,
     split_bytes: int | None = None,
     force: bool = False,
+    disk: int | None = None,
     progress: Progress | None = None,
     begin_part: BeginPart = ignore_parts,
+    warn: Callable[[str], None] | None = None,
 ) -> MergeReport:
     """Merge models into one GGUF file, or a split one.
 
@@ -104,11 +117,16 @@ def merge(
         tensors in each, as llama.cpp's gguf-split does.
     force : bool
         Replace an existing output.
+    disk : int, optional
+        Bytes that the results of a recipe's stages may take beside the output; else what is free.
     progress : callable, optional
         Called with bytes done and bytes in all, from this thread.
     begin_part : callable, optional
         Called where this begins: to read back what an earlier run finished, to align heads, to match
         neurons, to hash the output. What it returns is told how far that is.
+    warn : callable, optional
+        Called before the work with each sentence on what is probably not meant. Those on work of an
+        earlier run that is dropped are in the report's notes too.
 
     Returns
     -------
@@ -125,12 +143,44 @@ def merge(
     A merge that is stopped, or whose disk fails, leaves its finished tensors beside the output: the same
     call goes on with them.
     """
-    started = time.monotonic()
-    floor = floor_bytes()  # before the models are opened, whose headers the plan counts
     output = Path(output)
     check_name(output)
     if split_bytes is None:  # else the names follow from the plan
         check_output(output, recipe.inputs(), force=force or is_begun(output))
+    merge_one = partial(
+        _merge_one, memory=memory, threads=threads, begin_part=begin_part, warn=warn
+    )
+    if not recipe.stages:
+        return merge_one(recipe, output, split_bytes=split_bytes, force=force, progress=progress)
+    return merge_stages(
+        plan(recipe, memory=memory, threads=threads),
+        output,
+        merge_one,
+        disk=disk,
+        force=force,
+        split_bytes=split_bytes,
+        progress=progress,
+        begin_part=begin_part,
+    )
+
+
+def _merge_one(
+    recipe: Recipe,
+    output: Path,
+    *,
+    memory: int | None,
+    threads: int | None,
+    force: bool,
+    progress: Progress | None,
+    begin_part: BeginPart,
+    warn: Callable[[str], None] | None,
+    split_bytes: int | None = None,
+    mark: Path | None = None,
+    record: Mapping[str, bytes] | None = None,
+) -> MergeReport:
+    """Merge a recipe without stages; `mark` is beside a stage, `record` goes into the metadata."""
+    started = time.monotonic()
+    floor = floor_bytes()  # before the models are opened, whose headers the plan counts
     with ExitStack() as stack:
         opened: dict[Path, Source] = {}
 
@@ -145,6 +195,7 @@ def merge(
             threads=threads or usable_processors(),
             floor=floor,
         )
+        the_plan = replace(the_plan, metadata={**the_plan.metadata, **(record or {})})
         importance = None
         if recipe.imatrix is not None:
             importance = stack.enter_context(closing(ImportanceMatrix(recipe.imatrix)))
@@ -154,7 +205,11 @@ def merge(
         fingerprint = find_fingerprint(the_plan, layouts, paths, *inputs)
         named = find_named(paths, fingerprint)
         _check_outputs([path for path in paths if path not in named], recipe, force=force)
-        if len(named) == len(paths):
+        finished = None if mark is None else read_finished(mark, paths[0], fingerprint)
+        if finished is not None:
+            note = "an earlier run had finished it"
+            outcome = _Outcome(finished, (), (note,), n_resumed=len(the_plan.jobs))
+        elif len(named) == len(paths):
             outcome = _finish(the_plan, paths, begin_part)
         else:
             precompile(the_plan)
@@ -162,9 +217,14 @@ def merge(
             parts = OutputParts(sizes, fingerprint)
             stack.push(parts)
             parts.open()
+            if warn is not None:
+                for sentence in (*foresee_warnings(the_plan, inputs.sources), *parts.notes):
+                    warn(sentence)
             # Again, as the part file now locks others out.
             _check_outputs(paths, recipe, force=force)
             outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress, begin_part)
+        if mark is not None and finished is None:
+            note_finished(mark, paths[0], fingerprint, outcome.sha256)
     return MergeReport(
         output=paths[0],
         out_bytes=sum(layout.n_bytes for layout in layouts),
@@ -297,7 +357,7 @@ def _layouts(
     the_plan: Plan, results: Sequence[TensorResult], split_bytes: int | None
 ) -> list[GgufLayout]:
     """Lay the output out; checksums are zero until there are results, which does not change its size."""
-    metadata = {**the_plan.metadata, **_provenance(the_plan, results)}
+    metadata = {**the_plan.metadata, **provenance(the_plan, results)}
     return make_layouts(metadata, [job.out for job in the_plan.jobs], split_bytes)
 
 
@@ -316,39 +376,3 @@ def _name_files(output: Path, layouts: Sequence[GgufLayout], split_bytes: int | 
 def _check_outputs(paths: Sequence[Path], recipe: Recipe, *, force: bool) -> None:
     for path in paths:
         check_output(path, recipe.inputs(), force=force)
-
-
-def _provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str, bytes]:
-    """Say in the file itself what it was made of; no path and no date, so that equal merges are equal.
-
-    The checksum of an input is the CRC-32 of the CRC-32s (little-endian u32) of its tensors, in the
-    order of the output's tensors; `edgemerge.tensor_crc32` holds those of the output's own tensors.
-    """
-    models = the_plan.models
-    inputs = [0] * len(models)
-    tensors = [0] * len(the_plan.jobs)
-    for i, (job, result) in enumerate(zip(the_plan.jobs, results, strict=False)):
-        tensors[i] = result.output
-        for tensor, checksum in zip(job.inputs, result.inputs, strict=True):
-            inputs[tensor.model] = zlib.crc32(checksum.to_bytes(4, "little"), inputs[tensor.model])
-    return {
-        "edgemerge.version": encode_value(version("edgemerge"), "str"),
-        "edgemerge.method": encode_value(the_plan.recipe.method, "str"),
-        "edgemerge.recipe": encode_value(_recipe_json(the_plan), "str"),
-        "edgemerge.seed": encode_value(the_plan.recipe.seed, "u64"),
-        "edgemerge.inputs": encode_value([whole_name(path) for path in models], "[str]"),
-        "edgemerge.input_crc32": encode_value(inputs, "[u32]"),
-        "edgemerge.tensor_crc32": encode_value(tensors, "[u32]"),
-    }
-
-
-def _recipe_json(the_plan: Plan) -> str:
-    """Return the recipe as canonical JSON, models by file name."""
-    recipe = asdict(the_plan.recipe)
-    for dropped in ("notes", "memory", "chat_template"):
-        del recipe[dropped]
-    source = recipe.pop("tokenizer_source")
-    if source != "base" and any(job.is_fitted for job in the_plan.jobs):
-        recipe["tokenizer_source"] = source if source == "union" else whole_name(Path(source))
-    recipe["out_type"] = the_plan.file_type
-    return json.dumps(recipe, default=whole_name, sort_keys=True)

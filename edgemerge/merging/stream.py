@@ -244,6 +244,15 @@ class TensorStream:
             yield block
         self._is_first_pass = False
 
+    def sample(self, n_rows: int) -> Iterator[Block]:
+        """Yield rows, evenly spaced over the tensor, as blocks of one; before the first pass."""
+        self._is_first_pass = self._gives_back = False  # checksums and pages are those of passes
+        total = self.job.out.n_rows
+        count = min(n_rows, total)
+        for row in (i * total // count for i in range(count)):
+            yield self._load(0, row, row + 1)
+        self._is_first_pass = True
+
     def _load(self, number: int, start: int, stop: int) -> Block:
         """Load rows into the next free place, or into the last, which all uncached blocks use."""
         job = self.job

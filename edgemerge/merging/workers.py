@@ -200,13 +200,13 @@ class WorkerPool:
                     progress=self._begin_part(f"matching neurons of {name}", "layers"),
                 )
             )
-            moved = 0
+            reordered = 0
             for plan in found:
                 if isinstance(plan, NeuronPlan):
-                    moved += bool(np.any(plan.order != np.arange(len(plan.order))))
+                    reordered += bool(np.any(plan.order != np.arange(len(plan.order))))
                     at = (left, right, plan.layer, plan.layer)
                     self._permutations.setdefault(at, []).append(plan)
-            notes.append(f"neurons of {name} moved in {moved} of {len(found)} layers")
+            notes.append(f"neurons of {name} reordered in {reordered} of {len(found)} layers")
             reasons = {plan.reason for plan in found if isinstance(plan, Skipped)}
             notes += [f"neurons of {name} left as they are: {reason}" for reason in sorted(reasons)]
         return notes
@@ -313,10 +313,11 @@ def _measured_layer(job: TensorJob) -> int | None:
 
 
 def _say(model: str, found: Sequence[HeadPlan | Skipped]) -> list[str]:
-    """Say in one sentence what moved, and in one each why something did not."""
+    """Say in how many layers heads were reordered, and one sentence for each reason why not."""
     plans = [heads for heads in found if isinstance(heads, HeadPlan)]
-    moved = sum(not heads.is_identity for heads in plans)
-    notes = [f"attention heads of {model} moved in {moved} of {len(plans)} layers"] if plans else []
+    reordered = sum(not heads.is_identity for heads in plans)
+    count = f"{reordered} of {len(plans)} layers"
+    notes = [f"attention heads of {model} reordered in {count}"] if plans else []
     reasons: dict[str, list[int]] = {}
     for heads in found:
         if isinstance(heads, Skipped):

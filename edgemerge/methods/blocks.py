@@ -57,6 +57,12 @@ class BlockStream(Protocol):
         overwrite blocks. Pruning is the exception: `Block.is_pruned` records it.
         """
 
+    def sample(self, n_rows: int) -> Iterator[Block]:
+        """Yield so many rows, evenly spaced over the tensor, each a block; all rows where there are fewer.
+
+        Every worker of a group gets the same rows. Take all of them, before the first pass.
+        """
+
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
         """Return uninitialised working memory that lives as long as the stream."""
 

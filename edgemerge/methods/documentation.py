@@ -26,12 +26,32 @@ def methods_table() -> str:
 
 
 def parameters_table() -> str:
-    """Return a row per parameter: name, what it does, allowed values, whose it is."""
+    """Return a row per parameter: name, what it does, allowed values, whose it is.
+
+    A name with several meanings has a row for each, which names the methods.
+    """
     rows = [
-        (f"`{p.name}`", p.help, p.allowed(), "each model" if p.of_model else "the merge")
-        for p in known_parameters().values()
+        (
+            f"`{p.name}`",
+            p.help,
+            p.allowed(),
+            ("each model" if p.of_model else "the merge")
+            + (_methods_of(p) if len(meanings) > 1 else ""),
+        )
+        for meanings in known_parameters().values()
+        for p in meanings
     ]
     return _table(("parameter", "what it does", "allowed", "belongs to"), rows)
+
+
+def _methods_of(parameter: Parameter) -> str:
+    """Name the methods in which a parameter means what it does here."""
+    same = [
+        method.name
+        for method in METHODS.values()
+        if any((p.name, p.help) == (parameter.name, parameter.help) for p in method.parameters)
+    ]
+    return f" ({', '.join(same)})"
 
 
 def _parameters(method: Method) -> str:
@@ -44,6 +64,8 @@ def _default(parameter: Parameter) -> str:
         return "required"
     if isinstance(parameter.default, bool):
         return str(parameter.default).lower()
+    if parameter.kind == "count":
+        return f"{parameter.default:g}"
     return f"{parameter.default}"
 
 
@@ -51,6 +73,7 @@ def _default(parameter: Parameter) -> str:
 class _Example:
     """A tensor of two models, as far as a method asks about it."""
 
+    base: InputTensor | None
     experts: tuple[InputTensor, ...]
     settings: dict[str, Setting]
     name: str = "output.weight"
@@ -63,7 +86,8 @@ def _reads(method: Method) -> int:
         own["density"] = 0.5
     spec = TensorSpec(_Example.name, (256, 256), "F32", 4 * 256 * 256)
     experts = tuple(InputTensor(i, spec, own) for i in range(2))
-    return method.passes(_Example(experts, method.defaults(model=False)))
+    base = InputTensor(2, spec) if method.needs_base else None
+    return method.passes(_Example(base, experts, method.defaults(model=False)))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

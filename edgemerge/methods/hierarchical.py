@@ -1,8 +1,9 @@
-"""The hierarchical method's second half: task vectors weighted by their cosine similarity.
+"""The hierarchical method (arXiv 2511.13373): task vectors weighted by their cosine similarity.
 
-The first half aligns attention heads. It works where experts are read (`edgemerge.alignment.reordering`), so
-every method can use it. Here the Gram matrix of the aligned task vectors is measured over a tensor, a
-transformer block or each row. `edgemerge.methods.weighting` turns it into one factor per expert.
+The paper first aligns attention heads. That is done where experts are read
+(`edgemerge.alignment.reordering`), so every method can use it. Here the Gram matrix of the aligned task
+vectors is measured over a tensor, a transformer block or each row. `edgemerge.methods.weighting` turns it
+into one factor per expert.
 """
 
 from __future__ import annotations
@@ -12,28 +13,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from edgemerge.errors import RecipeError
-from edgemerge.methods.blocks import SUM_LANES, Block, BlockStream, model_weights
-from edgemerge.methods.method import Described, Method, WorkingMemory, always, check_weights
+from edgemerge.methods.blocks import Block, BlockStream, model_weights
+from edgemerge.methods.grams import GRAM_KERNELS, GramRows, gram_memory, survey_gram
+from edgemerge.methods.method import Described, Method, always, check_weights
 from edgemerge.methods.parameters import LAMBDA, WEIGHT, Parameter
 from edgemerge.methods.weighting import WEIGHTINGS, factors
 from edgemerge.native import KernelFile
-from edgemerge.types import Float32, Float64
+from edgemerge.types import Float32
 
 __all__ = ["HIERARCHICAL"]
 
 gram, linear = KernelFile("gram"), KernelFile("linear")
-
-
-def _survey_gram(stream: BlockStream) -> Float64:
-    """Measure the Gram matrix of a tensor's task vectors, (n_experts, n_experts)."""
-    n_experts = len(stream.job.experts)
-    total = stream.group.row_sum((n_experts, n_experts))
-    grams, lanes = _row_memory(stream)
-    for block in stream.blocks():
-        rows = grams[: block.n_rows]
-        gram.row_grams(block.experts, block.n_cols, lanes, rows)
-        total.add(block.number, rows)
-    return total.total()
 
 
 def _weighted(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
@@ -44,7 +34,7 @@ def _weighted(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     if job.settings["scope"] == "row":
         yield from _row_blocks(stream, weighting, scale)
         return
-    measured = _survey_gram(stream) if stream.layer_sum is None else stream.layer_sum
+    measured = survey_gram(stream) if stream.layer_sum is None else stream.layer_sum
     scales = factors(measured, weights, weighting).astype(np.float32)
     for block in stream.blocks():
         assert block.base is not None
@@ -57,38 +47,22 @@ def _row_blocks(
 ) -> Iterator[tuple[Block, Float32]]:
     """Every row with factors of its own: one read, since a row is always whole."""
     weights = model_weights(stream.job)
-    grams, lanes = _row_memory(stream)
+    rows = GramRows(stream)
     for block in stream.blocks():
-        rows = grams[: block.n_rows]
-        gram.row_grams(block.experts, block.n_cols, lanes, rows)
-        scales = factors(rows, weights, weighting).astype(np.float32)
+        scales = factors(rows.of(block), weights, weighting).astype(np.float32)
         assert block.base is not None
         gram.combine_rows(scales, block.n_cols, block.experts)
         linear.add_scaled(block.experts[0], scale, block.base)
         yield block, block.base
 
 
-def _row_memory(stream: BlockStream) -> tuple[Float64, Float64]:
-    """Return memory for the Gram matrices of a block's rows, and for the partial sums of one row."""
-    n_experts = len(stream.job.experts)
-    shape = (max(1, stream.job.rows_per_block), n_experts, n_experts)
-    grams, lanes = stream.take(shape, np.float64), stream.take((SUM_LANES,), np.float64)
-    return grams.view(np.float64), lanes.view(np.float64)
-
-
 # -- the record ----------------------------------------------------------------------------------
 
 SCOPES = ("tensor", "block", "row")
-GRAM = ("row_grams", "row_dots", "add_rows", "combine_rows")
 
 
 def _passes(tensor: Described) -> int:
     return 1 if tensor.settings["scope"] == "row" else 2
-
-
-def _memory(tensor: Described) -> WorkingMemory:
-    gram_bytes = 8 * len(tensor.experts) ** 2
-    return WorkingMemory(gram_bytes, gram_bytes)
 
 
 def _check(tensor: Described) -> None:
@@ -122,16 +96,17 @@ HIERARCHICAL = Method(
         "linear.subtract",
         "linear.add_deltas",
         "linear.add_scaled",
-        *(f"gram.{name}" for name in GRAM),
+        "gram.combine_rows",
+        *GRAM_KERNELS,
     ),
     blocks=_weighted,
     needs_base=True,
     align="hard",
     passes=_passes,
-    memory=_memory,
+    memory=gram_memory,
     check=_check,
     takes_deltas=always,
     spans_layer=_spans_layer,
-    measure=_survey_gram,
+    measure=survey_gram,
     presets={"paper": {"weighting": "paper"}},
 )

@@ -1,4 +1,4 @@
-"""Weighted averages of whole models, and copies of one."""
+"""Linear and passthrough: weighted averages of whole models, and copies of one."""
 
 from __future__ import annotations
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from edgemerge.errors import RecipeError
 from edgemerge.methods.blocks import Block, BlockStream
 from edgemerge.methods.parameters import Parameter
-from edgemerge.types import Float32, Float64, InputTensor, Setting
+from edgemerge.types import Float32, Float64, InputTensor, Setting, TensorJob
 
 __all__ = ["Described", "Method", "WorkingMemory", "always", "check_weights"]
 
@@ -29,6 +30,10 @@ class Described(Protocol):
     @property
     def n_cols(self) -> int:
         """Elements in one row."""
+
+    @property
+    def base(self) -> InputTensor | None:
+        """The base's tensor, where the method uses one."""
 
     @property
     def experts(self) -> tuple[InputTensor, ...]:
@@ -53,7 +58,7 @@ def _one_pass(tensor: Described) -> int:
     return 1
 
 
-def _no_memory(tensor: Described) -> WorkingMemory:
+def _no_memory(job: TensorJob) -> WorkingMemory:
     return WorkingMemory()
 
 
@@ -88,6 +93,10 @@ class Method:
         The result must not depend on the height of blocks: sum rows in order, hash the flat index.
     needs_base : bool
         Whether there must be a base, which is then `Block.base`.
+    takes_base : bool
+        Whether a base is used where the recipe names one. It need not.
+    merges_base : bool
+        Whether a base that the recipe names is one more model, as for mergekit's methods without a base.
     n_models : (int, int or None)
         Least and most models, the base not counted.
     align : str
@@ -119,10 +128,12 @@ class Method:
     kernels: Sequence[str]
     blocks: Callable[[BlockStream], Iterator[tuple[Block, Float32]]]
     needs_base: bool = False
+    takes_base: bool = False
+    merges_base: bool = False
     n_models: tuple[int, int | None] = (1, None)
     align: str = "off"
     passes: Callable[[Described], int] = _one_pass
-    memory: Callable[[Described], WorkingMemory] = _no_memory
+    memory: Callable[[TensorJob], WorkingMemory] = _no_memory
     check: Callable[[Described], None] = _accept
     takes_deltas: Callable[[Described], bool] = _never
     keeps_non_finite: Callable[[Described], bool] = _never
@@ -130,6 +141,10 @@ class Method:
     spans_layer: Callable[[Described], bool] = _never
     measure: Callable[[BlockStream], Float64] | None = None
     presets: Mapping[str, Mapping[str, Setting]] = field(default_factory=dict)
+
+    def uses_base(self, base: Path | None) -> bool:
+        """Tell whether the base that a recipe names, or None, is `Block.base`."""
+        return self.needs_base or (self.takes_base and base is not None)
 
     def parameters_of(self, *, model: bool) -> dict[str, Parameter]:
         """Return the parameters that each model has, or those of the merge, by name."""

@@ -16,6 +16,7 @@ __all__ = [
     "LAMBDA",
     "NORMALIZE",
     "RESCALE",
+    "SAME_BELOW",
     "SCALE",
     "WEIGHT",
     "Kind",
@@ -24,7 +25,13 @@ __all__ = [
 
 MAX_NUMBER = 3.4028234e38  # of float32, in which the arithmetic is done
 
-Kind = Literal["number", "fraction", "switch", "word"]
+Kind = Literal["number", "fraction", "count", "switch", "word"]
+
+RANGES: dict[str, tuple[float, float]] = {  # kind -> least and largest number
+    "number": (-MAX_NUMBER, MAX_NUMBER),
+    "fraction": (0.0, 1.0),
+    "count": (0.0, float(1 << 31)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +47,8 @@ class Parameter:
     default : Setting, optional
         None: it must be given.
     kind : str
-        `number`; `fraction`, a number from 0 to 1; `switch`, true or false; `word`, one of `words`.
+        `number`; `fraction`, a number from 0 to 1; `count`, a whole number; `switch`, true or false;
+        `word`, one of `words`.
     words : tuple of str
         Words that are allowed; a switch may have some too.
     of_model : bool
@@ -64,6 +72,8 @@ class Parameter:
             return "a number"
         if self.kind == "fraction":
             return "a number from 0 to 1"
+        if self.kind == "count":
+            return "a whole number from 0"
         switch = ("true", "false") if self.kind == "switch" else ()
         return f"one of {', '.join((*switch, *self.words))}"
 
@@ -79,10 +89,12 @@ class Parameter:
             return value
         if self.kind == "switch" and value in (0, 1):  # mergekit takes numbers for switches
             return bool(value)
-        least, most = (0.0, 1.0) if self.kind == "fraction" else (-MAX_NUMBER, MAX_NUMBER)
         is_number = isinstance(value, float | int) and not isinstance(value, bool)
-        if self.kind in ("number", "fraction") and is_number and least <= float(value or 0) <= most:
-            return float(value or 0)
+        if self.kind in RANGES and is_number:
+            number = float(value or 0)
+            least, most = RANGES[self.kind]
+            if least <= number <= most and (self.kind != "count" or number.is_integer()):
+                return number
         raise RecipeError(
             f"the parameter {self.name} is {value!r}; it must be {self.allowed()}", field=self.name
         )
@@ -95,6 +107,9 @@ GAMMA = Parameter(
 )
 EPSILON = Parameter(
     "epsilon", "half the span of the probabilities to keep", 0.15, "fraction", of_model=True
+)
+SAME_BELOW = Parameter(  # a name that DELLA gives another meaning
+    "epsilon", "change of an element up to which a model counts as not having changed it", 1e-5
 )
 SCALE = Parameter("scale", "factor of the tensor", 1.0, of_model=True)
 NORMALIZE = Parameter("normalize", "divide by the sum of the weights", False, "switch")

@@ -1,4 +1,4 @@
-"""Exact cuts by magnitude: a radix select over the blocks of a tensor, in two passes.
+"""Exact order statistics and cuts by magnitude: a radix select over a tensor's blocks, in two passes.
 
 A magnitude is 31 bits of a float32. The first pass counts magnitudes by their high 15 bits, which tells the
 bin of every rank that is asked for. The second pass counts the low 16 bits inside these bins.
@@ -6,20 +6,81 @@ bin of every rank that is asked for. The second pass counts the low 16 bits insi
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.methods.blocks import BlockStream
 from edgemerge.methods.pruning import EVERYTHING, Cut, CutPruner, NothingLeft, Pruner
 from edgemerge.native import KernelFile
-from edgemerge.types import InputTensor
+from edgemerge.types import Float32, InputTensor
 
-__all__ = ["COUNTER_BYTES", "select_cuts"]
+__all__ = ["COUNTER_BYTES", "LOW_BYTES", "Place", "Select", "place_pruner", "select_cuts"]
 
 select = KernelFile("select")
 
 N_HIGH, N_LOW = 1 << 15, 1 << 16  # bins of the two passes
-COUNTER_BYTES = 4 * (N_HIGH + 2 * N_LOW)  # per expert: a band has two cuts, in two bins
+LOW_BYTES = 4 * N_LOW  # for each rank that is asked for
+COUNTER_BYTES = 4 * N_HIGH + 2 * LOW_BYTES  # of an array, and two ranks of it
+
+
+class Place(NamedTuple):
+    """An order statistic: its magnitude, and where among its ties the rank falls."""
+
+    magnitude: int  # bits of the float32, without the sign
+    number: int  # from 0
+    n_ties: int
+
+
+class Select:
+    """Finds magnitudes by their ascending ranks. The two passes are the caller's, over the same arrays.
+
+    Parameters
+    ----------
+    stream : BlockStream
+        Gives the counters, and adds up those of all workers.
+    keys : iterable of int
+        One for each array that is ranked.
+    """
+
+    def __init__(self, stream: BlockStream, keys: Iterable[int]) -> None:
+        self._stream = stream
+        self._high = {key: self._counters(N_HIGH) for key in keys}
+        self._low: dict[tuple[int, int], NDArray[np.uint32]] = {}  # (key, bin of the first pass)
+        self._ends: dict[tuple[int, int], tuple[int, int]] = {}  # (key, rank) -> bin, rank in it
+
+    def count_high(self, key: int, values: Float32) -> None:
+        """Count a block in the first pass."""
+        select.count_high(values, self._high[key])
+
+    def choose(self, ranks: Mapping[int, Sequence[int]]) -> None:
+        """End the first pass: say which ascending ranks of each array are wanted."""
+        for counts in self._high.values():
+            self._stream.group.add_counts(counts)
+        for key, wanted in ranks.items():
+            for rank in wanted:
+                self._ends[key, rank] = _find_bin(self._high[key], rank)
+        bins = sorted({(key, index) for (key, _), (index, _) in self._ends.items()})
+        self._low = {at: self._counters(N_LOW) for at in bins}
+
+    def count_low(self, key: int, values: Float32) -> None:
+        """Count a block in the second pass."""
+        for (owner, index), counts in self._low.items():
+            if owner == key:
+                select.count_low(values, index, counts)
+
+    def places(self) -> dict[tuple[int, int], Place]:
+        """End the second pass. Return the place of each (key, rank)."""
+        for counts in self._low.values():
+            self._stream.group.add_counts(counts)
+        return {at: _locate(end, self._low[at[0], end[0]]) for at, end in self._ends.items()}
+
+    def _counters(self, n_bins: int) -> NDArray[np.uint32]:
+        counts = self._stream.take((n_bins,), np.uint32).view(np.uint32)
+        counts[:] = 0
+        return counts
 
 
 def select_cuts(
@@ -44,33 +105,24 @@ def select_cuts(
     n = stream.job.out.n_elements
     kept = {k: _kept_ranks(expert, n, band=band) for k, expert in drawn.items()}
     kept = {k: ranks for k, ranks in kept.items() if ranks}
-    high = {k: _counters(stream, N_HIGH) for k in kept}
+    found = Select(stream, kept)
     for block in stream.blocks():
-        for k, counts in high.items():
-            select.count_high(block.experts[k], counts)
-    for counts in high.values():
-        stream.group.add_counts(counts)
-    ends = {(k, rank): _find_bin(high[k], rank) for k, ranks in kept.items() for rank in ranks}
-    low = {
-        at: _counters(stream, N_LOW) for at in sorted({(k, end[0]) for (k, _), end in ends.items()})
-    }
+        for k in kept:
+            found.count_high(k, block.experts[k])
+    found.choose(kept)
     for block in stream.blocks():
-        for (k, index), counts in low.items():
-            select.count_low(block.experts[k], index, counts)
-    for counts in low.values():
-        stream.group.add_counts(counts)
-    ties_at = {at: _locate(end, low[at[0], end[0]]) for at, end in ends.items()}
+        for k in kept:
+            found.count_low(k, block.experts[k])
+    places = found.places()
     pruners: dict[int, Pruner] = dict.fromkeys(drawn, NothingLeft())
     for k, ranks in kept.items():
-        low_cut, high_cut = _cuts(*(ties_at[k, rank] for rank in ranks))
-        pruners[k] = CutPruner(low_cut, high_cut, stream.group.row_sum((2,)))
+        pruners[k] = place_pruner(stream, *(places[k, rank] for rank in ranks))
     return pruners
 
 
-def _counters(stream: BlockStream, n_bins: int) -> NDArray[np.uint32]:
-    counts = stream.take((n_bins,), np.uint32).view(np.uint32)
-    counts[:] = 0
-    return counts
+def place_pruner(stream: BlockStream, first: Place, last: Place | None = None) -> Pruner:
+    """Return a pruner that keeps what lies from a place upwards, up to another one; see `_cuts` for ties."""
+    return CutPruner(*_cuts(first, last), stream.group.row_sum((2,)))
 
 
 def _kept_ranks(expert: InputTensor, n: int, *, band: bool) -> tuple[int, ...]:
@@ -91,13 +143,12 @@ def _find_bin(counts: NDArray[np.uint32], rank: int) -> tuple[int, int]:
     return index, rank - int(ends[index] - counts[index])
 
 
-def _locate(at: tuple[int, int], counts: NDArray[np.uint32]) -> tuple[int, int, int]:
-    """Magnitude (as bits) of a rank, its place among its ties, and how many ties there are."""
+def _locate(at: tuple[int, int], counts: NDArray[np.uint32]) -> Place:
     index, rank = _find_bin(counts, at[1])
-    return (at[0] << 16) | index, rank, int(counts[index])
+    return Place((at[0] << 16) | index, rank, int(counts[index]))
 
 
-def _cuts(first: tuple[int, int, int], last: tuple[int, int, int] | None = None) -> tuple[Cut, Cut]:
+def _cuts(first: Place, last: Place | None) -> tuple[Cut, Cut]:
     """Cuts for the kept ranks, from the first to the last or to the largest.
 
     TIES keeps the k largest: at its only cut the earlier ties stay. Breadcrumbs is defined by a stable

@@ -12,7 +12,7 @@ with two workers, and 1.3 to 2.8 times with four. For SmolLM2-135M the ratio is 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,10 +100,23 @@ class RowSum:
         Stopped
             Another worker failed.
         """
+        rows = rows_f64.reshape(len(rows_f64), -1)
+        return self.add_by(i_block, lambda total: gram.add_rows(rows, total.reshape(-1)))
+
+    def add_by(self, i_block: int, add: Callable[[Float64], None]) -> Float64:
+        """Let a function add a block's rows to the sum of the rows before it; otherwise as `add`.
+
+        Parameters
+        ----------
+        i_block : int
+            Number of the block.
+        add : callable
+            Takes the running sum, (*shape,) float64, and adds to it, row after row.
+        """
         with self._group.changed:
             self._wait_for(i_block)
             before = self._sum.copy()
-            gram.add_rows(rows_f64.reshape(len(rows_f64), -1), self._sum.reshape(-1))
+            add(self._sum)
             self._next += 1
             self._group.changed.notify_all()
         return before

@@ -1,4 +1,4 @@
-"""Spherical interpolation between the base and one model (Shoemake 1985)."""
+"""SLERP: spherical interpolation between the base and one model (Shoemake 1985)."""
 
 from __future__ import annotations
 

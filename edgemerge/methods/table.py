@@ -6,10 +6,15 @@ import difflib
 from collections.abc import Mapping
 
 from edgemerge.errors import RecipeError
+from edgemerge.methods.fusion import ARCEE_FUSION
+from edgemerge.methods.gram_combined import GRAM_COMBINED
 from edgemerge.methods.hierarchical import HIERARCHICAL
 from edgemerge.methods.linear import LINEAR, PASSTHROUGH
 from edgemerge.methods.method import Method
+from edgemerge.methods.nearswap import NEARSWAP
 from edgemerge.methods.parameters import Parameter
+from edgemerge.methods.ram import RAM, RAMPLUS_TL
+from edgemerge.methods.sce import SCE
 from edgemerge.methods.slerp import SLERP
 from edgemerge.methods.task_vectors import TASK_VECTOR_METHODS
 from edgemerge.types import Setting
@@ -18,7 +23,19 @@ __all__ = ["METHODS", "find_method", "known_parameters", "list_presets"]
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (LINEAR, *TASK_VECTOR_METHODS, HIERARCHICAL, SLERP, PASSTHROUGH)
+    for method in (
+        LINEAR,
+        *TASK_VECTOR_METHODS,
+        SCE,
+        RAM,
+        RAMPLUS_TL,
+        HIERARCHICAL,
+        SLERP,
+        *GRAM_COMBINED,
+        ARCEE_FUSION,
+        NEARSWAP,
+        PASSTHROUGH,
+    )
 }
 
 
@@ -37,10 +54,17 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-def known_parameters() -> dict[str, Parameter]:
-    """Return the parameters of all methods by name, those of models first."""
-    found = {p.name: p for method in METHODS.values() for p in method.parameters}
-    return dict(sorted(found.items(), key=lambda item: not item[1].of_model))
+def known_parameters() -> dict[str, tuple[Parameter, ...]]:
+    """Return the parameters of all methods by name, those of models first.
+
+    A name has several where methods mean something else by it, as in mergekit.
+    """
+    found: dict[str, dict[str, Parameter]] = {}
+    for method in METHODS.values():
+        for parameter in method.parameters:
+            found.setdefault(parameter.name, {})[parameter.help] = parameter
+    known = {name: tuple(meanings.values()) for name, meanings in found.items()}
+    return dict(sorted(known.items(), key=lambda item: not item[1][0].of_model))
 
 
 def list_presets() -> dict[str, dict[str, Mapping[str, Setting]]]:

@@ -1,12 +1,13 @@
-"""Methods on task vectors: base + lambda * combine(prune(expert - base)).
+"""Task arithmetic, TIES, DARE, DELLA and breadcrumbs: base + lambda * combine(prune(expert - base)).
 
-Every method here is a way to prune task vectors and a way to sum what is left, with or without TIES' election
-of a sign per weight. A record is made of the two by `_method`.
+A method here is a way to prune task vectors and a way to sum what is left. The sum elects one sign per weight
+(TIES) or does not. `_method` makes a record of the two.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -47,6 +48,7 @@ linear, norms, ties = KernelFile("linear"), KernelFile("norms"), KernelFile("tie
 
 TINY_NORM = 1e-7  # mergekit rescales nothing whose norm is below this
 TINY_WEIGHT = 1e-8
+SAMPLED_ROWS = 64  # of a tensor, by which experts are told apart: a hundredth of a large matrix
 
 Drawn: TypeAlias = dict[
     int, InputTensor
@@ -208,14 +210,16 @@ def _counters(tensor: Described) -> int:
 
 
 def _keep_random(stream: BlockStream, drawn: Drawn) -> dict[int, Pruner]:
-    return {k: _random_pruner(stream, k, expert, None) for k, expert in drawn.items()}
+    keys = _random_keys(stream, drawn)
+    return {k: _random_pruner(stream, k, keys[k], expert, None) for k, expert in drawn.items()}
 
 
 def _keep_by_rank(stream: BlockStream, drawn: Drawn) -> dict[int, Pruner]:
     if not drawn:
         return {}
+    keys = _random_keys(stream, drawn)
     ranking = stream.take((_n_ranks(stream.job),), np.uint32).view(np.uint32)
-    return {k: _random_pruner(stream, k, expert, ranking) for k, expert in drawn.items()}
+    return {k: _random_pruner(stream, k, keys[k], expert, ranking) for k, expert in drawn.items()}
 
 
 def _n_ranks(tensor: Described) -> int:
@@ -227,9 +231,12 @@ def _rank_bytes(tensor: Described) -> int:
 
 
 def _random_pruner(
-    stream: BlockStream, k: int, expert: InputTensor, ranking: NDArray[np.uint32] | None
+    stream: BlockStream,
+    k: int,
+    key: int,
+    expert: InputTensor,
+    ranking: NDArray[np.uint32] | None,
 ) -> Pruner:
-    key = _random_key(stream.seed, k, stream.job.out.name)
     density = float(expert.settings["density"])
     unbiased = stream.job.settings["rescale"] == "expectation"
     if ranking is not None:
@@ -240,10 +247,27 @@ def _random_pruner(
     return pruner
 
 
-def _random_key(seed: int, k: int, tensor: str) -> int:
-    """Hash what a mask may depend on: never the order of tensors, blocks, threads or file paths."""
-    digest = hashlib.blake2b(f"{seed}|{k}|{tensor}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+def _random_keys(stream: BlockStream, drawn: Drawn) -> dict[int, int]:
+    """Hash what masks may depend on: seed, tensor, and a sample of each expert's task vector.
+
+    Never the order of models, tensors, blocks or threads, nor paths. Another stage of a chain has other task
+    vectors, so other masks. Experts whose samples are equal are numbered, as their masks must differ too.
+    """
+    if not drawn:
+        return {}
+    start = f"{stream.seed}|{stream.job.out.name}|".encode()
+    hashes = {k: hashlib.blake2b(start, digest_size=8) for k in drawn}
+    for block in stream.sample(SAMPLED_ROWS):
+        for k, digest in hashes.items():
+            digest.update(block.experts[k])
+    keys: dict[int, int] = {}
+    seen: Counter[bytes] = Counter()
+    for k, digest in hashes.items():
+        sample = digest.digest()
+        digest.update(seen[sample].to_bytes(4, "little"))
+        seen[sample] += 1
+        keys[k] = int.from_bytes(digest.digest(), "little")
+    return keys
 
 
 SELECT = ("count_high", "count_low", "count_ties", "find_tie", "keep_between")

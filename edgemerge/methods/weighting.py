@@ -1,18 +1,18 @@
 """Cosine-weighted combination: from the Gram matrix of task vectors to one factor per model.
 
 The hierarchical method (arXiv 2511.13373) weights each layer by the cosine similarity of the experts'
-task vectors, w = max(0, cos). What can be read of the paper does not say how w enters the average; all
-rules here are functions of the Gram matrix alone, `G[m, n] = <delta_m, delta_n>`, and give factors u with
-the merged task vector `sum_m u_m delta_m`.
+task vectors, w = max(0, cos). The public text of the paper does not say how w enters the average. All rules
+here read the Gram matrix alone, `G[m, n] = <delta_m, delta_n>`. They give factors u, and the merged task
+vector is `sum_m u_m delta_m`.
 
 agreement
     u = s w / sum(w) over the active models, s = 1 / sqrt(w' C w), C = clip(cos, 0, 1). Equal task vectors
-    are averaged, orthogonal ones keep their energy (0.707 each for two), a tensor that only one expert
-    changed takes that expert's change whole. Ours, and the default.
+    are averaged. Orthogonal ones keep their energy (0.707 each for two). A tensor that only one expert
+    changed takes that expert's change whole. This rule is ours, and the default.
 paper
     u = (1 - w, w) for two experts: the literal reading, linear merging with alpha = max(0, cos). It is not
-    symmetric, returns expert A wherever the task vectors are orthogonal (as those of independent
-    fine-tunes are), and loses what only B changed. Kept for comparison.
+    symmetric. It returns expert A wherever the task vectors are orthogonal, as those of independent
+    fine-tunes are, and loses what only B changed. It is kept for comparison.
 stock
     u = t w / sum(w), t = N c / (1 + (N - 1) c), c the mean pairwise cosine: Model Stock (Jang et al. 2024).
 linear

@@ -1,8 +1,8 @@
-"""Calling machine code that Numba made: arguments checked and unpacked, the GIL released.
+"""Calls machine code that Numba made: arguments checked and unpacked, the GIL released.
 
-A function that Numba compiles takes its arguments unpacked (`numba.core.callconv.CPUCallConv`): two
-pointers for result and exception, then each scalar, and of each array two owners, which ours have not, the
-number of items, their size, the address, the shape and the strides in bytes.
+A function that Numba compiles takes its arguments unpacked (`numba.core.callconv.CPUCallConv`). First come
+two pointers, for result and exception, then the arguments. A scalar is one value. An array is two owners
+(null here), the number of items, their size, the address, the shape and the strides in bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SCALARS: dict[str, tuple[type[Any], Callable[[Any], Any]]] = {
     "f8": (ctypes.c_double, float),
     "b1": (ctypes.c_uint8, int),
 }
-# Kernels return nothing, and say no more than that they failed: all calls may share these.
+# Kernels return nothing, and say no more than that they failed: all calls may use the same ones.
 _RESULT, _ERROR = ctypes.create_string_buffer(8), ctypes.create_string_buffer(8)
 _OUTPUTS = ctypes.addressof(_RESULT), ctypes.addressof(_ERROR)
 

@@ -27,11 +27,18 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
         "encode_mxfp4": "f4[::1], u1[::1]",
         "encode_nvfp4": "f4[::1], u1[::1]",
     },
+    "fusion": {
+        "row_divergences": "f4[::1], f4[::1], i8, f8[::1], f8[::1]",
+        "importances": "f4[::1], f4[::1], i8, f8[::1], f4[::1]",
+        "take_important": "f8, f4[::1], f4[::1], f4[::1]",
+    },
     "gram": {
         "row_grams": "f4[:,::1], i8, f8[::1], f8[:,:,::1]",
         "row_dots": "f4[::1], f4[::1], i8, f8[::1], f8[:,::1]",
         "add_rows": "f8[:,::1], f8[::1]",
         "combine_rows": "f4[:,::1], i8, f4[:,::1]",
+        "add_column_dots": "f4[::1], f4[::1], f8[:,::1]",
+        "combine_columns": "f4[:,::1], f4[:,::1]",
     },
     "half": {
         "decode_f16": "u2[::1], f4[::1]",
@@ -78,6 +85,9 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
         "add_changes": "f4[::1], f8, f4[:,::1], i8, i8[::1], f4[::1]",
         "add_deltas": "f4[::1], f4[::1], f8, f4[:,::1], f4[::1]",
         "add_scaled": "f4[::1], f8, f4[::1]",
+    },
+    "nearswap": {
+        "swap_near": "f8, f4[::1], f4[::1]",
     },
     "norms": {
         "row_norms": "f4[::1], i8, i8, f8[::1], f8[:,::1]",
@@ -138,6 +148,15 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
     "q8_0": {
         "decode_q8_0": "u1[::1], f4[::1]",
         "encode_q8_0": "f4[::1], u1[::1]",
+    },
+    "ram": {
+        "count_changes": "f8, f4[:,::1], u4[::1]",
+        "add_changes": "f8, f4[::1], f4[:,::1], f4[::1]",
+    },
+    "sce": {
+        "variances": "f4[:,::1], f4[::1]",
+        "keep_marked": "f4[::1], f4[:,::1]",
+        "add_agreeing": "f4[::1], f4[:,::1], f4[::1]",
     },
     "select": {
         "count_high": "f4[::1], u4[::1]",

@@ -155,7 +155,7 @@ class Journal:
     Parameters
     ----------
     path : Path
-        From `journal_path`. The lock of the part must be held.
+        From `journal_path`. The caller must have the lock of the part.
     fingerprint : Fingerprint
         Of the output.
     earlier : Entries or None

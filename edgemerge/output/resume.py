@@ -1,4 +1,4 @@
-"""What an interrupted merge left, and which of its tensors are taken over.
+"""Where a merge resumes: what an interrupted run left, and which of its tensors are taken over.
 
 A `Fingerprint` is of all that decides the bytes of a merge. A journal of the same fingerprint lists tensors
 that this merge would make again byte for byte. Each is read, and taken over where its checksum is right.

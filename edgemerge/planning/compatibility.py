@@ -70,7 +70,8 @@ def is_scale(name: str) -> bool:
 
 def layer_settings(metadata: Mapping[str, bytes], n_layers: object) -> list[str]:
     """List the hyper-parameters that are arrays with an entry per layer."""
-    own = (key for key in metadata if not key.startswith(("tokenizer.", "general.")))
+    others = ("tokenizer.", "general.", "edgemerge.")
+    own = (key for key in metadata if not key.startswith(others))
     return [
         key
         for key in own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,8 @@ __all__ = ["DROPPED_KEYS", "choose_types", "output_metadata"]
 
 KEEP = "keep"
 UNQUANTISED = ("F32", "F16", "BF16")
+FULL = ("float32", "float64")  # working types that make F32 the default
+TEMPLATE_KEY = "tokenizer.chat_template"
 DROPPED_KEYS = re.compile(
     r"general\.(file_type|quantization_version|name)|(split|quantize|edgemerge)\..*"
 )
@@ -76,7 +79,7 @@ def choose_types(
     reference = sources[recipe.models()[0]]
     specs = {draft.name: replace(draft.reference, name=draft.name) for draft in drafts}
     quantised = any(spec.dtype not in UNQUANTISED for spec in specs.values())
-    default = KEEP if quantised else "F32" if recipe.dtype == "float32" else "F16"
+    default = KEEP if quantised else "F32" if recipe.dtype in FULL else "F16"
     file_type = default if recipe.out_type is None else recipe.out_type
     overrides = TypeOverrides(recipe.tensor_types)
     if file_type.lower() == KEEP:
@@ -142,8 +145,12 @@ def output_metadata(
         metadata[f"{owner.architecture}.vocab_size"] = size
     metadata = {k: v for k, v in metadata.items() if not k.startswith("tokenizer.")}
     metadata |= {k: v for k, v in theirs.items() if k.startswith("tokenizer.")}
-    if recipe.chat_template is not None:
-        metadata["tokenizer.chat_template"] = encode_value(recipe.chat_template, "str")
+    template = recipe.chat_template
+    if template == "auto":
+        template, said_of_template = _most_common_template(recipe, sources)
+        notes += said_of_template
+    if template is not None:
+        metadata[TEMPLATE_KEY] = encode_value(template, "str")
     names = [
         Path(whole_name(path)).stem if path.is_file() else path.name for path in recipe.models()
     ]
@@ -155,6 +162,31 @@ def output_metadata(
     metadata, said = mend_metadata(metadata)
     notes += said
     return metadata
+
+
+def _most_common_template(
+    recipe: Recipe, sources: Mapping[Path, Source]
+) -> tuple[str | None, list[str]]:
+    """Choose the chat template that most inputs have (mergekit merge.py, `_set_chat_template`).
+
+    Returns the template without white space around it, None where no input has one, and what to say of it.
+    Where several are as common, it is that of the first input, the base before the others. There mergekit
+    takes them in no fixed order.
+    """
+    models = recipe.models()
+    found = {path: get_value(sources[path].metadata(), TEMPLATE_KEY) for path in models}
+    texts = {path: text.strip() for path, text in found.items() if isinstance(text, str)}
+    counts = Counter(text for text in texts.values() if text)
+    if not counts:
+        return None, []
+    template, count = counts.most_common(1)[0]
+    if len(counts) == 1:
+        return template, []
+    owner = next(path for path, text in texts.items() if text == template)
+    return template, [
+        f"chat_template auto: the template of {owner.name} is taken, which {count} of "
+        f"{len(models)} models have"
+    ]
 
 
 def _file_type_id(

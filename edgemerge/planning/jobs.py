@@ -71,10 +71,16 @@ class Draft:
 
 
 def list_experts(part: Slice, base: Path | None, method: Method) -> list[ModelInput]:
-    """List a slice's models, without the base's own entry where the method has a base."""
-    if not method.needs_base:
-        return list(part.inputs)
-    return [model for model in part.inputs if model.path != base]
+    """List a slice's models: without the base's own entry where the method has a base.
+
+    Where a base is one more model, it comes last, with the first model's layers (mergekit plan.py).
+    """
+    if method.uses_base(base):
+        return [model for model in part.inputs if model.path != base]
+    models = list(part.inputs)
+    if method.merges_base and base is not None and base not in {model.path for model in models}:
+        models.append(ModelInput(base, models[0].layer_range))
+    return models
 
 
 def draft_jobs(
@@ -141,12 +147,20 @@ def unused_settings(recipe: Recipe, method: Method) -> list[str]:
     notes = [_unused(method, key, None) for key in recipe.parameters if key not in of_merge]
     for part in recipe.slices:
         notes += [_unused(method, key, None) for key in part.parameters if key not in of_merge]
-        for model in list_experts(part, recipe.base, method):
+        for model in list_experts(part, recipe.base_of(part), method):
             notes += [
                 _unused(method, key, model) for key in model.parameters if key not in of_models
             ]
     listed = [model.path for part in recipe.slices for model in part.inputs]
-    if recipe.base is not None and not method.needs_base and recipe.base not in listed:
+    uses_base = method.uses_base(recipe.base) or method.merges_base
+    bases = [part.base for part in recipe.slices]
+    has_own_bases = all(part.base is not None for part in recipe.slices)
+    if recipe.base is not None and has_own_bases and recipe.base not in (*listed, *bases):
+        notes.append(
+            f"every slice has a base of its own: {recipe.base.name} gives the metadata, but its "
+            "weights are not part of the merge"
+        )
+    elif recipe.base is not None and not uses_base and recipe.base not in listed:
         notes.append(
             f"{method.name} has no base: {recipe.base.name} gives the metadata, but its weights "
             "are not part of the merge"
@@ -199,8 +213,9 @@ class _Part:
         self.recipe, self.method, self.slice = recipe, method, part
         self.sources, self.vocabulary = sources, vocabulary
         self.indices = {path: i for i, path in enumerate(models)}
-        self.experts = list_experts(part, recipe.base, method)
-        self.base = self._base() if method.needs_base else None
+        base = recipe.base_of(part)
+        self.experts = list_experts(part, base, method)
+        self.base = self._base() if method.uses_base(base) else None
         self.models = ([self.base] if self.base else []) + self.experts
         self.reference = sources[self.models[0].path]
         ranges = [self._range(model) for model in self.models]
@@ -213,11 +228,12 @@ class _Part:
 
     def _base(self) -> ModelInput:
         """Return the base's own entry in the slice, else the base with the first model's layers."""
-        assert self.recipe.base is not None
+        base = self.recipe.base_of(self.slice)
+        assert base is not None
         for model in self.slice.inputs:
-            if model.path == self.recipe.base:
+            if model.path == base:
                 return model
-        return ModelInput(self.recipe.base, self.experts[0].layer_range)
+        return ModelInput(base, self.experts[0].layer_range)
 
     def _range(self, model: ModelInput) -> tuple[int, int]:
         source = self.sources[model.path]
@@ -230,7 +246,7 @@ class _Part:
         start, stop = model.layer_range or (0, count)
         if stop > count:
             raise RecipeError(
-                f"layer_range [{start}, {stop}] goes beyond the {count} layers of {model.path}",
+                f"layer_range [{start}, {stop}] goes past the {count} layers of {model.path}",
                 field="layer_range",
             )
         return start, stop
@@ -273,7 +289,7 @@ class _Part:
             name,
             inputs[0] if self.base else None,
             experts,
-            self._settings(None, names[0], position),
+            self._settings(None, name, position),
             n_rows=n_rows,
             filler=filler,
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from edgemerge.budget import (
     FLOOR_BYTES,
     SOLVER_BYTES,
+    WORKER_BYTES,
     ArenaNeed,
     aligned,
     blocks_in_arena,
@@ -104,11 +105,12 @@ def make_plan(
         _refuse_slices(recipe)
         reserved = SOLVER_BYTES
         neuron_bytes = _neuron_bytes(jobs, list(sources.values()))
+    beside = 2 * header_bytes + reserved
     workers, arena_bytes = divide_budget(
         needs + alignment,
         budget,
         threads,
-        2 * header_bytes + reserved,
+        beside,
         before_arenas=neuron_bytes,
         floor=floor,
     )
@@ -125,6 +127,7 @@ def make_plan(
         budget=budget,
         workers=workers,
         arena_bytes=arena_bytes,
+        needed_bytes=floor + beside + max(neuron_bytes, workers * (arena_bytes + WORKER_BYTES)),
         align=align if alignment else "off",
         alignment_bytes=_alignment_bytes(jobs, list(sources.values())) if alignment else 0,
         notes=tuple(dict.fromkeys(notes)),
@@ -132,7 +135,7 @@ def make_plan(
 
 
 def _check_counts(recipe: Recipe, method: Method) -> None:
-    if method.needs_base and recipe.base is None:
+    if method.needs_base and not all(recipe.base_of(part) for part in recipe.slices):
         raise RecipeError(
             f"{method.name} needs the base that the models were tuned from; give it with --base "
             "or base_model",
@@ -140,10 +143,10 @@ def _check_counts(recipe: Recipe, method: Method) -> None:
         )
     least, most = method.n_models
     for part in recipe.slices:
-        count = len(list_experts(part, recipe.base, method))
+        count = len(list_experts(part, recipe.base_of(part), method))
         if count < least or (most is not None and count > most):
             wanted = f"{least}" if most == least else f"at least {least}"
-            beside = " besides the base" if method.needs_base else ""
+            beside = " besides the base" if method.uses_base(recipe.base) else ""
             raise RecipeError(
                 f"{method.name} takes {wanted} model{'s' * (least != 1)}{beside}, not {count}",
                 field="models",

@@ -91,7 +91,7 @@ def note_vocabularies(owner: Source, other: Source) -> list[str]:
     Returns
     -------
     list of str
-        One sentence for each difference that the merge survives.
+        One sentence for each difference that does not prevent the merge.
 
     Raises
     ------

@@ -1,9 +1,9 @@
 """Whether given models are those that a merged file says it was made of.
 
 The provenance has a checksum of each input: the CRC-32 of the CRC-32s of the tensors that were read of it,
-in the order of the output's (`edgemerge.merging.run`). Which these were follows from the recipe, so the
-drafts of the merge are made once more. Where heads or neurons were brought into another order, the
-checksums are of rows in that order, and nothing short of the alignment would give it again.
+in the order of the output's (`edgemerge.merging.run`). Which tensors these were follows from the recipe, so
+the jobs of the merge are drafted once more. Where heads or neurons were reordered, the checksums are of
+reordered rows. Only the alignment itself could give these again, so such inputs are refused.
 """
 
 from __future__ import annotations
@@ -160,7 +160,12 @@ def _read_slice(stated: Mapping[str, Any], paths: Mapping[str, Path]) -> Slice:
         inputs.append(
             ModelInput(paths[model["path"]], layers, _read_parameters(model["parameters"]))
         )
-    return Slice(tuple(inputs), _read_parameters(stated["parameters"]))
+    base = stated.get("base")
+    return Slice(
+        tuple(inputs),
+        _read_parameters(stated["parameters"]),
+        None if base is None else paths[base],
+    )
 
 
 def _read_parameters(stated: Mapping[str, Any]) -> Parameters:
@@ -170,7 +175,7 @@ def _read_parameters(stated: Mapping[str, Any]) -> Parameters:
 def _read_rule(stated: Mapping[str, Any]) -> Rule:
     value, name = stated["value"], stated["filter"]
     if isinstance(value, list):
-        value = tuple(map(float, value))
+        value = tuple(x if isinstance(x, bool | str) else float(x) for x in value)
     elif not isinstance(value, int | float | str):
         raise TypeError("neither a number nor a word")
     return Rule(value, None if name is None else str(name))

@@ -1,9 +1,9 @@
 """Whether a merged file is what was written: the checksums of its tensors, against its provenance.
 
 What `edgemerge.merging.run` writes has a CRC-32 of every tensor (`edgemerge.tensor_crc32`, in the order of
-the tensors). That finds what disks, cards and transfers do to a file. It is no proof against people, who
-can change the checksums too, and it does not cover the metadata: a signature
-(`edgemerge.provenance.signature`) covers every byte.
+the tensors). That finds what disks, cards and transfers do to a file. It proves nothing against people, who
+can change the checksums too. It does not cover the metadata. A signature (`edgemerge.provenance.signature`)
+covers every byte.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What a recipe's parameters mean for one tensor: filters, gradients, levels (methods.md 2.16)."""
+"""What a recipe's parameters mean for one tensor: filters, gradients, levels as mergekit has them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgemerge.types import Gradient, Parameters, Rule, Setting
+from edgemerge.types import Gradient, Parameters, Rule, Setting, Steps
 
 __all__ = ["look_up"]
 
@@ -30,7 +30,7 @@ def look_up(
         for rule in parameters.get(name, ()):
             if _matches(rule, tensor_names):
                 value = rule.value
-                return _interpolate(value, position) if isinstance(value, tuple) else value
+                return _along(value, position) if isinstance(value, tuple) else value
     return None
 
 
@@ -38,10 +38,17 @@ def _matches(rule: Rule, tensor_names: Sequence[str]) -> bool:
     return rule.filter is None or any(rule.filter in name for name in tensor_names)
 
 
+def _along(values: Gradient | Steps, position: float) -> Setting:
+    """Take numbers as a gradient, and switches or words as steps of equal length."""
+    if isinstance(values[0], bool | str):
+        return values[int(position * (len(values) - 1))]
+    return _interpolate(tuple(map(float, values)), position)
+
+
 def _interpolate(gradient: Gradient, position: float) -> float:
     """Piecewise linear through equally spaced points."""
     scaled = position * (len(gradient) - 1)
     left = min(int(scaled), len(gradient) - 1)
     right = min(left + 1, len(gradient) - 1)
-    share = scaled - left
-    return gradient[left] * (1 - share) + gradient[right] * share
+    weight = scaled - left
+    return gradient[left] * (1 - weight) + gradient[right] * weight

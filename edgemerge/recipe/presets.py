@@ -33,6 +33,10 @@ def with_preset(recipe: Recipe, name: str) -> Recipe:
             f"the preset {name} says nothing of {recipe.method}; it has {', '.join(methods)}",
             field="preset",
         )
-    n_models = max(len([m for m in part.inputs if m.path != recipe.base]) for part in recipe.slices)
+    if recipe.stages:
+        raise RecipeError("a preset is for one merge, not for several stages", field="preset")
+    n_models = max(
+        len([m for m in part.inputs if m.path != recipe.base_of(part)]) for part in recipe.slices
+    )
     settings = {"weight": 1.0 / max(1, n_models), **methods[recipe.method]}
     return replace(recipe, defaults={key: (Rule(value),) for key, value in settings.items()})

@@ -1,44 +1,62 @@
 """What the user asks for: a mergekit YAML file, or flags, as a checked `Recipe`.
 
-The schema is mergekit's (merge_method, base_model, models | slices, parameters, dtype, out_dtype,
-tokenizer_source, chat_template); our additions stand under the one key `edgemerge`. Unknown keys
-are refused by name. How parameters are looked up for one tensor is in `edgemerge.recipe.parameters`.
+The schema is that of mergekit 0.1.5; our additions stand under the one key `edgemerge`. What mergekit ignores
+is noted, or refused where a strict reader is asked for. How parameters are looked up for one tensor is in
+`edgemerge.recipe.parameters`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RecipeError
 from edgemerge.recipe.mergekit import RecipeReader
-from edgemerge.recipe.values import MAX_SEED, ValueReader, check_alignment
+from edgemerge.recipe.stages import read_stages
+from edgemerge.recipe.values import MAX_SEED, MAX_STRAYS, ValueReader, check_alignment
 from edgemerge.types import ModelInput, Recipe, Rule, Slice
 
 __all__ = ["MAX_SEED", "check_alignment", "find_imatrix", "load_recipe", "make_recipe"]
 
 
-def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+def load_recipe(path: str | os.PathLike[str], *, strict: bool = False) -> Recipe:
     """Read a mergekit recipe from a YAML file.
 
     Model paths are taken from the working directory, else from the recipe's folder.
+
+    Parameters
+    ----------
+    path : path
+        The file. Several documents in it are stages; see `edgemerge.recipe.stages`.
+    strict : bool
+        Refuse unknown and duplicate keys and unknown parameters. Otherwise each is a note.
 
     Raises
     ------
     RecipeError
         The file cannot be read, is no YAML, or asks for something that does not exist.
     """
-    from edgemerge.formats.yaml_file import read_yaml  # a recipe of flags needs no YAML
+    from edgemerge.formats.yaml_file import read_documents  # a recipe of flags needs no YAML
 
     path = Path(path)
-    document = read_yaml(path)
-    if not isinstance(document, dict):
+    documents, duplicates = read_documents(path)
+    if not documents or not all(isinstance(document, dict) for document in documents):
         raise RecipeError(
             "is not a recipe: it needs keys such as merge_method and models", path=path
         )
-    return RecipeReader(path).recipe(document)
+    if duplicates and strict:
+        raise RecipeError(f"{duplicates[0]}; remove one of the two", path=path)
+    if len(documents) == 1:
+        recipe = RecipeReader(path, strict=strict).recipe(documents[0])
+    else:
+        recipe = read_stages(documents, path, strict=strict)
+    notes = [f"{found}, and the last one counts" for found in duplicates[:MAX_STRAYS]]
+    if len(duplicates) > MAX_STRAYS:
+        notes.append(f"{len(duplicates) - MAX_STRAYS} more keys stand twice")
+    return replace(recipe, notes=(*notes, *recipe.notes))
 
 
 def make_recipe(
@@ -102,6 +120,7 @@ def make_recipe(
         neurons=neurons,
         tensor_types=tuple(tensor_types),
         imatrix=find_imatrix(imatrix) if imatrix is not None else None,
+        notes=tuple(reader.notes),
     )
 
 

@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from edgemerge.errors import RecipeError
 from edgemerge.methods.table import known_parameters
+from edgemerge.recipe.references import read_reference
 from edgemerge.sizes import parse_size
-from edgemerge.suggestions import suggest, suggest_path
-from edgemerge.types import Gradient, Parameters, Rule, Setting
+from edgemerge.suggestions import find_closest, suggest, suggest_path
+from edgemerge.types import Gradient, Parameters, Rule, Setting, Steps
 
-__all__ = ["MAX_SEED", "ValueReader", "brief", "check_alignment", "is_utf8"]
+__all__ = ["MAX_SEED", "MAX_STRAYS", "ValueReader", "brief", "check_alignment", "is_utf8"]
 
 MAX_SEED = (1 << 64) - 1  # the file keeps it as u64
+MAX_STRAYS = 10  # of one table that are named one by one
 ALIGNMENTS = ("hard", "soft", "off")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 
@@ -41,10 +43,24 @@ def check_alignment(value: str) -> str:
 
 
 class ValueReader:
-    """Checks one value after the other; `path` is the recipe's, for its errors and its models."""
+    """Checks one value after the other.
 
-    def __init__(self, path: Path | None) -> None:
+    Parameters
+    ----------
+    path : Path or None
+        The recipe's, for its errors and its models.
+    strict : bool
+        Refuse what is otherwise ignored with a note, as mergekit ignores it.
+    stages : collection of str
+        Names of merges that models may be taken from.
+    """
+
+    def __init__(
+        self, path: Path | None, *, strict: bool = True, stages: Collection[str] = ()
+    ) -> None:
         self.path = path
+        self.strict = strict
+        self.stages = stages
         self.notes: list[str] = []
 
     def fail(self, message: str, field: str | None = None) -> NoReturn:
@@ -56,18 +72,23 @@ class ValueReader:
     def parameters(self, value: Any, where: str) -> Parameters:
         """Read a table of mergekit's parameters."""
         table = self.mapping(value if value is not None else {}, where)
-        known = tuple(known_parameters())
-        for name in table:
-            if name not in known:
-                self.fail(
-                    f"{where} has the unknown parameter {name!r}; {suggest(name, known)}", name
-                )
+        known = known_parameters()
+        self.check_keys(table, tuple(known), where, what="parameter")
         dot = " " if where == "-P" else "."
-        return {name: self.rules(entry, f"{where}{dot}{name}") for name, entry in table.items()}
+        return {
+            name: self.rules(entry, f"{where}{dot}{name}")
+            for name, entry in table.items()
+            if name in known
+        }
 
     def rules(self, value: Any, where: str) -> tuple[Rule, ...]:
-        """Read one parameter: a value, a gradient, or a list of filters with values."""
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        """Read one parameter: a value, a gradient, or one or more filters with values."""
+        if isinstance(value, dict):
+            return (self.rule(value, where),)
+        if value == []:
+            self.notes.append(f"{where} is an empty list, which says nothing")
+            return ()
+        if isinstance(value, list) and isinstance(value[0], dict):
             return tuple(self.rule(entry, where) for entry in value)
         return (Rule(self.setting(value, where)),)
 
@@ -80,9 +101,13 @@ class ValueReader:
             self.fail(f"{where} needs entries of the form {{filter: TEXT, value: NUMBER}}", where)
         return Rule(self.setting(entry["value"], where), None if name == "*" else name)
 
-    def setting(self, value: Any, where: str) -> Setting | Gradient:
-        """Read a value or a gradient."""
+    def setting(self, value: Any, where: str) -> Setting | Gradient | Steps:
+        """Read a value, a gradient, or switches or words that follow each other over the layers."""
         if isinstance(value, list):
+            if value and all(isinstance(x, bool) for x in value):
+                return tuple(value)
+            if value and all(isinstance(x, str) and self.number(x) is None for x in value):
+                return tuple(value)
             numbers = [self.number(x) for x in value]
             if not numbers or None in numbers:
                 self.fail(f"{where} must be a number, or a list of numbers (a gradient)", where)
@@ -111,8 +136,44 @@ class ValueReader:
 
     # -- small checks -----------------------------------------------------------------------------
 
-    def check_keys(self, table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-        """Refuse keys that are not known."""
+    def check_keys(
+        self,
+        table: Mapping[str, Any],
+        known: Sequence[str],
+        where: str,
+        *,
+        what: str = "key",
+        places: Mapping[str, str] | None = None,
+    ) -> None:
+        """Note keys that are not known, which mergekit ignores; refuse them where all must count.
+
+        Parameters
+        ----------
+        table : mapping
+            What was written.
+        known : sequence of str
+            Keys that mean something there.
+        where, what : str
+            What the table and its keys are called.
+        places : mapping of str to str, optional
+            Keys that mean something elsewhere, and where.
+        """
+        strays = [key for key in table if key not in known]
+        for key in strays[:MAX_STRAYS]:
+            unknown = f"{where} has the unknown {what} {key!r}"
+            if self.strict:
+                self.fail(f"{unknown}; {suggest(key, known)}", key)
+            hint = ""
+            if place := (places or {}).get(key):
+                hint = f"; it belongs under {place}"
+            elif close := find_closest(key, known):
+                hint = f"; did you mean {close!r}?"
+            self.notes.append(f"{unknown}, which is ignored{hint}")
+        if len(strays) > MAX_STRAYS:
+            self.notes.append(f"{where} has {len(strays) - MAX_STRAYS} more unknown {what}s")
+
+    def check_own_keys(self, table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+        """Refuse unknown keys of a table that only edgemerge reads."""
         for key in table:
             if key not in known:
                 self.fail(f"{where} has the unknown key {key!r}; {suggest(key, known)}", key)
@@ -137,20 +198,38 @@ class ValueReader:
         return value
 
     def model_path(self, value: Any, where: str) -> Path:
-        """Find a model as mergekit does."""
-        if isinstance(value, dict) and isinstance(value.get("model"), dict):
-            value = value["model"].get("path")
-        if not isinstance(value, str) or not value:
-            self.fail(f"{where} must be the path of a model", where)
-        found = self.find(value, where)
-        if found is None and "+" in value:
-            self.fail(f"{where}: {value!r} is not here; merge LoRA adapters into their model first")
-        if found is None:
+        """Find a model as mergekit does: a stage of the recipe, else a file or folder."""
+        if isinstance(value, str) and value and value not in self.stages:
+            found = self.find(value, where)  # whole, as + and @ may be part of a name
+            if found is not None:
+                return found
+        reference = read_reference(value)
+        if reference is None:
+            self.fail(f"{where} must be the path of a model, as in PATH or PATH@REVISION", where)
+        path, revision, adapter, has_architecture = reference
+        if adapter is not None:
             self.fail(
-                f"{where}: no file or folder {value!r}"
-                f"{suggest_path(value) or '; download the model and give its path'}",
+                f"{where}: the LoRA adapter {brief(adapter)} on {brief(path)} cannot be merged as an "
+                "input yet; merge it into its model first (peft's merge_and_unload), and name "
+                "the result",
                 where,
             )
+        if path in self.stages:
+            return Path(path)
+        found = self.find(path, where)
+        if found is None:
+            self.fail(
+                f"{where}: no file or folder {path!r}"
+                f"{suggest_path(path) or '; download the model and give its path'}",
+                where,
+            )
+        if revision is not None:
+            self.notes.append(
+                f"{where}: the revision {brief(revision)} does not apply to a local path; "
+                f"{path} is taken as it is"
+            )
+        if has_architecture:
+            self.notes.append(f"{where}: override_architecture is ignored")
         return found
 
     def file_path(self, value: Any, where: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import PurePath
@@ -10,7 +11,7 @@ from typing import Any
 from edgemerge.methods.table import METHODS
 from edgemerge.types import Recipe
 
-__all__ = ["describe_recipe", "recipe_document"]
+__all__ = ["describe_recipe", "describe_stages", "recipe_document"]
 
 DEFAULT = " (default)"
 QUIET = {"int8_mask"}  # without effect
@@ -37,13 +38,13 @@ def describe_recipe(document: Mapping[str, Any]) -> list[str]:
     """
     name = str(document.get("method", "?"))
     method = METHODS.get(name)
-    shared = _table(document.get("parameters"))
+    common = _table(document.get("parameters"))
     fallback = _table(document.get("defaults"))
     known = {p.name: p.default for p in method.parameters} if method is not None else {}
-    parts = [f"{key} {_rules(rules)}" for key, rules in shared.items()]
+    parts = [f"{key} {_rules(rules)}" for key, rules in common.items()]
     own = {key for part in _slices(document) for model in part for key in model[1]}
     for key, value in known.items():
-        if key in shared or key in own or key in QUIET:
+        if key in common or key in own or key in QUIET:
             continue
         if key in fallback:
             value = fallback[key]
@@ -53,9 +54,33 @@ def describe_recipe(document: Mapping[str, Any]) -> list[str]:
     lines = [f"{name}: {', '.join(parts)}" if parts else name]
     if isinstance(base := document.get("base"), str | PurePath):
         lines.append(f"base {PurePath(base).name}")
+    parts_of_slices = document.get("slices")
+    for part in parts_of_slices if isinstance(parts_of_slices, list | tuple) else ():
+        if isinstance(base := _table(part).get("base"), str | PurePath):
+            lines.append(f"base of a slice {PurePath(base).name}")
     for part in _slices(document):
         lines += [f"{label}: {words}" if words else label for label, words in map(_model, part)]
     return list(dict.fromkeys(lines))
+
+
+def describe_stages(text: str) -> list[str]:
+    """Say what the stages of a merge were, each line with the stage's name.
+
+    Parameters
+    ----------
+    text : str
+        A merged file's `edgemerge.stages`, which another program may have changed; empty without stages.
+    """
+    try:
+        stages = json.loads(text) if text else []
+        documents = [(stage["name"], json.loads(stage["recipe"])) for stage in stages]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return [f"stages {text}"]
+    return [
+        f"stage {name}: {line}"
+        for name, document in documents
+        for line in describe_recipe(_table(document))
+    ]
 
 
 def _switches(document: Mapping[str, Any]) -> Iterator[str]:

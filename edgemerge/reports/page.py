@@ -27,18 +27,27 @@ td { padding: .15rem 1.2rem .15rem 0; vertical-align: top; } code { word-break: 
 """
 
 
-def write_page(report: MergeReport, path: Path) -> None:
+def write_page(report: MergeReport, path: Path, made: Sequence[tuple[str, str]] = ()) -> None:
     """Write the page, replacing one that is there by a whole one.
+
+    Parameters
+    ----------
+    report : MergeReport
+        What was done.
+    path : Path
+        The page.
+    made : sequence of (str, str)
+        Names and values of how, of what, where and when.
 
     Raises
     ------
     OutputError
         The file cannot be written.
     """
-    write_file(path, "\n".join(_page(report)).encode("utf-8", "backslashreplace"))
+    write_file(path, "\n".join(_page(report, made)).encode("utf-8", "backslashreplace"))
 
 
-def _page(report: MergeReport) -> Iterator[str]:
+def _page(report: MergeReport, made: Sequence[tuple[str, str]]) -> Iterator[str]:
     yield "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
     name = escape(report.output.name)
     yield f"<title>{name}: edgemerge</title><style>{STYLE}</style></head><body><h1>{name}</h1>"
@@ -51,13 +60,14 @@ def _page(report: MergeReport) -> Iterator[str]:
     yield from _bars(
         [("peak", report.peak_rss_bytes), ("budget", report.budget_bytes)], report.budget_bytes
     )
-    yield "<h2>Bytes moved</h2>"
-    moved = [("read", report.read_bytes), ("written", report.written_bytes)]
-    yield from _bars(moved, max(n for _, n in moved))
+    yield "<h2>Bytes read and written</h2>"
+    traffic = [("read", report.read_bytes), ("written", report.written_bytes)]
+    yield from _bars(traffic, max(n for _, n in traffic))
     yield "<h2>Types in the output</h2>"
     yield from _bars(list(report.type_bytes.items()), report.out_bytes)
     yield "<h2>Details</h2><table>"
     for name, value in (
+        *made,
         ("tensors", str(report.tensors)),
         ("reads of each input", f"at most {report.passes}"),
         ("workers", str(report.workers)),

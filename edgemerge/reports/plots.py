@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_matplotlib", "draw_alignment", "drawing_bytes", "save_figure"]
 
-MATPLOTLIB_BYTES = 64 << 20  # imported, with its fonts; tests/test_plots.py measures both
+MATPLOTLIB_BYTES = 64 << 20  # imported, with its fonts; tests/reports/test_plots.py measures both
 PANEL_BYTES = 3 << 19
 
 DPI = 150
@@ -36,7 +36,7 @@ ROW = 1800  # pixels that the panels of one row share
 PANEL = (190, 288)  # least and most pixels of a panel
 ALONE = 576  # pixels of the panel of a single layer
 MAX_ROW = 4200  # pixels of panels in a row, where heads would get two pixels and more
-MAX_PIXELS = 16_000_000  # of the whole picture; beyond, everything shrinks
+MAX_PIXELS = 16_000_000  # of the whole picture; a larger one is shrunk
 OUTLINED = 12  # least pixels of a head whose mark leaves its middle free
 LABELS = 16  # most heads in a panel that all have their number beside them
 LEFT, RIGHT, BOTTOM = 110, 200, 92
@@ -214,7 +214,7 @@ def _alignment_figure(
     how = _wrap(
         f"Distance of the weights of every head of {reference} (rows) and of {model} (columns): "
         "dark is alike. Squares mark the matching that is used; numbers are its mean distance, "
-        "where heads move with that of leaving them in place before it.",
+        "where heads are reordered with that of leaving them in place before it.",
         width - 80,
         NOTE,
     )

@@ -17,6 +17,7 @@ __all__ = ["Record", "Section", "record_page"]
 _STYLE = """
 table { border-collapse: collapse; width: 100%; }
 th { text-align: left; font-weight: 600; padding: .15rem 1.2rem .15rem 0; vertical-align: top; }
+td code { word-break: normal; overflow-wrap: anywhere; }
 th, td { border-bottom: 1px solid var(--rest); }
 .good::before { content: "\\2713\\00a0"; } .bad::before { content: "\\2717\\00a0"; }
 .bad { font-weight: 600; } @media print { body { margin: 0; max-width: none; } }

@@ -1,8 +1,8 @@
-"""Continue a prompt, token by token.
+"""Continues a prompt, token by token.
 
-A `Session` keeps what it has computed: the next prompt is run from where it first differs. llama.cpp
-computes on a thread of its own, so that Ctrl-C is heard in the middle of a long prompt, and is told
-to stop by its abort callback.
+A `Session` keeps what it has computed: the next prompt is run from where it first differs. llama.cpp computes
+on a thread of its own, so Ctrl-C is heard in the middle of a long prompt. Its abort callback then ends the
+computation.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class Session:
             yield piece
 
     def _reuse(self, prompt: Sequence[int]) -> int:
-        """Forget what the context holds beyond its common beginning with a prompt."""
+        """Forget what the context has after its common beginning with a prompt."""
         pairs = zip(self._tokens, prompt, strict=False)
         n_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         n_common = min(n_common, len(prompt) - 1)  # the last is run in any case, for its logits
@@ -275,20 +275,20 @@ class _Text:
         self.is_stopped = False
         self._stops = [stop for stop in stops if stop]
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""
+        self._kept = ""
 
     def push(self, raw: bytes) -> str:
         """Add a token's bytes; give what can be said now."""
-        text = self._held + self._characters.decode(raw)
+        text = self._kept + self._characters.decode(raw)
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         self.is_stopped = bool(found)
         n_said = min(found) if found else len(text) - self._n_unsure(text)
-        self._held = text[n_said:]
+        self._kept = text[n_said:]
         return text[:n_said]
 
     def finish(self) -> str:
-        """Give what was held back; a character that was cut off becomes U+FFFD."""
-        return self._held + self._characters.decode(b"", final=True)
+        """Give what was kept back; a character that was cut off becomes U+FFFD."""
+        return self._kept + self._characters.decode(b"", final=True)
 
     def _n_unsure(self, text: str) -> int:
         """Length of the longest end of a text that begins a stop text."""

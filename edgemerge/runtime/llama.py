@@ -1,7 +1,7 @@
 """Load a GGUF with llama.cpp and run tokens through it.
 
 A thin layer over the C interface of llama-cpp-python. Its `Llama` class holds one sequence at a
-time; scoring needs many that share a prompt, so the batch is built here. Nothing is printed: the
+time; scoring needs many with one prompt, so the batch is built here. Nothing is printed: the
 tail of llama.cpp's log goes into `RuntimeFailure.detail`.
 """
 
@@ -128,7 +128,7 @@ class Model:
 
     @property
     def keeps_state(self) -> bool:
-        """Whether it has a running state, as Mamba and LFM2: sequences cannot share one, nor cut it back."""
+        """Whether it has a running state, as Mamba: sequences can neither share it nor cut it back."""
         recurrent, hybrid = self.api.llama_model_is_recurrent, self.api.llama_model_is_hybrid
         return bool(recurrent(self._handle) or hybrid(self._handle))
 
@@ -250,7 +250,7 @@ class Model:
             for a vocabulary of 256 000 is a megabyte per row.
         exact : bool
             Keep attention in float32 throughout. llama.cpp's flash attention adds values up in half
-            precision: on the CPU that moves a log-likelihood by up to 4e-3, differently for each
+            precision: on the CPU that changes a log-likelihood by up to 4e-3, differently for each
             composition of a batch, where this leaves 1e-6 with float32 weights.
         n_ubatch : int
             Most tokens that are computed together; a larger `n_batch` is cut into these.

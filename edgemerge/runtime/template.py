@@ -1,9 +1,9 @@
-"""Turn a conversation into the text that a model was trained on, by the model's own chat template.
+"""Turns a conversation into the text that a model was trained on, by the model's own chat template.
 
-The template is Jinja from a stranger's file, so it runs in Jinja's sandbox and in a process of its own
-(`template_process`). Blocks, extensions, filters and functions are those of transformers'
-`apply_chat_template` (`_compile_jinja_template` in utils/chat_template_utils.py): a template that works
-there gives the same text here.
+The template is Jinja from a stranger's file. It runs in Jinja's sandbox, in a process of its own
+(`template_process` starts it, `template_child` is it). Blocks, extensions, filters and functions are those of
+transformers' `apply_chat_template` (`_compile_jinja_template` in utils/chat_template_utils.py): a template
+that works there gives the same text here.
 """
 
 from __future__ import annotations

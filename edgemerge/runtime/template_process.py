@@ -1,4 +1,4 @@
-"""A chat template in a process of its own, `template_child`, whose limits the kernel keeps."""
+"""Starts and asks `template_child`, the process that runs a chat template; the kernel keeps its limits."""
 
 from __future__ import annotations
 

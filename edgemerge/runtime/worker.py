@@ -1,7 +1,7 @@
 """A thread for llama.cpp, so that the main one hears Ctrl-C.
 
-Python handles signals on its main thread, between two instructions of its own. While that thread is
-inside llama.cpp, a signal waits, or comes in the middle of a callback such as the log's, where its
+Python handles signals on its main thread, between two instructions of its own. While that thread is inside
+llama.cpp, a signal waits. Or it comes in the middle of a callback, such as that of the log. There its
 exception is shown and lost.
 """
 

@@ -57,7 +57,7 @@ def tensors_of(path: Path) -> dict[str, np.ndarray]:
 
 def test_shuffled_neurons_are_brought_back(files: tuple[Path, Path], tmp_path: Path) -> None:
     report = merged(files, tmp_path / "out.gguf", neurons=True)
-    assert "neurons of shuffled.gguf moved in 4 of 4 layers" in report.notes
+    assert "neurons of shuffled.gguf reordered in 4 of 4 layers" in report.notes
     plain = tensors_of(files[0])
     for name, values in tensors_of(tmp_path / "out.gguf").items():
         assert np.array_equal(values, plain[name]), name
@@ -75,7 +75,7 @@ def test_neurons_in_place_stay(models_dir: Path, tmp_path: Path) -> None:
     report = merge(
         make_recipe("linear", experts, neurons=True), tmp_path / "on.gguf", memory=512 << 20
     )
-    assert "neurons of expert-b moved in 0 of 4 layers" in report.notes
+    assert "neurons of expert-b reordered in 0 of 4 layers" in report.notes
     merge(make_recipe("linear", experts), tmp_path / "off.gguf")
     off = tensors_of(tmp_path / "off.gguf")
     for name, values in tensors_of(tmp_path / "on.gguf").items():
@@ -155,7 +155,7 @@ def test_neurons_keep_the_smallest_budget(wide: list[Path], tmp_path: Path) -> N
         reports.append(json.loads(done.stdout))
     assert reports[0]["peak_rss_bytes"] <= caught.value.needed
     assert reports[0]["sha256"] == reports[1]["sha256"]
-    assert "neurons of 1.gguf moved in 1 of 1 layers" in reports[0]["notes"]
+    assert "neurons of 1.gguf reordered in 1 of 1 layers" in reports[0]["notes"]
 
 
 def test_matching_tells_how_many_layers_are_done(models_dir: Path) -> None:

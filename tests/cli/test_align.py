@@ -64,12 +64,13 @@ def made() -> set[str]:
 # -- what it says ------------------------------------------------------------------------------------
 
 
-def test_heads_that_moved_are_listed_by_group(run: Run) -> None:
+def test_reordered_heads_are_listed_by_group(run: Run) -> None:
     text = succeed(run("base", "expert-b-permuted"))
     assert re.sub(r"\d\.\d{4}", "#", text) == (
-        "heads moved in 4 of 4 layers: merge with --align hard\n"
-        "A is base, B is expert-b-permuted; costs: 0 equal, 1 unrelated\n"
-        "layer  identity  matched  gap  confidence  by        B's group[heads], in A's order\n"
+        "heads are in another order in 4 of 4 layers: merge with --align hard\n"
+        "A is base, B is expert-b-permuted; costs with heads in place and matched: "
+        "0 equal, 1 unrelated\n"
+        "layer  in place  matched  gap  confidence  by        B's group[heads], in A's order\n"
         "    0  #    #   0         1.000  sinkhorn  3[7 6] 0[0 1] 1[3 2] 2[5 4]\n"
         "    1  #    #   0         1.000  sinkhorn  3[6 7] 2[5 4] 1[3 2] 0[1 0]\n"
         "    2  #    #   0         1.000  sinkhorn  1[2 3] 2[5 4] 3[7 6] 0[1 0]\n"
@@ -80,7 +81,7 @@ def test_heads_that_moved_are_listed_by_group(run: Run) -> None:
 
 def test_fine_tunes_of_one_base_are_in_place(run: Run) -> None:
     lines = succeed(run("base", "expert-a")).splitlines()
-    assert lines[3].split()[:3] + lines[3].split()[-1:] == ["0", "to", "3", "identity"]
+    assert lines[3].split()[:3] + lines[3].split()[-1:] == ["0", "to", "3", "place"]
     assert len(lines) == 4
     assert lines[0] == "expert-a's heads are where base's are: alignment changes nothing"
 
@@ -106,8 +107,8 @@ def test_json_is_one_object_with_whole_permutations(run: Run, models_dir: Path) 
     assert found == {
         "reference": "base",
         "model": "expert-b-permuted",
-        "verdict": "moved",
-        "summary": "heads moved in 4 of 4 layers: merge with --align hard",
+        "verdict": "reordered",
+        "summary": "heads are in another order in 4 of 4 layers: merge with --align hard",
         "seed": 3,
         "workers": 2,
         "budget_bytes": 512 * MIB,
@@ -145,10 +146,10 @@ def test_strangers_are_told_apart_from_kin(run: Run) -> None:
         found["summary"],
     )
     lines = succeed(run("base", stranger)).splitlines()
-    kept = [line for line in lines if line.endswith("identity (moving them gains too little)")]
+    kept = [line for line in lines if line.endswith("in place (reordering gains too little)")]
     guarded = sum(layer["guarded"] for layer in found["layers"])
     assert guarded > 0
-    assert 1 <= len(kept) <= guarded  # neighbours share a row
+    assert 1 <= len(kept) <= guarded  # neighbours stand in one row
 
 
 def test_skipped_layers_say_why(run: Run) -> None:
@@ -193,7 +194,7 @@ def test_what_is_long_is_shortened_and_said_so() -> None:
 def test_the_picture_is_made_whole(run: Run) -> None:
     text = succeed(run("base", "expert-b-permuted", "--plot", "heads.png"))
     assert text.endswith("\ndrawn in heads.png\n")
-    assert text.startswith("heads moved")
+    assert text.startswith("heads are in another order")
     height, width, _ = imread("heads.png").shape
     assert width > 2 * height > 800
     assert made() == {"heads.png"}

@@ -137,6 +137,6 @@ def test_warm_compiles_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch
     assert "0 of" in row(run().stdout, "kernels")
     assert not compiled
 
-    assert row(run("--warm").stdout, "kernels").endswith("all compiled")
+    assert row(run("--compile").stdout, "kernels").endswith("all compiled")
     assert compiled >= {"ties.elect", "q4_k.encode_q4_k", "weighted_affine.search_affine"}
-    assert json.loads(run("--warm", "--json").stdout)["kernels"]["cold"] == []
+    assert json.loads(run("--compile", "--json").stdout)["kernels"]["cold"] == []

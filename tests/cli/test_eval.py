@@ -84,7 +84,7 @@ def test_models_stand_side_by_side() -> None:
     assert " ".join(lines[1][4:]) == "30.0 % ± 15.3 40.0 % ± 16.3"
     assert lines[2][:6] == ["general", "20", "of", "300", "questions", "acc"]
     assert lines[3][0] == "acc_norm"  # the letters of MedQA have none of their own
-    assert "acc less base's" in text
+    assert "acc minus base's" in text
     assert lines[4][:5] == ["mean", "of", "2", "tasks", "acc"]
     assert " ".join(lines[5]).startswith("± is one standard error; by chance 25.0 %")
     assert [line[:2] for line in lines[8:]] == [["medqa", "expert-a"], ["general", "expert-a"]]

@@ -60,7 +60,7 @@ def test_all_of_a_header() -> None:
         f"  chat template: {len(TEMPLATE)} characters, {{% if a %}}\n"
     )
     assert text.endswith(
-        "What would not survive a merge:\n"
+        "What a merge would lose:\n"
         "  - slices cannot re-order its layers: it has settings per layer "
         "(qwen3moe.attention.head_count_kv)\n"
         "  - what tells how this file was made is left out (quantize.imatrix.chunks_count)\n"

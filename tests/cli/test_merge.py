@@ -15,12 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from edgemerge.budget import FLOOR_BYTES
 from edgemerge.cli import make_app
 from edgemerge.output.file import OutputFile
 from tests.support.small_models import stored
-
-FLOOR = f"{FLOOR_BYTES >> 20} MiB"
 
 Run = Callable[..., Result]
 
@@ -86,6 +83,14 @@ def test_merge_json_is_one_object_with_the_fields_of_the_contract(run: Run, fold
     digest = subprocess.run(["sha256sum", "out.gguf"], capture_output=True, text=True, check=True)
     assert document.pop("seconds") > 0
     assert document.pop("peak_rss_bytes") > 0
+    assert document.pop("machine")
+    assert document.pop("finished").startswith("20")
+    assert set(document.pop("versions")) == {"edgemerge", "numpy", "python"}
+    assert document.pop("recipe")["method"] == "linear"
+    assert document.pop("seed") == 0
+    inputs = document.pop("inputs")
+    assert [(one["name"], one["is_base"]) for one in inputs] == [("a", False), ("b", False)]
+    assert all(re.fullmatch("[0-9a-f]{8}", one["crc32"]) for one in inputs)
     assert document == {
         "output": "out.gguf",
         "out_bytes": (folder / "out.gguf").stat().st_size,
@@ -158,7 +163,7 @@ def test_the_report_is_written_and_checked_before_the_work(run: Run) -> None:
 
 
 def test_force_replaces(run: Run) -> None:
-    given = ("merge", "-m", "linear", "a", "-o", "out.gguf")
+    given = ("merge", "-m", "linear", "a", "b", "-o", "out.gguf")
     Path("out.gguf").write_bytes(b"old")
     message = "out.gguf: exists already; choose another name or give --force"
     assert fail(run(*given)) == message
@@ -288,10 +293,12 @@ def test_plan_prints_a_row_per_kind_of_tensor(run: Run, folder: Path, golden_dir
     given = ("-m", "ties", "--base", "base", "a", "-P", "density=0.5", "--threads", "1")
     models = golden_dir / "inputs_f32"
     text = succeed(run("plan", *given, "--type", "Q8_0"))
-    assert re.sub(r"\d+ KiB for blocks", "# for blocks", text) == (
+    assert re.sub(r"[\d.]+ [KM]iB (for|of)", r"# \1", text) == (
         "ties of 2 models to Q8_0\n"
         f"  base   {models}/base\n"
         f"  model  {models}/a\n"
+        "  ties: density 0.5, weight 1 (default), normalize on (default), rescale off (default), "
+        "lambda 1 (default)\n"
         "tensor                    shape         from  to    reads       size\n"
         "output.weight             1 x [64, 32]  F32   Q8_0      1   2.12 KiB\n"
         "token_embd.weight         1 x [64, 32]  F32   Q8_0      1   2.12 KiB\n"
@@ -306,7 +313,7 @@ def test_plan_prints_a_row_per_kind_of_tensor(run: Run, folder: Path, golden_dir
         "blk.*.attn_v.weight       2 x [16, 32]  F32   Q8_0      1   1.06 KiB\n"
         "output_norm.weight        1 x [32]      F32   F32       1  128 bytes\n"
         "21 tensors, 22.7 K parameters: reads 177 KiB, writes 24 KiB\n"
-        f"memory 512 MiB: {FLOOR} for Python and kernels, 1 x # for blocks\n"
+        "memory: needs # of 512 MiB: # for Python, kernels and headers, 1 x # for blocks\n"
         f"note: {NO_BYTES}\n"
     )
     assert made() == set()

@@ -82,7 +82,7 @@ def test_the_tokenizer_and_its_special_tokens() -> None:
     )
     found = inspect_model(source).tokenizer
     assert found is not None
-    assert (found.model, found.pre, found.n_tokens) == ("llama", "smollm", 64)
+    assert (found.model, found.pre, found.n_tokens) == ("gpt2", "smollm", 64)
     assert found.special == (
         SpecialToken("bos", 1, "t1"),
         SpecialToken("eot", 64, None),

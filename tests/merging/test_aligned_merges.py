@@ -61,7 +61,7 @@ def test_an_expert_and_its_permuted_copy_merge_to_the_expert(
     both = experts_of(found, "b", "b-permuted")
     report = combine("hierarchical", found["base"], both, output, **options)
     assert MOVED.format(f"expert-b-permuted-{kind}.gguf") in report.notes
-    assert f"attention heads of expert-b-{kind}.gguf moved in 0 of 4 layers" in report.notes
+    assert f"attention heads of expert-b-{kind}.gguf reordered in 0 of 4 layers" in report.notes
     wanted = load_gguf(found["expert-b"])
     assert largest_difference(load_gguf(output), wanted) <= 1e-6
     report = combine("hierarchical", found["base"], both, output, align="off", **options)
@@ -133,7 +133,7 @@ def test_alignment_changes_nothing_between_fine_tunes_of_one_base(
             "align": align,
         }
         report = combine(method, found["base"], both, output, **options)
-        assert not any("moved in 4" in note for note in report.notes)
+        assert not any("reordered in 4" in note for note in report.notes)
         results.append(stored(output))
     assert results[0] == results[1] == results[2]
 
@@ -262,7 +262,7 @@ def test_recipes_say_how_to_align(
     recipe = load_recipe(tmp_path / "recipe.yml")
     assert plan(recipe).align == plan_align
     report = merge(recipe, tmp_path / "out.gguf")
-    moved = any("moved in 4 of 4 layers" in note for note in report.notes)
+    moved = any("reordered in 4 of 4 layers" in note for note in report.notes)
     assert moved == (plan_align != "off")
     assert (SOFT_WARNING in report.notes) == (plan_align == "soft")
 
@@ -290,7 +290,7 @@ def test_align_on_the_command_line(models: dict[str, Models], tmp_path: Path) ->
         result = CliRunner().invoke(make_app(), [*command, *flags], prog_name="edgemerge")
         assert (result.exit_code, result.stderr) == (0, "")
         assert (largest_difference(load_gguf(output), wanted) <= 1e-6) == succeeds
-        assert ("moved in 4 of 4 layers" in " ".join(result.stdout.split())) == succeeds
+        assert ("reordered in 4 of 4 layers" in " ".join(result.stdout.split())) == succeeds
     result = CliRunner().invoke(make_app(), [*command, "--align", "maybe"], prog_name="edgemerge")
     assert result.exit_code == 1
     assert result.stderr == ("edgemerge: alignment is 'maybe'; choose one of hard, soft, off\n")

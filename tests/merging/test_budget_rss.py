@@ -56,11 +56,14 @@ def random_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def flags(models: list[Path], method: str) -> list[str]:
     base, *experts = map(str, models)
-    pruned = ["-P", "density=0.5"] if method != "task_arithmetic" else []
-    return ["-m", method, "--base", base, *experts, "--type", "Q4_K_M", *pruned]
+    pruned = {"ties": "density=0.5", "della": "density=0.5", "sce": "select_topk=0.5"}
+    settings = ["-P", pruned[method]] if method in pruned else []
+    if method == "arcee_fusion":
+        experts = experts[:1]
+    return ["-m", method, "--base", base, *experts, "--type", "Q4_K_M", *settings]
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "della"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "della", "sce", "arcee_fusion"])
 def test_peak_stays_under_the_budget(
     random_models: list[Path], tmp_path: Path, method: str
 ) -> None:

@@ -37,6 +37,15 @@ METHODS: dict[str, tuple[int, dict[str, Any], int]] = {
     "della_linear": (2, {"density": 0.6, "epsilon": 0.3, "rescale": "expectation"}, 1),
     "breadcrumbs": (2, {"density": 0.7, "gamma": 0.05, "rescale": True}, 4),
     "breadcrumbs_ties": (2, {"density": 0.4, "gamma": 0.2}, 3),
+    "model_stock": (2, {}, 2),
+    "nuslerp": (2, {"nuslerp_flatten": False, "nuslerp_row_wise": True}, 2),
+    "multislerp": (2, {}, 2),
+    "karcher": (2, {}, 2),
+    "sce": (2, {"select_topk": 0.4}, 4),
+    "ram": (2, {"epsilon": 0.01}, 1),
+    "ramplus_tl": (2, {"epsilon": 0.01}, 2),
+    "arcee_fusion": (1, {}, 3),
+    "nearswap": (1, {"t": 0.01}, 1),
 }
 TYPES = ("F32", "F16", "Q8_0", "Q4_K_M")
 

@@ -265,6 +265,7 @@ def test_passthrough_copies_types_that_nothing_here_writes(run: Run, tmp_path: P
     writer.add_block_count(0)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_IQ3_XXS)
     raw = np.random.default_rng(0).integers(0, 256, (8, 98), np.uint8)  # rows of 256
+    raw[:, 1] &= 0x3F  # upper byte of the scale: finite
     writer.add_tensor("token_embd.weight", raw, raw_dtype=gguf.GGMLQuantizationType.IQ3_XXS)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

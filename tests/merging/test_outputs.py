@@ -39,9 +39,8 @@ def recipe_of(method: str, models: list[str], out_type: str) -> Recipe:
     """A recipe with as many models as the method takes, and something to prune where it prunes."""
     row = METHODS[method]
     base, *experts = models if row.needs_base else [None, *models[1:]]
-    parameters = {"density": 0.7} if "density" in row.defaults(model=True) else {}
-    if method == "slerp":
-        parameters = {"t": 0.3}
+    own = {p.name for p in row.parameters}
+    parameters = {key: value for key, value in (("density", 0.7), ("t", 0.3)) if key in own}
     experts = experts[: row.n_models[1]]
     return make_recipe(
         method,

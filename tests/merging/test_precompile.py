@@ -70,7 +70,20 @@ CASES = [
     Case("della_linear", {**HALF, "rescale": "expectation"}),
     Case("breadcrumbs", HALF),
     Case("breadcrumbs_ties", {**HALF, "rescale": True}, "soft"),
+    Case("model_stock"),
+    Case("model_stock", {"filter_wise": True}),
+    Case("nuslerp"),
+    Case("nuslerp", {"nuslerp_flatten": False}),
+    Case("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    Case("multislerp"),
+    Case("karcher"),
+    Case("sce", {"select_topk": 0.5}),
+    Case("ram"),
+    Case("ramplus_tl"),
+    Case("arcee_fusion"),
+    Case("nearswap", {"t": 0.1}),
 ]
+ONE_EXPERT = ("passthrough", "slerp", "arcee_fusion", "nearswap")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +115,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 def request_of(case: Case, models: dict[str, list[Path]]) -> tuple[str, Any, dict[str, Any]]:
     """Arguments of `make_recipe`, as JSON knows them."""
     base, *experts = map(str, models[case.inputs])
-    if case.method in ("passthrough", "slerp"):
+    if case.method in ONE_EXPERT:
         experts = experts[1:]
     options = {
         "base": None if case.method in ("passthrough", "linear") else base,

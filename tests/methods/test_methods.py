@@ -261,23 +261,46 @@ def random_mask(
     return merged != 0
 
 
-def test_masks_depend_on_seed_tensor_and_expert() -> None:
+def test_masks_depend_on_seed_tensor_and_change() -> None:
+    """On nothing else: an expert's mask in a later stage of a chain is another, as its change is."""
     ones = np.ones((64, 64), np.float32)
     own = {"density": 0.5}
     first = random_mask("dare_linear", own, ones, seed=1, tensor="a")
     assert np.array_equal(first, random_mask("dare_linear", own, ones, seed=1, tensor="a"))
-    zeros = np.zeros_like(ones)
-    second = merge_in_memory(
-        "dare_linear", zeros, [(zeros, {"weight": 1.0, **own}), (ones, {"weight": 1.0, **own})],
-        {"rescale": False}, seed=1, tensor="a",
-    )  # fmt: skip
     others = [
         random_mask("dare_linear", own, ones, seed=2, tensor="a"),
         random_mask("dare_linear", own, ones, seed=1, tensor="b"),
-        second != 0,
+        random_mask("dare_linear", own, 2 * ones, seed=1, tensor="a"),
     ]
     for other in others:  # as independent as coins: equal in half of the places
         assert np.mean(first == other) == pytest.approx(0.5, abs=5 * 0.5 / 64)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+def test_a_later_stage_of_a_chain_has_masks_of_its_own(method: str) -> None:
+    """The same mask again would drop hardly anything."""
+    base = np.zeros((100, 100), np.float32)
+    delta = np.random.default_rng(0).standard_normal(base.shape).astype(np.float32)
+    own, options = {"weight": 1.0, "density": 0.5}, {"rescale": False}
+    first = merge_in_memory(method, base, [(delta, own)], options)
+    second = merge_in_memory(method, base, [(first, own)], options)
+    assert 0.22 < np.mean(second != 0) < 0.32
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+def test_masks_do_not_depend_on_the_order_of_experts(method: str) -> None:
+    base, *experts = tensors("continuous", (90, 33), 2)
+    own = {"weight": 1.0, "density": 0.5}
+    models = [(np.asarray(x, np.float32), own) for x in experts]
+    first, second = (merge_in_memory(method, base, order) for order in (models, models[::-1]))
+    assert np.array_equal(first, second)
+
+
+def test_equal_experts_have_masks_of_their_own() -> None:
+    zeros, ones = np.zeros((64, 64), np.float32), np.ones((64, 64), np.float32)
+    models = [(ones, {"weight": w, "density": 0.5}) for w in (1.0, 2.0)]
+    kept = merge_in_memory("dare_linear", zeros, models, {"rescale": False})
+    assert [np.mean(kept == n) for n in range(4)] == pytest.approx([0.25] * 4, abs=5 * 0.5 / 64)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.6, 0.95])

@@ -11,7 +11,7 @@ from edgemerge.types import InputTensor, Setting, TensorJob, TensorSpec
 
 def test_settings_are_brought_to_their_type() -> None:
     given: dict[str, Setting] = {"weight": 1, "normalize": 1.0, "int8_mask": False, "rescale": "l1"}
-    checked = {name: known_parameters()[name].check(value) for name, value in given.items()}
+    checked = {name: known_parameters()[name][0].check(value) for name, value in given.items()}
     assert checked == {"weight": 1.0, "normalize": True, "int8_mask": False, "rescale": "l1"}
     assert [type(value) for value in checked.values()] == [float, bool, bool, str]
 
@@ -29,13 +29,15 @@ def test_settings_are_brought_to_their_type() -> None:
         ("normalize", "yes", "one of true, false"),
         ("normalize", 2.0, "one of true, false"),
         ("rescale", "l2", "one of true, false, l1, expectation"),
+        ("max_iter", 2.5, "a whole number from 0"),
+        ("max_iter", -1, "a whole number from 0"),
     ],
 )
 def test_impossible_settings_say_what_is_possible(
     name: str, value: float | str, wanted: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
-        known_parameters()[name].check(value)
+        known_parameters()[name][0].check(value)
     assert str(caught.value) == f"the parameter {name} is {value!r}; it must be {wanted}"
     assert caught.value.field == name
 

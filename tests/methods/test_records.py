@@ -25,11 +25,13 @@ from edgemerge.native.signatures import KERNEL_NAMES
 from edgemerge.types import Float32, Recipe
 from tests.support.fixtures import unpacked
 from tests.support.small_models import load_gguf, stored
+from tests.twins import directions, elements
 from tests.twins import methods as twins
 from tests.twins.hierarchical import twin as hierarchical_twin
 
 INPUTS = unpacked("golden") / "inputs_f32"
 TWINS = dict.fromkeys(twins.METHODS, twins.merge_tensor) | {"hierarchical": hierarchical_twin}
+TWINS |= directions.TWINS | elements.TWINS
 
 # -- the records that there are ------------------------------------------------------------------
 
@@ -53,14 +55,16 @@ def test_a_record_is_complete(name: str) -> None:
 
 
 def test_a_parameter_means_the_same_in_every_method() -> None:
-    """But for its default."""
+    """But for its default, and for two names that mergekit uses twice."""
     known = known_parameters()
     for method in METHODS.values():
         for parameter in method.parameters:
-            other = known[parameter.name]
+            (other,) = (p for p in known[parameter.name] if p.help == parameter.help)
             if other.default is not None:
                 parameter = parameter.by_default(other.default)
             assert parameter == other or parameter.default is None or other.default is None
+    two = {name: {p.of_model for p in meanings} for name, meanings in known.items() if meanings[1:]}
+    assert two == {"epsilon": {True, False}, "t": {False}}  # mergekit's names
 
 
 def test_every_method_and_parameter_is_in_the_tables() -> None:
@@ -72,7 +76,13 @@ def test_every_method_and_parameter_is_in_the_tables() -> None:
         "`normalize` (true), `rescale` (false), `lambda` (1.0) | 3 |"
     )
     rows = documentation.parameters_table().splitlines()
-    assert [row.split("`")[1] for row in rows[2:]] == list(known_parameters())
+    assert [row.split("`")[1] for row in rows[2:]] == [
+        name for name, meanings in known_parameters().items() for _ in meanings
+    ]
+    assert [row.split(" | ")[-1] for row in rows if "`epsilon`" in row] == [
+        "each model (della, della_linear) |",
+        "the merge (ram, ramplus_tl) |",
+    ]
 
 
 def test_help_tells_the_default_alignment_of_every_method() -> None:

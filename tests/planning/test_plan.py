@@ -317,7 +317,7 @@ def test_a_scale_is_arithmetic_and_only_where_it_is_asked_for() -> None:
 def test_a_range_beyond_the_model_is_refused() -> None:
     with pytest.raises(RecipeError) as caught:
         planned(stack((A, 0, 3)))
-    assert str(caught.value) == "layer_range [0, 3] goes beyond the 2 layers of /m/a"
+    assert str(caught.value) == "layer_range [0, 3] goes past the 2 layers of /m/a"
 
 
 def test_slices_of_a_model_with_settings_per_layer_are_refused() -> None:
@@ -371,11 +371,8 @@ def test_a_chat_template_that_only_an_expert_has_is_told() -> None:
     said = "the output has no chat template, as a has none; b has one, and gives it as tokenizer_source"
     assert said in planned(LINEAR, own).notes
     assert said not in planned(LINEAR).notes
-    for asked in (
-        replace(LINEAR, chat_template="{{ c }}"),
-        replace(LINEAR, tokenizer_source=str(B)),
-    ):
-        assert said not in planned(asked, own).notes
+    assert said not in planned(replace(LINEAR, chat_template="{{ c }}"), own).notes
+    assert said not in planned(replace(LINEAR, tokenizer_source=str(B)), own).notes
 
 
 def test_planning_opens_every_model_once() -> None:
@@ -398,7 +395,6 @@ def test_nothing_but_our_errors_comes_out_of_a_model_without_layers() -> None:
 
 def test_only_a_tensor_that_would_hold_the_others_up_is_shared() -> None:
     target = TARGET_ELEMENTS
-    assert workers_on(100 * target, 100 * target, 1) == 1
-    assert workers_on(100 * target, 500 * target, 3) == 3
-    assert workers_on(100 * target, 5000 * target, 3) == 1
+    for total, most, wanted in ((100, 1, 1), (500, 3, 3), (5000, 3, 1)):
+        assert workers_on(100 * target, total * target, most) == wanted
     assert workers_on(4 * target, 5 * target, 3) == 1  # too few blocks

@@ -190,16 +190,12 @@ def test_models_are_looked_for_in_the_working_directory_then_beside_the_recipe(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (TIES + "dtpye: float16\n", "the recipe has the unknown key 'dtpye'; did you mean 'dtype'"),
         (TIES + "edgemerge: {qtype: Q8_0}\n", "edgemerge has the unknown key 'qtype'; did you"),
-        (TIES + "parameters: {wieght: 1}\n", "parameters has the unknown parameter 'wieght'; did"),
-        (TIES + "- model: b\n  weight: 1\n", "models[2] has the unknown key 'weight'; known are"),
-        (TIES + "dtype: float64\n", "dtype is 'float64'; choose one of float32, float16, bfl"),
-        (TIES + "models_: 1\n", "the recipe has the unknown key 'models_'; did you mean 'models'"),
-        (TIES + "slices: []\n", "needs either models or slices, one of the two"),
-        ("merge_method: ties\n", "needs either models or slices, one of the two"),
+        (TIES + "dtype: float8\n", "dtype is 'float8'; choose one of float64, float32, float16"),
+        (TIES + "slices: [1]\n", "needs either models, slices or modules, one of them and not e"),
+        ("merge_method: ties\n", "needs either models, slices or modules, one of them and not e"),
         ("models: [{model: a}]\n", "merge_method is missing or is no text"),
-        ("merge_method: ties\nmodels: []\n", "models must be a list that is not empty"),
+        ("merge_method: ties\nmodels: []\n", "needs either models, slices or modules, one of"),
         ("merge_method: ties\nmodels: [a]\n", "models[0] must be a table of keys and values"),
         ("merge_method: ties\nmodels: [{model: 7}]\n", "models[0].model must be the path of a m"),
         (
@@ -208,14 +204,15 @@ def test_models_are_looked_for_in_the_working_directory_then_beside_the_recipe(
         ),
         (
             "merge_method: ties\nmodels: [{model: a+lora}]\n",
-            "models[0].model: 'a+lora' is not here; merge LoRA adapters into their model first",
+            "models[0].model: the LoRA adapter 'lora' on 'a' cannot be merged as an input yet; merge it "
+            "into its model first (peft's merge_and_unload), and name the result",
         ),
         ('merge_method: ties\nmodels: [{model: "\\ud800"}]\n', "models[0].model: the name '\\ud80"),
         (f"merge_method: ties\nmodels: [{{model: {'x' * 300}}}]\n", "models[0].model: no file or"),
         ("merge_method: ties\nmodels: [{model: ~nobody-here/x}]\n", "models[0].model: no file or"),
         (TIES + "tokenizer_source: [a]\n", "tokenizer_source must be the path of a model"),
         (TIES + "tokenizer_source: c\n", "tokenizer_source: no file or folder 'c'; download"),
-        (TIES + "chat_template: chatml\n", "chat_template 'chatml' is no Jinja text; give the te"),
+        (TIES + "chat_template: chatmk\n", "chat_template 'chatmk' is no Jinja text; give the te"),
         (TIES + 'chat_template: "{{ \\ud800 }}"\n', "chat_template '{{ \\ud800 }}' is no Jinja te"),
         (TIES + "edgemerge: {seed: -1}\n", "edgemerge.seed must be a whole number from 0 to 2^64"),
         (TIES + f"edgemerge: {{seed: {1 << 64}}}\n", "edgemerge.seed must be a whole number from"),
@@ -225,7 +222,6 @@ def test_models_are_looked_for_in_the_working_directory_then_beside_the_recipe(
         (TIES + "parameters: {weight: .nan}\n", "parameters.weight is nan; it must be a finite n"),
         (TIES + "parameters: {weight: .inf}\n", "parameters.weight is inf; it must be a finite n"),
         (TIES + f"parameters: {{weight: {'9' * 400}}}\n", "parameters.weight is 99999999999999"),
-        (TIES + "parameters: {weight: []}\n", "parameters.weight must be a number, or a list of"),
         (TIES + "parameters: {weight: [1, a]}\n", "parameters.weight must be a number, or a list"),
         (TIES + "parameters: {weight: [1, true]}\n", "parameters.weight must be a number, or a l"),
         (TIES + "parameters: {weight: [{filter: a}]}\n", "parameters.weight needs entries of the"),
@@ -261,14 +257,19 @@ def test_a_mistake_in_a_slice_is_named(folder: Path, sources: str, message: str)
         ("", "is not a recipe: it needs keys such as merge_method and models"),
         ("- a\n- b\n", "is not a recipe: it needs keys such as merge_method and models"),
         ("{a: [", "is not valid YAML (line 1, column 6: expected the node content, but found '<s"),
-        (TIES + "base_model: a\n", "is not valid YAML (line 6, column 1: the key 'base_model' st"),
         (TIES + "1: 2\n", "is not valid YAML (line 6, column 1: the key 1 is not text)"),
-        (TIES + "? [a]\n: 2\n", "is not valid YAML (line 6, column 3: the key ['a'] is not text)"),
-        (TIES + "---\na: 1\n", "is not valid YAML (line 6, column 1: but found another document)"),
+        (TIES + "? [a]\n: 2\n", "is not valid YAML (line 6, column 3: a key is not text)"),
+        (TIES + "---\n- a\n", "is not a recipe: it needs keys such as merge_method and models"),
         ("a: !!python/name:os.system x", "is not valid YAML (line 1, column 4: could not determi"),
         (
-            "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n",
-            "is not valid YAML (line 2, column 8: aliases are not allowed in a recipe)",
+            "".join(
+                f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 10)}]\n" for i in range(9)
+            ),
+            "is not valid YAML (line 5, column 5: aliases make it too large for a recipe)",
+        ),
+        (
+            "a: &a [*a]\n",
+            "is not valid YAML (line 1, column 8: an alias stands inside what it repeats)",
         ),
         ("[" * 20_000, "is not valid YAML (nested too deeply)"),
         ("a: 2001-99-99", "is not valid YAML (month must be in 1..12)"),
@@ -283,7 +284,7 @@ def test_what_is_no_recipe_at_all(folder: Path, text: str | bytes, message: str)
 def test_many_keys_do_not_take_quadratic_time(folder: Path) -> None:
     text = "{" + ",".join(f"k{i}: 1" for i in range(20_000)) + "}"
     start = time.process_time()
-    assert refusal(text).startswith("the recipe has the unknown key 'k0'")
+    assert refusal(text).startswith("merge_method is missing")
     assert time.process_time() - start < 10
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgemerge.recipe.words import describe_recipe, recipe_document
+from edgemerge.recipe.words import describe_recipe, describe_stages, recipe_document
 from edgemerge.types import ModelInput, Recipe, Rule, Slice
 
 
@@ -54,3 +55,18 @@ def test_slices_name_their_layers() -> None:
 )
 def test_a_strangers_document_is_no_reason_to_fail(document: dict[str, Any]) -> None:
     assert describe_recipe(document)
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[1]", '[{"name": "x"}]', "7", '[{"name": "x", "recipe": "["}]']
+)
+def test_stages_that_another_program_changed_are_shown_as_they_are(text: str) -> None:
+    assert describe_stages(text) == [f"stages {text}"]
+
+
+def test_a_base_of_a_slice_is_said() -> None:
+    document = {"method": "task_arithmetic", "slices": [{"base": "b.gguf", "inputs": []}]}
+    assert "base of a slice b.gguf" in describe_recipe(document)
+    assert describe_stages(json.dumps([{"name": "x", "recipe": json.dumps(document)}]))[-1] == (
+        "stage x: base of a slice b.gguf"
+    )

@@ -1,4 +1,4 @@
-"""Inputs and helpers of tests that merge real models whose heads were moved."""
+"""Inputs and helpers of tests that merge real models whose heads were shuffled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgemerge.recipe.recipe import make_recipe
 Float32 = NDArray[np.float32]
 
 NAMES = ("base", "expert-a", "expert-b", "expert-b-permuted")
-MOVED = "attention heads of {} moved in 4 of 4 layers"
+MOVED = "attention heads of {} reordered in 4 of 4 layers"
 
 # Every method but passthrough, which has one model and nothing to align.
 PARAMETERS: dict[str, dict[str, Any]] = {

@@ -55,12 +55,23 @@ class MemoryStream:
         for number in self.group.take_blocks():
             start = number * self.job.rows_per_block
             part = slice(start * spec.n_cols, (start + self.job.rows_per_block) * spec.n_cols)
-            base = None if self._base is None else self._base.ravel()[part].copy()
-            experts = np.stack([x.ravel()[part] for x in self._values])
-            if self._method.takes_deltas(self.job):
-                assert base is not None
-                experts = experts - base
-            yield Block(number, part.start, spec.n_cols, base, experts)
+            yield self._block(number, part)
+
+    def _block(self, number: int, part: slice) -> Block:
+        base = None if self._base is None else self._base.ravel()[part].copy()
+        experts = np.stack([x.ravel()[part] for x in self._values])
+        if self._method.takes_deltas(self.job):
+            assert base is not None
+            experts = experts - base
+        return Block(number, part.start, self.job.out.n_cols, base, experts)
+
+    def sample(self, n_rows: int) -> Iterator[Block]:
+        """Rows evenly spaced over the tensor: numbers i * total // count."""
+        spec = self.job.out
+        count = min(n_rows, spec.n_rows)
+        for i in range(count):
+            row = i * spec.n_rows // count
+            yield self._block(0, slice(row * spec.n_cols, (row + 1) * spec.n_cols))
 
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
         """Memory full of rubbish."""

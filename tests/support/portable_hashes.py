@@ -41,7 +41,12 @@ N_BLOCKS = 64  # decoded
 
 # Settings that take every kernel a method has; heads are not aligned, which would need SciPy.
 SETTINGS: dict[str, Setting] = {"density": 0.5, "epsilon": 0.1, "gamma": 0.05, "t": 0.3}
-SETTINGS |= {"rescale": True, "weight": 0.7}
+SETTINGS |= {"rescale": True, "weight": 0.7, "select_topk": 0.5}
+VARIANTS: dict[str, dict[str, Setting]] = {
+    "model_stock:rows": {"filter_wise": True},
+    "nuslerp:rows": {"nuslerp_flatten": False},
+    "nuslerp:columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+}
 
 # Kernels that take long to compile come first, so that two processes end at about the same time.
 SLOW = ("Q5_K", "Q4_K", "Q2_K", "Q6_K", "Q3_K", "IQ4_XS", "Q4_1", "Q4_0")
@@ -52,7 +57,7 @@ CASES = sorted(
         for way in ("decode", "encode")[: 1 + codec.can_encode]
     ]
     + [f"weigh {dtype}" for dtype in WEIGHTED_TYPES]
-    + [f"merge {method}" for method in METHODS],
+    + [f"merge {method}" for method in (*METHODS, *VARIANTS)],
     key=lambda case: case.split()[1] not in SLOW,
 )
 
@@ -118,27 +123,29 @@ def decode(dtype: str, raw_u8: UInt8) -> Float32:
 # -- merges
 
 
-def merge_tiny(method: str, folder: Path) -> str:
-    """Merge two experts of one layer; the hash of the output's tensors."""
+def merge_tiny(name: str, folder: Path) -> str:
+    """Merge two experts of one layer by a method or variant; the hash of the output's tensors."""
+    method = name.partition(":")[0]
     row = METHODS[method]
     known = {parameter.name for parameter in row.parameters}
     base, *experts = (write_model(folder / f"{i}.gguf", seed=i) for i in range(3))
     models = [(str(path), None) for path in experts[: row.n_models[1]]]
+    parameters = {key: value for key, value in SETTINGS.items() if key in known}
     recipe = make_recipe(
         method,
         models,
         base=str(base) if row.needs_base else None,
-        parameters={key: value for key, value in SETTINGS.items() if key in known},
+        parameters=parameters | VARIANTS.get(name, {}),
         out_type="F32",
         align="off",
     )
     merge(recipe, folder / "out.gguf", threads=1)
     model = GgufModel(folder / "out.gguf")
     digest = hashlib.sha256()
-    for name, spec in model.specs().items():
+    for tensor, spec in model.specs().items():
         rows = np.empty(spec.nbytes, np.uint8)
-        model.read_rows(name, 0, spec.n_rows, rows)
-        digest.update(f"{name} {spec.shape}".encode() + rows.tobytes())
+        model.read_rows(tensor, 0, spec.n_rows, rows)
+        digest.update(f"{tensor} {spec.shape}".encode() + rows.tobytes())
     model.close()
     return digest.hexdigest()
 

@@ -22,15 +22,21 @@ from edgemerge.recipe.recipe import make_recipe
 from tests.support.talking import TEMPLATE
 
 COMMAND = [sys.executable, "-m", "edgemerge", "serve"]
-# The small models answer before a test can look: this one takes 20 ms for a token, and has no end.
+# The small models answer before a test can look: this one takes 20 ms for a token, has no end, and does not
+# repeat itself.
 SLOWLY = [
     sys.executable,
     "-c",
-    "import sys, time\n"
+    "import itertools, sys, time\n"
     "from edgemerge.cli import main\n"
     "from edgemerge.runtime.serve.llama import ServedLlama\n"
     "sample = ServedLlama.sample\n"
-    "ServedLlama.sample = lambda *a, **b: time.sleep(0.02) or min(300, sample(*a, **b) + 300)\n"
+    "tokens = (300 + i * i % 1009 for i in itertools.count())\n"
+    "def slowly(*a, **b):\n"
+    "    time.sleep(0.02)\n"
+    "    sample(*a, **b)\n"
+    "    return next(tokens)\n"
+    "ServedLlama.sample = slowly\n"
     "sys.argv = ['edgemerge', 'serve', *sys.argv[1:]]\n"
     "main()",
 ]

@@ -86,9 +86,16 @@ def splitmix64(state: int) -> int:
     return z ^ (z >> 31)
 
 
-def random_key(seed: int, expert: int, tensor: str) -> int:
-    text = f"{seed}|{expert}|{tensor}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+def random_keys(seed: int, tensor: str, deltas: Sequence[Float32]) -> list[int]:
+    """Of seed, tensor, 64 rows of the task vector, and how many experts before have the same rows."""
+    samples = []
+    for delta in deltas:
+        rows = delta.reshape(-1, delta.shape[-1])
+        count = min(64, len(rows))
+        sample = b"".join(rows[i * len(rows) // count].tobytes() for i in range(count))
+        samples.append(f"{seed}|{tensor}|".encode() + sample)
+    numbered = [s + samples[:k].count(s).to_bytes(4, "little") for k, s in enumerate(samples)]
+    return [int.from_bytes(hashlib.blake2b(s, digest_size=8).digest(), "little") for s in numbered]
 
 
 def uniforms(key: int, n: int, first: int = 0) -> Float64:
@@ -221,9 +228,13 @@ def merge_tensor(
     assert base is not None
     normalize = options.get("normalize", method in NORMALIZES)
     rescale = options.get("rescale", method in RESCALES)
+    whole = [subtract(base, x) for x in values]
+    # What is not pruned has no mask, and is not counted.
+    drawn = [k for k, (_, own) in enumerate(models) if 0 < own.get("density", 1.0) < 1]
+    keys = dict(zip(drawn, random_keys(seed, tensor, [whole[k] for k in drawn]), strict=True))
     deltas = [
-        prune(PRUNES[method], subtract(base, x), settings, rescale, random_key(seed, k, tensor))
-        for k, (x, settings) in enumerate(models)
+        prune(PRUNES[method], whole[k], settings, rescale, keys.get(k, 0))
+        for k, (_, settings) in enumerate(models)
     ]
     if method in ELECTS:
         merged = elect(weights, normalize, deltas)

@@ -1,8 +1,8 @@
 """The header of a GGUF file: a strict parser over `pread`.
 
-gguf-py's reader maps the file, builds a Python object per token (721 MB for a 262k vocabulary) and accepts
-files that ggml refuses, so the header is parsed here: every count, length, offset and type is checked
-against the file before it is used, and the key-value section is kept as raw bytes (`formats.metadata`).
+gguf-py's reader maps the file and builds a Python object per token: 721 MB for a vocabulary of 262k. It also
+accepts files that ggml refuses. So the header is parsed here. Every count, length, offset and type is checked
+against the file before it is used. The key-value section stays raw bytes (`edgemerge.formats.gguf.metadata`).
 Format: ggml/docs/gguf.md; limits: `gguf_init_from_file_impl` in ggml/src/gguf.cpp.
 """
 
@@ -163,7 +163,7 @@ class HeaderParser:
         return metadata
 
     def bound_metadata(self, end: int) -> None:
-        """Refuse metadata that goes on to `end`, before any of it is held in memory."""
+        """Refuse metadata that goes on to `end`, before any of it is in memory."""
         if end > MAX_METADATA_BYTES:
             raise self.fail(
                 f"has {end} bytes of metadata, the most are {MAX_METADATA_BYTES}; export it again"

@@ -2,7 +2,7 @@
 
 From ggml/include/ggml.h (`enum ggml_type`) and ggml/src/ggml-common.h at llama.cpp 0c1e57098, without
 the types that ggml has removed. A literal, so that reading a header imports nothing;
-tests/formats/test_codec.py compares it with ggml itself and with gguf-py.
+tests/formats/quants/test_codec.py compares it with ggml itself and with gguf-py.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def make_layout(metadata: Mapping[str, bytes], specs: Iterable[TensorSpec]) -> G
     Parameters
     ----------
     metadata : mapping of str to bytes
-        Key -> typed value (`formats.metadata`); `general.alignment` is honoured.
+        Key -> typed value (`edgemerge.formats.gguf.metadata`); `general.alignment` is honoured.
     specs : iterable of TensorSpec
         In the order in which the file will list them; `nbytes` must be the stored size.
     """
@@ -70,7 +70,7 @@ def make_layouts(
     metadata, specs
         As for `make_layout`; the first file has all metadata, and every file says its place.
     max_bytes : int, optional
-        Most bytes of tensors in one file; see `gguf_split.divide_tensors`.
+        Most bytes of tensors in one file; see `edgemerge.formats.gguf.split.divide_tensors`.
     """
     if max_bytes is None:
         return [make_layout(metadata, specs)]

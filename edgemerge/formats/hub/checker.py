@@ -76,7 +76,7 @@ class Checker:
         value = self.get(key) if table is None else table.get(key)
         if value is None:
             value = default
-        # 1e38: it has to survive as a float32. A bool is an int to isinstance.
+        # 1e38: it must fit a float32. A bool is an int to isinstance.
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e38:
             return float(value)
         raise self.refuse(key, value, "a positive number")

@@ -1,6 +1,6 @@
 """config.json of a Hugging Face directory: checked, and as GGUF's keys of its architecture.
 
-`hub_families` says what there is to read for each model type.
+`edgemerge.formats.hub.families` says what there is to read for each model type.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A Hugging Face directory of safetensors, seen through GGUF's eyes.
 
-Nothing is converted ahead: tensors are renamed, the rows of q and k are read in GGUF's rotary order
-straight from their places in the file, experts one after the other as if they were one tensor, and
-the metadata is what llama.cpp's converter would write.
+Nothing is converted ahead. Tensors are renamed. The rows of q and k are read from the file in GGUF's rotary
+order. Experts are read one after the other, as if they were one tensor. The metadata is what llama.cpp's
+converter would write.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def _check_values(check: Checker, kind: str, rope: dict[str, Any]) -> None:
 def _check_yarn_range(
     check: Checker, rope: dict[str, Any], head_dim: int, original: int, theta: float
 ) -> None:
-    """Refuse what moves the frequencies that are stretched in part: llama.cpp has them fixed.
+    """Refuse what changes the frequencies that are stretched in part: llama.cpp has them fixed.
 
     It stores the betas, and computes with 32 and 1 (`ggml_rope_yarn_corr_dims`, which rounds).
     """
@@ -162,15 +162,15 @@ def _rotated_length(
     check: Checker, kinds: tuple[str, ...], rope: dict[str, Any], head_dim: int
 ) -> int:
     """Count the elements of a head that are turned: all, but in the Phi-3 family maybe fewer."""
-    share = rope.get("partial_rotary_factor", check.get("partial_rotary_factor"))
-    share = 1.0 if share is None else share
-    if "longrope" not in kinds and share != 1:
-        raise check.unlike("partial_rotary_factor", share, "1")
-    if not isinstance(share, int | float) or not 0 < share <= 1:
-        raise check.refuse("partial_rotary_factor", share, "above 0, and 1 at most")
-    n_rot = int(share * head_dim)
+    part = rope.get("partial_rotary_factor", check.get("partial_rotary_factor"))
+    part = 1.0 if part is None else part
+    if "longrope" not in kinds and part != 1:
+        raise check.unlike("partial_rotary_factor", part, "1")
+    if not isinstance(part, int | float) or not 0 < part <= 1:
+        raise check.refuse("partial_rotary_factor", part, "above 0, and 1 at most")
+    n_rot = int(part * head_dim)
     if n_rot % 2 or not n_rot:
-        raise check.refuse("partial_rotary_factor", share, f"an even part of {head_dim} elements")
+        raise check.refuse("partial_rotary_factor", part, f"an even part of {head_dim} elements")
     return n_rot
 
 

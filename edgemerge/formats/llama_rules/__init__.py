@@ -1,7 +1,7 @@
 """What llama.cpp asserts of a model: found from the header, before llama.cpp has to.
 
-llama.cpp checks much of a file with GGML_ASSERT and GGML_ABORT, which end the process, and some of it only
-when the first odd character is tokenised. A server dies of that with all its models. So the same
+llama.cpp checks much of a file with GGML_ASSERT and GGML_ABORT, which end the process. Some of these checks
+run only when the first odd character is tokenised. A server then dies with all its models. So the same
 questions are asked here first. Every rule names the place in llama.cpp 0c1e57098 that it answers for.
 """
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from math import isfinite
 
 from edgemerge.formats.gguf.metadata import Array, Value, get_value
@@ -101,9 +102,9 @@ class _Keys:
         return value if isinstance(value, int) else default
 
     def integers(self, key: str) -> list[int]:
-        """One for all layers, or one for each."""
+        """One for all layers, or one for each; of a stranger's longer array the first."""
         value = self.read(key)
-        listed = value if isinstance(value, Array) else [value]
+        listed = islice(value, _MAX_LAYERS) if isinstance(value, Array) else [value]
         return [item for item in listed if isinstance(item, int)]
 
     def refuse(self, key: str, value: object, wanted: str) -> Violation:
@@ -150,7 +151,7 @@ def _check_experts(keys: _Keys, specs: Mapping[str, TensorSpec]) -> Iterator[Vio
 
 def _idle_layer(used: Sequence[int], specs: Mapping[str, TensorSpec]) -> int | None:
     """Find a layer whose experts do nothing, out of which llama.cpp takes the first nevertheless."""
-    layers = (i for i, count in enumerate(used[:_MAX_LAYERS]) if count <= 0)
+    layers = (i for i, count in enumerate(used) if count <= 0)
     return next((i for i in layers if f"blk.{i}.ffn_down_exps.weight" in specs), None)
 
 

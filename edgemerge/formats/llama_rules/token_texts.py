@@ -1,4 +1,4 @@
-"""The texts of a vocabulary as llama.cpp sees them, looked up by hash: no list of them is held."""
+"""The texts of a vocabulary as llama.cpp sees them, looked up by hash: no list of them is kept in memory."""
 
 from __future__ import annotations
 

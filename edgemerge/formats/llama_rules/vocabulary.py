@@ -177,7 +177,7 @@ def adds_nothing(metadata: Mapping[str, bytes], n_tokens: int) -> list[str]:
     metadata : mapping of GGUF key to typed value
         Of the model.
     n_tokens : int
-        Size of the vocabulary; ids beyond it are no ids.
+        Size of the vocabulary; larger ids are no ids.
     """
     model, pre = get_value(metadata, MODEL_KEY), get_value(metadata, PRE_KEY)
     if model in ("rwkv", "plamo2", "test"):  # which add nothing, whatever the keys say

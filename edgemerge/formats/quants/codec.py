@@ -1,10 +1,9 @@
 """Codecs: the bytes of a ggml type <-> float32, and the sizes of all ggml types.
 
-`CODECS` is the list of types that a merge can read, which are all that llama.cpp knows for weights,
-and write, which are all but the lattice types.
-`block_size` and `GGML_TYPES` also know the types that a GGUF file may hold but that are not for
-weights: integers, F64, and Q8_1 and Q8_K, which ggml keeps for products and turns into no floats.
-Importing this module is cheap: a codec loads its kernels when it is first used.
+`CODECS` lists the types that a merge can read: all that llama.cpp knows for weights. A merge can write all of
+these but the lattice types. `block_size` and `GGML_TYPES` also know types that are not for weights: integers,
+F64, and Q8_1 and Q8_K, which ggml uses for products only. Importing this module is cheap: a codec loads its
+kernels when it is first used.
 """
 
 from __future__ import annotations

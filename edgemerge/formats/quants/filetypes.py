@@ -9,7 +9,7 @@ those of llama.cpp's src/llama-quant.cpp at 0c1e57098 (`llama_tensor_get_type`,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from edgemerge.errors import MismatchError, RecipeError
@@ -121,11 +121,13 @@ _FILE_TYPE_IDS |= {"MXFP4": 38, "NVFP4": 39, "Q1_0": 40, "Q2_0": 41}
 UNKNOWN_FILE_TYPE = 1024  # LLAMA_FTYPE_GUESSED: llama.cpp looks at the tensors itself
 
 
-def unknown_type(asked: str, known: Iterable[str]) -> RecipeError:
+def unknown_type(asked: str, known: Collection[str]) -> RecipeError:
     """Say that nothing can be written as a type, and what was perhaps meant."""
-    codec = CODECS.get(asked.upper())
+    codec, medium = CODECS.get(asked.upper()), f"{asked.upper()}_M"
     if codec is not None and not codec.can_encode:
         sentence = f"{codec.dtype} can be read, not written; known are {', '.join(known)}"
+    elif medium in known:
+        sentence = f"unknown type {asked!r}; did you mean {medium!r}?"
     else:
         sentence = f"unknown type {asked!r}; {suggest(asked, known, cutoff=0.8)}"
     return RecipeError(sentence, field="type")
@@ -177,7 +179,7 @@ def tensor_types(
     RecipeError
         No such file type, or it is not quantised and there are overrides.
     MismatchError
-        The metadata lack block_count, or a tensor's layer lies beyond it, where the mixture asks; or
+        The metadata lack block_count, or a tensor's layer is not below it, where the mixture asks; or
         a row is no whole number of blocks of its override's type, which llama.cpp replaces by none.
     """
     overrides = overrides or TypeOverrides()

@@ -37,10 +37,10 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 MAX_DATASET_BYTES = 1 << 10
 MAX_COUNTS = (
     1 << 20
-)  # in all: held in memory, as sums are not; 256 experts in 61 layers have 47 000
+)  # in all: kept in memory, as sums are not; 256 experts in 61 layers have 47 000
 MIN_ENTRY_BYTES = 4 + 1 + 4 + 4 + 4  # length, one byte of name, calls, number of values, one value
 CHUNK = 1 << 20
-LARGEST = 1e20  # mean squares are far below; beyond, an encoder's weighted sums could overflow
+LARGEST = 1e20  # mean squares are far below; above it, an encoder's weighted sums could overflow
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def visiting_order(name: str) -> tuple[int, str]:
 
 @dataclass(slots=True)
 class _Facts:
-    """What the mixtures want to know of a model beyond one tensor."""
+    """What the mixtures want to know of a model besides one tensor."""
 
     n_layers: int
     n_experts: int
@@ -101,7 +101,7 @@ class Mixture:
         Raises
         ------
         MismatchError
-            The tensor's layer lies beyond block_count, where the mixture asks for it.
+            The tensor's layer is not below block_count, where the mixture asks for it.
         """
         name = spec.name
         if name == "output.weight" or (self._model.is_tied and name in _EMBEDDINGS):
@@ -141,7 +141,7 @@ class Mixture:
                 chosen = "Q5_K"
             case "Q4_K_M" | "Q5_K_M" if _gets_more_bits(i, self._model.n_attention_values):
                 chosen = "Q6_K"
-        # Eight query heads share each of a 70B model's value heads, so that the tensor is small.
+        # Eight query heads use each of a 70B model's value heads, so that the tensor is small.
         return "Q5_K" if self._model.is_70b and chosen in ("Q3_K", "Q4_K") else chosen
 
     def _attention_output(self) -> str:

@@ -1,8 +1,8 @@
 """Types for single tensors: `--tensor-type PATTERN=TYPE`, as llama-quantize has it.
 
-The rules are those of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp at 0c1e57098: a
-regular expression is searched in the GGUF name, the first that is found decides, and tensors that
-the file type does not quantise (norms, routers, vectors) keep their types.
+The rules are those of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp at 0c1e57098. A regular
+expression is searched in the GGUF name. The first that is found decides. Tensors that the file type does not
+quantise (norms, routers, vectors) keep their types.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Encoding by an importance matrix: ggml's bytes where the errors of columns are weighted.
+"""Encodes by an importance matrix: ggml's bytes where the errors of columns are weighted.
 
-What `quantize_row_*_impl` of ggml-quants.c do: sub-blocks are gathered with their weights, a search finds
-their scales (and minima), and what the scales are rounded to decides the quants. Each step is a kernel of
-its own, as the types share most of them; 64 sub-blocks are a step's work, so the calls weigh nothing.
+`quantize_row_*_impl` of ggml-quants.c do three steps, and so does this. Sub-blocks are gathered with their
+weights. A search finds their scales (and minima). The rounded scales decide the quants. Each step is a kernel
+of its own, since most types have their steps in common. A step works on 64 sub-blocks, so calls cost nothing
+to speak of.
 """
 
 from __future__ import annotations

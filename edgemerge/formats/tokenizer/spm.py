@@ -57,7 +57,7 @@ class Vocabulary:
         self.types = [UNUSED] * n_tokens
 
     def put(self, token_id: object, text: bytes, score: float, kind: int) -> None:
-        """Fill in a token; one beyond the embedding is refused: the model could not read it."""
+        """Fill in a token; one past the rows of the embedding is refused: the model could not read it."""
         if type(token_id) is not int or token_id < 0:
             raise ValueError(f"token id {str(token_id)[:20]!r} is not an integer >= 0")
         if token_id >= len(self.tokens):

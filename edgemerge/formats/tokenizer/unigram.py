@@ -1,9 +1,9 @@
 """Unigram vocabularies (GGUF's tokenizer model "t5"), from tokenizer.model or tokenizer.json.
 
-A Unigram tokenizer takes the most probable of all ways to cut a text. llama.cpp does so for its
-model "t5" (`llm_tokenizer_ugm`), whatever the architecture, but without bytes for characters that
-the vocabulary lacks: a vocabulary that has such bytes is refused. llama.cpp's converter writes it
-as if it were a BPE of SentencePiece, which cuts some words differently.
+A Unigram tokenizer takes the most probable of all ways to cut a text. llama.cpp does so for its model "t5"
+(`llm_tokenizer_ugm`), whatever the architecture. It has no bytes for characters that the vocabulary lacks, so
+a vocabulary that has such bytes is refused. llama.cpp's converter writes it as a BPE of SentencePiece, which
+cuts some words differently.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 As in llama.cpp's tools/llama-bench: a fresh context per test, one run to warm up, an empty cache before each
 repetition, random tokens after the beginning-of-text token, logits for the last token of a prompt and for
-each generated one. So a rate here can be held against one of llama-bench.
+each generated one. So a rate here can be compared with one of llama-bench.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Power that the board reports, and energy from it.
 
-Boards report power (Jetson, Raspberry Pi 5) or energy (x86); a meter gives both. It samples in a thread
-of its own while it is open: power has to be added up, and an x86 counter starts again within minutes.
+Boards report power (Jetson, Raspberry Pi 5) or energy (x86); a meter gives both. It samples in a thread of
+its own while it is open. Power has to be summed over time, and an x86 counter starts again within minutes.
 """
 
 from __future__ import annotations

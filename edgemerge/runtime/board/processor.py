@@ -22,7 +22,7 @@ def default_threads(root: Path = Path("/")) -> int:
     A second thread on a core shares its arithmetic units and gains nothing. Of a processor with fast
     and slow cores, Arm's are all taken; of Intel's, only the fast ones are, as llama.cpp does
     (`cpu_get_num_math` in common/common.cpp): all wait for the slowest thread. A quota of processor
-    time (cgroup) is a limit too: threads beyond it are stopped in the middle of their work.
+    time (cgroup) is a limit too: more threads are stopped in the middle of their work.
     """
     allowed = os.sched_getaffinity(0)
     fast = allowed & _parse_list(read_text(root / "sys/devices/cpu_core/cpus") or "")

@@ -19,7 +19,7 @@ _HOT = 80.0  # degrees C: a Raspberry Pi slows down from here on, a Jetson a lit
 _SMALL_MEMORY = 8 << 30  # bytes: above it, few merges and models come near the end of memory
 _SLOW_READ = 50e6  # bytes per second: an SD card in a Raspberry Pi 4 reads about 40 MB/s
 _BUDGET_STEP = 64 * MIB
-_MOST_BUDGET = 4096 * MIB  # blocks beyond it gain nothing in models that fit a board
+_MOST_BUDGET = 4096 * MIB  # larger blocks gain nothing in models that fit a board
 _LEAST_BLOCKS = 60 * MIB  # of blocks, with which most merges work
 
 

@@ -32,7 +32,7 @@ UBATCH = 512  # tokens that llama.cpp computes at a time
 TABLE_CONTEXT = 4096
 FILE_TYPES = ("Q4_K_M", "Q8_0", "F16")
 MAX_LAYERS = 4096  # more than any model has; of a longer list the rest is not read
-_COMFORTABLE = 0.9  # of the memory available; beyond it the weights' pages begin to be dropped
+_COMFORTABLE = 0.9  # of the memory available; above it the weights' pages begin to be dropped
 _CONTEXT_STEP = 256
 
 

@@ -1,10 +1,10 @@
 """How likely a model finds each option of a question: lm-evaluation-harness's `loglikelihood`.
 
-An option's score is the log-likelihood of its tokens after the prompt. What all prompts of a task
-begin with (a description, worked examples) is computed once and stays in the model's memory. The
-options of a question share their prompt: it is computed once, as tokens that belong to one sequence
-per option, and several questions go into one batch. A model with a running state (Mamba, LFM2) shares
-neither: its prompts are computed for each option of more than one token.
+An option's score is the log-likelihood of its tokens after the prompt. All prompts of a task begin alike,
+with a description and worked examples. That beginning is computed once and stays in the model's memory. The
+prompt of a question is computed once for all its options: its tokens belong to one sequence per option.
+Several questions go into one batch. A model with a running state (Mamba, LFM2) can reuse neither: its prompts
+are computed for each option of more than one token.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Likelihoods:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Options of one question that share a prompt, as tokens."""
+    """Options of one question that have one prompt, as tokens."""
 
     question: int
     prompt: list[int]
@@ -197,7 +197,7 @@ def log_likelihoods(logits: Float32, rows: Sequence[int], tokens: Sequence[int])
 
 
 def _split(model: Model, index: int, question: Question, n_ctx: int) -> list[_Group]:
-    """Tokens of a question: one group, or several where options cannot share what was computed.
+    """Tokens of a question: one group, or several where options cannot use one computed prompt.
 
     Those cut to the context are one group each. So is each option of several tokens where the model keeps a
     running state, which llama.cpp computes for one sequence at a time.
@@ -206,7 +206,7 @@ def _split(model: Model, index: int, question: Question, n_ctx: int) -> list[_Gr
     text = question.prompt.rstrip()
     spaces = question.prompt[len(text) :]
     prompt = model.tokenize(text)
-    # The continuation is what the whole text has beyond the prompt's tokens: tokenised by itself,
+    # The continuation is what the whole text has after the prompt's tokens: tokenised by itself,
     # an option could come out differently.
     endings = [
         model.tokenize(f"{text}{spaces} {option}")[len(prompt) :] for option in question.options

@@ -1,8 +1,8 @@
 """Perplexity of a text, as llama.cpp's llama-perplexity computes it.
 
-The text is cut into chunks of `n_ctx` tokens, each is read on its own with its first token replaced
-by the beginning-of-sequence token, and the second half of it is scored: every scored token has at
-least half a chunk in front of it (tools/perplexity/perplexity.cpp, `perplexity`).
+The text is cut into chunks of `n_ctx` tokens. Each chunk is read on its own, with the beginning-of-sequence
+token in the place of its first token. Only its second half is scored. So every scored token has at least half
+a chunk in front of it (`perplexity` in tools/perplexity/perplexity.cpp).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def score_chunks(
 ) -> Iterator[tuple[int, Chunk]]:
     """Score the second half of each chunk.
 
-    The logits of half a chunk are held at a time: 256 MiB for 512 tokens and a vocabulary of 262 144.
+    The logits of half a chunk are in memory at a time: 256 MiB for 512 tokens and a vocabulary of 262 144.
 
     Parameters
     ----------

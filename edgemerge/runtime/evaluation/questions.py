@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Question:
     prompt: str
     options: tuple[str, ...]
     answer: int
+    id: str | None = field(default=None, compare=False)  # that the file gives it
 
     @property
     def solved(self) -> str:
@@ -106,7 +107,7 @@ def _medqa(item: _Item) -> Question:
             raise item.wrong("'options' must be an object with the texts A, B, C and D")
         options = [_Item(item.where, item.path, choices).text(letter) for letter in LETTERS]
         answer = item.choice("answer_idx", LETTERS)
-    return Question(f"Question: {question}\n{_lettered(options)}Answer:", LETTERS, answer)
+    return Question(f"Question: {question}\n{_lettered(options)}Answer:", LETTERS, answer, item.id)
 
 
 def _lettered(options: Sequence[str]) -> str:
@@ -147,7 +148,7 @@ def _first_index(path: Path, answers: Sequence[int]) -> int:
 def _medmcqa(item: _Item, answer: int) -> Question:
     question = item.text("question")
     options = _lettered([item.text(f"op{letter}") for letter in "abcd"])
-    return Question(f"Question: {question}\nChoices:\n{options}Answer:", LETTERS, answer)
+    return Question(f"Question: {question}\nChoices:\n{options}Answer:", LETTERS, answer, item.id)
 
 
 # -- PubMedQA --------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 def _entry(path: Path, pmid: str, entry: object) -> _Item:
     if not isinstance(entry, dict):
         raise FormatError(f"PMID {pmid}: expected an object with QUESTION and CONTEXTS", path=path)
-    return _Item(f"PMID {pmid}", path, entry)
+    return _Item(f"PMID {pmid}", path, {"id": pmid, **entry})
 
 
 def _pubmedqa(item: _Item) -> Question:
@@ -200,7 +201,7 @@ def _pubmedqa(item: _Item) -> Question:
     if not isinstance(contexts, list) or not all(isinstance(text, str) for text in contexts):
         raise item.wrong("'CONTEXTS' must be a list of texts")
     prompt = "Abstract: {}\nQuestion: {}\nAnswer:".format("\n".join(contexts), question)
-    return Question(prompt, DECISIONS, item.choice("final_decision", DECISIONS))
+    return Question(prompt, DECISIONS, item.choice("final_decision", DECISIONS), item.id)
 
 
 # -- MMLU ------------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def _own(item: _Item) -> Question:
     if not all(isinstance(option, str) and option.strip() for option in options):
         raise item.wrong("'options' must be texts that are not empty")
     answer = item.index("answer", len(options))
-    return Question(f"Question: {question}\nAnswer:", tuple(options), answer)
+    return Question(f"Question: {question}\nAnswer:", tuple(options), answer, item.id)
 
 
 # -- JSON ------------------------------------------------------------------------------------------
@@ -256,6 +257,12 @@ class _Item:
     where: str
     path: Path
     values: Mapping[str, Any]
+
+    @property
+    def id(self) -> str | None:
+        """The record's own name, where it has one."""
+        value = self.values.get("id")
+        return str(value) if isinstance(value, str | int) else None
 
     def wrong(self, what: str) -> FormatError:
         return FormatError(f"{self.where}: {what}", path=self.path)

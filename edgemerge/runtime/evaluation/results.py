@@ -81,7 +81,7 @@ class Results:
         self.entries.setdefault(job, {})[index] = value
 
     def flush(self) -> None:
-        """Bring what was noted to where it survives; of memory there is no such place."""
+        """Write to the disk what was noted; what is only in memory stays there."""
 
     def publish(self, document: Mapping[str, Any]) -> None:
         """Write the final file, where there is to be one.
@@ -93,7 +93,7 @@ class Results:
         """
 
     def close(self) -> None:
-        """Let go of what is held."""
+        """Close what is open."""
 
     def __enter__(self) -> Self:
         return self
@@ -160,7 +160,7 @@ class ResultsFile(Results):
             raise OutputError(
                 "another evaluation is writing it; wait for that one", path=self.output
             ) from error
-        if os.fstat(file.fileno()).st_nlink == 0:  # whoever held the lock has just published
+        if os.fstat(file.fileno()).st_nlink == 0:  # the run that had the lock has just published
             file.close()
             return self._open()
         return file
@@ -208,7 +208,7 @@ class ResultsFile(Results):
             raise self._failure(error) from error
 
     def flush(self) -> None:
-        """Hand all lines to the system: from here on they survive the death of this process.
+        """Hand all lines to the system: from here on they outlive this process.
 
         Raises
         ------

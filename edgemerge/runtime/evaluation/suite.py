@@ -272,13 +272,14 @@ def question_records(one: Answered) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        The question's place in the file (from 0), the log-likelihoods of its options, the options
-        chosen by acc and acc_norm, the right one.
+        The question's place in the file (from 0), its own id if it has one, the log-likelihoods of its
+        options, the options chosen by acc and acc_norm, the right one.
     """
     rows = zip(one.task.indices, one.task.questions, one.found, one.marks, strict=True)
     return [
         {
             "index": index,
+            **({} if question.id is None else {"id": question.id}),
             "log_likelihoods": list(found.totals),
             "n_tokens": list(found.n_tokens),
             "chosen": marked.chosen,

@@ -1,4 +1,4 @@
-"""The gate in front of the app: who may come in, how much, how long, and one at a time."""
+"""The gate in front of the app: who may come in, how much, how long; `queue` then lets in one at a time."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ class _Client:
 class _Answer:
     """What goes back to the client.
 
-    The head is held back until the first piece of the body: llama-cpp-python starts a stream before
+    The head waits until the first piece of the body: llama-cpp-python starts a stream before
     it knows whether there will be one, and an error could no longer get its own status.
     """
 

@@ -128,7 +128,7 @@ def run_server(
     grace : float
         Seconds that a running answer gets after the signal. A second signal ends it at once.
     max_connections : int
-        Connections beyond these get 503.
+        Further connections get 503.
     log_requests : bool
         Whether to log a line per request.
     on_start : function

@@ -298,20 +298,20 @@ class ServedLlama(Llama):  # type: ignore[misc]
     def _score_prompt(self, tokens: list[int]) -> list[TokenScore]:
         """Score all tokens of a prompt, and leave them in the context.
 
-        What the last scored prompt shares with this one is neither computed nor scored again: the
+        What the last scored prompt and this one begin with is neither computed nor scored again: the
         options of a question come one after the other.
         """
         n_alternatives, old = self._echoed
         known = old if n_alternatives == self._n_alternatives else []
-        shared = _shared([score.token for score in known], tokens)
-        # Scores need the logits of the token before, so the last shared one is computed again.
-        start = max(min(shared, _shared(self._input_ids.tolist(), tokens)) - 1, 0)
+        common = _common_length([score.token for score in known], tokens)
+        # Scores need the logits of the token before, so the last common one is computed again.
+        start = max(min(common, _common_length(self._input_ids.tolist(), tokens)) - 1, 0)
         if start == 0 or not self._ctx.kv_cache_seq_rm(-1, start, -1):
             self.reset()
             self._ctx.kv_cache_clear()
             start = 0
         self.n_tokens = start
-        scores = known[: start + 1] if shared else [TokenScore(tokens[0], None)]
+        scores = known[: start + 1] if common else [TokenScore(tokens[0], None)]
         self._requires_eval = True
         for first in range(start, len(tokens), OUTPUTS):
             current_run.get().check()
@@ -389,6 +389,6 @@ class ServedLlama(Llama):  # type: ignore[misc]
         return {"object": "list", "data": data, "model": model or "", "usage": usage}
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences have in common at their beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

@@ -133,7 +133,7 @@ def estimate_memory(source: GgufModel, needs: Needs, n_ctx: int) -> int:
 
     Weights are mapped and count in full: a server that runs reads all of them for every token.
     Scratch is llama.cpp's for a batch: activations, and attention scores in float32. Rows of logits
-    are held twice, as computed and as given out. On SmolLM2-135M and Gemma-3-270M with 512 to 8192
+    are kept twice, as computed and as given out. On SmolLM2-135M and Gemma-3-270M with 512 to 8192
     tokens the sum is 3 to 10 % above what llama.cpp reports.
 
     Parameters

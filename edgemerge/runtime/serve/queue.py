@@ -104,5 +104,5 @@ class Queue:
             self._next()  # the turn came in the same moment
 
     def _retry_after(self) -> int:
-        """Seconds until the line may have moved on."""
+        """Seconds until the next request in the queue may begin."""
         return max(1, min(_LONGEST_RETRY, math.ceil(self._mean_seconds * (self.waiting + 1) / 2)))

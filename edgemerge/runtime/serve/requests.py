@@ -127,7 +127,7 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 
 def _check_generation(request: dict[str, Any], limits: Limits) -> None:
-    """Bounds that completions and chats share."""
+    """Bounds of completions and chats alike."""
     if request.get("grammar") is not None:
         raise Refusal(400, "grammar: not taken, since some never end; see response_format")
     for name in ("n", "best_of"):
@@ -181,7 +181,7 @@ def _join_text(content: Any) -> Any:
 
 
 def _check_schemas(request: dict[str, Any]) -> None:
-    """Check the schemas that an answer would be held to."""
+    """Check the schemas that an answer would have to fit."""
     schemas = [request.get("response_format")]
     if isinstance(request.get("tool_choice"), dict) or isinstance(
         request.get("function_call"), dict

@@ -1,10 +1,12 @@
-"""Only models that a key signed are loaded: `edgemerge serve --require-signature`.
+"""Loads only models that a key signed: `edgemerge serve --require-signature`.
 
-What holds: every byte of a model and of its adapters is hashed before llama.cpp opens the files, each
-time that they are loaded, and after it has, the names still stand for the same inodes with the same
-times. So a file that was put in their place, or written to, is not served. What does not: llama.cpp opens
-files by name and maps them, so one who may write to them, or move their folders, at the right moment, can
-still change what is computed. Files that only another account may write to, leave no such moment.
+What holds: every byte of a model and of its adapters is hashed before llama.cpp opens the files, each time
+that they are loaded. After it has opened them, the names must still stand for the same inodes with the same
+times. So a file that was replaced or written to is not served.
+
+What does not hold: llama.cpp opens files by name and maps them. Who can write to them, or rename their
+folders, at the right moment, can still change what is computed. Keep the files where only another account can
+write: then there is no such moment.
 """
 
 from __future__ import annotations

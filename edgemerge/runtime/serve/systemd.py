@@ -31,8 +31,8 @@ SYSTEM_FOLDER = Path("/etc/systemd/system")
 
 # Beside the models' budget the interpreter, the web server and pages of the files in use need room:
 # the kernel counts them all, and ends the server where they do not fit.
-_HEADROOM_SHARE, _HEADROOM_BYTES = 0.25, 256 << 20
-_STOP_MARGIN = 15  # seconds beyond the server's own grace, before systemd kills it
+_HEADROOM, _HEADROOM_BYTES = 0.25, 256 << 20
+_STOP_MARGIN = 15  # seconds after the server's own grace, before systemd kills it
 
 _TEMPLATE = Path(__file__).with_name("edgemerge.service.in")
 _GPU_GROUPS = ("video", "render")
@@ -182,7 +182,7 @@ def make_unit(
     key_file : Path, optional
         File that holds the key as an environment variable.
     """
-    room = max(int((service.memory or 0) * _HEADROOM_SHARE), _HEADROOM_BYTES)
+    room = max(int((service.memory or 0) * _HEADROOM), _HEADROOM_BYTES)
     groups = [name for name in _GPU_GROUPS if _has_group(name)]
     folders = dict.fromkeys(path.absolute().parent for path in service.models.values())
     values = {

@@ -201,3 +201,10 @@ def test_an_answer_without_its_abstract_is_named(tmp_path: Path) -> None:
     path.write_text('{"17": "yes"}')
     with pytest.raises(FormatError, match="PMID 17 is not in the ori_pqal"):
         read_questions(path, "pubmedqa")
+
+
+def test_a_question_keeps_the_id_that_its_file_gives(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    line = {"question": "q", "options": ["a", "b"], "answer": 1}
+    path.write_text("\n".join(map(json.dumps, ({**line, "id": "w-7"}, {**line, "id": 8}, line))))
+    assert [question.id for question in read_questions(path)] == ["w-7", "8", None]

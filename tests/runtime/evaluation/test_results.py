@@ -8,6 +8,8 @@ import pytest
 
 from edgemerge.errors import OutputError, RuntimeFailure
 from edgemerge.runtime.evaluation.results import Results, ResultsFile, identify
+from tests.support.bits import flip_bit
+from tests.support.tiny_gguf import write_tiny_gguf
 
 HEADER = {"version": "1", "models": [{"path": "a"}], "limit": None}
 
@@ -127,12 +129,11 @@ def test_memory_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_models_are_told_apart(tmp_path: Path) -> None:
-    model = tmp_path / "model.gguf"
-    model.write_bytes(b"a" * 100)
+    model = write_tiny_gguf(tmp_path / "model.gguf")
     first = identify(model)
     assert identify(model) == first
     changed = first["files"][0]["changed_ns"]
-    model.write_bytes(b"b" * 100)
+    flip_bit(model, 8 * model.stat().st_size - 100)
     os.utime(model, ns=(changed, changed))
     assert identify(model) != first
     with pytest.raises(RuntimeFailure, match="is a folder; make a GGUF of it"):

@@ -1,0 +1,164 @@
+"""Arcee Fusion: how much a row's distribution changed, and which changes are large beside it.
+
+exp and log are computed here, by additions and multiplications alone: those of C libraries differ in the
+last bit from one processor to another.
+"""
+
+import numpy as np
+from numba import njit
+
+from edgemerge.kernels.scalars import fold_lanes
+
+LANES = 32  # partial sums of a row
+LOG2_E = 1.4426950408889634
+LN2_HIGH = 0.6931471803691238  # 33 bits of ln 2, so that a whole number of them is exact
+LN2_LOW = 1.9082149292705877e-10
+HIGHEST_SQRT = 1.4142135623730951
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def row_divergences(x_f32, base_f32, n_cols, lanes_f64, out_f64):
+    """Kullback-Leibler divergence of each row's softmax from the base's.
+
+    `sum_i p_i log(p_i / q_i)` with p = softmax(x) + 1e-8 and q = softmax(base) + 1e-8, not below zero
+    (mergekit 0.1.5). Rows are summed as in `gram.row_grams`.
+
+    Parameters
+    ----------
+    x_f32, base_f32 : (n_rows * n_cols,) float32
+        the same rows of a model and of the base
+    n_cols : int
+        elements in one row
+    lanes_f64 : (LANES,) float64
+        overwritten with nothing of use
+    out_f64 : (n_rows,) float64
+        written
+    """
+    for row in range(out_f64.size):
+        x = x_f32[row * n_cols : (row + 1) * n_cols]
+        base = base_f32[row * n_cols : (row + 1) * n_cols]
+        x_most = _largest(x)
+        base_most = _largest(base)
+        x_scale = 1.0 / _sum_exp(x, x_most, lanes_f64)
+        base_scale = 1.0 / _sum_exp(base, base_most, lanes_f64)
+        for k in range(LANES):
+            lanes_f64[k] = 0.0
+        for i in range(n_cols):
+            p = _exp(np.float64(x[i]) - x_most) * x_scale + 1e-8
+            q = _exp(np.float64(base[i]) - base_most) * base_scale + 1e-8
+            lanes_f64[i % LANES] += p * _log(p / q)
+        divergence = fold_lanes(lanes_f64)
+        out_f64[row] = divergence if divergence > 0.0 else 0.0
+
+
+@njit(cache=True, nogil=True)
+def _largest(x):
+    most = x[0]
+    for i in range(x.size):
+        most = x[i] if x[i] > most else most
+    return np.float64(most)
+
+
+@njit(cache=True, nogil=True)
+def _sum_exp(x, most, lanes):
+    for k in range(LANES):
+        lanes[k] = 0.0
+    for i in range(x.size):
+        lanes[i % LANES] += _exp(np.float64(x[i]) - most)
+    return fold_lanes(lanes)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _exp(x):
+    # x <= 0. 2^n e^r with |r| <= ln(2) / 2, and e^r by its series, whose rest is below 1e-17.
+    if x < -700.0:
+        return 0.0
+    n = np.int64(x * LOG2_E - 0.5)
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    e = 1.0 / 6227020800.0
+    e = e * r + 1.0 / 479001600.0
+    e = e * r + 1.0 / 39916800.0
+    e = e * r + 1.0 / 3628800.0
+    e = e * r + 1.0 / 362880.0
+    e = e * r + 1.0 / 40320.0
+    e = e * r + 1.0 / 5040.0
+    e = e * r + 1.0 / 720.0
+    e = e * r + 1.0 / 120.0
+    e = e * r + 1.0 / 24.0
+    e = e * r + 1.0 / 6.0
+    e = e * r + 0.5
+    e = e * r + 1.0
+    e = e * r + 1.0
+    return e * np.int64((n + 1023) << 52).view(np.float64)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _log(x):
+    # x > 0 and normal. x = 2^n m with m around 1, and log m = 2 artanh((m - 1) / (m + 1)) by its series.
+    bits = np.float64(x).view(np.int64)
+    n = (bits >> 52) - 1023
+    m = np.int64((bits & 0x000FFFFFFFFFFFFF) | 0x3FF0000000000000).view(np.float64)
+    if m > HIGHEST_SQRT:
+        m *= 0.5
+        n += 1
+    f = (m - 1.0) / (m + 1.0)
+    s = f * f
+    e = 1.0 / 23.0
+    e = e * s + 1.0 / 21.0
+    e = e * s + 1.0 / 19.0
+    e = e * s + 1.0 / 17.0
+    e = e * s + 1.0 / 15.0
+    e = e * s + 1.0 / 13.0
+    e = e * s + 1.0 / 11.0
+    e = e * s + 1.0 / 9.0
+    e = e * s + 1.0 / 7.0
+    e = e * s + 1.0 / 5.0
+    e = e * s + 1.0 / 3.0
+    e = e * s + 1.0
+    return n * LN2_HIGH + (n * LN2_LOW + 2.0 * f * e)
+
+
+@njit(cache=True, nogil=True)
+def importances(x_f32, base_f32, n_cols, divergences_f64, out_f32):
+    """Size of every change, times the divergence of its row.
+
+    Parameters
+    ----------
+    x_f32, base_f32 : (n_rows * n_cols,) float32
+        the same rows of a model and of the base
+    n_cols : int
+        elements in one row
+    divergences_f64 : (n_rows,) float64
+        of `row_divergences`
+    out_f32 : (n_rows * n_cols,) float32
+        written
+    """
+    for row in range(divergences_f64.size):
+        x = x_f32[row * n_cols : (row + 1) * n_cols]
+        base = base_f32[row * n_cols : (row + 1) * n_cols]
+        out = out_f32[row * n_cols : (row + 1) * n_cols]
+        divergence = divergences_f64[row]
+        for i in range(n_cols):
+            change = abs(np.float64(np.float32(x[i] - base[i])))
+            out[i] = np.float32(change * divergence)
+
+
+@njit(cache=True, nogil=True)
+def take_important(threshold, importances_f32, x_f32, base_f32):
+    """Take from a model what is at least as important as a threshold.
+
+    Parameters
+    ----------
+    threshold : float
+        compared in float64
+    importances_f32 : (n,) float32
+        of `importances`
+    x_f32 : (n,) float32
+        weights of the model
+    base_f32 : (n,) float32
+        weights of the base; overwritten by the result
+    """
+    for i in range(base_f32.size):
+        change = np.float32(x_f32[i] - base_f32[i])
+        kept = np.float64(importances_f32[i]) >= threshold
+        base_f32[i] += change if kept else np.float32(0.0)
