@@ -236,13 +236,17 @@ def test_a_number_of_an_odd_kind(
     ]
 
 
-def test_a_layer_that_uses_more_experts_than_the_first(tmp_path: Path) -> None:
+def test_a_layer_that_uses_more_experts_than_the_first_or_none(tmp_path: Path) -> None:
     odd = load_base(write_kind("granite hybrid", tmp_path)[0])
     key = "granitehybrid.expert_used_count"
     odd.set(key, [2, 4], "[i32]")
     assert violations(odd) == [f"states {key} as 4, which must be 2 at most, as in the first layer"]
     odd.set(key, [4, 2], "[i32]")
     assert violations(odd) == []
+    odd.set(key, [4, 0], "[i32]")
+    assert violations(odd) == [
+        f"states {key} as 0, which must be at least 1, as layer 1 has experts"
+    ]
 
 
 @pytest.mark.parametrize("part", ["ssm_a", "ssm_d", "ssm_conv1d.weight"])

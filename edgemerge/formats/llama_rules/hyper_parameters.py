@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from math import isfinite
 
@@ -82,7 +82,7 @@ def check_hyper_parameters(
     yield from _check_width(keys, specs)
     for key, value, wanted in check_state_space(architecture, keys.integer):
         yield keys.refuse(key, value, wanted)
-    yield from _check_experts(keys)
+    yield from _check_experts(keys, specs)
     yield from _check_heads(keys)
     yield from _check_layers(keys, specs)
 
@@ -124,7 +124,7 @@ def _check_width(keys: _Keys, specs: Mapping[str, TensorSpec]) -> Iterator[Viola
         yield keys.refuse("embedding_length_out", out, f"{width} at most")
 
 
-def _check_experts(keys: _Keys) -> Iterator[Violation]:
+def _check_experts(keys: _Keys, specs: Mapping[str, TensorSpec]) -> Iterator[Violation]:
     n, n_groups = keys.integer("expert_count", 0), keys.integer("expert_group_count", 0)
     each = keys.integers("expert_used_count")
     used = max(each, default=0)
@@ -136,6 +136,8 @@ def _check_experts(keys: _Keys) -> Iterator[Violation]:
         yield keys.refuse("expert_used_count", used, f"{n} at most")
     elif n and not used:
         yield keys.refuse("expert_used_count", used, "at least 1")
+    elif (idle := _idle_layer(each, specs)) is not None:
+        yield keys.refuse("expert_used_count", 0, f"at least 1, as layer {idle} has experts")
     elif n and used > each[0] and keys.architecture not in _VARIES:
         yield keys.refuse("expert_used_count", used, f"{each[0]} at most, as in the first layer")
     elif n and not least <= keys.integer("expert_gating_func", least) <= _GATINGS:
@@ -145,6 +147,12 @@ def _check_experts(keys: _Keys) -> Iterator[Violation]:
         yield keys.refuse("expert_group_count", n_groups, f"a divisor of {n}")
     elif n_groups > 1 and not 0 < taken < n_groups:
         yield keys.refuse("expert_group_used_count", taken, f"1 to {n_groups - 1}")
+
+
+def _idle_layer(used: Sequence[int], specs: Mapping[str, TensorSpec]) -> int | None:
+    """Find a layer whose experts do nothing, out of which llama.cpp takes the first nevertheless."""
+    layers = (i for i, count in enumerate(used) if count <= 0)
+    return next((i for i in layers if f"blk.{i}.ffn_down_exps.weight" in specs), None)
 
 
 def _check_heads(keys: _Keys) -> Iterator[Violation]:

@@ -16,7 +16,8 @@ _ID_TABLES = ("ffn_gate_tid2eid.weight", "d2t")
 # A row that is multiplied as a matrix is, in whatever type: `build_moe_ffn` of shared experts.
 _MATRIX_ROWS = ("ffn_gate_inp_shexp.weight",)
 # Of more than one dimension, and added, multiplied or convolved as vectors are.
-_F32_PARTS = ("_norm.weight", "ssm_conv1d", "shortconv.conv.weight", ".ssm_a", ".ssm_d", ".bias")
+_F32_PARTS = ("_norm.weight", "ssm_conv1d", "shortconv.conv.weight")
+_F32_ENDS = (".ssm_a", ".ssm_d", ".bias")  # not ssm_dt.weight, which is a matrix
 
 
 def needs_f32(spec: TensorSpec) -> bool:
@@ -27,7 +28,11 @@ def needs_f32(spec: TensorSpec) -> bool:
     """
     if spec.name.endswith(_MATRIX_ROWS):
         return False
-    return len(spec.shape) == 1 or any(part in spec.name for part in _F32_PARTS)
+    return (
+        len(spec.shape) == 1
+        or spec.name.endswith(_F32_ENDS)
+        or any(part in spec.name for part in _F32_PARTS)
+    )
 
 
 def check_tensors(specs: Mapping[str, TensorSpec]) -> Iterator[Violation]:
