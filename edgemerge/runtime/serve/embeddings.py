@@ -34,7 +34,7 @@ def embed(llama: Llama, tokens: Sequence[int]) -> list[float]:
     Returns
     -------
     list of float
-        n_embd values, of length 1 together: the pooling that the GGUF names, else the mean over all
+        n_embd_out values, of length 1 together: the pooling that the GGUF names, else the mean over all
         tokens.
 
     Raises
@@ -43,6 +43,8 @@ def embed(llama: Llama, tokens: Sequence[int]) -> list[float]:
         500: the model gives no numbers for this text.
     """
     context, batch = llama._ctx, llama._batch
+    api = load_library().api
+    width = api.llama_model_n_embd_out(llama.model)  # of LFM2's, not that of its layers
     context.kv_cache_clear()
     rows: list[Float32] = []
     step = len(tokens) if llama.reads_whole else OUTPUTS
@@ -51,8 +53,8 @@ def embed(llama: Llama, tokens: Sequence[int]) -> list[float]:
         part = list(tokens[first : first + step])
         batch.set_batch(batch=part, n_past=first, logits_all=True)
         context.decode(batch)
-        raw = load_library().api.llama_get_embeddings(llama.ctx)
-        rows.append(np.ctypeslib.as_array(raw, shape=(len(part), llama.n_embd())).copy())
+        raw = api.llama_get_embeddings(llama.ctx)
+        rows.append(np.ctypeslib.as_array(raw, shape=(len(part), width)).copy())
     vector = _pool(np.concatenate(rows).astype(np.float64), llama.metadata)
     length = float(np.linalg.norm(vector))
     if not np.isfinite(length) or length == 0.0:
