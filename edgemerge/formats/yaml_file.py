@@ -16,6 +16,7 @@ __all__ = ["MAX_RECIPE_BYTES", "read_documents"]
 
 MAX_RECIPE_BYTES = 1 << 18  # what PyYAML reads in 3 s and 100 MB at worst; real recipes have 2 KB
 MAX_NODES = 100_000  # with every alias in full; real recipes have some hundreds
+MAX_DEPTH = 64  # PyYAML's time grows with the square of the depth; real recipes are 10 deep
 MERGE_TAG, TEXT_TAG = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 
 
@@ -59,6 +60,7 @@ class _BoundedLoader(yaml.SafeLoader):
         super().__init__(raw)
         self.duplicates: list[str] = []
         self._n_nodes: dict[int, int] = {}  # id of a finished node -> nodes in it, aliases in full
+        self._depth = 0
 
     def compose_document(self) -> Any:
         self._n_nodes.clear()
@@ -67,7 +69,11 @@ class _BoundedLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         is_alias = self.check_event(yaml.AliasEvent)
         event = self.peek_event()  # type: ignore[no-untyped-call]
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _at("nested too deeply", event)
         node: Any = super().compose_node(parent, index)
+        self._depth -= 1
         if is_alias:
             if id(node) not in self._n_nodes:
                 raise _at("an alias stands inside what it repeats", event)
