@@ -25,7 +25,10 @@ EXTRAS = {
     "edgemerge/reports": {"plot"},
     "edgemerge/runtime": {"run"},
     "edgemerge/runtime/serve": {"serve", "sign"},
+    "tests": {"serve", "test"},
+    "tests/runtime/serve/test_web_page.py": {"dev", "serve", "test"},
 }
+OWN = {"benchmarks", "edgemerge", "kernels", "tests", "tools"}
 # The distribution, where several bring a module of its name or none is installed.
 DISTRIBUTIONS = {"matplotlib": "matplotlib", "ot": "pot", "yaml": "pyyaml"}
 
@@ -59,18 +62,20 @@ def extras_of(file: str) -> set[str]:
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level modules that a file imports, wherever in it, but for edgemerge's own."""
+    """Top-level modules that a file imports, wherever in it, but for our own."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             found.add(str(node.module).partition(".")[0])
-    return found - {"edgemerge"} - sys.stdlib_module_names
+    return found - OWN - sys.stdlib_module_names
 
 
 FILES = [
-    path for folder in ("edgemerge", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))
+    path
+    for folder in ("edgemerge", "kernels", "tests")
+    for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
 
