@@ -126,7 +126,7 @@ def test_a_stage_in_slices_has_the_layers_that_it_will_have() -> None:
         f"{FIRST}---\n{last.replace('[0, 2]', '[1, 3]').replace('N', '2')}"
     )
     with pytest.raises(
-        RecipeError, match=r"layer_range \[1, 3\] goes beyond the 2 layers of first"
+        RecipeError, match=r"layer_range \[1, 3\] goes past the 2 layers of first"
     ):
         merge("other.gguf")
 

@@ -49,6 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 MERGE = ["merge", "-m", "ties", "--base", "x.gguf", "y.gguf", "-P", "density=0.5"]
 MERGE += ["--type", "Q4_K_M", "--json"]
+WARNING = "warning: y.gguf has the base's weights wherever they were compared: it changes nothing\n"
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
@@ -97,6 +98,7 @@ def test_a_merge_that_is_stopped_says_how_to_go_on(
         process.returncode in answers
     )  # Python takes signals that wait in the order of their numbers
     assert stdout == ""
+    stderr = stderr.removeprefix(WARNING)  # which comes before the merge starts
     assert "Traceback" not in stderr
     n_finished = 0
     if part.exists():
@@ -111,7 +113,7 @@ def test_a_merge_that_is_stopped_says_how_to_go_on(
         assert stderr == "edgemerge: interrupted; nothing was changed\n"
     with start(models) as process:
         stdout, stderr = process.communicate(timeout=120)
-    assert stderr == ""
+    assert stderr == WARNING
     document = json.loads(stdout)
     assert (document["resumed_tensors"], document["damaged_tensors"]) == (n_finished, 0)
     assert document["sha256"] == whole["sha256"]
