@@ -125,9 +125,7 @@ def test_a_stage_in_slices_has_the_layers_that_it_will_have() -> None:
     Path("recipe.yml").write_text(
         f"{FIRST}---\n{last.replace('[0, 2]', '[1, 3]').replace('N', '2')}"
     )
-    with pytest.raises(
-        RecipeError, match=r"layer_range \[1, 3\] goes past the 2 layers of first"
-    ):
+    with pytest.raises(RecipeError, match=r"layer_range \[1, 3\] goes past the 2 layers of first"):
         merge("other.gguf")
 
 
