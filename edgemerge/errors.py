@@ -33,7 +33,10 @@ __all__ = [
 
 
 class EdgemergeError(Exception):
-    """Base of all errors that edgemerge raises on purpose."""
+    """Base of all errors that edgemerge raises on purpose; each can be pickled, so crosses processes."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restore, (type(self), self.args, vars(self))
 
 
 class Stopped(Exception):
@@ -108,3 +111,12 @@ class RuntimeFailure(EdgemergeError):
     def __init__(self, message: str, *, detail: str = "") -> None:
         self.detail = detail
         super().__init__(message)
+
+
+def _restore(
+    kind: type[EdgemergeError], args: tuple[object, ...], attributes: dict[str, object]
+) -> EdgemergeError:
+    """Make an error again from its parts: pickle would call its class without the keywords."""
+    error = kind.__new__(kind, *args)
+    vars(error).update(attributes)
+    return error

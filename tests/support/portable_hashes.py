@@ -137,6 +137,7 @@ def merge_tiny(name: str, folder: Path) -> str:
         base=str(base) if row.needs_base else None,
         parameters=parameters | VARIANTS.get(name, {}),
         out_type="F32",
+        memory=2 << 30,  # an emulator and a compiler are in this process too
         align="off",
     )
     merge(recipe, folder / "out.gguf", threads=1)
