@@ -157,7 +157,7 @@ def escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         ("socket.socket()", errno.EMFILE),
         ("os.pipe()", errno.EMFILE),
         ("os.fork() or os._exit(0)", errno.EAGAIN),
-        ("subprocess.run(['/bin/true'])", errno.EMFILE),
+        ("subprocess.run(['/bin/true'])", None),
         ("os.posix_spawn('/bin/true', ['true'], {})", errno.EAGAIN),
         ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (9, 9))", None),
     ],
@@ -167,7 +167,9 @@ def test_code_that_escapes_the_sandbox_opens_and_starts_nothing(
 ) -> None:
     """It could read every file of the user, and the environment of the process that started it."""
     told = escaped(code)
-    if number is None:
+    if code.startswith("subprocess"):  # Python 3.13 asks for its pipe in another way
+        assert int(told.split()[-1]) in (errno.EMFILE, errno.EBADF), told
+    elif number is None:
         assert "not allowed to raise maximum limit" in told or told.endswith(f" {errno.EPERM}")
     else:
         assert errno.errorcode[int(told.split()[-1])] == errno.errorcode[number], told
