@@ -291,6 +291,7 @@ watch({
     $("offline").hidden = true;
     if (!await loadModels()) return;
     if (!isUnanswered() || running) return;
+    if (!wasDown && !$("notice").hidden) return; // why a first question failed says more
     tell(wasDown ? "The server answers again." : "The last answer is not whole.", askAgain);
   },
   down() {
