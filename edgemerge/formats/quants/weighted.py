@@ -123,10 +123,7 @@ def _write_q2_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
     load_kernel("weighted_scales", "write_scales_q2_k")(
         work.fit, work.levels, out.reshape(-1, row.block_bytes)
     )
-    n = out.size // row.block_bytes * row.subs
-    load_kernel("q2_k", "write_quants_q2_k")(
-        x, work.fit_row(3, n), work.fit_row(4, n), work.levels, out
-    )
+    _write_quants(load_kernel("q2_k", "write_quants_q2_k"), row, work, x, out)
 
 
 def _write_q4_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
@@ -134,10 +131,7 @@ def _write_q4_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
     load_kernel("weighted_scales", "write_scales_q4_k")(
         work.fit, 255, work.levels, out.reshape(-1, row.block_bytes)
     )
-    n = out.size // row.block_bytes * row.subs
-    load_kernel("q4_k", "write_quants_q4_k")(
-        x, work.fit_row(3, n), work.fit_row(4, n), work.levels, out
-    )
+    _write_quants(load_kernel("q4_k", "write_quants_q4_k"), row, work, x, out)
 
 
 def _write_q5_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
@@ -145,10 +139,15 @@ def _write_q5_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
     load_kernel("weighted_scales", "write_scales_q4_k")(
         work.fit, 63, work.levels, out.reshape(-1, row.block_bytes)
     )
+    _write_quants(load_kernel("q5_k", "write_quants_q5_k"), row, work, x, out)
+
+
+def _write_quants(
+    kernel: Callable[..., object], row: _Row, work: _Work, x: Float32, out: UInt8
+) -> None:
+    """Write the quants by the scales and minima that stand in the blocks now."""
     n = out.size // row.block_bytes * row.subs
-    load_kernel("q5_k", "write_quants_q5_k")(
-        x, work.fit_row(3, n), work.fit_row(4, n), work.levels, out
-    )
+    kernel(x, work.fit_row(3, n), work.fit_row(4, n), work.levels, out)
 
 
 def _write_q3_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
