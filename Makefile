@@ -36,8 +36,8 @@ processors: .venv/ready-dev  ## run the tests of codecs, kernels and methods as 
 bench: .venv/ready-dev  ## measure everything and rewrite the tables of docs/benchmarks.md and benchmarks/ (ARGS picks, as 'merge quality'; 7b, serve and llama only when asked for)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through mergekit, llama.cpp's converter and quantiser; half an hour
-	$(BIN)/python benchmarks/run.py merge --peers .venv-peers $(ARGS)
+bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through mergekit, llama.cpp's converter and quantiser; half an hour (ARGS=recipes: public recipes through mergekit)
+	$(BIN)/python benchmarks/run.py $(or $(ARGS),merge) --peers .venv-peers
 
 wheel: .venv/ready-dev  ## build a wheel with kernels compiled for x86-64-v3 and AArch64 (ARGS=native: this machine only)
 	rm -rf build/lib dist/edgemerge-*.whl

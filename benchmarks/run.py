@@ -7,6 +7,8 @@ benchmarks/run.py merge quality      these
 benchmarks/run.py merge --shape zoo  options that run.py does not know go to the one benchmark asked for
 benchmarks/run.py 7b                 only when asked for: needs 18 GB of disk
 benchmarks/run.py serve MODEL.gguf   only when asked for, as llama: what is no benchmark's name goes to it
+benchmarks/run.py recipes --peers .venv-peers
+                                     only when asked for: public recipes, by mergekit too
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from measure import run
 HERE = Path(__file__).resolve().parent
 PAGES = (HERE.parent / "docs" / "benchmarks.md", HERE / "SPEED.md", HERE / "QUALITY.md")
 ALONE = ["kernels", "align", "merge", "requant", "quality", "start", "profile", "memory", "scaling"]
-WHEN_ASKED = ("7b", "serve", "llama")
+WHEN_ASKED = ("7b", "serve", "llama", "recipes")
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:

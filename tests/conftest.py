@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 _SOURCES = [TESTS.parent / "kernels" / f"{file}.py" for file in SHARED]
 _SHARED = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:8]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(_CACHE / "edgemerge" / f"numba-tests-{_SHARED}"))
+
+# Tests interrupt what they start. A job in the background of a script ignores SIGINT, and its children would.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No time limit for one example or for making them: the first call imports a library, and a machine is shared.
 hypothesis.settings.register_profile(
