@@ -9,7 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from edgemerge.formats.family import (
+    FFN,
+    GLOBAL,
+    NORMS_BEFORE,
+    OUTPUT,
+    QK_NORM,
+    QKV,
+    ROTARY_HEADS,
+    Family,
+)
 
 __all__ = [
     "FAMILIES",
@@ -26,62 +36,10 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One `model_type` of config.json: its GGUF architecture, and the tensors of a layer."""
-
-    architecture: str  # general.architecture
-    block: Mapping[str, str]  # GGUF name -> Hugging Face name
-    # GGUF name -> name of one expert, {} its number; in the order in which the converter stacks them
-    experts: Mapping[str, str] = field(default_factory=dict)
-    # Hugging Face name of two matrices, one above the other -> their GGUF names
-    halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    outside: Mapping[str, str] = field(default_factory=lambda: GLOBAL)  # as `block`, of no layer
-    # GGUF name -> the kind of layer (`layer_types` of config.json) that alone has such a tensor
-    only: Mapping[str, str] = field(default_factory=dict)
-    rotates_pairs: bool = False  # GGUF keeps the rows of q and k in another order, see ROTARY_HEADS
-    norm_offset: float = 0.0  # stored norms are this much below what a vector is multiplied by
-    is_biased: bool = False  # whether q, k and v always have biases
-
-
-GLOBAL: dict[str, str] = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-
-# Tensors whose rows GGUF keeps in the order of ggml's rotation of consecutive pairs, and the head
-# count that cuts them: `LlamaModel.permute` of llama.cpp's conversion/llama.py.
-ROTARY_HEADS: dict[str, str] = {
-    "attn_q.weight": "n_head",
-    "attn_q.bias": "n_head",
-    "attn_k.weight": "n_kv_head",
-    "attn_k.bias": "n_kv_head",
-}
-
-_QKV = {
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-}
 _QKV_BIAS = {
     "attn_q.bias": "self_attn.q_proj.bias",
     "attn_k.bias": "self_attn.k_proj.bias",
     "attn_v.bias": "self_attn.v_proj.bias",
-}
-_QK_NORM = {
-    "attn_q_norm.weight": "self_attn.q_norm.weight",
-    "attn_k_norm.weight": "self_attn.k_norm.weight",
-}
-_OUTPUT = {"attn_output.weight": "self_attn.o_proj.weight"}
-_FFN = {
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
-_NORMS_BEFORE = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
 }
 _NORMS_AFTER = {
     "post_attention_norm.weight": "post_attention_layernorm.weight",
@@ -98,12 +56,12 @@ _OTHER_BIAS = {
     "ffn_up.bias": "mlp.up_proj.bias",
     "ffn_down.bias": "mlp.down_proj.bias",
 }
-_LLAMA = {**_NORMS_BEFORE, **_QKV, **_QKV_BIAS, **_OUTPUT, **_FFN, **_OTHER_BIAS}
-_OLMO = {**_NORMS_AFTER, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}
-_GEMMA3 = {**_NORMS_AROUND, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}
+_LLAMA = {**NORMS_BEFORE, **QKV, **_QKV_BIAS, **OUTPUT, **FFN, **_OTHER_BIAS}
+_OLMO = {**_NORMS_AFTER, **QKV, **QK_NORM, **OUTPUT, **FFN}
+_GEMMA3 = {**_NORMS_AROUND, **QKV, **QK_NORM, **OUTPUT, **FFN}
 
 _LFM2_ATTENTION = {
-    **_QKV,
+    **QKV,
     "attn_q_norm.weight": "self_attn.q_layernorm.weight",
     "attn_k_norm.weight": "self_attn.k_layernorm.weight",
     "attn_output.weight": "self_attn.out_proj.weight",
@@ -134,15 +92,13 @@ _LFM2_ONLY = {
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", _LLAMA, rotates_pairs=True),
     "mistral": Family("llama", _LLAMA, rotates_pairs=True),
-    "ministral3": Family(
-        "mistral3", {**_NORMS_BEFORE, **_QKV, **_OUTPUT, **_FFN}, rotates_pairs=True
-    ),
+    "ministral3": Family("mistral3", {**NORMS_BEFORE, **QKV, **OUTPUT, **FFN}, rotates_pairs=True),
     "mixtral": Family(
         "llama",
         {
-            **_NORMS_BEFORE,
-            **_QKV,
-            **_OUTPUT,
+            **NORMS_BEFORE,
+            **QKV,
+            **OUTPUT,
             "ffn_gate_inp.weight": "block_sparse_moe.gate.weight",
         },
         experts={
@@ -152,17 +108,15 @@ FAMILIES: dict[str, Family] = {
         },
         rotates_pairs=True,
     ),
-    "qwen2": Family(
-        "qwen2", {**_NORMS_BEFORE, **_QKV, **_QKV_BIAS, **_OUTPUT, **_FFN}, is_biased=True
-    ),
-    "qwen3": Family("qwen3", {**_NORMS_BEFORE, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}),
+    "qwen2": Family("qwen2", {**NORMS_BEFORE, **QKV, **_QKV_BIAS, **OUTPUT, **FFN}, is_biased=True),
+    "qwen3": Family("qwen3", {**NORMS_BEFORE, **QKV, **QK_NORM, **OUTPUT, **FFN}),
     "qwen3_moe": Family(
         "qwen3moe",
         {
-            **_NORMS_BEFORE,
-            **_QKV,
-            **_QK_NORM,
-            **_OUTPUT,
+            **NORMS_BEFORE,
+            **QKV,
+            **QK_NORM,
+            **OUTPUT,
             "ffn_gate_inp.weight": "mlp.gate.weight",
         },
         experts={
@@ -171,14 +125,14 @@ FAMILIES: dict[str, Family] = {
             "ffn_up_exps.weight": "mlp.experts.{}.up_proj.weight",
         },
     ),
-    "gemma2": Family("gemma2", {**_NORMS_AROUND, **_QKV, **_OUTPUT, **_FFN}, norm_offset=1.0),
+    "gemma2": Family("gemma2", {**_NORMS_AROUND, **QKV, **OUTPUT, **FFN}, norm_offset=1.0),
     "gemma3_text": Family("gemma3", _GEMMA3, norm_offset=1.0),
     "phi3": Family(
         "phi3",
         {
-            **_NORMS_BEFORE,
+            **NORMS_BEFORE,
             "attn_qkv.weight": "self_attn.qkv_proj.weight",
-            **_OUTPUT,
+            **OUTPUT,
             "ffn_up.weight": "mlp.gate_up_proj.weight",
             "ffn_down.weight": "mlp.down_proj.weight",
         },
@@ -193,9 +147,9 @@ FAMILIES: dict[str, Family] = {
     "granitemoehybrid": Family(
         "granite",
         {
-            **_NORMS_BEFORE,
-            **_QKV,
-            **_OUTPUT,
+            **NORMS_BEFORE,
+            **QKV,
+            **OUTPUT,
             "ffn_down.weight": "shared_mlp.output_linear.weight",
         },
         halves={"shared_mlp.input_linear.weight": ("ffn_gate.weight", "ffn_up.weight")},
@@ -203,7 +157,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo2": Family("olmo2", _OLMO),
     "olmo3": Family("olmo2", _OLMO),
-    "smollm3": Family("smollm3", {**_NORMS_BEFORE, **_QKV, **_OUTPUT, **_FFN}, rotates_pairs=True),
+    "smollm3": Family("smollm3", {**NORMS_BEFORE, **QKV, **OUTPUT, **FFN}, rotates_pairs=True),
 }
 
 # What GGUF calls alike in most other architectures, and its usual Hugging Face module.

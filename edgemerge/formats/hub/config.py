@@ -13,7 +13,9 @@ from edgemerge.errors import FormatError
 from edgemerge.formats.architectures import FAMILIES, Family
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.hub.checker import Checker
-from edgemerge.formats.hub.families import READERS, Reader, Shapes
+from edgemerge.formats.hub.families import READERS
+from edgemerge.formats.hub.own_keys import Shapes
+from edgemerge.formats.hub.reader import Reader
 from edgemerge.formats.hub.rope import Rope, read_rope, rope_metadata
 from edgemerge.formats.json_file import read_object
 
