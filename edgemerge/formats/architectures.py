@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from edgemerge.formats.composite_families import COMPOSITES, VARIANTS
 from edgemerge.formats.family import (
     FFN,
     GLOBAL,
@@ -24,6 +25,7 @@ from edgemerge.formats.family import (
 __all__ = [
     "FAMILIES",
     "GLOBAL",
+    "KINDS_OF_MODEL",
     "ROTARY_HEADS",
     "Family",
     "expert_name",
@@ -144,21 +146,14 @@ FAMILIES: dict[str, Family] = {
         outside=_LFM2_OUTSIDE,
         only=_LFM2_ONLY,
     ),
-    "granitemoehybrid": Family(
-        "granite",
-        {
-            **NORMS_BEFORE,
-            **QKV,
-            **OUTPUT,
-            "ffn_down.weight": "shared_mlp.output_linear.weight",
-        },
-        halves={"shared_mlp.input_linear.weight": ("ffn_gate.weight", "ffn_up.weight")},
-        rotates_pairs=True,
-    ),
+    **COMPOSITES,
     "olmo2": Family("olmo2", _OLMO),
     "olmo3": Family("olmo2", _OLMO),
     "smollm3": Family("smollm3", {**NORMS_BEFORE, **QKV, **OUTPUT, **FFN}, rotates_pairs=True),
 }
+
+# The same, and what a model type may be besides
+KINDS_OF_MODEL: dict[str, Family] = {**FAMILIES, **VARIANTS}
 
 # What GGUF calls alike in most other architectures, and its usual Hugging Face module.
 _GENERIC_BLOCK: dict[str, str] = {
@@ -204,43 +199,47 @@ def _invert(table: Mapping[str, str]) -> dict[str, str]:
     return {hf: gguf for gguf, hf in table.items()}
 
 
-_FROM_HF_GLOBAL = {name: _invert(family.outside) for name, family in FAMILIES.items()}
-_FROM_HF_BLOCK = {name: _invert(family.block) for name, family in FAMILIES.items()}
-_FROM_HF_EXPERT = {name: _invert(family.experts) for name, family in FAMILIES.items()}
+_FROM_HF_GLOBAL = {name: _invert(family.outside) for name, family in KINDS_OF_MODEL.items()}
+_FROM_HF_BLOCK = {name: _invert(family.block) for name, family in KINDS_OF_MODEL.items()}
+_FROM_HF_EXPERT = {name: _invert(family.experts) for name, family in KINDS_OF_MODEL.items()}
 
 
 def _names_by_architecture() -> dict[str, dict[str, str]]:
     """GGUF architecture -> its layers' tensors, those of all model types together."""
     tables: dict[str, dict[str, str]] = {}
-    for family in FAMILIES.values():
+    for family in KINDS_OF_MODEL.values():
         stacks = {gguf: hf.replace(".{}", "") for gguf, hf in family.experts.items()}
+        stacks |= {gguf: hf for hf, parts in family.halves.items() for gguf in parts}
         table = tables.setdefault(family.architecture, {})
         table |= {**family.block, **stacks, **table}  # the first family's names count
     return tables
 
 
 _TO_HF_BLOCK = _names_by_architecture()
-_TO_HF_GLOBAL = {family.architecture: family.outside for family in FAMILIES.values()}
+_TO_HF_GLOBAL = {family.architecture: family.outside for family in KINDS_OF_MODEL.values()}
 
 
-def gguf_name(model_type: str, hf_name: str) -> str | None:
-    """Return the GGUF name of a Hugging Face tensor; None if it has none of its own."""
+def gguf_name(kind: str, hf_name: str) -> str | None:
+    """Return the GGUF name of a Hugging Face tensor; None if it has none of its own.
+
+    `kind` is a key of `KINDS_OF_MODEL`, here and below.
+    """
     if match := _HF_BLOCK.fullmatch(hf_name):
-        stem = _FROM_HF_BLOCK[model_type].get(match[2])
+        stem = _FROM_HF_BLOCK[kind].get(match[2])
         return f"blk.{match[1]}.{stem}" if stem is not None else None
-    return _FROM_HF_GLOBAL[model_type].get(hf_name)
+    return _FROM_HF_GLOBAL[kind].get(hf_name)
 
 
-def half_names(model_type: str, hf_name: str) -> tuple[str, str] | None:
+def half_names(kind: str, hf_name: str) -> tuple[str, str] | None:
     """Return the GGUF names of two matrices that are stored as one; None for any other tensor."""
     match = _HF_BLOCK.fullmatch(hf_name)
-    stems = FAMILIES[model_type].halves.get(match[2]) if match else None
+    stems = KINDS_OF_MODEL[kind].halves.get(match[2]) if match else None
     if match is None or stems is None:
         return None
     return f"blk.{match[1]}.{stems[0]}", f"blk.{match[1]}.{stems[1]}"
 
 
-def expert_name(model_type: str, hf_name: str) -> tuple[str, int] | None:
+def expert_name(kind: str, hf_name: str) -> tuple[str, int] | None:
     """Return the GGUF tensor that stacks an expert's matrix, and the expert's number.
 
     None for a tensor that belongs to no expert.
@@ -249,7 +248,7 @@ def expert_name(model_type: str, hf_name: str) -> tuple[str, int] | None:
     number = _NUMBER.search(match[2]) if match else None
     if match is None or number is None:
         return None
-    stem = _FROM_HF_EXPERT[model_type].get(_NUMBER.sub("{}", match[2]))
+    stem = _FROM_HF_EXPERT[kind].get(_NUMBER.sub("{}", match[2]))
     return (f"blk.{match[1]}.{stem}", int(number[0])) if stem is not None else None
 
 

@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.architectures import FAMILIES, Family
+from edgemerge.formats.architectures import KINDS_OF_MODEL, Family
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.hub.checker import Checker
 from edgemerge.formats.hub.families import READERS
+from edgemerge.formats.hub.layouts import Bands
 from edgemerge.formats.hub.own_keys import Shapes
-from edgemerge.formats.hub.reader import Reader
+from edgemerge.formats.hub.reader import OwnShapes, Reader
 from edgemerge.formats.hub.rope import Rope, read_rope, rope_metadata
 from edgemerge.formats.json_file import read_object
 
@@ -35,7 +37,8 @@ WRAPPED = {
 class HubConfig:
     """What config.json says of the shapes and the arithmetic of a model."""
 
-    model_type: str  # a key of `FAMILIES`
+    model_type: str
+    kind: str  # a key of `KINDS_OF_MODEL`
     n_layers: int
     n_embd: int
     n_ff: int
@@ -55,14 +58,18 @@ class HubConfig:
     mlp_bias: bool
     keys: dict[str, bytes]  # of GGUF, without the architecture's name, in the converter's order
     raw: dict[str, Any]  # config.json itself, for the tokenizer's token ids
+    shapes: OwnShapes  # of tensors that only this family has
+    scales: Mapping[str, Bands]  # by GGUF name without `blk.N.`
 
     @property
     def family(self) -> Family:
         """Names of its tensors."""
-        return FAMILIES[self.model_type]
+        return KINDS_OF_MODEL[self.kind]
 
     def expected_shape(self, stem: str) -> tuple[int, ...]:
         """Shape of a stored matrix or vector, by its GGUF name without `blk.N.`; one expert's."""
+        if own := self.shapes.stored.get(stem):
+            return own
         q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         name, _, suffix = stem.rpartition(".")
         # OLMo 2 normalises all heads together, the others each head by itself.
@@ -100,7 +107,7 @@ class HubConfig:
 
     def required(self, stem: str) -> bool:
         """Tell whether every layer must have this tensor; llama.cpp takes the others or not."""
-        if stem.endswith(".weight"):
+        if stem.endswith(".weight") or stem in self.shapes.stored:
             return True
         return self.attention_bias if stem.startswith("attn") else self.mlp_bias
 
@@ -122,7 +129,7 @@ def read_config(path: Path) -> HubConfig:
     FormatError
         The model is of a kind that edgemerge does not read, or a value is missing or absurd.
     """
-    raw = read_object(path)
+    raw = read_object(path, allows_infinity=True)
     types, unwrapped = WRAPPED.get(str(raw.get("model_type")), ((), ""))
     text = raw.get("text_config")
     if isinstance(text, dict) and text.get("model_type", unwrapped) in types:
@@ -155,12 +162,14 @@ def read_config(path: Path) -> HubConfig:
         **rope_metadata(rope, has_log_multiplier="rope.scaling.yarn_log_multiplier" in reader.keys),
         **reader.own_keys(check, shapes),
     }
-    family = FAMILIES[model_type]
+    kind = reader.variant(check, shapes) or model_type
+    family = KINDS_OF_MODEL[kind]
     for flag, stem in (("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_up.bias")):
         if check.flag(flag) and stem not in family.block:
             raise check.unlike(flag, True, "none")
     return HubConfig(
         model_type=model_type,
+        kind=kind,
         n_layers=shapes.n_layers,
         n_embd=n_embd,
         n_ff=reader.width(check),
@@ -180,6 +189,8 @@ def read_config(path: Path) -> HubConfig:
         mlp_bias=check.flag("mlp_bias"),
         keys={key: values[key] for key in reader.keys if key in values},
         raw=raw,
+        shapes=reader.own_shapes(check, shapes),
+        scales=reader.scales(check, shapes),
     )
 
 

@@ -8,10 +8,10 @@ Qwen, which neither llama.cpp nor its converter knows: within the window the mod
 
 from __future__ import annotations
 
+from edgemerge.formats.hub.granite import GRANITES
 from edgemerge.formats.hub.own_keys import (
     gemma2_keys,
     gemma3_keys,
-    granite4_keys,
     lfm2_keys,
     lfm2_layers,
     lfm2_width,
@@ -19,11 +19,9 @@ from edgemerge.formats.hub.own_keys import (
     olmo3_keys,
     phi3_keys,
     qwen3_moe_keys,
-    scales_of_granite,
     smollm3_keys,
 )
 from edgemerge.formats.hub.reader import (
-    GRANITE,
     HEADS,
     LENGTHS,
     LINEAR_YARN,
@@ -188,40 +186,7 @@ READERS: dict[str, Reader] = {
         own_keys=phi3_keys,
         splits_embedding=True,
     ),
-    "granite": Reader(
-        ("GraniteForCausalLM",),
-        GRANITE,
-        LINEAR_YARN,
-        {"max_position_embeddings": 2048},
-        own_keys=scales_of_granite,
-        splits_embedding=True,
-    ),
-    "granitemoehybrid": Reader(
-        ("GraniteMoeHybridForCausalLM",),
-        (
-            *GRANITE,
-            "expert_shared_feed_forward_length",
-            "ssm.conv_kernel",
-            "ssm.state_size",
-            "ssm.group_count",
-            "ssm.inner_size",
-            "ssm.time_step_rank",
-            "rope.scaling.finetuned",
-        ),
-        LINEAR_YARN,
-        {
-            "max_position_embeddings": 2048,
-            "num_local_experts": 8,
-            "shared_intermediate_size": 1024,
-            "mamba_d_conv": 4,
-            "mamba_d_state": 256,
-            "mamba_n_groups": 1,
-            "mamba_expand": 2,
-            "mamba_n_heads": 128,
-        },
-        own_keys=granite4_keys,
-        splits_embedding=True,
-    ),
+    **GRANITES,
     "lfm2": Reader(
         ("Lfm2ForCausalLM", "LFM2ForCausalLM"),
         (*TEXT, "vocab_size", "shortconv.l_cache"),

@@ -17,6 +17,7 @@ from edgemerge.formats.architectures import (
 )
 from edgemerge.formats.hub.config import HubConfig
 from edgemerge.formats.hub.files import CONFIG, stored_tensors
+from edgemerge.formats.hub.layouts import Decay, Layout, Scaled
 from edgemerge.formats.hub.names import is_adapter, is_packed, is_unused, own_name
 from edgemerge.formats.hub.safetensors import StoredTensor
 from edgemerge.types import TensorSpec
@@ -47,6 +48,7 @@ class Place:
     dtype: str  # as stored
     n_heads: int = 0  # 0: rows lie as GGUF wants them; else the heads that cut the rotary order
     norm_offset: float = 0.0  # 0: the bytes are passed on; else added, which makes it float32
+    layout: Layout | None = None  # how it is read, where that is not as above
 
 
 class Inventory:
@@ -75,7 +77,7 @@ class Inventory:
         for shard, tensors in stored_tensors(path).items():
             # By name within a shard, as llama.cpp's SafetensorsLocal lists them.
             for stored_name, tensor in sorted(tensors.items()):
-                name = own_name(config.model_type, stored_name)
+                name = own_name(config.kind, stored_name)
                 if name is None:
                     self.unused.append(stored_name)
                     continue
@@ -102,12 +104,12 @@ class Inventory:
                 path=shard,
                 tensor=stored_name,
             )
-        if halves := half_names(self._config.model_type, name):
+        if halves := half_names(self._config.kind, name):
             for half, own in zip(_halve(tensor), halves, strict=True):
-                self._place(shard, stored_name, half, own)
+                self._place(shard, stored_name, half, own, 2 * half.nbytes)
             return
-        expert = expert_name(self._config.model_type, name)
-        new_name, number = expert or (gguf_name(self._config.model_type, name), 0)
+        expert = expert_name(self._config.kind, name)
+        new_name, number = expert or (gguf_name(self._config.kind, name), 0)
         if new_name is None or (expert is not None and number >= self._config.n_experts):
             raise self._refuse_unknown(shard, stored_name)
         if expert is None:
@@ -120,15 +122,18 @@ class Inventory:
         self._experts.setdefault(layer, {}).setdefault(stem, {})[number] = found
         self._stack(layer)
 
-    def _place(self, shard: Path, stored_name: str, tensor: StoredTensor, name: str) -> None:
-        """Check a tensor, and file it under its GGUF name."""
+    def _place(
+        self, shard: Path, stored_name: str, tensor: StoredTensor, name: str, whole: int = 0
+    ) -> None:
+        """Check a tensor, and file it under its GGUF name; `whole`: bytes of what it is the half of."""
         layer, stem = self._find_layer(shard, stored_name, name)
         if layer is not None and self._config.lacks(layer, stem):
             raise self._refuse_unknown(shard, stored_name)
         if stem == "shortconv.conv.weight" and len(tensor.shape) == 3 and tensor.shape[1] == 1:
             tensor = replace(tensor, shape=tensor.shape[::2])  # one filter for each channel
         self._check(shard, stored_name, tensor, stem)
-        self._file(name, stem, shard, tensor)
+        tensor = replace(tensor, shape=self._config.shapes.in_gguf.get(stem, tensor.shape))
+        self._file(name, stem, shard, tensor, whole)
 
     def _find_layer(self, shard: Path, stored_name: str, name: str) -> tuple[int | None, str]:
         """Return a tensor's layer, and its name without it."""
@@ -179,16 +184,27 @@ class Inventory:
                 tensor=stored_name,
             )
 
-    def _file(self, name: str, stem: str, shard: Path, tensor: StoredTensor) -> None:
+    def _file(
+        self, name: str, stem: str, shard: Path, tensor: StoredTensor, whole: int = 0
+    ) -> None:
         family = self._config.family
         heads = 0
         if family.rotates_pairs and stem in ROTARY_HEADS:
             heads = getattr(self._config, ROTARY_HEADS[stem])
         offset = family.norm_offset if stem.endswith("norm.weight") else 0.0
-        dtype = DTYPES[tensor.dtype]
-        parts = ((shard, tensor.offset),)
-        self.places[name] = Place(parts, tensor.nbytes, dtype, heads, offset)
-        if offset:
+        dtype, start = DTYPES[tensor.dtype], (shard, tensor.offset)
+        layout: Layout | None = None
+        if stem == "ssm_a":
+            layout = Decay(start, dtype)
+        elif stem in self._config.scales:
+            layout = Scaled(start, dtype, self._config.scales[stem])
+        parts: tuple[tuple[Path, int], ...] = (start,)
+        if whole and len(tensor.shape) > 2:  # half of each expert
+            step = whole // tensor.shape[0]
+            parts = tuple((shard, tensor.offset + i * step) for i in range(tensor.shape[0]))
+        part_bytes = tensor.nbytes // len(parts)
+        self.places[name] = Place(parts, part_bytes, dtype, heads, offset, layout)
+        if offset or layout:
             self.specs[name] = TensorSpec(name, tensor.shape, "F32", 4 * prod(tensor.shape))
         else:
             self.specs[name] = TensorSpec(name, tensor.shape, dtype, tensor.nbytes)
@@ -225,11 +241,13 @@ class Inventory:
         def wanted() -> Iterator[str]:  # one by one: a hostile config.json has billions of layers
             yield from (hf for name, hf in family.outside.items() if name != "output.weight")
             names = {stem: hf for stem, hf in family.block.items() if config.required(stem)}
-            names |= {hf: hf for hf in family.halves}
+            names |= {stems[0]: hf for hf, stems in family.halves.items()}
             for layer in range(config.n_layers):
                 for stem, hf in names.items():
                     if not config.lacks(layer, stem):
                         yield f"model.layers.{layer}.{hf}"
+                if not family.experts:
+                    continue
                 for i in range(config.n_experts):
                     for hf in family.experts.values():
                         yield f"model.layers.{layer}.{hf.format(i)}"
@@ -244,10 +262,14 @@ class Inventory:
 
 
 def _halve(tensor: StoredTensor) -> tuple[StoredTensor, StoredTensor]:
-    """Cut a matrix into its upper and lower half; one of an odd height is left for the check of shapes."""
-    n_rows, *rest = tensor.shape or (0,)
-    shape, nbytes = (n_rows // 2, *rest), tensor.nbytes // 2
+    """Cut the matrix, or each matrix of a stack, into its upper and lower half.
+
+    What has an odd height is left for the check of shapes.
+    """
+    *stack, n_rows, n_cols = tensor.shape if len(tensor.shape) > 1 else (1, 1)
     if n_rows % 2:
         return tensor, tensor
-    upper = StoredTensor(tensor.dtype, shape, tensor.offset, nbytes)
-    return upper, replace(upper, offset=tensor.offset + nbytes)
+    shape = (*stack, n_rows // 2, n_cols)
+    upper = StoredTensor(tensor.dtype, shape, tensor.offset, tensor.nbytes // 2)
+    n_stacked = prod(stack) or 1
+    return upper, replace(upper, offset=tensor.offset + upper.nbytes // n_stacked)

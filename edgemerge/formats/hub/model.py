@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from edgemerge.formats.hub.card import general_metadata
 from edgemerge.formats.hub.config import read_config
 from edgemerge.formats.hub.files import CONFIG, refuse_folder, unread_files
 from edgemerge.formats.hub.inventory import Inventory, Place
+from edgemerge.formats.hub.layouts import as_f32
 from edgemerge.formats.hub.names import name_some
 from edgemerge.formats.hub.rope import rope_tensors
 from edgemerge.formats.tokenizer.process import read_tokenizer
@@ -143,7 +145,7 @@ class HubModel:
     def _read_f32(self, name: str, start: int, stop: int) -> Float32:
         raw = np.empty((stop - start) * self._specs[name].row_bytes, np.uint8)
         self.read_rows(name, start, stop, raw)
-        return _as_f32(raw, self._places[name].dtype)
+        return as_f32(raw, self._places[name].dtype)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """All tensors by GGUF name, in the order in which llama.cpp's converter lists them."""
@@ -179,7 +181,9 @@ class HubModel:
             return
         place = self._places[name]
         view = out_u8.data.cast("B")
-        if place.norm_offset:
+        if place.layout is not None:
+            place.layout.read(spec, start, stop, out_u8, partial(self._fill, name))
+        elif place.norm_offset:
             out_u8[:] = self._read_norm(name, place).view(np.uint8)
         elif not place.n_heads:
             self._fill_rows(name, start * spec.row_bytes, stop * spec.row_bytes, view)
@@ -192,7 +196,7 @@ class HubModel:
         """Return the vector that Gemma multiplies by: it stores them less 1."""
         stored = np.empty(place.part_bytes, np.uint8)
         self._fill(name, [stored.data.cast("B")], place.parts[0])
-        return _as_f32(stored, place.dtype) + np.float32(place.norm_offset)
+        return as_f32(stored, place.dtype) + np.float32(place.norm_offset)
 
     def _fill_rows(self, name: str, start: int, stop: int, view: memoryview) -> None:
         """Read bytes [start, stop) of a tensor, whose parts may lie apart."""
@@ -234,6 +238,11 @@ class HubModel:
         """Drop a tensor's pages, or its first rows', from the page cache, unless the shard was in it."""
         if place := self._places.get(name):
             spec = self._specs[name]
+            if place.layout is not None:
+                for (shard, offset), n_bytes in place.layout.stored(spec, n_rows or spec.n_rows):
+                    if shard not in self._stay_cached:
+                        forget_range(self._fds[shard], offset, n_bytes)
+                return
             left = spec.nbytes if n_rows is None else n_rows * spec.row_bytes
             for shard, offset in place.parts:
                 if shard not in self._stay_cached:
@@ -258,13 +267,3 @@ class HubModel:
         """Close the shards."""
         while self._fds:
             os.close(self._fds.popitem()[1])
-
-
-def _as_f32(raw: UInt8, dtype: str) -> Float32:
-    match dtype:
-        case "BF16":
-            return (raw.view("<u2").astype("<u4") << 16).view("<f4")
-        case "F16":
-            return raw.view("<f2").astype("<f4")
-        case _:
-            return raw.view("<f4")

@@ -10,9 +10,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgemerge.formats.hub.checker import Checker
+from edgemerge.formats.hub.layouts import Bands
 from edgemerge.formats.hub.own_keys import Shapes, no_keys, one_kind, stated_width
 
-__all__ = ["GRANITE", "HEADS", "LENGTHS", "LINEAR_YARN", "LLAMA", "LLAMA_ROPES", "TEXT", "Reader"]
+__all__ = ["HEADS", "LENGTHS", "LINEAR_YARN", "LLAMA", "LLAMA_ROPES", "TEXT", "OwnShapes", "Reader"]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnShapes:
+    """Shapes of tensors that one family alone has, by GGUF name without `blk.N.`."""
+
+    stored: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    in_gguf: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # where it is another
+
+    def __or__(self, other: OwnShapes) -> OwnShapes:
+        """Return the shapes of both."""
+        return OwnShapes({**self.stored, **other.stored}, {**self.in_gguf, **other.in_gguf})
+
+
+def _no_shapes(check: Checker, shapes: Shapes) -> OwnShapes:
+    return OwnShapes()
+
+
+def _no_scales(check: Checker, shapes: Shapes) -> dict[str, Bands]:
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +53,11 @@ class Reader:
     states_head_dim: bool = False  # also where config.json does not
     splits_embedding: bool = False  # llama.cpp takes head_dim to be n_embd / n_head
     tied: bool | None = None  # None: as the model likes
+    own_shapes: Callable[[Checker, Shapes], OwnShapes] = _no_shapes
+    # GGUF name without `blk.N.` -> factors of its rows, where the converter multiplies weights
+    scales: Callable[[Checker, Shapes], Mapping[str, Bands]] = _no_scales
+    # Which of `VARIANTS` it is; None: the row of `FAMILIES` that the model type names
+    variant: Callable[[Checker, Shapes], str | None] = lambda check, shapes: None
     # Keys: the count of experts under the names it has had, how many work at a time, their width
     experts: tuple[tuple[str, ...], str, str] | None = None
 
@@ -62,14 +88,5 @@ TEXT = (
     "expert_used_count",
 )
 LLAMA = (*TEXT, *LENGTHS, "vocab_size", "rope.dimension_count")
-GRANITE = (
-    *TEXT,
-    "vocab_size",
-    "rope.dimension_count",
-    "attention.scale",
-    "embedding_scale",
-    "residual_scale",
-    "logit_scale",
-)
 LINEAR_YARN = ("default", "linear", "yarn")
 LLAMA_ROPES = ("default", "linear", "llama3", "yarn")
