@@ -18,6 +18,13 @@ SCALES = dict(
 MAMBA = dict(
     num_hidden_layers=3, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=2,
 )  # fmt: skip
+FALCON = TINY | MAMBA | dict(
+    num_hidden_layers=2, mamba_d_ssm=48, mamba_n_heads=6, head_dim=12,
+    embedding_multiplier=1.5, lm_head_multiplier=0.75, key_multiplier=0.5,
+    attention_in_multiplier=1.25, attention_out_multiplier=0.9375, ssm_in_multiplier=1.25,
+    ssm_out_multiplier=0.7, mlp_multipliers=[0.88, 0.8], ssm_multipliers=[0.9, 0.8, 0.7, 0.6, 1.1],
+    rope_parameters=dict(rope_type="default", rope_theta=1e6),
+)  # fmt: skip
 LAYERS = ["mamba", "attention", "mamba"]
 
 
@@ -86,17 +93,14 @@ SHAPES: dict[str, GeneratedShape] = {
         "dbrx",
         config_added=dict(layer_types=LAYERS),
     ),
-    "falcon_h1": GeneratedShape(
+    "falcon_h1": GeneratedShape("falcon_h1", FALCON, "falcon-h1"),
+    "falcon_h1_norm": GeneratedShape(
         "falcon_h1",
-        TINY | MAMBA | dict(
-            num_hidden_layers=2, mamba_d_ssm=48, mamba_n_heads=6, head_dim=12, rope_theta=1e6,
-            embedding_multiplier=1.5, lm_head_multiplier=0.75, key_multiplier=0.5,
-            attention_in_multiplier=1.25, attention_out_multiplier=0.9375, ssm_in_multiplier=1.25,
-            ssm_out_multiplier=0.7, mlp_multipliers=[0.88, 0.8],
-            ssm_multipliers=[0.9, 0.8, 0.7, 0.6, 1.1],
+        FALCON | dict(
+            mamba_rms_norm=True, mamba_norm_before_gate=False, tie_word_embeddings=True,
+            lm_head_multiplier=1.0,
         ),
         "falcon-h1",
-        variants={"norm": {"mamba_rms_norm": True, "mamba_norm_before_gate": False}},
     ),
     "gpt_oss": GeneratedShape("gpt_oss", TINY | EXPERTS, "gpt-4o"),
     "llama4": GeneratedShape("llama4_text", TINY | EXPERTS, "llama4"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgemerge.formats.family import NORMS_BEFORE, OUTPUT, QKV, Family
+from edgemerge.formats.family import FFN, GLOBAL, NORMS_BEFORE, OUTPUT, QKV, Family
 
 __all__ = ["COMPOSITES", "VARIANTS"]
 
@@ -34,6 +34,15 @@ _BY_LAYER = {**dict.fromkeys(_MAMBA, "mamba"), **dict.fromkeys(_ATTENTION, "atte
 
 _MIXTURE = {**NORMS_BEFORE, **_ATTENTION, **_STACK}
 
+_FALCON = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "ffn_norm": "pre_ff_layernorm.weight",  # so it is called in GGUF
+    **_ATTENTION,
+    **{stem: hf for stem, hf in _MAMBA.items() if stem != "ssm_norm.weight"},
+    **{stem: hf.replace("mlp.", "feed_forward.") for stem, hf in FFN.items()},
+}
+_FALCON_OUTSIDE = {**GLOBAL, "output_norm.weight": "model.final_layernorm.weight"}
+
 # Rows of `FAMILIES`
 COMPOSITES: dict[str, Family] = {
     "granitemoe": Family("granitemoe", _MIXTURE, halves=_STACK_HALVES, rotates_pairs=True),
@@ -49,6 +58,7 @@ COMPOSITES: dict[str, Family] = {
         halves=_DENSE_HALVES,
         rotates_pairs=True,
     ),
+    "falcon_h1": Family("falcon-h1", _FALCON, outside=_FALCON_OUTSIDE),
 }
 
 # What else a model type may be, going by config.json
@@ -67,5 +77,10 @@ VARIANTS: dict[str, Family] = {
         halves={**_STACK_HALVES, **_SHARED_HALVES},
         only=_BY_LAYER,
         rotates_pairs=True,
+    ),
+    "falcon_h1+norm": Family(
+        "falcon-h1",
+        {**_FALCON, "ssm_norm.weight": _MAMBA["ssm_norm.weight"]},
+        outside=_FALCON_OUTSIDE,
     ),
 }

@@ -21,8 +21,9 @@ from edgemerge.formats.hub.reader import OwnShapes, Reader
 from edgemerge.formats.hub.rope import Rope, read_rope, rope_metadata
 from edgemerge.formats.json_file import read_object
 
-__all__ = ["HubConfig", "read_config"]
+__all__ = ["EMBEDDING", "OUTPUT", "HubConfig", "read_config"]
 
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 MAX_LAYERS, MAX_HEAD_DIM = 1 << 12, 1 << 14  # lists and tables of so many are made from them
 SAME_ACTIVATION = {"swish": "silu"}  # two names of one function in transformers
 ROPE_THETA = 10000.0  # llama.cpp's own, where it is not told
@@ -163,6 +164,7 @@ def read_config(path: Path) -> HubConfig:
         **reader.own_keys(check, shapes),
     }
     kind = reader.variant(check, shapes) or model_type
+    scales = reader.scales(check, shapes)
     family = KINDS_OF_MODEL[kind]
     for flag, stem in (("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_up.bias")):
         if check.flag(flag) and stem not in family.block:
@@ -183,14 +185,15 @@ def read_config(path: Path) -> HubConfig:
         vocab_size=check.count("vocab_size"),
         rope=rope,
         tied=tied,
-        must_tie=reader.tied,
+        # A head with factors of its own is no longer the embedding.
+        must_tie=False if scales.get(EMBEDDING) != scales.get(OUTPUT) else reader.tied,
         quantised=_quantised(raw),
         attention_bias=check.flag("attention_bias") or family.is_biased,
         mlp_bias=check.flag("mlp_bias"),
         keys={key: values[key] for key in reader.keys if key in values},
         raw=raw,
         shapes=reader.own_shapes(check, shapes),
-        scales=reader.scales(check, shapes),
+        scales=scales,
     )
 
 

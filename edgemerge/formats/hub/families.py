@@ -8,6 +8,7 @@ Qwen, which neither llama.cpp nor its converter knows: within the window the mod
 
 from __future__ import annotations
 
+from edgemerge.formats.hub.falcon_h1 import FALCONS
 from edgemerge.formats.hub.granite import GRANITES
 from edgemerge.formats.hub.own_keys import (
     gemma2_keys,
@@ -187,6 +188,7 @@ READERS: dict[str, Reader] = {
         splits_embedding=True,
     ),
     **GRANITES,
+    **FALCONS,
     "lfm2": Reader(
         ("Lfm2ForCausalLM", "LFM2ForCausalLM"),
         (*TEXT, "vocab_size", "shortconv.l_cache"),

@@ -15,7 +15,7 @@ from edgemerge.formats.architectures import (
     half_names,
     layer_index,
 )
-from edgemerge.formats.hub.config import HubConfig
+from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, HubConfig
 from edgemerge.formats.hub.files import CONFIG, stored_tensors
 from edgemerge.formats.hub.layouts import Decay, Layout, Scaled
 from edgemerge.formats.hub.names import is_adapter, is_packed, is_unused, own_name
@@ -91,6 +91,12 @@ class Inventory:
                 found[name] = stored_name
         self._require_all(found)
 
+    def tie_head(self) -> TensorSpec:
+        """File the embedding as the head too, and return its specification."""
+        shard, tensor = self._embedding
+        self._file(OUTPUT, OUTPUT, shard, tensor)
+        return self.specs[OUTPUT]
+
     def _add(self, shard: Path, name: str, stored_name: str, tensor: StoredTensor) -> None:
         """Check one stored tensor against config.json and file it under its GGUF name."""
         if is_unused(name, tensor.dtype):
@@ -132,6 +138,8 @@ class Inventory:
         if stem == "shortconv.conv.weight" and len(tensor.shape) == 3 and tensor.shape[1] == 1:
             tensor = replace(tensor, shape=tensor.shape[::2])  # one filter for each channel
         self._check(shard, stored_name, tensor, stem)
+        if name == EMBEDDING:
+            self._embedding = shard, tensor
         tensor = replace(tensor, shape=self._config.shapes.in_gguf.get(stem, tensor.shape))
         self._file(name, stem, shard, tensor, whole)
 

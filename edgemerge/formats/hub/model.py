@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from edgemerge.formats.files import (
     was_cached,
 )
 from edgemerge.formats.hub.card import general_metadata
-from edgemerge.formats.hub.config import read_config
+from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, read_config
 from edgemerge.formats.hub.files import CONFIG, refuse_folder, unread_files
 from edgemerge.formats.hub.inventory import Inventory, Place
 from edgemerge.formats.hub.layouts import as_f32
@@ -36,7 +35,6 @@ from edgemerge.types import FileState, Float32, TensorSpec, UInt8
 
 __all__ = ["HubModel"]
 
-EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 PIECE = 1 << 20  # bytes of rows that are compared at a time; one row at least
 
 
@@ -77,7 +75,7 @@ class HubModel:
         self._states = {shard: read_state(fd, shard) for shard, fd in self._fds.items()}
         self._stay_cached = {shard for shard, fd in self._fds.items() if was_cached(fd)}
         try:
-            self._settle_head()
+            self._settle_head(inventory)
         except BaseException:
             self.close()
             raise
@@ -96,7 +94,7 @@ class HubModel:
             )
         return notes
 
-    def _settle_head(self) -> None:
+    def _settle_head(self, inventory: Inventory) -> None:
         """Keep a stored head that is not the embedding, whatever config.json says of tying.
 
         So do transformers and llama.cpp, which ties where no head is stored. Some architectures have it
@@ -124,8 +122,7 @@ class HubModel:
                 "stored; the embedding is used"
             )
         if OUTPUT not in self._places and must_tie is False:
-            self._places[OUTPUT] = self._places[EMBEDDING]
-            self._specs[OUTPUT] = replace(self._specs[EMBEDDING], name=OUTPUT)
+            self._specs[OUTPUT] = inventory.tie_head()
 
     def _is_embedding(self) -> bool:
         """Tell whether the stored head has the embedding's values; reads both as far as they agree."""
@@ -134,7 +131,7 @@ class HubModel:
         same = True
         for start in range(0, n_rows, height):
             stop = min(n_rows, start + height)
-            left, right = (self._read_f32(name, start, stop) for name in (EMBEDDING, OUTPUT))
+            left, right = (self._read_stored(name, start, stop) for name in (EMBEDDING, OUTPUT))
             if not np.array_equal(left, right):
                 same = False
                 break
@@ -142,10 +139,12 @@ class HubModel:
             self.forget(name)
         return same
 
-    def _read_f32(self, name: str, start: int, stop: int) -> Float32:
-        raw = np.empty((stop - start) * self._specs[name].row_bytes, np.uint8)
-        self.read_rows(name, start, stop, raw)
-        return as_f32(raw, self._places[name].dtype)
+    def _read_stored(self, name: str, start: int, stop: int) -> Float32:
+        place, n_rows = self._places[name], self._specs[name].n_rows
+        width = place.part_bytes // n_rows
+        raw = np.empty((stop - start) * width, np.uint8)
+        self._fill_rows(name, start * width, stop * width, raw.data.cast("B"))
+        return as_f32(raw, place.dtype)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """All tensors by GGUF name, in the order in which llama.cpp's converter lists them."""

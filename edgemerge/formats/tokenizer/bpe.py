@@ -99,6 +99,7 @@ OTHER_NAMES: dict[tuple[str, str], str] = {
         for kind in ("", "moe", "moeshared", "moehybrid")
         for ours, theirs in (("smaug-bpe", "dbrx"), ("smollm", "refact"))
     },
+    ("falcon_h1", "llama-bpe"): "falcon-h1",
     ("lfm2", "llama-bpe"): "lfm2",
     ("olmo2", "smaug-bpe"): "dbrx",
     ("olmo3", "smaug-bpe"): "dbrx",

@@ -42,7 +42,9 @@ LLAMA_LIKE: tuple[str, ...] = (
 GEMMA = ("gemma2", "gemma3_text")
 # llama.cpp ends a text with EOS in the first, and begins it with BOS in the others, by default.
 UNIGRAM = encode_value("t5", "str")
-BOS_BY_DEFAULT = tuple(encode_value(name, "str") for name in ("llama-bpe", "tekken", "lfm2"))
+BOS_BY_DEFAULT = tuple(
+    encode_value(name, "str") for name in ("llama-bpe", "tekken", "lfm2", "falcon-h1")
+)
 # CodeLlama's end of an infill is named nowhere; the converter knows it by the vocabulary's size.
 CODELLAMA_VOCAB, CODELLAMA_EOT = 32016, 32010
 GRANITE_VOCAB = 49152  # also SmolLM's: none of these wants a BOS

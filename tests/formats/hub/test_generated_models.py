@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgemerge.errors import FormatError
 from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.quants.filetypes import tensor_types
 from edgemerge.merging.run import merge
@@ -24,7 +25,10 @@ ROTATION = ("rope.scaling.finetuned", "context_length")
 OURS = {
     ("granite4_nope", "plain"): [f"granite.{ROTATION[0]}"],
     ("granite4_hybrid", "rope"): [f"granitehybrid.{key}" for key in ROTATION],
+    ("falcon_h1_norm", "plain"): ["general.size_label"],
 }
+# A tied head that has other factors than the embedding is stored, as llama.cpp would take the embedding's.
+EXTRA = {("falcon_h1_norm", "plain"): ["output.weight"]}
 CASES = [(name, variant) for name, facts in FACTS.items() for variant in facts["variants"]]
 
 
@@ -55,8 +59,8 @@ def test_metadata_is_the_converters(case: tuple[str, str], model: HubModel, expe
         assert (shown == value) == (key not in ours), key
 
 
-def test_tensors_are_the_converters(model: HubModel, expected: dict) -> None:
-    assert list(model.specs()) == list(expected["tensors"])
+def test_tensors_are_the_converters(case: tuple[str, str], model: HubModel, expected: dict) -> None:
+    assert list(model.specs()) == [*expected["tensors"], *EXTRA.get(case, [])]
     types = tensor_types("F16", model.specs(), model.metadata(), model.architecture)
     for name, (shape, digest, dtype) in expected["tensors"].items():
         spec = model.specs()[name]
@@ -115,6 +119,28 @@ def test_infinity_as_transformers_4_wrote_it(tmp_path: Path) -> None:
     folder = make_model("granite4_hybrid", tmp_path, time_step_limit=[0.0, float("inf")])
     assert "[0.0, Infinity]" in (folder / "config.json").read_text()
     HubModel(folder).close()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("falcon_h1", {"projectors_bias": True}, "projectors_bias is 'True'"),
+        ("falcon_h1", {"attention_bias": True}, "attention_bias is 'True'"),
+        ("falcon_h1", {"mamba_rms_norm": True}, "mamba_norm_before_gate is 'True'"),
+        ("falcon_h1", {"mlp_multipliers": [1.0]}, "it must be a list of 2 numbers"),
+        ("falcon_h1", {"ssm_multipliers": [1, 1, 1, 1, 0]}, "ssm_multipliers is '0'"),
+        (
+            "falcon_h1",
+            {"mamba_d_ssm": None},
+            "mamba_n_heads is '6', it must be a divisor of the 64",
+        ),
+        ("falcon_h1", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "of type 'yarn'"),
+    ],
+)
+def test_refused_by_name(name: str, changes: dict, says: str, tmp_path: Path) -> None:
+    with pytest.raises(FormatError) as caught:
+        HubModel(make_model(name, tmp_path, **changes))
+    assert says in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
