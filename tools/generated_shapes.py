@@ -103,5 +103,15 @@ SHAPES: dict[str, GeneratedShape] = {
         "falcon-h1",
     ),
     "gpt_oss": GeneratedShape("gpt_oss", TINY | EXPERTS, "gpt-4o"),
-    "llama4": GeneratedShape("llama4_text", TINY | EXPERTS, "llama4"),
+    "llama4": GeneratedShape(
+        "llama4_text",
+        TINY | EXPERTS | dict(
+            num_hidden_layers=4, head_dim=8, intermediate_size_mlp=40, interleave_moe_layer_step=2,
+        ),
+        "llama4",
+        variants={"llama3": {"rope_parameters": dict(
+            rope_type="llama3", rope_theta=5000.0, factor=8.0, low_freq_factor=1.0,
+            high_freq_factor=4.0, original_max_position_embeddings=16,
+        )}},
+    ),
 }  # fmt: skip

@@ -28,6 +28,7 @@ __all__ = [
     "KINDS_OF_MODEL",
     "ROTARY_HEADS",
     "Family",
+    "column_names",
     "expert_name",
     "gguf_name",
     "half_names",
@@ -209,10 +210,15 @@ def _names_by_architecture() -> dict[str, dict[str, str]]:
     tables: dict[str, dict[str, str]] = {}
     for family in KINDS_OF_MODEL.values():
         stacks = {gguf: hf.replace(".{}", "") for gguf, hf in family.experts.items()}
-        stacks |= {gguf: hf for hf, parts in family.halves.items() for gguf in parts}
+        stacks |= {gguf: hf for hf, parts in _parts(family).items() for gguf in parts}
         table = tables.setdefault(family.architecture, {})
         table |= {**family.block, **stacks, **table}  # the first family's names count
     return tables
+
+
+def _parts(family: Family) -> Mapping[str, tuple[str, ...]]:
+    """Hugging Face name of what is stored as one -> GGUF names of its parts."""
+    return {**family.halves, **family.columns}
 
 
 _TO_HF_BLOCK = _names_by_architecture()
@@ -237,6 +243,13 @@ def half_names(kind: str, hf_name: str) -> tuple[str, str] | None:
     if match is None or stems is None:
         return None
     return f"blk.{match[1]}.{stems[0]}", f"blk.{match[1]}.{stems[1]}"
+
+
+def column_names(kind: str, hf_name: str) -> tuple[str, ...]:
+    """Return the GGUF names that a stack's columns are dealt out to; none for any other tensor."""
+    match = _HF_BLOCK.fullmatch(hf_name)
+    stems = KINDS_OF_MODEL[kind].columns.get(match[2], ()) if match else ()
+    return tuple(f"blk.{match[1]}.{stem}" for stem in stems) if match else ()
 
 
 def expert_name(kind: str, hf_name: str) -> tuple[str, int] | None:
@@ -291,6 +304,8 @@ def text_name(hf_name: str) -> str | None:
 
     None for a tensor of the tower. `TextModel.filter_tensors` of llama.cpp's conversion/base.py.
     """
-    if "vision_tower." in hf_name or "multi_modal_projector." in hf_name:
+    if any(
+        part in hf_name for part in ("vision_tower.", "vision_model.", "multi_modal_projector.")
+    ):
         return None
     return hf_name.replace("language_model.", "")

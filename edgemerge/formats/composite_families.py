@@ -34,14 +34,31 @@ _BY_LAYER = {**dict.fromkeys(_MAMBA, "mamba"), **dict.fromkeys(_ATTENTION, "atte
 
 _MIXTURE = {**NORMS_BEFORE, **_ATTENTION, **_STACK}
 
+_FEED_FORWARD = {stem: hf.replace("mlp.", "feed_forward.") for stem, hf in FFN.items()}
 _FALCON = {
     "attn_norm.weight": "input_layernorm.weight",
     "ffn_norm": "pre_ff_layernorm.weight",  # so it is called in GGUF
     **_ATTENTION,
     **{stem: hf for stem, hf in _MAMBA.items() if stem != "ssm_norm.weight"},
-    **{stem: hf.replace("mlp.", "feed_forward.") for stem, hf in FFN.items()},
+    **_FEED_FORWARD,
 }
 _FALCON_OUTSIDE = {**GLOBAL, "output_norm.weight": "model.final_layernorm.weight"}
+
+_LLAMA4_EXPERTS = {
+    "ffn_gate_inp.weight": "feed_forward.router.weight",
+    "ffn_gate_shexp.weight": "feed_forward.shared_expert.gate_proj.weight",
+    "ffn_up_shexp.weight": "feed_forward.shared_expert.up_proj.weight",
+    "ffn_down_shexp.weight": "feed_forward.shared_expert.down_proj.weight",
+}
+_LLAMA4_COLUMNS = {
+    "feed_forward.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+    "feed_forward.experts.down_proj": ("ffn_down_exps.weight",),
+}
+_LLAMA4_ONLY = {
+    **dict.fromkeys(_FEED_FORWARD, "dense"),
+    **dict.fromkeys(_LLAMA4_EXPERTS, "experts"),
+    **{stem: "experts" for stems in _LLAMA4_COLUMNS.values() for stem in stems},
+}
 
 # Rows of `FAMILIES`
 COMPOSITES: dict[str, Family] = {
@@ -59,6 +76,12 @@ COMPOSITES: dict[str, Family] = {
         rotates_pairs=True,
     ),
     "falcon_h1": Family("falcon-h1", _FALCON, outside=_FALCON_OUTSIDE),
+    "llama4_text": Family(
+        "llama4",
+        {**NORMS_BEFORE, **_ATTENTION, **_FEED_FORWARD, **_LLAMA4_EXPERTS},
+        columns=_LLAMA4_COLUMNS,
+        only=_LLAMA4_ONLY,
+    ),
 }
 
 # What else a model type may be, going by config.json

@@ -16,8 +16,12 @@ class Family:
     block: Mapping[str, str]  # GGUF name -> Hugging Face name
     # GGUF name -> name of one expert, {} its number; in the order in which the converter stacks them
     experts: Mapping[str, str] = field(default_factory=dict)
-    # Hugging Face name of two matrices, one above the other -> their GGUF names
+    # Hugging Face name of two matrices, or stacks of them, one above the other -> their GGUF names
     halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    # Name of a stack of matrices that are stored transposed, or of their biases -> the GGUF names that
+    # its columns are dealt out to: one after the other, or in turn
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    deals_in_turn: bool = False
     outside: Mapping[str, str] = field(default_factory=lambda: GLOBAL)  # as `block`, of no layer
     # GGUF name -> the kind of layer (`layer_types` of config.json) that alone has such a tensor
     only: Mapping[str, str] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from tests.support.places import TESTS
 EXPECTED = TESTS / "data" / "generated_models.json.xz"
 ARCHITECTURES = unpacked("architectures")
 WEIGHTS = "model.safetensors"
-TOKENIZERS = {"gpt_oss": "phi4_mini", "llama4": "phi4_mini", "falcon_h1": "smollm3"}
+TOKENIZERS = {"gpt_oss": "phi4_mini", "llama4_text": "phi4_mini", "falcon_h1": "smollm3"}
 Shapes = dict[str, list[int]]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from edgemerge.formats.hub.falcon_h1 import FALCONS
 from edgemerge.formats.hub.granite import GRANITES
+from edgemerge.formats.hub.llama4 import LLAMA4
 from edgemerge.formats.hub.own_keys import (
     gemma2_keys,
     gemma3_keys,
@@ -50,6 +51,7 @@ READERS: dict[str, Reader] = {
         {"max_position_embeddings": 131072, "num_key_value_heads": 8},
         states_head_dim=True,
     ),
+    **LLAMA4,
     "ministral3": Reader(
         ("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"),
         (*LLAMA, "rope.scaling.yarn_log_multiplier", "attention.temperature_scale"),

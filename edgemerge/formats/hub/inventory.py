@@ -10,6 +10,7 @@ from pathlib import Path
 from edgemerge.errors import FormatError
 from edgemerge.formats.architectures import (
     ROTARY_HEADS,
+    column_names,
     expert_name,
     gguf_name,
     half_names,
@@ -17,7 +18,7 @@ from edgemerge.formats.architectures import (
 )
 from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, HubConfig
 from edgemerge.formats.hub.files import CONFIG, stored_tensors
-from edgemerge.formats.hub.layouts import Decay, Layout, Scaled
+from edgemerge.formats.hub.layouts import Columns, Decay, Layout, Scaled
 from edgemerge.formats.hub.names import is_adapter, is_packed, is_unused, own_name
 from edgemerge.formats.hub.safetensors import StoredTensor
 from edgemerge.types import TensorSpec
@@ -114,6 +115,9 @@ class Inventory:
             for half, own in zip(_halve(tensor), halves, strict=True):
                 self._place(shard, stored_name, half, own, 2 * half.nbytes)
             return
+        if owners := column_names(self._config.kind, name):
+            self._deal_out(shard, stored_name, tensor, owners)
+            return
         expert = expert_name(self._config.kind, name)
         new_name, number = expert or (gguf_name(self._config.kind, name), 0)
         if new_name is None or (expert is not None and number >= self._config.n_experts):
@@ -143,6 +147,31 @@ class Inventory:
         tensor = replace(tensor, shape=self._config.shapes.in_gguf.get(stem, tensor.shape))
         self._file(name, stem, shard, tensor, whole)
 
+    def _deal_out(
+        self, shard: Path, stored_name: str, tensor: StoredTensor, owners: tuple[str, ...]
+    ) -> None:
+        """Check a stack of transposed matrices or biases, and file what its columns are."""
+        for i, name in enumerate(owners):
+            layer, stem = self._find_layer(shard, stored_name, name)
+            if layer is not None and self._config.lacks(layer, stem):
+                raise self._refuse_unknown(shard, stored_name)
+            n, n_out, *inputs = shape = self._config.expected_shape(stem)
+            self._check(shard, stored_name, tensor, stem, (n, *inputs, len(owners) * n_out))
+            in_turn = self._config.family.deals_in_turn
+            layout = Columns(
+                start=(shard, tensor.offset),
+                dtype=(dtype := DTYPES[tensor.dtype]),
+                height=inputs[0] if inputs else 1,
+                width=len(owners) * n_out,
+                first=i if in_turn else i * n_out,
+                step=len(owners) if in_turn else 1,
+                n_out=n_out,
+            )
+            self.places[name] = Place(
+                ((shard, tensor.offset),), tensor.nbytes, dtype, layout=layout
+            )
+            self.specs[name] = TensorSpec(name, shape, dtype, tensor.nbytes // len(owners))
+
     def _find_layer(self, shard: Path, stored_name: str, name: str) -> tuple[int | None, str]:
         """Return a tensor's layer, and its name without it."""
         layer = layer_index(name)
@@ -171,7 +200,14 @@ class Inventory:
             tensor=stored_name,
         )
 
-    def _check(self, shard: Path, stored_name: str, tensor: StoredTensor, stem: str) -> None:
+    def _check(
+        self,
+        shard: Path,
+        stored_name: str,
+        tensor: StoredTensor,
+        stem: str,
+        expected: tuple[int, ...] = (),
+    ) -> None:
         if tensor.dtype not in DTYPES:
             if self._config.quantised:
                 raise self._refuse_packed(shard, stored_name, f"of type {tensor.dtype}")
@@ -181,7 +217,7 @@ class Inventory:
                 path=shard,
                 tensor=stored_name,
             )
-        expected = self._config.expected_shape(stem)
+        expected = expected or self._config.expected_shape(stem)
         if tensor.shape != expected:
             remedy = "the two files belong to different models, get the directory again"
             if stem == "token_embd.weight" and tensor.shape[1:] == expected[1:]:
@@ -249,7 +285,7 @@ class Inventory:
         def wanted() -> Iterator[str]:  # one by one: a hostile config.json has billions of layers
             yield from (hf for name, hf in family.outside.items() if name != "output.weight")
             names = {stem: hf for stem, hf in family.block.items() if config.required(stem)}
-            names |= {stems[0]: hf for hf, stems in family.halves.items()}
+            names |= {stems[0]: hf for hf, stems in {**family.halves, **family.columns}.items()}
             for layer in range(config.n_layers):
                 for stem, hf in names.items():
                     if not config.lacks(layer, stem):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgemerge.types import Float32, TensorSpec, UInt8
 
-__all__ = ["Bands", "Decay", "Layout", "Scaled", "as_f32"]
+__all__ = ["Bands", "Columns", "Decay", "Layout", "Scaled", "as_f32"]
 
 Start: TypeAlias = tuple[Path, int]  # shard, offset in it
 Fill: TypeAlias = Callable[[list[memoryview], Start], None]
@@ -106,3 +106,59 @@ class Decay:
     def stored(self, spec: TensorSpec, n_rows: int) -> Iterator[tuple[Start, int]]:
         """See `Layout`."""
         yield self.start, n_rows * spec.n_cols * np.dtype(ITEMS[self.dtype]).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Rows that are stored as columns of a stack of matrices, or as its biases.
+
+    Of two matrices in one (in, 2 out), whose outputs come in turn, the second has `first` 1 and `step` 2.
+    Its row 3 is column 7.
+    """
+
+    start: Start
+    dtype: str
+    height: int  # rows of a stored matrix: the inputs; 1: biases
+    width: int  # its columns
+    first: int
+    step: int
+    n_out: int  # columns of a matrix that are ours
+
+    def read(self, spec: TensorSpec, start: int, stop: int, out_u8: UInt8, fill: Fill) -> None:
+        """See `Layout`."""
+        out = out_u8.view(ITEMS[self.dtype]).reshape(-1, self.height)
+        begin, end = self._columns(spec, start), self._columns(spec, stop)
+        at = begin
+        while at < end:
+            matrix, column = divmod(at, self.n_out)
+            n = min(end - at, self.n_out - column)
+            self._read_strip(matrix, column, out[at - begin : at - begin + n], fill)
+            at += n
+
+    def _columns(self, spec: TensorSpec, n_rows: int) -> int:
+        return n_rows * spec.n_cols // self.height
+
+    def _read_strip(self, matrix: int, column: int, out: NDArray[np.generic], fill: Fill) -> None:
+        """Read some columns of one matrix, in bands of its rows: these whole, where half of it is ours."""
+        left = self.first + self.step * column
+        width = self.step * (len(out) - 1) + 1
+        whole = 2 * width >= self.width
+        skipped, width = (left, self.width) if whole else (0, width)
+        shard, offset = self.start
+        height = max(1, PIECE // (width * out.itemsize))
+        for top in range(0, self.height, height):
+            bottom = min(self.height, top + height)
+            band = np.empty((bottom - top, width), out.dtype)
+            first = (matrix * self.height + top) * self.width + left - skipped
+            runs = band.reshape(1, -1) if whole else band
+            for i, run in enumerate(runs):
+                at = first + i * self.width
+                fill([run.view(np.uint8).data.cast("B")], (shard, offset + at * out.itemsize))
+            ours = band[:, skipped :: self.step][:, : len(out)]
+            out[:, top:bottom] = ours.T
+
+    def stored(self, spec: TensorSpec, n_rows: int) -> Iterator[tuple[Start, int]]:
+        """See `Layout`: a matrix is needed until its last column is read."""
+        n_matrices = self._columns(spec, n_rows) // self.n_out
+        item = np.dtype(ITEMS[self.dtype]).itemsize
+        yield self.start, n_matrices * self.height * self.width * item

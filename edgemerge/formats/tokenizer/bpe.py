@@ -62,7 +62,7 @@ PRE_TOKENIZERS: tuple[tuple[tuple[Step, ...], bool | None, str], ...] = (
     ((_split(LLAMA3_REGEX), _BYTES), False, "smaug-bpe"),
     ((_split(QWEN2_REGEX), _BYTES), False, "qwen2"),
     ((_split(TEKKEN_REGEX), _BYTES), None, "tekken"),
-    ((_split(GPT4O_REGEX), _BYTES), False, "gpt-4o"),
+    ((_split(GPT4O_REGEX), _BYTES), None, "gpt-4o"),
     ((_DIGITS, _GPT2), False, "smollm"),
     ((_GPT2,), False, "gpt-2"),
     (
@@ -101,6 +101,7 @@ OTHER_NAMES: dict[tuple[str, str], str] = {
     },
     ("falcon_h1", "llama-bpe"): "falcon-h1",
     ("lfm2", "llama-bpe"): "lfm2",
+    ("llama4_text", "gpt-4o"): "llama4",
     ("olmo2", "smaug-bpe"): "dbrx",
     ("olmo3", "smaug-bpe"): "dbrx",
     ("phi3", "smaug-bpe"): "dbrx",

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from edgemerge.merging.run import merge
 from edgemerge.recipe.recipe import make_recipe
 from edgemerge.runtime.llama import Model
 from tests.support.architecture_models import convert
-from tests.support.generated_models import all_facts, make_model
+from tests.support.generated_models import all_facts, draw, make_model, write_tensors
 
 FACTS = all_facts()
 # Which the converter has otherwise: it goes by the layers, not by what config.json says of the rotation.
@@ -135,12 +136,72 @@ def test_infinity_as_transformers_4_wrote_it(tmp_path: Path) -> None:
             "mamba_n_heads is '6', it must be a divisor of the 64",
         ),
         ("falcon_h1", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "of type 'yarn'"),
+        ("llama4", {"moe_layers": [0, 2]}, "moe_layers is '[0, 2]', but llama.cpp computes such"),
+        (
+            "llama4",
+            {"interleave_moe_layer_step": 1, "moe_layers": None},
+            "feed_forward.down_proj.weight",
+        ),
+        ("llama4", {"no_rope_layers": [1, 1, 1, 1]}, "every layer 4 without rotation"),
+        ("llama4", {"no_rope_layers": [], "no_rope_layer_interval": 2}, "is '[1, 0, 1, 0]'"),
+        ("llama4", {"layer_types": ["full_attention"] * 4}, "full attention in every layer 4"),
+        ("llama4", {"attention_chunk_size": 4096}, "attention_chunk_size is '4096'"),
+        ("llama4", {"attention_chunk_size": None}, "attention_chunk_size is 'None'"),
+        ("llama4", {"attn_scale": 0.2}, "attn_scale is '0.2'"),
+        ("llama4", {"attn_temperature_tuning": False}, "attn_temperature_tuning is 'False'"),
+        ("llama4", {"use_qk_norm": False}, "use_qk_norm is 'False', but llama.cpp computes such"),
+        (
+            "llama4",
+            {"num_local_experts": 5},
+            "its shape is [4, 24, 32] but config.json makes it [5",
+        ),
+        (
+            "llama4",
+            {"intermediate_size": 20},
+            "its shape is [4, 24, 32] but config.json makes it [4, 20",
+        ),
     ],
 )
 def test_refused_by_name(name: str, changes: dict, says: str, tmp_path: Path) -> None:
     with pytest.raises(FormatError) as caught:
         HubModel(make_model(name, tmp_path, **changes))
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_llama4_beside_its_vision_tower(prefix: str, tmp_path: Path) -> None:
+    """As it is published, and as transformers 5 saves it."""
+    plain = HubModel(make_model("llama4", tmp_path / "llama4"))
+    config, stored = FACTS["llama4"]["config"], FACTS["llama4"]["stored"]
+    wrapped = {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "text_config": {k: v for k, v in config.items() if k != "architectures"},
+        "vision_config": {"hidden_size": 8},
+    }
+    folder = tmp_path / "other" / "llama4"
+    make_model("llama4", folder)
+    (folder / "config.json").write_text(json.dumps(wrapped))
+    tensors = {
+        name.replace("model.", prefix, 1).replace("lm_head", "language_model.lm_head"): draw(
+            name, shape, 0
+        )
+        for name, shape in stored.items()
+    }
+    tower = {
+        "vision_model.layernorm_post.weight": np.ones(8, np.float32),
+        "multi_modal_projector.linear_1.weight": np.ones((8, 8), np.float32),
+    }
+    write_tensors(folder / "model.safetensors", tensors | tower)
+    model = HubModel(folder)
+    assert model.specs() == plain.specs()
+    assert model.metadata() == plain.metadata()
+    (note,) = model.notes()
+    assert note.endswith(
+        "are left out: multi_modal_projector.linear_1.weight, " + next(iter(tower))
+    )
+    for source in (model, plain):
+        source.close()
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
