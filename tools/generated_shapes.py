@@ -25,6 +25,14 @@ FALCON = TINY | MAMBA | dict(
     ssm_out_multiplier=0.7, mlp_multipliers=[0.88, 0.8], ssm_multipliers=[0.9, 0.8, 0.7, 0.6, 1.1],
     rope_parameters=dict(rope_type="default", rope_theta=1e6),
 )  # fmt: skip
+# Here the limits of YaRN are whole numbers, so that it is the same whether they are rounded.
+GPT_OSS = TINY | EXPERTS | dict(
+    hidden_size=64, intermediate_size=32, head_dim=16, sliding_window=8,
+    rope_parameters=dict(
+        rope_type="yarn", rope_theta=1769.0, factor=4.0, beta_fast=32.0, beta_slow=1.0,
+        truncate=False, original_max_position_embeddings=16,
+    ),
+)  # fmt: skip
 LAYERS = ["mamba", "attention", "mamba"]
 
 
@@ -102,7 +110,16 @@ SHAPES: dict[str, GeneratedShape] = {
         ),
         "falcon-h1",
     ),
-    "gpt_oss": GeneratedShape("gpt_oss", TINY | EXPERTS, "gpt-4o"),
+    "gpt_oss": GeneratedShape(
+        "gpt_oss",
+        GPT_OSS,
+        "gpt-4o",
+        config_added=dict(quantization_config=dict(
+            quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn"],
+        )),
+        packs_experts=True,
+    ),
+    "gpt_oss_plain": GeneratedShape("gpt_oss", GPT_OSS, "gpt-4o"),
     "llama4": GeneratedShape(
         "llama4_text",
         TINY | EXPERTS | dict(

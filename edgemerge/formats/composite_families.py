@@ -60,6 +60,25 @@ _LLAMA4_ONLY = {
     **{stem: "experts" for stems in _LLAMA4_COLUMNS.values() for stem in stems},
 }
 
+_GPT_OSS = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    **_ATTENTION,
+    **{
+        stem.replace(".weight", ".bias"): hf.replace(".weight", ".bias")
+        for stem, hf in _ATTENTION.items()
+    },
+    "attn_sinks.weight": "self_attn.sinks",
+    "ffn_gate_inp.weight": "mlp.router.weight",
+    "ffn_gate_inp.bias": "mlp.router.bias",
+}
+_GPT_OSS_COLUMNS = {
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+    "mlp.experts.gate_up_proj_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
+    "mlp.experts.down_proj": ("ffn_down_exps.weight",),
+    "mlp.experts.down_proj_bias": ("ffn_down_exps.bias",),
+}
+
 # Rows of `FAMILIES`
 COMPOSITES: dict[str, Family] = {
     "granitemoe": Family("granitemoe", _MIXTURE, halves=_STACK_HALVES, rotates_pairs=True),
@@ -76,6 +95,7 @@ COMPOSITES: dict[str, Family] = {
         rotates_pairs=True,
     ),
     "falcon_h1": Family("falcon-h1", _FALCON, outside=_FALCON_OUTSIDE),
+    "gpt_oss": Family("gpt-oss", _GPT_OSS, columns=_GPT_OSS_COLUMNS, deals_in_turn=True),
     "llama4_text": Family(
         "llama4",
         {**NORMS_BEFORE, **_ATTENTION, **_FEED_FORWARD, **_LLAMA4_EXPERTS},

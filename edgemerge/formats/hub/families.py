@@ -9,6 +9,7 @@ Qwen, which neither llama.cpp nor its converter knows: within the window the mod
 from __future__ import annotations
 
 from edgemerge.formats.hub.falcon_h1 import FALCONS
+from edgemerge.formats.hub.gpt_oss import GPT_OSS
 from edgemerge.formats.hub.granite import GRANITES
 from edgemerge.formats.hub.llama4 import LLAMA4
 from edgemerge.formats.hub.own_keys import (
@@ -52,6 +53,7 @@ READERS: dict[str, Reader] = {
         states_head_dim=True,
     ),
     **LLAMA4,
+    **GPT_OSS,
     "ministral3": Reader(
         ("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"),
         (*LLAMA, "rope.scaling.yarn_log_multiplier", "attention.temperature_scale"),

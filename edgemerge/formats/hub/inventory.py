@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from edgemerge.formats.architectures import (
 )
 from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, HubConfig
 from edgemerge.formats.hub.files import CONFIG, stored_tensors
-from edgemerge.formats.hub.layouts import Columns, Decay, Layout, Scaled
+from edgemerge.formats.hub.layouts import BLOCK, Decay, Layout, Scaled
 from edgemerge.formats.hub.names import is_adapter, is_packed, is_unused, own_name
 from edgemerge.formats.hub.safetensors import StoredTensor
+from edgemerge.formats.hub.stacks import PackedStacks, dealt_columns, halve
 from edgemerge.types import TensorSpec
 
 __all__ = ["Inventory", "Place"]
@@ -72,6 +74,7 @@ class Inventory:
         self.places: dict[str, Place] = {}
         self.specs: dict[str, TensorSpec] = {}  # in the order in which the converter lists them
         self.unused: list[str] = []  # stored names of what inference does without
+        self.packed = PackedStacks()
         self._path, self._config = path, config
         self._experts: dict[int, dict[str, dict[int, _Expert]]] = {}  # of layers begun, by stem
         found: dict[str, str] = {}  # transformers' name -> stored name
@@ -90,7 +93,11 @@ class Inventory:
                     )
                 self._add(shard, name, stored_name, tensor)
                 found[name] = stored_name
+                if stack := self.packed.stack_name(name):
+                    found.setdefault(stack, stored_name)
         self._require_all(found)
+        if self.packed.is_used:  # the converter lists them first
+            self.specs = dict(sorted(self.specs.items(), key=lambda item: item[1].dtype != "MXFP4"))
 
     def tie_head(self) -> TensorSpec:
         """File the embedding as the head too, and return its specification."""
@@ -112,11 +119,15 @@ class Inventory:
                 tensor=stored_name,
             )
         if halves := half_names(self._config.kind, name):
-            for half, own in zip(_halve(tensor), halves, strict=True):
+            for half, own in zip(halve(tensor), halves, strict=True):
                 self._place(shard, stored_name, half, own, 2 * half.nbytes)
             return
         if owners := column_names(self._config.kind, name):
             self._deal_out(shard, stored_name, tensor, owners)
+            return
+        stack = self.packed.stack_name(name)
+        if stack and (owners := column_names(self._config.kind, stack)):
+            self._unpack(shard, stored_name, tensor, name, owners)
             return
         expert = expert_name(self._config.kind, name)
         new_name, number = expert or (gguf_name(self._config.kind, name), 0)
@@ -136,9 +147,7 @@ class Inventory:
         self, shard: Path, stored_name: str, tensor: StoredTensor, name: str, whole: int = 0
     ) -> None:
         """Check a tensor, and file it under its GGUF name; `whole`: bytes of what it is the half of."""
-        layer, stem = self._find_layer(shard, stored_name, name)
-        if layer is not None and self._config.lacks(layer, stem):
-            raise self._refuse_unknown(shard, stored_name)
+        stem = self._own_stem(shard, stored_name, name)
         if stem == "shortconv.conv.weight" and len(tensor.shape) == 3 and tensor.shape[1] == 1:
             tensor = replace(tensor, shape=tensor.shape[::2])  # one filter for each channel
         self._check(shard, stored_name, tensor, stem)
@@ -151,26 +160,54 @@ class Inventory:
         self, shard: Path, stored_name: str, tensor: StoredTensor, owners: tuple[str, ...]
     ) -> None:
         """Check a stack of transposed matrices or biases, and file what its columns are."""
+        n, in_turn, dtype = len(owners), self._config.family.deals_in_turn, ""
         for i, name in enumerate(owners):
-            layer, stem = self._find_layer(shard, stored_name, name)
-            if layer is not None and self._config.lacks(layer, stem):
-                raise self._refuse_unknown(shard, stored_name)
-            n, n_out, *inputs = shape = self._config.expected_shape(stem)
-            self._check(shard, stored_name, tensor, stem, (n, *inputs, len(owners) * n_out))
-            in_turn = self._config.family.deals_in_turn
-            layout = Columns(
-                start=(shard, tensor.offset),
-                dtype=(dtype := DTYPES[tensor.dtype]),
-                height=inputs[0] if inputs else 1,
-                width=len(owners) * n_out,
-                first=i if in_turn else i * n_out,
-                step=len(owners) if in_turn else 1,
-                n_out=n_out,
+            stem = self._own_stem(shard, stored_name, name)
+            n_experts, n_out, *inputs = shape = self._config.expected_shape(stem)
+            self._check(shard, stored_name, tensor, stem, (n_experts, *inputs, n * n_out))
+            dtype, start = DTYPES[tensor.dtype], (shard, tensor.offset)
+            layout = dealt_columns(start, dtype, shape, i, n, in_turn=in_turn)
+            self.places[name] = Place((start,), tensor.nbytes, dtype, layout=layout)
+            self.specs[name] = TensorSpec(name, shape, dtype, tensor.nbytes // n)
+
+    def _unpack(
+        self,
+        shard: Path,
+        stored_name: str,
+        tensor: StoredTensor,
+        name: str,
+        owners: tuple[str, ...],
+    ) -> None:
+        """Check a part of packed experts, and file them when both parts are there."""
+        shape: tuple[int, ...] = ()
+        for owner in owners:
+            shape = self._config.expected_shape(self._own_stem(shard, stored_name, owner))
+            wanted = self.packed.expected_shape(name, shape, len(owners))
+            if tensor.dtype != "U8" or tensor.shape != wanted:
+                raise FormatError(
+                    f"it is {tensor.dtype} {list(tensor.shape)}, but {CONFIG} makes it U8 {list(wanted)} in "
+                    "MXFP4; the two files belong to different models, get the directory again",
+                    path=shard,
+                    tensor=stored_name,
+                )
+        layouts = self.packed.pair(name, shard, tensor, len(owners))
+        n_bytes = prod(shape) // BLOCK * (1 + BLOCK // 2)
+        for owner, layout in zip(owners, layouts, strict=False):
+            self.places[owner] = Place((layout.blocks,), n_bytes, "MXFP4", layout=layout)
+            self.specs[owner] = TensorSpec(owner, shape, "MXFP4", n_bytes)
+
+    def _own_stem(self, shard: Path, stored_name: str, name: str) -> str:
+        """Return a GGUF name without its layer; refuse what is filed already, or not of such a layer."""
+        layer, stem = self._find_layer(shard, stored_name, name)
+        if layer is not None and self._config.lacks(layer, stem):
+            raise self._refuse_unknown(shard, stored_name)
+        if name in self.places:
+            raise FormatError(
+                "is there both packed and plain; remove one of the two",
+                path=shard,
+                tensor=stored_name,
             )
-            self.places[name] = Place(
-                ((shard, tensor.offset),), tensor.nbytes, dtype, layout=layout
-            )
-            self.specs[name] = TensorSpec(name, shape, dtype, tensor.nbytes // len(owners))
+        return stem
 
     def _find_layer(self, shard: Path, stored_name: str, name: str) -> tuple[int | None, str]:
         """Return a tensor's layer, and its name without it."""
@@ -296,24 +333,10 @@ class Inventory:
                     for hf in family.experts.values():
                         yield f"model.layers.{layer}.{hf.format(i)}"
 
-        for name in wanted():
+        for name in chain(wanted(), filter(None, [self.packed.missing()])):
             if name not in found:
                 raise FormatError(
                     "is missing from the directory; get its safetensors files again",
                     path=self._path,
                     tensor=name,
                 )
-
-
-def _halve(tensor: StoredTensor) -> tuple[StoredTensor, StoredTensor]:
-    """Cut the matrix, or each matrix of a stack, into its upper and lower half.
-
-    What has an odd height is left for the check of shapes.
-    """
-    *stack, n_rows, n_cols = tensor.shape if len(tensor.shape) > 1 else (1, 1)
-    if n_rows % 2:
-        return tensor, tensor
-    shape = (*stack, n_rows // 2, n_cols)
-    upper = StoredTensor(tensor.dtype, shape, tensor.offset, tensor.nbytes // 2)
-    n_stacked = prod(stack) or 1
-    return upper, replace(upper, offset=tensor.offset + upper.nbytes // n_stacked)

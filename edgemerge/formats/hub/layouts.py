@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgemerge.types import Float32, TensorSpec, UInt8
 
-__all__ = ["Bands", "Columns", "Decay", "Layout", "Scaled", "as_f32"]
+__all__ = ["BLOCK", "Bands", "Columns", "Decay", "Layout", "Packed", "Scaled", "as_f32"]
 
 Start: TypeAlias = tuple[Path, int]  # shard, offset in it
 Fill: TypeAlias = Callable[[list[memoryview], Start], None]
@@ -23,6 +23,7 @@ Fill: TypeAlias = Callable[[list[memoryview], Start], None]
 Bands: TypeAlias = tuple[tuple[int, tuple[float, ...]], ...]
 
 PIECE = 1 << 18  # bytes that are read at a time; one row at least
+BLOCK = 32  # weights that have an exponent in common in MXFP4
 ITEMS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -162,3 +163,49 @@ class Columns:
         n_matrices = self._columns(spec, n_rows) // self.n_out
         item = np.dtype(ITEMS[self.dtype]).itemsize
         yield self.start, n_matrices * self.height * self.width * item
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Rows in MXFP4, whose nibbles and exponents are stored apart, as gpt-oss has them.
+
+    A block of 32 weights is 16 bytes and an exponent. Byte k has weights 2 k (its lower half) and 2 k + 1.
+    In ggml's 17 bytes the exponent comes first, and byte k has weights k and k + 16: `repack_mxfp4` of
+    llama.cpp's conversion/gpt_oss.py. No weight changes.
+    """
+
+    blocks: Start
+    scales: Start
+    first: int  # of the stored rows, the first that is ours
+    step: int  # and how many lie between two of ours
+
+    def read(self, spec: TensorSpec, start: int, stop: int, out_u8: UInt8, fill: Fill) -> None:
+        """See `Layout`."""
+        n_blocks = spec.n_cols // BLOCK
+        out = out_u8.reshape(-1, n_blocks, 1 + BLOCK // 2)
+        height = max(1, PIECE // (self.step * n_blocks * BLOCK // 2))
+        for begin in range(start, stop, height):
+            end = min(stop, begin + height)
+            piece = out[begin - start : end - start]
+            piece[:, :, 0] = self._rows(self.scales, begin, end, n_blocks, 1, fill)[:, :, 0]
+            stored = self._rows(self.blocks, begin, end, n_blocks, BLOCK // 2, fill)
+            left, right = stored[:, :, : BLOCK // 4], stored[:, :, BLOCK // 4 :]
+            piece[:, :, 1::2] = (left & 0x0F) | (right << 4)
+            piece[:, :, 2::2] = (left >> 4) | (right & 0xF0)
+
+    def _rows(
+        self, place: Start, begin: int, end: int, n_blocks: int, width: int, fill: Fill
+    ) -> UInt8:
+        """Read rows, (end - begin, n_blocks, width), and what lies between them."""
+        n_stored = self.step * (end - begin - 1) + 1
+        raw = np.empty((n_stored, n_blocks, width), np.uint8)
+        shard, offset = place
+        at = (self.first + self.step * begin) * n_blocks * width
+        fill([raw.reshape(-1).data.cast("B")], (shard, offset + at))
+        return raw[:: self.step]
+
+    def stored(self, spec: TensorSpec, n_rows: int) -> Iterator[tuple[Start, int]]:
+        """See `Layout`."""
+        n_blocks = self.step * n_rows * spec.n_cols // BLOCK
+        yield self.blocks, n_blocks * BLOCK // 2
+        yield self.scales, n_blocks

@@ -60,7 +60,7 @@ class HubModel:
         inventory = Inventory(self.path, self._config)
         self._places = inventory.places
         self._specs |= inventory.specs
-        self._notes = self._list_notes(inventory.unused)
+        self._notes = self._list_notes(inventory)
         self._metadata: dict[str, bytes] | None = None
         self._fds: dict[Path, int] = {}
         shards = (shard for place in self._places.values() for shard, _ in place.parts)
@@ -80,14 +80,14 @@ class HubModel:
             self.close()
             raise
 
-    def _list_notes(self, unused: Sequence[str]) -> list[str]:
-        name, tool = self.path.name, self._config.quantised
+    def _list_notes(self, inventory: Inventory) -> list[str]:
+        name, tool, unused = self.path.name, self._config.quantised, inventory.unused
         notes = [note] if (note := unread_files(self.path)) else []
         if unused:
             notes.append(
                 f"{name}: tensors that the language model does not use are left out: {name_some(unused)}"
             )
-        if tool:
+        if tool and not inventory.packed.is_used:
             notes.append(
                 f"{name}: {CONFIG} says that the weights are quantised by {tool!r}, but they are "
                 "plain, and read as such"

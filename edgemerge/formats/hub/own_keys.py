@@ -12,6 +12,7 @@ from edgemerge.formats.hub.checker import Checker
 
 __all__ = [
     "Shapes",
+    "check_layer_types",
     "gemma2_keys",
     "gemma3_keys",
     "lfm2_keys",
@@ -25,6 +26,7 @@ __all__ = [
     "qwen3_moe_keys",
     "smollm3_keys",
     "stated_width",
+    "windows",
 ]
 
 
@@ -98,7 +100,7 @@ def lfm2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 def gemma2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """State caps of logits, and a window in every second layer."""
     _check_query_scale(check, shapes, n_layers_of_27b=46)
-    _check_layer_types(check, _windows(shapes.n_layers, 2))
+    check_layer_types(check, windows(shapes.n_layers, 2))
     return {
         "attn_logit_softcapping": encode_value(check.number("attn_logit_softcapping"), "f32"),
         "final_logit_softcapping": encode_value(check.number("final_logit_softcapping"), "f32"),
@@ -119,22 +121,23 @@ def gemma3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
         keys["final_logit_softcapping"] = encode_value(cap, "f32")
     types = check.get("layer_types")
     period = check.get("sliding_window_pattern") or check.get("_sliding_window_pattern")
-    full = _windows(shapes.n_layers, 1)
+    full = windows(shapes.n_layers, 1)
     if types == full or (types is None and period == 1):
         return keys
     if types is None and period not in (None, 6):
         raise check.unlike("sliding_window_pattern", period, "6 or 1")
-    _check_layer_types(check, _windows(shapes.n_layers, 6))
+    check_layer_types(check, windows(shapes.n_layers, 6))
     window = encode_value(check.count("sliding_window"), "u32")
     return keys | {"attention.sliding_window": window}
 
 
-def _windows(n_layers: int, period: int) -> list[str]:
-    """Kinds of attention where every layer of number `period` sees the whole text."""
+def windows(n_layers: int, period: int) -> list[str]:
+    """Return kinds of attention where every layer of number `period` sees the whole text."""
     return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layers)]
 
 
-def _check_layer_types(check: Checker, wanted: list[str]) -> None:
+def check_layer_types(check: Checker, wanted: list[str]) -> None:
+    """Refuse layers of other kinds than llama.cpp has by number."""
     if check.get("layer_types") not in (None, wanted):
         period = [*wanted, "full_attention"].index("full_attention") + 1
         raise check.unlike(
@@ -165,7 +168,7 @@ def ministral3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 def olmo3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """State a window in any of the layers, which turn by the same frequencies without YaRN."""
     kinds = _layer_kinds(
-        check, _windows(shapes.n_layers, 4), ("sliding_attention", "full_attention")
+        check, windows(shapes.n_layers, 4), ("sliding_attention", "full_attention")
     )
     slides: list[Scalar] = [kind == "sliding_attention" for kind in kinds]
     keys = {

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from edgemerge.errors import FormatError
+from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.quants.filetypes import tensor_types
 from edgemerge.merging.run import merge
@@ -136,6 +138,20 @@ def test_infinity_as_transformers_4_wrote_it(tmp_path: Path) -> None:
             "mamba_n_heads is '6', it must be a divisor of the 64",
         ),
         ("falcon_h1", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "of type 'yarn'"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias is 'False', but llama.cpp computes"),
+        ("gpt_oss", {"swiglu_limit": 9.0}, "swiglu_limit is '9.0'"),
+        ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha is '1.0'"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "full attention in every layer 2"),
+        (
+            "gpt_oss",
+            {"num_local_experts": 3},
+            "its shape is [4, 64] but config.json makes it [3, 64]",
+        ),
+        (
+            "gpt_oss",
+            {"intermediate_size": 64},
+            "down_proj_blocks': it is U8 [4, 64, 1, 16], but config.json makes it U8 [4, 64, 2, 16] in",
+        ),
         ("llama4", {"moe_layers": [0, 2]}, "moe_layers is '[0, 2]', but llama.cpp computes such"),
         (
             "llama4",
@@ -166,6 +182,83 @@ def test_refused_by_name(name: str, changes: dict, says: str, tmp_path: Path) ->
     with pytest.raises(FormatError) as caught:
         HubModel(make_model(name, tmp_path, **changes))
     assert says in str(caught.value)
+
+
+def spoil(tensors: dict, name: str) -> dict:
+    """Take a tensor out, or put one in."""
+    if name in tensors:
+        return {key: x for key, x in tensors.items() if key != name}
+    return tensors | {name: np.zeros((4, 32, 64), np.uint16)}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("down_proj_scales", "mlp.experts.down_proj_scales': is missing from the directory"),
+        ("gate_up_proj_blocks", "mlp.experts.gate_up_proj_blocks': is missing from the directory"),
+        ("down_proj_bias", "mlp.experts.down_proj_bias': is missing from the directory"),
+        ("down_proj", "down_proj_blocks': is there both packed and plain; remove one of the two"),
+    ],
+)
+def test_parts_of_packed_experts(name: str, says: str, tmp_path: Path) -> None:
+    folder, stem = make_model("gpt_oss", tmp_path), "model.layers.1.mlp.experts."
+    stored = FACTS["gpt_oss"]["stored"]
+    tensors = {key: draw(key, shape, 0) for key, shape in stored.items()}
+    write_tensors(folder / "model.safetensors", spoil(tensors, stem + name))
+    with pytest.raises(FormatError) as caught:
+        HubModel(folder)
+    assert says in str(caught.value)
+
+
+def test_both_parts_of_experts_are_gone(tmp_path: Path) -> None:
+    folder, stem = make_model("gpt_oss", tmp_path), "model.layers.0.mlp.experts.down_proj"
+    tensors = {key: draw(key, shape, 0) for key, shape in FACTS["gpt_oss"]["stored"].items()}
+    for part in ("_blocks", "_scales"):
+        del tensors[stem + part]
+    write_tensors(folder / "model.safetensors", tensors)
+    with pytest.raises(FormatError, match=r"experts\.down_proj': is missing"):
+        HubModel(folder)
+
+
+def test_gpt_oss_keeps_its_types_where_none_is_asked_for(tmp_path: Path) -> None:
+    folder, target = make_model("gpt_oss", tmp_path / "gpt_oss"), tmp_path / "out.gguf"
+    merge(make_recipe("passthrough", [(str(folder), None)]), target, threads=1)
+    source, written = HubModel(folder), GgufModel(target)
+    assert source.notes() == []
+    packed = [name for name, spec in written.specs().items() if spec.dtype == "MXFP4"]
+    assert len(packed) == 6
+    for name in packed:
+        spec = written.specs()[name]
+        raw_u8, read_u8 = (np.empty(spec.nbytes, np.uint8) for _ in range(2))
+        written.read_rows(name, 0, spec.n_rows, raw_u8)
+        source.read_rows(name, 0, spec.n_rows, read_u8)
+        assert raw_u8.tobytes() == read_u8.tobytes()
+    for model in (source, written):
+        model.close()
+
+
+def test_rotation_of_gpt_oss_where_nothing_is_stated(tmp_path: Path) -> None:
+    """As `GptOssConfig` of transformers has it, and as the models are published."""
+    published = {
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "rope_parameters": None,
+    }
+    found = []
+    for changes in (published, {"rope_parameters": None}):
+        model = HubModel(make_model("gpt_oss", tmp_path / "gpt_oss", **changes))
+        found.append(model.metadata())
+        model.close()
+    assert found[0] == found[1]
+    assert get_value(found[0], "gpt-oss.rope.scaling.factor") == 32.0
+    assert get_value(found[0], "gpt-oss.rope.freq_base") == 150000.0
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
