@@ -26,7 +26,7 @@ from tools.generated_shapes import SHAPES, GeneratedShape, with_packed_experts
 from tools.make_architecture_fixtures import TEXT, convert, token_sequence
 
 SHOWN = (13, 27)  # positions whose logits are kept
-N_SHOWN = 48  # logits of each
+N_SHOWN = 16  # logits of each
 
 
 def describe(folder: Path, shape: GeneratedShape, llama_cpp: Path) -> dict[str, Any]:
@@ -63,19 +63,19 @@ def run_converter(folder: Path, pre: str, llama_cpp: Path) -> dict[str, Any]:
     types = convert(folder, pre, llama_cpp, "f16")["tensors"]
     for name, (_, _, dtype) in types.items():
         shape, digest = converted["tensors"][name]
-        converted["tensors"][name] = [shape, digest[:10], dtype]
+        converted["tensors"][name] = [shape, digest[:8], dtype]
     return converted
 
 
 def compute_logits(folder: Path, tokens: list[int]) -> dict[int, list[float]]:
-    """Return some logits by position, of five digits after the point."""
+    """Return some logits by position, of four digits after the point."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
         logits = model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
     print("  largest logit", np.abs(logits).max())
-    return {i: [round(float(x), 5) for x in logits[i, :N_SHOWN]] for i in SHOWN}
+    return {i: [round(float(x), 4) for x in logits[i, :N_SHOWN]] for i in SHOWN}
 
 
 def main() -> None:

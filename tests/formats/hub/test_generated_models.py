@@ -77,7 +77,7 @@ def test_tensors_are_the_converters(case: tuple[str, str], model: HubModel, expe
             if spec.dtype == "BF16":
                 raw_u8 = (raw_u8.view("<u2").astype("<u4") << 16).view(np.uint8)
         if not name.endswith("ssm_a"):  # torch's exponential may differ in the last place
-            assert hashlib.sha256(raw_u8.tobytes()).hexdigest()[:10] == digest, name
+            assert hashlib.sha256(raw_u8.tobytes()).hexdigest()[:8] == digest, name
 
 
 def test_rows_are_the_same_in_any_pieces(model: HubModel) -> None:
