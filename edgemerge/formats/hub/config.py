@@ -224,7 +224,9 @@ def _refuse_other_models(check: Checker, reader: Reader) -> None:
         )
     key, wanted = reader.activation
     activation = check.get(key)
-    if SAME_ACTIVATION.get(activation, activation) not in (None, wanted):
+    if isinstance(activation, str):
+        activation = SAME_ACTIVATION.get(activation, activation)
+    if activation not in (None, wanted):
         raise check.unlike(key, activation, wanted)
 
 

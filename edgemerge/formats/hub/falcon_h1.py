@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from edgemerge.formats.hub.checker import Checker
 from edgemerge.formats.hub.layouts import Bands
-from edgemerge.formats.hub.mamba import StateSpace, read_state_space
+from edgemerge.formats.hub.mamba import StateSpace, expanded_width, read_state_space
 from edgemerge.formats.hub.own_keys import Shapes
 from edgemerge.formats.hub.reader import HEADS, LENGTHS, OwnShapes, Reader
 
@@ -20,9 +20,8 @@ ALL = (1 << 63) - 1  # rows
 
 
 def _state_space(check: Checker, shapes: Shapes) -> StateSpace:
-    n_inner = check.get("mamba_d_ssm")
-    if n_inner is None:
-        return read_state_space(check, check.count("mamba_expand") * shapes.n_embd)
+    if check.get("mamba_d_ssm") is None:
+        return read_state_space(check, expanded_width(check, shapes.n_embd))
     return read_state_space(check, check.count("mamba_d_ssm"))
 
 

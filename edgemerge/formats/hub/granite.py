@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from edgemerge.formats.gguf.metadata import Scalar, encode_value
 from edgemerge.formats.hub.checker import Checker
-from edgemerge.formats.hub.mamba import StateSpace, read_state_space
+from edgemerge.formats.hub.mamba import StateSpace, expanded_width, read_state_space
 from edgemerge.formats.hub.own_keys import Shapes
 from edgemerge.formats.hub.reader import LINEAR_YARN, TEXT, OwnShapes, Reader
 
@@ -95,7 +95,7 @@ def _variant(check: Checker, shapes: Shapes) -> str | None:
 def _state_space(check: Checker, shapes: Shapes) -> StateSpace:
     if (expand := check.count("mamba_expand")) != 2:
         raise check.unlike("mamba_expand", expand, "2")
-    return read_state_space(check, expand * shapes.n_embd)
+    return read_state_space(check, expanded_width(check, shapes.n_embd))
 
 
 def _own_shapes(check: Checker, shapes: Shapes) -> OwnShapes:
@@ -135,7 +135,7 @@ def _granite4_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 def _unused_space(check: Checker, shapes: Shapes) -> StateSpace:
     """Return the sizes of what no layer has, which are stated nevertheless."""
     return StateSpace(
-        n_inner=check.count("mamba_expand") * shapes.n_embd,
+        n_inner=expanded_width(check, shapes.n_embd),
         n_heads=check.count("mamba_n_heads"),
         n_groups=check.count("mamba_n_groups"),
         n_state=check.count("mamba_d_state"),

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from math import isinf
 
 from edgemerge.formats.gguf.metadata import encode_value
-from edgemerge.formats.hub.checker import Checker
+from edgemerge.formats.hub.checker import MAX_COUNT, Checker
 from edgemerge.formats.hub.reader import OwnShapes
 
-__all__ = ["StateSpace", "read_state_space"]
+__all__ = ["StateSpace", "expanded_width", "read_state_space"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,11 @@ class StateSpace:
                 "ssm_norm.weight": (self.n_groups, self.n_inner // self.n_groups),
             },
         )
+
+
+def expanded_width(check: Checker, n_embd: int) -> int:
+    """Return the channels that follow from the width of the model."""
+    return n_embd * check.count("mamba_expand", most=MAX_COUNT // n_embd)
 
 
 def read_state_space(check: Checker, n_inner: int) -> StateSpace:

@@ -6,7 +6,9 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.gguf.model import GgufModel
+from edgemerge.formats.hub.config import read_config
 from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.quants.filetypes import tensor_types
 from edgemerge.merging.run import merge
@@ -182,6 +185,34 @@ def test_refused_by_name(name: str, changes: dict, says: str, tmp_path: Path) ->
     with pytest.raises(FormatError) as caught:
         HubModel(make_model(name, tmp_path, **changes))
     assert says in str(caught.value)
+
+
+ODD: tuple[Any, ...] = (
+    0,
+    -1,
+    3,
+    1 << 31,
+    1 << 63,
+    1e300,
+    True,
+    "x",
+    [],
+    [0],
+    [None],
+    {"a": 1},
+    float("inf"),
+)
+
+
+@pytest.mark.parametrize("name", ["granite4_moe", "falcon_h1", "gpt_oss", "llama4"])
+def test_odd_values_are_refused_in_a_sentence(name: str, tmp_path: Path) -> None:
+    path = make_model(name, tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    for key in (*config, "rope_scaling", "mamba_d_ssm", "moe_layers", "attn_scale", "layer_types"):
+        for odd in ODD:
+            path.write_text(json.dumps(config | {key: odd}))
+            with suppress(FormatError):
+                read_config(path).metadata()
 
 
 def spoil(tensors: dict, name: str) -> dict:
