@@ -23,6 +23,7 @@ Fill: TypeAlias = Callable[[list[memoryview], Start], None]
 Bands: TypeAlias = tuple[tuple[int, tuple[float, ...]], ...]
 
 PIECE = 1 << 18  # bytes that are read at a time; one row at least
+SKIPPED = 24 << 10  # bytes of a row that are read with the wanted ones rather than call once more
 BLOCK = 32  # weights that have an exponent in common in MXFP4
 ITEMS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
@@ -140,10 +141,10 @@ class Columns:
         return n_rows * spec.n_cols // self.height
 
     def _read_strip(self, matrix: int, column: int, out: NDArray[np.generic], fill: Fill) -> None:
-        """Read some columns of one matrix, in bands of its rows: these whole, where half of it is ours."""
+        """Read some columns of one matrix, in bands of its rows: whole, or each row by a call of its own."""
         left = self.first + self.step * column
         width = self.step * (len(out) - 1) + 1
-        whole = 2 * width >= self.width
+        whole = (self.width - width) * out.itemsize <= SKIPPED
         skipped, width = (left, self.width) if whole else (0, width)
         shard, offset = self.start
         height = max(1, PIECE // (width * out.itemsize))

@@ -108,8 +108,19 @@ OTHER_NAMES: dict[tuple[str, str], str] = {
 }
 
 
+# Model type -> what the converter calls every way of cutting that its published vocabularies have.
+# llama.cpp has one cut for them, and merges that were learnt with a finer one hardly ever tell.
+NAMES_OF_ALL: dict[str, str] = {"falcon_h1": "falcon-h1"}
+FINER_STEPS = ("Digits", "Punctuation", "Split", "ByteLevel")
+
+
 def bpe_vocabulary(
-    path: Path, tokenizer_json: Json, added: list[AddedToken], vocab_size: int, model_type: str
+    path: Path,
+    tokenizer_json: Json,
+    added: list[AddedToken],
+    vocab_size: int,
+    model_type: str,
+    notes: list[str],
 ) -> dict[str, bytes]:
     """Return the `tokenizer.ggml.*` keys of a byte-level BPE (`_set_vocab_gpt2`).
 
@@ -125,6 +136,8 @@ def bpe_vocabulary(
         Number of tokens to return; ids that no token has become `[PADn]`.
     model_type : str
         config.json's, which chooses among names for one way of cutting.
+    notes : list of str
+        What llama.cpp does otherwise is added to it.
     """
     model = tokenizer_json["model"]
     _refuse_unknown_model(path, tokenizer_json)
@@ -141,7 +154,7 @@ def bpe_vocabulary(
             tokens[i] = user_text(text)
     return {
         "model": encode_value("gpt2", "str"),
-        "pre": encode_value(_pre_tokenizer(path, tokenizer_json, model_type), "str"),
+        "pre": encode_value(_pre_tokenizer(path, tokenizer_json, model_type, notes), "str"),
         "tokens": encode_value(
             [f"[PAD{i}]" if text is None else text for i, text in enumerate(tokens)], "[str]"
         ),
@@ -185,7 +198,7 @@ def _refuse_unknown_model(path: Path, tokenizer_json: Json) -> None:
         )
 
 
-def _pre_tokenizer(path: Path, tokenizer_json: Json, model_type: str) -> str:
+def _pre_tokenizer(path: Path, tokenizer_json: Json, model_type: str, notes: list[str]) -> str:
     normalizers = [
         step["type"] for step in _flatten(tokenizer_json.get("normalizer"), "normalizers")
     ]
@@ -202,6 +215,12 @@ def _pre_tokenizer(path: Path, tokenizer_json: Json, model_type: str) -> str:
         if steps == known and ignores in (None, ignore_merges):
             return OTHER_NAMES.get((model_type, name), name)
     shown = ", ".join(str(step[0]) for step in steps)
+    name_of_all = NAMES_OF_ALL.get(model_type)
+    if name_of_all and "ByteLevel" in shown and all(step[0] in FINER_STEPS for step in steps):
+        notes.append(
+            f"its tokenizer cuts text by {shown}, llama.cpp as {name_of_all}: ids may differ in rare texts"
+        )
+        return name_of_all
     raise FormatError(
         f"its tokenizer cuts text in a way ({shown or 'none'}) that edgemerge knows no llama.cpp "
         "name for; give a GGUF of it (convert_hf_to_gguf.py of llama.cpp knows more tokenizers)",

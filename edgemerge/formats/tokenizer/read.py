@@ -163,7 +163,7 @@ def _metadata(
         if not adds_space(tokenizer_json):
             keys["add_space_prefix"] = encode_value(False, "bool")
     else:
-        keys |= bpe_vocabulary(path, tokenizer_json, added, vocab_size, model_type)
+        keys |= bpe_vocabulary(path, tokenizer_json, added, vocab_size, model_type, notes)
     stated = _without_negative(config, notes)
     ids, adds = special_tokens(tokenizer_json, tokenizer_config, stated, None)
     _check_ids(path, ids, keys["token_type"], vocab_size)

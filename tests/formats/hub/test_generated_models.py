@@ -16,6 +16,7 @@ import pytest
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.gguf.model import GgufModel
+from edgemerge.formats.hub import layouts
 from edgemerge.formats.hub.config import read_config
 from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.quants.filetypes import tensor_types
@@ -83,10 +84,16 @@ def test_tensors_are_the_converters(case: tuple[str, str], model: HubModel, expe
             assert hashlib.sha256(raw_u8.tobytes()).hexdigest()[:8] == digest, name
 
 
-def test_rows_are_the_same_in_any_pieces(model: HubModel) -> None:
+@pytest.mark.parametrize("piece", [None, 100], ids=["whole", "pieces"])
+def test_rows_are_the_same_in_any_pieces(
+    model: HubModel, piece: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, spec in model.specs().items():
         whole_u8 = np.empty(spec.nbytes, np.uint8)
         model.read_rows(name, 0, spec.n_rows, whole_u8)
+        if piece is not None:
+            monkeypatch.setattr(layouts, "PIECE", piece)
+            monkeypatch.setattr(layouts, "SKIPPED", 0)
         for step in (1, 5, 29):
             for start in range(0, spec.n_rows, step):
                 stop = min(spec.n_rows, start + step)
@@ -96,6 +103,7 @@ def test_rows_are_the_same_in_any_pieces(model: HubModel) -> None:
                 assert out_u8.tobytes() == whole_u8[begin:end].tobytes(), (name, start, stop)
             model.forget(name, min(step, spec.n_rows))
         model.forget(name)
+        monkeypatch.undo()
 
 
 def test_logits_are_those_of_transformers(
@@ -290,6 +298,28 @@ def test_rotation_of_gpt_oss_where_nothing_is_stated(tmp_path: Path) -> None:
     assert found[0] == found[1]
     assert get_value(found[0], "gpt-oss.rope.scaling.factor") == 32.0
     assert get_value(found[0], "gpt-oss.rope.freq_base") == 150000.0
+
+
+def test_a_finer_cut_of_falcon_h1(tmp_path: Path) -> None:
+    folder = make_model("falcon_h1", tmp_path / "falcon")
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    *_, last = tokenizer["pre_tokenizer"]["pretokenizers"]
+    steps = [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "Punctuation", "behavior": "Isolated"},
+        last | {"use_regex": True},
+    ]
+    tokenizer["pre_tokenizer"]["pretokenizers"] = steps
+    path.write_text(json.dumps(tokenizer))
+    model = HubModel(folder)
+    assert get_value(model.metadata(), "tokenizer.ggml.pre") == "falcon-h1"
+    (note,) = model.notes()
+    assert note == (
+        "falcon: its tokenizer cuts text by Digits, Punctuation, ByteLevel, llama.cpp as falcon-h1: "
+        "ids may differ in rare texts"
+    )
+    model.close()
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
