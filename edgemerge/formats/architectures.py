@@ -11,6 +11,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from edgemerge.formats.delta_net_names import (
+    DELTA_NET,
+    DELTA_NET_ONLY,
+    QWEN3_NEXT,
+    SHARED_EXPERT,
+)
+
 __all__ = [
     "FAMILIES",
     "GLOBAL",
@@ -22,6 +29,7 @@ __all__ = [
     "hf_name",
     "is_ignored",
     "layer_index",
+    "split_layer",
     "text_name",
 ]
 
@@ -42,6 +50,7 @@ class Family:
     rotates_pairs: bool = False  # GGUF keeps the rows of q and k in another order, see ROTARY_HEADS
     norm_offset: float = 0.0  # stored norms are this much below what a vector is multiplied by
     is_biased: bool = False  # whether q, k and v always have biases
+    towers: tuple[str, ...] = ()  # in names of tensors that see or hear, not read
 
 
 GLOBAL: dict[str, str] = {
@@ -130,6 +139,19 @@ _LFM2_ONLY = {
     **dict.fromkeys(_LFM2_CONV, "conv"),
 }
 
+_EXPERTS = {
+    "ffn_down_exps.weight": "mlp.experts.{}.down_proj.weight",
+    "ffn_gate_exps.weight": "mlp.experts.{}.gate_proj.weight",
+    "ffn_up_exps.weight": "mlp.experts.{}.up_proj.weight",
+}
+_QWEN35_ATTENTION = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    **_QKV,
+    **_QK_NORM,
+    **_OUTPUT,
+}
+
 # model_type of config.json -> what edgemerge reads of such a directory
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", _LLAMA, rotates_pairs=True),
@@ -165,11 +187,30 @@ FAMILIES: dict[str, Family] = {
             **_OUTPUT,
             "ffn_gate_inp.weight": "mlp.gate.weight",
         },
-        experts={
-            "ffn_down_exps.weight": "mlp.experts.{}.down_proj.weight",
-            "ffn_gate_exps.weight": "mlp.experts.{}.gate_proj.weight",
-            "ffn_up_exps.weight": "mlp.experts.{}.up_proj.weight",
-        },
+        experts=_EXPERTS,
+    ),
+    "qwen3_next": Family(
+        "qwen3next",
+        {**_QWEN35_ATTENTION, **QWEN3_NEXT, **SHARED_EXPERT},
+        experts=_EXPERTS,
+        halves={"linear_attn.in_proj_qkvz.weight": ("attn_qkv.weight", "attn_gate.weight")},
+        only=DELTA_NET_ONLY,
+        norm_offset=1.0,
+    ),
+    "qwen3_5_text": Family(
+        "qwen35",
+        {**_QWEN35_ATTENTION, **DELTA_NET, **_FFN},
+        only=DELTA_NET_ONLY,
+        norm_offset=1.0,
+        towers=("visual.",),
+    ),
+    "qwen3_5_moe_text": Family(
+        "qwen35moe",
+        {**_QWEN35_ATTENTION, **DELTA_NET, **SHARED_EXPERT},
+        experts=_EXPERTS,
+        only=DELTA_NET_ONLY,
+        norm_offset=1.0,
+        towers=("visual.",),
     ),
     "gemma2": Family("gemma2", {**_NORMS_AROUND, **_QKV, **_OUTPUT, **_FFN}, norm_offset=1.0),
     "gemma3_text": Family("gemma3", _GEMMA3, norm_offset=1.0),
@@ -260,8 +301,9 @@ def _names_by_architecture() -> dict[str, dict[str, str]]:
     tables: dict[str, dict[str, str]] = {}
     for family in FAMILIES.values():
         stacks = {gguf: hf.replace(".{}", "") for gguf, hf in family.experts.items()}
+        cut = {gguf: hf for hf, names in family.halves.items() for gguf in names}
         table = tables.setdefault(family.architecture, {})
-        table |= {**family.block, **stacks, **table}  # the first family's names count
+        table |= {**family.block, **stacks, **cut, **table}  # the first family's names count
     return tables
 
 
@@ -275,6 +317,12 @@ def gguf_name(model_type: str, hf_name: str) -> str | None:
         stem = _FROM_HF_BLOCK[model_type].get(match[2])
         return f"blk.{match[1]}.{stem}" if stem is not None else None
     return _FROM_HF_GLOBAL[model_type].get(hf_name)
+
+
+def split_layer(hf_name: str) -> tuple[int | None, str]:
+    """Return the layer of a Hugging Face tensor, and its name within it; None and all of it elsewhere."""
+    match = _HF_BLOCK.fullmatch(hf_name)
+    return (int(match[1]), match[2]) if match else (None, hf_name)
 
 
 def half_names(model_type: str, hf_name: str) -> tuple[str, str] | None:

@@ -13,7 +13,10 @@ from edgemerge.errors import FormatError
 from edgemerge.formats.architectures import FAMILIES, Family
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.hub.checker import Checker
-from edgemerge.formats.hub.families import READERS, Reader, Shapes
+from edgemerge.formats.hub.families import READERS
+from edgemerge.formats.hub.layouts import Layout
+from edgemerge.formats.hub.own_keys import Shapes
+from edgemerge.formats.hub.reader import Reader
 from edgemerge.formats.hub.rope import Rope, read_rope, rope_metadata
 from edgemerge.formats.json_file import read_object
 
@@ -26,6 +29,8 @@ ROPE_THETA = 10000.0  # llama.cpp's own, where it is not told
 WRAPPED = {
     "gemma3": (("gemma3_text",), "gemma3_text"),
     "mistral3": (("ministral3", "mistral"), "ministral3"),
+    "qwen3_5": (("qwen3_5_text",), "qwen3_5_text"),
+    "qwen3_5_moe": (("qwen3_5_moe_text",), "qwen3_5_moe_text"),
 }
 
 
@@ -44,6 +49,7 @@ class HubConfig:
     n_ff_expert: int
     n_taps: int  # of a convolution; 0: there is none
     layer_kinds: tuple[str, ...]  # one for each layer, where these are not alike
+    layout: Layout  # of tensors that the common rules do not fit
     vocab_size: int
     rope: Rope
     tied: bool  # whether it says that its head is the embedding
@@ -98,7 +104,7 @@ class HubConfig:
 
     def required(self, stem: str) -> bool:
         """Tell whether every layer must have this tensor; llama.cpp takes the others or not."""
-        if stem.endswith(".weight"):
+        if not stem.endswith(".bias") or not stem.startswith(("attn", "ffn")):
             return True
         return self.attention_bias if stem.startswith("attn") else self.mlp_bias
 
@@ -169,6 +175,7 @@ def read_config(path: Path) -> HubConfig:
         n_ff_expert=n_ff_expert,
         n_taps=check.count("conv_L_cache") if "conv_L_cache" in reader.defaults else 0,
         layer_kinds=reader.layer_kinds(check, shapes),
+        layout=reader.layout(check, shapes),
         vocab_size=check.count("vocab_size"),
         rope=rope,
         tied=tied,
@@ -226,11 +233,12 @@ def _common_keys(
     keys = {
         "block_count": shapes.n_layers,
         "embedding_length": shapes.n_embd,
-        "feed_forward_length": reader.width(check),
         "attention.head_count": shapes.n_head,
         "attention.head_count_kv": n_kv_head,
         "vocab_size": check.count("vocab_size"),
     }
+    if width := reader.width(check):
+        keys["feed_forward_length"] = width
     if reader.states_head_dim or check.get("head_dim") is not None:
         keys |= {f"attention.{which}_length": shapes.head_dim for which in ("key", "value")}
     if reader.experts:

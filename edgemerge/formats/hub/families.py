@@ -8,13 +8,8 @@ Qwen, which neither llama.cpp nor its converter knows: within the window the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from edgemerge.formats.hub.checker import Checker
+from edgemerge.formats.hub.delta_net import DELTA_NET_READERS
 from edgemerge.formats.hub.own_keys import (
-    Shapes,
     gemma2_keys,
     gemma3_keys,
     granite4_keys,
@@ -22,38 +17,15 @@ from edgemerge.formats.hub.own_keys import (
     lfm2_layers,
     lfm2_width,
     ministral3_keys,
-    no_keys,
     olmo3_keys,
-    one_kind,
     phi3_keys,
     qwen3_moe_keys,
     scales_of_granite,
     smollm3_keys,
-    stated_width,
 )
+from edgemerge.formats.hub.reader import Reader
 
-__all__ = ["READERS", "Reader", "Shapes"]
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """How the config.json of one model type is read."""
-
-    classes: tuple[str, ...]  # of `architectures`
-    keys: tuple[str, ...]  # of GGUF, without the architecture's name, in the converter's order
-    ropes: tuple[str, ...]  # kinds of rope scaling that llama.cpp computes for it
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    activation: tuple[str, str] = ("hidden_act", "silu")
-    own_keys: Callable[[Checker, Shapes], dict[str, bytes]] = no_keys
-    layer_kinds: Callable[[Checker, Shapes], tuple[str, ...]] = one_kind
-    width: Callable[[Checker], int] = stated_width  # of the feed-forward part
-    eps_key: str = "rms_norm_eps"
-    tie_keys: tuple[str, ...] = ("tie_word_embeddings",)  # the first that is stated counts
-    states_head_dim: bool = False  # also where config.json does not
-    splits_embedding: bool = False  # llama.cpp takes head_dim to be n_embd / n_head
-    tied: bool | None = None  # None: as the model likes
-    # Keys: the count of experts under the names it has had, how many work at a time, their width
-    experts: tuple[tuple[str, ...], str, str] | None = None
+__all__ = ["READERS"]
 
 
 _ROPE = (
@@ -172,6 +144,7 @@ READERS: dict[str, Reader] = {
             "moe_intermediate_size",
         ),
     ),
+    **DELTA_NET_READERS,
     "gemma2": Reader(
         ("Gemma2ForCausalLM",),
         (

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+import numpy as np
+
 from edgemerge.errors import FormatError
 from edgemerge.formats.architectures import (
     ROTARY_HEADS,
@@ -14,9 +16,11 @@ from edgemerge.formats.architectures import (
     gguf_name,
     half_names,
     layer_index,
+    split_layer,
 )
 from edgemerge.formats.hub.config import HubConfig
 from edgemerge.formats.hub.files import CONFIG, stored_tensors
+from edgemerge.formats.hub.layouts import Change, Cut
 from edgemerge.formats.hub.names import is_adapter, is_packed, is_unused, own_name
 from edgemerge.formats.hub.safetensors import StoredTensor
 from edgemerge.types import TensorSpec
@@ -46,7 +50,8 @@ class Place:
     part_bytes: int
     dtype: str  # as stored
     n_heads: int = 0  # 0: rows lie as GGUF wants them; else the heads that cut the rotary order
-    norm_offset: float = 0.0  # 0: the bytes are passed on; else added, which makes it float32
+    columns: tuple[int, ...] = ()  # stored group of columns -> its place in GGUF; () as they are
+    change: Change | None = None  # None: the bytes are passed on; else float32 is made of them
 
 
 class Inventory:
@@ -102,6 +107,8 @@ class Inventory:
                 path=shard,
                 tensor=stored_name,
             )
+        if self._cut(shard, name, stored_name, tensor):
+            return
         if halves := half_names(self._config.model_type, name):
             for half, own in zip(_halve(tensor), halves, strict=True):
                 self._place(shard, stored_name, half, own)
@@ -120,11 +127,33 @@ class Inventory:
         self._experts.setdefault(layer, {}).setdefault(stem, {})[number] = found
         self._stack(layer)
 
+    def _cut(self, shard: Path, name: str, stored_name: str, tensor: StoredTensor) -> bool:
+        """File what a family makes of a tensor by rules of its own; tell whether it has some."""
+        layer, hf_stem = split_layer(name)
+        stored = self._config.layout(layer).get(hf_stem)
+        if stored is None:
+            return False
+        for cut in stored.cuts:
+            own = cut.stem if layer is None else f"blk.{layer}.{cut.stem}"
+            self._find_layer(shard, stored_name, own)
+            self._check(shard, stored_name, tensor, cut.stem, stored.shape)
+            self._file_cut(own, cut, shard, tensor)
+        return True
+
+    def _file_cut(self, name: str, cut: Cut, shard: Path, tensor: StoredTensor) -> None:
+        n_rows = tensor.shape[0] if len(tensor.shape) == 1 else prod(tensor.shape[:-1])
+        n_bytes = tensor.nbytes // n_rows
+        parts = tuple((shard, tensor.offset + start * n_bytes) for start in cut.starts)
+        height, dtype = cut.height * n_bytes, DTYPES[tensor.dtype]
+        self.places[name] = Place(parts, height, dtype, columns=cut.columns, change=cut.change)
+        made, size = (
+            (dtype, len(parts) * height) if cut.change is None else ("F32", 4 * prod(cut.shape))
+        )
+        self.specs[name] = TensorSpec(name, cut.shape, made, size)
+
     def _place(self, shard: Path, stored_name: str, tensor: StoredTensor, name: str) -> None:
         """Check a tensor, and file it under its GGUF name."""
-        layer, stem = self._find_layer(shard, stored_name, name)
-        if layer is not None and self._config.lacks(layer, stem):
-            raise self._refuse_unknown(shard, stored_name)
+        _, stem = self._find_layer(shard, stored_name, name)
         if stem == "shortconv.conv.weight" and len(tensor.shape) == 3 and tensor.shape[1] == 1:
             tensor = replace(tensor, shape=tensor.shape[::2])  # one filter for each channel
         self._check(shard, stored_name, tensor, stem)
@@ -135,9 +164,10 @@ class Inventory:
         layer = layer_index(name)
         if layer is None:
             return None, name
-        if layer >= self._config.n_layers:
+        stem = name.split(".", 2)[2]
+        if layer >= self._config.n_layers or self._config.lacks(layer, stem):
             raise self._refuse_unknown(shard, stored_name)
-        return layer, name.split(".", 2)[2]
+        return layer, stem
 
     def _refuse_unknown(self, shard: Path, stored_name: str) -> FormatError:
         return FormatError(
@@ -158,7 +188,15 @@ class Inventory:
             tensor=stored_name,
         )
 
-    def _check(self, shard: Path, stored_name: str, tensor: StoredTensor, stem: str) -> None:
+    def _check(
+        self,
+        shard: Path,
+        stored_name: str,
+        tensor: StoredTensor,
+        stem: str,
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
+        """Refuse a type that is not read, or another shape than config.json makes it."""
         if tensor.dtype not in DTYPES:
             if self._config.quantised:
                 raise self._refuse_packed(shard, stored_name, f"of type {tensor.dtype}")
@@ -168,7 +206,7 @@ class Inventory:
                 path=shard,
                 tensor=stored_name,
             )
-        expected = self._config.expected_shape(stem)
+        expected = self._config.expected_shape(stem) if shape is None else shape
         if tensor.shape != expected:
             remedy = "the two files belong to different models, get the directory again"
             if stem == "token_embd.weight" and tensor.shape[1:] == expected[1:]:
@@ -187,7 +225,8 @@ class Inventory:
         offset = family.norm_offset if stem.endswith("norm.weight") else 0.0
         dtype = DTYPES[tensor.dtype]
         parts = ((shard, tensor.offset),)
-        self.places[name] = Place(parts, tensor.nbytes, dtype, heads, offset)
+        change = _adder(offset) if offset else None
+        self.places[name] = Place(parts, tensor.nbytes, dtype, heads, change=change)
         if offset:
             self.specs[name] = TensorSpec(name, tensor.shape, "F32", 4 * prod(tensor.shape))
         else:
@@ -230,6 +269,8 @@ class Inventory:
                 for stem, hf in names.items():
                     if not config.lacks(layer, stem):
                         yield f"model.layers.{layer}.{hf}"
+                if all(f"blk.{layer}.{stem}" in self.specs for stem in family.experts):
+                    continue  # maybe stored as one
                 for i in range(config.n_experts):
                     for hf in family.experts.values():
                         yield f"model.layers.{layer}.{hf.format(i)}"
@@ -241,6 +282,11 @@ class Inventory:
                     path=self._path,
                     tensor=name,
                 )
+
+
+def _adder(offset: float) -> Change:
+    """Return what makes of a stored norm the vector that Gemma and others multiply by."""
+    return lambda norm: norm + np.float32(offset)
 
 
 def _halve(tensor: StoredTensor) -> tuple[StoredTensor, StoredTensor]:

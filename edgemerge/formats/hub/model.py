@@ -36,6 +36,7 @@ __all__ = ["HubModel"]
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 PIECE = 1 << 20  # bytes of rows that are compared at a time; one row at least
+MAX_ITEMS = 1024  # pieces of rows that one system call reads
 
 
 class HubModel:
@@ -179,8 +180,10 @@ class HubModel:
             return
         place = self._places[name]
         view = out_u8.data.cast("B")
-        if place.norm_offset:
-            out_u8[:] = self._read_norm(name, place).view(np.uint8)
+        if place.change is not None:
+            out_u8[:] = place.change(self._read_vector(name, place)).view(np.uint8)
+        elif place.columns:
+            self._fill_columns(name, start, stop, view)
         elif not place.n_heads:
             self._fill_rows(name, start * spec.row_bytes, stop * spec.row_bytes, view)
         elif len(spec.shape) > 1:
@@ -188,11 +191,11 @@ class HubModel:
         else:  # a bias is one row whose elements are permuted as the rows of its weight are
             self._fill_rotary(name, 0, spec.n_cols, spec.nbytes // spec.n_cols, view)
 
-    def _read_norm(self, name: str, place: Place) -> Float32:
-        """Return the vector that Gemma multiplies by: it stores them less 1."""
-        stored = np.empty(place.part_bytes, np.uint8)
-        self._fill(name, [stored.data.cast("B")], place.parts[0])
-        return _as_f32(stored, place.dtype) + np.float32(place.norm_offset)
+    def _read_vector(self, name: str, place: Place) -> Float32:
+        """Return a whole vector as it is stored, its parts in GGUF's order."""
+        stored = np.empty(len(place.parts) * place.part_bytes, np.uint8)
+        self._fill_rows(name, 0, stored.nbytes, stored.data.cast("B"))
+        return _as_f32(stored, place.dtype)
 
     def _fill_rows(self, name: str, start: int, stop: int, view: memoryview) -> None:
         """Read bytes [start, stop) of a tensor, whose parts may lie apart."""
@@ -224,6 +227,18 @@ class HubModel:
                 items = [view[at * width : (at + 1) * width] for at in places]
                 run = offset + (first + parity * half + i_from) * width
                 self._fill(name, items, (shard, run))
+
+    def _fill_columns(self, name: str, start: int, stop: int, view: memoryview) -> None:
+        """Read rows whose groups of columns GGUF has in other places; no buffer between."""
+        place, width = self._places[name], self._specs[name].row_bytes
+        n_bytes = width // len(place.columns)
+        shard, first = place.parts[0]
+        starts = [to * n_bytes for to in place.columns]
+        height = max(1, MAX_ITEMS // len(starts))
+        for top in range(start, stop, height):
+            rows = range(top - start, min(stop, top + height) - start)
+            items = [view[row * width + to :][:n_bytes] for row in rows for to in starts]
+            self._fill(name, items, (shard, first + top * width))
 
     def _fill(self, name: str, items: list[memoryview], place: tuple[Path, int]) -> None:
         """Fill the buffers one after the other from an offset in a shard; thread-safe."""
