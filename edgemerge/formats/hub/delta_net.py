@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from edgemerge.formats.gguf.metadata import Scalar, encode_value
 from edgemerge.formats.hub.checker import Checker
-from edgemerge.formats.hub.layouts import Cut, Layout, Stored, negative_exp, whole
+from edgemerge.formats.hub.cuts import Cut, Cuts, Stored, whole
 from edgemerge.formats.hub.own_keys import Shapes, qwen3_moe_keys, stated_kinds
 from edgemerge.formats.hub.reader import Reader
 
@@ -110,7 +110,7 @@ def width_if_stated(check: Checker) -> int:
     return check.count("intermediate_size") if check.get("intermediate_size") is not None else 0
 
 
-def qwen35_layout(check: Checker, shapes: Shapes) -> Layout:
+def qwen35_cuts(check: Checker, shapes: Shapes) -> Cuts:
     """Lay out a delta net whose heads of values lie in groups, one for each head of keys.
 
     GGUF has the first of every group, then the second of every group: `_reorder_v_heads` of llama.cpp's
@@ -137,7 +137,7 @@ def qwen35_layout(check: Checker, shapes: Shapes) -> Layout:
     return lambda layer: tensors if layer is not None else {}
 
 
-def qwen3_next_layout(check: Checker, shapes: Shapes) -> Layout:
+def qwen3_next_cuts(check: Checker, shapes: Shapes) -> Cuts:
     """Lay out a delta net whose stored rows are one group for each head of keys.
 
     A group has a query, a key, its values and their gates.
@@ -184,9 +184,7 @@ def _common_tensors(
     q = 2 * shapes.n_head * shapes.head_dim  # each head's query, then its gate
     return {
         "self_attn.q_proj.weight": whole("attn_q.weight", (q, shapes.n_embd)),
-        "linear_attn.A_log": Stored(
-            (n_value,), (Cut("ssm_a", (n_value,), decay, 1, change=negative_exp),)
-        ),
+        "linear_attn.A_log": Stored((n_value,), (Cut("ssm_a", (n_value,), decay, 1),)),
         "linear_attn.dt_bias": _heads("ssm_dt.bias", (n_value,), values, 1),
         "linear_attn.norm.weight": whole("ssm_norm.weight", (size,)),  # which alone is not less 1
         "linear_attn.conv1d.weight": Stored((n_channels, 1, n_taps), (conv,)),
@@ -272,7 +270,7 @@ DELTA_NET_READERS: dict[str, Reader] = {
         },
         own_keys=qwen3_next_keys,
         layer_kinds=delta_net_layers,
-        layout=qwen3_next_layout,
+        cuts=qwen3_next_cuts,
         width=width_if_stated,
         states_head_dim=True,
         experts=_EXPERTS,
@@ -284,7 +282,7 @@ DELTA_NET_READERS: dict[str, Reader] = {
         {**_DEFAULTS, "num_key_value_heads": 4},
         own_keys=qwen35_keys,
         layer_kinds=delta_net_layers,
-        layout=qwen35_layout,
+        cuts=qwen35_cuts,
         states_head_dim=True,
     ),
     "qwen3_5_moe_text": Reader(
@@ -300,7 +298,7 @@ DELTA_NET_READERS: dict[str, Reader] = {
         },
         own_keys=qwen35_moe_keys,
         layer_kinds=delta_net_layers,
-        layout=qwen35_layout,
+        cuts=qwen35_cuts,
         width=width_if_stated,
         states_head_dim=True,
         experts=_EXPERTS,

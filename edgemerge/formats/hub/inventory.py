@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-import numpy as np
-
 from edgemerge.errors import FormatError
 from edgemerge.formats.architectures import (
     ROTARY_HEADS,
@@ -18,9 +16,10 @@ from edgemerge.formats.architectures import (
     layer_index,
     split_layer,
 )
-from edgemerge.formats.hub.config import HubConfig
+from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, HubConfig
+from edgemerge.formats.hub.cuts import Cut
 from edgemerge.formats.hub.files import CONFIG, stored_tensors
-from edgemerge.formats.hub.layouts import Change, Cut
+from edgemerge.formats.hub.layouts import Decay, Groups, Layout, Scaled
 from edgemerge.formats.hub.names import is_adapter, is_packed, is_unused, own_name
 from edgemerge.formats.hub.safetensors import StoredTensor
 from edgemerge.types import TensorSpec
@@ -50,8 +49,8 @@ class Place:
     part_bytes: int
     dtype: str  # as stored
     n_heads: int = 0  # 0: rows lie as GGUF wants them; else the heads that cut the rotary order
-    columns: tuple[int, ...] = ()  # stored group of columns -> its place in GGUF; () as they are
-    change: Change | None = None  # None: the bytes are passed on; else float32 is made of them
+    norm_offset: float = 0.0  # 0: the bytes are passed on; else added, which makes it float32
+    layout: Layout | None = None  # how it is read, where that is not as above
 
 
 class Inventory:
@@ -80,7 +79,7 @@ class Inventory:
         for shard, tensors in stored_tensors(path).items():
             # By name within a shard, as llama.cpp's SafetensorsLocal lists them.
             for stored_name, tensor in sorted(tensors.items()):
-                name = own_name(config.model_type, stored_name)
+                name = own_name(config.kind, stored_name)
                 if name is None:
                     self.unused.append(stored_name)
                     continue
@@ -93,6 +92,12 @@ class Inventory:
                 self._add(shard, name, stored_name, tensor)
                 found[name] = stored_name
         self._require_all(found)
+
+    def tie_head(self) -> TensorSpec:
+        """File the embedding as the head too, and return its specification."""
+        shard, tensor = self._embedding
+        self._file(OUTPUT, OUTPUT, shard, tensor)
+        return self.specs[OUTPUT]
 
     def _add(self, shard: Path, name: str, stored_name: str, tensor: StoredTensor) -> None:
         """Check one stored tensor against config.json and file it under its GGUF name."""
@@ -109,12 +114,12 @@ class Inventory:
             )
         if self._cut(shard, name, stored_name, tensor):
             return
-        if halves := half_names(self._config.model_type, name):
+        if halves := half_names(self._config.kind, name):
             for half, own in zip(_halve(tensor), halves, strict=True):
-                self._place(shard, stored_name, half, own)
+                self._place(shard, stored_name, half, own, 2 * half.nbytes)
             return
-        expert = expert_name(self._config.model_type, name)
-        new_name, number = expert or (gguf_name(self._config.model_type, name), 0)
+        expert = expert_name(self._config.kind, name)
+        new_name, number = expert or (gguf_name(self._config.kind, name), 0)
         if new_name is None or (expert is not None and number >= self._config.n_experts):
             raise self._refuse_unknown(shard, stored_name)
         if expert is None:
@@ -130,44 +135,59 @@ class Inventory:
     def _cut(self, shard: Path, name: str, stored_name: str, tensor: StoredTensor) -> bool:
         """File what a family makes of a tensor by rules of its own; tell whether it has some."""
         layer, hf_stem = split_layer(name)
-        stored = self._config.layout(layer).get(hf_stem)
+        stored = self._config.cuts(layer).get(hf_stem)
         if stored is None:
             return False
         for cut in stored.cuts:
             own = cut.stem if layer is None else f"blk.{layer}.{cut.stem}"
-            self._find_layer(shard, stored_name, own)
-            self._check(shard, stored_name, tensor, cut.stem, stored.shape)
+            _, stem = self._find_layer(shard, stored_name, own)
+            if layer is not None and self._config.lacks(layer, stem):
+                raise self._refuse_unknown(shard, stored_name)
+            self._check(shard, stored_name, tensor, stem, stored.shape)
             self._file_cut(own, cut, shard, tensor)
         return True
 
     def _file_cut(self, name: str, cut: Cut, shard: Path, tensor: StoredTensor) -> None:
         n_rows = tensor.shape[0] if len(tensor.shape) == 1 else prod(tensor.shape[:-1])
-        n_bytes = tensor.nbytes // n_rows
-        parts = tuple((shard, tensor.offset + start * n_bytes) for start in cut.starts)
-        height, dtype = cut.height * n_bytes, DTYPES[tensor.dtype]
-        self.places[name] = Place(parts, height, dtype, columns=cut.columns, change=cut.change)
-        made, size = (
-            (dtype, len(parts) * height) if cut.change is None else ("F32", 4 * prod(cut.shape))
+        n_bytes, dtype, start = (
+            tensor.nbytes // n_rows,
+            DTYPES[tensor.dtype],
+            (shard, tensor.offset),
         )
-        self.specs[name] = TensorSpec(name, cut.shape, made, size)
+        parts = tuple((shard, tensor.offset + first * n_bytes) for first in cut.starts)
+        n_stored = len(parts) * cut.height * n_bytes
+        layout: Layout | None = None
+        self.specs[name] = TensorSpec(name, cut.shape, dtype, n_stored)
+        if cut.stem == "ssm_a":
+            layout = Decay(start, dtype, cut.starts)
+            self.specs[name] = TensorSpec(name, cut.shape, "F32", 4 * prod(cut.shape))
+        elif cut.columns:
+            layout = Groups(start, cut.columns)
+        self.places[name] = Place(parts, cut.height * n_bytes, dtype, layout=layout)
 
-    def _place(self, shard: Path, stored_name: str, tensor: StoredTensor, name: str) -> None:
-        """Check a tensor, and file it under its GGUF name."""
-        _, stem = self._find_layer(shard, stored_name, name)
+    def _place(
+        self, shard: Path, stored_name: str, tensor: StoredTensor, name: str, whole: int = 0
+    ) -> None:
+        """Check a tensor, and file it under its GGUF name; `whole`: bytes of what it is the half of."""
+        layer, stem = self._find_layer(shard, stored_name, name)
+        if layer is not None and self._config.lacks(layer, stem):
+            raise self._refuse_unknown(shard, stored_name)
         if stem == "shortconv.conv.weight" and len(tensor.shape) == 3 and tensor.shape[1] == 1:
             tensor = replace(tensor, shape=tensor.shape[::2])  # one filter for each channel
         self._check(shard, stored_name, tensor, stem)
-        self._file(name, stem, shard, tensor)
+        if name == EMBEDDING:
+            self._embedding = shard, tensor
+        tensor = replace(tensor, shape=self._config.shapes.in_gguf.get(stem, tensor.shape))
+        self._file(name, stem, shard, tensor, whole)
 
     def _find_layer(self, shard: Path, stored_name: str, name: str) -> tuple[int | None, str]:
         """Return a tensor's layer, and its name without it."""
         layer = layer_index(name)
         if layer is None:
             return None, name
-        stem = name.split(".", 2)[2]
-        if layer >= self._config.n_layers or self._config.lacks(layer, stem):
+        if layer >= self._config.n_layers:
             raise self._refuse_unknown(shard, stored_name)
-        return layer, stem
+        return layer, name.split(".", 2)[2]
 
     def _refuse_unknown(self, shard: Path, stored_name: str) -> FormatError:
         return FormatError(
@@ -194,9 +214,8 @@ class Inventory:
         stored_name: str,
         tensor: StoredTensor,
         stem: str,
-        shape: tuple[int, ...] | None = None,
+        expected: tuple[int, ...] = (),
     ) -> None:
-        """Refuse a type that is not read, or another shape than config.json makes it."""
         if tensor.dtype not in DTYPES:
             if self._config.quantised:
                 raise self._refuse_packed(shard, stored_name, f"of type {tensor.dtype}")
@@ -206,7 +225,7 @@ class Inventory:
                 path=shard,
                 tensor=stored_name,
             )
-        expected = self._config.expected_shape(stem) if shape is None else shape
+        expected = expected or self._config.expected_shape(stem)
         if tensor.shape != expected:
             remedy = "the two files belong to different models, get the directory again"
             if stem == "token_embd.weight" and tensor.shape[1:] == expected[1:]:
@@ -217,17 +236,27 @@ class Inventory:
                 tensor=stored_name,
             )
 
-    def _file(self, name: str, stem: str, shard: Path, tensor: StoredTensor) -> None:
+    def _file(
+        self, name: str, stem: str, shard: Path, tensor: StoredTensor, whole: int = 0
+    ) -> None:
         family = self._config.family
         heads = 0
         if family.rotates_pairs and stem in ROTARY_HEADS:
             heads = getattr(self._config, ROTARY_HEADS[stem])
         offset = family.norm_offset if stem.endswith("norm.weight") else 0.0
-        dtype = DTYPES[tensor.dtype]
-        parts = ((shard, tensor.offset),)
-        change = _adder(offset) if offset else None
-        self.places[name] = Place(parts, tensor.nbytes, dtype, heads, change=change)
-        if offset:
+        dtype, start = DTYPES[tensor.dtype], (shard, tensor.offset)
+        layout: Layout | None = None
+        if stem == "ssm_a":
+            layout = Decay(start, dtype)
+        elif stem in self._config.scales:
+            layout = Scaled(start, dtype, self._config.scales[stem])
+        parts: tuple[tuple[Path, int], ...] = (start,)
+        if whole and len(tensor.shape) > 2:  # half of each expert
+            step = whole // tensor.shape[0]
+            parts = tuple((shard, tensor.offset + i * step) for i in range(tensor.shape[0]))
+        part_bytes = tensor.nbytes // len(parts)
+        self.places[name] = Place(parts, part_bytes, dtype, heads, offset, layout)
+        if offset or layout:
             self.specs[name] = TensorSpec(name, tensor.shape, "F32", 4 * prod(tensor.shape))
         else:
             self.specs[name] = TensorSpec(name, tensor.shape, dtype, tensor.nbytes)
@@ -264,13 +293,13 @@ class Inventory:
         def wanted() -> Iterator[str]:  # one by one: a hostile config.json has billions of layers
             yield from (hf for name, hf in family.outside.items() if name != "output.weight")
             names = {stem: hf for stem, hf in family.block.items() if config.required(stem)}
-            names |= {hf: hf for hf in family.halves}
+            names |= {stems[0]: hf for hf, stems in family.halves.items()}
             for layer in range(config.n_layers):
                 for stem, hf in names.items():
                     if not config.lacks(layer, stem):
                         yield f"model.layers.{layer}.{hf}"
                 if all(f"blk.{layer}.{stem}" in self.specs for stem in family.experts):
-                    continue  # maybe stored as one
+                    continue  # there are none, or all of a layer are stored as one
                 for i in range(config.n_experts):
                     for hf in family.experts.values():
                         yield f"model.layers.{layer}.{hf.format(i)}"
@@ -284,16 +313,15 @@ class Inventory:
                 )
 
 
-def _adder(offset: float) -> Change:
-    """Return what makes of a stored norm the vector that Gemma and others multiply by."""
-    return lambda norm: norm + np.float32(offset)
-
-
 def _halve(tensor: StoredTensor) -> tuple[StoredTensor, StoredTensor]:
-    """Cut a matrix into its upper and lower half; one of an odd height is left for the check of shapes."""
-    n_rows, *rest = tensor.shape or (0,)
-    shape, nbytes = (n_rows // 2, *rest), tensor.nbytes // 2
+    """Cut the matrix, or each matrix of a stack, into its upper and lower half.
+
+    What has an odd height is left for the check of shapes.
+    """
+    *stack, n_rows, n_cols = tensor.shape if len(tensor.shape) > 1 else (1, 1)
     if n_rows % 2:
         return tensor, tensor
-    upper = StoredTensor(tensor.dtype, shape, tensor.offset, nbytes)
-    return upper, replace(upper, offset=tensor.offset + nbytes)
+    shape = (*stack, n_rows // 2, n_cols)
+    upper = StoredTensor(tensor.dtype, shape, tensor.offset, tensor.nbytes // 2)
+    n_stacked = prod(stack) or 1
+    return upper, replace(upper, offset=tensor.offset + upper.nbytes // n_stacked)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,10 @@ from edgemerge.formats.files import (
     was_cached,
 )
 from edgemerge.formats.hub.card import general_metadata
-from edgemerge.formats.hub.config import read_config
+from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, read_config
 from edgemerge.formats.hub.files import CONFIG, refuse_folder, unread_files
 from edgemerge.formats.hub.inventory import Inventory, Place
+from edgemerge.formats.hub.layouts import as_f32
 from edgemerge.formats.hub.names import name_some
 from edgemerge.formats.hub.rope import rope_tensors
 from edgemerge.formats.tokenizer.process import read_tokenizer
@@ -34,9 +35,7 @@ from edgemerge.types import FileState, Float32, TensorSpec, UInt8
 
 __all__ = ["HubModel"]
 
-EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 PIECE = 1 << 20  # bytes of rows that are compared at a time; one row at least
-MAX_ITEMS = 1024  # pieces of rows that one system call reads
 
 
 class HubModel:
@@ -76,7 +75,7 @@ class HubModel:
         self._states = {shard: read_state(fd, shard) for shard, fd in self._fds.items()}
         self._stay_cached = {shard for shard, fd in self._fds.items() if was_cached(fd)}
         try:
-            self._settle_head()
+            self._settle_head(inventory)
         except BaseException:
             self.close()
             raise
@@ -95,7 +94,7 @@ class HubModel:
             )
         return notes
 
-    def _settle_head(self) -> None:
+    def _settle_head(self, inventory: Inventory) -> None:
         """Keep a stored head that is not the embedding, whatever config.json says of tying.
 
         So do transformers and llama.cpp, which ties where no head is stored. Some architectures have it
@@ -123,8 +122,7 @@ class HubModel:
                 "stored; the embedding is used"
             )
         if OUTPUT not in self._places and must_tie is False:
-            self._places[OUTPUT] = self._places[EMBEDDING]
-            self._specs[OUTPUT] = replace(self._specs[EMBEDDING], name=OUTPUT)
+            self._specs[OUTPUT] = inventory.tie_head()
 
     def _is_embedding(self) -> bool:
         """Tell whether the stored head has the embedding's values; reads both as far as they agree."""
@@ -133,7 +131,7 @@ class HubModel:
         same = True
         for start in range(0, n_rows, height):
             stop = min(n_rows, start + height)
-            left, right = (self._read_f32(name, start, stop) for name in (EMBEDDING, OUTPUT))
+            left, right = (self._read_stored(name, start, stop) for name in (EMBEDDING, OUTPUT))
             if not np.array_equal(left, right):
                 same = False
                 break
@@ -141,10 +139,12 @@ class HubModel:
             self.forget(name)
         return same
 
-    def _read_f32(self, name: str, start: int, stop: int) -> Float32:
-        raw = np.empty((stop - start) * self._specs[name].row_bytes, np.uint8)
-        self.read_rows(name, start, stop, raw)
-        return _as_f32(raw, self._places[name].dtype)
+    def _read_stored(self, name: str, start: int, stop: int) -> Float32:
+        place, n_rows = self._places[name], self._specs[name].n_rows
+        width = place.part_bytes // n_rows
+        raw = np.empty((stop - start) * width, np.uint8)
+        self._fill_rows(name, start * width, stop * width, raw.data.cast("B"))
+        return as_f32(raw, place.dtype)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """All tensors by GGUF name, in the order in which llama.cpp's converter lists them."""
@@ -180,10 +180,10 @@ class HubModel:
             return
         place = self._places[name]
         view = out_u8.data.cast("B")
-        if place.change is not None:
-            out_u8[:] = place.change(self._read_vector(name, place)).view(np.uint8)
-        elif place.columns:
-            self._fill_columns(name, start, stop, view)
+        if place.layout is not None:
+            place.layout.read(spec, start, stop, out_u8, partial(self._fill, name))
+        elif place.norm_offset:
+            out_u8[:] = self._read_norm(name, place).view(np.uint8)
         elif not place.n_heads:
             self._fill_rows(name, start * spec.row_bytes, stop * spec.row_bytes, view)
         elif len(spec.shape) > 1:
@@ -191,11 +191,11 @@ class HubModel:
         else:  # a bias is one row whose elements are permuted as the rows of its weight are
             self._fill_rotary(name, 0, spec.n_cols, spec.nbytes // spec.n_cols, view)
 
-    def _read_vector(self, name: str, place: Place) -> Float32:
-        """Return a whole vector as it is stored, its parts in GGUF's order."""
-        stored = np.empty(len(place.parts) * place.part_bytes, np.uint8)
-        self._fill_rows(name, 0, stored.nbytes, stored.data.cast("B"))
-        return _as_f32(stored, place.dtype)
+    def _read_norm(self, name: str, place: Place) -> Float32:
+        """Return the vector that Gemma multiplies by: it stores them less 1."""
+        stored = np.empty(place.part_bytes, np.uint8)
+        self._fill(name, [stored.data.cast("B")], place.parts[0])
+        return as_f32(stored, place.dtype) + np.float32(place.norm_offset)
 
     def _fill_rows(self, name: str, start: int, stop: int, view: memoryview) -> None:
         """Read bytes [start, stop) of a tensor, whose parts may lie apart."""
@@ -228,18 +228,6 @@ class HubModel:
                 run = offset + (first + parity * half + i_from) * width
                 self._fill(name, items, (shard, run))
 
-    def _fill_columns(self, name: str, start: int, stop: int, view: memoryview) -> None:
-        """Read rows whose groups of columns GGUF has in other places; no buffer between."""
-        place, width = self._places[name], self._specs[name].row_bytes
-        n_bytes = width // len(place.columns)
-        shard, first = place.parts[0]
-        starts = [to * n_bytes for to in place.columns]
-        height = max(1, MAX_ITEMS // len(starts))
-        for top in range(start, stop, height):
-            rows = range(top - start, min(stop, top + height) - start)
-            items = [view[row * width + to :][:n_bytes] for row in rows for to in starts]
-            self._fill(name, items, (shard, first + top * width))
-
     def _fill(self, name: str, items: list[memoryview], place: tuple[Path, int]) -> None:
         """Fill the buffers one after the other from an offset in a shard; thread-safe."""
         shard, at = place
@@ -249,6 +237,11 @@ class HubModel:
         """Drop a tensor's pages, or its first rows', from the page cache, unless the shard was in it."""
         if place := self._places.get(name):
             spec = self._specs[name]
+            if place.layout is not None:
+                for (shard, offset), n_bytes in place.layout.stored(spec, n_rows or spec.n_rows):
+                    if shard not in self._stay_cached:
+                        forget_range(self._fds[shard], offset, n_bytes)
+                return
             left = spec.nbytes if n_rows is None else n_rows * spec.row_bytes
             for shard, offset in place.parts:
                 if shard not in self._stay_cached:
@@ -273,13 +266,3 @@ class HubModel:
         """Close the shards."""
         while self._fds:
             os.close(self._fds.popitem()[1])
-
-
-def _as_f32(raw: UInt8, dtype: str) -> Float32:
-    match dtype:
-        case "BF16":
-            return (raw.view("<u2").astype("<u4") << 16).view("<f4")
-        case "F16":
-            return raw.view("<f2").astype("<f4")
-        case _:
-            return raw.view("<f4")

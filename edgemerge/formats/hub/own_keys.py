@@ -14,7 +14,6 @@ __all__ = [
     "Shapes",
     "gemma2_keys",
     "gemma3_keys",
-    "granite4_keys",
     "lfm2_keys",
     "lfm2_layers",
     "lfm2_width",
@@ -24,7 +23,6 @@ __all__ = [
     "one_kind",
     "phi3_keys",
     "qwen3_moe_keys",
-    "scales_of_granite",
     "smollm3_keys",
     "stated_kinds",
     "stated_width",
@@ -44,50 +42,6 @@ class Shapes:
 def no_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """Return nothing, for a family without keys of its own."""
     return {}
-
-
-def scales_of_granite(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    """State four factors, of which llama.cpp takes each for 1 where it is not stated."""
-    names = {
-        "attention.scale": "attention_multiplier",
-        "embedding_scale": "embedding_multiplier",
-        "residual_scale": "residual_multiplier",
-        "logit_scale": "logits_scaling",
-    }
-    return {key: encode_value(check.number(name, 1.0), "f32") for key, name in names.items()}
-
-
-def granite4_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    """Read a Granite 4 that has attention in every layer, and no experts; its hybrids are refused."""
-    kinds = check.get("layer_types")
-    if not isinstance(kinds, list) or any(
-        kind not in ("attention", "full_attention") for kind in kinds
-    ):
-        raise check.elsewhere("layer_types", kinds)
-    if n_experts := check.get("num_local_experts"):
-        raise check.elsewhere("num_local_experts", n_experts)
-    if (kind := check.get("position_embedding_type")) != "rope":
-        raise check.unlike("position_embedding_type", kind, "'rope'")
-    width = check.count("shared_intermediate_size")
-    if width != check.count("intermediate_size"):
-        raise check.unlike("shared_intermediate_size", width, "that of intermediate_size")
-    heads = [check.count("num_key_value_heads", shapes.n_head)] * shapes.n_layers
-    counts = {
-        "expert_count": 0,
-        "expert_used_count": 0,
-        "expert_shared_feed_forward_length": width,
-        "ssm.conv_kernel": check.count("mamba_d_conv"),
-        "ssm.state_size": check.count("mamba_d_state"),
-        "ssm.group_count": check.count("mamba_n_groups"),
-        "ssm.inner_size": check.count("mamba_expand") * shapes.n_embd,
-        "ssm.time_step_rank": check.count("mamba_n_heads"),
-    }
-    return {
-        **scales_of_granite(check, shapes),
-        **{key: encode_value(value, "u32") for key, value in counts.items()},
-        "attention.head_count_kv": encode_value(list(heads), "[i32]"),
-        "rope.scaling.finetuned": encode_value(True, "bool"),
-    }
 
 
 def one_kind(check: Checker, shapes: Shapes) -> tuple[str, ...]:

@@ -99,10 +99,12 @@ PRE_TOKENIZERS: tuple[tuple[tuple[Step, ...], bool | None, str], ...] = (
 
 # (model type, name above) -> what the converter calls the same cutting in that family's vocabulary
 OTHER_NAMES: dict[tuple[str, str], str] = {
-    ("granite", "smaug-bpe"): "dbrx",
-    ("granite", "smollm"): "refact",
-    ("granitemoehybrid", "smaug-bpe"): "dbrx",
-    ("granitemoehybrid", "smollm"): "refact",
+    **{
+        (f"granite{kind}", ours): theirs
+        for kind in ("", "moe", "moeshared", "moehybrid")
+        for ours, theirs in (("smaug-bpe", "dbrx"), ("smollm", "refact"))
+    },
+    ("falcon_h1", "llama-bpe"): "falcon-h1",
     ("lfm2", "llama-bpe"): "lfm2",
     ("olmo2", "smaug-bpe"): "dbrx",
     ("olmo3", "smaug-bpe"): "dbrx",

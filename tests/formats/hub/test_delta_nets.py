@@ -9,7 +9,7 @@ import pytest
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.hub.model import HubModel
-from tests.support.drawn_models import WEIGHTS, make_directory, write_bf16
+from tests.support.generated_models import WEIGHTS, make_model, write_tensors
 from tests.support.safetensors_files import read_safetensors
 
 SECTIONS = "mrope_section"
@@ -34,11 +34,18 @@ def everything(folder: Path) -> tuple[dict[str, bytes], dict[str, bytes], list[s
     return tensors, metadata, notes
 
 
+def save(folder: Path, tensors: dict[str, Any]) -> None:
+    """Write tensors as BF16, which has their values."""
+    write_tensors(
+        folder / WEIGHTS, {k: (x.view("<u4") >> 16).astype("<u2") for k, x in tensors.items()}
+    )
+
+
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
 def test_the_text_model_beside_a_vision_tower(name: str, tmp_path: Path) -> None:
     """As published: with a tower, a layer that guesses on, and a layer's experts in two tensors."""
-    plain = everything(make_directory(name, tmp_path / "plain"))
-    folder = make_directory(name, tmp_path / "whole")
+    plain = everything(make_model(name, tmp_path / "plain"))
+    folder = make_model(name, tmp_path / "whole")
     config = json.loads((folder / "config.json").read_text())
     classes = [config.pop("architectures")[0].replace("ForCausalLM", "ForConditionalGeneration")]
     whole = {"architectures": classes, "model_type": name, "text_config": config}
@@ -48,7 +55,7 @@ def test_the_text_model_beside_a_vision_tower(name: str, tmp_path: Path) -> None
     extra = {
         key: np.ones(8, np.float32) for key in ("model.visual.merger.norm.bias", "mtp.norm.weight")
     }
-    write_bf16(folder / WEIGHTS, renamed | extra)
+    save(folder, renamed | extra)
     found = everything(folder)
     assert found[:2] == plain[:2]
     assert found[2] == [
@@ -71,10 +78,8 @@ def stack_experts(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_layers_by_their_period(tmp_path: Path) -> None:
-    plain = everything(make_directory("qwen3_5", tmp_path / "plain"))
-    older = make_directory(
-        "qwen3_5", tmp_path / "older", layer_types=None, full_attention_interval=4
-    )
+    plain = everything(make_model("qwen3_5", tmp_path / "plain"))
+    older = make_model("qwen3_5", tmp_path / "older", layer_types=None, full_attention_interval=4)
     assert everything(older)[:2] == plain[:2]
 
 
@@ -86,7 +91,7 @@ def test_layers_by_their_period(tmp_path: Path) -> None:
         ("qwen3_5", {"linear_num_value_heads": 1 << 30}, "must be an integer from 1 to 16384"),
         ("qwen3_5_moe", {"num_experts": 1 << 30}, "must be an integer from 1 to 16384"),
         ("qwen3_5", {"linear_num_value_heads": 8}, "config.json makes it [8]"),
-        ("qwen3_5", {"linear_conv_kernel_dim": 3}, "its shape is [64, 1, 4] but config.json makes it"),
+        ("qwen3_5", {"linear_conv_kernel_dim": 3}, "its shape is [80, 1, 4] but config.json makes it"),
         ("qwen3_5", {"layer_types": ["full_attention"] * 4}, "has no such tensor"),
         ("qwen3_5", {"layer_types": ["conv"] * 4}, "must be a list of 4 of linear_attention"),
         ("qwen3_5", {"full_attention_interval": 0}, "must be an integer from 1"),
@@ -100,11 +105,11 @@ def test_layers_by_their_period(tmp_path: Path) -> None:
         ("qwen3_5_moe", {"shared_expert_intermediate_size": 8}, "makes it [32, 8]"),
         ("qwen3_next", {"norm_topk_prob": False}, "norm_topk_prob is 'False'"),
         ("qwen3_next", {"mlp_only_layers": [0]}, "mlp_only_layers is '[0]'"),
-        ("qwen3_next", {"linear_num_key_heads": 4}, "[64, 1, 4] but config.json makes it [96, 1"),
+        ("qwen3_next", {"linear_num_key_heads": 3}, "[80, 1, 4] but config.json makes it [96, 1"),
     ],
 )  # fmt: skip
 def test_refused_by_name(name: str, changes: dict, says: str, tmp_path: Path) -> None:
-    assert says in refusal(make_directory(name, tmp_path, **changes))
+    assert says in refusal(make_model(name, tmp_path, **changes))
 
 
 @pytest.mark.parametrize(
@@ -118,8 +123,8 @@ def test_refused_by_name(name: str, changes: dict, says: str, tmp_path: Path) ->
     ],
 )
 def test_a_missing_tensor_is_named(name: str, missing: str, tmp_path: Path) -> None:
-    folder = make_directory(name, tmp_path)
+    folder = make_model(name, tmp_path)
     tensors = read_safetensors(folder / WEIGHTS)
     del tensors[missing]
-    write_bf16(folder / WEIGHTS, tensors)
+    save(folder, tensors)
     assert f"tensor '{missing}': is missing" in refusal(folder)
