@@ -47,6 +47,7 @@ class GeneratedShape:
     config_removed: tuple[str, ...] = ()
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)  # changes of config.json
     packs_experts: bool = False  # stores them as MXFP4
+    text: str | None = None  # which the tokenizer cuts; None: that of make_architecture_fixtures.py
 
 
 def with_packed_experts(shapes: dict[str, list[int]]) -> dict[str, list[int]]:

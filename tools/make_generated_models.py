@@ -10,7 +10,6 @@ Needs torch, transformers, sentencepiece and gguf, as make_architecture_fixtures
 from __future__ import annotations
 
 import json
-import lzma
 import sys
 import tempfile
 from pathlib import Path
@@ -20,10 +19,18 @@ import numpy as np
 import torch  # noqa: TID251
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: TID251
 
-from tests.support.generated_models import EXPECTED, WEIGHTS, all_facts, write_model
+from tests.support.generated_models import (
+    EXPECTED,
+    EXPECTED_TOO,
+    WEIGHTS,
+    all_facts,
+    write_model,
+)
+from tests.support.packed_json import write_packed_json
 from tests.support.safetensors_files import read_safetensors
 from tools.generated_shapes import SHAPES, GeneratedShape, with_packed_experts
 from tools.make_architecture_fixtures import TEXT, convert, token_sequence
+from tools.more_generated_shapes import MORE_SHAPES
 
 SHOWN = (13, 27)  # positions whose logits are kept
 N_SHOWN = 16  # logits of each
@@ -46,12 +53,13 @@ def describe(folder: Path, shape: GeneratedShape, llama_cpp: Path) -> dict[str, 
         logits = compute_logits(folder, tokens)
         answers = {"logits": logits, **run_converter(folder, shape.pre, llama_cpp)}
         found[variant] = {"config": changes, **answers}
-    text_ids = AutoTokenizer.from_pretrained(folder).encode(TEXT, add_special_tokens=False)
+    text = shape.text or TEXT
+    text_ids = AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False)
     return {
         "config": config_json,
         "stored": shapes,
         "tokens": tokens,
-        "text": TEXT,
+        "text": text,
         "text_ids": list(text_ids),
         "variants": found,
     }
@@ -81,14 +89,20 @@ def compute_logits(folder: Path, tokens: list[int]) -> dict[int, list[float]]:
 def main() -> None:
     """Write the file, all of it or the models that are named."""
     llama_cpp = Path(sys.argv[1])
-    known = all_facts() if EXPECTED.is_file() else {}
-    for name in sys.argv[2:] or SHAPES:
-        print(name, flush=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            known[name] = describe(Path(scratch) / name, SHAPES[name], llama_cpp)
-    text = json.dumps({name: known[name] for name in SHAPES if name in known})
-    EXPECTED.write_bytes(lzma.compress(text.encode(), preset=9))
-    print(EXPECTED.stat().st_size, "bytes")
+    sys.path[:0] = [str(llama_cpp), str(llama_cpp / "gguf-py")]
+    from conversion.base import ModelBase
+
+    ModelBase.no_mtp = True  # layers that guess further tokens are left out
+    known = all_facts()
+    for path, shapes in ((EXPECTED, SHAPES), (EXPECTED_TOO, MORE_SHAPES)):
+        asked = [name for name in sys.argv[2:] or shapes if name in shapes]
+        for name in asked:
+            print(name, flush=True)
+            with tempfile.TemporaryDirectory() as scratch:
+                known[name] = describe(Path(scratch) / name, shapes[name], llama_cpp)
+        if asked:
+            write_packed_json(path, {name: known[name] for name in shapes if name in known})
+            print(path.stat().st_size, "bytes")
 
 
 if __name__ == "__main__":

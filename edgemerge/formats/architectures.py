@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 from edgemerge.formats.composite_families import COMPOSITES, VARIANTS
+from edgemerge.formats.delta_net_families import DELTA_NETS
 from edgemerge.formats.family import (
     FFN,
     GLOBAL,
@@ -35,6 +36,7 @@ __all__ = [
     "hf_name",
     "is_ignored",
     "layer_index",
+    "split_layer",
     "text_name",
 ]
 
@@ -128,6 +130,7 @@ FAMILIES: dict[str, Family] = {
             "ffn_up_exps.weight": "mlp.experts.{}.up_proj.weight",
         },
     ),
+    **DELTA_NETS,
     "gemma2": Family("gemma2", {**_NORMS_AROUND, **QKV, **OUTPUT, **FFN}, norm_offset=1.0),
     "gemma3_text": Family("gemma3", _GEMMA3, norm_offset=1.0),
     "phi3": Family(
@@ -234,6 +237,12 @@ def gguf_name(kind: str, hf_name: str) -> str | None:
         stem = _FROM_HF_BLOCK[kind].get(match[2])
         return f"blk.{match[1]}.{stem}" if stem is not None else None
     return _FROM_HF_GLOBAL[kind].get(hf_name)
+
+
+def split_layer(hf_name: str) -> tuple[int | None, str]:
+    """Return the layer of a Hugging Face tensor, and its name within it; None and all of it elsewhere."""
+    match = _HF_BLOCK.fullmatch(hf_name)
+    return (int(match[1]), match[2]) if match else (None, hf_name)
 
 
 def half_names(kind: str, hf_name: str) -> tuple[str, str] | None:

@@ -28,6 +28,7 @@ class Family:
     rotates_pairs: bool = False  # GGUF keeps the rows of q and k in another order, see ROTARY_HEADS
     norm_offset: float = 0.0  # stored norms are this much below what a vector is multiplied by
     is_biased: bool = False  # whether q, k and v always have biases
+    towers: tuple[str, ...] = ()  # in names of tensors that see or hear, not read
 
 
 GLOBAL: dict[str, str] = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import lzma
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.support.fixtures import unpacked
+from tests.support.packed_json import read_packed_json
 from tests.support.places import TESTS
 
 EXPECTED = TESTS / "data" / "generated_models.json.xz"
+EXPECTED_TOO = (
+    TESTS / "data" / "generated_models_too.json.xz"
+)  # of `tools/more_generated_shapes.py`
 ARCHITECTURES = unpacked("architectures")
 WEIGHTS = "model.safetensors"
 TOKENIZERS = {"gpt_oss": "phi4_mini", "llama4_text": "phi4_mini", "falcon_h1": "smollm3"}
+TOKENIZERS |= dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), "qwen3")
+QWEN35_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
+    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 Shapes = dict[str, list[int]]
 
 
 @functools.cache
 def all_facts() -> dict[str, Any]:
     """Return what is stored, by name of the model."""
-    known: dict[str, Any] = json.loads(lzma.decompress(EXPECTED.read_bytes()))
-    return known
+    files = [path for path in (EXPECTED, EXPECTED_TOO) if path.is_file()]
+    return {name: facts for path in files for name, facts in read_packed_json(path).items()}
 
 
 def make_model(name: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
@@ -43,11 +51,24 @@ def write_model(folder: Path, config: dict[str, Any], shapes: Shapes, seed: int 
     """Write config.json, a tokenizer, and a BF16 tensor of each name and shape; U8 where MXFP4 is packed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    source = ARCHITECTURES / TOKENIZERS.get(config["model_type"], "granite4")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).write_bytes((source / name).read_bytes())
+    write_tokenizer(folder, config["model_type"])
     write_tensors(folder / WEIGHTS, {name: draw(name, shapes[name], seed) for name in shapes})
     return folder
+
+
+def write_tokenizer(folder: Path, model_type: str) -> None:
+    """Write the tokenizer that tests/data/architectures has for a like family."""
+    source = ARCHITECTURES / TOKENIZERS.get(model_type, "granite4")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    if model_type.startswith("qwen3_5"):
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = QWEN35_REGEX
+        # Two bytes, of a letter and its mark, are one token where both are in one word.
+        vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+        vocab["®à"] = vocab.pop("".join(merges.pop()))
+        merges.append(["®", "à"])
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def draw(name: str, shape: list[int], seed: int) -> NDArray[Any]:

@@ -14,6 +14,7 @@ from edgemerge.errors import FormatError
 from edgemerge.formats.architectures import KINDS_OF_MODEL, Family
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.hub.checker import Checker
+from edgemerge.formats.hub.cuts import Cuts
 from edgemerge.formats.hub.families import READERS
 from edgemerge.formats.hub.layouts import Bands
 from edgemerge.formats.hub.own_keys import Shapes
@@ -32,6 +33,8 @@ WRAPPED = {
     "gemma3": (("gemma3_text",), "gemma3_text"),
     "llama4": (("llama4_text",), "llama4_text"),
     "mistral3": (("ministral3", "mistral"), "ministral3"),
+    "qwen3_5": (("qwen3_5_text",), "qwen3_5_text"),
+    "qwen3_5_moe": (("qwen3_5_moe_text",), "qwen3_5_moe_text"),
 }
 
 
@@ -51,6 +54,7 @@ class HubConfig:
     n_ff_expert: int
     n_taps: int  # of a convolution; 0: there is none
     layer_kinds: tuple[str, ...]  # one for each layer, where these are not alike
+    cuts: Cuts  # of tensors that the common rules do not fit
     vocab_size: int
     rope: Rope
     tied: bool  # whether it says that its head is the embedding
@@ -109,7 +113,7 @@ class HubConfig:
 
     def required(self, stem: str) -> bool:
         """Tell whether every layer must have this tensor; llama.cpp takes the others or not."""
-        if stem.endswith(".weight") or stem in self.shapes.stored:
+        if not stem.endswith(".bias") or stem in self.shapes.stored or stem == "ssm_dt.bias":
             return True
         return self.attention_bias if stem.startswith("attn") else self.mlp_bias
 
@@ -183,6 +187,7 @@ def read_config(path: Path) -> HubConfig:
         n_ff_expert=n_ff_expert,
         n_taps=check.count("conv_L_cache") if "conv_L_cache" in reader.defaults else 0,
         layer_kinds=reader.layer_kinds(check, shapes),
+        cuts=reader.cuts(check, shapes),
         vocab_size=check.count("vocab_size"),
         rope=rope,
         tied=tied,
@@ -245,11 +250,12 @@ def _common_keys(
     keys = {
         "block_count": shapes.n_layers,
         "embedding_length": shapes.n_embd,
-        "feed_forward_length": reader.width(check),
         "attention.head_count": shapes.n_head,
         "attention.head_count_kv": n_kv_head,
         "vocab_size": check.count("vocab_size"),
     }
+    if width := reader.width(check):
+        keys["feed_forward_length"] = width
     if reader.states_head_dim or check.get("head_dim") is not None:
         keys |= {f"attention.{which}_length": shapes.head_dim for which in ("key", "value")}
     if reader.experts:

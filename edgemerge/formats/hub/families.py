@@ -8,6 +8,7 @@ Qwen, which neither llama.cpp nor its converter knows: within the window the mod
 
 from __future__ import annotations
 
+from edgemerge.formats.hub.delta_net import DELTA_NET_READERS
 from edgemerge.formats.hub.falcon_h1 import FALCONS
 from edgemerge.formats.hub.gpt_oss import GPT_OSS
 from edgemerge.formats.hub.granite import GRANITES
@@ -115,6 +116,7 @@ READERS: dict[str, Reader] = {
             "moe_intermediate_size",
         ),
     ),
+    **DELTA_NET_READERS,
     "gemma2": Reader(
         ("Gemma2ForCausalLM",),
         (

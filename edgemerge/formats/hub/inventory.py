@@ -16,10 +16,12 @@ from edgemerge.formats.architectures import (
     gguf_name,
     half_names,
     layer_index,
+    split_layer,
 )
 from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, HubConfig
+from edgemerge.formats.hub.cuts import Cut
 from edgemerge.formats.hub.files import CONFIG, stored_tensors
-from edgemerge.formats.hub.layouts import BLOCK, Decay, Layout, Scaled
+from edgemerge.formats.hub.layouts import BLOCK, Decay, Groups, Layout, Scaled
 from edgemerge.formats.hub.names import is_adapter, is_packed, is_unused, own_name
 from edgemerge.formats.hub.safetensors import StoredTensor
 from edgemerge.formats.hub.stacks import PackedStacks, dealt_columns, halve
@@ -118,6 +120,8 @@ class Inventory:
                 path=shard,
                 tensor=stored_name,
             )
+        if self._cut(shard, name, stored_name, tensor):
+            return
         if halves := half_names(self._config.kind, name):
             for half, own in zip(halve(tensor), halves, strict=True):
                 self._place(shard, stored_name, half, own, 2 * half.nbytes)
@@ -142,6 +146,39 @@ class Inventory:
         found = _Expert(shard, stored_name, tensor)
         self._experts.setdefault(layer, {}).setdefault(stem, {})[number] = found
         self._stack(layer)
+
+    def _cut(self, shard: Path, name: str, stored_name: str, tensor: StoredTensor) -> bool:
+        """File what a family makes of a tensor by rules of its own; tell whether it has some."""
+        layer, hf_stem = split_layer(name)
+        stored = self._config.cuts(layer).get(hf_stem)
+        if stored is None:
+            return False
+        for cut in stored.cuts:
+            own = cut.stem if layer is None else f"blk.{layer}.{cut.stem}"
+            _, stem = self._find_layer(shard, stored_name, own)
+            if layer is not None and self._config.lacks(layer, stem):
+                raise self._refuse_unknown(shard, stored_name)
+            self._check(shard, stored_name, tensor, stem, stored.shape)
+            self._file_cut(own, cut, shard, tensor)
+        return True
+
+    def _file_cut(self, name: str, cut: Cut, shard: Path, tensor: StoredTensor) -> None:
+        n_rows = tensor.shape[0] if len(tensor.shape) == 1 else prod(tensor.shape[:-1])
+        n_bytes, dtype, start = (
+            tensor.nbytes // n_rows,
+            DTYPES[tensor.dtype],
+            (shard, tensor.offset),
+        )
+        parts = tuple((shard, tensor.offset + first * n_bytes) for first in cut.starts)
+        n_stored = len(parts) * cut.height * n_bytes
+        layout: Layout | None = None
+        self.specs[name] = TensorSpec(name, cut.shape, dtype, n_stored)
+        if cut.stem == "ssm_a":
+            layout = Decay(start, dtype, cut.starts)
+            self.specs[name] = TensorSpec(name, cut.shape, "F32", 4 * prod(cut.shape))
+        elif cut.columns:
+            layout = Groups(start, cut.columns)
+        self.places[name] = Place(parts, cut.height * n_bytes, dtype, layout=layout)
 
     def _place(
         self, shard: Path, stored_name: str, tensor: StoredTensor, name: str, whole: int = 0
@@ -327,8 +364,8 @@ class Inventory:
                 for stem, hf in names.items():
                     if not config.lacks(layer, stem):
                         yield f"model.layers.{layer}.{hf}"
-                if not family.experts:
-                    continue
+                if all(f"blk.{layer}.{stem}" in self.specs for stem in family.experts):
+                    continue  # there are none, or all of a layer are stored as one
                 for i in range(config.n_experts):
                     for hf in family.experts.values():
                         yield f"model.layers.{layer}.{hf.format(i)}"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgemerge.types import Float32, TensorSpec, UInt8
 
-__all__ = ["BLOCK", "Bands", "Columns", "Decay", "Layout", "Packed", "Scaled", "as_f32"]
+__all__ = ["BLOCK", "Bands", "Columns", "Decay", "Groups", "Layout", "Packed", "Scaled", "as_f32"]
 
 Start: TypeAlias = tuple[Path, int]  # shard, offset in it
 Fill: TypeAlias = Callable[[list[memoryview], Start], None]
@@ -25,6 +25,7 @@ Bands: TypeAlias = tuple[tuple[int, tuple[float, ...]], ...]
 PIECE = 1 << 18  # bytes that are read at a time; one row at least
 SKIPPED = 24 << 10  # bytes of a row that are read with the wanted ones rather than call once more
 BLOCK = 32  # weights that have an exponent in common in MXFP4
+ITEMS_AT_ONCE = 1024  # pieces of rows that one system call reads
 ITEMS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -95,6 +96,7 @@ class Decay:
 
     start: Start
     dtype: str
+    order: tuple[int, ...] = ()  # of a vector: which stored element each one is; () as they are
 
     def read(self, spec: TensorSpec, start: int, stop: int, out_u8: UInt8, fill: Fill) -> None:
         """See `Layout`."""
@@ -102,8 +104,9 @@ class Decay:
         raw = np.empty((stop - start) * spec.n_cols * item, np.uint8)
         shard, offset = self.start
         fill([raw.data.cast("B")], (shard, offset + start * spec.n_cols * item))
+        logs = as_f32(raw, self.dtype).astype(np.float64)
         with np.errstate(over="ignore"):  # infinity is refused where it is merged
-            out_u8.view("<f4")[:] = -np.exp(as_f32(raw, self.dtype).astype(np.float64))
+            out_u8.view("<f4")[:] = -np.exp(logs[list(self.order)] if self.order else logs)
 
     def stored(self, spec: TensorSpec, n_rows: int) -> Iterator[tuple[Start, int]]:
         """See `Layout`."""
@@ -210,3 +213,29 @@ class Packed:
         n_blocks = self.step * n_rows * spec.n_cols // BLOCK
         yield self.blocks, n_blocks * BLOCK // 2
         yield self.scales, n_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Rows whose groups of columns, all of one width, GGUF has in other places.
+
+    With `places` 0, 2, 1 the second stored group of three is GGUF's last.
+    """
+
+    start: Start
+    places: tuple[int, ...]
+
+    def read(self, spec: TensorSpec, start: int, stop: int, out_u8: UInt8, fill: Fill) -> None:
+        """See `Layout`: the bytes go where they belong at once, no buffer between."""
+        n_bytes = spec.row_bytes // len(self.places)
+        starts, view = [place * n_bytes for place in self.places], out_u8.data.cast("B")
+        shard, offset = self.start
+        height = max(1, ITEMS_AT_ONCE // len(starts))
+        for top in range(start, stop, height):
+            rows = range(top - start, min(stop, top + height) - start)
+            items = [view[row * spec.row_bytes + to :][:n_bytes] for row in rows for to in starts]
+            fill(items, (shard, offset + top * spec.row_bytes))
+
+    def stored(self, spec: TensorSpec, n_rows: int) -> Iterator[tuple[Start, int]]:
+        """See `Layout`."""
+        yield self.start, n_rows * spec.row_bytes

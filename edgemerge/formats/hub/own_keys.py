@@ -25,6 +25,7 @@ __all__ = [
     "phi3_keys",
     "qwen3_moe_keys",
     "smollm3_keys",
+    "stated_kinds",
     "stated_width",
     "windows",
 ]
@@ -61,10 +62,10 @@ def lfm2_layers(check: Checker, shapes: Shapes) -> tuple[str, ...]:
     if not isinstance(indices, list):
         indices = range(shapes.n_layers)
     default = ["full_attention" if i in indices else "conv" for i in range(shapes.n_layers)]
-    return tuple(_layer_kinds(check, default, ("full_attention", "conv")))
+    return tuple(stated_kinds(check, default, ("full_attention", "conv")))
 
 
-def _layer_kinds(check: Checker, default: list[str], known: tuple[str, ...]) -> list[str]:
+def stated_kinds(check: Checker, default: list[str], known: tuple[str, ...]) -> list[str]:
     """Return the kind of each layer, or the default where none is stated."""
     kinds = check.get("layer_types")
     kinds = default if kinds is None else kinds
@@ -167,7 +168,7 @@ def ministral3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 def olmo3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """State a window in any of the layers, which turn by the same frequencies without YaRN."""
-    kinds = _layer_kinds(
+    kinds = stated_kinds(
         check, windows(shapes.n_layers, 4), ("sliding_attention", "full_attention")
     )
     slides: list[Scalar] = [kind == "sliding_attention" for kind in kinds]

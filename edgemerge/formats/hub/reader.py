@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgemerge.formats.hub.checker import Checker
+from edgemerge.formats.hub.cuts import Cuts, no_cuts
 from edgemerge.formats.hub.layouts import Bands
 from edgemerge.formats.hub.own_keys import Shapes, no_keys, one_kind, stated_width
 
@@ -36,6 +37,10 @@ def _no_scales(check: Checker, shapes: Shapes) -> dict[str, Bands]:
     return {}
 
 
+def _plain_cuts(check: Checker, shapes: Shapes) -> Cuts:
+    return no_cuts
+
+
 @dataclass(frozen=True, slots=True)
 class Reader:
     """How the config.json of one model type is read."""
@@ -47,12 +52,13 @@ class Reader:
     activation: tuple[str, str] = ("hidden_act", "silu")
     own_keys: Callable[[Checker, Shapes], dict[str, bytes]] = no_keys
     layer_kinds: Callable[[Checker, Shapes], tuple[str, ...]] = one_kind
-    width: Callable[[Checker], int] = stated_width  # of the feed-forward part
+    width: Callable[[Checker], int] = stated_width  # of the feed-forward part; 0: it has none
     eps_key: str = "rms_norm_eps"
     tie_keys: tuple[str, ...] = ("tie_word_embeddings",)  # the first that is stated counts
     states_head_dim: bool = False  # also where config.json does not
     splits_embedding: bool = False  # llama.cpp takes head_dim to be n_embd / n_head
     tied: bool | None = None  # None: as the model likes
+    cuts: Callable[[Checker, Shapes], Cuts] = _plain_cuts
     own_shapes: Callable[[Checker, Shapes], OwnShapes] = _no_shapes
     # GGUF name without `blk.N.` -> factors of its rows, where the converter multiplies weights
     scales: Callable[[Checker, Shapes], Mapping[str, Bands]] = _no_scales

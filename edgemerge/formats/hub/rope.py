@@ -163,10 +163,11 @@ def _original_length(
 def _rotated_length(
     check: Checker, kinds: tuple[str, ...], rope: dict[str, Any], head_dim: int
 ) -> int:
-    """Count the elements of a head that are turned: all, but in the Phi-3 family maybe fewer."""
+    """Count the elements of a head that are turned: all, but in some families maybe fewer."""
     part = rope.get("partial_rotary_factor", check.get("partial_rotary_factor"))
     part = 1.0 if part is None else part
-    if "longrope" not in kinds and part != 1:
+    turns_part = "longrope" in kinds or "partial_rotary_factor" in check.defaults
+    if not turns_part and part != 1:
         raise check.unlike("partial_rotary_factor", part, "1")
     if not isinstance(part, int | float) or not 0 < part <= 1:
         raise check.refuse("partial_rotary_factor", part, "above 0, and 1 at most")

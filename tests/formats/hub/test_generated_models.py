@@ -81,7 +81,7 @@ def test_tensors_are_the_converters(case: tuple[str, str], model: HubModel, expe
             if spec.dtype == "BF16":
                 raw_u8 = (raw_u8.view("<u2").astype("<u4") << 16).view(np.uint8)
         if not name.endswith("ssm_a"):  # torch's exponential may differ in the last place
-            assert hashlib.sha256(raw_u8.tobytes()).hexdigest()[:8] == digest, name
+            assert hashlib.sha256(raw_u8.tobytes()).hexdigest().startswith(digest), name
 
 
 @pytest.mark.parametrize("piece", [None, 100], ids=["whole", "pieces"])
