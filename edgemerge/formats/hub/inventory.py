@@ -197,7 +197,7 @@ class Inventory:
         self, shard: Path, stored_name: str, tensor: StoredTensor, owners: tuple[str, ...]
     ) -> None:
         """Check a stack of transposed matrices or biases, and file what its columns are."""
-        n, in_turn, dtype = len(owners), self._config.family.deals_in_turn, ""
+        n, in_turn = len(owners), self._config.family.deals_in_turn
         for i, name in enumerate(owners):
             stem = self._own_stem(shard, stored_name, name)
             n_experts, n_out, *inputs = shape = self._config.expected_shape(stem)
@@ -216,19 +216,11 @@ class Inventory:
         owners: tuple[str, ...],
     ) -> None:
         """Check a part of packed experts, and file them when both parts are there."""
-        shape: tuple[int, ...] = ()
-        for owner in owners:
-            shape = self._config.expected_shape(self._own_stem(shard, stored_name, owner))
-            wanted = self.packed.expected_shape(name, shape, len(owners))
-            if tensor.dtype != "U8" or tensor.shape != wanted:
-                raise FormatError(
-                    f"it is {tensor.dtype} {list(tensor.shape)}, but {CONFIG} makes it U8 {list(wanted)} in "
-                    "MXFP4; the two files belong to different models, get the directory again",
-                    path=shard,
-                    tensor=stored_name,
-                )
-        layouts = self.packed.pair(name, shard, tensor, len(owners))
+        stems = [self._own_stem(shard, stored_name, owner) for owner in owners]
+        shape = self._config.expected_shape(stems[0])
+        self.packed.check(shard, stored_name, tensor, shape, len(owners))
         n_bytes = prod(shape) // BLOCK * (1 + BLOCK // 2)
+        layouts = self.packed.pair(name, shard, tensor, len(owners))
         for owner, layout in zip(owners, layouts, strict=False):
             self.places[owner] = Place((layout.blocks,), n_bytes, "MXFP4", layout=layout)
             self.specs[owner] = TensorSpec(owner, shape, "MXFP4", n_bytes)

@@ -6,6 +6,8 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
+from edgemerge.errors import FormatError
+from edgemerge.formats.hub.files import CONFIG
 from edgemerge.formats.hub.layouts import BLOCK, Columns, Packed
 from edgemerge.formats.hub.safetensors import StoredTensor
 
@@ -63,11 +65,34 @@ class PackedStacks:
         """Return the name of the stack that a tensor is a part of; None for any other tensor."""
         return name[: -len(BLOCKS)] if name.endswith((BLOCKS, SCALES)) else None
 
-    def expected_shape(self, name: str, shape: tuple[int, ...], n: int) -> tuple[int, ...]:
-        """Return the shape of a part, of `n` tensors with this shape in GGUF."""
+    def check(
+        self, shard: Path, name: str, tensor: StoredTensor, shape: tuple[int, ...], n: int
+    ) -> None:
+        """Check a part of `n` tensors that have this shape in GGUF.
+
+        Raises
+        ------
+        FormatError
+            It has another type or shape, or rows that are no whole number of blocks.
+        """
         n_experts, n_out, n_in = shape
-        stored = (n_experts, n * n_out, n_in // BLOCK)
-        return (*stored, BLOCK // 2) if name.endswith(BLOCKS) else stored
+        wanted: tuple[int, ...] = (n_experts, n * n_out, n_in // BLOCK)
+        if name.endswith(BLOCKS):
+            wanted = (*wanted, BLOCK // 2)
+        if n_in % BLOCK:
+            raise FormatError(
+                f"is MXFP4, but {CONFIG} makes its rows {n_in} weights long, which blocks of {BLOCK} do not "
+                "fill; get both files from one model",
+                path=shard,
+                tensor=name,
+            )
+        if tensor.dtype != "U8" or tensor.shape != wanted:
+            raise FormatError(
+                f"it is {tensor.dtype} {list(tensor.shape)}, but {CONFIG} makes it U8 {list(wanted)} in "
+                "MXFP4; the two files belong to different models, get the directory again",
+                path=shard,
+                tensor=name,
+            )
 
     def pair(self, name: str, shard: Path, tensor: StoredTensor, n: int) -> list[Packed]:
         """Add a part; where it is the second, return how each of the `n` tensors is read."""

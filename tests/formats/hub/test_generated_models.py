@@ -160,6 +160,11 @@ def test_infinity_as_transformers_4_wrote_it(tmp_path: Path) -> None:
         ),
         (
             "gpt_oss",
+            {"intermediate_size": 40},
+            "rows 40 weights long, which blocks of 32 do not fill",
+        ),
+        (
+            "gpt_oss",
             {"intermediate_size": 64},
             "down_proj_blocks': it is U8 [4, 64, 1, 16], but config.json makes it U8 [4, 64, 2, 16] in",
         ),
