@@ -108,10 +108,6 @@ def _check_values(check: Checker, kind: str, rope: dict[str, Any]) -> None:
     if kind == "llama3":
         for key, default in LLAMA3_DEFAULTS.items():
             rope[key] = check.number(key, default, rope)
-        if rope["low_freq_factor"] == rope["high_freq_factor"]:
-            raise check.refuse(
-                "high_freq_factor", rope["high_freq_factor"], "above low_freq_factor"
-            )
     elif kind in ("linear", "yarn"):
         rope["factor"] = check.number("factor", table=rope)
     if kind == "longrope":
@@ -280,7 +276,7 @@ def _llama3_factors(rope: Rope) -> Float32:
         wavelength = f32(2 * math.pi) / freq
         if wavelength < original / high:
             factors[i] = 1.0
-        elif wavelength > original / low:
+        elif wavelength > original / low or low == high:  # equal ones, as in Llama 4, have no middle
             factors[i] = factor
         else:
             smooth = (f32(original) / wavelength - f32(low)) / f32(high - low)
