@@ -41,7 +41,7 @@ from tools.pack_fixtures import pack
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = ROOT / "LICENSE"
-N_TOKENS, SHOWN = 28, (0, 5, 13, 27)  # length of the sequence, positions whose logits are kept
+N_TOKENS, SHOWN = 28, (13, 27)  # length of the sequence, positions whose logits are kept
 TEXT = "Ça coûte 3.14 + 10000 €, naïve?  🦙🚀\n\tdef f(x):\n    return x[1:] != 'it''s'  # façade"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from edgemerge.cli import COMMANDS, make_app
 from edgemerge.formats.architectures import FAMILIES
+from edgemerge.formats.composite_families import VARIANTS
 from edgemerge.formats.hub.families import READERS
 from edgemerge.methods.documentation import methods_table, parameters_table
 
@@ -84,9 +85,15 @@ def families() -> str:
     for model_type, reader in READERS.items():
         classes = ", ".join(f"`{name}`" for name in reader.classes)
         ropes = ", ".join(kind for kind in reader.ropes if kind != "default") or "none"
-        architecture = FAMILIES[model_type].architecture
-        lines.append(f"| `{model_type}` | {classes} | {architecture} | {ropes} |")
+        known = [FAMILIES[model_type].architecture]
+        known += [kind.architecture for name, kind in VARIANTS.items() if _is_of(name, model_type)]
+        architectures = ", ".join(dict.fromkeys(known))
+        lines.append(f"| `{model_type}` | {classes} | {architectures} | {ropes} |")
     return "\n".join(lines) + "\n"
+
+
+def _is_of(variant: str, model_type: str) -> bool:
+    return variant.startswith(f"{model_type}+")
 
 
 WRITERS: dict[str, Callable[[], str]] = {

@@ -9,79 +9,42 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from edgemerge.formats.composite_families import COMPOSITES, VARIANTS
+from edgemerge.formats.delta_net_families import DELTA_NETS
+from edgemerge.formats.family import (
+    FFN,
+    GLOBAL,
+    NORMS_BEFORE,
+    OUTPUT,
+    QK_NORM,
+    QKV,
+    ROTARY_HEADS,
+    Family,
+)
 
 __all__ = [
     "FAMILIES",
     "GLOBAL",
+    "KINDS_OF_MODEL",
     "ROTARY_HEADS",
     "Family",
+    "column_names",
     "expert_name",
     "gguf_name",
     "half_names",
     "hf_name",
     "is_ignored",
     "layer_index",
+    "split_layer",
     "text_name",
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One `model_type` of config.json: its GGUF architecture, and the tensors of a layer."""
-
-    architecture: str  # general.architecture
-    block: Mapping[str, str]  # GGUF name -> Hugging Face name
-    # GGUF name -> name of one expert, {} its number; in the order in which the converter stacks them
-    experts: Mapping[str, str] = field(default_factory=dict)
-    # Hugging Face name of two matrices, one above the other -> their GGUF names
-    halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    outside: Mapping[str, str] = field(default_factory=lambda: GLOBAL)  # as `block`, of no layer
-    # GGUF name -> the kind of layer (`layer_types` of config.json) that alone has such a tensor
-    only: Mapping[str, str] = field(default_factory=dict)
-    rotates_pairs: bool = False  # GGUF keeps the rows of q and k in another order, see ROTARY_HEADS
-    norm_offset: float = 0.0  # stored norms are this much below what a vector is multiplied by
-    is_biased: bool = False  # whether q, k and v always have biases
-
-
-GLOBAL: dict[str, str] = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-
-# Tensors whose rows GGUF keeps in the order of ggml's rotation of consecutive pairs, and the head
-# count that cuts them: `LlamaModel.permute` of llama.cpp's conversion/llama.py.
-ROTARY_HEADS: dict[str, str] = {
-    "attn_q.weight": "n_head",
-    "attn_q.bias": "n_head",
-    "attn_k.weight": "n_kv_head",
-    "attn_k.bias": "n_kv_head",
-}
-
-_QKV = {
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-}
 _QKV_BIAS = {
     "attn_q.bias": "self_attn.q_proj.bias",
     "attn_k.bias": "self_attn.k_proj.bias",
     "attn_v.bias": "self_attn.v_proj.bias",
-}
-_QK_NORM = {
-    "attn_q_norm.weight": "self_attn.q_norm.weight",
-    "attn_k_norm.weight": "self_attn.k_norm.weight",
-}
-_OUTPUT = {"attn_output.weight": "self_attn.o_proj.weight"}
-_FFN = {
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
-_NORMS_BEFORE = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
 }
 _NORMS_AFTER = {
     "post_attention_norm.weight": "post_attention_layernorm.weight",
@@ -98,12 +61,12 @@ _OTHER_BIAS = {
     "ffn_up.bias": "mlp.up_proj.bias",
     "ffn_down.bias": "mlp.down_proj.bias",
 }
-_LLAMA = {**_NORMS_BEFORE, **_QKV, **_QKV_BIAS, **_OUTPUT, **_FFN, **_OTHER_BIAS}
-_OLMO = {**_NORMS_AFTER, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}
-_GEMMA3 = {**_NORMS_AROUND, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}
+_LLAMA = {**NORMS_BEFORE, **QKV, **_QKV_BIAS, **OUTPUT, **FFN, **_OTHER_BIAS}
+_OLMO = {**_NORMS_AFTER, **QKV, **QK_NORM, **OUTPUT, **FFN}
+_GEMMA3 = {**_NORMS_AROUND, **QKV, **QK_NORM, **OUTPUT, **FFN}
 
 _LFM2_ATTENTION = {
-    **_QKV,
+    **QKV,
     "attn_q_norm.weight": "self_attn.q_layernorm.weight",
     "attn_k_norm.weight": "self_attn.k_layernorm.weight",
     "attn_output.weight": "self_attn.out_proj.weight",
@@ -134,15 +97,13 @@ _LFM2_ONLY = {
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", _LLAMA, rotates_pairs=True),
     "mistral": Family("llama", _LLAMA, rotates_pairs=True),
-    "ministral3": Family(
-        "mistral3", {**_NORMS_BEFORE, **_QKV, **_OUTPUT, **_FFN}, rotates_pairs=True
-    ),
+    "ministral3": Family("mistral3", {**NORMS_BEFORE, **QKV, **OUTPUT, **FFN}, rotates_pairs=True),
     "mixtral": Family(
         "llama",
         {
-            **_NORMS_BEFORE,
-            **_QKV,
-            **_OUTPUT,
+            **NORMS_BEFORE,
+            **QKV,
+            **OUTPUT,
             "ffn_gate_inp.weight": "block_sparse_moe.gate.weight",
         },
         experts={
@@ -152,17 +113,15 @@ FAMILIES: dict[str, Family] = {
         },
         rotates_pairs=True,
     ),
-    "qwen2": Family(
-        "qwen2", {**_NORMS_BEFORE, **_QKV, **_QKV_BIAS, **_OUTPUT, **_FFN}, is_biased=True
-    ),
-    "qwen3": Family("qwen3", {**_NORMS_BEFORE, **_QKV, **_QK_NORM, **_OUTPUT, **_FFN}),
+    "qwen2": Family("qwen2", {**NORMS_BEFORE, **QKV, **_QKV_BIAS, **OUTPUT, **FFN}, is_biased=True),
+    "qwen3": Family("qwen3", {**NORMS_BEFORE, **QKV, **QK_NORM, **OUTPUT, **FFN}),
     "qwen3_moe": Family(
         "qwen3moe",
         {
-            **_NORMS_BEFORE,
-            **_QKV,
-            **_QK_NORM,
-            **_OUTPUT,
+            **NORMS_BEFORE,
+            **QKV,
+            **QK_NORM,
+            **OUTPUT,
             "ffn_gate_inp.weight": "mlp.gate.weight",
         },
         experts={
@@ -171,14 +130,15 @@ FAMILIES: dict[str, Family] = {
             "ffn_up_exps.weight": "mlp.experts.{}.up_proj.weight",
         },
     ),
-    "gemma2": Family("gemma2", {**_NORMS_AROUND, **_QKV, **_OUTPUT, **_FFN}, norm_offset=1.0),
+    **DELTA_NETS,
+    "gemma2": Family("gemma2", {**_NORMS_AROUND, **QKV, **OUTPUT, **FFN}, norm_offset=1.0),
     "gemma3_text": Family("gemma3", _GEMMA3, norm_offset=1.0),
     "phi3": Family(
         "phi3",
         {
-            **_NORMS_BEFORE,
+            **NORMS_BEFORE,
             "attn_qkv.weight": "self_attn.qkv_proj.weight",
-            **_OUTPUT,
+            **OUTPUT,
             "ffn_up.weight": "mlp.gate_up_proj.weight",
             "ffn_down.weight": "mlp.down_proj.weight",
         },
@@ -190,21 +150,14 @@ FAMILIES: dict[str, Family] = {
         outside=_LFM2_OUTSIDE,
         only=_LFM2_ONLY,
     ),
-    "granitemoehybrid": Family(
-        "granite",
-        {
-            **_NORMS_BEFORE,
-            **_QKV,
-            **_OUTPUT,
-            "ffn_down.weight": "shared_mlp.output_linear.weight",
-        },
-        halves={"shared_mlp.input_linear.weight": ("ffn_gate.weight", "ffn_up.weight")},
-        rotates_pairs=True,
-    ),
+    **COMPOSITES,
     "olmo2": Family("olmo2", _OLMO),
     "olmo3": Family("olmo2", _OLMO),
-    "smollm3": Family("smollm3", {**_NORMS_BEFORE, **_QKV, **_OUTPUT, **_FFN}, rotates_pairs=True),
+    "smollm3": Family("smollm3", {**NORMS_BEFORE, **QKV, **OUTPUT, **FFN}, rotates_pairs=True),
 }
+
+# The same, and what a model type may be besides
+KINDS_OF_MODEL: dict[str, Family] = {**FAMILIES, **VARIANTS}
 
 # What GGUF calls alike in most other architectures, and its usual Hugging Face module.
 _GENERIC_BLOCK: dict[str, str] = {
@@ -250,43 +203,65 @@ def _invert(table: Mapping[str, str]) -> dict[str, str]:
     return {hf: gguf for gguf, hf in table.items()}
 
 
-_FROM_HF_GLOBAL = {name: _invert(family.outside) for name, family in FAMILIES.items()}
-_FROM_HF_BLOCK = {name: _invert(family.block) for name, family in FAMILIES.items()}
-_FROM_HF_EXPERT = {name: _invert(family.experts) for name, family in FAMILIES.items()}
+_FROM_HF_GLOBAL = {name: _invert(family.outside) for name, family in KINDS_OF_MODEL.items()}
+_FROM_HF_BLOCK = {name: _invert(family.block) for name, family in KINDS_OF_MODEL.items()}
+_FROM_HF_EXPERT = {name: _invert(family.experts) for name, family in KINDS_OF_MODEL.items()}
 
 
 def _names_by_architecture() -> dict[str, dict[str, str]]:
     """GGUF architecture -> its layers' tensors, those of all model types together."""
     tables: dict[str, dict[str, str]] = {}
-    for family in FAMILIES.values():
+    for family in KINDS_OF_MODEL.values():
         stacks = {gguf: hf.replace(".{}", "") for gguf, hf in family.experts.items()}
+        stacks |= {gguf: hf for hf, parts in _parts(family).items() for gguf in parts}
         table = tables.setdefault(family.architecture, {})
         table |= {**family.block, **stacks, **table}  # the first family's names count
     return tables
 
 
+def _parts(family: Family) -> Mapping[str, tuple[str, ...]]:
+    """Hugging Face name of what is stored as one -> GGUF names of its parts."""
+    return {**family.halves, **family.columns}
+
+
 _TO_HF_BLOCK = _names_by_architecture()
-_TO_HF_GLOBAL = {family.architecture: family.outside for family in FAMILIES.values()}
+_TO_HF_GLOBAL = {family.architecture: family.outside for family in KINDS_OF_MODEL.values()}
 
 
-def gguf_name(model_type: str, hf_name: str) -> str | None:
-    """Return the GGUF name of a Hugging Face tensor; None if it has none of its own."""
+def gguf_name(kind: str, hf_name: str) -> str | None:
+    """Return the GGUF name of a Hugging Face tensor; None if it has none of its own.
+
+    `kind` is a key of `KINDS_OF_MODEL`, here and below.
+    """
     if match := _HF_BLOCK.fullmatch(hf_name):
-        stem = _FROM_HF_BLOCK[model_type].get(match[2])
+        stem = _FROM_HF_BLOCK[kind].get(match[2])
         return f"blk.{match[1]}.{stem}" if stem is not None else None
-    return _FROM_HF_GLOBAL[model_type].get(hf_name)
+    return _FROM_HF_GLOBAL[kind].get(hf_name)
 
 
-def half_names(model_type: str, hf_name: str) -> tuple[str, str] | None:
+def split_layer(hf_name: str) -> tuple[int | None, str]:
+    """Return the layer of a Hugging Face tensor, and its name within it; None and all of it elsewhere."""
+    match = _HF_BLOCK.fullmatch(hf_name)
+    return (int(match[1]), match[2]) if match else (None, hf_name)
+
+
+def half_names(kind: str, hf_name: str) -> tuple[str, str] | None:
     """Return the GGUF names of two matrices that are stored as one; None for any other tensor."""
     match = _HF_BLOCK.fullmatch(hf_name)
-    stems = FAMILIES[model_type].halves.get(match[2]) if match else None
+    stems = KINDS_OF_MODEL[kind].halves.get(match[2]) if match else None
     if match is None or stems is None:
         return None
     return f"blk.{match[1]}.{stems[0]}", f"blk.{match[1]}.{stems[1]}"
 
 
-def expert_name(model_type: str, hf_name: str) -> tuple[str, int] | None:
+def column_names(kind: str, hf_name: str) -> tuple[str, ...]:
+    """Return the GGUF names that a stack's columns are dealt out to; none for any other tensor."""
+    match = _HF_BLOCK.fullmatch(hf_name)
+    stems = KINDS_OF_MODEL[kind].columns.get(match[2], ()) if match else ()
+    return tuple(f"blk.{match[1]}.{stem}" for stem in stems) if match else ()
+
+
+def expert_name(kind: str, hf_name: str) -> tuple[str, int] | None:
     """Return the GGUF tensor that stacks an expert's matrix, and the expert's number.
 
     None for a tensor that belongs to no expert.
@@ -295,7 +270,7 @@ def expert_name(model_type: str, hf_name: str) -> tuple[str, int] | None:
     number = _NUMBER.search(match[2]) if match else None
     if match is None or number is None:
         return None
-    stem = _FROM_HF_EXPERT[model_type].get(_NUMBER.sub("{}", match[2]))
+    stem = _FROM_HF_EXPERT[kind].get(_NUMBER.sub("{}", match[2]))
     return (f"blk.{match[1]}.{stem}", int(number[0])) if stem is not None else None
 
 
@@ -338,6 +313,8 @@ def text_name(hf_name: str) -> str | None:
 
     None for a tensor of the tower. `TextModel.filter_tensors` of llama.cpp's conversion/base.py.
     """
-    if "vision_tower." in hf_name or "multi_modal_projector." in hf_name:
+    if any(
+        part in hf_name for part in ("vision_tower.", "vision_model.", "multi_modal_projector.")
+    ):
         return None
     return hf_name.replace("language_model.", "")

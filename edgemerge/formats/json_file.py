@@ -20,10 +20,15 @@ MAX_VALUES = 250_000
 
 
 def read_object(
-    path: Path, *, max_bytes: int = MAX_BYTES, max_values: int = MAX_VALUES
+    path: Path,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_values: int = MAX_VALUES,
+    allows_infinity: bool = False,
 ) -> dict[str, Any]:
     """Read a file of at most `max_bytes` that must hold one JSON object; see `parse_object`."""
-    return parse_object(read_bounded(path, max_bytes), path, max_values=max_values)
+    raw = read_bounded(path, max_bytes)
+    return parse_object(raw, path, max_values=max_values, allows_infinity=allows_infinity)
 
 
 def read_text(path: Path) -> str:
@@ -35,7 +40,12 @@ def read_text(path: Path) -> str:
 
 
 def parse_object(
-    raw: bytes, path: Path, *, max_values: int = MAX_VALUES, unique_keys: bool = False
+    raw: bytes,
+    path: Path,
+    *,
+    max_values: int = MAX_VALUES,
+    unique_keys: bool = False,
+    allows_infinity: bool = False,
 ) -> dict[str, Any]:
     """Parse UTF-8 bytes that must hold one JSON object.
 
@@ -49,6 +59,8 @@ def parse_object(
         More values than this are refused before anything is parsed.
     unique_keys : bool
         Refuse an object that names a key twice; otherwise the last one wins, as in Python.
+    allows_infinity : bool
+        Read `Infinity`, which is not JSON, and which transformers 4 writes.
 
     Raises
     ------
@@ -70,7 +82,8 @@ def parse_object(
     del raw  # Llama 3's tokenizer.json: 16 MB, the same again as text, and 90 MB of objects to come
     hook = _unique if unique_keys else None
     try:
-        value = json.loads(text, object_pairs_hook=hook, parse_constant=_refuse_constant)
+        constant = _read_infinity if allows_infinity else _refuse_constant
+        value = json.loads(text, object_pairs_hook=hook, parse_constant=constant)
     except RecursionError as e:
         raise FormatError(
             "nests its JSON too deeply, as only a hostile file does; get the file again", path=path
@@ -89,6 +102,10 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"key {key[:80]!r} appears twice")
         result[key] = value
     return result
+
+
+def _read_infinity(name: str) -> Any:
+    return _refuse_constant(name) if name == "NaN" else float(name)
 
 
 def _refuse_constant(name: str) -> Any:

@@ -236,6 +236,16 @@ def test_a_number_of_an_odd_kind(
     ]
 
 
+def test_sections_of_the_rotation_that_are_longer_than_a_head(tmp_path: Path) -> None:
+    odd = load_base(write_kind("qwen3-vl", tmp_path)[0])
+    key = "qwen3vl.rope.dimension_sections"
+    for sections in ([11, 11, 10, 0], [0, 0, 0, 0]):
+        odd.set(key, sections, "[i32]")
+        (found,) = violations(odd)
+        assert found.startswith(f"states {key} as {sections}")
+        assert found.endswith("which must be 1 to 16 in all")
+
+
 def test_a_layer_that_uses_more_experts_than_the_first_or_none(tmp_path: Path) -> None:
     odd = load_base(write_kind("granite hybrid", tmp_path)[0])
     key = "granitehybrid.expert_used_count"

@@ -79,7 +79,7 @@ def _count_weights(specs: Iterable[TensorSpec]) -> tuple[int, int, int, int]:
     total = shared = per_expert = n_experts = 0
     for spec in specs:
         total += spec.n_elements
-        if "_exps." in spec.name:
+        if "_exps." in spec.name and len(spec.shape) > 2:  # not their biases
             n_experts = spec.shape[0]
             per_expert += spec.n_elements // n_experts
         else:

@@ -50,14 +50,6 @@ class Checker:
             path=self.path,
         )
 
-    def elsewhere(self, key: str, value: object) -> FormatError:
-        """Make the error for a model that llama.cpp knows, but that is not read from a directory."""
-        return FormatError(
-            f"{key} is {str(value)[:80]!r}, and such models are not read from a directory; give a GGUF "
-            "of it, which llama.cpp's convert_hf_to_gguf.py makes",
-            path=self.path,
-        )
-
     def count(self, key: str, default: int | None = None, most: int = MAX_COUNT) -> int:
         """Return an integer from 1 to `most`."""
         value = self.get(key)

@@ -5,27 +5,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.architectures import FAMILIES, Family
+from edgemerge.formats.architectures import KINDS_OF_MODEL, Family
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.hub.checker import Checker
-from edgemerge.formats.hub.families import READERS, Reader, Shapes
+from edgemerge.formats.hub.cuts import Cuts
+from edgemerge.formats.hub.families import READERS
+from edgemerge.formats.hub.layouts import Bands
+from edgemerge.formats.hub.own_keys import Shapes
+from edgemerge.formats.hub.reader import OwnShapes, Reader
 from edgemerge.formats.hub.rope import Rope, read_rope, rope_metadata
 from edgemerge.formats.json_file import read_object
 
-__all__ = ["HubConfig", "read_config"]
+__all__ = ["EMBEDDING", "OUTPUT", "HubConfig", "read_config"]
 
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 MAX_LAYERS, MAX_HEAD_DIM = 1 << 12, 1 << 14  # lists and tables of so many are made from them
 SAME_ACTIVATION = {"swish": "silu"}  # two names of one function in transformers
 ROPE_THETA = 10000.0  # llama.cpp's own, where it is not told
 # Models with a vision tower: their type -> types of the text model in it, and how that is read
 WRAPPED = {
     "gemma3": (("gemma3_text",), "gemma3_text"),
+    "llama4": (("llama4_text",), "llama4_text"),
     "mistral3": (("ministral3", "mistral"), "ministral3"),
+    "qwen3_5": (("qwen3_5_text",), "qwen3_5_text"),
+    "qwen3_5_moe": (("qwen3_5_moe_text",), "qwen3_5_moe_text"),
 }
 
 
@@ -33,7 +42,8 @@ WRAPPED = {
 class HubConfig:
     """What config.json says of the shapes and the arithmetic of a model."""
 
-    model_type: str  # a key of `FAMILIES`
+    model_type: str
+    kind: str  # a key of `KINDS_OF_MODEL`
     n_layers: int
     n_embd: int
     n_ff: int
@@ -44,6 +54,7 @@ class HubConfig:
     n_ff_expert: int
     n_taps: int  # of a convolution; 0: there is none
     layer_kinds: tuple[str, ...]  # one for each layer, where these are not alike
+    cuts: Cuts  # of tensors that the common rules do not fit
     vocab_size: int
     rope: Rope
     tied: bool  # whether it says that its head is the embedding
@@ -53,14 +64,18 @@ class HubConfig:
     mlp_bias: bool
     keys: dict[str, bytes]  # of GGUF, without the architecture's name, in the converter's order
     raw: dict[str, Any]  # config.json itself, for the tokenizer's token ids
+    shapes: OwnShapes  # of tensors that only this family has
+    scales: Mapping[str, Bands]  # by GGUF name without `blk.N.`
 
     @property
     def family(self) -> Family:
         """Names of its tensors."""
-        return FAMILIES[self.model_type]
+        return KINDS_OF_MODEL[self.kind]
 
     def expected_shape(self, stem: str) -> tuple[int, ...]:
         """Shape of a stored matrix or vector, by its GGUF name without `blk.N.`; one expert's."""
+        if own := self.shapes.stored.get(stem):
+            return own
         q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         name, _, suffix = stem.rpartition(".")
         # OLMo 2 normalises all heads together, the others each head by itself.
@@ -98,7 +113,7 @@ class HubConfig:
 
     def required(self, stem: str) -> bool:
         """Tell whether every layer must have this tensor; llama.cpp takes the others or not."""
-        if stem.endswith(".weight"):
+        if not stem.endswith(".bias") or stem in self.shapes.stored or stem == "ssm_dt.bias":
             return True
         return self.attention_bias if stem.startswith("attn") else self.mlp_bias
 
@@ -120,7 +135,7 @@ def read_config(path: Path) -> HubConfig:
     FormatError
         The model is of a kind that edgemerge does not read, or a value is missing or absurd.
     """
-    raw = read_object(path)
+    raw = read_object(path, allows_infinity=True)
     types, unwrapped = WRAPPED.get(str(raw.get("model_type")), ((), ""))
     text = raw.get("text_config")
     if isinstance(text, dict) and text.get("model_type", unwrapped) in types:
@@ -153,12 +168,15 @@ def read_config(path: Path) -> HubConfig:
         **rope_metadata(rope, has_log_multiplier="rope.scaling.yarn_log_multiplier" in reader.keys),
         **reader.own_keys(check, shapes),
     }
-    family = FAMILIES[model_type]
+    kind = reader.variant(check, shapes) or model_type
+    scales = reader.scales(check, shapes)
+    family = KINDS_OF_MODEL[kind]
     for flag, stem in (("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_up.bias")):
         if check.flag(flag) and stem not in family.block:
             raise check.unlike(flag, True, "none")
     return HubConfig(
         model_type=model_type,
+        kind=kind,
         n_layers=shapes.n_layers,
         n_embd=n_embd,
         n_ff=reader.width(check),
@@ -169,15 +187,19 @@ def read_config(path: Path) -> HubConfig:
         n_ff_expert=n_ff_expert,
         n_taps=check.count("conv_L_cache") if "conv_L_cache" in reader.defaults else 0,
         layer_kinds=reader.layer_kinds(check, shapes),
+        cuts=reader.cuts(check, shapes),
         vocab_size=check.count("vocab_size"),
         rope=rope,
         tied=tied,
-        must_tie=reader.tied,
+        # A head with factors of its own is no longer the embedding.
+        must_tie=False if scales.get(EMBEDDING) != scales.get(OUTPUT) else reader.tied,
         quantised=_quantised(raw),
         attention_bias=check.flag("attention_bias") or family.is_biased,
         mlp_bias=check.flag("mlp_bias"),
         keys={key: values[key] for key in reader.keys if key in values},
         raw=raw,
+        shapes=reader.own_shapes(check, shapes),
+        scales=scales,
     )
 
 
@@ -207,7 +229,9 @@ def _refuse_other_models(check: Checker, reader: Reader) -> None:
         )
     key, wanted = reader.activation
     activation = check.get(key)
-    if SAME_ACTIVATION.get(activation, activation) not in (None, wanted):
+    if isinstance(activation, str):
+        activation = SAME_ACTIVATION.get(activation, activation)
+    if activation not in (None, wanted):
         raise check.unlike(key, activation, wanted)
 
 
@@ -226,11 +250,12 @@ def _common_keys(
     keys = {
         "block_count": shapes.n_layers,
         "embedding_length": shapes.n_embd,
-        "feed_forward_length": reader.width(check),
         "attention.head_count": shapes.n_head,
         "attention.head_count_kv": n_kv_head,
         "vocab_size": check.count("vocab_size"),
     }
+    if width := reader.width(check):
+        keys["feed_forward_length"] = width
     if reader.states_head_dim or check.get("head_dim") is not None:
         keys |= {f"attention.{which}_length": shapes.head_dim for which in ("key", "value")}
     if reader.experts:

@@ -8,113 +8,57 @@ Qwen, which neither llama.cpp nor its converter knows: within the window the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from edgemerge.formats.hub.checker import Checker
+from edgemerge.formats.hub.delta_net import DELTA_NET_READERS
+from edgemerge.formats.hub.falcon_h1 import FALCONS
+from edgemerge.formats.hub.gpt_oss import GPT_OSS
+from edgemerge.formats.hub.granite import GRANITES
+from edgemerge.formats.hub.llama4 import LLAMA4
 from edgemerge.formats.hub.own_keys import (
-    Shapes,
     gemma2_keys,
     gemma3_keys,
-    granite4_keys,
     lfm2_keys,
     lfm2_layers,
     lfm2_width,
     ministral3_keys,
-    no_keys,
     olmo3_keys,
-    one_kind,
     phi3_keys,
     qwen3_moe_keys,
-    scales_of_granite,
     smollm3_keys,
-    stated_width,
+)
+from edgemerge.formats.hub.reader import (
+    HEADS,
+    LENGTHS,
+    LINEAR_YARN,
+    LLAMA,
+    LLAMA_ROPES,
+    TEXT,
+    Reader,
 )
 
-__all__ = ["READERS", "Reader", "Shapes"]
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """How the config.json of one model type is read."""
-
-    classes: tuple[str, ...]  # of `architectures`
-    keys: tuple[str, ...]  # of GGUF, without the architecture's name, in the converter's order
-    ropes: tuple[str, ...]  # kinds of rope scaling that llama.cpp computes for it
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    activation: tuple[str, str] = ("hidden_act", "silu")
-    own_keys: Callable[[Checker, Shapes], dict[str, bytes]] = no_keys
-    layer_kinds: Callable[[Checker, Shapes], tuple[str, ...]] = one_kind
-    width: Callable[[Checker], int] = stated_width  # of the feed-forward part
-    eps_key: str = "rms_norm_eps"
-    tie_keys: tuple[str, ...] = ("tie_word_embeddings",)  # the first that is stated counts
-    states_head_dim: bool = False  # also where config.json does not
-    splits_embedding: bool = False  # llama.cpp takes head_dim to be n_embd / n_head
-    tied: bool | None = None  # None: as the model likes
-    # Keys: the count of experts under the names it has had, how many work at a time, their width
-    experts: tuple[tuple[str, ...], str, str] | None = None
-
-
-_ROPE = (
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.original_context_length",
-    "rope.scaling.yarn_ext_factor",
-    "rope.scaling.yarn_attn_factor",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "rope.scaling.attn_factor",
-    "rope.freq_base",
-    "rope.freq_base_swa",
-)
-_HEADS = ("attention.head_count", "attention.head_count_kv")
-_LENGTHS = ("attention.key_length", "attention.value_length")
-_TEXT = (
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    *_HEADS,
-    *_ROPE,
-    "attention.layer_norm_rms_epsilon",
-    "expert_count",
-    "expert_used_count",
-)
-_LLAMA = (*_TEXT, *_LENGTHS, "vocab_size", "rope.dimension_count")
-_GRANITE = (
-    *_TEXT,
-    "vocab_size",
-    "rope.dimension_count",
-    "attention.scale",
-    "embedding_scale",
-    "residual_scale",
-    "logit_scale",
-)
-_LINEAR_YARN = ("default", "linear", "yarn")
-_LLAMA_ROPES = ("default", "linear", "llama3", "yarn")
-
+__all__ = ["READERS"]
 
 # model_type of config.json -> how the rest of it is read
 READERS: dict[str, Reader] = {
     "llama": Reader(
         ("LlamaForCausalLM", "LLaMAForCausalLM"),
-        _LLAMA,
-        _LLAMA_ROPES,
+        LLAMA,
+        LLAMA_ROPES,
         {"max_position_embeddings": 2048},
         states_head_dim=True,
     ),
     "mistral": Reader(
         ("MistralForCausalLM",),
-        _LLAMA,
-        _LLAMA_ROPES,
+        LLAMA,
+        LLAMA_ROPES,
         {"max_position_embeddings": 131072, "num_key_value_heads": 8},
         states_head_dim=True,
     ),
+    **LLAMA4,
+    **GPT_OSS,
     "ministral3": Reader(
         ("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"),
-        (*_LLAMA, "rope.scaling.yarn_log_multiplier", "attention.temperature_scale"),
-        _LINEAR_YARN,
+        (*LLAMA, "rope.scaling.yarn_log_multiplier", "attention.temperature_scale"),
+        LINEAR_YARN,
         {
             "max_position_embeddings": 262144,
             "num_key_value_heads": 8,
@@ -127,8 +71,8 @@ READERS: dict[str, Reader] = {
     ),
     "mixtral": Reader(
         ("MixtralForCausalLM",),
-        _LLAMA,
-        _LLAMA_ROPES,
+        LLAMA,
+        LLAMA_ROPES,
         {
             "max_position_embeddings": 131072,
             "num_key_value_heads": 8,
@@ -141,22 +85,22 @@ READERS: dict[str, Reader] = {
     ),
     "qwen2": Reader(
         ("Qwen2ForCausalLM",),
-        (*_TEXT, *_LENGTHS),
-        _LINEAR_YARN,
+        (*TEXT, *LENGTHS),
+        LINEAR_YARN,
         {"max_position_embeddings": 32768, "num_key_value_heads": 32},
         splits_embedding=True,
     ),
     "qwen3": Reader(
         ("Qwen3ForCausalLM",),
-        (*_TEXT, *_LENGTHS),
-        _LINEAR_YARN,
+        (*TEXT, *LENGTHS),
+        LINEAR_YARN,
         {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
         states_head_dim=True,
     ),
     "qwen3_moe": Reader(
         ("Qwen3MoeForCausalLM",),
-        (*_TEXT, *_LENGTHS, "expert_feed_forward_length"),
-        _LINEAR_YARN,
+        (*TEXT, *LENGTHS, "expert_feed_forward_length"),
+        LINEAR_YARN,
         {
             "max_position_embeddings": 32768,
             "num_key_value_heads": 4,
@@ -172,6 +116,7 @@ READERS: dict[str, Reader] = {
             "moe_intermediate_size",
         ),
     ),
+    **DELTA_NET_READERS,
     "gemma2": Reader(
         ("Gemma2ForCausalLM",),
         (
@@ -179,9 +124,9 @@ READERS: dict[str, Reader] = {
             "embedding_length",
             "block_count",
             "feed_forward_length",
-            *_HEADS,
+            *HEADS,
             "attention.layer_norm_rms_epsilon",
-            *_LENGTHS,
+            *LENGTHS,
             "attn_logit_softcapping",
             "final_logit_softcapping",
             "attention.sliding_window",
@@ -205,7 +150,7 @@ READERS: dict[str, Reader] = {
     ),
     "gemma3_text": Reader(
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
-        (*_TEXT, *_LENGTHS, "final_logit_softcapping", "attention.sliding_window"),
+        (*TEXT, *LENGTHS, "final_logit_softcapping", "attention.sliding_window"),
         ("default", "linear"),
         {
             "max_position_embeddings": 131072,
@@ -233,7 +178,7 @@ READERS: dict[str, Reader] = {
             "embedding_length",
             "feed_forward_length",
             "block_count",
-            *_HEADS,
+            *HEADS,
             "attention.layer_norm_rms_epsilon",
             "rope.dimension_count",
             "rope.freq_base",
@@ -248,43 +193,11 @@ READERS: dict[str, Reader] = {
         own_keys=phi3_keys,
         splits_embedding=True,
     ),
-    "granite": Reader(
-        ("GraniteForCausalLM",),
-        _GRANITE,
-        _LINEAR_YARN,
-        {"max_position_embeddings": 2048},
-        own_keys=scales_of_granite,
-        splits_embedding=True,
-    ),
-    "granitemoehybrid": Reader(
-        ("GraniteMoeHybridForCausalLM",),
-        (
-            *_GRANITE,
-            "expert_shared_feed_forward_length",
-            "ssm.conv_kernel",
-            "ssm.state_size",
-            "ssm.group_count",
-            "ssm.inner_size",
-            "ssm.time_step_rank",
-            "rope.scaling.finetuned",
-        ),
-        _LINEAR_YARN,
-        {
-            "max_position_embeddings": 2048,
-            "num_local_experts": 8,
-            "shared_intermediate_size": 1024,
-            "mamba_d_conv": 4,
-            "mamba_d_state": 256,
-            "mamba_n_groups": 1,
-            "mamba_expand": 2,
-            "mamba_n_heads": 128,
-        },
-        own_keys=granite4_keys,
-        splits_embedding=True,
-    ),
+    **GRANITES,
+    **FALCONS,
     "lfm2": Reader(
         ("Lfm2ForCausalLM", "LFM2ForCausalLM"),
-        (*_TEXT, "vocab_size", "shortconv.l_cache"),
+        (*TEXT, "vocab_size", "shortconv.l_cache"),
         ("default",),
         {
             "max_position_embeddings": 128000,
@@ -306,8 +219,8 @@ READERS: dict[str, Reader] = {
     ),
     "olmo2": Reader(
         ("Olmo2ForCausalLM",),
-        (*_TEXT, *_LENGTHS),
-        _LINEAR_YARN,
+        (*TEXT, *LENGTHS),
+        LINEAR_YARN,
         {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
         splits_embedding=True,
         tied=False,
@@ -315,12 +228,12 @@ READERS: dict[str, Reader] = {
     "olmo3": Reader(
         ("Olmo3ForCausalLM",),
         (
-            *_TEXT,
-            *_LENGTHS,
+            *TEXT,
+            *LENGTHS,
             "attention.sliding_window",
             "attention.sliding_window_pattern",
         ),
-        _LINEAR_YARN,
+        LINEAR_YARN,
         {
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-5,
@@ -333,8 +246,8 @@ READERS: dict[str, Reader] = {
     ),
     "smollm3": Reader(
         ("SmolLM3ForCausalLM",),
-        _LLAMA,
-        _LINEAR_YARN,
+        LLAMA,
+        LINEAR_YARN,
         {
             "max_position_embeddings": 32768,
             "num_key_value_heads": 4,

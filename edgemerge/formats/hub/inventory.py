@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.architectures import (
     ROTARY_HEADS,
+    column_names,
     expert_name,
     gguf_name,
     half_names,
     layer_index,
+    split_layer,
 )
-from edgemerge.formats.hub.config import HubConfig
+from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, HubConfig
+from edgemerge.formats.hub.cuts import Cut
 from edgemerge.formats.hub.files import CONFIG, stored_tensors
+from edgemerge.formats.hub.layouts import BLOCK, Decay, Groups, Layout, Scaled
 from edgemerge.formats.hub.names import is_adapter, is_packed, is_unused, own_name
 from edgemerge.formats.hub.safetensors import StoredTensor
+from edgemerge.formats.hub.stacks import PackedStacks, dealt_columns, halve
 from edgemerge.types import TensorSpec
 
 __all__ = ["Inventory", "Place"]
@@ -47,6 +53,7 @@ class Place:
     dtype: str  # as stored
     n_heads: int = 0  # 0: rows lie as GGUF wants them; else the heads that cut the rotary order
     norm_offset: float = 0.0  # 0: the bytes are passed on; else added, which makes it float32
+    layout: Layout | None = None  # how it is read, where that is not as above
 
 
 class Inventory:
@@ -69,13 +76,14 @@ class Inventory:
         self.places: dict[str, Place] = {}
         self.specs: dict[str, TensorSpec] = {}  # in the order in which the converter lists them
         self.unused: list[str] = []  # stored names of what inference does without
+        self.packed = PackedStacks()
         self._path, self._config = path, config
         self._experts: dict[int, dict[str, dict[int, _Expert]]] = {}  # of layers begun, by stem
         found: dict[str, str] = {}  # transformers' name -> stored name
         for shard, tensors in stored_tensors(path).items():
             # By name within a shard, as llama.cpp's SafetensorsLocal lists them.
             for stored_name, tensor in sorted(tensors.items()):
-                name = own_name(config.model_type, stored_name)
+                name = own_name(config.kind, stored_name)
                 if name is None:
                     self.unused.append(stored_name)
                     continue
@@ -87,7 +95,17 @@ class Inventory:
                     )
                 self._add(shard, name, stored_name, tensor)
                 found[name] = stored_name
+                if stack := self.packed.stack_name(name):
+                    found.setdefault(stack, stored_name)
         self._require_all(found)
+        if self.packed.is_used:  # the converter lists them first
+            self.specs = dict(sorted(self.specs.items(), key=lambda item: item[1].dtype != "MXFP4"))
+
+    def tie_head(self) -> TensorSpec:
+        """File the embedding as the head too, and return its specification."""
+        shard, tensor = self._embedding
+        self._file(OUTPUT, OUTPUT, shard, tensor)
+        return self.specs[OUTPUT]
 
     def _add(self, shard: Path, name: str, stored_name: str, tensor: StoredTensor) -> None:
         """Check one stored tensor against config.json and file it under its GGUF name."""
@@ -102,12 +120,21 @@ class Inventory:
                 path=shard,
                 tensor=stored_name,
             )
-        if halves := half_names(self._config.model_type, name):
-            for half, own in zip(_halve(tensor), halves, strict=True):
-                self._place(shard, stored_name, half, own)
+        if self._cut(shard, name, stored_name, tensor):
             return
-        expert = expert_name(self._config.model_type, name)
-        new_name, number = expert or (gguf_name(self._config.model_type, name), 0)
+        if halves := half_names(self._config.kind, name):
+            for half, own in zip(halve(tensor), halves, strict=True):
+                self._place(shard, stored_name, half, own, 2 * half.nbytes)
+            return
+        if owners := column_names(self._config.kind, name):
+            self._deal_out(shard, stored_name, tensor, owners)
+            return
+        stack = self.packed.stack_name(name)
+        if stack and (owners := column_names(self._config.kind, stack)):
+            self._unpack(shard, stored_name, tensor, name, owners)
+            return
+        expert = expert_name(self._config.kind, name)
+        new_name, number = expert or (gguf_name(self._config.kind, name), 0)
         if new_name is None or (expert is not None and number >= self._config.n_experts):
             raise self._refuse_unknown(shard, stored_name)
         if expert is None:
@@ -120,15 +147,96 @@ class Inventory:
         self._experts.setdefault(layer, {}).setdefault(stem, {})[number] = found
         self._stack(layer)
 
-    def _place(self, shard: Path, stored_name: str, tensor: StoredTensor, name: str) -> None:
-        """Check a tensor, and file it under its GGUF name."""
-        layer, stem = self._find_layer(shard, stored_name, name)
-        if layer is not None and self._config.lacks(layer, stem):
-            raise self._refuse_unknown(shard, stored_name)
+    def _cut(self, shard: Path, name: str, stored_name: str, tensor: StoredTensor) -> bool:
+        """File what a family makes of a tensor by rules of its own; tell whether it has some."""
+        layer, hf_stem = split_layer(name)
+        stored = self._config.cuts(layer).get(hf_stem)
+        if stored is None:
+            return False
+        for cut in stored.cuts:
+            own = cut.stem if layer is None else f"blk.{layer}.{cut.stem}"
+            _, stem = self._find_layer(shard, stored_name, own)
+            if layer is not None and self._config.lacks(layer, stem):
+                raise self._refuse_unknown(shard, stored_name)
+            self._check(shard, stored_name, tensor, stem, stored.shape)
+            self._file_cut(own, cut, shard, tensor)
+        return True
+
+    def _file_cut(self, name: str, cut: Cut, shard: Path, tensor: StoredTensor) -> None:
+        n_rows = tensor.shape[0] if len(tensor.shape) == 1 else prod(tensor.shape[:-1])
+        n_bytes, dtype, start = (
+            tensor.nbytes // n_rows,
+            DTYPES[tensor.dtype],
+            (shard, tensor.offset),
+        )
+        parts = tuple((shard, tensor.offset + first * n_bytes) for first in cut.starts)
+        n_stored = len(parts) * cut.height * n_bytes
+        layout: Layout | None = None
+        self.specs[name] = TensorSpec(name, cut.shape, dtype, n_stored)
+        if cut.stem == "ssm_a":
+            layout = Decay(start, dtype, cut.starts)
+            self.specs[name] = TensorSpec(name, cut.shape, "F32", 4 * prod(cut.shape))
+        elif cut.columns:
+            layout = Groups(start, cut.columns)
+        self.places[name] = Place(parts, cut.height * n_bytes, dtype, layout=layout)
+
+    def _place(
+        self, shard: Path, stored_name: str, tensor: StoredTensor, name: str, whole: int = 0
+    ) -> None:
+        """Check a tensor, and file it under its GGUF name; `whole`: bytes of what it is the half of."""
+        stem = self._own_stem(shard, stored_name, name)
         if stem == "shortconv.conv.weight" and len(tensor.shape) == 3 and tensor.shape[1] == 1:
             tensor = replace(tensor, shape=tensor.shape[::2])  # one filter for each channel
         self._check(shard, stored_name, tensor, stem)
-        self._file(name, stem, shard, tensor)
+        if name == EMBEDDING:
+            self._embedding = shard, tensor
+        tensor = replace(tensor, shape=self._config.shapes.in_gguf.get(stem, tensor.shape))
+        self._file(name, stem, shard, tensor, whole)
+
+    def _deal_out(
+        self, shard: Path, stored_name: str, tensor: StoredTensor, owners: tuple[str, ...]
+    ) -> None:
+        """Check a stack of transposed matrices or biases, and file what its columns are."""
+        n, in_turn = len(owners), self._config.family.deals_in_turn
+        for i, name in enumerate(owners):
+            stem = self._own_stem(shard, stored_name, name)
+            n_experts, n_out, *inputs = shape = self._config.expected_shape(stem)
+            self._check(shard, stored_name, tensor, stem, (n_experts, *inputs, n * n_out))
+            dtype, start = DTYPES[tensor.dtype], (shard, tensor.offset)
+            layout = dealt_columns(start, dtype, shape, i, n, in_turn=in_turn)
+            self.places[name] = Place((start,), tensor.nbytes, dtype, layout=layout)
+            self.specs[name] = TensorSpec(name, shape, dtype, tensor.nbytes // n)
+
+    def _unpack(
+        self,
+        shard: Path,
+        stored_name: str,
+        tensor: StoredTensor,
+        name: str,
+        owners: tuple[str, ...],
+    ) -> None:
+        """Check a part of packed experts, and file them when both parts are there."""
+        stems = [self._own_stem(shard, stored_name, owner) for owner in owners]
+        shape = self._config.expected_shape(stems[0])
+        self.packed.check(shard, stored_name, tensor, shape, len(owners))
+        n_bytes = prod(shape) // BLOCK * (1 + BLOCK // 2)
+        layouts = self.packed.pair(name, shard, tensor, len(owners))
+        for owner, layout in zip(owners, layouts, strict=False):
+            self.places[owner] = Place((layout.blocks,), n_bytes, "MXFP4", layout=layout)
+            self.specs[owner] = TensorSpec(owner, shape, "MXFP4", n_bytes)
+
+    def _own_stem(self, shard: Path, stored_name: str, name: str) -> str:
+        """Return a GGUF name without its layer; refuse what is filed already, or not of such a layer."""
+        layer, stem = self._find_layer(shard, stored_name, name)
+        if layer is not None and self._config.lacks(layer, stem):
+            raise self._refuse_unknown(shard, stored_name)
+        if name in self.places:
+            raise FormatError(
+                "is there both packed and plain; remove one of the two",
+                path=shard,
+                tensor=stored_name,
+            )
+        return stem
 
     def _find_layer(self, shard: Path, stored_name: str, name: str) -> tuple[int | None, str]:
         """Return a tensor's layer, and its name without it."""
@@ -158,7 +266,14 @@ class Inventory:
             tensor=stored_name,
         )
 
-    def _check(self, shard: Path, stored_name: str, tensor: StoredTensor, stem: str) -> None:
+    def _check(
+        self,
+        shard: Path,
+        stored_name: str,
+        tensor: StoredTensor,
+        stem: str,
+        expected: tuple[int, ...] = (),
+    ) -> None:
         if tensor.dtype not in DTYPES:
             if self._config.quantised:
                 raise self._refuse_packed(shard, stored_name, f"of type {tensor.dtype}")
@@ -168,7 +283,7 @@ class Inventory:
                 path=shard,
                 tensor=stored_name,
             )
-        expected = self._config.expected_shape(stem)
+        expected = expected or self._config.expected_shape(stem)
         if tensor.shape != expected:
             remedy = "the two files belong to different models, get the directory again"
             if stem == "token_embd.weight" and tensor.shape[1:] == expected[1:]:
@@ -179,16 +294,27 @@ class Inventory:
                 tensor=stored_name,
             )
 
-    def _file(self, name: str, stem: str, shard: Path, tensor: StoredTensor) -> None:
+    def _file(
+        self, name: str, stem: str, shard: Path, tensor: StoredTensor, whole: int = 0
+    ) -> None:
         family = self._config.family
         heads = 0
         if family.rotates_pairs and stem in ROTARY_HEADS:
             heads = getattr(self._config, ROTARY_HEADS[stem])
         offset = family.norm_offset if stem.endswith("norm.weight") else 0.0
-        dtype = DTYPES[tensor.dtype]
-        parts = ((shard, tensor.offset),)
-        self.places[name] = Place(parts, tensor.nbytes, dtype, heads, offset)
-        if offset:
+        dtype, start = DTYPES[tensor.dtype], (shard, tensor.offset)
+        layout: Layout | None = None
+        if stem == "ssm_a":
+            layout = Decay(start, dtype)
+        elif stem in self._config.scales:
+            layout = Scaled(start, dtype, self._config.scales[stem])
+        parts: tuple[tuple[Path, int], ...] = (start,)
+        if whole and len(tensor.shape) > 2:  # half of each expert
+            step = whole // tensor.shape[0]
+            parts = tuple((shard, tensor.offset + i * step) for i in range(tensor.shape[0]))
+        part_bytes = tensor.nbytes // len(parts)
+        self.places[name] = Place(parts, part_bytes, dtype, heads, offset, layout)
+        if offset or layout:
             self.specs[name] = TensorSpec(name, tensor.shape, "F32", 4 * prod(tensor.shape))
         else:
             self.specs[name] = TensorSpec(name, tensor.shape, dtype, tensor.nbytes)
@@ -225,29 +351,21 @@ class Inventory:
         def wanted() -> Iterator[str]:  # one by one: a hostile config.json has billions of layers
             yield from (hf for name, hf in family.outside.items() if name != "output.weight")
             names = {stem: hf for stem, hf in family.block.items() if config.required(stem)}
-            names |= {hf: hf for hf in family.halves}
+            names |= {stems[0]: hf for hf, stems in {**family.halves, **family.columns}.items()}
             for layer in range(config.n_layers):
                 for stem, hf in names.items():
                     if not config.lacks(layer, stem):
                         yield f"model.layers.{layer}.{hf}"
+                if all(f"blk.{layer}.{stem}" in self.specs for stem in family.experts):
+                    continue  # there are none, or all of a layer are stored as one
                 for i in range(config.n_experts):
                     for hf in family.experts.values():
                         yield f"model.layers.{layer}.{hf.format(i)}"
 
-        for name in wanted():
+        for name in chain(wanted(), filter(None, [self.packed.missing()])):
             if name not in found:
                 raise FormatError(
                     "is missing from the directory; get its safetensors files again",
                     path=self._path,
                     tensor=name,
                 )
-
-
-def _halve(tensor: StoredTensor) -> tuple[StoredTensor, StoredTensor]:
-    """Cut a matrix into its upper and lower half; one of an odd height is left for the check of shapes."""
-    n_rows, *rest = tensor.shape or (0,)
-    shape, nbytes = (n_rows // 2, *rest), tensor.nbytes // 2
-    if n_rows % 2:
-        return tensor, tensor
-    upper = StoredTensor(tensor.dtype, shape, tensor.offset, nbytes)
-    return upper, replace(upper, offset=tensor.offset + nbytes)

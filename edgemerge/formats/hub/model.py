@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,10 @@ from edgemerge.formats.files import (
     was_cached,
 )
 from edgemerge.formats.hub.card import general_metadata
-from edgemerge.formats.hub.config import read_config
+from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, read_config
 from edgemerge.formats.hub.files import CONFIG, refuse_folder, unread_files
 from edgemerge.formats.hub.inventory import Inventory, Place
+from edgemerge.formats.hub.layouts import as_f32
 from edgemerge.formats.hub.names import name_some
 from edgemerge.formats.hub.rope import rope_tensors
 from edgemerge.formats.tokenizer.process import read_tokenizer
@@ -34,7 +35,6 @@ from edgemerge.types import FileState, Float32, TensorSpec, UInt8
 
 __all__ = ["HubModel"]
 
-EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 PIECE = 1 << 20  # bytes of rows that are compared at a time; one row at least
 
 
@@ -60,7 +60,7 @@ class HubModel:
         inventory = Inventory(self.path, self._config)
         self._places = inventory.places
         self._specs |= inventory.specs
-        self._notes = self._list_notes(inventory.unused)
+        self._notes = self._list_notes(inventory)
         self._metadata: dict[str, bytes] | None = None
         self._fds: dict[Path, int] = {}
         shards = (shard for place in self._places.values() for shard, _ in place.parts)
@@ -75,26 +75,26 @@ class HubModel:
         self._states = {shard: read_state(fd, shard) for shard, fd in self._fds.items()}
         self._stay_cached = {shard for shard, fd in self._fds.items() if was_cached(fd)}
         try:
-            self._settle_head()
+            self._settle_head(inventory)
         except BaseException:
             self.close()
             raise
 
-    def _list_notes(self, unused: Sequence[str]) -> list[str]:
-        name, tool = self.path.name, self._config.quantised
+    def _list_notes(self, inventory: Inventory) -> list[str]:
+        name, tool, unused = self.path.name, self._config.quantised, inventory.unused
         notes = [note] if (note := unread_files(self.path)) else []
         if unused:
             notes.append(
                 f"{name}: tensors that the language model does not use are left out: {name_some(unused)}"
             )
-        if tool:
+        if tool and not inventory.packed.is_used:
             notes.append(
                 f"{name}: {CONFIG} says that the weights are quantised by {tool!r}, but they are "
                 "plain, and read as such"
             )
         return notes
 
-    def _settle_head(self) -> None:
+    def _settle_head(self, inventory: Inventory) -> None:
         """Keep a stored head that is not the embedding, whatever config.json says of tying.
 
         So do transformers and llama.cpp, which ties where no head is stored. Some architectures have it
@@ -122,8 +122,7 @@ class HubModel:
                 "stored; the embedding is used"
             )
         if OUTPUT not in self._places and must_tie is False:
-            self._places[OUTPUT] = self._places[EMBEDDING]
-            self._specs[OUTPUT] = replace(self._specs[EMBEDDING], name=OUTPUT)
+            self._specs[OUTPUT] = inventory.tie_head()
 
     def _is_embedding(self) -> bool:
         """Tell whether the stored head has the embedding's values; reads both as far as they agree."""
@@ -132,7 +131,7 @@ class HubModel:
         same = True
         for start in range(0, n_rows, height):
             stop = min(n_rows, start + height)
-            left, right = (self._read_f32(name, start, stop) for name in (EMBEDDING, OUTPUT))
+            left, right = (self._read_stored(name, start, stop) for name in (EMBEDDING, OUTPUT))
             if not np.array_equal(left, right):
                 same = False
                 break
@@ -140,10 +139,12 @@ class HubModel:
             self.forget(name)
         return same
 
-    def _read_f32(self, name: str, start: int, stop: int) -> Float32:
-        raw = np.empty((stop - start) * self._specs[name].row_bytes, np.uint8)
-        self.read_rows(name, start, stop, raw)
-        return _as_f32(raw, self._places[name].dtype)
+    def _read_stored(self, name: str, start: int, stop: int) -> Float32:
+        place, n_rows = self._places[name], self._specs[name].n_rows
+        width = place.part_bytes // n_rows
+        raw = np.empty((stop - start) * width, np.uint8)
+        self._fill_rows(name, start * width, stop * width, raw.data.cast("B"))
+        return as_f32(raw, place.dtype)
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """All tensors by GGUF name, in the order in which llama.cpp's converter lists them."""
@@ -179,7 +180,9 @@ class HubModel:
             return
         place = self._places[name]
         view = out_u8.data.cast("B")
-        if place.norm_offset:
+        if place.layout is not None:
+            place.layout.read(spec, start, stop, out_u8, partial(self._fill, name))
+        elif place.norm_offset:
             out_u8[:] = self._read_norm(name, place).view(np.uint8)
         elif not place.n_heads:
             self._fill_rows(name, start * spec.row_bytes, stop * spec.row_bytes, view)
@@ -192,7 +195,7 @@ class HubModel:
         """Return the vector that Gemma multiplies by: it stores them less 1."""
         stored = np.empty(place.part_bytes, np.uint8)
         self._fill(name, [stored.data.cast("B")], place.parts[0])
-        return _as_f32(stored, place.dtype) + np.float32(place.norm_offset)
+        return as_f32(stored, place.dtype) + np.float32(place.norm_offset)
 
     def _fill_rows(self, name: str, start: int, stop: int, view: memoryview) -> None:
         """Read bytes [start, stop) of a tensor, whose parts may lie apart."""
@@ -234,6 +237,11 @@ class HubModel:
         """Drop a tensor's pages, or its first rows', from the page cache, unless the shard was in it."""
         if place := self._places.get(name):
             spec = self._specs[name]
+            if place.layout is not None:
+                for (shard, offset), n_bytes in place.layout.stored(spec, n_rows or spec.n_rows):
+                    if shard not in self._stay_cached:
+                        forget_range(self._fds[shard], offset, n_bytes)
+                return
             left = spec.nbytes if n_rows is None else n_rows * spec.row_bytes
             for shard, offset in place.parts:
                 if shard not in self._stay_cached:
@@ -258,13 +266,3 @@ class HubModel:
         """Close the shards."""
         while self._fds:
             os.close(self._fds.popitem()[1])
-
-
-def _as_f32(raw: UInt8, dtype: str) -> Float32:
-    match dtype:
-        case "BF16":
-            return (raw.view("<u2").astype("<u4") << 16).view("<f4")
-        case "F16":
-            return raw.view("<f2").astype("<f4")
-        case _:
-            return raw.view("<f4")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from edgemerge.formats.architectures import GLOBAL, gguf_name, is_ignored, text_name
+from edgemerge.formats.architectures import GLOBAL, KINDS_OF_MODEL, gguf_name, is_ignored, text_name
 
 __all__ = ["is_adapter", "is_packed", "is_unused", "name_some", "own_name"]
 
@@ -34,8 +34,10 @@ def own_name(model_type: str, stored: str) -> str | None:
     Returns
     -------
     str or None
-        None for a tensor of a vision tower.
+        None for a tensor of a tower that sees or hears.
     """
+    if any(tower in stored for tower in KINDS_OF_MODEL[model_type].towers):
+        return None
     bare = stored
     while prefix := next((w for w in WRAPPERS if bare.startswith(w)), None):
         bare = bare.removeprefix(prefix)

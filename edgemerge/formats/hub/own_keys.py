@@ -12,9 +12,9 @@ from edgemerge.formats.hub.checker import Checker
 
 __all__ = [
     "Shapes",
+    "check_layer_types",
     "gemma2_keys",
     "gemma3_keys",
-    "granite4_keys",
     "lfm2_keys",
     "lfm2_layers",
     "lfm2_width",
@@ -24,9 +24,10 @@ __all__ = [
     "one_kind",
     "phi3_keys",
     "qwen3_moe_keys",
-    "scales_of_granite",
     "smollm3_keys",
+    "stated_kinds",
     "stated_width",
+    "windows",
 ]
 
 
@@ -45,50 +46,6 @@ def no_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     return {}
 
 
-def scales_of_granite(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    """State four factors, of which llama.cpp takes each for 1 where it is not stated."""
-    names = {
-        "attention.scale": "attention_multiplier",
-        "embedding_scale": "embedding_multiplier",
-        "residual_scale": "residual_multiplier",
-        "logit_scale": "logits_scaling",
-    }
-    return {key: encode_value(check.number(name, 1.0), "f32") for key, name in names.items()}
-
-
-def granite4_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
-    """Read a Granite 4 that has attention in every layer, and no experts; its hybrids are refused."""
-    kinds = check.get("layer_types")
-    if not isinstance(kinds, list) or any(
-        kind not in ("attention", "full_attention") for kind in kinds
-    ):
-        raise check.elsewhere("layer_types", kinds)
-    if n_experts := check.get("num_local_experts"):
-        raise check.elsewhere("num_local_experts", n_experts)
-    if (kind := check.get("position_embedding_type")) != "rope":
-        raise check.unlike("position_embedding_type", kind, "'rope'")
-    width = check.count("shared_intermediate_size")
-    if width != check.count("intermediate_size"):
-        raise check.unlike("shared_intermediate_size", width, "that of intermediate_size")
-    heads = [check.count("num_key_value_heads", shapes.n_head)] * shapes.n_layers
-    counts = {
-        "expert_count": 0,
-        "expert_used_count": 0,
-        "expert_shared_feed_forward_length": width,
-        "ssm.conv_kernel": check.count("mamba_d_conv"),
-        "ssm.state_size": check.count("mamba_d_state"),
-        "ssm.group_count": check.count("mamba_n_groups"),
-        "ssm.inner_size": check.count("mamba_expand") * shapes.n_embd,
-        "ssm.time_step_rank": check.count("mamba_n_heads"),
-    }
-    return {
-        **scales_of_granite(check, shapes),
-        **{key: encode_value(value, "u32") for key, value in counts.items()},
-        "attention.head_count_kv": encode_value(list(heads), "[i32]"),
-        "rope.scaling.finetuned": encode_value(True, "bool"),
-    }
-
-
 def one_kind(check: Checker, shapes: Shapes) -> tuple[str, ...]:
     """Return nothing, as all layers have the same tensors."""
     return ()
@@ -105,10 +62,10 @@ def lfm2_layers(check: Checker, shapes: Shapes) -> tuple[str, ...]:
     if not isinstance(indices, list):
         indices = range(shapes.n_layers)
     default = ["full_attention" if i in indices else "conv" for i in range(shapes.n_layers)]
-    return tuple(_layer_kinds(check, default, ("full_attention", "conv")))
+    return tuple(stated_kinds(check, default, ("full_attention", "conv")))
 
 
-def _layer_kinds(check: Checker, default: list[str], known: tuple[str, ...]) -> list[str]:
+def stated_kinds(check: Checker, default: list[str], known: tuple[str, ...]) -> list[str]:
     """Return the kind of each layer, or the default where none is stated."""
     kinds = check.get("layer_types")
     kinds = default if kinds is None else kinds
@@ -144,7 +101,7 @@ def lfm2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 def gemma2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """State caps of logits, and a window in every second layer."""
     _check_query_scale(check, shapes, n_layers_of_27b=46)
-    _check_layer_types(check, _windows(shapes.n_layers, 2))
+    check_layer_types(check, windows(shapes.n_layers, 2))
     return {
         "attn_logit_softcapping": encode_value(check.number("attn_logit_softcapping"), "f32"),
         "final_logit_softcapping": encode_value(check.number("final_logit_softcapping"), "f32"),
@@ -165,22 +122,23 @@ def gemma3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
         keys["final_logit_softcapping"] = encode_value(cap, "f32")
     types = check.get("layer_types")
     period = check.get("sliding_window_pattern") or check.get("_sliding_window_pattern")
-    full = _windows(shapes.n_layers, 1)
+    full = windows(shapes.n_layers, 1)
     if types == full or (types is None and period == 1):
         return keys
     if types is None and period not in (None, 6):
         raise check.unlike("sliding_window_pattern", period, "6 or 1")
-    _check_layer_types(check, _windows(shapes.n_layers, 6))
+    check_layer_types(check, windows(shapes.n_layers, 6))
     window = encode_value(check.count("sliding_window"), "u32")
     return keys | {"attention.sliding_window": window}
 
 
-def _windows(n_layers: int, period: int) -> list[str]:
-    """Kinds of attention where every layer of number `period` sees the whole text."""
+def windows(n_layers: int, period: int) -> list[str]:
+    """Return kinds of attention where every layer of number `period` sees the whole text."""
     return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layers)]
 
 
-def _check_layer_types(check: Checker, wanted: list[str]) -> None:
+def check_layer_types(check: Checker, wanted: list[str]) -> None:
+    """Refuse layers of other kinds than llama.cpp has by number."""
     if check.get("layer_types") not in (None, wanted):
         period = [*wanted, "full_attention"].index("full_attention") + 1
         raise check.unlike(
@@ -210,8 +168,8 @@ def ministral3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 def olmo3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """State a window in any of the layers, which turn by the same frequencies without YaRN."""
-    kinds = _layer_kinds(
-        check, _windows(shapes.n_layers, 4), ("sliding_attention", "full_attention")
+    kinds = stated_kinds(
+        check, windows(shapes.n_layers, 4), ("sliding_attention", "full_attention")
     )
     slides: list[Scalar] = [kind == "sliding_attention" for kind in kinds]
     keys = {

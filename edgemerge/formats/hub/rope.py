@@ -63,7 +63,7 @@ def read_rope(check: Checker, kinds: tuple[str, ...], head_dim: int, context_len
     FormatError
         The kind is another one, or a value is missing or absurd.
     """
-    value = check.raw.get("rope_scaling") or check.raw.get("rope_parameters") or {}
+    value = check.raw.get("rope_scaling") or check.get("rope_parameters") or {}
     if not isinstance(value, dict):
         raise check.refuse("rope_scaling", value, "an object or null")
     rope, local_theta = _by_layer_kind(check, value)
@@ -108,10 +108,6 @@ def _check_values(check: Checker, kind: str, rope: dict[str, Any]) -> None:
     if kind == "llama3":
         for key, default in LLAMA3_DEFAULTS.items():
             rope[key] = check.number(key, default, rope)
-        if rope["low_freq_factor"] == rope["high_freq_factor"]:
-            raise check.refuse(
-                "high_freq_factor", rope["high_freq_factor"], "above low_freq_factor"
-            )
     elif kind in ("linear", "yarn"):
         rope["factor"] = check.number("factor", table=rope)
     if kind == "longrope":
@@ -122,7 +118,9 @@ def _check_values(check: Checker, kind: str, rope: dict[str, Any]) -> None:
         for name in (*(name for names in YARN_KEYS.values() for name in names), *YARN_SCALES):
             if rope.get(name) is not None:
                 check.number(name, table=rope)
-        if rope.get("truncate") is False:
+        # gpt-oss was trained so. llama.cpp rounds the limits, and runs it nevertheless.
+        is_trained_so = "rope_parameters" in check.defaults
+        if rope.get("truncate") is False and not is_trained_so:
             raise check.unlike("truncate", False, "true")
 
 
@@ -161,10 +159,11 @@ def _original_length(
 def _rotated_length(
     check: Checker, kinds: tuple[str, ...], rope: dict[str, Any], head_dim: int
 ) -> int:
-    """Count the elements of a head that are turned: all, but in the Phi-3 family maybe fewer."""
+    """Count the elements of a head that are turned: all, but in some families maybe fewer."""
     part = rope.get("partial_rotary_factor", check.get("partial_rotary_factor"))
     part = 1.0 if part is None else part
-    if "longrope" not in kinds and part != 1:
+    turns_part = "longrope" in kinds or "partial_rotary_factor" in check.defaults
+    if not turns_part and part != 1:
         raise check.unlike("partial_rotary_factor", part, "1")
     if not isinstance(part, int | float) or not 0 < part <= 1:
         raise check.refuse("partial_rotary_factor", part, "above 0, and 1 at most")
@@ -277,7 +276,7 @@ def _llama3_factors(rope: Rope) -> Float32:
         wavelength = f32(2 * math.pi) / freq
         if wavelength < original / high:
             factors[i] = 1.0
-        elif wavelength > original / low:
+        elif wavelength > original / low or low == high:  # equal ones, as in Llama 4, have no middle
             factors[i] = factor
         else:
             smooth = (f32(original) / wavelength - f32(low)) / f32(high - low)

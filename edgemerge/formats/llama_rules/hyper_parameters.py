@@ -46,6 +46,8 @@ glm4moe gpt2 gptneox granitehybrid jais laguna lfm2 lfm2moe maple minimax-01 min
 modern-bert mpt muse-glimmer nanbeige nemotron nemotron_h nemotron_h_moe neo-bert openelm phi2 phi3 qwen
 qwen35 qwen35moe qwen3next qwen4exp refact spark2_5 stablelm starcoder t5
 """
+# Architectures that turn by sections, for time, height and width: `ggml_rope_multi`.
+_SECTIONED = ("paddleocr", "qwen2vl", "qwen35", "qwen35moe", "qwen3vl", "qwen3vlmoe", "qwen4exp")
 _ROTATES_WHOLE_HEADS = frozenset(_ROTATING.split())
 _HAS_EQUAL_HEADS = _ROTATES_WHOLE_HEADS | frozenset(_EQUAL.split())
 
@@ -175,6 +177,12 @@ def _check_heads(keys: _Keys) -> Iterator[Violation]:
         yield keys.refuse("rope.dimension_count", rotated, f"{value}, the length of a head")
     elif rotated % 2 or rotated > key:  # `ggml_compute_forward_rope`
         yield keys.refuse("rope.dimension_count", rotated, f"even, and {key} at most")
+    sections = keys.integers("rope.dimension_sections")[:4]
+    if (
+        sections and keys.architecture in _SECTIONED and not 0 < sum(sections) <= key
+    ):  # `ggml_mrope_cache_init`
+        shown = f"{sections}, {sum(sections)} in all,"
+        yield keys.refuse("rope.dimension_sections", shown, f"1 to {key} in all")
 
 
 def _check_layers(keys: _Keys, specs: Mapping[str, TensorSpec]) -> Iterator[Violation]:

@@ -25,6 +25,10 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3_REGEX = _CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _REST
 QWEN2_REGEX = _CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + _REST
+QWEN35_REGEX = (
+    _CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
+    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 TEKKEN_REGEX = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|"
@@ -36,7 +40,7 @@ GPT4O_REGEX = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}|"
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-COVERING = (LLAMA3_REGEX, QWEN2_REGEX, TEKKEN_REGEX, GPT4O_REGEX)
+COVERING = (LLAMA3_REGEX, QWEN2_REGEX, QWEN35_REGEX, TEKKEN_REGEX, GPT4O_REGEX)
 DEEPSEEK_CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 DEEPSEEK_LETTERS = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿ"
@@ -61,8 +65,9 @@ PRE_TOKENIZERS: tuple[tuple[tuple[Step, ...], bool | None, str], ...] = (
     ((_split(LLAMA3_REGEX), _BYTES), True, "llama-bpe"),
     ((_split(LLAMA3_REGEX), _BYTES), False, "smaug-bpe"),
     ((_split(QWEN2_REGEX), _BYTES), False, "qwen2"),
+    ((_split(QWEN35_REGEX), _BYTES), False, "qwen35"),
     ((_split(TEKKEN_REGEX), _BYTES), None, "tekken"),
-    ((_split(GPT4O_REGEX), _BYTES), False, "gpt-4o"),
+    ((_split(GPT4O_REGEX), _BYTES), None, "gpt-4o"),
     ((_DIGITS, _GPT2), False, "smollm"),
     ((_GPT2,), False, "gpt-2"),
     (
@@ -94,19 +99,33 @@ PRE_TOKENIZERS: tuple[tuple[tuple[Step, ...], bool | None, str], ...] = (
 
 # (model type, name above) -> what the converter calls the same cutting in that family's vocabulary
 OTHER_NAMES: dict[tuple[str, str], str] = {
-    ("granite", "smaug-bpe"): "dbrx",
-    ("granite", "smollm"): "refact",
-    ("granitemoehybrid", "smaug-bpe"): "dbrx",
-    ("granitemoehybrid", "smollm"): "refact",
+    **{
+        (f"granite{kind}", ours): theirs
+        for kind in ("", "moe", "moeshared", "moehybrid")
+        for ours, theirs in (("smaug-bpe", "dbrx"), ("smollm", "refact"))
+    },
+    ("falcon_h1", "llama-bpe"): "falcon-h1",
     ("lfm2", "llama-bpe"): "lfm2",
+    ("llama4_text", "gpt-4o"): "llama4",
     ("olmo2", "smaug-bpe"): "dbrx",
     ("olmo3", "smaug-bpe"): "dbrx",
     ("phi3", "smaug-bpe"): "dbrx",
 }
 
 
+# Model type -> what the converter calls every way of cutting that its published vocabularies have.
+# llama.cpp has one cut for them, and merges that were learnt with a finer one hardly ever tell.
+NAMES_OF_ALL: dict[str, str] = {"falcon_h1": "falcon-h1"}
+FINER_STEPS = ("Digits", "Punctuation", "Split", "ByteLevel")
+
+
 def bpe_vocabulary(
-    path: Path, tokenizer_json: Json, added: list[AddedToken], vocab_size: int, model_type: str
+    path: Path,
+    tokenizer_json: Json,
+    added: list[AddedToken],
+    vocab_size: int,
+    model_type: str,
+    notes: list[str],
 ) -> dict[str, bytes]:
     """Return the `tokenizer.ggml.*` keys of a byte-level BPE (`_set_vocab_gpt2`).
 
@@ -122,6 +141,8 @@ def bpe_vocabulary(
         Number of tokens to return; ids that no token has become `[PADn]`.
     model_type : str
         config.json's, which chooses among names for one way of cutting.
+    notes : list of str
+        What llama.cpp does otherwise is added to it.
     """
     model = tokenizer_json["model"]
     _refuse_unknown_model(path, tokenizer_json)
@@ -138,7 +159,7 @@ def bpe_vocabulary(
             tokens[i] = user_text(text)
     return {
         "model": encode_value("gpt2", "str"),
-        "pre": encode_value(_pre_tokenizer(path, tokenizer_json, model_type), "str"),
+        "pre": encode_value(_pre_tokenizer(path, tokenizer_json, model_type, notes), "str"),
         "tokens": encode_value(
             [f"[PAD{i}]" if text is None else text for i, text in enumerate(tokens)], "[str]"
         ),
@@ -182,7 +203,7 @@ def _refuse_unknown_model(path: Path, tokenizer_json: Json) -> None:
         )
 
 
-def _pre_tokenizer(path: Path, tokenizer_json: Json, model_type: str) -> str:
+def _pre_tokenizer(path: Path, tokenizer_json: Json, model_type: str, notes: list[str]) -> str:
     normalizers = [
         step["type"] for step in _flatten(tokenizer_json.get("normalizer"), "normalizers")
     ]
@@ -199,6 +220,12 @@ def _pre_tokenizer(path: Path, tokenizer_json: Json, model_type: str) -> str:
         if steps == known and ignores in (None, ignore_merges):
             return OTHER_NAMES.get((model_type, name), name)
     shown = ", ".join(str(step[0]) for step in steps)
+    name_of_all = NAMES_OF_ALL.get(model_type)
+    if name_of_all and "ByteLevel" in shown and all(step[0] in FINER_STEPS for step in steps):
+        notes.append(
+            f"its tokenizer cuts text by {shown}, llama.cpp as {name_of_all}: ids may differ in rare texts"
+        )
+        return name_of_all
     raise FormatError(
         f"its tokenizer cuts text in a way ({shown or 'none'}) that edgemerge knows no llama.cpp "
         "name for; give a GGUF of it (convert_hf_to_gguf.py of llama.cpp knows more tokenizers)",

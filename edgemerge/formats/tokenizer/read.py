@@ -29,11 +29,22 @@ from edgemerge.formats.tokenizer.unigram import unigram_json_vocabulary, unigram
 __all__ = ["tokenizer_metadata"]
 
 # Model types that the converter's LlamaModel and GemmaModel take care of.
-LLAMA_LIKE = ("llama", "mistral", "ministral3", "mixtral", "granite", "smollm3")
+LLAMA_LIKE: tuple[str, ...] = (
+    "llama",
+    "mistral",
+    "ministral3",
+    "mixtral",
+    "granite",
+    "granitemoe",
+    "granitemoeshared",
+    "smollm3",
+)
 GEMMA = ("gemma2", "gemma3_text")
 # llama.cpp ends a text with EOS in the first, and begins it with BOS in the others, by default.
 UNIGRAM = encode_value("t5", "str")
-BOS_BY_DEFAULT = tuple(encode_value(name, "str") for name in ("llama-bpe", "tekken", "lfm2"))
+BOS_BY_DEFAULT = tuple(
+    encode_value(name, "str") for name in ("llama-bpe", "tekken", "lfm2", "falcon-h1")
+)
 # CodeLlama's end of an infill is named nowhere; the converter knows it by the vocabulary's size.
 CODELLAMA_VOCAB, CODELLAMA_EOT = 32016, 32010
 GRANITE_VOCAB = 49152  # also SmolLM's: none of these wants a BOS
@@ -109,7 +120,7 @@ def tokenizer_metadata(
         ) from e
 
 
-def _read_optional(path: Path, **bounds: int) -> dict[str, Any] | None:
+def _read_optional(path: Path, **bounds: Any) -> dict[str, Any] | None:
     return read_object(path, **bounds) if path.is_file() else None
 
 
@@ -152,7 +163,7 @@ def _metadata(
         if not adds_space(tokenizer_json):
             keys["add_space_prefix"] = encode_value(False, "bool")
     else:
-        keys |= bpe_vocabulary(path, tokenizer_json, added, vocab_size, model_type)
+        keys |= bpe_vocabulary(path, tokenizer_json, added, vocab_size, model_type, notes)
     stated = _without_negative(config, notes)
     ids, adds = special_tokens(tokenizer_json, tokenizer_config, stated, None)
     _check_ids(path, ids, keys["token_type"], vocab_size)

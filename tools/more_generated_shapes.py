@@ -1,0 +1,38 @@
+"""More models that make_generated_models.py describes: hybrids with a delta net."""
+
+from __future__ import annotations
+
+from tools.generated_shapes import TINY, GeneratedShape
+
+__all__ = ["MORE_SHAPES"]
+
+# Marks beside letters, which Qwen3.5 keeps together
+TEXT = "Ça coûte 3.14 + 10000 €, naïve?  🦙\n\tdef f(x):\n\n    return x[1:] != 'it''s'  # नमस्ते"
+DELTA_NET = TINY | dict(
+    num_hidden_layers=4, head_dim=16, linear_key_head_dim=8, linear_value_head_dim=8,
+    linear_num_key_heads=2, linear_num_value_heads=6, linear_conv_kernel_dim=4, eos_token_id=330,
+)  # fmt: skip
+EXPERTS = dict(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+    shared_expert_intermediate_size=16,
+)  # fmt: skip
+SECTIONS = dict(
+    rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5, mrope_interleaved=True,
+    mrope_section=[2, 1, 1],
+)  # fmt: skip
+
+MORE_SHAPES: dict[str, GeneratedShape] = {
+    "qwen3_next": GeneratedShape("qwen3_next", DELTA_NET | EXPERTS, "qwen2"),
+    "qwen3_5": GeneratedShape(
+        "qwen3_5_text",
+        DELTA_NET | dict(tie_word_embeddings=True, rope_parameters=SECTIONS),
+        "qwen35",
+        text=TEXT,
+    ),
+    "qwen3_5_moe": GeneratedShape(
+        "qwen3_5_moe_text",
+        DELTA_NET | EXPERTS | dict(rope_parameters=SECTIONS),
+        "qwen35",
+        config_removed=("intermediate_size",),
+    ),
+}  # fmt: skip
