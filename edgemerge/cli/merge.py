@@ -13,6 +13,7 @@ import typer
 
 from edgemerge.cli import request
 from edgemerge.cli.answers import ask_models
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.made import describe_made, made_rows
 from edgemerge.cli.method_help import HelpWithMethods
 from edgemerge.cli.sign import sign_output
@@ -48,6 +49,8 @@ def merge_command(
     strict: request.Strict = False,
     split: request.Split = None,
     disk: request.Disk = None,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     force: request.Force = False,
     json_: request.Json = False,
     report: request.Report = None,
@@ -79,6 +82,7 @@ def merge_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
         strict=strict,
+        finder=make_finder(models_folder, download, quiet=json_),
     )
     inputs = (*recipe.inputs(), *(real_path(Path(text)) for text in models))
     if sign is not None:
@@ -206,6 +210,8 @@ def plan_command(
     parameter: request.Parameter = None,
     preset: request.Preset = None,
     strict: request.Strict = False,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     json_: request.Json = False,
 ) -> None:
     """Show what a merge would read, write and need, without doing it."""
@@ -225,6 +231,7 @@ def plan_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
         strict=strict,
+        finder=make_finder(models_folder, download, quiet=json_),
     )
     the_plan = plan(
         recipe, memory=parse_size(memory) if memory is not None else None, threads=threads

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgemerge.errors import RecipeError
+from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.gguf.metadata import encode_value, get_value
 from edgemerge.formats.gguf.split import whole_name
@@ -152,7 +153,8 @@ def output_metadata(
     if template is not None:
         metadata[TEMPLATE_KEY] = encode_value(template, "str")
     names = [
-        Path(whole_name(path)).stem if path.is_file() else path.name for path in recipe.models()
+        Path(whole_name(path)).stem if path.is_file() else whole_name(path)
+        for path in recipe.models()
     ]
     title = names[0] if len(names) == 1 else f"{method.name} merge of {', '.join(names)}"
     metadata["general.name"] = encode_value(title, "str")
@@ -184,7 +186,7 @@ def _most_common_template(
         return template, []
     owner = next(path for path, text in texts.items() if text == template)
     return template, [
-        f"chat_template auto: the template of {owner.name} is taken, which {count} of "
+        f"chat_template auto: the template of {folder_name(owner)} is taken, which {count} of "
         f"{len(models)} models have"
     ]
 

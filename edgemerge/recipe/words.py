@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
+from edgemerge.finding.cache import folder_name
 from edgemerge.methods.table import METHODS
 from edgemerge.types import Recipe
 
@@ -53,11 +54,11 @@ def describe_recipe(document: Mapping[str, Any]) -> list[str]:
     parts += _switches(document)
     lines = [f"{name}: {', '.join(parts)}" if parts else name]
     if isinstance(base := document.get("base"), str | PurePath):
-        lines.append(f"base {PurePath(base).name}")
+        lines.append(f"base {_name(base)}")
     parts_of_slices = document.get("slices")
     for part in parts_of_slices if isinstance(parts_of_slices, list | tuple) else ():
         if isinstance(base := _table(part).get("base"), str | PurePath):
-            lines.append(f"base of a slice {PurePath(base).name}")
+            lines.append(f"base of a slice {_name(base)}")
     for part in _slices(document):
         lines += [f"{label}: {words}" if words else label for label, words in map(_model, part)]
     return list(dict.fromkeys(lines))
@@ -101,7 +102,7 @@ def _slices(document: Mapping[str, Any]) -> list[list[tuple[str, dict[str, Any]]
         models = []
         for entry in inputs if isinstance(inputs, list | tuple) else ():
             table = _table(entry)
-            label = PurePath(str(table.get("path", "?"))).name
+            label = _name(table.get("path", "?"))
             if isinstance(layers := table.get("layer_range"), list | tuple) and len(layers) == 2:
                 label += f" layers {layers[0]} to {layers[1]}"
             models.append(
@@ -140,6 +141,10 @@ def _value(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _name(path: object) -> str:
+    return folder_name(Path(str(path)))
 
 
 def _table(value: object) -> dict[str, Any]:
