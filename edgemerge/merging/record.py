@@ -26,6 +26,7 @@ def provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str, 
     `edgemerge.input_hub` has `org/name@commit` for each input of the hub's cache, an empty text for others.
     """
     models = the_plan.models
+    mixture = the_plan.recipe.mixture
     inputs = [0] * len(models)
     tensors = [0] * len(the_plan.jobs)
     for i, (job, result) in enumerate(zip(the_plan.jobs, results, strict=False)):
@@ -33,9 +34,11 @@ def provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str, 
         for tensor, checksum in zip(job.inputs, result.inputs, strict=True):
             inputs[tensor.model] = zlib.crc32(checksum.to_bytes(4, "little"), inputs[tensor.model])
     hub = [str(hub_origin(path) or "") for path in models]
+    if mixture is not None:
+        hub = [", ".join(str(found) for path in mixture.models() if (found := hub_origin(path)))]
     return {
         "edgemerge.version": encode_value(version("edgemerge"), "str"),
-        "edgemerge.method": encode_value(the_plan.recipe.method, "str"),
+        "edgemerge.method": encode_value(the_plan.recipe.title, "str"),
         "edgemerge.recipe": encode_value(_recipe_json(the_plan), "str"),
         "edgemerge.seed": encode_value(the_plan.recipe.seed, "u64"),
         "edgemerge.inputs": encode_value([whole_name(path) for path in models], "[str]"),
@@ -50,6 +53,8 @@ def _recipe_json(the_plan: Plan) -> str:
     recipe = asdict(the_plan.recipe)
     for dropped in ("notes", "memory", "chat_template", "name", "stages"):
         del recipe[dropped]
+    if recipe["mixture"] is None:  # as in files from before there were mixtures
+        del recipe["mixture"]
     for part in recipe["slices"]:
         if part["base"] is None:  # as in files from before slices had bases
             del part["base"]

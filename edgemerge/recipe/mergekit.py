@@ -46,10 +46,6 @@ BASE_IS_A_MODEL = ("linear", "karcher")
 OTHER_KINDS = {
     "genome": "a configuration of mergekit-evolve, which searches for settings; write the settings that "
     "it found as a recipe with merge_method",
-    "experts": "a configuration of mergekit-moe, which makes a mixture of experts; only recipes with "
-    "merge_method are merged",
-    "gate_mode": "a configuration of mergekit-moe, which makes a mixture of experts; only recipes with "
-    "merge_method are merged",
 }
 
 

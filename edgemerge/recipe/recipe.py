@@ -16,6 +16,7 @@ from typing import Any
 from edgemerge.errors import RecipeError
 from edgemerge.finding.finder import Finder
 from edgemerge.recipe.mergekit import RecipeReader
+from edgemerge.recipe.mixture import MixtureReader, is_mixture
 from edgemerge.recipe.stages import read_stages
 from edgemerge.recipe.values import MAX_SEED, MAX_STRAYS, ValueReader, check_alignment
 from edgemerge.types import ModelInput, Recipe, Rule, Slice
@@ -55,7 +56,15 @@ def load_recipe(
         )
     if duplicates and strict:
         raise RecipeError(f"{duplicates[0]}; remove one of the two", path=path)
-    if len(documents) == 1:
+    if any(is_mixture(document) for document in documents):
+        if len(documents) > 1:
+            raise RecipeError(
+                "has a mixture of experts beside other documents; make the mixture by itself, from a "
+                "recipe of its own",
+                path=path,
+            )
+        recipe = MixtureReader(path, strict=strict, finder=finder).mixture(documents[0])
+    elif len(documents) == 1:
         recipe = RecipeReader(path, strict=strict, finder=finder).recipe(documents[0])
     else:
         recipe = read_stages(documents, path, strict=strict, finder=finder)

@@ -37,6 +37,8 @@ def describe_recipe(document: Mapping[str, Any]) -> list[str]:
     list of str
         `ties: density 0.5, lambda 1 (default)`, then `base ward.gguf`, `cardio.gguf: weight 0.5`.
     """
+    if mixture := _table(document.get("mixture")):
+        return _describe_mixture(mixture, document.get("seed"))
     name = str(document.get("method", "?"))
     method = METHODS.get(name)
     common = _table(document.get("parameters"))
@@ -62,6 +64,29 @@ def describe_recipe(document: Mapping[str, Any]) -> list[str]:
     for part in _slices(document):
         lines += [f"{label}: {words}" if words else label for label, words in map(_model, part)]
     return list(dict.fromkeys(lines))
+
+
+def _describe_mixture(mixture: Mapping[str, Any], seed: object) -> list[str]:
+    """Say a mixture of experts: `mixture: 2 experts for a token, gate_mode random`, then each model."""
+    per_token, gate_mode = mixture.get("experts_per_token"), mixture.get("gate_mode")
+    drawn = f", seed {seed}" if "random" in str(gate_mode) else ""
+    lines = [f"mixture: {per_token} experts for a token, gate_mode {gate_mode}{drawn}"]
+    lines.append(f"base {_name(mixture.get('base', '?'))}")
+    experts = mixture.get("experts")
+    for entry in experts if isinstance(experts, list | tuple) else ():
+        expert = _table(entry)
+        said = [repr(text) for text in _texts(expert, "positive_prompts")]
+        said += [f"not {text!r}" for text in _texts(expert, "negative_prompts")]
+        if (scale := expert.get("residual_scale")) is not None:
+            said.append(f"residual_scale {_value(scale)}")
+        label = f"expert {_name(expert.get('path', '?'))}"
+        lines.append(f"{label}: {', '.join(said)}" if said else label)
+    return lines
+
+
+def _texts(table: Mapping[str, Any], key: str) -> list[str]:
+    found = table.get(key)
+    return [str(text) for text in found] if isinstance(found, list | tuple) else []
 
 
 def describe_stages(text: str) -> list[str]:
