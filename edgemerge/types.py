@@ -18,36 +18,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = [
-    "BeginPart",
-    "FileState",
-    "Float32",
-    "Float64",
-    "Gradient",
-    "HeadAxis",
-    "HeadBlocks",
-    "HeadPlan",
-]
-__all__ += [
-    "InputTensor",
-    "LayerHeads",
-    "ModelInput",
-    "Plan",
-    "Progress",
-    "Recipe",
-    "Rule",
-    "Setting",
-]
-__all__ += [
-    "Skipped",
-    "Slice",
-    "Source",
-    "Steps",
-    "TensorJob",
-    "TensorSpec",
-    "UInt8",
-    "ignore_parts",
-]
+__all__ = ["BeginPart", "FileState", "Float32", "Float64", "Gradient", "HeadAxis", "HeadBlocks"]
+__all__ += ["HeadPlan", "InputTensor", "LayerHeads", "ModelInput", "Plan", "Progress", "Recipe"]
+__all__ += ["Rule", "Setting", "Skipped", "Slice", "Source", "Steps", "TensorJob", "TensorSpec"]
+__all__ += ["UInt8", "ignore_parts"]
+
 
 if TYPE_CHECKING:
     Float32 = NDArray[np.float32]

@@ -23,6 +23,7 @@ EXTRAS = {
     "edgemerge/cli/sign.py": {"sign"},
     "edgemerge/provenance": {"sign"},
     "edgemerge/finding": {"hub"},
+    "edgemerge/formats/tokenizer/prompts.py": {"run"},
     "edgemerge/reports": {"plot"},
     "edgemerge/runtime": {"run"},
     "edgemerge/runtime/serve": {"serve", "sign"},
