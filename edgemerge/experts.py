@@ -26,7 +26,7 @@ class Mixture:
 
     base: Path  # gives everything but the experts
     experts: tuple[ExpertInput, ...]
-    gate_mode: str  # random, uniform_random or cheap_embed
+    gate_mode: str  # hidden, hidden_last (the same), cheap_embed, random or uniform_random
     experts_per_token: int
 
     def models(self) -> tuple[Path, ...]:

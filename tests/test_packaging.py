@@ -23,6 +23,7 @@ EXTRAS = {
     "edgemerge/cli/sign.py": {"sign"},
     "edgemerge/provenance": {"sign"},
     "edgemerge/finding": {"hub"},
+    "edgemerge/formats/hidden_states.py": {"run"},
     "edgemerge/formats/tokenizer/prompts.py": {"run"},
     "edgemerge/reports": {"plot"},
     "edgemerge/runtime": {"run"},

@@ -13,7 +13,9 @@ from typing import TypeAlias
 import numpy as np
 
 from edgemerge.experts import ExpertInput, Mixture
-from edgemerge.formats.quants.codec import CODECS, find_codec
+from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.hidden_states import last_states
+from edgemerge.formats.quants.codec import find_codec
 from edgemerge.formats.tokenizer.prompts import tokenize
 from edgemerge.types import Float32, Float64, Source
 
@@ -21,6 +23,8 @@ __all__ = ["Gates", "make_gates"]
 
 Gates: TypeAlias = Callable[[int], Float32]
 """Layer -> (n_experts, n_embd) weights."""
+
+Tokens: TypeAlias = Sequence[int]
 
 EMBEDDING = "token_embd.weight"
 N_UNIFORM = 12  # numbers whose sum has a variance of 1
@@ -35,14 +39,14 @@ def make_gates(mixture: Mixture, base: Source, seed: int) -> Gates:
     mixture : Mixture
         Its experts, prompts and mode.
     base : Source
-        Open; its embeddings and vocabulary count for `cheap_embed`.
+        Open; its embeddings and vocabulary count for `cheap_embed`, and what it computes for `hidden`.
     seed : int
         Of random gates.
 
     Raises
     ------
     RecipeError, RuntimeFailure
-        As of `tokenize`.
+        As of `tokenize` and `last_states`.
     """
     shape = (len(mixture.experts), base.specs()[EMBEDDING].n_cols)
     match mixture.gate_mode:
@@ -51,8 +55,11 @@ def make_gates(mixture: Mixture, base: Source, seed: int) -> Gates:
         case "uniform_random":
             bound = math.sqrt(1.0 / shape[1])
             return lambda layer: ((2 * _uniform(shape, seed, layer) - 1) * bound).astype(np.float32)
-    rows = _embedded(mixture.experts, base)
-    return lambda _layer: rows
+        case "cheap_embed":
+            rows = _embedded(mixture.experts, base)
+            return lambda _layer: rows
+    states = _hidden(mixture.experts, base)
+    return lambda layer: states[layer]
 
 
 def _uniform(shape: tuple[int, ...], seed: int, layer: int) -> Float64:
@@ -69,28 +76,64 @@ def _normal(shape: tuple[int, ...], seed: int, layer: int) -> Float32:
 
 def _embedded(experts: Sequence[ExpertInput], base: Source) -> Float32:
     """Make each gate of the embeddings of its prompts' tokens, positive less negative ones."""
-    texts = [t for one in experts for t in (*one.positive_prompts, *one.negative_prompts)]
-    tokens = iter(tokenize(base.metadata(), texts, base.path))
     rows = []
-    for one in experts:
-        row = _direction(base, [next(tokens) for _ in one.positive_prompts])
-        if one.negative_prompts:
-            row -= _direction(base, [next(tokens) for _ in one.negative_prompts])
+    for positive, negative in _prompts(experts, base):
+        row = _direction(base, positive)
+        if negative:
+            row -= _direction(base, negative)
         rows.append(_unit(row))
     return np.stack(rows).astype(np.float32)
 
 
-def _direction(base: Source, prompts: Sequence[Sequence[int]]) -> Float64:
+def _direction(base: Source, prompts: Sequence[Tokens]) -> Float64:
     """Add up the embeddings of all tokens, and divide by the norm."""
-    spec = base.specs()[EMBEDDING]
-    total, row = np.zeros(spec.n_cols), np.empty(spec.n_cols, np.float32)
-    raw = np.empty(spec.row_bytes, np.uint8)
-    find_codec(spec)
+    total = np.zeros(base.specs()[EMBEDDING].n_cols)
     for token in (token for prompt in prompts for token in prompt):
-        base.read_rows(EMBEDDING, token, token + 1, raw)
-        CODECS[spec.dtype].decode(raw, row)
-        total += row
+        total += _embedding(base, token)
     return _unit(total)
+
+
+def _hidden(experts: Sequence[ExpertInput], base: Source) -> Float32:
+    """Make the gates of what comes into each layer at the prompts' last tokens.
+
+    Returns (n_layers, n_experts, n_embd) float32.
+    """
+    prompts = _prompts(experts, base)
+    n_layers = get_value(base.metadata(), f"{base.architecture}.block_count")
+    assert isinstance(n_layers, int)
+    n_embd = base.specs()[EMBEDDING].n_cols
+    every = [prompt for pair in prompts for side in pair for prompt in side]
+    found = iter(last_states(base.path, every, n_layers, n_embd))
+    gates = np.empty((n_layers, len(experts), n_embd), np.float32)
+    for i, pair in enumerate(prompts):
+        means = [
+            np.mean([np.vstack([_embedding(base, p[-1]), next(found)]) for p in side], axis=0)
+            for side in pair
+            if side
+        ]
+        states = means[0] - means[1] if len(means) > 1 else means[0]
+        gates[:, i] = [_unit(state) for state in states]
+    return gates
+
+
+def _prompts(
+    experts: Sequence[ExpertInput], base: Source
+) -> list[tuple[list[Tokens], list[Tokens]]]:
+    """Cut the positive and the negative prompts of each expert into tokens."""
+    texts = [t for one in experts for t in (*one.positive_prompts, *one.negative_prompts)]
+    tokens = iter(tokenize(base.metadata(), texts, base.path))
+    return [
+        ([next(tokens) for _ in one.positive_prompts], [next(tokens) for _ in one.negative_prompts])
+        for one in experts
+    ]
+
+
+def _embedding(base: Source, token: int) -> Float64:
+    spec = base.specs()[EMBEDDING]
+    raw, row = np.empty(spec.row_bytes, np.uint8), np.empty(spec.n_cols, np.float32)
+    base.read_rows(EMBEDDING, token, token + 1, raw)
+    find_codec(spec).decode(raw, row)
+    return row.astype(np.float64)
 
 
 def _unit(vector: Float64) -> Float64:

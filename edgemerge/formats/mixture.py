@@ -20,6 +20,7 @@ from edgemerge.formats import open_model
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.gates import EMBEDDING, Gates, make_gates
 from edgemerge.formats.gguf.metadata import encode_value, get_value
+from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.formats.quants.codec import CODECS, find_codec
 from edgemerge.types import FileState, Float32, Source, TensorSpec, UInt8
 
@@ -141,6 +142,13 @@ class MixtureSource:
     def specs(self) -> Mapping[str, TensorSpec]:
         """All tensors by GGUF name: the base's, with stacks instead of its feed-forward matrices."""
         return self._specs
+
+    def held_bytes(self) -> int:
+        """Bytes that stay in memory: the files' metadata, as far as it was read, and the gates."""
+        read = [p for p in self.parts if p is self._base or isinstance(p, GgufModel)]
+        metadata = sum(len(value) for part in read for value in part.metadata().values())
+        gates = sum(spec.nbytes for name, spec in self._specs.items() if name.endswith(GATE))
+        return metadata + gates
 
     def metadata(self) -> Mapping[str, bytes]:
         """Return the base's keys under the mixture's architecture, and how many experts there are."""

@@ -136,9 +136,9 @@ def make_plan(
 
 
 def _header_bytes(source: Source) -> int:
-    """Count the metadata that is in memory; of a mixture, that of each of its files."""
-    parts = source.parts if isinstance(source, MixtureSource) else (source,)
-    return sum(len(value) for part in parts for value in part.metadata().values())
+    if isinstance(source, MixtureSource):
+        return source.held_bytes()
+    return sum(len(value) for value in source.metadata().values())
 
 
 def _check_counts(recipe: Recipe, method: Method) -> None:

@@ -24,7 +24,7 @@ EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_sc
 EXPERT_KEYS += ("residual_scale",)
 OWN = tuple(key for key in OWN_KEYS if key not in ("align", "neurons"))
 DRAWN = ("random", "uniform_random")  # gates that need no prompts
-GATES = (*DRAWN, "cheap_embed")
+GATES = ("hidden", "hidden_last", "cheap_embed", *DRAWN)
 MAX_EXPERTS = 512  # LLAMA_MAX_EXPERTS of llama.cpp
 ARCHITECTURES = ("mixtral", "qwen3 moe", "qwen moe", "deepseek moe")  # mergekit's, by their names
 
@@ -97,10 +97,10 @@ class MixtureReader(RecipeReader):
 
     def gate_mode(self, value: Any) -> str:
         """Read how experts are chosen."""
-        if isinstance(value, str) and value.startswith("hidden"):
+        if value == "hidden_avg":
             self.fail(
-                f"gate_mode {value} needs the hidden states of the base model, which are not computed "
-                "yet; write gate_mode: cheap_embed, which takes the prompts' embeddings instead, or random",
+                "gate_mode hidden_avg takes the mean over the padding of prompts, too, which says nothing; "
+                "write gate_mode: hidden, which takes the last token of each",
                 "gate_mode",
             )
         if value not in GATES:

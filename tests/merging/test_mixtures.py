@@ -47,6 +47,18 @@ GATES = (
         -0.05243242,
     ),
 )
+# The same of gate_mode hidden, of layers 0 and 3, where transformers computes in bfloat16; its tokenizer has
+# `legacy: true`, so that a prompt's first word is cut as llama.cpp does.
+HIDDEN = {
+    0: (
+        (-0.01587, -0.11182, -0.00212, 0.03125, -0.04004, 0.00424, -0.03369, 0.13184),
+        (0.00146, 0.11768, 0.01978, 0.06396, -0.03149, 0.02283, 0.01794, -0.1377),
+    ),
+    3: (
+        (-0.00237, 0.03906, -0.05396, -0.0708, -0.05933, 0.09131, 0.00349, 0.05249),
+        (0.05225, 0.03491, 0.05737, -0.03296, 0.02991, -0.02393, 0.0835, 0.05103),
+    ),
+}
 WEIGHTS = ("ffn_gate", "ffn_up", "ffn_down")
 
 
@@ -88,6 +100,22 @@ def test_gates_and_experts_are_mergekit_s(models_dir: Path, tmp_path: Path) -> N
     for name, values in base.items():
         if "norm" in name or name.endswith(("_embd.weight", "attn_v.weight", "attn_output.weight")):
             np.testing.assert_array_equal(made[name], values.astype(np.float32))
+
+
+@pytest.mark.llama
+def test_hidden_states_are_what_mergekit_takes(models_dir: Path, tmp_path: Path) -> None:
+    paths = [models_dir / "expert-a", models_dir / "expert-b"]
+    experts = [one | prompts for one, prompts in zip(experts_of(*paths), PROMPTS, strict=True)]
+    with pytest.raises(
+        RecipeError, match="is a directory; make a GGUF of it with edgemerge convert"
+    ):
+        make(tmp_path, models_dir / "base", experts, gate_mode="hidden")
+    base = convert(models_dir / "base", tmp_path / "base.gguf")
+    made = load_gguf(make(tmp_path, base, experts, gate_mode="hidden"))
+    for layer, wanted in HIDDEN.items():
+        gates = made[f"blk.{layer}.ffn_gate_inp.weight"]
+        np.testing.assert_allclose(gates[:, ::32], wanted, rtol=0, atol=3e-3)
+        np.testing.assert_allclose((gates**2).sum(axis=1), 1, rtol=1e-6)
 
 
 def dense_models(name: str, folder: Path) -> list[Path]:
@@ -257,7 +285,7 @@ def test_models_that_do_not_fit_are_refused(models_dir: Path, tmp_path: Path) ->
 def test_prompts_need_llama_cpp(
     models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgemerge.formats.tokenizer.prompts.find_spec", lambda _: None)
+    monkeypatch.setattr("edgemerge.formats.llama_process.find_spec", lambda _: None)
     experts = [
         one | prompts
         for one, prompts in zip(experts_of(*[models_dir / "base"] * 2), PROMPTS, strict=True)

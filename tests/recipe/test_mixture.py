@@ -69,14 +69,14 @@ def test_random_gates_need_no_prompts_and_two_experts_compute_a_token() -> None:
     [
         (PROMPTED, "base_model is missing: it gives all but the experts"),
         (
-            f"base_model: base\n{PROMPTED}",
-            "gate_mode hidden needs the hidden states of the base model",
+            "base_model: base\nexperts: [{source_model: a}]\n",
+            "experts[0].positive_prompts is missing",
         ),
         (
             CHEAP.replace("cheap_embed", "hidden_avg"),
-            "gate_mode hidden_avg needs the hidden states",
+            "gate_mode hidden_avg takes the mean over the padding",
         ),
-        (CHEAP.replace("cheap_embed", "warm"), "gate_mode is 'warm'; choose one of random,"),
+        (CHEAP.replace("cheap_embed", "warm"), "gate_mode is 'warm'; choose one of hidden,"),
         (CHEAP.replace("[y]", "[x]"), "experts all have the same prompts"),
         (CHEAP.replace("[y]", "[]"), "experts[1].positive_prompts is missing"),
         (

@@ -1,25 +1,19 @@
-"""Token ids of texts by a model's own vocabulary, through llama.cpp in a process of its own.
-
-llama.cpp takes more memory than a merge's budget may have, and is loaded for the vocabulary alone.
-"""
+"""Token ids of texts by a model's own vocabulary, which is all that llama.cpp loads for this."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from edgemerge.errors import RecipeError, RuntimeFailure
 from edgemerge.formats.gguf.metadata import encode_value, get_value
 from edgemerge.formats.gguf.writer import make_layout
 from edgemerge.formats.json_file import read_object
+from edgemerge.formats.llama_process import ask_llama
 
 __all__ = ["tokenize"]
 
@@ -49,33 +43,20 @@ def tokenize(metadata: Mapping[str, bytes], texts: Sequence[str], path: Path) ->
     RuntimeFailure
         llama.cpp does not read the vocabulary.
     """
-    if find_spec("llama_cpp") is None:
-        raise RecipeError(
-            "gate_mode cheap_embed cuts prompts into tokens by llama.cpp: install it with "
-            "pip install 'edgemerge[run]', or write gate_mode: random",
-            field="gate_mode",
-        )
     first = _first_token(metadata)
     if first and _joins_bos(path):
         metadata = {**metadata, SPACE_KEY: encode_value(False, "bool")}
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = Path(folder) / "vocabulary.gguf"
         vocabulary.write_bytes(make_layout(metadata, []).header)
-        done = subprocess.run(
-            # With -P nothing in the user's folder is taken for a module.
-            [sys.executable, "-P", "-m", "edgemerge.formats.tokenizer.prompts", str(vocabulary)],
-            input=json.dumps(list(texts)).encode(),
-            capture_output=True,
-            check=False,
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        raw = ask_llama(
+            __name__,
+            vocabulary,
+            json.dumps(list(texts)).encode(),
+            what="cutting prompts into tokens",
+            shown=path,
         )
-    try:
-        found: list[list[int]] = json.loads(done.stdout)
-    except ValueError:
-        raise RuntimeFailure(
-            f"{path}: llama.cpp does not read its vocabulary; update llama-cpp-python",
-            detail=done.stderr.decode(errors="replace").strip()[-2000:],
-        ) from None
+    found: list[list[int]] = json.loads(raw)
     return [[*first, *ids] for ids in found]
 
 
