@@ -12,36 +12,17 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+from edgemerge.experts import Mixture
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = [
-    "BeginPart",
-    "FileState",
-    "Float32",
-    "Float64",
-    "Gradient",
-    "HeadAxis",
-    "HeadBlocks",
-    "HeadPlan",
-    "InputTensor",
-    "LayerHeads",
-    "ModelInput",
-    "Plan",
-    "Progress",
-    "Recipe",
-    "Rule",
-    "Setting",
-    "Skipped",
-    "Slice",
-    "Source",
-    "Steps",
-    "TensorJob",
-    "TensorSpec",
-    "UInt8",
-    "ignore_parts",
-]
+__all__ = ["BeginPart", "FileState", "Float32", "Float64", "Gradient", "HeadAxis", "HeadBlocks"]
+__all__ += ["HeadPlan", "InputTensor", "LayerHeads", "ModelInput", "Plan", "Progress", "Recipe"]
+__all__ += ["Rule", "Setting", "Skipped", "Slice", "Source", "Steps", "TensorJob", "TensorSpec"]
+__all__ += ["UInt8", "ignore_parts"]
+
 
 if TYPE_CHECKING:
     Float32 = NDArray[np.float32]
@@ -204,6 +185,12 @@ class Recipe:
     notes: tuple[str, ...] = ()  # what the user should know about how the request was read
     name: str | None = None  # of a stage
     stages: tuple[Recipe, ...] = ()  # merges that are done first, in this order
+    mixture: Mixture | None = None  # the one model, `MIXTURE_PATH`, is made of these
+
+    @property
+    def title(self) -> str:
+        """The method, or mixture."""
+        return self.method if self.mixture is None else "mixture"
 
     def models(self) -> tuple[Path, ...]:
         """Every distinct model in the order of its first mention, the base first."""
@@ -219,6 +206,7 @@ class Recipe:
     def inputs(self) -> tuple[Path, ...]:
         """Every file or folder that a merge reads: the models, and the importance matrix."""
         models = [path for path in self.models() if path.is_absolute()]
+        models += self.mixture.models() if self.mixture is not None else ()
         models += [path for stage in self.stages for path in stage.inputs()]
         return (*dict.fromkeys(models), *([] if self.imatrix is None else [self.imatrix]))
 
@@ -245,9 +233,7 @@ class TensorJob:
     passes: int  # how often the inputs are read, but for cached blocks
     is_copy: bool = False  # of its only input, which may be stored as another type
     is_weighted: bool = False  # encoded by the importance matrix
-    filler: int | None = (
-        None  # number of the input whose last rows stand for those that others lack
-    )
+    filler: int | None = None  # number of the input whose last rows stand for those others lack
     workers: int = 1  # that make its blocks; more than one where it is much of the model
     cached_blocks: int = 0  # blocks that each worker keeps in memory from one pass to the next
 

@@ -17,7 +17,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EXTRAS = frozenset({"run", "serve", "plot", "sign"})
+EXTRAS = frozenset({"run", "serve", "plot", "sign", "hub"})
 PATIENCE = 120.0  # seconds
 
 

@@ -10,6 +10,7 @@ vocabulary, whose merges were learnt without any cutting: so each cut shows in t
 from __future__ import annotations
 
 import json
+import lzma
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ PLAIN = (
 
 
 def make_cuts() -> None:
-    """Write cuts.json: a vocabulary, and by name a pre-tokenizer and the ids it leads to."""
+    """Write cuts.json.xz: a vocabulary, and by name a pre-tokenizer and the ids it leads to."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(
@@ -62,7 +63,8 @@ def make_cuts() -> None:
         }
     written |= {"pre_tokenizer": None}
     facts = {"text": TEXT, "tokenizer": written, "cuts": cuts}
-    (OUT / "cuts.json").write_text(json.dumps(facts, ensure_ascii=False) + "\n")
+    text = json.dumps(facts, ensure_ascii=False) + "\n"
+    (OUT / "cuts.json.xz").write_bytes(lzma.compress(text.encode(), preset=9))
 
 
 def make_unigram() -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.terminal import plain, print_json, print_table, progress_bar, speaks_plainly
 from edgemerge.types import HeadPlan, Skipped, Source
 
@@ -60,6 +61,8 @@ def align_command(
         int,
         typer.Option("--seed", min=0, max=2**64 - 1, metavar="N", help="Seed of the sketches."),
     ] = 0,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing picture.")] = False,
     json_: request.Json = False,
 ) -> None:
@@ -72,7 +75,8 @@ def align_command(
 
     started = time.monotonic()
     budget = parse_size(memory) if memory is not None else None
-    paths = (Path(reference), Path(model))
+    finder = make_finder(models_folder, download, quiet=json_)
+    paths = (finder.find_model(reference), finder.find_model(model))
     if plot is not None:  # now, not after the work
         _check_plot(plot, paths, force=force)
     sources: list[Source] = []

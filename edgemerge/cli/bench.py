@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgemerge.cli import loading, request
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.generation import note
 from edgemerge.cli.terminal import check_stop, plain, print_json, speaks_plainly
 
@@ -47,7 +48,9 @@ def _read_format(text: str) -> Format:
 def bench_command(
     models: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="MODEL...", help="GGUF files.", show_default=False),
+        typer.Argument(
+            metavar="MODEL...", help="GGUF files, or org/name:TYPE.", show_default=False
+        ),
     ] = None,
     n_prompt: Annotated[
         int | None,
@@ -99,6 +102,8 @@ def bench_command(
             help="Format of the figures on stdout [default: md].",
         ),
     ] = Format.md,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     json_: request.Json = False,
     quality: Annotated[
         str | None,
@@ -145,6 +150,8 @@ def bench_command(
         if n_gen == 0:
             raise typer.BadParameter("--plot shows the speed of generation: give -n")
         _check_plot(plot, models, force=force)
+    finder = make_finder(models_folder, download, quiet=json_)
+    models = [finder.find_model(str(model)) for model in models]
     task = _read_quality(quality, limit)
     room = _shortest_context(models) - depth
     settings = _settings(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgemerge.cli import generation, loading
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.generation import tell
 from edgemerge.cli.terminal import SignalReceived, plain, talks_plainly
 
@@ -38,7 +39,9 @@ Ctrl-C stops an answer. A message that begins with / is sent with a space before
 
 @talks_plainly
 def chat_command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file, or org/name:TYPE.")
+    ],
     system: generation.System = "",
     template: generation.TemplateFile = None,
     max_tokens: generation.MaxTokens = generation.MAX_TOKENS,
@@ -53,6 +56,8 @@ def chat_command(
     threads: loading.Threads = None,
     gpu_layers: loading.GpuLayers = None,
     lora: loading.Loras = None,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
 ) -> None:
     """Talk with a model; /help lists what else can be said.
 
@@ -61,6 +66,7 @@ def chat_command(
     from edgemerge.runtime.conversation import Conversation
     from edgemerge.runtime.generate import Session
 
+    model = make_finder(models_folder, download).find_model(str(model))
     with generation.load(model, threads, gpu_layers, lora) as loaded:
         its_template = _need_template(loaded, template)
         sampling = generation.read_sampling(

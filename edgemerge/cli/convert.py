@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.merge import print_report, run_merge
 from edgemerge.cli.terminal import speaks_plainly
 
@@ -15,7 +16,7 @@ __all__ = ["convert_command"]
 
 @speaks_plainly
 def convert_command(
-    model: Annotated[str, typer.Argument(help="GGUF file or Hugging Face directory.")],
+    model: Annotated[str, typer.Argument(help="GGUF file, Hugging Face directory, or org/name.")],
     output: request.Output,
     out_type: request.Type = None,
     tensor_type: request.TensorTypes = None,
@@ -23,6 +24,8 @@ def convert_command(
     memory: request.Memory = None,
     threads: request.Threads = None,
     split: request.Split = None,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     force: request.Force = False,
     json_: request.Json = False,
 ) -> None:
@@ -35,6 +38,7 @@ def convert_command(
         out_type=out_type,
         tensor_types=request.read_tensor_types(tensor_type),
         imatrix=imatrix,
+        finder=make_finder(models_folder, download, quiet=json_),
     )
     label = f"convert -> {output.name}"
     result = run_merge(

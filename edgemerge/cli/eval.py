@@ -12,6 +12,7 @@ import typer
 
 from edgemerge.cli import loading, request
 from edgemerge.cli.eval_tables import print_csv, print_tables
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plainly
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def _print_files(wanted: bool) -> None:
 
 @speaks_plainly
 def eval_command(
-    models: Annotated[list[Path], typer.Argument(metavar="MODEL.gguf...", help="GGUF files.")],
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL.gguf...", help="GGUF files, or org/name:TYPE.")
+    ],
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,6 +100,8 @@ def eval_command(
     lora: loading.Loras = None,
     json_: request.Json = False,
     csv_: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     _files: Annotated[
         bool,
         typer.Option(
@@ -123,6 +128,8 @@ def eval_command(
         raise typer.BadParameter("--json and --csv are two ways to print the same: give one")
     if not task and not perplexity:
         raise typer.BadParameter("give something to score with --task or --perplexity")
+    finder = make_finder(models_folder, download, quiet=json_)
+    models = [finder.find_model(str(model)) for model in models]
     _refuse_twins("model", models)
     _refuse_twins("--perplexity", perplexity or [])
     tasks = _read_tasks(task or [], shots, fewshot or [], limit, seed)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.terminal import plain, print_json, print_table, speaks_plainly
 from edgemerge.types import Source
 
@@ -23,7 +24,7 @@ MAX_SHOWN = 60  # characters of a metadata value in the table
 
 @speaks_plainly
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="GGUF file or Hugging Face directory.")],
+    model: Annotated[str, typer.Argument(help="GGUF file, Hugging Face directory, or org/name.")],
     against: Annotated[
         str | None,
         typer.Option(
@@ -38,25 +39,27 @@ def inspect_command(
     all_: Annotated[
         bool, typer.Option("--all", help="Also list every key of the metadata.")
     ] = False,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     json_: request.Json = False,
 ) -> None:
     """Show a model's architecture, types, tokenizer, provenance, and what a merge would lose."""
     from contextlib import ExitStack
-    from pathlib import Path
 
     from edgemerge.formats import open_model
     from edgemerge.formats.inspection import inspect_model
     from edgemerge.planning.losses import judge_merge
 
+    find = make_finder(models_folder, download, quiet=json_).find_model
     with ExitStack() as stack:
-        source = open_model(Path(model))
+        source = open_model(find(model))
         stack.callback(source.close)
         if template and not json_:
             _print_template(source)
             return
         verdict = None
         if against is not None:
-            base = open_model(Path(against))
+            base = open_model(find(against))
             stack.callback(base.close)
             verdict = judge_merge(base, source)
         inspection = inspect_model(source)
@@ -174,7 +177,9 @@ def _summary(found: Inspection) -> list[str]:
         for template in found.templates
     ] or ["chat template none"]
     if found.provenance is not None:
-        inputs = ", ".join(f"{name} ({crc})" for name, crc in found.provenance.inputs)
+        inputs = ", ".join(
+            f"{hub or name} ({crc})" for name, crc, hub in found.provenance.inputs_from()
+        )
         lines.append(
             f"made by edgemerge {found.provenance.version}: {found.provenance.method} of {inputs}"
         )

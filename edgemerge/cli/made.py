@@ -29,7 +29,8 @@ def describe_made(output: Path) -> dict[str, Any]:
         "seed": provenance.seed,
         "inputs": [
             {"name": name, "crc32": crc32, "is_base": i == 0 and recipe.get("base") is not None}
-            for i, (name, crc32) in enumerate(provenance.inputs)
+            | ({"hub": hub} if hub else {})
+            for i, (name, crc32, hub) in enumerate(provenance.inputs_from())
         ],
         "versions": {
             "edgemerge": provenance.version,
@@ -57,7 +58,10 @@ def made_rows(made: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     rows = [("asked", line) for line in describe_recipe(made["recipe"])]
     rows += [
-        ("base" if one["is_base"] else "input", f"{one['name']}, checksum {one['crc32']}")
+        (
+            "base" if one["is_base"] else "input",
+            ", ".join(filter(None, (one["name"], f"checksum {one['crc32']}", one.get("hub")))),
+        )
         for one in made["inputs"]
     ]
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())

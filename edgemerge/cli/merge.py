@@ -13,6 +13,7 @@ import typer
 
 from edgemerge.cli import request
 from edgemerge.cli.answers import ask_models
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.made import describe_made, made_rows
 from edgemerge.cli.method_help import HelpWithMethods
 from edgemerge.cli.sign import sign_output
@@ -48,6 +49,8 @@ def merge_command(
     strict: request.Strict = False,
     split: request.Split = None,
     disk: request.Disk = None,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     force: request.Force = False,
     json_: request.Json = False,
     report: request.Report = None,
@@ -79,6 +82,7 @@ def merge_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
         strict=strict,
+        finder=make_finder(models_folder, download, quiet=json_),
     )
     inputs = (*recipe.inputs(), *(real_path(Path(text)) for text in models))
     if sign is not None:
@@ -92,7 +96,7 @@ def merge_command(
         if real_path(report) in (real_path(output), real_path(signature_path(output))):
             raise typer.BadParameter("-o and --report name the same file")
         check_output(report, inputs, force=force)
-    label = f"{recipe.method} -> {output.name}"
+    label = f"{recipe.title} -> {output.name}"
     result = run_merge(
         recipe,
         output,
@@ -206,6 +210,8 @@ def plan_command(
     parameter: request.Parameter = None,
     preset: request.Preset = None,
     strict: request.Strict = False,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     json_: request.Json = False,
 ) -> None:
     """Show what a merge would read, write and need, without doing it."""
@@ -225,6 +231,7 @@ def plan_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
         strict=strict,
+        finder=make_finder(models_folder, download, quiet=json_),
     )
     the_plan = plan(
         recipe, memory=parse_size(memory) if memory is not None else None, threads=threads
@@ -237,8 +244,8 @@ def plan_command(
 
 def _as_json(the_plan: Plan) -> dict[str, object]:
     return {
-        "method": the_plan.recipe.method,
-        "models": [str(path) for path in the_plan.models],
+        "method": the_plan.recipe.title,
+        "models": [str(path) for path in _models_of(the_plan)],
         "file_type": the_plan.file_type,
         "tensors": len(the_plan.jobs),
         "elements": the_plan.n_elements,
@@ -273,12 +280,7 @@ def _print(the_plan: Plan) -> None:
     blocks = the_plan.workers * the_plan.arena_bytes
     if the_plan.stages:
         _print_stages(the_plan)
-    print(f"{the_plan.recipe.method} of {len(the_plan.models)} models to {the_plan.file_type}")
-    for i, path in enumerate(the_plan.models):
-        stage = "" if path.is_absolute() else "stage "
-        print(
-            f"  {'base  ' if i == 0 and the_plan.recipe.base else 'model '} {stage}{plain(str(path))}"
-        )
+    _print_models(the_plan)
     _print_asked(the_plan)
     rows = []
     for label, jobs in _groups(the_plan.jobs):
@@ -305,6 +307,21 @@ def _print(the_plan: Plan) -> None:
     )
     for note in the_plan.notes:
         print(f"note: {plain(note)}")
+
+
+def _models_of(the_plan: Plan) -> tuple[Path, ...]:
+    """List the models that are read; of a mixture, those that become one."""
+    mixture = the_plan.recipe.mixture
+    return the_plan.models if mixture is None else mixture.models()
+
+
+def _print_models(the_plan: Plan) -> None:
+    models = _models_of(the_plan)
+    has_base = the_plan.recipe.base is not None or the_plan.recipe.mixture is not None
+    print(f"{the_plan.recipe.title} of {len(models)} models to {the_plan.file_type}")
+    for i, path in enumerate(models):
+        stage = "" if path.is_absolute() else "stage "
+        print(f"  {'base  ' if i == 0 and has_base else 'model '} {stage}{plain(str(path))}")
 
 
 def _print_asked(the_plan: Plan) -> None:

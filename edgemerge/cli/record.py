@@ -154,7 +154,10 @@ def _from_what(model: Path, provenance: Provenance) -> Section:
         metadata = source.metadata()
         card = [(key, get_value(metadata, f"general.{key}")) for key in CARD_KEYS]
     base = _recipe(provenance).get("base")
-    rows = [(name, "base" if name == base else "model", crc32) for name, crc32 in provenance.inputs]
+    rows = [
+        (f"{name} ({hub})" if hub else name, "base" if name == base else "model", crc32)
+        for name, crc32, hub in provenance.inputs_from()
+    ]
     rows += [(key, "stated", str(value)) for key, value in card if isinstance(value, str)]
     return Section(
         "What it was made of",

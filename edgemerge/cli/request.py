@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgemerge.types import Recipe
+
+if TYPE_CHECKING:
+    from edgemerge.finding.finder import Finder
 
 __all__ = ["Base", "Force", "Json", "Memory", "Method", "Models", "Output", "Parameter", "Preset"]
 __all__ += ["Align", "Ask", "Imatrix", "Neurons", "NoAsk", "Report", "Seed", "Sign", "Split"]
@@ -19,7 +22,8 @@ Models = Annotated[
     list[str],
     typer.Argument(
         metavar="RECIPE.yml | MODEL[=WEIGHT]...",
-        help="One mergekit recipe, or with -m the models: GGUF files and Hugging Face directories.",
+        help="One mergekit recipe, or with -m the models: GGUF files, Hugging Face directories, or "
+        "org/name[@revision][:TYPE] on the hub.",
         show_default=False,
     ),
 ]
@@ -146,6 +150,7 @@ def read_request(
     tensor_types: list[str] | None,
     imatrix: str | None,
     strict: bool,
+    finder: Finder,
 ) -> Recipe:
     """Build the recipe that the arguments describe.
 
@@ -166,7 +171,7 @@ def read_request(
             raise typer.BadParameter("give one RECIPE.yml, or a method with -m and its models")
         if base is not None or parameters:
             raise typer.BadParameter("--base and -P go with -m; a recipe file has its own")
-        recipe = load_recipe(models[0], strict=strict)
+        recipe = load_recipe(models[0], strict=strict, finder=finder)
         if out_type is not None:
             recipe = replace(recipe, out_type=out_type)
         if seed is not None:
@@ -195,6 +200,7 @@ def read_request(
             neurons=neurons,
             tensor_types=pairs,
             imatrix=imatrix,
+            finder=finder,
         )
     return recipe if preset is None else with_preset(recipe, preset)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 import typer
 
 from edgemerge.cli import generation, loading, request
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.terminal import print_json, talks_plainly
 from edgemerge.errors import RecipeError
 
@@ -25,7 +26,9 @@ PATIENCE = 2.0  # seconds that a pipe beside -p may be silent; ssh without -n le
 
 @talks_plainly
 def run_command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL.gguf", help="GGUF file, or org/name:TYPE.")
+    ],
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -55,6 +58,8 @@ def run_command(
     threads: loading.Threads = None,
     gpu_layers: loading.GpuLayers = None,
     lora: loading.Loras = None,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     json_: request.Json = False,
 ) -> None:
     """Answer a prompt, or continue a text.
@@ -71,6 +76,7 @@ def run_command(
     if not text.strip():
         raise RecipeError("the prompt is empty: give the model at least one word to go on from")
     generation.check_text(system, "the system prompt")
+    model = make_finder(models_folder, download, quiet=json_).find_model(str(model))
     with generation.load(model, threads, gpu_layers, lora) as loaded:
         if not raw:
             text = _as_message(loaded, text, system, template)

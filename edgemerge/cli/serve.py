@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.loading import ContextSize, GpuLayers, Loras, Threads, parse_loras
 from edgemerge.cli.terminal import speaks_plainly
 
 if TYPE_CHECKING:
+    from edgemerge.finding.finder import Finder
     from edgemerge.runtime.serve.server import ServeOptions, Started
 
 __all__ = ["serve_command"]
@@ -28,7 +30,7 @@ def serve_command(
         list[str],
         typer.Argument(
             metavar="[NAME=]MODEL...",
-            help="GGUF files; clients call each by its name [default: the file's].",
+            help="GGUF files, or org/name:TYPE; clients call each by its name [default: the file's].",
             show_default=False,
         ),
     ],
@@ -126,6 +128,8 @@ def serve_command(
         Path | None,
         typer.Option("--unit-dir", metavar="FOLDER", help="Where --install writes.", hidden=True),
     ] = None,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     force: request.Force = False,
 ) -> None:
     """Serve models to OpenAI's clients and to a web page."""
@@ -133,8 +137,9 @@ def serve_command(
     from edgemerge.runtime.serve.server import ServeOptions, serve
     from edgemerge.sizes import parse_size
 
+    finder = make_finder(models_folder, download)
     options = ServeOptions(
-        models=tuple(models),
+        models=tuple(_find(text, finder) for text in models),
         host=host,
         port=port,
         key=_read_key(api_key, api_key_file),
@@ -165,6 +170,14 @@ def serve_command(
         return
     _set_up_log(log_requests)
     serve(options, _announce)
+
+
+def _find(text: str, finder: Finder) -> str:
+    """Find the model of `[NAME=]MODEL`; a name stays before its path."""
+    name, equals, model = text.partition("=")
+    if equals and not Path(text).exists():
+        return f"{name}={finder.find_model(model)}"
+    return str(finder.find_model(text))
 
 
 def _read_key(key: str | None, file: Path | None) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.terminal import plain, print_json, progress_bar, progress_bars, speaks_plainly
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def verify_command(
         ),
     ] = None,
     threads: request.Threads = None,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     json_: request.Json = False,
 ) -> None:
     """Check a merged file against its own checksums, and say what made it."""
@@ -46,6 +49,8 @@ def verify_command(
     from edgemerge.provenance.inputs import check_inputs
     from edgemerge.provenance.verification import has_provenance, verify_model
 
+    finder = make_finder(models_folder, download, quiet=json_)
+    inputs = [finder.find_model(str(path)) for path in inputs or ()]
     signed = None if key is None else _check_signature(model, key, quiet=json_)
     # Every byte is then known to be right, whatever else cannot be told.
     if signed is not None and not inputs and not has_provenance(model):
@@ -85,7 +90,10 @@ def _as_json(found: Verification, signed: Signed | None, *, checked: bool) -> di
         "version": provenance.version,
         "method": provenance.method,
         "seed": shorten(provenance.seed),
-        "inputs": [{"name": name, "crc32": crc32} for name, crc32 in provenance.inputs],
+        "inputs": [
+            {"name": name, "crc32": crc32} | ({"hub": hub} if hub else {})
+            for name, crc32, hub in provenance.inputs_from()
+        ],
         "inputs_checked": checked and found.is_sound,
         "recipe": _read_recipe(provenance),
         "signature": None if signed is None else _signature_json(signed),
@@ -136,7 +144,10 @@ def _print(found: Verification, signed: Signed | None, *, checked: bool) -> None
     print(f"{found.files[0]}{parts}: all {found.tensors} tensors are as they were written")
     lines = [
         f"{format_size(found.nbytes)}, made by edgemerge {provenance.version}, seed {provenance.seed}",
-        *(f"input {name}, checksum {crc32}{same}" for name, crc32 in provenance.inputs),
+        *(
+            f"input {name}, checksum {crc32}{same}{', of the hub: ' * bool(hub)}{hub}"
+            for name, crc32, hub in provenance.inputs_from()
+        ),
         *_describe(provenance),
     ]
     if signed is None:

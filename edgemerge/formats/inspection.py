@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgemerge.finding.cache import folder_name
 from edgemerge.formats.gguf.metadata import Array, Value, decode_value, get_value
 from edgemerge.formats.quants.filetypes import FILE_TYPES
 from edgemerge.types import Source
@@ -90,7 +91,13 @@ class Provenance:
     seed: Value | None
     inputs: tuple[tuple[str, str], ...]  # file name, CRC-32 of its tensors in hexadecimal
     recipe: str  # JSON, models by file name
+    hub: tuple[str, ...] = ()  # org/name@commit of each input, empty for one that is not of the hub
     stages: str = ""  # JSON: name, recipe and inputs of each merge that was done before
+
+    def inputs_from(self) -> list[tuple[str, str, str]]:
+        """List name, checksum and `org/name@commit` of each input; empty text of one not of the hub."""
+        hub = [*self.hub, *[""] * len(self.inputs)]
+        return [(name, crc32, hub[i]) for i, (name, crc32) in enumerate(self.inputs)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +152,7 @@ def inspect_model(source: Source) -> Inspection:
     head_size = stated("attention.key_length") or _quotient(stated("embedding_length"), heads)
     return Inspection(
         path=str(source.path),
-        name=str(get_value(metadata, "general.name", source.path.name)),
+        name=str(get_value(metadata, "general.name", folder_name(source.path))),
         architecture=arch,
         n_tensors=len(specs),
         elements=sum(spec.n_elements for spec in specs.values()),
@@ -263,6 +270,7 @@ def read_provenance(metadata: Mapping[str, bytes]) -> Provenance | None:
         value if isinstance(value := get_value(metadata, f"edgemerge.{key}"), Array) else ()
         for key in ("inputs", "input_crc32")
     )
+    hub = get_value(metadata, "edgemerge.input_hub")
     return Provenance(
         version=str(get_value(metadata, "edgemerge.version", "?")),
         method=str(method),
@@ -273,6 +281,7 @@ def read_provenance(metadata: Mapping[str, bytes]) -> Provenance | None:
             if isinstance(crc, int)
         ),
         recipe=str(get_value(metadata, "edgemerge.recipe", "")),
+        hub=tuple(map(str, hub)) if isinstance(hub, Array) else (),
         stages=str(get_value(metadata, "edgemerge.stages", "")),
     )
 

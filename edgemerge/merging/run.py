@@ -23,6 +23,7 @@ from edgemerge.errors import EdgemergeError, OutputError
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf.split import MAX_PARTS, part_paths, whole_name
 from edgemerge.formats.gguf.writer import GgufLayout, make_layouts
+from edgemerge.formats.mixture import open_mixture
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.merging.precompile import precompile
 from edgemerge.merging.record import provenance
@@ -75,7 +76,7 @@ def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = Non
         with ExitStack() as stack:
             return make_plan(
                 replace(one, stages=()),
-                lambda path: planned.get(path) or _open(path, stack),
+                lambda path: planned.get(path) or _open(one, path, stack),
                 memory=memory,
                 threads=threads or usable_processors(),
                 floor=floor,
@@ -185,7 +186,7 @@ def _merge_one(
         opened: dict[Path, Source] = {}
 
         def open_once(path: Path) -> Source:
-            opened[path] = _open(path, stack)
+            opened[path] = _open(recipe, path, stack)
             return opened[path]
 
         the_plan = make_plan(
@@ -228,7 +229,7 @@ def _merge_one(
     return MergeReport(
         output=paths[0],
         out_bytes=sum(layout.n_bytes for layout in layouts),
-        method=recipe.method,
+        method=recipe.title,
         models=tuple(whole_name(path) for path in the_plan.models),
         type_bytes=_type_bytes(the_plan),
         file_type=the_plan.file_type,
@@ -336,7 +337,9 @@ def _type_bytes(the_plan: Plan) -> dict[str, int]:
     return dict(sizes.most_common())
 
 
-def _open(path: Path, stack: ExitStack) -> Source:
+def _open(recipe: Recipe, path: Path, stack: ExitStack) -> Source:
+    if recipe.mixture is not None:
+        return open_mixture(recipe.mixture, recipe.seed, stack)
     source = open_model(path)
     stack.callback(source.close)
     return source

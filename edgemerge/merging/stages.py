@@ -165,6 +165,8 @@ def _record(recipe: Recipe, paths: Mapping[Path, Path]) -> dict[str, bytes]:
             for key in RECORD_KEYS:
                 value = get_value(metadata, f"edgemerge.{key}")
                 entry[key] = list(value) if isinstance(value, Array) else value
+            if isinstance(hub := get_value(metadata, "edgemerge.input_hub"), Array):
+                entry["input_hub"] = list(hub)
             stages.append(entry)
     return {"edgemerge.stages": encode_value(json.dumps(stages, sort_keys=True), "str")}
 

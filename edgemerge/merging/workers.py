@@ -22,6 +22,7 @@ from edgemerge.alignment.heads import SOFT_WARNING, align_models
 from edgemerge.alignment.neurons import NeuronPlan, match_neurons
 from edgemerge.budget import Arena
 from edgemerge.errors import Stopped
+from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.merging.stream import Permutations, TensorStream
@@ -183,14 +184,14 @@ class WorkerPool:
                 if isinstance(heads, HeadPlan):
                     at = (left, right, reference_layer, layer)
                     self._permutations.setdefault(at, []).append(heads)
-            notes += _say(self.sources[right].path.name, found)
+            notes += _say(folder_name(self.sources[right].path), found)
         return notes
 
     def _match_neurons(self) -> list[str]:
         """Match every expert's feed-forward neurons with those of the base or the first model."""
         notes = []
         for left, right in alignment_pairs(self.plan.jobs):
-            name = self.sources[right].path.name
+            name = folder_name(self.sources[right].path)
             found = self._do_aside(
                 partial(
                     match_neurons,

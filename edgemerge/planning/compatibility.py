@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from edgemerge.errors import FormatError, MismatchError
+from edgemerge.finding.cache import folder_name
 from edgemerge.formats.gguf.kind import check_is_model
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT, note_vocabularies
@@ -140,7 +141,9 @@ def _check_hyper_parameters(first: Source, other: Source, notes: list[str]) -> N
                 f"{key} is {left} in {first.path} and {right} in {other.path}; "
                 "only fine-tunes of one base can be merged"
             )
-        notes.append(f"{key} is {left} in {first.path.name} and {right} in {other.path.name}")
+        notes.append(
+            f"{key} is {left} in {folder_name(first.path)} and {right} in {folder_name(other.path)}"
+        )
 
 
 def same_shape(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgemerge.errors import RecipeError
+from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.gguf.metadata import encode_value, get_value
 from edgemerge.formats.gguf.split import whole_name
@@ -151,10 +152,11 @@ def output_metadata(
         notes += said_of_template
     if template is not None:
         metadata[TEMPLATE_KEY] = encode_value(template, "str")
-    names = [
-        Path(whole_name(path)).stem if path.is_file() else path.name for path in recipe.models()
-    ]
+    names = list(map(_model_name, recipe.models()))
     title = names[0] if len(names) == 1 else f"{method.name} merge of {', '.join(names)}"
+    if recipe.mixture is not None:
+        experts = (_model_name(expert.path) for expert in recipe.mixture.experts)
+        title = f"mixture of {', '.join(dict.fromkeys(experts))}"
     metadata["general.name"] = encode_value(title, "str")
     metadata["general.file_type"] = _file_type_id(file_type, reference, drafts, types)
     if any(dtype not in UNQUANTISED for dtype in types.values()):
@@ -162,6 +164,11 @@ def output_metadata(
     metadata, said = mend_metadata(metadata)
     notes += said
     return metadata
+
+
+def _model_name(path: Path) -> str:
+    """Return a model's name without the end of a file's."""
+    return Path(whole_name(path)).stem if path.is_file() else whole_name(path)
 
 
 def _most_common_template(
@@ -184,7 +191,7 @@ def _most_common_template(
         return template, []
     owner = next(path for path, text in texts.items() if text == template)
     return template, [
-        f"chat_template auto: the template of {owner.name} is taken, which {count} of "
+        f"chat_template auto: the template of {folder_name(owner)} is taken, which {count} of "
         f"{len(models)} models have"
     ]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgemerge.errors import FormatError, MismatchError, RecipeError
+from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import hf_name, layer_index
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.methods.method import Method
@@ -157,12 +158,12 @@ def unused_settings(recipe: Recipe, method: Method) -> list[str]:
     has_own_bases = all(part.base is not None for part in recipe.slices)
     if recipe.base is not None and has_own_bases and recipe.base not in (*listed, *bases):
         notes.append(
-            f"every slice has a base of its own: {recipe.base.name} gives the metadata, but its "
+            f"every slice has a base of its own: {folder_name(recipe.base)} gives the metadata, but its "
             "weights are not part of the merge"
         )
     elif recipe.base is not None and not uses_base and recipe.base not in listed:
         notes.append(
-            f"{method.name} has no base: {recipe.base.name} gives the metadata, but its weights "
+            f"{method.name} has no base: {folder_name(recipe.base)} gives the metadata, but its weights "
             "are not part of the merge"
         )
     return notes
@@ -172,8 +173,8 @@ def _unused(method: Method, key: str, model: ModelInput | None) -> str:
     if model is None:
         return f"{method.name} does not use the parameter {key}"
     if key in method.parameters_of(model=False):
-        return f"{key} belongs to the whole merge, so that of {model.path.name} is not used"
-    return f"{method.name} does not use the parameter {key} of {model.path.name}"
+        return f"{key} belongs to the whole merge, so that of {folder_name(model.path)} is not used"
+    return f"{method.name} does not use the parameter {key} of {folder_name(model.path)}"
 
 
 def _refuse_extra(part: _Part, known: set[str]) -> None:
@@ -347,7 +348,7 @@ class _Part:
 def _missing(
     method: Method, key: str, model: ModelInput | None, tensor: str, levels: Sequence[Parameters]
 ) -> str:
-    whose = f" for {model.path.name}" if model else ""
+    whose = f" for {folder_name(model.path)}" if model else ""
     sentence = f"{method.name} needs the parameter {key}{whose}"
     if any(key in level for level in levels):  # rules, none of which fits
         sentence += f", and no rule gives one to {tensor}; add an entry with value alone"

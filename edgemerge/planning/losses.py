@@ -14,6 +14,7 @@ from typing import TypeGuard
 
 from edgemerge.alignment.geometry import layer_geometry
 from edgemerge.errors import EdgemergeError, MismatchError
+from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import FAMILIES, hf_name
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.llama_rules import find_violations
@@ -236,16 +237,16 @@ def _losses(base: Source, model: Source) -> Iterator[str]:
         if not is_constant(name):
             continue
         if name not in base.specs():
-            yield f"its {name}: {base.path.name} has none"
+            yield f"its {name}: {folder_name(base.path)} has none"
         elif spec != base.specs()[name] or read_tensor(base, name) != read_tensor(model, name):
-            yield f"its {name}: {base.path.name} has other values, which are taken"
+            yield f"its {name}: {folder_name(base.path)} has other values, which are taken"
 
 
 def _instead(base: Source, value: str, is_there: bool) -> str:
     return (
-        f"{base.path.name} has {value}, which is taken"
+        f"{folder_name(base.path)} has {value}, which is taken"
         if is_there
-        else f"{base.path.name} has none"
+        else f"{folder_name(base.path)} has none"
     )
 
 
@@ -255,7 +256,7 @@ def _lost_bits(base: Source, model: Source) -> Iterator[str]:
     if _quantised_elements(base) and left < right:
         yield (
             f"precision: it has {right:.1f} bits per parameter, and the output, where --type names no "
-            f"other type, the {left:.1f} of {base.path.name}"
+            f"other type, the {left:.1f} of {folder_name(base.path)}"
         )
 
 
@@ -272,11 +273,11 @@ def _lost_tokens(base: Source, model: Source) -> Iterator[str]:
     known = set(left)
     if new := [str(token) for token in changed if token not in known]:
         yield (
-            f"its spelling of {len(new)} token{'s' * (len(new) > 1)} that {base.path.name} does not "
+            f"its spelling of {len(new)} token{'s' * (len(new) > 1)} that {folder_name(base.path)} does not "
             f"have: {_listed([repr(token) for token in new])}"
         )
     if len(changed) > len(new):
-        yield f"its numbering of {len(changed) - len(new)} tokens that {base.path.name} has too"
+        yield f"its numbering of {len(changed) - len(new)} tokens that {folder_name(base.path)} has too"
 
 
 def _are_texts(value: object) -> TypeGuard[Array]:

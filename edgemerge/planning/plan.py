@@ -20,6 +20,7 @@ from edgemerge.budget import (
 )
 from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.formats.architectures import layer_index
+from edgemerge.formats.mixture import MixtureSource
 from edgemerge.formats.quants.codec import CODECS, find_codec, row_bytes
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH
@@ -98,7 +99,7 @@ def make_plan(
     align = recipe.align or method.align
     needs = [_arena_need(job, align, aligns=align != "off" or recipe.neurons) for job in jobs]
     budget = memory or recipe.memory or DEFAULT_MEMORY
-    header_bytes = sum(len(v) for source in sources.values() for v in source.metadata().values())
+    header_bytes = sum(_header_bytes(source) for source in sources.values())
     reserved, alignment = _alignment_needs(align, jobs, list(sources.values()))
     neuron_bytes = 0
     if recipe.neurons:
@@ -132,6 +133,12 @@ def make_plan(
         alignment_bytes=_alignment_bytes(jobs, list(sources.values())) if alignment else 0,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _header_bytes(source: Source) -> int:
+    if isinstance(source, MixtureSource):
+        return source.held_bytes()
+    return sum(len(value) for value in source.metadata().values())
 
 
 def _check_counts(recipe: Recipe, method: Method) -> None:

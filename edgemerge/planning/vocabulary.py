@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from edgemerge.errors import MismatchError, RecipeError
+from edgemerge.finding.cache import folder_name
 from edgemerge.types import Recipe, Source, TensorSpec
 
 __all__ = [
@@ -115,27 +116,29 @@ def note_vocabularies(owner: Source, other: Source) -> list[str]:
     notes = []
     if right > left:
         notes.append(
-            f"{other.path.name} has {right} tokens and {owner.path.name} {left}: its last "
+            f"{folder_name(other.path)} has {right} tokens and {folder_name(owner.path)} {left}: its last "
             f"{right - left} rows are left out"
         )
     elif right < left:
         notes.append(
-            f"{other.path.name} has {right} tokens and {owner.path.name} {left}: the last "
+            f"{folder_name(other.path)} has {right} tokens and {folder_name(owner.path)} {left}: the last "
             f"{left - right} rows, which it lacks, are merged without it"
         )
     if renamed:
-        notes.append(f"{other.path.name} spells some tokens differently from {owner.path.name}")
+        notes.append(
+            f"{folder_name(other.path)} spells some tokens differently from {folder_name(owner.path)}"
+        )
     return notes
 
 
 def note_templates(owner: Source, sources: Sequence[Source]) -> list[str]:
     """Say that the output has no chat template though some model has one."""
-    have = [source.path.name for source in sources if TEMPLATE_KEY in source.metadata()]
+    have = [folder_name(source.path) for source in sources if TEMPLATE_KEY in source.metadata()]
     if not have or TEMPLATE_KEY in owner.metadata():
         return []
     return [
-        f"the output has no chat template, as {owner.path.name} has none; {have[0]} has one, and gives it "
-        "as tokenizer_source"
+        f"the output has no chat template, as {folder_name(owner.path)} has none; {have[0]} has one, "
+        "and gives it as tokenizer_source"
     ]
 
 

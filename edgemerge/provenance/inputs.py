@@ -18,10 +18,12 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from edgemerge.errors import VerificationError
+from edgemerge.experts import MIXTURE_PATH, ExpertInput, Mixture
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf.split import whole_name
 from edgemerge.formats.inspection import Provenance, read_provenance
 from edgemerge.formats.json_file import parse_object
+from edgemerge.formats.mixture import open_mixture
 from edgemerge.methods.table import find_method
 from edgemerge.planning.jobs import draft_jobs
 from edgemerge.types import (
@@ -67,9 +69,14 @@ def check_inputs(
         provenance = read_provenance(merged.metadata())
         if provenance is None:
             raise VerificationError("has no provenance section, so it names no inputs", path=path)
-        recipe = _read_recipe(provenance, _match_names(provenance, given, path), path)
+        recipe = _read_recipe(provenance, given, path)
         _refuse_aligned(recipe, path)
-        sources = {model: _open(model, stack) for model in recipe.models()}
+        if recipe.mixture is not None:
+            sources: dict[Path, Source] = {
+                MIXTURE_PATH: open_mixture(recipe.mixture, recipe.seed, stack)
+            }
+        else:
+            sources = {model: _open(model, stack) for model in recipe.models()}
         found = _checksums(recipe, sources, progress)
     stated = [checksum for _, checksum in provenance.inputs]
     for model, checksum, wanted in zip(recipe.models(), found, stated, strict=True):
@@ -87,9 +94,8 @@ def _open(path: Path, stack: ExitStack) -> Source:
     return source
 
 
-def _match_names(provenance: Provenance, given: Sequence[Path], path: Path) -> dict[str, Path]:
+def _match_names(names: Sequence[str], given: Sequence[Path], path: Path) -> dict[str, Path]:
     """Find the given model for each name that the provenance states."""
-    names = [name for name, _ in provenance.inputs]
     found = {whole_name(model.absolute()): model for model in given}
     if len(set(names)) < len(names) or len(found) < len(given):
         raise VerificationError(
@@ -120,10 +126,19 @@ def _refuse_aligned(recipe: Recipe, path: Path) -> None:
 # -- the recipe ------------------------------------------------------------------------------------
 
 
-def _read_recipe(provenance: Provenance, paths: Mapping[str, Path], path: Path) -> Recipe:
+def _read_recipe(provenance: Provenance, given: Sequence[Path], path: Path) -> Recipe:
     """Rebuild as much of the recipe as says which tensors were read; it may be a stranger's."""
     stated = parse_object(provenance.recipe.encode(), path)
-    source = stated.get("tokenizer_source", "base")
+    source = stated.get("tokenizer_source", "base")  # "base" may be the name of a model, too
+    names = [name for name, _ in provenance.inputs]
+    try:
+        if "mixture" in stated:
+            names = _names_in_mixture(stated["mixture"])
+    except (AttributeError, LookupError, TypeError) as error:
+        raise _unreadable(path) from error
+    paths = _match_names(names, given, path)
+    if "mixture" in stated:
+        paths = {**paths, str(MIXTURE_PATH): MIXTURE_PATH}
     try:
         recipe = Recipe(
             method=str(stated["method"]),
@@ -133,7 +148,9 @@ def _read_recipe(provenance: Provenance, paths: Mapping[str, Path], path: Path) 
             defaults=_read_parameters(stated["defaults"]),
             align=None if stated["align"] is None else str(stated["align"]),
             neurons=bool(stated["neurons"]),
-            tokenizer_source=str(paths.get(source, source)),
+            seed=int(stated["seed"]),
+            mixture=_read_mixture(stated["mixture"], paths) if "mixture" in stated else None,
+            tokenizer_source="base" if source == "base" else str(paths.get(source, source)),
         )
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(path) from error
@@ -148,6 +165,25 @@ def _unreadable(path: Path) -> VerificationError:
         "states a recipe that this edgemerge cannot read, so its inputs cannot be checked",
         path=path,
     )
+
+
+def _names_in_mixture(stated: Mapping[str, Any]) -> list[str]:
+    names = [stated["base"], *(expert["path"] for expert in stated["experts"])]
+    return list(dict.fromkeys(map(str, names)))
+
+
+def _read_mixture(stated: Mapping[str, Any], paths: Mapping[str, Path]) -> Mixture:
+    experts = tuple(
+        ExpertInput(
+            paths[expert["path"]],
+            tuple(map(str, expert["positive_prompts"])),
+            tuple(map(str, expert["negative_prompts"])),
+            None if expert["residual_scale"] is None else float(expert["residual_scale"]),
+        )
+        for expert in stated["experts"]
+    )
+    gate_mode, per_token = str(stated["gate_mode"]), int(stated["experts_per_token"])
+    return Mixture(paths[stated["base"]], experts, gate_mode, per_token)
 
 
 def _read_slice(stated: Mapping[str, Any], paths: Mapping[str, Path]) -> Slice:

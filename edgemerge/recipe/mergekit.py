@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from edgemerge.finding.cache import folder_name
 from edgemerge.methods.table import METHODS, known_parameters
 from edgemerge.recipe.templates import CHAT_TEMPLATES
 from edgemerge.recipe.values import ValueReader, brief, check_alignment, is_utf8
@@ -45,10 +46,6 @@ BASE_IS_A_MODEL = ("linear", "karcher")
 OTHER_KINDS = {
     "genome": "a configuration of mergekit-evolve, which searches for settings; write the settings that "
     "it found as a recipe with merge_method",
-    "experts": "a configuration of mergekit-moe, which makes a mixture of experts; only recipes with "
-    "merge_method are merged",
-    "gate_mode": "a configuration of mergekit-moe, which makes a mixture of experts; only recipes with "
-    "merge_method are merged",
 }
 
 
@@ -162,7 +159,7 @@ class RecipeReader(ValueReader):
         lacking = [n for n, p in of_models.items() if p.default is None and n not in parameters]
         if not lacking and base not in [model.path for model in models]:
             models.append(ModelInput(base))
-            self.notes.append(f"the base {base.name} is one of the models, as in mergekit")
+            self.notes.append(f"the base {folder_name(base)} is one of the models, as in mergekit")
 
     def slice(self, entry: Any, where: str) -> Slice:
         """Read one slice."""

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RecipeError
+from edgemerge.finding.finder import Finder
 from edgemerge.recipe.mergekit import RecipeReader
+from edgemerge.recipe.mixture import MixtureReader, is_mixture
 from edgemerge.recipe.stages import read_stages
 from edgemerge.recipe.values import MAX_SEED, MAX_STRAYS, ValueReader, check_alignment
 from edgemerge.types import ModelInput, Recipe, Rule, Slice
@@ -22,10 +24,13 @@ from edgemerge.types import ModelInput, Recipe, Rule, Slice
 __all__ = ["MAX_SEED", "check_alignment", "find_imatrix", "load_recipe", "make_recipe"]
 
 
-def load_recipe(path: str | os.PathLike[str], *, strict: bool = False) -> Recipe:
+def load_recipe(
+    path: str | os.PathLike[str], *, strict: bool = False, finder: Finder | None = None
+) -> Recipe:
     """Read a mergekit recipe from a YAML file.
 
-    Model paths are taken from the working directory, else from the recipe's folder.
+    Model paths are taken from the working directory, else from the recipe's folder. What is no path there
+    may be the name of a model on the hub.
 
     Parameters
     ----------
@@ -33,6 +38,8 @@ def load_recipe(path: str | os.PathLike[str], *, strict: bool = False) -> Recipe
         The file. Several documents in it are stages; see `edgemerge.recipe.stages`.
     strict : bool
         Refuse unknown and duplicate keys and unknown parameters. Otherwise each is a note.
+    finder : Finder, optional
+        Finds models that are no paths; by default in the hub's cache, and fetches nothing.
 
     Raises
     ------
@@ -49,10 +56,18 @@ def load_recipe(path: str | os.PathLike[str], *, strict: bool = False) -> Recipe
         )
     if duplicates and strict:
         raise RecipeError(f"{duplicates[0]}; remove one of the two", path=path)
-    if len(documents) == 1:
-        recipe = RecipeReader(path, strict=strict).recipe(documents[0])
+    if any(is_mixture(document) for document in documents):
+        if len(documents) > 1:
+            raise RecipeError(
+                "has a mixture of experts beside other documents; make the mixture by itself, from a "
+                "recipe of its own",
+                path=path,
+            )
+        recipe = MixtureReader(path, strict=strict, finder=finder).mixture(documents[0])
+    elif len(documents) == 1:
+        recipe = RecipeReader(path, strict=strict, finder=finder).recipe(documents[0])
     else:
-        recipe = read_stages(documents, path, strict=strict)
+        recipe = read_stages(documents, path, strict=strict, finder=finder)
     notes = [f"{found}, and the last one counts" for found in duplicates[:MAX_STRAYS]]
     if len(duplicates) > MAX_STRAYS:
         notes.append(f"{len(duplicates) - MAX_STRAYS} more keys stand twice")
@@ -72,6 +87,7 @@ def make_recipe(
     neurons: bool = False,
     tensor_types: Sequence[tuple[str, str]] = (),
     imatrix: str | None = None,
+    finder: Finder | None = None,
 ) -> Recipe:
     """Build a recipe from flags.
 
@@ -101,8 +117,10 @@ def make_recipe(
         see `edgemerge.formats.quants.overrides`.
     imatrix : str, optional
         Path of an importance matrix, which guides the encoders.
+    finder : Finder, optional
+        As of `load_recipe`.
     """
-    reader = ValueReader(None)
+    reader = ValueReader(None, finder=finder)
     inputs = []
     for text, weight in models:
         own = {} if weight is None else {"weight": reader.rules(weight, f"the weight of {text}")}

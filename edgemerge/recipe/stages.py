@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RecipeError
+from edgemerge.finding.finder import Finder
 from edgemerge.recipe.mergekit import RecipeReader
 from edgemerge.types import Recipe, Slice
 
@@ -29,7 +30,13 @@ __all__ = ["place_stages", "read_stages", "stage_paths", "with_settings"]
 MAX_STAGES = 100
 
 
-def read_stages(documents: Sequence[Mapping[str, Any]], path: Path, *, strict: bool) -> Recipe:
+def read_stages(
+    documents: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    strict: bool,
+    finder: Finder | None = None,
+) -> Recipe:
     """Read all documents of a recipe, and put the stages in order.
 
     Parameters
@@ -38,8 +45,8 @@ def read_stages(documents: Sequence[Mapping[str, Any]], path: Path, *, strict: b
         Two or more.
     path : Path
         The recipe's file.
-    strict : bool
-        As `RecipeReader` takes it.
+    strict, finder
+        As `RecipeReader` takes them.
 
     Returns
     -------
@@ -55,7 +62,9 @@ def read_stages(documents: Sequence[Mapping[str, Any]], path: Path, *, strict: b
     names = _names(documents, path)
     recipes: dict[str | None, Recipe] = {}
     for name, document in zip(names, documents, strict=True):
-        reader = RecipeReader(path, strict=strict, stages=frozenset(filter(None, names)))
+        reader = RecipeReader(
+            path, strict=strict, stages=frozenset(filter(None, names)), finder=finder
+        )
         recipes[name] = replace(reader.recipe(document), name=name)
     last = None if None in recipes else _last(recipes)
     order = _in_order(recipes, last, path)

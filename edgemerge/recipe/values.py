@@ -6,13 +6,13 @@ What the keys of a recipe mean is in `edgemerge.recipe.mergekit`.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from edgemerge.errors import RecipeError
+from edgemerge.finding.finder import Finder
 from edgemerge.methods.table import known_parameters
 from edgemerge.recipe.references import read_reference
 from edgemerge.sizes import parse_size
@@ -53,12 +53,20 @@ class ValueReader:
         Refuse what is otherwise ignored with a note, as mergekit ignores it.
     stages : collection of str
         Names of merges that models may be taken from.
+    finder : Finder, optional
+        Finds models that are no paths; by default it fetches nothing.
     """
 
     def __init__(
-        self, path: Path | None, *, strict: bool = True, stages: Collection[str] = ()
+        self,
+        path: Path | None,
+        *,
+        strict: bool = True,
+        stages: Collection[str] = (),
+        finder: Finder | None = None,
     ) -> None:
         self.path = path
+        self.finder = finder or Finder()
         self.strict = strict
         self.stages = stages
         self.notes: list[str] = []
@@ -218,18 +226,25 @@ class ValueReader:
             return Path(path)
         found = self.find(path, where)
         if found is None:
-            self.fail(
-                f"{where}: no file or folder {path!r}"
-                f"{suggest_path(path) or '; download the model and give its path'}",
-                where,
-            )
-        if revision is not None:
+            found = self.hub_path(path, revision, where)
+        elif revision is not None:
             self.notes.append(
                 f"{where}: the revision {brief(revision)} does not apply to a local path; "
                 f"{path} is taken as it is"
             )
         if has_architecture:
             self.notes.append(f"{where}: override_architecture is ignored")
+        return found
+
+    def hub_path(self, name: str, revision: str | None, where: str) -> Path:
+        """Find a model by its name on the hub."""
+        try:
+            found = self.finder.find_on_hub(name, revision)
+        except RecipeError as error:
+            self.fail(f"{where}: {error}", where)
+        if found is None:
+            hint = suggest_path(name) or "; download the model and give its path"
+            self.fail(f"{where}: no file or folder {name!r}{hint}", where)
         return found
 
     def file_path(self, value: Any, where: str) -> Path:
@@ -243,15 +258,12 @@ class ValueReader:
         return found
 
     def find(self, name: str, where: str) -> Path | None:
-        """Look in the working directory, then beside the recipe."""
+        """Look in the working directory, then beside the recipe, then where the finder has models."""
         if not is_utf8(name):
             self.fail(f"{where}: the name {name!r} is not UTF-8; rename it", where)
         folders = [Path()] if self.path is None else [Path(), self.path.parent]
-        for folder in folders:
-            found = folder / os.path.expanduser(name)  # unlike Path's, it never raises
-            if os.path.exists(found):  # unlike Path.exists, False for what can be no name
-                return found.resolve()
-        return None
+        found = self.finder.find_path(name, folders)
+        return None if found is None else found.resolve()
 
     def memory(self, value: Any) -> int:
         """Take a size in bytes."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
+from edgemerge.finding.cache import folder_name
 from edgemerge.methods.table import METHODS
 from edgemerge.types import Recipe
 
@@ -36,6 +37,8 @@ def describe_recipe(document: Mapping[str, Any]) -> list[str]:
     list of str
         `ties: density 0.5, lambda 1 (default)`, then `base ward.gguf`, `cardio.gguf: weight 0.5`.
     """
+    if mixture := _table(document.get("mixture")):
+        return _describe_mixture(mixture, document.get("seed"))
     name = str(document.get("method", "?"))
     method = METHODS.get(name)
     common = _table(document.get("parameters"))
@@ -53,14 +56,37 @@ def describe_recipe(document: Mapping[str, Any]) -> list[str]:
     parts += _switches(document)
     lines = [f"{name}: {', '.join(parts)}" if parts else name]
     if isinstance(base := document.get("base"), str | PurePath):
-        lines.append(f"base {PurePath(base).name}")
+        lines.append(f"base {_name(base)}")
     parts_of_slices = document.get("slices")
     for part in parts_of_slices if isinstance(parts_of_slices, list | tuple) else ():
         if isinstance(base := _table(part).get("base"), str | PurePath):
-            lines.append(f"base of a slice {PurePath(base).name}")
+            lines.append(f"base of a slice {_name(base)}")
     for part in _slices(document):
         lines += [f"{label}: {words}" if words else label for label, words in map(_model, part)]
     return list(dict.fromkeys(lines))
+
+
+def _describe_mixture(mixture: Mapping[str, Any], seed: object) -> list[str]:
+    """Say a mixture of experts: `mixture: 2 experts for a token, gate_mode random`, then each model."""
+    per_token, gate_mode = mixture.get("experts_per_token"), mixture.get("gate_mode")
+    drawn = f", seed {seed}" if "random" in str(gate_mode) else ""
+    lines = [f"mixture: {per_token} experts for a token, gate_mode {gate_mode}{drawn}"]
+    lines.append(f"base {_name(mixture.get('base', '?'))}")
+    experts = mixture.get("experts")
+    for entry in experts if isinstance(experts, list | tuple) else ():
+        expert = _table(entry)
+        said = [repr(text) for text in _texts(expert, "positive_prompts")]
+        said += [f"not {text!r}" for text in _texts(expert, "negative_prompts")]
+        if (scale := expert.get("residual_scale")) is not None:
+            said.append(f"residual_scale {_value(scale)}")
+        label = f"expert {_name(expert.get('path', '?'))}"
+        lines.append(f"{label}: {', '.join(said)}" if said else label)
+    return lines
+
+
+def _texts(table: Mapping[str, Any], key: str) -> list[str]:
+    found = table.get(key)
+    return [str(text) for text in found] if isinstance(found, list | tuple) else []
 
 
 def describe_stages(text: str) -> list[str]:
@@ -101,7 +127,7 @@ def _slices(document: Mapping[str, Any]) -> list[list[tuple[str, dict[str, Any]]
         models = []
         for entry in inputs if isinstance(inputs, list | tuple) else ():
             table = _table(entry)
-            label = PurePath(str(table.get("path", "?"))).name
+            label = _name(table.get("path", "?"))
             if isinstance(layers := table.get("layer_range"), list | tuple) and len(layers) == 2:
                 label += f" layers {layers[0]} to {layers[1]}"
             models.append(
@@ -140,6 +166,10 @@ def _value(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _name(path: object) -> str:
+    return folder_name(Path(str(path)))
 
 
 def _table(value: object) -> dict[str, Any]:

@@ -327,8 +327,6 @@ def test_a_chat_template_by_name_as_text_and_auto() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("base_model: a\ngate_mode: random\nexperts: []\n", "is a configuration of mergekit-moe"),
-        ("base_model: a\nexperts: [{source_model: a}]\n", "is a configuration of mergekit-moe"),
         ("genome: {models: [a]}\ntasks: []\n", "is a configuration of mergekit-evolve"),
     ],
 )

@@ -200,7 +200,7 @@ def test_models_are_looked_for_in_the_working_directory_then_beside_the_recipe(
         ("merge_method: ties\nmodels: [{model: 7}]\n", "models[0].model must be the path of a m"),
         (
             "merge_method: ties\nmodels: [{model: org/name}]\n",
-            "models[0].model: no file or folder 'org/name'; download the model and give its path",
+            "models[0].model: no file or folder 'org/name'",
         ),
         (
             "merge_method: ties\nmodels: [{model: a+lora}]\n",

@@ -24,6 +24,10 @@ PATH_OPTIONS: Mapping[str, Sequence[str]] = {
     "merge model": ("merge", "-m", "linear", "{}", "tiny.gguf", "-o", "out.gguf"),
     "merge base": ("merge", "-m", "ties", "--base", "{}", "tiny.gguf", "-o", "out.gguf"),
     "merge recipe": ("merge", "{}", "-o", "out.gguf"),
+    "merge models": (
+        *("merge", "-m", "linear", "tiny.gguf", "copy.gguf", "-o", "out.gguf"),
+        *("--models", "{}"),
+    ),
     "merge output": ("merge", "-m", "linear", "tiny.gguf", "copy.gguf", "-o", "{}"),
     "merge split": ("convert", "tiny.gguf", "--split-max-size", "100K", "-o", "{}"),
     "merge report": (

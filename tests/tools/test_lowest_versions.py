@@ -16,6 +16,7 @@ run = ["jinja2>=3.1,<4"]
 serve = ["jinja2>=3.1,<4", "llama-cpp-python[server]>=0.3.36,<0.4"]
 plot = []
 sign = [{sign}]
+hub = []
 dev = ["ruff>=0.11"]
 """
 

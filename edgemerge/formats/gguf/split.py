@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from edgemerge.errors import FormatError
+from edgemerge.finding.cache import folder_name
 from edgemerge.types import TensorSpec
 
 __all__ = ["COUNT_KEY", "MAX_PARTS", "NUMBER_KEY", "TOTAL_KEY", "divide_tensors", "find_parts"]
@@ -31,9 +32,9 @@ def part_paths(whole: Path, count: int) -> list[Path]:
 
 
 def whole_name(path: Path) -> str:
-    """Return a model's file name without what makes it a part's."""
+    """Return a model's file name without what makes it a part's; of the hub's cache, the repository's."""
     match = _PART.fullmatch(path.name)
-    return f"{match['stem']}.gguf" if match else path.name
+    return f"{match['stem']}.gguf" if match else folder_name(path)
 
 
 def sibling_parts(path: Path) -> list[Path]:

@@ -9,11 +9,12 @@ import logging
 import os
 from collections.abc import Iterable
 from itertools import takewhile
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import yaml
 
+from edgemerge.finding.cache import folder_name
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.yaml_file import MAX_RECIPE_BYTES
 from edgemerge.types import TensorSpec
@@ -41,7 +42,7 @@ def general_metadata(
     """
     import gguf  # imported late: it is slow, and planning from GGUF files alone does not need it
 
-    path = Path(os.path.abspath(path))  # "." has no name to go by
+    path = _NamedPath(os.path.abspath(path))  # "." has no name to go by
     counts = _count_weights(specs)
     try:
         _refuse_bomb(path / "README.md")
@@ -52,6 +53,14 @@ def general_metadata(
     ) as e:  # whatever YAML a stranger's model card holds, the weights are none the worse
         _logger.warning("%s: the model card is left out, it cannot be read (%s)", path, e)
         return _record(gguf, gguf.Metadata(), path, architecture, counts)
+
+
+class _NamedPath(PosixPath):
+    """A path by whose name gguf can go, also where it is a commit's in the hub's cache."""
+
+    @property
+    def name(self) -> str:
+        return folder_name(Path(self))
 
 
 def _refuse_bomb(path: Path) -> None:

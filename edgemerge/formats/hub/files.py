@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError
+from edgemerge.finding.cache import folder_name
 from edgemerge.formats.hub.safetensors import StoredTensor, read_header
 from edgemerge.formats.json_file import read_object
 
@@ -92,7 +93,7 @@ def unread_files(path: Path) -> str | None:
     if not others:
         return None
     shown = others[0] if len(others) == 1 else f"{others[0]} and {len(others) - 1} more"
-    return f"{path.name} is read from {SINGLE}, as transformers does, and not from {shown}"
+    return f"{folder_name(path)} is read from {SINGLE}, as transformers does, and not from {shown}"
 
 
 def _read_unlisted(path: Path, found: list[Path]) -> dict[Path, dict[str, StoredTensor]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from edgemerge.errors import FormatError
+from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import GLOBAL, hf_name
 from edgemerge.formats.files import (
     check_unchanged,
@@ -80,8 +81,13 @@ class HubModel:
             self.close()
             raise
 
+<<<<<<< HEAD
     def _list_notes(self, inventory: Inventory) -> list[str]:
         name, tool, unused = self.path.name, self._config.quantised, inventory.unused
+=======
+    def _list_notes(self, unused: Sequence[str]) -> list[str]:
+        name, tool = folder_name(self.path), self._config.quantised
+>>>>>>> hubnames
         notes = [note] if (note := unread_files(self.path)) else []
         if unused:
             notes.append(
@@ -100,7 +106,7 @@ class HubModel:
         So do transformers and llama.cpp, which ties where no head is stored. Some architectures have it
         in one way only.
         """
-        tied, must_tie, name = self._config.tied, self._config.must_tie, self.path.name
+        tied, must_tie, name = self._config.tied, self._config.must_tie, folder_name(self.path)
         if OUTPUT in self._places and (tied or must_tie):
             if self._is_embedding():
                 del self._places[OUTPUT], self._specs[OUTPUT]
@@ -165,7 +171,7 @@ class HubModel:
         found = read_tokenizer(
             self.path, config.raw, config.vocab_size, config.model_type, notes=notes
         )
-        self._notes += [f"{self.path.name}: {note}" for note in notes]
+        self._notes += [f"{folder_name(self.path)}: {note}" for note in notes]
         return found
 
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:

@@ -4,6 +4,7 @@ tests/data/tokenizers/README.md says how the expected ids were made.
 """
 
 import json
+import lzma
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tests.support.places import TESTS
 from tests.support.safetensors_files import read_safetensors, write_safetensors
 
 TOKENIZERS = TESTS / "data" / "tokenizers"
-CUTS = json.loads((TOKENIZERS / "cuts.json").read_text())
+CUTS = json.loads(lzma.decompress((TOKENIZERS / "cuts.json.xz").read_bytes()))
 UNIGRAM = json.loads((TOKENIZERS / "unigram" / "expected.json").read_text())
 # Model types in whose vocabularies llama.cpp's converter has another name for a cutting
 FAMILIES = {other: model_type for (model_type, _), other in OTHER_NAMES.items()}

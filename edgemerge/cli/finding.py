@@ -1,0 +1,52 @@
+"""Options of all commands that read models: where these lie, and whether they may be fetched."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from edgemerge.finding.finder import Finder
+
+__all__ = ["Download", "ModelsFolder", "make_finder"]
+
+ModelsFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--models",
+        metavar="DIR",
+        help="Folder with models by their names on the hub: DIR/ORG/NAME or DIR/NAME.",
+    ),
+]
+Download = Annotated[
+    bool,
+    typer.Option(
+        "--download",
+        help="Fetch models that are not on this machine from the hub, into its cache.",
+    ),
+]
+
+
+def make_finder(folder: Path | None, download: bool, *, quiet: bool = False) -> Finder:
+    """Make what finds a command's models; a download shows a bar unless `quiet`.
+
+    Raises
+    ------
+    typer.BadParameter
+        The folder is none (exit code 2).
+    """
+    from edgemerge.cli.terminal import progress_bar
+    from edgemerge.finding.finder import Finder
+
+    if folder is not None and not folder.is_dir():
+        raise typer.BadParameter(f"--models {folder}: there is no such folder")
+    can_ask = all(s is not None and s.isatty() for s in (sys.stdin, sys.stderr))
+    return Finder(folder, download, _ask if can_ask else None, partial(progress_bar, quiet=quiet))
+
+
+def _ask(question: str) -> bool:
+    return typer.confirm(question, err=True)

@@ -1,0 +1,174 @@
+"""Where a model is: a path, a folder of models, the hub's cache, the hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgemerge.errors import RecipeError
+from edgemerge.finding import cache
+from edgemerge.finding.files import choose_files, list_choices, list_names
+from edgemerge.finding.names import HubName, read_hub_name
+from edgemerge.sizes import format_size
+from edgemerge.suggestions import suggest_path
+from edgemerge.types import Progress
+
+__all__ = ["Finder"]
+
+EXTRA = "pip install 'edgemerge[hub]'"
+
+
+def _show_nothing(_label: str) -> AbstractContextManager[Progress]:
+    return nullcontext(lambda _done, _total: None)
+
+
+@dataclass(frozen=True)
+class Finder:
+    """Finds models by path or by their name on the hub; fetches nothing unless it may.
+
+    Attributes
+    ----------
+    folder : Path, optional
+        Where models lie as `ORG/NAME`, as `NAME`, or as the recipe's own paths.
+    download : bool
+        Whether a model of the hub may be fetched without a question.
+    ask : callable, optional
+        Else asks its user, in one sentence, whether a model may be fetched.
+    show_progress : callable
+        Called with what is fetched; gives a context whose value is told bytes done and bytes in all.
+    """
+
+    folder: Path | None = None
+    download: bool = False
+    ask: Callable[[str], bool] | None = None
+    show_progress: Callable[[str], AbstractContextManager[Progress]] = _show_nothing
+
+    def find_path(self, name: str, folders: Collection[Path] = (Path(),)) -> Path | None:
+        """Look for a file or folder in some folders, then in that of the models; no links are followed.
+
+        Raises
+        ------
+        RecipeError
+            The folder of the models has several GGUF of that name.
+        """
+        plain = os.path.expanduser(name)  # unlike Path's, it never raises
+        for folder in folders:
+            if os.path.exists(folder / plain):  # unlike Path.exists, False for what can be no name
+                return folder / plain
+        if self.folder is None:
+            return None
+        hub = read_hub_name(name)
+        if hub is None:
+            return self.folder / plain if os.path.exists(self.folder / plain) else None
+        if hub.revision is not None:  # a folder has none
+            return None
+        places = (self.folder / hub.repo, self.folder / hub.repo.partition("/")[2])
+        return next((found for place in places if (found := _choose(hub, place))), None)
+
+    def find_model(self, text: str) -> Path:
+        """Find a model that a command names: a path, or `org/name[@revision][:TYPE]`.
+
+        Raises
+        ------
+        RecipeError, RuntimeFailure
+            As of `find_on_hub`.
+        """
+        return self.find_path(text) or self.find_on_hub(text) or Path(text)
+
+    def find_on_hub(self, text: str, revision: str | None = None) -> Path | None:
+        """Find a model by its name in the hub's cache, or fetch it; None where the text is no such name.
+
+        Parameters
+        ----------
+        text : str
+            `org/name[:TYPE][@REVISION]`.
+        revision : str, optional
+            A branch, tag or commit, where the text has none.
+
+        Returns
+        -------
+        Path or None
+            The snapshot's folder in the cache, or the GGUF in it.
+
+        Raises
+        ------
+        RecipeError
+            It is not on this machine and may not, or cannot, be fetched; the sentence has the remedy.
+        RuntimeFailure
+            The process that talks to the hub could not be started, or ended without an answer.
+        """
+        name = read_hub_name(text, revision)
+        if name is None:
+            return None
+        if not cache.has_client():
+            hint = suggest_path(text) or f"; if it is a model of the hub, {EXTRA} finds it there"
+            raise RecipeError(f"no file or folder {text!r}{hint}")
+        if found := cache.find_cached(name):
+            return found
+        self._check_may_fetch(name, text)
+        return self._fetch(name)
+
+    def _check_may_fetch(self, name: HubName, text: str) -> None:
+        """Refuse what may not be fetched, and say which command does it."""
+        if cache.is_offline():
+            raise RecipeError(
+                f"{name} is neither a file or folder nor in the hub's cache ({cache.cache_folder()}), and "
+                "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to fetch it; unset it, or copy the "
+                "model there"
+            )
+        if self.download:
+            return
+        if hint := suggest_path(text):
+            raise RecipeError(f"no file or folder {text!r}{hint}")
+        if self.ask is None or not self.ask(
+            f"{name} is not on this machine. Fetch it from the hub?"
+        ):
+            raise RecipeError(
+                f"no file or folder {text!r}, and the hub's cache has no whole model of that name; give "
+                f"--download to fetch it, or run: {_command(name)}"
+            )
+
+    def _fetch(self, name: HubName) -> Path:
+        from edgemerge.finding.fetch import bytes_there, fetch_files, list_files
+
+        commit, there = list_files(name)
+        by_path = {file.path: file for file in there}
+        files = [by_path[path] for path in choose_files(name, by_path)]
+        total = sum(file.n_bytes for file in files)
+        _check_disk(name, total - bytes_there(name, files))
+        with self.show_progress(str(name)) as progress:
+            folder = fetch_files(name, commit, files, progress)
+        return folder / files[0].path if files[-1].path.endswith(".gguf") else folder
+
+
+def _command(name: HubName) -> str:
+    """Return huggingface_hub's command for a model."""
+    revision = f" --revision {name.revision}" if name.revision else ""
+    only = f" --include '*{name.file_type}*.gguf'" if name.file_type else ""
+    return f"hf download {name.repo}{revision}{only}"
+
+
+def _choose(name: HubName, folder: Path) -> Path | None:
+    """Return the folder of a repository's files, or the GGUF in it that the name means."""
+    if not folder.is_dir():
+        return None
+    there = list_names(folder)
+    if not list_choices(name, there):
+        return None if name.file_type else folder
+    first, *others = choose_files(name, there)
+    return folder / first if (others or [first])[-1].endswith(".gguf") else folder
+
+
+def _check_disk(name: HubName, needed: int) -> None:
+    folder = cache.cache_folder()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise RecipeError(
+            f"{name} needs {format_size(needed)} of disk, and {format_size(free)} are free in {folder}; "
+            "free some, or set HF_HUB_CACHE to a folder on another disk"
+        )
