@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make tests/data/unions.json: what mergekit and transformers make of models with tokens of their own.
 
-    python tools/make_union_goldens.py
+    python -m tools.make_union_goldens
 
 Needs mergekit 0.1.5 and transformers, which edgemerge does not. Kept are the texts of the tokens after the
 base's, the ids of a text, and of embedding and head a sum of each of the last rows and one of all rows.
@@ -11,28 +11,26 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast  # noqa: TID251
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from tests.support.places import TESTS
 from tests.support.safetensors_files import read_safetensors
 from tests.support.vocabularies import (
     CASES,
     EMBEDDING,
-    FAMILIES,
     HEAD,
+    KINDS,
     TEXTS,
     make_models,
     row_sums,
 )
 
-OUT = ROOT / "tests" / "data" / "unions.json"
+OUT = TESTS / "data" / "unions.json"
 KEPT = 4  # rows before the new ones
 
 
@@ -47,7 +45,7 @@ def facts(folder: Path, kind: str, recipe: dict[str, Any]) -> dict[str, Any]:
     tensors = read_safetensors(folder / "out" / "model.safetensors")
     found: dict[str, Any] = {
         "first": first,
-        "new": tokenizer.convert_ids_to_tokens(list(range(first, len(tokenizer)))),
+        "new": [tokenizer.added_tokens_decoder[i].content for i in range(first, len(tokenizer))],
         "ids": tokenizer.encode(TEXTS[kind], add_special_tokens=False),
     }
     for name in (EMBEDDING, HEAD):
@@ -60,7 +58,7 @@ def facts(folder: Path, kind: str, recipe: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Merge all cases."""
     results = {}
-    for kind in FAMILIES:
+    for kind in KINDS:
         with tempfile.TemporaryDirectory() as name:
             make_models(kind, Path(name))
             for case, (of_kind, recipe) in CASES.items():

@@ -247,7 +247,7 @@ def describe_rows(rows: RowMap, names: Sequence[str], counts: Sequence[int]) -> 
             parts.append(f"{n} the mean of the models that have them")
         if n := int((donors == ZERO).sum()):
             parts.append(f"{n} zero")
-        if left := count - np.unique(own_rows(rows, i)).size:
-            parts.append(f"{left} of its own left out")
-        if parts:
-            yield f"tokens of {name}: {n_own} rows of its own, {', '.join(parts)}"
+        left = count - np.unique(own_rows(rows, i)).size
+        ends = f"; {left} of its rows {'are' if left > 1 else 'is'} left out" if left else ""
+        if parts or ends:
+            yield f"rows of {name}: {', '.join([f'{n_own} its own', *parts])}{ends}"

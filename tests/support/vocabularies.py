@@ -16,12 +16,13 @@ from tests.support.safetensors_files import Float32, read_safetensors, write_saf
 
 UNIGRAM = TESTS / "data" / "tokenizers" / "unigram"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Kind of vocabulary -> architecture whose small model has it; the Unigram replaces another one.
-FAMILIES = {"bpe": "qwen3", "spm": "gemma3", "unigram": "qwen3"}
+FAMILY = "qwen3"
+# Kind of vocabulary -> whose files of it the small model gets instead of its own
+KINDS = {"bpe": None, "spm": unpacked("models") / "base", "unigram": UNIGRAM}
 TEXTS = {
     "bpe": "<|call|>The Software[Lab] shall<|call|>[Lab2] be <think>free</think> of charge",
     "spm": "<|call|>the Software[Lab] shall<|call|>[Lab2]be <think>free</think> of charge",
-    "unigram": "Permission is<|call|> hereby [Lab]granted<|call|>free[Lab2] of charge",
+    "unigram": "Permission is<|call|>hereby [Lab]granted<|call|>free[Lab2]of charge",
 }
 # What the experts add, in their own order: text -> whether it is special
 ADDED: dict[str, dict[str, bool]] = {
@@ -38,12 +39,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {}
 def _linear(*names: str) -> dict[str, Any]:
     return {
         "merge_method": "linear",
-        "models": [{"model": n, "parameters": {"weight": 0.2 + 0.1 * i}} for i, n in enumerate(names)],
+        "models": [
+            {"model": n, "parameters": {"weight": 0.2 + 0.1 * i}} for i, n in enumerate(names)
+        ],
         "dtype": "float32",
     }
 
 
-for _kind in FAMILIES:
+for _kind in KINDS:
     CASES[f"{_kind} union"] = (
         _kind,
         _linear("base", "a", "b", "c") | {"base_model": "base", "tokenizer": {"source": "union"}},
@@ -89,7 +92,7 @@ CASES |= {
                         "force": True,
                     },
                     "[two]": {"source": {"kind": "model_token", "model": "base", "token_id": 77}},
-                    "the": {"source": "base", "force": True},
+                    "▁the": {"source": "base", "force": True},
                 },
             },
             "dtype": "float32",
@@ -122,7 +125,7 @@ def make_model(kind: str, target: Path, added: Mapping[str, bool], seed: int) ->
     Parameters
     ----------
     kind : str
-        A key of `FAMILIES`.
+        A key of `KINDS`.
     target : Path
         The directory to make.
     added : mapping
@@ -130,11 +133,10 @@ def make_model(kind: str, target: Path, added: Mapping[str, bool], seed: int) ->
     seed : int
         Of the noise and of the rows of new tokens; 0 is the base.
     """
-    shutil.copytree(unpacked("architectures") / FAMILIES[kind], target)
-    (target / "tokenizer.model").unlink(missing_ok=True)
-    if kind == "unigram":
-        for path in (UNIGRAM / "tokenizer.json", UNIGRAM / "tokenizer_config.json"):
-            shutil.copy(path, target / path.name)
+    shutil.copytree(unpacked("architectures") / FAMILY, target)
+    if (source := KINDS[kind]) is not None:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(source / name, target / name)
     n_tokens = add_tokens(target, added)
     tensors = read_safetensors(target / "model.safetensors")
     rng, core = np.random.default_rng(seed), np.random.default_rng(1000)
@@ -162,7 +164,9 @@ def add_tokens(directory: Path, added: Mapping[str, bool]) -> int:
         token = plain | {"content": text, "special": special}
         tokenizer["added_tokens"].append({"id": i, **token})
     named = {key: config.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    named["tokenizer_class"] = "PreTrainedTokenizerFast"  # any other may add tokens that no file has
+    named["tokenizer_class"] = (
+        "PreTrainedTokenizerFast"  # any other may add tokens that no file has
+    )
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     (directory / "tokenizer_config.json").write_text(json.dumps(named))
     return first + len(added)
