@@ -45,9 +45,8 @@ class TokenMaps:
         self, vocabulary: Vocabulary, rules: Mapping[str, TokenRule], sources: Sequence[Source]
     ) -> None:
         self._vocabulary, self._rules = vocabulary, rules
-        self._tables: dict[Path, TokenTable] = {}
         if vocabulary.by_text:
-            self._target = TokenTable(vocabulary.metadata)
+            self._target = vocabulary.tables.of(vocabulary.metadata)
             self._n_tokens = len(self._target) - vocabulary.n_padding
             self._first = next(one for one in sources if TOKENS_KEY in one.metadata())
         self._own: dict[Path, Int32] = {}
@@ -144,9 +143,7 @@ class TokenMaps:
 
     def _table(self, model: Source) -> TokenTable:
         source = model if TOKENS_KEY in model.metadata() else self._first
-        if source.path not in self._tables:
-            self._tables[source.path] = TokenTable(source.metadata())
-        return self._tables[source.path]
+        return self._vocabulary.tables.of(source.metadata())
 
     def _find_own(self, model: Source) -> Int32:
         """Find each token of the output in a model: its id there, or -1."""
@@ -180,8 +177,8 @@ class TokenMaps:
             _refuse(text, f"the row of {rule.model}, which is not merged here")
         row = self._row(rule, int(own[i][token]), models[i])
         if not 0 <= row < len(self._table(models[i])):
-            what = "it" if rule.token is None else repr(rule.token)
-            _refuse(text, f"a row of {rule.model}, which has no token {what}")
+            what = "it" if rule.token is None else f"the token {rule.token!r}"
+            _refuse(text, f"a row of {rule.model}, which does not have {what}")
         lenders[token], taken[token] = i, row
 
     def _row(self, rule: TokenRule, own: int, model: Source) -> int:

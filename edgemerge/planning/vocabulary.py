@@ -8,7 +8,7 @@ merged by the text of their tokens (`edgemerge.planning.token_maps`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgemerge.errors import MismatchError, RecipeError
@@ -21,7 +21,7 @@ from edgemerge.formats.tokenizer.extend import (
     added_token,
 )
 from edgemerge.formats.tokenizer.spm import ADDED_SCORE
-from edgemerge.formats.tokenizer.table import TOKENS_KEY, TYPES_KEY, TokenTable
+from edgemerge.formats.tokenizer.table import TOKENS_KEY, TYPES_KEY, TokenTables
 from edgemerge.types import Recipe, Source
 
 __all__ = [
@@ -54,6 +54,7 @@ class Vocabulary:
     by_text: bool  # how rows are found; else by their number
     n_padding: int = 0  # tokens at the end that have no text
     notes: tuple[str, ...] = ()
+    tables: TokenTables = field(default_factory=TokenTables)
 
     @property
     def n_rows(self) -> int | None:
@@ -115,7 +116,8 @@ def choose_vocabulary(
 
 def _extend(recipe: Recipe, sources: Mapping[Path, Source], owner: Source) -> Vocabulary:
     """Add to a model's vocabulary what the recipe says, and leave out its padding."""
-    extension, notes = Extension(owner.metadata()), list[str]()
+    tables, notes = TokenTables(), list[str]()
+    extension = Extension(owner.metadata(), tables)
     stated = int.from_bytes(owner.metadata()[TOKENS_KEY][8:FIRST_TOKEN], "little")
     if recipe.tokenizer_source == "union":
         others = [other for other in sources.values() if other is not owner and _adds(owner, other)]
@@ -128,7 +130,7 @@ def _extend(recipe: Recipe, sources: Mapping[Path, Source], owner: Source) -> Vo
         ]
     for text in recipe.tokens:
         if extension.find(text.encode()) is None:
-            extension.add(_find_kind(text, sources))
+            extension.add(_find_kind(text, sources, tables))
             notes.append(f"the token {text!r} is added")
     n_padding = extension.pad(recipe.pad_to_multiple_of or 1)
     if len(extension) < stated:
@@ -136,7 +138,7 @@ def _extend(recipe: Recipe, sources: Mapping[Path, Source], owner: Source) -> Vo
         notes.append(f"the last {n_left} rows of {owner.path.name} have no token, and are left out")
     if n_padding:
         notes.append(f"{n_padding} rows of padding follow, each the mean of all tokens' rows")
-    return Vocabulary(owner, extension.metadata(), True, n_padding, tuple(notes))
+    return Vocabulary(owner, extension.metadata(), True, n_padding, tuple(notes), tables)
 
 
 def _adds(owner: Source, other: Source) -> bool:
@@ -167,11 +169,11 @@ def _check_kinds(owner: Source, others: Sequence[Source]) -> list[str]:
     return notes
 
 
-def _find_kind(text: str, sources: Mapping[Path, Source]) -> NewToken:
+def _find_kind(text: str, sources: Mapping[Path, Source], tables: TokenTables) -> NewToken:
     """Return a token as the first model has it that knows its text, else as one that is added."""
     for source in sources.values():
         if TOKENS_KEY in source.metadata():
-            table = TokenTable(source.metadata())
+            table = tables.of(source.metadata())
             found = table.find_text(text.encode())
             if found is not None and table.types[found] in ADDED:
                 return NewToken(table.text(found), int(table.types[found]), ADDED_SCORE)

@@ -18,7 +18,13 @@ import numpy as np
 from edgemerge.formats.gguf.metadata import encode_value, iter_strings, value_kind
 from edgemerge.formats.tokenizer.sentencepiece_file import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from edgemerge.formats.tokenizer.spm import ADDED_SCORE, PAD_SCORE, looks_special, user_text
-from edgemerge.formats.tokenizer.table import TOKENS_KEY, TYPES_KEY, TokenTable, text_key
+from edgemerge.formats.tokenizer.table import (
+    TOKENS_KEY,
+    TYPES_KEY,
+    TokenTable,
+    TokenTables,
+    text_key,
+)
 
 __all__ = ["ADDED", "UNITABLE", "Extension", "NewToken", "added_token"]
 
@@ -51,11 +57,14 @@ class Extension:
     ----------
     metadata : mapping of GGUF key to typed value
         Of the model whose tokens come first; its padding is left out.
+    tables : TokenTables
+        Where tables of vocabularies are made and kept.
     """
 
-    def __init__(self, metadata: Mapping[str, bytes]) -> None:
+    def __init__(self, metadata: Mapping[str, bytes], tables: TokenTables) -> None:
         self._metadata = {k: v for k, v in metadata.items() if k.startswith("tokenizer.")}
-        self._table = TokenTable(metadata)
+        self._tables = tables
+        self._table = tables.of(metadata)
         self._n_first = self._table.n_named
         self._retyped: dict[int, int] = {}  # id -> type
         self._new: list[NewToken] = []
@@ -80,7 +89,7 @@ class Extension:
 
     def join(self, others: Sequence[Mapping[str, bytes]]) -> list[int]:
         """Add all tokens that others have; return how many each of them brought."""
-        tables = [TokenTable(other) for other in others]
+        tables = [self._tables.of(other) for other in others]
         unknown = [np.flatnonzero(self._find(table) < 0).tolist() for table in tables]
         is_added = {
             int(table.keys[i])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from edgemerge.formats.gguf.metadata import iter_strings, value_kind
 from edgemerge.formats.tokenizer.sentencepiece_file import NORMAL, UNUSED
 
-__all__ = ["TOKENS_KEY", "TYPES_KEY", "TokenTable", "text_key"]
+__all__ = ["TOKENS_KEY", "TYPES_KEY", "TokenTable", "TokenTables", "text_key"]
 
 TOKENS_KEY, TYPES_KEY = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 
@@ -44,12 +44,12 @@ class TokenTable:
 
     def __init__(self, metadata: Mapping[str, bytes]) -> None:
         self.raw = metadata[TOKENS_KEY]
-        keys, ends = array("q"), array("q", (16,))
+        keys, lengths = array("q"), array("q")
         for text in iter_strings(self.raw):
             keys.append(text_key(text))
-            ends.append(ends[-1] + 8 + len(text))
+            lengths.append(len(text))
         self.keys: Int64 = np.array(keys, np.int64)
-        self._ends: Int64 = np.array(ends, np.int64)
+        self._ends: Int64 = 16 + np.concatenate([[0], np.cumsum(8 + np.array(lengths, np.int64))])
         stated = metadata.get(TYPES_KEY)
         self.types: Int32 = np.full(len(keys), NORMAL, np.int32)
         if stated is not None and value_kind(stated) in ("[i32]", "[u32]"):
@@ -95,3 +95,17 @@ class TokenTable:
         place = int(np.searchsorted(self._sorted, text_key(text)))
         found = place < len(self) and self._sorted[place] == text_key(text)
         return int(self._order[place]) if found else None
+
+
+class TokenTables:
+    """Tables of several models; those whose vocabularies are equal, as fine-tunes have them, use one."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[bytes | None, bytes | None], TokenTable] = {}
+
+    def of(self, metadata: Mapping[str, bytes]) -> TokenTable:
+        """Return the table of a model with a vocabulary."""
+        key = metadata.get(TOKENS_KEY), metadata.get(TYPES_KEY)
+        if key not in self._made:
+            self._made[key] = TokenTable(metadata)
+        return self._made[key]

@@ -16,7 +16,7 @@ from edgemerge.formats.tokenizer.sentencepiece_file import (
     UNUSED,
     USER_DEFINED,
 )
-from edgemerge.formats.tokenizer.table import TokenTable
+from edgemerge.formats.tokenizer.table import TokenTable, TokenTables
 
 Token = tuple[str, int] | tuple[str, int, float]
 
@@ -38,6 +38,10 @@ def vocabulary(
     return found | {"general.architecture": encode_value("llama", "str")}
 
 
+def extend(metadata: Mapping[str, bytes]) -> Extension:
+    return Extension(metadata, TokenTables())
+
+
 def facts(metadata: Mapping[str, bytes]) -> list[tuple[str, int, float]]:
     columns: list[Any] = [
         get_value(metadata, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "scores")
@@ -53,7 +57,7 @@ def test_normal_tokens_come_before_added_ones_in_the_order_of_models_and_ids() -
     second = vocabulary(
         ("c", NORMAL, -5.0), ("d", NORMAL, -6.0), ("<y>", USER_DEFINED), ("<x>", USER_DEFINED)
     )
-    extension = Extension(BASE)
+    extension = extend(BASE)
     assert extension.join([first, second]) == [2, 2]
     assert facts(extension.metadata())[3:] == [
         ("d", NORMAL, -9.0),
@@ -69,7 +73,7 @@ def test_a_token_that_one_vocabulary_was_given_is_an_added_one() -> None:
     """mergekit's `out_added_tokens`."""
     first = vocabulary(("x", NORMAL), ("a", CONTROL))
     second = vocabulary(("x", USER_DEFINED, -1000.0), ("b", NORMAL), ("a", USER_DEFINED))
-    extension = Extension(BASE)
+    extension = extend(BASE)
     assert extension.join([first, second]) == [0, 1]
     found = facts(extension.metadata())
     assert found[3:] == [("x", USER_DEFINED, -1000.0)]
@@ -78,7 +82,7 @@ def test_a_token_that_one_vocabulary_was_given_is_an_added_one() -> None:
 
 
 def test_padding_is_left_out_of_every_vocabulary_and_may_come_back() -> None:
-    extension = Extension(BASE)
+    extension = extend(BASE)
     assert extension.join([vocabulary(("a", NORMAL), ("[PAD1]", UNUSED))]) == [0]
     assert [text for text, _, _ in facts(extension.metadata())] == ["<s>", "a", "b"]
     assert extension.pad(4) == 1
@@ -96,7 +100,7 @@ def test_only_merges_that_make_new_tokens_of_known_ones_are_carried() -> None:
         merges=["b c", "a b", "a bc", "ab c", "Ġ z", "a b"],
         has_scores=False,
     )
-    extension = Extension(base)
+    extension = extend(base)
     assert extension.join([other]) == [4]
     found = extension.metadata()
     assert get_value(found, "tokenizer.ggml.tokens") == [
@@ -115,7 +119,7 @@ def test_only_merges_that_make_new_tokens_of_known_ones_are_carried() -> None:
 
 def test_spaces_of_added_tokens_are_those_of_other_tokens() -> None:
     """GGUF spells the same token with a space where it was added, else with U+2581."""
-    extension = Extension(vocabulary(("▁▁", NORMAL), ("<0x0A>", BYTE)))
+    extension = extend(vocabulary(("▁▁", NORMAL), ("<0x0A>", BYTE)))
     assert extension.join([vocabulary(("  ", USER_DEFINED), ("<0x0A>", BYTE))]) == [0]
     assert len(extension) == 2
     assert extension.find("▁▁".encode()) == extension.find(b"  ") == 0
@@ -123,7 +127,7 @@ def test_spaces_of_added_tokens_are_those_of_other_tokens() -> None:
 
 def test_nothing_new_changes_no_byte() -> None:
     base = vocabulary(("a", NORMAL), ("b", NORMAL), merges=[])
-    extension = Extension(base)
+    extension = extend(base)
     assert extension.join([base]) == [0]
     kept = {key: value for key, value in base.items() if key.startswith("tokenizer.")}
     assert extension.metadata() == kept
@@ -131,7 +135,7 @@ def test_nothing_new_changes_no_byte() -> None:
 
 def test_a_vocabulary_without_types_gets_them() -> None:
     base = {k: v for k, v in BASE.items() if not k.endswith("token_type")}
-    extension = Extension(base)
+    extension = extend(base)
     extension.add(added_token("<|x|>"))
     extension.add(added_token("a▁b"))
     assert [(text, kind) for text, kind, _ in facts(extension.metadata())][3:] == [
