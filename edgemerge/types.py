@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgemerge.token_rows import RowMap, TokenRule
+
 __all__ = ["BeginPart", "FileState", "Float32", "Float64", "Gradient", "HeadAxis", "HeadBlocks"]
 __all__ += ["HeadPlan", "InputTensor", "LayerHeads", "ModelInput", "Plan", "Progress", "Recipe"]
 __all__ += ["Rule", "Setting", "Skipped", "Slice", "Source", "Steps", "TensorJob", "TensorSpec"]
@@ -180,7 +182,11 @@ class Recipe:
     seed: int = 0
     align: str | None = None  # hard, soft or off; None: the method's own choice
     neurons: bool = False  # match feed-forward neurons too, for models trained apart
-    tokenizer_source: str = "base"  # "base", "union" or the path of one of the models
+    tokenizer_source: str | None = None  # base, union or a path; None: the base's, rows by number
+    tokens: Mapping[str, TokenRule] = field(
+        default_factory=dict
+    )  # added, or with rows of their own
+    pad_to_multiple_of: int | None = None  # rows of the vocabulary
     chat_template: str | None = None  # Jinja text; None: the tokenizer source's own; or auto
     notes: tuple[str, ...] = ()  # what the user should know about how the request was read
     name: str | None = None  # of a stage
@@ -207,6 +213,8 @@ class Recipe:
         """Every file or folder that a merge reads: the models, and the importance matrix."""
         models = [path for path in self.models() if path.is_absolute()]
         models += self.mixture.models() if self.mixture is not None else ()
+        source = Path(self.tokenizer_source or "base")
+        models += [source] if source.is_absolute() else []
         models += [path for stage in self.stages for path in stage.inputs()]
         return (*dict.fromkeys(models), *([] if self.imatrix is None else [self.imatrix]))
 
@@ -233,7 +241,7 @@ class TensorJob:
     passes: int  # how often the inputs are read, but for cached blocks
     is_copy: bool = False  # of its only input, which may be stored as another type
     is_weighted: bool = False  # encoded by the importance matrix
-    filler: int | None = None  # number of the input whose last rows stand for those others lack
+    rows: RowMap | None = None  # of a tensor of tokens, where not all inputs have the output's
     workers: int = 1  # that make its blocks; more than one where it is much of the model
     cached_blocks: int = 0  # blocks that each worker keeps in memory from one pass to the next
 
@@ -261,18 +269,14 @@ class TensorJob:
     def read_bytes(self) -> int:
         """Bytes that are read from the inputs, all passes together."""
         cached_rows = min(self.out.n_rows, self.workers * self.cached_blocks * self.rows_per_block)
-        again = (self.passes - 1) * (self.out.n_rows - cached_rows)
-        return sum(t.spec.nbytes + again * t.spec.row_bytes for t in self.inputs)
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether its inputs have different numbers of rows, one for each token of a vocabulary."""
-        return self.filler is not None
+        n_rows = self.passes * self.out.n_rows - (self.passes - 1) * cached_rows
+        return n_rows * sum(tensor.spec.row_bytes for tensor in self.inputs)
 
     @property
     def is_byte_copy(self) -> bool:
         """Whether the stored bytes of the only input are the output's, without arithmetic."""
-        return self.is_copy and self.experts[0].spec.dtype == self.out.dtype
+        is_padded = self.rows is not None and self.rows.n_padding > 0
+        return self.is_copy and not is_padded and self.experts[0].spec.dtype == self.out.dtype
 
 
 @dataclass(frozen=True, slots=True)

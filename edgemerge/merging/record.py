@@ -17,6 +17,8 @@ from edgemerge.types import Plan
 
 __all__ = ["provenance"]
 
+TOKEN_KEYS = ("tokenizer_source", "tokens", "pad_to_multiple_of")
+
 
 def provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str, bytes]:
     """Say in the file itself what it was made of; no path and no date, so that equal merges are equal.
@@ -58,8 +60,12 @@ def _recipe_json(the_plan: Plan) -> str:
     for part in recipe["slices"]:
         if part["base"] is None:  # as in files from before slices had bases
             del part["base"]
-    source = recipe.pop("tokenizer_source")
-    if source != "base" and any(job.is_fitted for job in the_plan.jobs):
-        recipe["tokenizer_source"] = source if source == "union" else whole_name(Path(source))
+    source, tokens, multiple = (recipe.pop(key) for key in TOKEN_KEYS)
+    if any(job.rows is not None for job in the_plan.jobs):
+        if source is not None:
+            is_word = source in ("base", "union")
+            recipe["tokenizer_source"] = source if is_word else whole_name(Path(source))
+        recipe |= {"tokens": tokens} if tokens else {}
+        recipe |= {"pad_to_multiple_of": multiple} if multiple else {}
     recipe["out_type"] = the_plan.file_type
     return json.dumps(recipe, default=whole_name, sort_keys=True)

@@ -17,6 +17,7 @@ from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.finite import find_non_finite
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH
+from edgemerge.merging.token_rows import TokenRowReader
 from edgemerge.merging.traffic import PartResult, Traffic
 from edgemerge.methods.blocks import NON_FINITE, Block, least_overflow
 from edgemerge.methods.shared_tensor import GroupThread
@@ -24,6 +25,7 @@ from edgemerge.methods.table import METHODS
 from edgemerge.native import KernelFile
 from edgemerge.output.checksums import RowChecksum
 from edgemerge.output.file import OutputFile
+from edgemerge.token_rows import ZERO, Run
 from edgemerge.types import Float32, Float64, HeadPlan, InputTensor, Plan, Source, TensorJob, UInt8
 
 __all__ = ["Permutations", "TensorStream"]
@@ -113,6 +115,9 @@ class TensorStream:
             self._scratch = self.take((scratch,), np.float32).view(np.float32)
             columns = job.out.n_cols if job.is_weighted else 0
             self._weights = self.take((columns,), np.float32).view(np.float32)
+            self._token_rows = (
+                None if job.rows is None else TokenRowReader(job, self.take, self._decode_stored)
+            )
             self._reorderings = self._find_reorderings(permutations, soft=the_plan.align == "soft")
             # Working memory to permute columns, a row; and to sum heads, another block.
             aligns = the_plan.align != "off" or the_plan.recipe.neurons
@@ -172,10 +177,19 @@ class TensorStream:
         return self.part
 
     def _copy(self, output: OutputFile, offset: int) -> None:
-        tensor = self.job.experts[0]
         for _, start, stop in self._ranges():
-            raw = self._read(tensor, 0, start, stop, start)
-            self._check_copy(tensor, raw, start)
+            raw = self._raw[: (stop - start) * self._out_row_bytes]
+            runs = [Run(start, stop, 0, start)]
+            if self.job.rows is not None:
+                runs = list(self.job.rows.runs(0, start, stop))
+            for run in runs:
+                n_rows, at = run.stop - run.start, (run.start - start) * self._out_row_bytes
+                copied = raw[at : at + n_rows * self._out_row_bytes]
+                if run.donor == ZERO:
+                    copied[:] = 0  # which every type decodes to zeros
+                    continue
+                self._read(0, run.row, run.row + n_rows, run.start, copied)
+                self._check_copy(self.job.experts[0], copied, run.row)
             self._write(output, offset, start, stop - start, raw)
 
     def _check_copy(self, tensor: InputTensor, raw: UInt8, first_row: int) -> None:
@@ -268,10 +282,10 @@ class TensorStream:
         """Decode all inputs of a block. Make task vectors of experts where the method takes them."""
         job = self.job
         if job.base is not None and block.base is not None:
-            self._decode(job.base, 0, start, stop, start, block.base)
+            self._decode(0, start, stop, start, block.base)
         first = 0 if job.base is None else 1
-        for i, (tensor, values) in enumerate(zip(job.experts, block.experts, strict=True), first):
-            self._load_expert(tensor, i, start, stop, values)
+        for i, values in enumerate(block.experts, first):
+            self._load_expert(i, start, stop, values)
             if self._takes_deltas:
                 linear.subtract(block.base, values, self._n_overflows)
                 if self._n_overflows[0] and not self._checks_inputs:
@@ -286,34 +300,33 @@ class TensorStream:
         self._checks_inputs = False
         self._is_first_pass = was_first_pass
 
-    def _load_expert(
-        self, tensor: InputTensor, i_input: int, start: int, stop: int, out_f32: Float32
-    ) -> None:
+    def _load_expert(self, i_input: int, start: int, stop: int, out_f32: Float32) -> None:
         """Decode rows [start, stop) in the reference's order."""
         reordering = self._reorderings.get(i_input)
         if reordering is None:
-            self._decode(tensor, i_input, start, stop, start, out_f32)
+            self._decode(i_input, start, stop, start, out_f32)
             return
 
         def decode(first: int, last: int, at: int | None, values: Float32) -> None:
-            self._decode(tensor, i_input, first, last, at, values)
+            self._decode(i_input, first, last, at, values)
 
         reordering.load(start, stop, decode, self._row, self._spare, out_f32)
 
     def _decode(
-        self,
-        tensor: InputTensor,
-        i_input: int,
-        start: int,
-        stop: int,
-        at: int | None,
-        out_f32: Float32,
+        self, i_input: int, start: int, stop: int, at: int | None, out_f32: Float32
     ) -> None:
-        if stop > tensor.spec.n_rows and self.job.filler is not None:
-            out_f32, stop = self._fill_up(tensor, start, stop, out_f32)
-            if start == stop:
-                return
-        raw = self._read(tensor, i_input, start, stop, at)
+        """Decode rows [start, stop) of an input, of a tensor of tokens those for the output's tokens."""
+        if self._token_rows is None:
+            self._decode_stored(i_input, start, stop, at, out_f32)
+        else:
+            self._token_rows.decode(i_input, start, stop, out_f32)
+
+    def _decode_stored(
+        self, i_input: int, start: int, stop: int, at: int | None, out_f32: Float32
+    ) -> None:
+        tensor = self.job.inputs[i_input]
+        raw = self._raw[: (stop - start) * self._row_bytes[i_input]]
+        self._read(i_input, start, stop, at, raw)
         CODECS[tensor.spec.dtype].decode(raw, out_f32)
         if self._checks_inputs and _count_overflows(out_f32, NON_FINITE):
             bad = int(np.flatnonzero(~np.isfinite(out_f32))[0])
@@ -324,33 +337,15 @@ class TensorStream:
                 tensor=tensor.spec.name,
             )
 
-    def _fill_up(
-        self, tensor: InputTensor, start: int, stop: int, out_f32: Float32
-    ) -> tuple[Float32, int]:
-        """Decode rows that an input lacks from the input that has all; return what is left to decode.
-
-        Values and last + 1 of the rows that the input has itself.
-        """
-        assert self.job.filler is not None
-        own = max(start, min(stop, tensor.spec.n_rows))
-        at = (own - start) * tensor.spec.n_cols
-        self._decode(
-            self.job.inputs[self.job.filler], self.job.filler, own, stop, None, out_f32[at:]
-        )
-        return out_f32[:at], own
-
-    def _read(
-        self, tensor: InputTensor, i_input: int, start: int, stop: int, at: int | None
-    ) -> UInt8:
+    def _read(self, i_input: int, start: int, stop: int, at: int | None, raw: UInt8) -> None:
         """Read stored rows, which become the output's rows from `at` on; None: a part of a sum."""
-        raw = self._raw[: (stop - start) * self._row_bytes[i_input]]
+        tensor = self.job.inputs[i_input]
         self._sources[tensor.model].read_rows(tensor.spec.name, start, stop, raw)
         self._traffic.add(raw.nbytes, 0)
         if at is not None and self._is_first_pass:
             self.part.inputs[i_input].add(at, stop - start, raw)
         if at == start and self._gives_back:  # in order, and not again
             self._give_back(tensor, i_input, stop)
-        return raw
 
     def _give_back(self, tensor: InputTensor, i_input: int, n_rows: int) -> None:
         if (n_rows - self._forgotten[i_input]) * self._row_bytes[i_input] >= FORGET_BYTES:

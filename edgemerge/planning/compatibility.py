@@ -80,7 +80,9 @@ def layer_settings(metadata: Mapping[str, bytes], n_layers: object) -> list[str]
     ]
 
 
-def check_models(sources: Sequence[Source], vocabulary: Source | None = None) -> list[str]:
+def check_models(
+    sources: Sequence[Source], vocabulary: Source | None = None, *, by_text: bool = False
+) -> list[str]:
     """Compare all models with the first.
 
     Parameters
@@ -89,6 +91,8 @@ def check_models(sources: Sequence[Source], vocabulary: Source | None = None) ->
         Open models.
     vocabulary : Source, optional
         The one of them whose tokens the output gets; by default the first.
+    by_text : bool
+        Whether rows are found by the texts of their tokens, so that vocabularies may differ.
 
     Returns
     -------
@@ -122,7 +126,7 @@ def check_models(sources: Sequence[Source], vocabulary: Source | None = None) ->
         _check_hyper_parameters(first, other, notes)
     owner = vocabulary or first
     for source in sources:
-        if source is not owner:
+        if source is not owner and not by_text:
             notes += note_vocabularies(owner, source)
     return notes
 

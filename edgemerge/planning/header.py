@@ -11,7 +11,7 @@ from pathlib import Path
 from edgemerge.errors import RecipeError
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import layer_index
-from edgemerge.formats.gguf.metadata import encode_value, get_value
+from edgemerge.formats.gguf.metadata import decode_value, encode_value, get_value
 from edgemerge.formats.gguf.split import whole_name
 from edgemerge.formats.llama_rules.mending import mend_metadata
 from edgemerge.formats.quants.codec import CODECS
@@ -27,7 +27,7 @@ from edgemerge.formats.quants.overrides import TypeOverrides
 from edgemerge.methods.method import Method
 from edgemerge.planning.compatibility import layer_settings
 from edgemerge.planning.jobs import Draft, may_copy
-from edgemerge.planning.vocabulary import find_vocabulary
+from edgemerge.planning.vocabulary import Vocabulary
 from edgemerge.types import Recipe, Source
 
 __all__ = ["DROPPED_KEYS", "choose_types", "output_metadata"]
@@ -125,12 +125,13 @@ def output_metadata(
     recipe: Recipe,
     method: Method,
     sources: Mapping[Path, Source],
+    vocabulary: Vocabulary,
     drafts: Sequence[Draft],
     file_type: str,
     types: Mapping[str, str],
     notes: list[str],
 ) -> dict[str, bytes]:
-    """Take the base's metadata, the tokenizer source's tokenizer, and say what the output is.
+    """Take the base's metadata, the output's vocabulary, and say what the output is.
 
     What llama.cpp would not load of it is mended, with a note.
     """
@@ -140,12 +141,13 @@ def output_metadata(
         for k, v in _with_block_count(reference, drafts).items()
         if not DROPPED_KEYS.fullmatch(k)
     }
-    owner = find_vocabulary(recipe, sources)
-    theirs = owner.metadata()
-    if (size := theirs.get(f"{owner.architecture}.vocab_size")) is not None:
-        metadata[f"{owner.architecture}.vocab_size"] = size
+    owner = vocabulary.owner
+    if (size := owner.metadata().get(f"{owner.architecture}.vocab_size")) is not None:
+        is_other = vocabulary.by_text and decode_value(size) != vocabulary.n_rows
+        size = encode_value(vocabulary.n_rows or 0, "u32") if is_other else size
+        metadata[f"{reference.architecture}.vocab_size"] = size
     metadata = {k: v for k, v in metadata.items() if not k.startswith("tokenizer.")}
-    metadata |= {k: v for k, v in theirs.items() if k.startswith("tokenizer.")}
+    metadata |= vocabulary.metadata
     template = recipe.chat_template
     if template == "auto":
         template, said_of_template = _most_common_template(recipe, sources)

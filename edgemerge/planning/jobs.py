@@ -14,6 +14,7 @@ from edgemerge.methods.method import Method
 from edgemerge.methods.parameters import INT8_MASK
 from edgemerge.planning.compatibility import (
     find_head,
+    find_tensor,
     is_constant,
     is_scale,
     missing_tensor,
@@ -21,15 +22,16 @@ from edgemerge.planning.compatibility import (
     same_shape,
     same_width,
 )
+from edgemerge.planning.heads import needs_head
+from edgemerge.planning.token_maps import PER_TOKEN, TokenMaps
 from edgemerge.planning.vocabulary import (
+    EMBEDDING,
     OUTPUT,
-    cut_rows,
-    differ_in_size,
-    find_vocabulary,
+    Vocabulary,
     has_rows_of_tokens,
-    needs_head,
 )
 from edgemerge.recipe.parameters import look_up
+from edgemerge.token_rows import RowMap
 from edgemerge.types import (
     InputTensor,
     ModelInput,
@@ -53,17 +55,21 @@ class Draft:
     experts: tuple[InputTensor, ...]
     settings: Mapping[str, Setting]
     is_constant: bool = False  # taken over as it is
-    n_rows: int | None = None  # of the output, where not all inputs have so many
-    filler: int | None = None  # `TensorJob.filler`
+    rows: RowMap | None = None  # `TensorJob.rows`
+
+    @property
+    def inputs(self) -> tuple[InputTensor, ...]:
+        """Base (if any) and experts."""
+        return self.experts if self.base is None else (self.base, *self.experts)
 
     @property
     def reference(self) -> TensorSpec:
         """The input whose type the output follows, in the output's shape."""
-        spec = (self.base or self.experts[0]).spec
-        if self.n_rows is None:
+        spec = self.inputs[0].spec
+        if self.rows is None:
             return spec
-        shape = (self.n_rows, *spec.shape[1:])
-        return replace(spec, shape=shape, nbytes=self.n_rows * spec.row_bytes)
+        n_rows = self.rows.n_rows
+        return replace(spec, shape=(n_rows, *spec.shape[1:]), nbytes=n_rows * spec.row_bytes)
 
     @property
     def n_cols(self) -> int:
@@ -85,7 +91,11 @@ def list_experts(part: Slice, base: Path | None, method: Method) -> list[ModelIn
 
 
 def draft_jobs(
-    recipe: Recipe, method: Method, models: tuple[Path, ...], sources: Mapping[Path, Source]
+    recipe: Recipe,
+    method: Method,
+    models: tuple[Path, ...],
+    sources: Mapping[Path, Source],
+    vocabulary: Vocabulary,
 ) -> Iterator[Draft]:
     """Yield the output's tensors in its order: what precedes the layers, the layers, the rest.
 
@@ -99,14 +109,16 @@ def draft_jobs(
         All models, as `Plan.models` lists them.
     sources : mapping of Path to Source
         The same models, open.
+    vocabulary : Vocabulary
+        The output's.
 
     Raises
     ------
     RecipeError, FormatError, MismatchError
         A parameter or a layer range is wrong, or the models do not fit together.
     """
-    vocabulary = find_vocabulary(recipe, sources)
-    parts = [_Part(recipe, method, part, models, sources, vocabulary) for part in recipe.slices]
+    maps = TokenMaps(vocabulary, recipe.tokens, [sources[path] for path in models])
+    parts = [_Part(recipe, method, part, models, sources, maps) for part in recipe.slices]
     names = list(parts[0].reference.specs())
     used = dict.fromkeys(model.path for part in parts for model in part.models)
     head = needs_head([sources[path] for path in used], stacked=len(parts) > 1)
@@ -209,10 +221,10 @@ class _Part:
         part: Slice,
         models: tuple[Path, ...],
         sources: Mapping[Path, Source],
-        vocabulary: Source,
+        maps: TokenMaps,
     ) -> None:
         self.recipe, self.method, self.slice = recipe, method, part
-        self.sources, self.vocabulary = sources, vocabulary
+        self.sources, self.maps = sources, maps
         self.indices = {path: i for i, path in enumerate(models)}
         base = recipe.base_of(part)
         self.experts = list_experts(part, base, method)
@@ -269,12 +281,10 @@ class _Part:
             return Draft(name, None, (found,), {"scale": 1.0}, is_constant=True)
         names = [self._source_name(i, name, tensor, offset) for i in range(len(self.models))]
         inputs = [self._input(i, source_name) for i, source_name in enumerate(names)]
-        n_rows = filler = None
-        if has_rows_of_tokens(name):
-            n_rows, filler, inputs = self._fit_rows(name, inputs)
+        rows = self._map_rows(name, inputs)
         for model, other in zip(self.models[1:], inputs[1:], strict=True):
             source = self.sources[model.path]
-            if n_rows is None:
+            if rows is None:
                 same_shape(inputs[0].spec, other.spec, self.reference, source)
             if is_scale(name):
                 same_scale(names[0], self.reference, other.spec.name, source)
@@ -291,33 +301,28 @@ class _Part:
             inputs[0] if self.base else None,
             experts,
             self._settings(None, name, position),
-            n_rows=n_rows,
-            filler=filler,
+            rows=rows,
         )
 
-    def _fit_rows(
-        self, name: str, inputs: list[InputTensor]
-    ) -> tuple[int | None, int | None, list[InputTensor]]:
-        """Cut a tensor of tokens to the output's vocabulary.
-
-        Returns its rows and the input that has all of them, both None where all inputs are alike.
-        """
+    def _map_rows(self, name: str, inputs: Sequence[InputTensor]) -> RowMap | None:
+        """Map the rows of a tensor of tokens; None for any other, and where all inputs are alike."""
+        if not has_rows_of_tokens(name) and name not in PER_TOKEN:
+            return None
         sources = [self.sources[model.path] for model in self.models]
-        if not differ_in_size([self.vocabulary, *sources]):
-            return None, None, inputs
-        first, n_rows = inputs[0].spec, find_head(self.vocabulary, name).n_rows
-        for source, tensor in zip(sources, inputs, strict=True):
-            same_width(first, tensor.spec, self.reference, source)
-        kept = [replace(tensor, spec=cut_rows(tensor.spec, n_rows)) for tensor in inputs]
-        if self.vocabulary in sources:
-            return n_rows, sources.index(self.vocabulary), kept
-        if any(tensor.spec.n_rows < n_rows for tensor in kept):
+        specs = [tensor.spec for tensor in inputs]
+        if name in PER_TOKEN:
+            specs = [find_tensor(source, EMBEDDING) for source in sources]
+        for source, spec in zip(sources, specs, strict=True):
+            same_width(specs[0], spec, self.reference, source)
+        rows = self.maps.find(name, sources, specs, self.recipe.base_of(self.slice))
+        if rows is not None and name in PER_TOKEN:
             raise MismatchError(
-                f"tensor {name!r} has {n_rows} rows in {self.vocabulary.path}, which gives the "
-                "vocabulary but no weights here; name another model as tokenizer_source",
+                f"tensor {name!r} of {self.reference.path} has an entry for each token, and is not "
+                "brought to another vocabulary; give base as tokenizer_source, and models of one "
+                "vocabulary",
                 tensor=name,
             )
-        return n_rows, None, kept
+        return rows
 
     def _source_name(self, i: int, name: str, tensor: str, offset: int) -> str:
         if layer_index(name) is None or layer_index(tensor) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,8 @@ from edgemerge.planning.header import choose_types, output_metadata
 from edgemerge.planning.importance import importance_metadata, weigh_jobs
 from edgemerge.planning.jobs import Draft, draft_jobs, list_experts, may_copy, unused_settings
 from edgemerge.planning.llama_check import check_runs
-from edgemerge.planning.vocabulary import find_vocabulary, note_templates
+from edgemerge.planning.token_maps import describe_rows, memory_of_rows
+from edgemerge.planning.vocabulary import choose_vocabulary, names_outsider, note_templates
 from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
 
 __all__ = ["DEFAULT_MEMORY", "alignment_pairs", "make_plan"]
@@ -78,17 +79,22 @@ def make_plan(
     models = recipe.models()
     sources = {path: open_model(path) for path in models}
     notes = [*recipe.notes, *unused_settings(recipe, method)]
-    owner = find_vocabulary(recipe, sources)
-    notes += check_models(list(sources.values()), owner)
+    outside = names_outsider(recipe)
+    vocabulary = choose_vocabulary(recipe, sources, open_model(outside) if outside else None)
+    owner = vocabulary.owner
+    notes += check_models(list(sources.values()), owner, by_text=vocabulary.by_text)
+    notes += vocabulary.notes
     if recipe.chat_template is None:
         notes += note_templates(owner, list(sources.values()))
-    drafts = list(draft_jobs(recipe, method, models, sources))
+    drafts = list(draft_jobs(recipe, method, models, sources, vocabulary))
+    if vocabulary.by_text:
+        notes += _describe_tokens(drafts, models)
     for draft in drafts:
         if not draft.is_constant:
             method.check(draft)
     file_type, types = choose_types(recipe, method, drafts, sources, notes)
     check_scaled_output(types, sources[models[0]])
-    metadata = output_metadata(recipe, method, sources, drafts, file_type, types, notes)
+    metadata = output_metadata(recipe, method, sources, vocabulary, drafts, file_type, types, notes)
     jobs = [_finish(draft, method, types[draft.name]) for draft in drafts]
     notes += check_runs(metadata, jobs, sources[models[0]])
     if recipe.imatrix is not None:
@@ -99,7 +105,9 @@ def make_plan(
     align = recipe.align or method.align
     needs = [_arena_need(job, align, aligns=align != "off" or recipe.neurons) for job in jobs]
     budget = memory or recipe.memory or DEFAULT_MEMORY
-    header_bytes = sum(_header_bytes(source) for source in sources.values())
+    read = [*sources.values(), *([] if owner in sources.values() else [owner])]
+    header_bytes = sum(map(_header_bytes, read))
+    header_bytes += sum({id(d.rows): d.rows.n_bytes for d in drafts if d.rows}.values())
     reserved, alignment = _alignment_needs(align, jobs, list(sources.values()))
     neuron_bytes = 0
     if recipe.neurons:
@@ -139,6 +147,15 @@ def _header_bytes(source: Source) -> int:
     if isinstance(source, MixtureSource):
         return source.held_bytes()
     return sum(len(value) for value in source.metadata().values())
+
+
+def _describe_tokens(drafts: Sequence[Draft], models: Sequence[Path]) -> Iterator[str]:
+    """Say of the tensors of tokens where their rows come from; once, where they are alike."""
+    for draft in drafts:
+        if draft.rows is not None:
+            inputs = draft.inputs
+            names = [models[tensor.model].name for tensor in inputs]
+            yield from describe_rows(draft.rows, names, [tensor.spec.n_rows for tensor in inputs])
 
 
 def _check_counts(recipe: Recipe, method: Method) -> None:
@@ -182,7 +199,7 @@ def _finish(draft: Draft, method: Method, dtype: str) -> TensorJob:
         rows_per_block=0,
         passes=1 if copies else method.passes(draft),
         is_copy=copies,
-        filler=draft.filler,
+        rows=draft.rows,
     )
     if spec.n_elements >= MAX_ELEMENTS or 0 in shape:
         raise MismatchError(
@@ -261,7 +278,9 @@ def _arena_need(job: TensorJob, align: str, *, aligns: bool) -> ArenaNeed:
         fixed += 4 * CODECS[job.out.dtype].scratch_len
     if aligns:
         fixed += 4 * n_cols
-    per_row = own.per_row + max(widest, job.out.row_bytes)
+    fixed_of_tokens, per_row_of_tokens = memory_of_rows(job)
+    fixed += fixed_of_tokens
+    per_row = own.per_row + per_row_of_tokens + max(widest, job.out.row_bytes)
     per_row += 4 * n_cols if align == "soft" else 0
     inputs = 4 * n_cols * len(job.inputs)
     # Other tensors of the layer are measured between this one's measurement and its merge.

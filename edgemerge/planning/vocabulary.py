@@ -1,42 +1,67 @@
-"""Models whose vocabularies nearly fit, and heads that some models have and others tie.
+"""Which vocabulary the output has, and what models whose vocabularies differ lose.
 
-An embedding that was padded, or got rows for added tokens, is merged by the rows that all models have. The
-output keeps one model's vocabulary. A row that another model lacks counts as that model's row, so what
-an expert would change of it is nothing. A model without an output head uses its embedding as head.
+Without a word on tokens in the recipe, the output has the base's, and rows are merged by their number: an
+embedding that was padded, or got rows for added tokens, by the rows that all models have. With one, rows are
+merged by the text of their tokens (`edgemerge.planning.token_maps`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.finding.cache import folder_name
-from edgemerge.types import Recipe, Source, TensorSpec
+from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.tokenizer.extend import (
+    ADDED,
+    UNITABLE,
+    Extension,
+    NewToken,
+    added_token,
+)
+from edgemerge.formats.tokenizer.spm import ADDED_SCORE
+from edgemerge.formats.tokenizer.table import TOKENS_KEY, TYPES_KEY, TokenTables
+from edgemerge.types import Recipe, Source
 
 __all__ = [
     "EMBEDDING",
     "OUTPUT",
     "TOKENS_KEY",
-    "cut_rows",
+    "Vocabulary",
+    "choose_vocabulary",
     "differ_in_size",
-    "find_vocabulary",
-    "has_own_head",
     "has_rows_of_tokens",
-    "needs_head",
+    "names_outsider",
     "note_templates",
     "note_vocabularies",
 ]
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
-TOKENS_KEY, TEMPLATE_KEY = "tokenizer.ggml.tokens", "tokenizer.chat_template"
+TEMPLATE_KEY = "tokenizer.chat_template"
+MODEL_KEY, PRE_KEY = "tokenizer.ggml.model", "tokenizer.ggml.pre"
 FIRST_TOKEN = 16  # byte of an encoded list of strings: two types of 4 bytes, a count of 8
 MOST_RENAMED = 0.01  # of the common tokens; with more, two vocabularies have little in common
-PIECE = 1 << 20  # bytes of rows that are compared at a time; one row at least
+NAMED = ("base", "union")
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The tokens of an output."""
+
+    owner: Source  # whose tokenizer it is, to which tokens may have been added
+    metadata: Mapping[str, bytes]  # the `tokenizer.` keys
+    by_text: bool  # how rows are found; else by their number
+    n_padding: int = 0  # tokens at the end that have no text
+    notes: tuple[str, ...] = ()
+    tables: TokenTables = field(default_factory=TokenTables)
+
+    @property
+    def n_rows(self) -> int | None:
+        """Rows of the embedding; None where the model does not tell its tokens."""
+        raw = self.metadata.get(TOKENS_KEY)
+        return None if raw is None else int.from_bytes(raw[8:FIRST_TOKEN], "little")
 
 
 def has_rows_of_tokens(name: str) -> bool:
@@ -44,40 +69,118 @@ def has_rows_of_tokens(name: str) -> bool:
     return name in (EMBEDDING, OUTPUT)
 
 
-def cut_rows(spec: TensorSpec, n_rows: int) -> TensorSpec:
-    """Return a tensor's first rows, or all that it has of them."""
-    kept = min(n_rows, spec.n_rows)
-    return replace(spec, shape=(kept, *spec.shape[1:]), nbytes=kept * spec.row_bytes)
+def names_outsider(recipe: Recipe) -> Path | None:
+    """Return the model whose tokenizer is wanted, where it is none of those that are merged."""
+    source = recipe.tokenizer_source
+    if source is None or source in NAMED or Path(source) in recipe.models():
+        return None
+    return Path(source)
 
 
-def find_vocabulary(recipe: Recipe, sources: Mapping[Path, Source]) -> Source:
-    """Find the model whose tokenizer the output gets: `tokenizer_source`, or the base.
+def choose_vocabulary(
+    recipe: Recipe, sources: Mapping[Path, Source], outside: Source | None = None
+) -> Vocabulary:
+    """Make the vocabulary that a recipe asks for.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        What is wanted.
+    sources : mapping of Path to Source
+        The open models of the merge.
+    outside : Source, optional
+        The model that `tokenizer_source` names, where it is none of these.
 
     Raises
     ------
     RecipeError
-        It is none of the models, or a union whose parts do not begin alike.
+        The vocabularies cannot be joined, or there is nothing that tokens could be added to.
     """
-    reference = sources[recipe.models()[0]]
-    if recipe.tokenizer_source == "base":
-        return reference
+    source, first = recipe.tokenizer_source, sources[recipe.models()[0]]
+    owner = first
+    if source is not None and source not in NAMED:
+        owner = sources.get(Path(source), outside or first)
+    plain = {k: v for k, v in owner.metadata().items() if k.startswith("tokenizer.")}
+    extends = bool(recipe.tokens or recipe.pad_to_multiple_of)
+    if source is None and not extends:
+        return Vocabulary(owner, plain, by_text=False)
+    if TOKENS_KEY not in plain:
+        if extends or any(TOKENS_KEY in other.metadata() for other in sources.values()):
+            raise RecipeError(
+                f"{owner.path} tells no tokens, which the recipe asks for; name another model as "
+                "tokenizer_source",
+                field="tokenizer",
+            )
+        return Vocabulary(owner, plain, by_text=False)
+    return _extend(recipe, sources, owner)
+
+
+def _extend(recipe: Recipe, sources: Mapping[Path, Source], owner: Source) -> Vocabulary:
+    """Add to a model's vocabulary what the recipe says, and leave out its padding."""
+    tables, notes = TokenTables(), list[str]()
+    extension = Extension(owner.metadata(), tables)
+    stated = int.from_bytes(owner.metadata()[TOKENS_KEY][8:FIRST_TOKEN], "little")
     if recipe.tokenizer_source == "union":
-        # max takes the first of the largest, so the base where it has them all
-        largest = max(sources.values(), key=lambda source: _count(source) or 0)
-        for source in sources.values():
-            if not _begins_with(largest, source):
-                raise RecipeError(
-                    "tokenizer_source union needs vocabularies of which one begins with the others, and "
-                    f"{source.path} has other tokens than {largest.path}; give base or one of the models",
-                    field="tokenizer_source",
-                )
-        return largest if _count(largest) != _count(reference) else reference
-    if (path := Path(recipe.tokenizer_source)) not in sources:
-        raise RecipeError(
-            f"tokenizer_source {path} is none of the models; give base or one of them",
-            field="tokenizer_source",
+        others = [other for other in sources.values() if other is not owner and _adds(owner, other)]
+        notes += _check_kinds(owner, others)
+        counts = extension.join([other.metadata() for other in others])
+        notes += [
+            f"the union has {count} token{'s' * (count > 1)} more of {folder_name(other.path)}"
+            for other, count in zip(others, counts, strict=True)
+            if count
+        ]
+    for text in recipe.tokens:
+        if extension.find(text.encode()) is None:
+            extension.add(_find_kind(text, sources, tables))
+            notes.append(f"the token {text!r} is added")
+    n_padding = extension.pad(recipe.pad_to_multiple_of or 1)
+    if len(extension) < stated:
+        n_left = stated - len(extension)
+        notes.append(
+            f"the last {n_left} rows of {folder_name(owner.path)} have no token, and are left out"
         )
-    return sources[path]
+    if n_padding:
+        notes.append(f"{n_padding} rows of padding follow, each the mean of all tokens' rows")
+    return Vocabulary(owner, extension.metadata(), True, n_padding, tuple(notes), tables)
+
+
+def _adds(owner: Source, other: Source) -> bool:
+    """Tell whether a model may have tokens that another lacks, or says more of them."""
+    keys = (TOKENS_KEY, TYPES_KEY)
+    ours, theirs = owner.metadata(), other.metadata()
+    return TOKENS_KEY in theirs and any(ours.get(key) != theirs.get(key) for key in keys)
+
+
+def _check_kinds(owner: Source, others: Sequence[Source]) -> list[str]:
+    """Refuse a union of vocabularies that spell their tokens differently."""
+    notes, kind = [], str(get_value(owner.metadata(), MODEL_KEY))
+    for other in others:
+        theirs = str(get_value(other.metadata(), MODEL_KEY))
+        if kind not in UNITABLE or theirs != kind:
+            raise RecipeError(
+                f"a union is made of {', '.join(UNITABLE.values())} vocabularies, all of one kind, and "
+                f"that of {owner.path} is {UNITABLE.get(kind, kind)}, that of {other.path} "
+                f"{UNITABLE.get(theirs, theirs)}; give base or one of the models as tokenizer_source",
+                field="tokenizer_source",
+            )
+        cuts = [get_value(one.metadata(), PRE_KEY) for one in (owner, other)]
+        if cuts[0] != cuts[1]:
+            notes.append(
+                f"text is cut into words as {folder_name(owner.path)} does ({cuts[0]}), not as "
+                f"{folder_name(other.path)} ({cuts[1]})"
+            )
+    return notes
+
+
+def _find_kind(text: str, sources: Mapping[Path, Source], tables: TokenTables) -> NewToken:
+    """Return a token as the first model has it that knows its text, else as one that is added."""
+    for source in sources.values():
+        if TOKENS_KEY in source.metadata():
+            table = tables.of(source.metadata())
+            found = table.find_text(text.encode())
+            if found is not None and table.types[found] in ADDED:
+                return NewToken(table.text(found), int(table.types[found]), ADDED_SCORE)
+    return added_token(text)
 
 
 def differ_in_size(sources: Sequence[Source]) -> bool:
@@ -154,50 +257,3 @@ def _tokens(raw: bytes) -> Iterator[bytes]:
         stop = at + 8 + int.from_bytes(raw[at : at + 8], "little")
         yield raw[at + 8 : stop]
         at = stop
-
-
-def _begins_with(longer: Source, shorter: Source) -> bool:
-    left, right = (source.metadata().get(TOKENS_KEY) for source in (longer, shorter))
-    return left is None or right is None or left[FIRST_TOKEN:].startswith(right[FIRST_TOKEN:])
-
-
-def needs_head(sources: Sequence[Source], *, stacked: bool) -> bool | None:
-    """Tell whether the output has a head of its own.
-
-    Parameters
-    ----------
-    sources : sequence of Source
-        All models of a merge.
-    stacked : bool
-        Whether the embedding comes from one slice, and the head from another.
-
-    Returns
-    -------
-    bool or None
-        None where all models have a head, or none has: as they are.
-    """
-    with_head = [source for source in sources if OUTPUT in source.specs()]
-    if len(with_head) in (0, len(sources)):
-        return None
-    return stacked or any(has_own_head(source) for source in with_head)
-
-
-def has_own_head(source: Source) -> bool:
-    """Tell whether a stored head differs from the embedding; reads both as far as they agree."""
-    left, right = source.specs().get(EMBEDDING), source.specs()[OUTPUT]
-    if left is None or (left.shape, left.dtype) != (right.shape, right.dtype):
-        return True
-    height = max(1, PIECE // left.row_bytes)
-    rows = [np.empty(height * left.row_bytes, np.uint8) for _ in range(2)]
-    edges = [*range(0, left.n_rows, height), left.n_rows]
-    differs = False
-    for start, stop in pairwise(edges):
-        views = [buffer[: (stop - start) * left.row_bytes] for buffer in rows]
-        for spec, view in zip((left, right), views, strict=True):
-            source.read_rows(spec.name, start, stop, view)
-        if not np.array_equal(views[0], views[1]):
-            differs = True
-            break
-    for spec in (left, right):
-        source.forget(spec.name)
-    return differs

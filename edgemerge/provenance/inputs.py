@@ -9,7 +9,7 @@ reordered rows. Only the alignment itself could give these again, so such inputs
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from edgemerge.formats.json_file import parse_object
 from edgemerge.formats.mixture import open_mixture
 from edgemerge.methods.table import find_method
 from edgemerge.planning.jobs import draft_jobs
+from edgemerge.planning.vocabulary import Vocabulary, choose_vocabulary, names_outsider
+from edgemerge.recipe.tokens import MAX_ROWS
+from edgemerge.token_rows import RowMap, TokenRule
 from edgemerge.types import (
     ModelInput,
     Parameters,
@@ -77,7 +80,10 @@ def check_inputs(
             }
         else:
             sources = {model: _open(model, stack) for model in recipe.models()}
-        found = _checksums(recipe, sources, progress)
+        # A model that gave nothing but its tokens is not needed: the merged file has them.
+        outside = merged if names_outsider(recipe) else None
+        vocabulary = choose_vocabulary(recipe, sources, outside)
+        found = _checksums(recipe, sources, vocabulary, progress)
     stated = [checksum for _, checksum in provenance.inputs]
     for model, checksum, wanted in zip(recipe.models(), found, stated, strict=True):
         if f"{checksum:08x}" != wanted:
@@ -129,7 +135,7 @@ def _refuse_aligned(recipe: Recipe, path: Path) -> None:
 def _read_recipe(provenance: Provenance, given: Sequence[Path], path: Path) -> Recipe:
     """Rebuild as much of the recipe as says which tensors were read; it may be a stranger's."""
     stated = parse_object(provenance.recipe.encode(), path)
-    source = stated.get("tokenizer_source", "base")  # "base" may be the name of a model, too
+    source = stated.get("tokenizer_source")
     names = [name for name, _ in provenance.inputs]
     try:
         if "mixture" in stated:
@@ -150,7 +156,9 @@ def _read_recipe(provenance: Provenance, given: Sequence[Path], path: Path) -> R
             neurons=bool(stated["neurons"]),
             seed=int(stated["seed"]),
             mixture=_read_mixture(stated["mixture"], paths) if "mixture" in stated else None,
-            tokenizer_source="base" if source == "base" else str(paths.get(source, source)),
+            tokenizer_source=None if source is None else str(paths.get(source, source)),
+            tokens=_read_rules(stated.get("tokens", {}), paths),
+            pad_to_multiple_of=_read_multiple(stated.get("pad_to_multiple_of")),
         )
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(path) from error
@@ -217,22 +225,45 @@ def _read_rule(stated: Mapping[str, Any]) -> Rule:
     return Rule(value, None if name is None else str(name))
 
 
+def _read_rules(
+    stated: Mapping[str, Mapping[str, Any]], paths: Mapping[str, Path]
+) -> dict[str, TokenRule]:
+    return {
+        str(text): TokenRule(
+            str(rule["source"]),
+            None if rule["model"] is None else paths[rule["model"]],
+            rule["token"] if isinstance(rule["token"], str | int) else None,
+            bool(rule["force"]),
+        )
+        for text, rule in stated.items()
+    }
+
+
+def _read_multiple(stated: object) -> int | None:
+    if stated is not None and (type(stated) is not int or not 0 < stated <= MAX_ROWS):
+        raise ValueError("no number of rows")
+    return stated
+
+
 # -- the checksums ---------------------------------------------------------------------------------
 
 
 def _checksums(
-    recipe: Recipe, sources: Mapping[Path, Source], progress: Progress | None
+    recipe: Recipe,
+    sources: Mapping[Path, Source],
+    vocabulary: Vocabulary,
+    progress: Progress | None,
 ) -> list[int]:
     """Compute the checksum of each input, as the merge did."""
     models = recipe.models()
     found = [0] * len(models)
-    drafts = draft_jobs(recipe, find_method(recipe.method), models, sources)
-    tensors = [
-        t for draft in drafts for t in (*([draft.base] if draft.base else []), *draft.experts)
-    ]
-    done, total = 0, sum(tensor.spec.nbytes for tensor in tensors)
-    for tensor in tensors:
-        checksum = _checksum(sources[models[tensor.model]], tensor.spec)
+    drafts = draft_jobs(recipe, find_method(recipe.method), models, sources, vocabulary)
+    tensors = [(t, i, d.rows) for d in drafts for i, t in enumerate(d.inputs)]
+    done, total = 0, sum(tensor.spec.nbytes for tensor, _, _ in tensors)
+    for tensor, i, rows in tensors:
+        checksum = _checksum(
+            sources[models[tensor.model]], tensor.spec, _runs(tensor.spec, i, rows)
+        )
         found[tensor.model] = crc32(checksum.to_bytes(4, "little"), found[tensor.model])
         done += tensor.spec.nbytes
         if progress is not None:
@@ -240,14 +271,25 @@ def _checksums(
     return found
 
 
-def _checksum(source: Source, spec: TensorSpec) -> int:
-    """Compute the CRC-32 of a tensor's rows, or of its first, as they are stored."""
+def _runs(spec: TensorSpec, i_input: int, rows: RowMap | None) -> Iterator[tuple[int, int]]:
+    """Yield which rows were read of an input: all, or those of the output's tokens in their order."""
+    if rows is None:
+        yield 0, spec.n_rows
+        return
+    for run in rows.runs(i_input, 0, rows.n_rows):
+        if run.donor == i_input:
+            yield run.row, run.row + run.stop - run.start
+
+
+def _checksum(source: Source, spec: TensorSpec, runs: Iterable[tuple[int, int]]) -> int:
+    """Compute the CRC-32 of rows of a tensor, one run after the other, as they are stored."""
     step = max(1, PIECE // max(1, spec.row_bytes))
     checksum = 0
-    for start in range(0, spec.n_rows, step):
-        stop = min(start + step, spec.n_rows)
-        raw_u8 = np.empty((stop - start) * spec.row_bytes, np.uint8)
-        source.read_rows(spec.name, start, stop, raw_u8)
-        checksum = crc32(raw_u8.data, checksum)
+    for first, last in runs:
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            raw_u8 = np.empty((stop - start) * spec.row_bytes, np.uint8)
+            source.read_rows(spec.name, start, stop, raw_u8)
+            checksum = crc32(raw_u8.data, checksum)
     source.forget(spec.name)
     return checksum

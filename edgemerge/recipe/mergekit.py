@@ -13,7 +13,8 @@ from typing import Any
 from edgemerge.finding.cache import folder_name
 from edgemerge.methods.table import METHODS, known_parameters
 from edgemerge.recipe.templates import CHAT_TEMPLATES
-from edgemerge.recipe.values import ValueReader, brief, check_alignment, is_utf8
+from edgemerge.recipe.tokens import TOKENIZER_KEYS, TokenizerReader
+from edgemerge.recipe.values import brief, check_alignment, is_utf8
 from edgemerge.types import ModelInput, Parameters, Recipe, Slice
 
 __all__ = ["RecipeReader"]
@@ -38,7 +39,6 @@ MODULE_KEYS = ("models", "slices", "parameters")
 MODEL_KEYS = ("model", "parameters")
 SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
-TOKENIZER_KEYS = ("source", "tokens", "pad_to_multiple_of")
 OWN_KEYS = ("type", "tensor_types", "imatrix", "memory", "seed", "align", "neurons")
 TEXT_MODULES = ("default", "text_decoder")  # as mergekit names the language model
 # mergekit adds a base that `models` does not list. To these methods it is a model like the others.
@@ -49,7 +49,7 @@ OTHER_KINDS = {
 }
 
 
-class RecipeReader(ValueReader):
+class RecipeReader(TokenizerReader):
     """Reads one recipe."""
 
     def recipe(self, document: Mapping[str, Any]) -> Recipe:
@@ -71,6 +71,7 @@ class RecipeReader(ValueReader):
         self.check_own_keys(own, OWN_KEYS, "edgemerge")
         dtype, out_type = self.types(document, own)
         slices, parameters = self.inputs(document, method, base)
+        tokenizer_source, tokens, multiple = self.tokenizer(document)
         return Recipe(
             method=method,
             base=base,
@@ -84,7 +85,9 @@ class RecipeReader(ValueReader):
             seed=self.seed(own.get("seed", 0), "edgemerge.seed"),
             align=self.alignment(own.get("align")),
             neurons=self.switch(own.get("neurons", False), "edgemerge.neurons"),
-            tokenizer_source=self.tokenizer(document),
+            tokenizer_source=tokenizer_source,
+            tokens=tokens,
+            pad_to_multiple_of=multiple,
             chat_template=self.chat_template(document.get("chat_template")),
             notes=tuple(dict.fromkeys(self.notes)),
         )
@@ -247,43 +250,6 @@ class RecipeReader(ValueReader):
             return None
         # YAML 1.1 reads a bare `off` as a switch.
         return check_alignment("off" if value is False else value)
-
-    # -- tokens ----------------------------------------------------------------------------------
-
-    def tokenizer(self, document: Mapping[str, Any]) -> str:
-        """Read where the tokens come from: `tokenizer_source`, or the table `tokenizer`."""
-        source, table = document.get("tokenizer_source"), document.get("tokenizer")
-        if table is None:
-            return self.tokenizer_source(source, "tokenizer_source")
-        if source is not None:
-            self.fail("has both tokenizer_source and tokenizer; keep one of the two", "tokenizer")
-        table = self.mapping(table, "tokenizer")
-        self.check_keys(table, TOKENIZER_KEYS, "tokenizer")
-        if table.get("tokens"):
-            tokens = self.mapping(table["tokens"], "tokenizer.tokens")
-            self.fail(
-                f"tokenizer.tokens chooses the embedding of {brief(next(iter(tokens)))}, which is not "
-                "possible yet; leave tokens out to have every token merged from the models that "
-                "have it",
-                "tokenizer.tokens",
-            )
-        if table.get("pad_to_multiple_of") is not None:
-            self.fail(
-                "tokenizer.pad_to_multiple_of is not possible yet, and llama.cpp needs no padding; "
-                "leave it out",
-                "tokenizer.pad_to_multiple_of",
-            )
-        return self.tokenizer_source(table.get("source", "union"), "tokenizer.source")
-
-    def tokenizer_source(self, value: Any, where: str) -> str:
-        """Return base, union, or the path of a model; older recipes also write `model:PATH`."""
-        if value is None:
-            return "base"
-        if value in ("base", "union"):
-            return str(value)
-        if isinstance(value, str):
-            value = value.removeprefix("model:")
-        return str(self.model_path(value, where))
 
     def chat_template(self, value: Any) -> str | None:
         """Read the template; None for the tokenizer source's own, `auto` for the inputs' most common."""

@@ -22,6 +22,7 @@ from typing import Any
 from edgemerge.errors import RecipeError
 from edgemerge.finding.finder import Finder
 from edgemerge.recipe.mergekit import RecipeReader
+from edgemerge.token_rows import TokenRule
 from edgemerge.types import Recipe, Slice
 
 __all__ = ["place_stages", "read_stages", "stage_paths", "with_settings"]
@@ -144,8 +145,11 @@ def _in_order(
 
 
 def _needs(recipe: Recipe) -> list[str]:
-    """List the stages that a recipe takes models from."""
-    return [str(path) for path in recipe.models() if not path.is_absolute()]
+    """List the stages that a recipe takes models, or its tokenizer, from."""
+    paths = [*recipe.models()]
+    if recipe.tokenizer_source not in (None, "base", "union"):
+        paths.append(Path(str(recipe.tokenizer_source)))
+    return [str(path) for path in paths if not path.is_absolute()]
 
 
 def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
@@ -182,11 +186,15 @@ def place_stages(recipe: Recipe, paths: Mapping[Path, Path]) -> Recipe:
         base = None if part.base is None else paths.get(part.base, part.base)
         return replace(part, inputs=inputs, base=base)
 
-    source = paths.get(Path(recipe.tokenizer_source), recipe.tokenizer_source)
+    def placed_rule(rule: TokenRule) -> TokenRule:
+        return replace(rule, model=rule.model and paths.get(rule.model, rule.model))
+
+    source = recipe.tokenizer_source
     return replace(
         recipe,
         base=None if recipe.base is None else paths.get(recipe.base, recipe.base),
         slices=tuple(map(placed, recipe.slices)),
-        tokenizer_source=str(source),
+        tokenizer_source=None if source is None else str(paths.get(Path(source), source)),
+        tokens={text: placed_rule(rule) for text, rule in recipe.tokens.items()},
         stages=(),
     )

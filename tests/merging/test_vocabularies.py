@@ -15,7 +15,7 @@ import pytest
 import edgemerge
 from edgemerge import budget
 from edgemerge.budget import ArenaNeed
-from edgemerge.errors import MismatchError, RecipeError, VerificationError
+from edgemerge.errors import MismatchError, VerificationError
 from edgemerge.planning import plan as planning
 from edgemerge.provenance.inputs import check_inputs
 from edgemerge.runtime.llama import Model
@@ -24,7 +24,7 @@ from tests.support.safetensors_files import read_safetensors, write_safetensors
 from tests.support.small_models import load_gguf, stored
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-N = 336  # rows of the models below
+N, N_TOKENS = 336, 334  # rows of the models below, and how many of these are tokens'
 METHODS: dict[str, tuple[int, dict[str, Any]]] = {
     "linear": (2, {}),
     "slerp": (1, {"t": 0.3}),
@@ -173,7 +173,8 @@ def test_an_expert_with_the_bases_further_rows_changes_them(models: Models) -> N
     np.testing.assert_allclose(ours, b + 0.8 * 0.6 * (a - b), rtol=1e-5, atol=1e-5)
 
 
-def test_tokenizer_source_names_the_vocabulary_that_is_kept(models: Models, tmp_path: Path) -> None:
+def test_a_named_tokenizer_source_leaves_padding_out(models: Models, tmp_path: Path) -> None:
+    """As in mergekit, whose tensors have a row for each token, and no other."""
     base, expert, other = models.make("base", 0), models.make("a", 1, rows=340), models.make("b", 2)
     recipe = {
         "merge_method": "task_arithmetic",
@@ -182,19 +183,19 @@ def test_tokenizer_source_names_the_vocabulary_that_is_kept(models: Models, tmp_
         "dtype": "float32",
     }
     found: dict[str, Path] = {}
-    for source in ("base", str(expert), "union"):
+    for source in (None, "base", str(expert), "union"):
         (tmp_path / "r.yml").write_text(json.dumps(recipe | {"tokenizer_source": source}))
-        name = Path(source).name
+        name = Path(str(source)).name
         found[name] = tmp_path / f"{name}.gguf"
-        edgemerge.merge(edgemerge.load_recipe(tmp_path / "r.yml"), found[name])
+        report = edgemerge.merge(edgemerge.load_recipe(tmp_path / "r.yml"), found[name])
         check_inputs(found[name], [other, expert, base])
-    assert len(tokens_of(found["base"])) == N
-    assert len(tokens_of(found["a"])) == len(tokens_of(found["union"])) == 340
+        said = "the last 2 rows of base have no token, and are left out"
+        assert (said in report.notes) == (source in ("base", "union"))
+    assert len(tokens_of(found["None"])) == N
+    assert len(tokens_of(found["base"])) == N_TOKENS
+    assert stored(found["a"]) == stored(found["union"]) == stored(found["base"])
     rows = load_gguf(found["a"])["token_embd.weight"]
-    original = load_gguf(models.gguf(expert))["token_embd.weight"]
-    np.testing.assert_array_equal(rows[N:], original[N:])
-    assert stored(found["a"]) == stored(found["union"])
-    np.testing.assert_array_equal(rows[:N], load_gguf(found["base"])["token_embd.weight"])
+    np.testing.assert_array_equal(rows, load_gguf(found["None"])["token_embd.weight"][:N_TOKENS])
     shutil.rmtree(other)
     other = models.make("b", 7)
     with pytest.raises(VerificationError, match="/b: is not the input of that name"):
@@ -259,8 +260,8 @@ def test_quantised_inputs_of_different_vocabularies(models: Models) -> None:
     )
 
 
-def test_vocabularies_of_other_tokens_are_refused(models: Models) -> None:
-    base, other = models.make("base", 0), models.make("a", 1, rows=340)
+def test_vocabularies_of_other_tokens_are_merged_by_text_or_refused(models: Models) -> None:
+    base, other = models.make("base", 0, rows=N_TOKENS), models.make("a", 1, rows=340)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
     ids = dict(zip(vocab, reversed(vocab.values()), strict=True))
@@ -268,10 +269,20 @@ def test_vocabularies_of_other_tokens_are_refused(models: Models) -> None:
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(MismatchError, match="of those that both have are not the same"):
         models.merge("x.gguf", "task_arithmetic", base, [other, other])
-    linear = edgemerge.make_recipe("linear", [(str(base), 0.5), (str(other), 0.5)])
-    union = replace(linear, tokenizer_source="union")
-    with pytest.raises(RecipeError, match="begins with the others"):
-        edgemerge.merge(union, models.folder / "y.gguf")
+    linear = edgemerge.make_recipe("linear", [(str(base), 0.5), (str(other), 0.5)], out_type="F32")
+    for source in ("base", "union"):
+        report = edgemerge.merge(
+            replace(linear, tokenizer_source=source), models.folder / f"{source}.gguf"
+        )
+        assert "rows of a: 334 its own; 6 of its rows are left out" in report.notes
+        check_inputs(report.output, [base, other])
+    ours, left, right = (
+        load_gguf(path)["token_embd.weight"]
+        for path in (models.folder / "union.gguf", models.gguf(base), models.gguf(other))
+    )
+    places = [ids.get(text, i) for i, text in enumerate(tokens_of(models.folder / "union.gguf"))]
+    np.testing.assert_allclose(ours, (left + right[places]) / 2, rtol=1e-6)
+    assert stored(models.folder / "union.gguf") == stored(models.folder / "base.gguf")
 
 
 # Heads

@@ -11,7 +11,7 @@ from edgemerge.errors import BudgetError, EdgemergeError, MismatchError, RecipeE
 from edgemerge.formats.gguf.metadata import Value, get_value
 from edgemerge.planning.plan import DEFAULT_MEMORY, make_plan
 from edgemerge.types import ModelInput, Plan, Recipe, Rule, Slice, TensorJob
-from tests.support.fake_source import FakeSource, by_path, tensor
+from tests.support.fake_source import TOKENS, FakeSource, by_path, tensor
 
 BASE, A, B = Path("/m/base"), Path("/m/a"), Path("/m/b")
 WEIGHT = {"weight": (Rule(1.0),)}
@@ -213,10 +213,6 @@ def test_the_budget_that_an_error_names_works_and_a_mebibyte_less_does_not(what:
             "linear needs the parameter weight for a, and no rule gives one to token_embd.weight; "
             "add an entry with value alone",
         ),
-        (
-            replace(LINEAR, tokenizer_source="/m/c"),
-            "tokenizer_source /m/c is none of the models; give base or one of them",
-        ),
     ],
 )
 def test_what_cannot_be_is_said_in_one_sentence(what: Recipe, message: str) -> None:
@@ -348,14 +344,22 @@ def test_the_tokenizer_is_the_bases_or_that_of_the_named_model() -> None:
     assert value(planned(asked, other), "tokenizer.ggml.model") == "llama"
 
 
-def test_a_union_of_tokenizers_is_possible_where_they_are_one() -> None:
+def test_a_union_of_equal_vocabularies_is_that_vocabulary() -> None:
     union = replace(LINEAR, tokenizer_source="union")
     assert planned(union).metadata == planned(LINEAR).metadata
+    assert planned(union).jobs == planned(LINEAR).jobs
+
+
+def test_a_union_of_vocabularies_of_two_kinds_is_refused() -> None:
+    other = FakeSource(
+        B, tokens=(*TOKENS, "x"), metadata={"tokenizer.ggml.model": ("llama", "str")}
+    )
     with pytest.raises(RecipeError) as caught:
-        planned(union, FakeSource(B, tokens=("x",) * 64))
+        planned(replace(LINEAR, tokenizer_source="union"), other)
     assert str(caught.value) == (
-        "tokenizer_source union needs vocabularies of which one begins with the others, and /m/b has "
-        "other tokens than /m/a; give base or one of the models"
+        "a union is made of byte-level BPE, SentencePiece, Unigram vocabularies, all of one kind, and that "
+        "of /m/a is byte-level BPE, that of /m/b SentencePiece; give base or one of the models as "
+        "tokenizer_source"
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 from edgemerge.errors import RecipeError
 from edgemerge.recipe.recipe import load_recipe, make_recipe
 from edgemerge.recipe.templates import CHAT_TEMPLATES
+from edgemerge.token_rows import TokenRule
 from edgemerge.types import ModelInput, Recipe, Rule, Slice
 
 TIES = "merge_method: ties\nbase_model: base\nmodels:\n- model: a\n- model: b\n"
@@ -280,9 +281,9 @@ def test_a_mistake_in_modules_is_named(modules: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("table", "source"),
-    [("{}", "union"), ("{source: base}", "base"), ("{source: a}", "a"), ("", "base")],
+    [("{}", "union"), ("{source: base}", "base"), ("{source: a}", "a"), ("", None)],
 )
-def test_the_tokenizer_table(folder: Path, table: str, source: str) -> None:
+def test_the_tokenizer_table(folder: Path, table: str, source: str | None) -> None:
     wanted = str(folder / "a") if source == "a" else source
     assert load(TIES + f"tokenizer: {table}\n").tokenizer_source == wanted
 
@@ -290,14 +291,19 @@ def test_the_tokenizer_table(folder: Path, table: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
+        ("{tokens: {<|x|>: a}}", "tokenizer.tokens.<|x|> must be a table"),
+        ("{tokens: {x: {force: true}}}", "tokenizer.tokens.x has force without a source"),
+        ("{tokens: {x: {source: {kind: one}}}}", "tokenizer.tokens.x has the kind 'one'; choose"),
         (
-            "{tokens: {<|x|>: {source: a}}}",
-            "tokenizer.tokens chooses the embedding of '<|x|>', whi",
+            "{tokens: {x: {source: {kind: model_token, model: a}}}}",
+            "tokenizer.tokens.x needs either token or token_id, one of the two",
         ),
         (
-            "{pad_to_multiple_of: 8}",
-            "tokenizer.pad_to_multiple_of is not possible yet, and llama.c",
+            "{tokens: {x: {source: {kind: model_token, model: a, token_id: -1}}}}",
+            "tokenizer.tokens.x has the token_id -1, which is no number",
         ),
+        ("{tokens: {x: {source: q}}}", "tokenizer.tokens.x.source: no file or folder 'q'"),
+        ("{pad_to_multiple_of: 1.5}", "tokenizer.pad_to_multiple_of is 1.5; it must be a whole"),
         ("{source: q}", "tokenizer.source: no file or folder 'q'"),
         ("union", "tokenizer must be a table of keys and values"),
         (
@@ -308,6 +314,24 @@ def test_the_tokenizer_table(folder: Path, table: str, source: str) -> None:
 )
 def test_a_mistake_in_the_tokenizer_is_named(table: str, message: str) -> None:
     assert refusal(TIES + f"tokenizer: {table}\n").startswith(message)
+
+
+def test_rules_for_single_tokens_and_padding(folder: Path) -> None:
+    recipe = load(
+        TIES + "tokenizer:\n  source: union\n  pad_to_multiple_of: 64\n  tokens:\n"
+        "    w: {}\n    x: {source: a, force: true}\n    y: {source: {kind: zero}}\n"
+        "    z: {source: {kind: model_token, model: b, token: w}}\n"
+        "    id: {source: {kind: model_token, model: {model: {path: b}}, token_id: 7}}\n"
+    )
+    assert recipe.pad_to_multiple_of == 64
+    assert recipe.tokens == {
+        "w": TokenRule("default"),
+        "x": TokenRule("model", folder / "a", force=True),
+        "y": TokenRule("zero"),
+        "z": TokenRule("model", folder / "b", "w"),
+        "id": TokenRule("model", folder / "b", 7),
+    }
+    assert load(TIES + "tokenizer: {pad_to_multiple_of: 0}\n").pad_to_multiple_of is None
 
 
 def test_a_chat_template_by_name_as_text_and_auto() -> None:

@@ -160,7 +160,7 @@ def test_our_own_keys_and_mergekits_other_ones(folder: Path) -> None:
 
 @pytest.mark.parametrize("source", ["base", "union", "null"])
 def test_tokenizer_source_by_word(folder: Path, source: str) -> None:
-    wanted = "base" if source == "null" else source
+    wanted = None if source == "null" else source
     assert load(TIES + f"tokenizer_source: {source}\n").tokenizer_source == wanted
 
 

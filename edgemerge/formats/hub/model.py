@@ -81,13 +81,8 @@ class HubModel:
             self.close()
             raise
 
-<<<<<<< HEAD
     def _list_notes(self, inventory: Inventory) -> list[str]:
-        name, tool, unused = self.path.name, self._config.quantised, inventory.unused
-=======
-    def _list_notes(self, unused: Sequence[str]) -> list[str]:
-        name, tool = folder_name(self.path), self._config.quantised
->>>>>>> hubnames
+        name, tool, unused = folder_name(self.path), self._config.quantised, inventory.unused
         notes = [note] if (note := unread_files(self.path)) else []
         if unused:
             notes.append(
