@@ -16,32 +16,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = [
-    "BeginPart",
-    "FileState",
-    "Float32",
-    "Float64",
-    "Gradient",
-    "HeadAxis",
-    "HeadBlocks",
-    "HeadPlan",
-    "InputTensor",
-    "LayerHeads",
-    "ModelInput",
-    "Plan",
-    "Progress",
-    "Recipe",
-    "Rule",
-    "Setting",
-    "Skipped",
-    "Slice",
-    "Source",
-    "Steps",
-    "TensorJob",
-    "TensorSpec",
-    "UInt8",
-    "ignore_parts",
-]
+__all__ = ["BeginPart", "FileState", "Float32", "Float64", "Gradient", "HeadAxis", "HeadBlocks"]
+__all__ += ["HeadPlan", "InputTensor", "LayerHeads", "ModelInput", "Plan", "Progress", "Recipe"]
+__all__ += ["Rule", "Setting", "Skipped", "Slice", "Source", "Steps", "TensorJob"]
+__all__ += ["TensorSpec", "UInt8", "ignore_parts"]
 
 if TYPE_CHECKING:
     Float32 = NDArray[np.float32]
@@ -83,6 +61,7 @@ class TensorSpec:
     shape: tuple[int, ...]  # row-major
     dtype: str  # ggml type name
     nbytes: int
+    like: str = ""  # type that stands for it where types are kept, if not its own
 
     @property
     def n_elements(self) -> int:
@@ -138,6 +117,9 @@ class Source(Protocol):
 
     def notes(self) -> Sequence[str]:
         """Say what of the model is not used, or was read otherwise than it says; one sentence each."""
+
+    def work_bytes(self) -> int:
+        """Bytes that each thread takes to read rows, beside those that it reads into."""
 
     def states(self) -> Sequence[FileState]:
         """Return what the files of the tensors were when they were opened."""

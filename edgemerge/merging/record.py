@@ -9,8 +9,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+from edgemerge.formats.adapters.reference import model_name
 from edgemerge.formats.gguf.metadata import encode_value
-from edgemerge.formats.gguf.split import whole_name
 from edgemerge.output.checksums import TensorResult
 from edgemerge.types import Plan
 
@@ -35,7 +35,7 @@ def provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str, 
         "edgemerge.method": encode_value(the_plan.recipe.method, "str"),
         "edgemerge.recipe": encode_value(_recipe_json(the_plan), "str"),
         "edgemerge.seed": encode_value(the_plan.recipe.seed, "u64"),
-        "edgemerge.inputs": encode_value([whole_name(path) for path in models], "[str]"),
+        "edgemerge.inputs": encode_value([model_name(path) for path in models], "[str]"),
         "edgemerge.input_crc32": encode_value(inputs, "[u32]"),
         "edgemerge.tensor_crc32": encode_value(tensors, "[u32]"),
     }
@@ -51,6 +51,6 @@ def _recipe_json(the_plan: Plan) -> str:
             del part["base"]
     source = recipe.pop("tokenizer_source")
     if source != "base" and any(job.is_fitted for job in the_plan.jobs):
-        recipe["tokenizer_source"] = source if source == "union" else whole_name(Path(source))
+        recipe["tokenizer_source"] = source if source == "union" else model_name(Path(source))
     recipe["out_type"] = the_plan.file_type
-    return json.dumps(recipe, default=whole_name, sort_keys=True)
+    return json.dumps(recipe, default=model_name, sort_keys=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgemerge.errors import RecipeError
+from edgemerge.formats.adapters.reference import model_name, split_reference
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.gguf.metadata import encode_value, get_value
 from edgemerge.formats.gguf.split import whole_name
@@ -84,7 +85,11 @@ def choose_types(
     overrides = TypeOverrides(recipe.tensor_types)
     if file_type.lower() == KEEP:
         overrides.refuse_for(KEEP)
-        copied = {d.name: d.reference.dtype for d in drafts if may_copy(d, method)}
+        copied = {
+            d.name: d.reference.dtype
+            for d in drafts
+            if may_copy(d, method) and not d.experts[0].spec.like  # which is encoded anew
+        }
         copied = {n: t for n, t in copied.items() if t not in CODECS or not stays_f32(specs[n])}
         kept, said = keep_types({n: s for n, s in specs.items() if n not in copied})
         notes += said
@@ -151,9 +156,7 @@ def output_metadata(
         notes += said_of_template
     if template is not None:
         metadata[TEMPLATE_KEY] = encode_value(template, "str")
-    names = [
-        Path(whole_name(path)).stem if path.is_file() else path.name for path in recipe.models()
-    ]
+    names = [_title(path) for path in recipe.models()]
     title = names[0] if len(names) == 1 else f"{method.name} merge of {', '.join(names)}"
     metadata["general.name"] = encode_value(title, "str")
     metadata["general.file_type"] = _file_type_id(file_type, reference, drafts, types)
@@ -162,6 +165,14 @@ def output_metadata(
     metadata, said = mend_metadata(metadata)
     notes += said
     return metadata
+
+
+def _title(path: Path) -> str:
+    """Name a model: a file without its ending."""
+    reference = split_reference(path)
+    base = path if reference is None else reference.base
+    title = Path(whole_name(base)).stem if base.is_file() else base.name
+    return title + model_name(path).removeprefix(whole_name(base))
 
 
 def _most_common_template(
