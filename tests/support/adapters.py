@@ -53,7 +53,8 @@ def project(tensor: NDArray[np.generic]) -> float:
 def write_adapter(kind: Kind, folder: Path) -> Path:
     """Write the directory as PEFT does."""
     folder.mkdir(parents=True)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": kind.base}
+    config: dict[str, Any] = {"peft_type": "LORA", "base_model_name_or_path": kind.base}
+    config |= {"task_type": "CAUSAL_LM"}
     config |= {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "bias": "none"} | kind.config
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensors = {name: values.astype(kind.dtype) for name, values in tensors_of(kind).items()}
@@ -82,7 +83,7 @@ def layers(ranks: Mapping[str, int] | None = None, n_layers: int = 2) -> dict[st
     """All linear modules of the tiny Llama and the tiny Qwen2."""
     sizes = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32)}
     sizes |= {"gate_proj": (48, 32), "up_proj": (48, 32), "down_proj": (32, 48)}
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for layer in range(n_layers):
         for name, (out, inner) in sizes.items():
             part = "mlp" if name in LINEAR[4:] else "self_attn"
@@ -106,7 +107,7 @@ def _embedding(rows: int = 336, width: int = 32) -> dict[str, tuple[int, ...]]:
 
 
 def _biases() -> dict[str, tuple[int, ...]]:
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for module in ("q_proj", "k_proj", "v_proj"):
         out = 32 if module == "q_proj" else 16
         name = f"model.layers.1.self_attn.{module}"

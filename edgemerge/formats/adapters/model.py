@@ -100,11 +100,22 @@ class AdaptedModel:
             if name == OUTPUT and name not in self._specs:
                 self._homes[name] = EMBEDDING
             spec = self._specs[self._homes.get(name, name)]
+            self._refuse_factor(spec)
             find_codec(spec)
             like = spec.like or spec.dtype
             nbytes = 4 * spec.n_elements
             self._specs[name] = replace(spec, name=name, dtype="F32", nbytes=nbytes, like=like)
         self._threads = threading.local()
+
+    def _refuse_factor(self, spec: TensorSpec) -> None:
+        """Refuse a weight by whose factor llama.cpp multiplies it, the change of an adapter with it."""
+        if f"{spec.name.removesuffix('.weight')}.scale" in self._specs:
+            raise FormatError(
+                "has a factor beside it (NVFP4), which an adapter's change is not made for; get the base "
+                "as F16, BF16 or F32",
+                path=self._base.path,
+                tensor=spec.name,
+            )
 
     def specs(self) -> Mapping[str, TensorSpec]:
         """All tensors by GGUF name, as the base lists them."""
@@ -119,6 +130,13 @@ class AdaptedModel:
         notes = list(self._base.notes())
         for adapter in self._adapters:
             notes += adapter.notes()
+        if EMBEDDING in self._updates and OUTPUT not in self._specs:
+            notes.append(
+                f"{self.path.name}: the base's head is its embedding, so what changes the one changes "
+                "the other, as in peft's merge_and_unload"
+            )
+        if OUTPUT in self._homes:
+            notes.append(f"{self.path.name}: the adapter gives the model a head of its own")
         return notes
 
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from edgemerge.errors import FormatError
@@ -124,6 +125,15 @@ class BaseNames:
                 return names[0], names[1], names[2]
         return None
 
+    def is_called(self, wanted: str) -> bool:
+        """Tell whether one of the base's names is part of a given one, or the other way round."""
+        metadata, path = self._base.metadata(), self._base.path.resolve()
+        stated = [get_value(metadata, f"general.{key}") for key in ("name", "basename")]
+        names = [path.stem, path.name, path.parent.name]
+        names += [name for name in stated if isinstance(name, str)]
+        own = _plain(wanted.rstrip("/").rpartition("/")[2])
+        return any(name and (name in own or own in name) for name in map(_plain, names))
+
     def _half(self, name: str, n_rows: int) -> int:
         stem = name.split(".", 2)[2] if layer_index(name) is not None else name
         if not self._rotates or stem not in ROTARY_HEADS:
@@ -141,6 +151,12 @@ class BaseNames:
                 path=self._base.path,
             )
         return n_rows // heads // 2
+
+
+def _plain(name: str) -> str:
+    """Leave of a model's name what its spellings have in common."""
+    name = re.sub(r"[-_.](bnb|4bit|8bit|gptq|awq|gguf)\b", "", name.lower())
+    return re.sub(r"[^a-z0-9]", "", name)
 
 
 def _other_name(architecture: str, name: str) -> str | None:

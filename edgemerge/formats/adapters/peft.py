@@ -16,7 +16,7 @@ from edgemerge.formats.adapters.config import ADAPTER_CONFIG, AdapterConfig
 from edgemerge.formats.adapters.factors import Factor, FactorFile, StoredMatrix
 from edgemerge.formats.adapters.names import BaseNames, Target
 from edgemerge.formats.adapters.updates import LowRank, Update
-from edgemerge.formats.hub.names import is_unused, own_name
+from edgemerge.formats.hub.names import is_unused, name_some, own_name
 from edgemerge.formats.hub.safetensors import StoredTensor, read_header
 from edgemerge.types import FileState, Source
 
@@ -316,10 +316,17 @@ class PeftAdapter:
 
     def notes(self) -> Sequence[str]:
         """Say which of its tensors are not used, and whether it names another base."""
-        notes = []
+        name, notes = self.path.name, list[str]()
         if self._unused:
             notes.append(
-                f"{self.path.name}: not used, as no language model has it: {self._unused[0]}"
+                f"{name}: tensors that the language model does not use are left out: "
+                f"{name_some(self._unused)}"
+            )
+        wanted = self._config.base_name
+        if wanted is not None and not self._names.is_called(wanted):
+            notes.append(
+                f"{name} was made for {wanted!r}, and its shapes fit {self._base.path.name}; see that "
+                "this is the same model"
             )
         return notes
 

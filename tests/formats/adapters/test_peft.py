@@ -12,32 +12,18 @@ from numpy.typing import NDArray
 
 from edgemerge.formats import open_model
 from edgemerge.formats.architectures import hf_name
-from edgemerge.formats.quants.codec import CODECS
-from edgemerge.types import Source
 from tests.support.adapters import KINDS, project, write_adapter
 from tests.support.architecture_models import ARCHITECTURES, convert
 from tests.support.places import TESTS
+from tests.support.sources import read_all
 
 Float32 = NDArray[np.float32]
 
-ANSWERS: dict[str, dict[str, float]] = json.loads((TESTS / "data" / "adapters.json").read_text())["answers"]
+ANSWERS: dict[str, dict[str, float]] = json.loads((TESTS / "data" / "adapters.json").read_text())[
+    "answers"
+]
 HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 ROTATED = ("llama", "granite4")
-
-
-def read_all(source: Source, step: int = 1 << 20) -> dict[str, Float32]:
-    """Every tensor as float32, by GGUF name, `step` rows at a time."""
-    found = {}
-    for name, spec in source.specs().items():
-        values = np.empty(spec.n_elements, np.float32)
-        for start in range(0, spec.n_rows, step):
-            stop = min(spec.n_rows, start + step)
-            raw = np.empty((stop - start) * spec.row_bytes, np.uint8)
-            source.read_rows(name, start, stop, raw)
-            rows = slice(start * spec.n_cols, stop * spec.n_cols)
-            CODECS[spec.dtype].decode(raw, values[rows])
-        found[name] = values.reshape(spec.shape)
-    return found
 
 
 def as_hub(base: str, architecture: str, tensors: dict[str, Float32]) -> dict[str, Float32]:
@@ -83,8 +69,9 @@ def test_an_adapter_is_merged_as_peft_does(kind: str, tmp_path: Path) -> None:
     assert expected.keys() <= changed
     for name, number in expected.items():
         assert project(after[name]) == pytest.approx(number, rel=2e-6, abs=2e-6), name
-    parts = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj", "mlp.gate_up_proj")
-    parts += ("experts.", "shared_mlp.")  # other names of the same rows
+    # Other names of the same rows.
+    parts = ["mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj", "mlp.gate_up_proj"]
+    parts += ["experts.", "shared_mlp."]
     assert not {n for n in changed - expected.keys() if not any(part in n for part in parts)}
 
 
