@@ -97,8 +97,7 @@ class BaseNames:
         if spec is None:
             return ()
         n_rows = spec.n_cols if len(spec.shape) == 1 else spec.n_rows
-        offset = self._norm_offset if name.endswith("norm.weight") else 0.0
-        return (Target(name, 0, n_rows, 0, self._half(name, n_rows), offset),)
+        return (Target(name, 0, n_rows, 0, self.half(name, n_rows), self.norm_offset(name)),)
 
     def _expert(self, name: str, number: int) -> tuple[Target, ...]:
         spec = self.spec(name)
@@ -134,7 +133,12 @@ class BaseNames:
         own = _plain(wanted.rstrip("/").rpartition("/")[2])
         return any(name and (name in own or own in name) for name in map(_plain, names))
 
-    def _half(self, name: str, n_rows: int) -> int:
+    def norm_offset(self, name: str) -> float:
+        """Return what GGUF adds to a norm, as to Gemma's."""
+        return self._norm_offset if name.endswith("norm.weight") else 0.0
+
+    def half(self, name: str, n_rows: int) -> int:
+        """Return half the rows of a head, where the rows of a tensor are in rotary order; else 0."""
         stem = name.split(".", 2)[2] if layer_index(name) is not None else name
         if not self._rotates or stem not in ROTARY_HEADS:
             return 0
