@@ -64,6 +64,9 @@ class Change:
             left = _read(self.base, self.specs[0], first + start, first + end)
             right = _read(self.expert, self.specs[1], first + start, first + end)
             yield start, right - left
+
+    def forget(self) -> None:
+        """Drop what was read from the page cache; a stack of experts after the last of them."""
         if self.number in (None, self.count - 1):
             for source, spec in zip((self.base, self.expert), self.specs, strict=True):
                 source.forget(spec.name)

@@ -184,7 +184,16 @@ Found = tuple[Extracted | None, float, float]
 def _find(
     change: Change, stop: threading.Event, *, spool: Spool, rank: int, energy: float | None
 ) -> Found:
-    """Factorise one change."""
+    """Factorise one change, whose rows are read several times."""
+    try:
+        return _reduce(change, stop, spool, rank, energy)
+    finally:
+        change.forget()
+
+
+def _reduce(
+    change: Change, stop: threading.Event, spool: Spool, rank: int, energy: float | None
+) -> Found:
     if change.is_vector:
         changed = any(bool(block.any()) for _, block in change.blocks(stop))
         if not changed:
