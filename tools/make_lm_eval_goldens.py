@@ -1,4 +1,4 @@
-"""Write tests/data/lm_eval/golden.json: what lm-evaluation-harness makes of our sample files.
+"""Write tests/data/lm_eval/golden.json.xz: what lm-evaluation-harness makes of our sample files.
 
     pip install 'lm_eval[hf]==0.4.13' torch transformers
     python tools/make_lm_eval_goldens.py
@@ -27,7 +27,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.support.fixtures import unpacked
+from tests.support.fixtures import unpacked, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = unpacked("models")
@@ -147,7 +147,7 @@ def main() -> None:
                 results[label] = run(model, "mmlu_anatomy", files["mmlu_anatomy"], shots, dev)
             golden["models"][model_name] = results
     text = json.dumps(golden, indent=1)
-    (SAMPLES / "golden.json").write_text(text + "\n", encoding="utf-8")
+    write_json(SAMPLES / "golden.json.xz", text + "\n")
 
 
 if __name__ == "__main__":

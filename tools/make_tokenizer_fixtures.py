@@ -18,6 +18,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.support.fixtures import write_json
 from tools.architecture_shapes import PRE_TOKENIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ PLAIN = (
 
 
 def make_cuts() -> None:
-    """Write cuts.json: a vocabulary, and by name a pre-tokenizer and the ids it leads to."""
+    """Write cuts.json.xz: a vocabulary, and by name a pre-tokenizer and the ids it leads to."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(
@@ -62,7 +63,7 @@ def make_cuts() -> None:
         }
     written |= {"pre_tokenizer": None}
     facts = {"text": TEXT, "tokenizer": written, "cuts": cuts}
-    (OUT / "cuts.json").write_text(json.dumps(facts, ensure_ascii=False) + "\n")
+    write_json(OUT / "cuts.json.xz", json.dumps(facts, ensure_ascii=False) + "\n")
 
 
 def make_unigram() -> None:

@@ -20,6 +20,7 @@ from edgemerge.cli.eval import eval_command
 from edgemerge.errors import RuntimeFailure
 from edgemerge.merging.run import merge
 from edgemerge.recipe.recipe import make_recipe
+from tests.support.fixtures import read_json
 from tests.support.places import TESTS
 
 pytest.importorskip("llama_cpp")
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.llama
 
 SAMPLES = TESTS / "data" / "lm_eval"
 GENERAL = TESTS / "models" / "eval" / "general.jsonl"
-GOLDEN = json.loads((SAMPLES / "golden.json").read_text())["models"]
+GOLDEN = read_json(SAMPLES / "golden.json.xz")["models"]
 MEDQA = f"medqa={SAMPLES / 'medqa.jsonl'}"
 MMLU = f"mmlu={SAMPLES / 'anatomy_test.csv'}"
 

@@ -24,6 +24,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +84,16 @@ def is_whole(folder: Path, sums: dict[str, str]) -> bool:
     """Tell whether all files are there, with these sums."""
     paths = {path: folder / path for path in sums}
     return all(p.is_file() and _sha256(p.read_bytes()) == sums[name] for name, p in paths.items())
+
+
+def read_json(path: Path) -> Any:
+    """Read what `write_json` wrote."""
+    return json.loads(lzma.decompress(path.read_bytes()))
+
+
+def write_json(path: Path, text: str) -> None:
+    """Write a JSON text packed, as NAME.json.xz."""
+    path.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def value_order(file: bytes) -> npt.NDArray[np.intp]:

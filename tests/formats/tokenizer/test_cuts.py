@@ -15,11 +15,12 @@ from edgemerge.formats.tokenizer.bpe import OTHER_NAMES
 from edgemerge.formats.tokenizer.read import tokenizer_metadata
 from edgemerge.runtime.llama import Model
 from tests.support.architecture_models import ARCHITECTURES, convert, copy_model, facts
+from tests.support.fixtures import read_json
 from tests.support.places import TESTS
 from tests.support.safetensors_files import read_safetensors, write_safetensors
 
 TOKENIZERS = TESTS / "data" / "tokenizers"
-CUTS = json.loads((TOKENIZERS / "cuts.json").read_text())
+CUTS = read_json(TOKENIZERS / "cuts.json.xz")
 UNIGRAM = json.loads((TOKENIZERS / "unigram" / "expected.json").read_text())
 # Model types in whose vocabularies llama.cpp's converter has another name for a cutting
 FAMILIES = {other: model_type for (model_type, _), other in OTHER_NAMES.items()}

@@ -16,11 +16,12 @@ from edgemerge.runtime.evaluation.evaluate import mark, score
 from edgemerge.runtime.evaluation.likelihood import option_likelihoods
 from edgemerge.runtime.evaluation.tasks import Task, read_task
 from edgemerge.runtime.llama import Model
+from tests.support.fixtures import read_json
 
 pytestmark = pytest.mark.llama
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "data" / "lm_eval"
-GOLDEN = json.loads((SAMPLES / "golden.json").read_text())["models"]
+GOLDEN = read_json(SAMPLES / "golden.json.xz")["models"]
 CASES = [(model, case) for model, cases in GOLDEN.items() for case in cases]
 FILES = {
     "medqa": ("medqa", "medqa.jsonl"),
