@@ -15,7 +15,12 @@ __all__ = ["convert_command"]
 
 @speaks_plainly
 def convert_command(
-    model: Annotated[str, typer.Argument(help="GGUF file or Hugging Face directory.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="GGUF file or Hugging Face directory; with a LoRA adapter, MODEL+ADAPTER."
+        ),
+    ],
     output: request.Output,
     out_type: request.Type = None,
     tensor_type: request.TensorTypes = None,

@@ -23,7 +23,12 @@ MAX_SHOWN = 60  # characters of a metadata value in the table
 
 @speaks_plainly
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="GGUF file or Hugging Face directory.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="GGUF file or Hugging Face directory; with a LoRA adapter, MODEL+ADAPTER."
+        ),
+    ],
     against: Annotated[
         str | None,
         typer.Option(

@@ -19,7 +19,8 @@ Models = Annotated[
     list[str],
     typer.Argument(
         metavar="RECIPE.yml | MODEL[=WEIGHT]...",
-        help="One mergekit recipe, or with -m the models: GGUF files and Hugging Face directories.",
+        help="One mergekit recipe, or with -m the models: GGUF files and Hugging Face directories, each "
+        "perhaps with LoRA adapters, as MODEL+ADAPTER.",
         show_default=False,
     ),
 ]
