@@ -116,6 +116,7 @@ def divide_budget(
     header_bytes: int,
     *,
     before_arenas: int = 0,
+    reading: int = 0,
     floor: int = FLOOR_BYTES,
 ) -> tuple[int, int]:
     """Choose the number of workers and the size of their arenas.
@@ -132,6 +133,8 @@ def divide_budget(
         What the models' metadata takes.
     before_arenas : int
         Bytes of work that is over before the arenas are made.
+    reading : int
+        Bytes that each worker takes to read, beside its arena.
     floor : int
         From `floor_bytes`.
 
@@ -146,7 +149,8 @@ def divide_budget(
         The budget does not hold one worker with blocks of one row.
     """
     fixed = floor + header_bytes
-    least = max((need.at(1) for need in needs), default=0) + WORKER_BYTES
+    beside = WORKER_BYTES + reading
+    least = max((need.at(1) for need in needs), default=0) + beside
     useful = max((need.most_useful() for need in needs), default=0)
     if fixed + max(least, before_arenas) > budget:
         is_large = floor > FLOOR_BYTES
@@ -160,7 +164,7 @@ def divide_budget(
             budget=budget,
         )
     workers = max(1, min(threads, (budget - fixed) // least, max(1, len(needs))))
-    arena = (budget - fixed) // workers - WORKER_BYTES
+    arena = (budget - fixed) // workers - beside
     return workers, min(arena, useful)
 
 

@@ -66,6 +66,7 @@ class TensorSpec:
     shape: tuple[int, ...]  # row-major
     dtype: str  # ggml type name
     nbytes: int
+    like: str = ""  # type that stands for it where types are kept, if not its own
 
     @property
     def n_elements(self) -> int:
@@ -121,6 +122,9 @@ class Source(Protocol):
 
     def notes(self) -> Sequence[str]:
         """Say what of the model is not used, or was read otherwise than it says; one sentence each."""
+
+    def work_bytes(self) -> int:
+        """Bytes that each thread takes to read rows, beside those that it reads into."""
 
     def states(self) -> Sequence[FileState]:
         """Return what the files of the tensors were when they were opened."""

@@ -26,6 +26,7 @@ COMMANDS = {
     "record": "record",
     "align": "align",
     "convert": "convert",
+    "extract": "extract",
     "run": "run",
     "chat": "chat",
     "serve": "serve",

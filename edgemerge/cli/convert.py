@@ -16,7 +16,12 @@ __all__ = ["convert_command"]
 
 @speaks_plainly
 def convert_command(
-    model: Annotated[str, typer.Argument(help="GGUF file, Hugging Face directory, or org/name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="GGUF file, Hugging Face directory, or org/name; with a LoRA adapter, MODEL+ADAPTER."
+        ),
+    ],
     output: request.Output,
     out_type: request.Type = None,
     tensor_type: request.TensorTypes = None,

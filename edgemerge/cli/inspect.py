@@ -24,7 +24,12 @@ MAX_SHOWN = 60  # characters of a metadata value in the table
 
 @speaks_plainly
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="GGUF file, Hugging Face directory, or org/name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="GGUF file, Hugging Face directory, or org/name; with a LoRA adapter, MODEL+ADAPTER."
+        ),
+    ],
     against: Annotated[
         str | None,
         typer.Option(

@@ -23,7 +23,7 @@ Models = Annotated[
     typer.Argument(
         metavar="RECIPE.yml | MODEL[=WEIGHT]...",
         help="One mergekit recipe, or with -m the models: GGUF files, Hugging Face directories, or "
-        "org/name[@revision][:TYPE] on the hub.",
+        "org/name[@revision][:TYPE] on the hub; each perhaps with LoRA adapters, as MODEL+ADAPTER.",
         show_default=False,
     ),
 ]

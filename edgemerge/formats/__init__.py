@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from edgemerge.errors import FormatError
+from edgemerge.formats.adapters.reference import AdapterUse, split_reference
 from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.suggestions import suggest_path
 from edgemerge.types import Source
@@ -14,14 +17,18 @@ __all__ = ["open_model"]
 
 
 def open_model(path: str | os.PathLike[str]) -> Source:
-    """Open a GGUF file or a Hugging Face directory.
+    """Open a GGUF file or a Hugging Face directory, or one with adapters: BASE+ADAPTER.
 
     Raises
     ------
     FormatError
         It is neither, or it is damaged.
+    MismatchError
+        An adapter was made for another base.
     """
     path = Path(path)
+    if (reference := split_reference(path)) is not None:
+        return _open_adapted(path, reference.base, reference.adapters)
     if path.is_dir():
         # Not always wanted, and a third of what reading models imports.
         from edgemerge.formats.hub.model import HubModel
@@ -38,3 +45,21 @@ def open_model(path: str | os.PathLike[str]) -> Source:
     except OSError as error:
         hint = suggest_path(path) or "; check the path"
         raise FormatError(f"cannot be read ({error.strerror}){hint}", path=path) from None
+
+
+def _open_adapted(path: Path, base: Path, uses: Sequence[AdapterUse]) -> Source:
+    """Open a model, and what is added to it."""
+    # A merge without adapters does without these.
+    from edgemerge.formats.adapters.model import AdaptedModel, open_adapter
+
+    with ExitStack() as stack:
+        model = open_model(base)
+        stack.callback(model.close)
+        adapters = []
+        for use in uses:
+            adapter = open_adapter(use.path, model)
+            stack.callback(adapter.close)
+            adapters.append((adapter, use.weight))
+        adapted = AdaptedModel(path, model, adapters)
+        stack.pop_all()
+    return adapted

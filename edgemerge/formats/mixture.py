@@ -150,6 +150,10 @@ class MixtureSource:
         gates = sum(spec.nbytes for name, spec in self._specs.items() if name.endswith(GATE))
         return metadata + gates
 
+    def work_bytes(self) -> int:
+        """Bytes that each thread takes to read rows, beside those that it reads into."""
+        return max(part.work_bytes() for part in self.parts)
+
     def metadata(self) -> Mapping[str, bytes]:
         """Return the base's keys under the mixture's architecture, and how many experts there are."""
         old, new = self._base.architecture, self.architecture

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from edgemerge.finding.cache import hub_origin
+from edgemerge.formats.adapters.reference import model_name
 from edgemerge.formats.gguf.metadata import encode_value
-from edgemerge.formats.gguf.split import whole_name
 from edgemerge.output.checksums import TensorResult
 from edgemerge.types import Plan
 
@@ -43,7 +43,7 @@ def provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str, 
         "edgemerge.method": encode_value(the_plan.recipe.title, "str"),
         "edgemerge.recipe": encode_value(_recipe_json(the_plan), "str"),
         "edgemerge.seed": encode_value(the_plan.recipe.seed, "u64"),
-        "edgemerge.inputs": encode_value([whole_name(path) for path in models], "[str]"),
+        "edgemerge.inputs": encode_value([model_name(path) for path in models], "[str]"),
         "edgemerge.input_crc32": encode_value(inputs, "[u32]"),
         **({"edgemerge.input_hub": encode_value(hub, "[str]")} if any(hub) else {}),
         "edgemerge.tensor_crc32": encode_value(tensors, "[u32]"),
@@ -64,8 +64,8 @@ def _recipe_json(the_plan: Plan) -> str:
     if any(job.rows is not None for job in the_plan.jobs):
         if source is not None:
             is_word = source in ("base", "union")
-            recipe["tokenizer_source"] = source if is_word else whole_name(Path(source))
+            recipe["tokenizer_source"] = source if is_word else model_name(Path(source))
         recipe |= {"tokens": tokens} if tokens else {}
         recipe |= {"pad_to_multiple_of": multiple} if multiple else {}
     recipe["out_type"] = the_plan.file_type
-    return json.dumps(recipe, default=whole_name, sort_keys=True)
+    return json.dumps(recipe, default=model_name, sort_keys=True)

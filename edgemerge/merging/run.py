@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from edgemerge.budget import floor_bytes
 from edgemerge.errors import EdgemergeError, OutputError
 from edgemerge.formats import open_model
-from edgemerge.formats.gguf.split import MAX_PARTS, part_paths, whole_name
+from edgemerge.formats.adapters.reference import model_name
+from edgemerge.formats.gguf.split import MAX_PARTS, part_paths
 from edgemerge.formats.gguf.writer import GgufLayout, make_layouts
 from edgemerge.formats.mixture import open_mixture
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
@@ -230,7 +231,7 @@ def _merge_one(
         output=paths[0],
         out_bytes=sum(layout.n_bytes for layout in layouts),
         method=recipe.title,
-        models=tuple(whole_name(path) for path in the_plan.models),
+        models=tuple(model_name(path) for path in the_plan.models),
         type_bytes=_type_bytes(the_plan),
         file_type=the_plan.file_type,
         tensors=len(the_plan.jobs),

@@ -86,6 +86,10 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
         "add_deltas": "f4[::1], f4[::1], f8, f4[:,::1], f4[::1]",
         "add_scaled": "f4[::1], f8, f4[::1]",
     },
+    "lora": {
+        "add_product": "f4[:,::1], f4[:,::1], f8, f4[::1], f4[:,::1]",
+        "rescale_rows": "f4[::1], f8[::1], f4[:,::1]",
+    },
     "nearswap": {
         "swap_near": "f8, f4[::1], f4[::1]",
     },

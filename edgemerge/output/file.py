@@ -20,6 +20,7 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from edgemerge.errors import OutputError
+from edgemerge.formats.adapters.reference import expand_inputs
 from edgemerge.formats.files import forget_range, read_state, real_path
 from edgemerge.formats.gguf.model import parts_of
 from edgemerge.sizes import format_size
@@ -41,6 +42,7 @@ def check_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
         or its folder is missing.
     """
     check_name(path)
+    inputs = expand_inputs(inputs)
     read = {part for given in inputs for part in parts_of(given)}
     if any(_is_same(written, part) for written in (path, _part_of(path)) for part in read):
         raise OutputError("is one of the inputs; choose another name", path=path)

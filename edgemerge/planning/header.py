@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgemerge.errors import RecipeError
 from edgemerge.finding.cache import folder_name
+from edgemerge.formats.adapters.reference import model_name, split_reference
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.gguf.metadata import decode_value, encode_value, get_value
 from edgemerge.formats.gguf.split import whole_name
@@ -85,7 +86,11 @@ def choose_types(
     overrides = TypeOverrides(recipe.tensor_types)
     if file_type.lower() == KEEP:
         overrides.refuse_for(KEEP)
-        copied = {d.name: d.reference.dtype for d in drafts if may_copy(d, method)}
+        copied = {
+            d.name: d.reference.dtype
+            for d in drafts
+            if may_copy(d, method) and not d.experts[0].spec.like  # which is encoded anew
+        }
         copied = {n: t for n, t in copied.items() if t not in CODECS or not stays_f32(specs[n])}
         kept, said = keep_types({n: s for n, s in specs.items() if n not in copied})
         notes += said
@@ -154,10 +159,10 @@ def output_metadata(
         notes += said_of_template
     if template is not None:
         metadata[TEMPLATE_KEY] = encode_value(template, "str")
-    names = list(map(_model_name, recipe.models()))
+    names = [_title(path) for path in recipe.models()]
     title = names[0] if len(names) == 1 else f"{method.name} merge of {', '.join(names)}"
     if recipe.mixture is not None:
-        experts = (_model_name(expert.path) for expert in recipe.mixture.experts)
+        experts = (_title(expert.path) for expert in recipe.mixture.experts)
         title = f"mixture of {', '.join(dict.fromkeys(experts))}"
     metadata["general.name"] = encode_value(title, "str")
     metadata["general.file_type"] = _file_type_id(file_type, reference, drafts, types)
@@ -168,9 +173,12 @@ def output_metadata(
     return metadata
 
 
-def _model_name(path: Path) -> str:
-    """Return a model's name without the end of a file's."""
-    return Path(whole_name(path)).stem if path.is_file() else whole_name(path)
+def _title(path: Path) -> str:
+    """Name a model: a file without its ending."""
+    reference = split_reference(path)
+    base = path if reference is None else reference.base
+    title = Path(whole_name(base)).stem if base.is_file() else whole_name(base)
+    return title + model_name(path).removeprefix(whole_name(base))
 
 
 def _most_common_template(

@@ -10,6 +10,7 @@ from edgemerge.errors import FormatError, MismatchError, RecipeError
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import hf_name, layer_index
 from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.types import row_bytes
 from edgemerge.methods.method import Method
 from edgemerge.methods.parameters import INT8_MASK
 from edgemerge.planning.compatibility import (
@@ -66,6 +67,9 @@ class Draft:
     def reference(self) -> TensorSpec:
         """The input whose type the output follows, in the output's shape."""
         spec = self.inputs[0].spec
+        if spec.like:
+            nbytes = spec.n_rows * row_bytes(spec.like, spec.n_cols)
+            spec = replace(spec, dtype=spec.like, nbytes=nbytes, like="")
         if self.rows is None:
             return spec
         n_rows = self.rows.n_rows

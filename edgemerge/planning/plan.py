@@ -115,12 +115,14 @@ def make_plan(
         reserved = SOLVER_BYTES
         neuron_bytes = _neuron_bytes(jobs, list(sources.values()))
     beside = 2 * header_bytes + reserved
+    reading = sum(source.work_bytes() for source in sources.values())
     workers, arena_bytes = divide_budget(
         needs + alignment,
         budget,
         threads,
         beside,
         before_arenas=neuron_bytes,
+        reading=reading,
         floor=floor,
     )
     total = sum(job.out.n_elements for job in jobs)
@@ -136,7 +138,9 @@ def make_plan(
         budget=budget,
         workers=workers,
         arena_bytes=arena_bytes,
-        needed_bytes=floor + beside + max(neuron_bytes, workers * (arena_bytes + WORKER_BYTES)),
+        needed_bytes=floor
+        + beside
+        + max(neuron_bytes, workers * (arena_bytes + WORKER_BYTES + reading)),
         align=align if alignment else "off",
         alignment_bytes=_alignment_bytes(jobs, list(sources.values())) if alignment else 0,
         notes=tuple(dict.fromkeys(notes)),

@@ -54,6 +54,10 @@ class PlannedSource:
         """Say nothing."""
         return ()
 
+    def work_bytes(self) -> int:
+        """Take nothing: rows go straight to where they are read into."""
+        return 0
+
     def states(self) -> Sequence[FileState]:
         """Return nothing."""
         return ()

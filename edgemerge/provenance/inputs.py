@@ -20,7 +20,7 @@ from isal.isal_zlib import crc32
 from edgemerge.errors import VerificationError
 from edgemerge.experts import MIXTURE_PATH, ExpertInput, Mixture
 from edgemerge.formats import open_model
-from edgemerge.formats.gguf.split import whole_name
+from edgemerge.formats.adapters.reference import model_name
 from edgemerge.formats.inspection import Provenance, read_provenance
 from edgemerge.formats.json_file import parse_object
 from edgemerge.formats.mixture import open_mixture
@@ -102,7 +102,7 @@ def _open(path: Path, stack: ExitStack) -> Source:
 
 def _match_names(names: Sequence[str], given: Sequence[Path], path: Path) -> dict[str, Path]:
     """Find the given model for each name that the provenance states."""
-    found = {whole_name(model.absolute()): model for model in given}
+    found = {model_name(model.absolute()): model for model in given}
     if len(set(names)) < len(names) or len(found) < len(given):
         raise VerificationError(
             "has inputs of one name, which cannot be told apart, or was given one twice", path=path

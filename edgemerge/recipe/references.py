@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
-__all__ = ["Reference", "read_reference"]
+from edgemerge.formats.adapters.reference import split_weight
+
+__all__ = ["AdapterName", "Reference", "read_reference"]
+
+
+class AdapterName(NamedTuple):
+    """A LoRA adapter that is to be added to a model."""
+
+    path: str
+    revision: str | None = None
+    weight: float = 1.0  # by which its change is multiplied
 
 
 class Reference(NamedTuple):
@@ -12,7 +23,7 @@ class Reference(NamedTuple):
 
     path: str
     revision: str | None = None
-    adapter: str | None = None
+    adapters: tuple[AdapterName, ...] = ()
     has_architecture: bool = (
         False  # whether `override_architecture` says another than the model's own
     )
@@ -21,25 +32,36 @@ class Reference(NamedTuple):
 def read_reference(value: Any) -> Reference | None:
     """Read a text, or a table with model, lora and override_architecture; None for anything else."""
     if isinstance(value, str):
-        model, plus, adapter = value.partition("+")
-        found = _read_path(model)
-        if found is None or (plus and not adapter):
+        model, *others = value.split("+")
+        found, adapters = _read_path(model), tuple(map(_read_adapter, others))
+        if found is None or None in adapters:
             return None
-        return Reference(*found, adapter or None)
+        return Reference(*found, tuple(adapter for adapter in adapters if adapter))
     if not isinstance(value, dict):
         return None
-    found = _read_path(value.get("model"))
-    if found is None:
-        return None
-    lora = value.get("lora")
-    adapter_path = None if lora is None else _read_path(lora)
-    if lora is not None and adapter_path is None:
+    found, lora = _read_path(value.get("model")), value.get("lora")
+    entries = lora if isinstance(lora, list) else [] if lora is None else [lora]
+    adapters = tuple(map(_read_adapter, entries))
+    if found is None or None in adapters:
         return None
     return Reference(
         *found,
-        adapter=None if adapter_path is None else "@".join(filter(None, adapter_path)),
+        tuple(adapter for adapter in adapters if adapter),
         has_architecture=value.get("override_architecture") is not None,
     )
+
+
+def _read_adapter(value: Any) -> AdapterName | None:
+    """Read `ADAPTER`, `0.5*ADAPTER`, or a table that may have a weight."""
+    weight: Any = 1.0
+    if isinstance(value, str):
+        value, weight = split_weight(value)
+    elif isinstance(value, dict):
+        weight = value.get("weight", 1.0)
+    found = _read_path(value)
+    if found is None or isinstance(weight, bool) or not isinstance(weight, int | float):
+        return None
+    return AdapterName(*found, float(weight)) if math.isfinite(weight) else None
 
 
 def _read_path(value: Any) -> tuple[str, str | None] | None:

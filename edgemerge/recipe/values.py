@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from edgemerge.errors import RecipeError
 from edgemerge.finding.finder import Finder
+from edgemerge.formats.adapters.reference import AdapterUse, join_reference
 from edgemerge.methods.table import known_parameters
 from edgemerge.recipe.references import read_reference
 from edgemerge.sizes import parse_size
@@ -213,37 +214,50 @@ class ValueReader:
                 return found
         reference = read_reference(value)
         if reference is None:
-            self.fail(f"{where} must be the path of a model, as in PATH or PATH@REVISION", where)
-        path, revision, adapter, has_architecture = reference
-        if adapter is not None:
             self.fail(
-                f"{where}: the LoRA adapter {brief(adapter)} on {brief(path)} cannot be merged as an "
-                "input yet; merge it into its model first (peft's merge_and_unload), and name "
-                "the result",
+                f"{where} must be the path of a model, as in PATH, PATH@REVISION or PATH+ADAPTER",
                 where,
             )
-        if path in self.stages:
-            return Path(path)
+        if reference.path in self.stages:
+            if reference.adapters:
+                self.fail(
+                    f"{where}: an adapter is added to a model, and {brief(reference.path)} is a stage; "
+                    "merge the stage by itself, and add the adapter to the result",
+                    where,
+                )
+            return Path(reference.path)
+        found = self.local_path(reference.path, reference.revision, where)
+        if reference.has_architecture:
+            self.notes.append(f"{where}: override_architecture is ignored")
+        adapters = [
+            AdapterUse(
+                self.local_path(adapter.path, adapter.revision, where, what="LoRA adapter"),
+                adapter.weight,
+            )
+            for adapter in reference.adapters
+        ]
+        return join_reference(found, adapters) if adapters else found
+
+    def local_path(self, path: str, revision: str | None, where: str, what: str = "model") -> Path:
+        """Find a model or an adapter, which must be here."""
         found = self.find(path, where)
         if found is None:
-            found = self.hub_path(path, revision, where)
+            found = self.hub_path(path, revision, where, what)
         elif revision is not None:
             self.notes.append(
                 f"{where}: the revision {brief(revision)} does not apply to a local path; "
                 f"{path} is taken as it is"
             )
-        if has_architecture:
-            self.notes.append(f"{where}: override_architecture is ignored")
         return found
 
-    def hub_path(self, name: str, revision: str | None, where: str) -> Path:
-        """Find a model by its name on the hub."""
+    def hub_path(self, name: str, revision: str | None, where: str, what: str) -> Path:
+        """Find a model or an adapter by its name on the hub."""
         try:
             found = self.finder.find_on_hub(name, revision)
         except RecipeError as error:
             self.fail(f"{where}: {error}", where)
         if found is None:
-            hint = suggest_path(name) or "; download the model and give its path"
+            hint = suggest_path(name) or f"; download the {what} and give its path"
             self.fail(f"{where}: no file or folder {name!r}{hint}", where)
         return found
 

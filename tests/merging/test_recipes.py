@@ -152,7 +152,7 @@ def blocker(facts: dict[str, Any]) -> str | None:
     if facts["kind"] in ("moe", "evolve"):
         return f"is a configuration of mergekit-{facts['kind']}"
     if "+lora" in json.dumps(facts["docs"]):
-        return "the LoRA adapter"
+        return "download the LoRA adapter"
     if any(document["merge_method"] not in METHODS for document in facts["docs"]):
         return "unknown merge method"
     return None

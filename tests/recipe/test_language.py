@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgemerge.errors import RecipeError
+from edgemerge.formats.adapters.reference import model_name, split_reference
 from edgemerge.recipe.recipe import load_recipe, make_recipe
 from edgemerge.recipe.templates import CHAT_TEMPLATES
 from edgemerge.token_rows import TokenRule
@@ -194,12 +195,35 @@ def test_float64_is_not_written() -> None:
 )
 def test_an_adapter_is_never_dropped_in_silence(model: str) -> None:
     found = refusal(f"merge_method: linear\nmodels: [{{model: {model}}}]\n")
-    assert found.startswith("models[0].model: the LoRA adapter 'lora1")
-    assert found.endswith(
-        "merge it into its model first (peft's merge_and_unload), and name the result"
-    )
-    found = refusal(LINEAR + f"base_model: {model}\n")
-    assert found.startswith("base_model: the LoRA adapter 'lora1")
+    missing = "no file or folder 'lora1'; download the LoRA adapter and give its path"
+    assert found == f"models[0].model: {missing}"
+    assert refusal(LINEAR + f"base_model: {model}\n") == f"base_model: {missing}"
+
+
+@pytest.mark.parametrize(
+    ("model", "added"),
+    [
+        ("a+b", [("b", 1.0)]),
+        ("{model: {path: a}, lora: {path: b}}", [("b", 1.0)]),
+        ("{model: a, lora: b}", [("b", 1.0)]),
+        ("a+0.5*b+-1e-1*base", [("b", 0.5), ("base", -0.1)]),
+        (
+            "{model: a, lora: [b, {path: d@1, weight: 0.5}, {path: c++}]}",
+            [("b", 1.0), ("d@1", 0.5)],
+        ),
+    ],
+)
+def test_adapters_are_part_of_a_model(
+    folder: Path, model: str, added: list[tuple[str, float]]
+) -> None:
+    recipe = load(f"merge_method: linear\nmodels: [{{model: {model}}}]\n")
+    (path,) = recipe.models()
+    reference = split_reference(path)
+    assert reference is not None
+    assert reference.base == folder / "a"
+    found = [(use.path, use.weight) for use in reference.adapters[: len(added)]]
+    assert found == [(folder / name, weight) for name, weight in added]
+    assert model_name(path).startswith(f"a+{'' if added[0][1] == 1 else '0.5*'}b")
 
 
 @pytest.mark.parametrize("model", ["a@v2", "{model: a@v2}", "{model: {path: a, revision: v2}}"])
@@ -219,11 +243,25 @@ def test_a_name_may_have_a_plus_or_an_at(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", ["a@1@2", "a+", "{path: a}", "{model: {path: 7}}", "{model: a, lora: 7}"]
+    "model",
+    [
+        *(
+            "a@1@2",
+            "a+",
+            "{path: a}",
+            "{model: {path: 7}}",
+            "{model: a, lora: 7}",
+            "a+b@1@2",
+            "a++b",
+        ),
+        *("{model: a, lora: {path: b, weight: x}}", "{model: a, lora: [b, 7]}"),
+    ],
 )
 def test_what_is_no_reference(model: str) -> None:
     found = refusal(f"merge_method: linear\nmodels: [{{model: {model}}}]\n")
-    assert found == "models[0].model must be the path of a model, as in PATH or PATH@REVISION"
+    assert found == (
+        "models[0].model must be the path of a model, as in PATH, PATH@REVISION or PATH+ADAPTER"
+    )
 
 
 def test_a_base_of_a_slice_and_a_residual_weight(folder: Path) -> None:

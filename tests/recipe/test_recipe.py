@@ -204,8 +204,7 @@ def test_models_are_looked_for_in_the_working_directory_then_beside_the_recipe(
         ),
         (
             "merge_method: ties\nmodels: [{model: a+lora}]\n",
-            "models[0].model: the LoRA adapter 'lora' on 'a' cannot be merged as an input yet; merge it "
-            "into its model first (peft's merge_and_unload), and name the result",
+            "models[0].model: no file or folder 'lora'; download the LoRA adapter and give its path",
         ),
         ('merge_method: ties\nmodels: [{model: "\\ud800"}]\n', "models[0].model: the name '\\ud80"),
         (f"merge_method: ties\nmodels: [{{model: {'x' * 300}}}]\n", "models[0].model: no file or"),

@@ -76,6 +76,9 @@ class FakeSource:
     def forget(self, name: str, n_rows: int | None = None) -> None:
         raise AssertionError("planning reads no tensor data")
 
+    def work_bytes(self) -> int:
+        return 0
+
     def states(self) -> Sequence[FileState]:
         return ()
 

@@ -60,6 +60,9 @@ class ArraySource:
     def states(self) -> Sequence[FileState]:
         return ()
 
+    def work_bytes(self) -> int:
+        return 0
+
     def check_unchanged(self) -> None:
         pass
 

@@ -16,7 +16,7 @@ _PROJECTOR = (
 )
 # general.type, or general.architecture of files older than that key
 _OTHERS = {
-    "adapter": "is a LoRA adapter, not a model; give the model that it belongs to, and the adapter "
+    "adapter": "is a LoRA adapter, not a model; give it with its base model, as in BASE+ADAPTER, or "
     "with --lora to run, chat or serve",
     "mmproj": _PROJECTOR,
     "clip": _PROJECTOR,

@@ -141,6 +141,10 @@ class GgufModel:
         """Say nothing: all of a GGUF is read."""
         return ()
 
+    def work_bytes(self) -> int:
+        """Take nothing: rows go straight to where they are read into."""
+        return 0
+
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` with the stored bytes of rows [start, stop)."""
         self._homes[name].read_rows(name, start, stop, out_u8)

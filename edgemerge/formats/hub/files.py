@@ -41,7 +41,7 @@ def refuse_folder(path: Path) -> None:
         )
     if (path / ADAPTER).is_file() and not (path / CONFIG).is_file():
         raise FormatError(
-            "is a LoRA adapter, not a model; merge it into its base model and give the result",
+            "is a LoRA adapter, not a model; give it with its base model, as in BASE+ADAPTER",
             path=path,
         )
 

@@ -1,0 +1,145 @@
+"""Matrices of an adapter's file, read by rows as float32 in the order that GGUF has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgemerge.errors import FormatError
+from edgemerge.formats.files import check_unchanged, read_exactly, read_state
+from edgemerge.formats.gguf.types import row_bytes
+from edgemerge.formats.quants.codec import CODECS
+from edgemerge.types import Float32, UInt8
+
+__all__ = ["Factor", "FactorFile", "StoredMatrix"]
+
+
+class FactorFile:
+    """An open safetensors file, or config.json, of an adapter.
+
+    Raises
+    ------
+    FormatError
+        It cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise FormatError(
+                f"cannot be opened ({error.strerror}); free it and start again", path=path
+            ) from error
+        self.state = read_state(self._fd, path)
+
+    def matrix(self, name: str, dtype: str, shape: tuple[int, int], offset: int) -> StoredMatrix:
+        """Describe a matrix that begins at a byte of the file."""
+
+        def read(start: int, out_u8: UInt8) -> None:
+            read_exactly(self._fd, out_u8, offset + start, self.path, name)
+
+        return StoredMatrix(name, dtype, shape, self.path, read)
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError where the file was written to since it was opened."""
+        check_unchanged(self._fd, self.state)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """A matrix as it is stored; a vector is one of a single column."""
+
+    name: str
+    dtype: str  # ggml type name
+    shape: tuple[int, int]
+    path: Path
+    fill: Callable[[int, UInt8], None]  # fills a buffer from a byte of the matrix on
+
+    def read(self, rows: tuple[int, int], columns: tuple[int, int]) -> Float32:
+        """Read a part of the matrix, both ranges half-open; whole rows of a quantised one."""
+        n_rows, n_cols = rows[1] - rows[0], columns[1] - columns[0]
+        width = row_bytes(self.dtype, self.shape[1])
+        if n_cols == self.shape[1]:
+            raw = np.empty(n_rows * width, np.uint8)
+            self.fill(rows[0] * width, raw)
+        else:
+            size = width // self.shape[1]
+            raw = np.empty(n_rows * n_cols * size, np.uint8)
+            for i, part in enumerate(raw.reshape(n_rows, n_cols * size)):
+                self.fill((rows[0] + i) * width + columns[0] * size, part)
+        values = np.empty((n_rows, n_cols), np.float32)
+        CODECS[self.dtype].decode(raw, values.reshape(-1))
+        if not np.isfinite(values).all():
+            raise FormatError(
+                "holds NaN or infinity; the adapter is damaged, get it again",
+                path=self.path,
+                tensor=self.name,
+            )
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A matrix that is all or part of a stored one.
+
+    Element (i, c) is the stored element (row + i, column + c * step), or transposed
+    (row + c, column + i * step).
+
+    Example: one of two experts' B, of rank 3, is every other column of a stored matrix of six: `column` is
+    its number and `step` 2.
+    """
+
+    stored: StoredMatrix
+    shape: tuple[int, int]
+    row: int = 0
+    column: int = 0
+    step: int = 1
+    transposed: bool = False
+    half: int = (
+        0  # of a head's rows, which GGUF has in rotary order; 0: rows lie as GGUF wants them
+    )
+
+    def read(self, start: int, stop: int) -> Float32:
+        """Return rows [start, stop), C-contiguous."""
+        if not self.half:
+            return self._read(start, stop)
+        # GGUF's row 2 i + p of a head is stored as row p hd/2 + i, see `edgemerge.formats.hub.model`.
+        head = 2 * self.half
+        first, last = start // head * head, min(-(-stop // head) * head, self.shape[0])
+        inside = np.arange(start, stop) % head
+        within = np.arange(start, stop) - inside + inside % 2 * self.half + inside // 2
+        rows: Float32 = self._read(first, last)[within - first]
+        return rows
+
+    def _read(self, start: int, stop: int) -> Float32:
+        last = (stop - 1 if self.transposed else self.shape[1] - 1) * self.step + 1
+        if self.transposed:
+            rows = self.row, self.row + self.shape[1]
+            columns = self.column + start * self.step, self.column + last
+        else:
+            rows = self.row + start, self.row + stop
+            columns = self.column, self.column + last
+        if self.step > 1:  # whole rows in one read, of which every other element is used
+            part = self.stored.read(rows, (0, self.stored.shape[1]))
+            part = part[:, columns[0] : columns[1] : self.step]
+        else:
+            part = self.stored.read(rows, columns)
+        return np.ascontiguousarray(part.T if self.transposed else part)
+
+    def nbytes(self, n_rows: int) -> int:
+        """Bytes that reading so many rows takes at most, as stored, decoded and put in order."""
+        if self.half:
+            n_rows += 4 * self.half
+        cells = n_rows * self.shape[1] * self.step
+        if self.transposed and self.step > 1:
+            cells = self.shape[1] * self.stored.shape[1]
+        return 12 * cells

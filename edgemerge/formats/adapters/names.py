@@ -1,0 +1,174 @@
+"""Which rows of a base's tensors a module of Hugging Face is, whatever file the base is in."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from edgemerge.errors import FormatError
+from edgemerge.formats.architectures import (
+    FAMILIES,
+    ROTARY_HEADS,
+    expert_name,
+    gguf_name,
+    half_names,
+    hf_name,
+    layer_index,
+)
+from edgemerge.formats.gguf.metadata import Array, get_value
+from edgemerge.formats.hub.names import own_name
+from edgemerge.types import Source, TensorSpec
+
+__all__ = ["BaseNames", "Target"]
+
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+# Architectures without a family here, whose q and k llama.cpp's converter puts into rotary order too.
+ROTATED = {"afmoe", "arcee", "arctic", "bailingmoe", "deci", "deepseek", "internlm2", "llada"}
+ROTATED |= {"llama-embed", "minicpm", "nanbeige", "olmo", "xverse"}
+# Conv1D modules of GPT-2, whose weights GGUF keeps like those of linear modules.
+GPT2 = {
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+    "attn_norm": "ln_1",
+    "ffn_norm": "ln_2",
+}
+GPT2_GLOBAL = {
+    "token_embd.weight": "transformer.wte.weight",
+    "position_embd.weight": "transformer.wpe.weight",
+    "output_norm.weight": "transformer.ln_f.weight",
+    "output_norm.bias": "transformer.ln_f.bias",
+    "output.weight": "lm_head.weight",
+}
+
+
+class Target(NamedTuple):
+    """Rows of a base's tensor; of a vector, its elements."""
+
+    name: str  # GGUF's
+    first: int
+    n_rows: int
+    stored_row: int  # row of the module's weight where they begin
+    half: int  # `Factor.half`
+    offset: float  # `Update.offset`
+
+
+class BaseNames:
+    """The names of an open base."""
+
+    def __init__(self, base: Source) -> None:
+        self._base = base
+        self._specs = base.specs()
+        families = {k: f for k, f in FAMILIES.items() if f.architecture == base.architecture}
+        self._model_types = list(families)
+        self._rotates = base.architecture in ROTATED
+        self._rotates |= any(family.rotates_pairs for family in families.values())
+        self._norm_offset = max((f.norm_offset for f in families.values()), default=0.0)
+        self._others: dict[str, str] = {}
+        if not families:
+            for name in self._specs:
+                self._others[_other_name(base.architecture, name) or name] = name
+
+    def find(self, stored: str) -> tuple[Target, ...]:
+        """Find the rows that a weight or bias is, by its name in a file; none where the base lacks it."""
+        for model_type in self._model_types or ("llama",):
+            name = own_name(model_type, stored)
+            if name is None:
+                continue
+            if targets := self._find(model_type, name):
+                return targets
+        return ()
+
+    def _find(self, model_type: str, name: str) -> tuple[Target, ...]:
+        if not self._model_types:
+            return self._whole(self._others.get(name, ""))
+        if halves := half_names(model_type, name):
+            both = [target for half in halves for target in self._whole(half)]
+            if len(both) < 2:
+                return ()
+            return both[0], both[1]._replace(stored_row=both[0].n_rows)
+        if (expert := expert_name(model_type, name)) is not None:
+            return self._expert(*expert)
+        return self._whole(gguf_name(model_type, name) or "")
+
+    def _whole(self, name: str) -> tuple[Target, ...]:
+        spec = self.spec(name)
+        if spec is None:
+            return ()
+        n_rows = spec.n_cols if len(spec.shape) == 1 else spec.n_rows
+        return (Target(name, 0, n_rows, 0, self.half(name, n_rows), self.norm_offset(name)),)
+
+    def _expert(self, name: str, number: int) -> tuple[Target, ...]:
+        spec = self.spec(name)
+        if spec is None or len(spec.shape) != 3 or number >= spec.shape[0]:
+            return ()
+        n_rows = spec.shape[1]
+        return (Target(name, number * n_rows, n_rows, 0, 0, 0.0),)
+
+    def spec(self, name: str) -> TensorSpec | None:
+        """Return a tensor of the base; the head of a tied one is its embedding."""
+        if name == OUTPUT and name not in self._specs:
+            return self._specs.get(EMBEDDING)
+        return self._specs.get(name)
+
+    def stacks(self, stored: str) -> tuple[str, str, str] | None:
+        """Return gate, up and down of a module that holds all experts of a layer in one parameter each."""
+        for model_type in self._model_types:
+            name = own_name(model_type, f"{stored}.0.weight")
+            layer = name.split(".")[2] if name and name.startswith("model.layers.") else None
+            if name is None or layer is None or not name.endswith(".experts.0.weight"):
+                continue
+            names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
+            if all(name in self._specs for name in names):
+                return names[0], names[1], names[2]
+        return None
+
+    def is_called(self, wanted: str) -> bool:
+        """Tell whether one of the base's names is part of a given one, or the other way round."""
+        metadata, path = self._base.metadata(), self._base.path.resolve()
+        stated = [get_value(metadata, f"general.{key}") for key in ("name", "basename")]
+        names = [path.stem, path.name, path.parent.name]
+        names += [name for name in stated if isinstance(name, str)]
+        own = _plain(wanted.rstrip("/").rpartition("/")[2])
+        return any(name and (name in own or own in name) for name in map(_plain, names))
+
+    def norm_offset(self, name: str) -> float:
+        """Return what GGUF adds to a norm, as to Gemma's."""
+        return self._norm_offset if name.endswith("norm.weight") else 0.0
+
+    def half(self, name: str, n_rows: int) -> int:
+        """Return half the rows of a head, where the rows of a tensor are in rotary order; else 0."""
+        stem = name.split(".", 2)[2] if layer_index(name) is not None else name
+        if not self._rotates or stem not in ROTARY_HEADS:
+            return 0
+        key = {"n_head": "head_count", "n_kv_head": "head_count_kv"}[ROTARY_HEADS[stem]]
+        metadata, prefix = self._base.metadata(), f"{self._base.architecture}.attention"
+        heads = get_value(metadata, f"{prefix}.{key}")
+        if heads is None:
+            heads = get_value(metadata, f"{prefix}.head_count")
+        if isinstance(heads, Array):  # one number per layer
+            heads = heads[layer_index(name) or 0]
+        if not isinstance(heads, int) or heads <= 0 or n_rows % (2 * heads):
+            raise FormatError(
+                f"states no {prefix}.{key} that divides {name}; convert the model anew",
+                path=self._base.path,
+            )
+        return n_rows // heads // 2
+
+
+def _plain(name: str) -> str:
+    """Leave of a model's name what its spellings have in common."""
+    name = re.sub(r"[-_.](bnb|4bit|8bit|gptq|awq|gguf)\b", "", name.lower())
+    return re.sub(r"[^a-z0-9]", "", name)
+
+
+def _other_name(architecture: str, name: str) -> str | None:
+    """Return the usual Hugging Face name of a tensor of an architecture without a family."""
+    if architecture != "gpt2":
+        return hf_name(architecture, name)
+    layer = layer_index(name)
+    if layer is None:
+        return GPT2_GLOBAL.get(name)
+    stem, _, suffix = name.split(".", 2)[2].rpartition(".")
+    return f"transformer.h.{layer}.{GPT2[stem]}.{suffix}" if stem in GPT2 else None

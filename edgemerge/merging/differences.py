@@ -1,0 +1,132 @@
+"""What an expert changed of its base, matrix by matrix, read by rows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgemerge.errors import FormatError, Stopped
+from edgemerge.formats.quants.codec import CODECS, find_codec
+from edgemerge.planning.compatibility import (
+    check_models,
+    find_head,
+    is_constant,
+    is_scale,
+    missing_tensor,
+    same_scale,
+    same_shape,
+)
+from edgemerge.planning.vocabulary import OUTPUT
+from edgemerge.types import Float32, Source, TensorSpec
+
+__all__ = ["PIECE", "Change", "list_changes"]
+
+PIECE = 1 << 18  # elements of both models that are compared at a time; one row at least
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One matrix of both models, or one vector; of a stack of experts, one expert's matrix."""
+
+    name: str  # GGUF's
+    shape: tuple[int, ...]  # of the matrix, or of the vector
+    base: Source
+    expert: Source
+    specs: tuple[TensorSpec, TensorSpec]
+    number: int | None = None  # of the expert in a stack
+    count: int = 1  # of experts in the stack
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is kept whole, as no rank is lower than one."""
+        return len(self.shape) == 1
+
+    def blocks(self, stop: threading.Event) -> Iterator[tuple[int, Float32]]:
+        """Read expert - base, rows after rows.
+
+        Raises
+        ------
+        FormatError
+            A model holds NaN or infinity there.
+        Stopped
+            The event is set.
+        """
+        n_rows, n_cols = self.shape if len(self.shape) > 1 else (1, *self.shape)
+        first = 0 if self.number is None else self.number * n_rows
+        height = max(1, PIECE // n_cols)
+        for start in range(0, n_rows, height):
+            if stop.is_set():
+                raise Stopped
+            end = min(n_rows, start + height)
+            left = _read(self.base, self.specs[0], first + start, first + end)
+            right = _read(self.expert, self.specs[1], first + start, first + end)
+            yield start, right - left
+
+    def forget(self) -> None:
+        """Drop what was read from the page cache; a stack of experts after the last of them."""
+        if self.number in (None, self.count - 1):
+            for source, spec in zip((self.base, self.expert), self.specs, strict=True):
+                source.forget(spec.name)
+
+    def read_expert(self) -> Float32:
+        """Read the expert's own vector."""
+        return _read(self.expert, self.specs[1], 0, 1).reshape(-1)
+
+    def block_bytes(self) -> int:
+        """Bytes that `blocks` takes at most."""
+        rows = min(max(1, PIECE // self.shape[-1]), self.shape[0])
+        stored = sum(spec.row_bytes for spec in self.specs)
+        return rows * (stored + 3 * 4 * self.shape[-1])
+
+
+def list_changes(base: Source, expert: Source) -> tuple[list[Change], Sequence[str]]:
+    """List all matrices and vectors of two models that fit together, and what is to be known of them.
+
+    Raises
+    ------
+    MismatchError, FormatError
+        The models are no base and fine-tune.
+    """
+    notes = check_models([base, expert])
+    names = dict.fromkeys(base.specs())
+    names |= {OUTPUT: None} if OUTPUT in expert.specs() else {}
+    for name in expert.specs():
+        if name not in names and not is_constant(name):
+            raise missing_tensor(name, expert, base)
+    changes: list[Change] = []
+    for name in names:
+        if is_constant(name) or (name == OUTPUT and OUTPUT not in expert.specs()):
+            continue
+        specs = find_head(base, name), find_head(expert, name)
+        same_shape(*specs, base, expert)
+        if is_scale(name):
+            same_scale(name, base, name, expert)
+            continue
+        for spec in specs:
+            find_codec(spec)
+        shape = specs[0].shape
+        if len(shape) < 3:
+            changes.append(Change(name, shape, base, expert, specs))
+            continue
+        count = specs[0].n_rows // shape[-2]
+        changes += [
+            Change(name, shape[-2:], base, expert, specs, number, count) for number in range(count)
+        ]
+    return changes, notes
+
+
+def _read(source: Source, spec: TensorSpec, start: int, stop: int) -> Float32:
+    raw = np.empty((stop - start) * spec.row_bytes, np.uint8)
+    source.read_rows(spec.name, start, stop, raw)
+    values = np.empty((stop - start, spec.n_cols), np.float32)
+    CODECS[spec.dtype].decode(raw, values.reshape(-1))
+    if not np.isfinite(values).all():
+        raise FormatError(
+            "holds NaN or infinity; that model is damaged, get it again",
+            path=source.path,
+            tensor=spec.name,
+        )
+    return values

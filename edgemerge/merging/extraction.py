@@ -1,0 +1,241 @@
+"""A LoRA adapter of what an expert changed: the nearest change of low rank, matrix by matrix."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from edgemerge.budget import floor_bytes
+from edgemerge.errors import BudgetError, MismatchError, OutputError, Stopped
+from edgemerge.formats import open_model
+from edgemerge.merging.adapter_files import Extracted, Spool, output_paths, write_adapter
+from edgemerge.merging.differences import Change, list_changes
+from edgemerge.merging.low_rank import factorise, need_bytes
+from edgemerge.native.store import compile_missing
+from edgemerge.output.file import check_output
+from edgemerge.planning.plan import DEFAULT_MEMORY
+from edgemerge.sizes import format_size
+from edgemerge.types import Progress, Source
+
+__all__ = ["DEFAULT_RANK", "ENERGY_RANK", "Extraction", "extract"]
+
+DEFAULT_RANK = 16
+ENERGY_RANK = 128  # bound of the rank where a part of the energy is asked for and no rank
+BESIDE = 12 << 20  # bytes of a thread: its stack, BLAS's buffer
+MIB = 1 << 20
+PATIENCE = 0.2  # seconds between looks at the user's wish to stop
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """What was extracted."""
+
+    output: Path
+    out_bytes: int
+    matrices: int  # with factors
+    vectors: int  # kept whole
+    ranks: tuple[int, int]  # lowest and highest
+    kept: float  # part of the sum of squares of all matrices' changes
+    notes: tuple[str, ...]
+
+
+def extract(
+    base: str | os.PathLike[str],
+    expert: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str = "F32",
+    memory: int | None = None,
+    threads: int = 1,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Extraction:
+    """Extract a LoRA adapter: what to add to a base to have an expert, as nearly as its rank allows.
+
+    Parameters
+    ----------
+    base, expert : path
+        GGUF files or directories; with adapters, as BASE+ADAPTER.
+    output : path
+        A file for llama.cpp where it ends in .gguf, else a directory for PEFT.
+    rank : int, optional
+        Of all factors; by default 16, or with `energy` at most 128.
+    energy : float, optional
+        Part of the sum of squares of each matrix's change that is kept, above 0 and at most 1.
+    dtype : str
+        F32 or F16, of the factors.
+    memory : int, optional
+        Budget in bytes for the whole process, by default 512 MiB.
+    threads : int
+        Matrices at the same time at most. The result is the same.
+    force : bool
+        Replace existing files.
+    progress : callable, optional
+        Called with elements done and elements in all, from this thread; may raise to stop.
+
+    Raises
+    ------
+    MismatchError, FormatError, BudgetError, OutputError
+        See `edgemerge.errors`; nothing has been written.
+    """
+    floor, path = floor_bytes(), Path(output)
+    paths = output_paths(path)
+    _check_output(path, paths, (Path(base), Path(expert)), force=force)
+    with closing(open_model(base)) as left, closing(open_model(expert)) as right:
+        changes, notes = list_changes(left, right)
+        bound = rank or (DEFAULT_RANK if energy is None else ENERGY_RANK)
+        n_workers = _count_workers((left, right), changes, bound, floor, memory, threads)
+        compile_missing(_kernels((left, right)))
+        with tempfile.TemporaryFile(dir=path.absolute().parent) as file:
+            spool = Spool(file)
+            find = partial(_find, spool=spool, rank=bound, energy=energy)
+            found = _run(changes, find, n_workers, progress)
+            kept = [one for one, _, _ in found if one is not None]
+            if not kept:
+                raise MismatchError(
+                    f"{right.path} is equal to {left.path}; there is nothing to extract"
+                )
+            for source in (left, right):
+                source.check_unchanged()
+            said = write_adapter(path, left, kept, spool, dtype)
+    total = sum(squares for _, _, squares in found)
+    ranks = [one.rank for one in kept if one.rank]
+    return Extraction(
+        output=path,
+        out_bytes=sum(one.stat().st_size for one in paths),
+        matrices=len(ranks),
+        vectors=len(kept) - len(ranks),
+        ranks=(min(ranks, default=0), max(ranks, default=0)),
+        kept=sum(part for _, part, _ in found) / total if total else 1.0,
+        notes=(*notes, *said),
+    )
+
+
+def _check_output(
+    path: Path, paths: Sequence[Path], inputs: tuple[Path, ...], *, force: bool
+) -> None:
+    if len(paths) > 1 and not path.is_dir():
+        if os.path.lexists(path):
+            raise OutputError("is a file; give a folder, or a name that ends in .gguf", path=path)
+        if not path.absolute().parent.is_dir():
+            raise OutputError(f"the folder {path.parent} does not exist; make it first", path=path)
+        return
+    for one in paths:
+        check_output(one, inputs, force=force)
+
+
+def _count_workers(
+    sources: Sequence[Source],
+    changes: Sequence[Change],
+    rank: int,
+    floor: int,
+    memory: int | None,
+    threads: int,
+) -> int:
+    """Choose how many matrices are worked on at a time.
+
+    Raises
+    ------
+    BudgetError
+        The budget does not hold one.
+    """
+    budget = memory or DEFAULT_MEMORY
+    reading = sum(source.work_bytes() for source in sources)
+    headers = sum(len(value) for source in sources for value in source.metadata().values())
+    matrices = [one for one in changes if not one.is_vector]
+    needs = [need_bytes((one.shape[0], one.shape[1]), rank) + one.block_bytes() for one in matrices]
+    need = max(needs, default=0) + reading + BESIDE
+    fixed = floor + 2 * headers
+    if fixed + need > budget:
+        needed = -(-(fixed + need) // MIB) * MIB
+        raise BudgetError(
+            f"a budget of {format_size(budget)} is too small for rank {rank}; the smallest that works "
+            f"is --memory {needed // MIB}MiB, and a lower rank takes less",
+            needed=needed,
+            budget=budget,
+        )
+    return max(1, min(threads, (budget - fixed) // need))
+
+
+def _kernels(sources: Sequence[Source]) -> set[str]:
+    from edgemerge.formats.quants.codec import CODECS
+
+    dtypes = {spec.dtype for source in sources for spec in source.specs().values()}
+    names = {f"{CODECS[d].kernels}.decode_{d.lower()}" for d in dtypes if CODECS[d].kernels}
+    return names | {"lora.add_product"}
+
+
+# -- the work --------------------------------------------------------------------------------------
+
+Found = tuple[Extracted | None, float, float]
+"""What is kept of a change, and the squares that are kept of how many."""
+
+
+def _find(
+    change: Change, stop: threading.Event, *, spool: Spool, rank: int, energy: float | None
+) -> Found:
+    """Factorise one change, whose rows are read several times."""
+    try:
+        return _reduce(change, stop, spool, rank, energy)
+    finally:
+        change.forget()
+
+
+def _reduce(
+    change: Change, stop: threading.Event, spool: Spool, rank: int, energy: float | None
+) -> Found:
+    if change.is_vector:
+        changed = any(bool(block.any()) for _, block in change.blocks(stop))
+        if not changed:
+            return None, 0.0, 0.0
+        return Extracted(change, 0, spool.add(change.read_expert()), 0), 0.0, 0.0
+    seed = zlib.crc32(f"{change.name} {change.number}".encode())
+    shape = change.shape[0], change.shape[1]
+    factors = factorise(partial(change.blocks, stop), shape, rank=rank, energy=energy, seed=seed)
+    if factors is None:
+        return None, 0.0, 0.0
+    left, right = spool.add(factors.left), spool.add(factors.right)
+    return Extracted(change, factors.rank, left, right), factors.kept, factors.total
+
+
+def _run(
+    changes: Sequence[Change],
+    find: partial[Found],
+    n_workers: int,
+    progress: Progress | None,
+) -> list[Found]:
+    """Work on all changes, the largest first; the first error stops all."""
+    stop = threading.Event()
+    sizes = [change.shape[0] * change.shape[-1] for change in changes]
+    order = sorted(range(len(changes)), key=lambda i: -sizes[i])
+    with ThreadPoolExecutor(n_workers) as pool:
+        futures = {pool.submit(find, changes[i], stop): i for i in order}
+        try:
+            waiting, done = set(futures), 0
+            while waiting:
+                finished, waiting = wait(waiting, PATIENCE, FIRST_EXCEPTION)
+                for future in finished:
+                    future.result()
+                    done += sizes[futures[future]]
+                if progress is not None:
+                    progress(done, sum(sizes))
+        except BaseException as error:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, Stopped):  # another thread's error caused it
+                for future in futures:
+                    if future.done() and not future.cancelled():
+                        future.result()
+            raise
+    by_number = {i: future.result() for future, i in futures.items()}
+    return [by_number[i] for i in range(len(changes))]
