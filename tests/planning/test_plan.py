@@ -11,7 +11,7 @@ from edgemerge.errors import BudgetError, EdgemergeError, MismatchError, RecipeE
 from edgemerge.formats.gguf.metadata import Value, get_value
 from edgemerge.planning.plan import DEFAULT_MEMORY, make_plan
 from edgemerge.types import ModelInput, Plan, Recipe, Rule, Slice, TensorJob
-from tests.support.fake_source import TOKENS, FakeSource, by_path, tensor
+from tests.support.fake_source import FakeSource, by_path, tensor
 
 BASE, A, B = Path("/m/base"), Path("/m/a"), Path("/m/b")
 WEIGHT = {"weight": (Rule(1.0),)}
@@ -335,48 +335,6 @@ def test_the_output_says_what_it_is() -> None:
     assert value(plan, "llama.attention.head_count") == 4
     assert "split.count" not in plan.metadata
     assert "edgemerge.method" not in plan.metadata
-
-
-def test_the_tokenizer_is_the_bases_or_that_of_the_named_model() -> None:
-    other = FakeSource(B, metadata={"tokenizer.ggml.model": ("llama", "str")})
-    assert value(planned(LINEAR, other), "tokenizer.ggml.model") == "gpt2"
-    asked = replace(LINEAR, tokenizer_source=str(B))
-    assert value(planned(asked, other), "tokenizer.ggml.model") == "llama"
-
-
-def test_a_union_of_equal_vocabularies_is_that_vocabulary() -> None:
-    union = replace(LINEAR, tokenizer_source="union")
-    assert planned(union).metadata == planned(LINEAR).metadata
-    assert planned(union).jobs == planned(LINEAR).jobs
-
-
-def test_a_union_of_vocabularies_of_two_kinds_is_refused() -> None:
-    other = FakeSource(
-        B, tokens=(*TOKENS, "x"), metadata={"tokenizer.ggml.model": ("llama", "str")}
-    )
-    with pytest.raises(RecipeError) as caught:
-        planned(replace(LINEAR, tokenizer_source="union"), other)
-    assert str(caught.value) == (
-        "a union is made of byte-level BPE, SentencePiece, Unigram vocabularies, all of one kind, and that "
-        "of /m/a is byte-level BPE, that of /m/b SentencePiece; give base or one of the models as "
-        "tokenizer_source"
-    )
-
-
-def test_the_recipes_chat_template_goes_before_the_tokenizers() -> None:
-    own = FakeSource(A, metadata={"tokenizer.chat_template": ("{{ a }}", "str")})
-    assert value(planned(LINEAR, own), "tokenizer.chat_template") == "{{ a }}"
-    asked = replace(LINEAR, chat_template="{{ b }}")
-    assert value(planned(asked, own), "tokenizer.chat_template") == "{{ b }}"
-
-
-def test_a_chat_template_that_only_an_expert_has_is_told() -> None:
-    own = FakeSource(B, metadata={"tokenizer.chat_template": ("{{ b }}", "str")})
-    said = "the output has no chat template, as a has none; b has one, and gives it as tokenizer_source"
-    assert said in planned(LINEAR, own).notes
-    assert said not in planned(LINEAR).notes
-    assert said not in planned(replace(LINEAR, chat_template="{{ c }}"), own).notes
-    assert said not in planned(replace(LINEAR, tokenizer_source=str(B)), own).notes
 
 
 def test_planning_opens_every_model_once() -> None:
