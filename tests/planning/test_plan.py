@@ -11,7 +11,7 @@ from edgemerge.errors import BudgetError, EdgemergeError, MismatchError, RecipeE
 from edgemerge.formats.gguf.metadata import Value, get_value
 from edgemerge.planning.plan import DEFAULT_MEMORY, make_plan
 from edgemerge.types import ModelInput, Plan, Recipe, Rule, Slice, TensorJob
-from tests.support.fake_source import TOKENS, FakeSource, by_path, tensor
+from tests.support.fake_source import FakeSource, by_path, tensor
 
 BASE, A, B = Path("/m/base"), Path("/m/a"), Path("/m/b")
 WEIGHT = {"weight": (Rule(1.0),)}
@@ -348,19 +348,6 @@ def test_a_union_of_equal_vocabularies_is_that_vocabulary() -> None:
     union = replace(LINEAR, tokenizer_source="union")
     assert planned(union).metadata == planned(LINEAR).metadata
     assert planned(union).jobs == planned(LINEAR).jobs
-
-
-def test_a_union_of_vocabularies_of_two_kinds_is_refused() -> None:
-    other = FakeSource(
-        B, tokens=(*TOKENS, "x"), metadata={"tokenizer.ggml.model": ("llama", "str")}
-    )
-    with pytest.raises(RecipeError) as caught:
-        planned(replace(LINEAR, tokenizer_source="union"), other)
-    assert str(caught.value) == (
-        "a union is made of byte-level BPE, SentencePiece, Unigram vocabularies, all of one kind, and that "
-        "of /m/a is byte-level BPE, that of /m/b SentencePiece; give base or one of the models as "
-        "tokenizer_source"
-    )
 
 
 def test_the_recipes_chat_template_goes_before_the_tokenizers() -> None:
