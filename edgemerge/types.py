@@ -37,7 +37,6 @@ Setting: TypeAlias = float | bool | str
 Gradient: TypeAlias = tuple[float, ...]  # interpolated over the layers of a slice
 Steps: TypeAlias = tuple[bool | str, ...]  # one after the other over the layers of a slice
 
-
 Progress: TypeAlias = Callable[[int, int], None]
 """Called now and then with bytes done and bytes in all; may raise to stop a merge."""
 
@@ -279,8 +278,8 @@ class TensorJob:
     @property
     def is_byte_copy(self) -> bool:
         """Whether the stored bytes of the only input are the output's, without arithmetic."""
-        is_padded = self.rows is not None and self.rows.n_padding > 0
-        return self.is_copy and not is_padded and self.experts[0].spec.dtype == self.out.dtype
+        is_same = self.is_copy and self.experts[0].spec.dtype == self.out.dtype
+        return is_same and not (self.rows and self.rows.n_padding)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ __all__ = ["describe_recipe", "describe_stages", "recipe_document"]
 
 DEFAULT = " (default)"
 QUIET = {"int8_mask"}  # without effect
+WORDS = {"base": "the base", "union": "all models"}  # tokenizer_source -> whose
 
 
 def recipe_document(recipe: Recipe) -> dict[str, Any]:
@@ -116,6 +117,12 @@ def _switches(document: Mapping[str, Any]) -> Iterator[str]:
         yield "neurons matched"
     if seed := document.get("seed"):
         yield f"seed {seed}"
+    if isinstance(source := document.get("tokenizer_source"), str):
+        yield f"tokens of {WORDS.get(source, PurePath(source).name)}"
+    if rules := _table(document.get("tokens")):
+        yield f"own rules for {len(rules)} token{'s' * (len(rules) > 1)}"
+    if multiple := document.get("pad_to_multiple_of"):
+        yield f"rows of tokens padded to a multiple of {multiple}"
 
 
 def _slices(document: Mapping[str, Any]) -> list[list[tuple[str, dict[str, Any]]]]:

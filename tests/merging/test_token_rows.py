@@ -22,6 +22,7 @@ from edgemerge.provenance.verification import verify_model
 from edgemerge.token_rows import TokenRule
 from edgemerge.types import Recipe
 from tests.support.small_models import Float32, load_gguf, stored, wide_tensors, write_gguf
+from tests.support.tiny_gguf import write_tiny_gguf
 
 MIB = 1 << 20
 WORDS = [f"w{i}" for i in range(40)]
@@ -258,6 +259,19 @@ def test_tensors_with_an_entry_per_token_are_refused_where_tokens_change_places(
         Path(f"{path}.new").replace(path)
     with pytest.raises(MismatchError, match=r"'output\.bias' of .* has an entry for each token"):
         edgemerge.plan(recipe)
+
+
+def test_a_union_of_vocabularies_of_two_kinds_is_refused(tmp_path: Path) -> None:
+    first = write_model(tmp_path / "a.gguf", ["w0", "w1"], 0)
+    other = write_tiny_gguf(tmp_path / "b.gguf")
+    recipe = edgemerge.make_recipe("linear", [(str(first), 0.5), (str(other), 0.5)])
+    with pytest.raises(RecipeError) as caught:
+        edgemerge.plan(replace(recipe, tokenizer_source="union"))
+    assert str(caught.value) == (
+        "a union is made of byte-level BPE, SentencePiece, Unigram vocabularies, all of one kind, and that "
+        f"of {first} is byte-level BPE, that of {other} SentencePiece; give base or one of the models as "
+        "tokenizer_source"
+    )
 
 
 def test_a_vocabulary_of_a_model_that_tells_no_tokens_is_refused(tmp_path: Path) -> None:

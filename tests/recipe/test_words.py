@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgemerge.recipe.words import describe_recipe, describe_stages, recipe_document
+from edgemerge.token_rows import TokenRule
 from edgemerge.types import ModelInput, Recipe, Rule, Slice
 
 
@@ -38,6 +40,22 @@ def test_settings_are_said_and_defaults_marked() -> None:
         "a.gguf: weight 0.5",
         "b.gguf: weight 0.2 to 0.8 over the layers",
     ]
+
+
+def test_what_a_recipe_says_of_tokens_is_said() -> None:
+    recipe = Recipe("linear", None, (Slice((ModelInput(Path("a")),)),), tokenizer_source="union")
+    rules = {"<|x|>": TokenRule("zero")}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "tokens of all models"),
+        ({"tokenizer_source": "base"}, "tokens of the base"),
+        ({"tokenizer_source": "/m/other.gguf"}, "tokens of other.gguf"),
+        (
+            {"tokens": rules, "pad_to_multiple_of": 64},
+            "tokens of all models, own rules for 1 token, rows of tokens padded to a multiple of 64",
+        ),
+    ]
+    for changes, wanted in cases:
+        assert describe_recipe(recipe_document(replace(recipe, **changes)))[0].endswith(wanted)
 
 
 def test_slices_name_their_layers() -> None:
