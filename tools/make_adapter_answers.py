@@ -19,7 +19,16 @@ import torch  # noqa: TID251
 import transformers  # noqa: TID251
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.support.adapters import KINDS, Kind, project, write_adapter
+from tests.support.adapters import (
+    COMBINED,
+    DENSITY,
+    EXACT,
+    KINDS,
+    SHOWN,
+    Kind,
+    project,
+    write_adapter,
+)
 from tests.support.fixtures import unpacked
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +51,25 @@ def answer(kind: Kind, folder: Path) -> dict[str, float]:
     return found
 
 
+def combination(how: str, folder: Path) -> dict[str, float]:
+    """Combine the two adapters of `COMBINED`, and merge the result."""
+    base = unpacked("architectures") / "llama"
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted, names = None, list(COMBINED)
+    for name in names:
+        path = write_adapter(KINDS[name], folder / name)
+        if adapted is None:
+            adapted = peft.PeftModel.from_pretrained(model, path, adapter_name=name)
+        else:
+            adapted.load_adapter(path, adapter_name=name)
+    assert adapted is not None
+    settings = {} if how in ("cat", "linear", "svd") else {"density": DENSITY}
+    adapted.add_weighted_adapter(names, list(COMBINED.values()), "both", how, **settings)
+    adapted.set_adapter("both")
+    merged = adapted.merge_and_unload().state_dict()
+    return {name: project(merged[name].numpy()) for name in merged if name.endswith(SHOWN)}
+
+
 def main() -> None:
     """Write the answers."""
     answers = {}
@@ -50,6 +78,9 @@ def main() -> None:
             if kind.expected is None:
                 answers[name] = answer(kind, Path(scratch) / name)
                 print(name, len(answers[name]), flush=True)
+        for how in EXACT:
+            answers[how] = combination(how, Path(scratch) / how)
+            print(how, len(answers[how]), flush=True)
     document = {
         "made_with": {"peft": peft.__version__, "transformers": transformers.__version__},
         "answers": {

@@ -27,6 +27,7 @@ COMMANDS = {
     "align": "align",
     "convert": "convert",
     "extract": "extract",
+    "combine": "combine",
     "run": "run",
     "chat": "chat",
     "serve": "serve",

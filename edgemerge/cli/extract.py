@@ -61,7 +61,7 @@ def extract_command(
         raise typer.BadParameter(f"--type {dtype!r} must be F32 or F16")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise typer.BadParameter("--energy must be above 0 and at most 1")
-    with progress_bar(f"extract -> {output.name}", quiet=json_) as progress:
+    with progress_bar(f"extract -> {output.name}", quiet=json_, unit="elements") as progress:
         found = extract(
             base,
             expert,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Base", "Force", "Json", "Memory", "Method", "Models", "Output", "Parameter", "Preset"]
 __all__ += ["Align", "Ask", "Imatrix", "Neurons", "NoAsk", "Report", "Seed", "Sign", "Split"]
 __all__ += ["Disk", "Strict", "TensorTypes", "Threads", "Type"]
-__all__ += ["read_request", "read_tensor_types"]
+__all__ += ["read_request", "read_tensor_types", "split_weight"]
 
 Models = Annotated[
     list[str],
@@ -191,7 +191,7 @@ def read_request(
     else:
         recipe = make_recipe(
             method,
-            [_model_and_weight(text) for text in models],
+            [split_weight(text) for text in models],
             base=base,
             parameters=dict(_parameter(text) for text in parameters or []),
             out_type=out_type,
@@ -224,7 +224,14 @@ def read_tensor_types(texts: list[str] | None) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def _model_and_weight(text: str) -> tuple[str, float | None]:
+def split_weight(text: str) -> tuple[str, float | None]:
+    """Split MODEL=WEIGHT; a name that exists may have the sign in it.
+
+    Raises
+    ------
+    typer.BadParameter
+        The weight is no number.
+    """
     path, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, None

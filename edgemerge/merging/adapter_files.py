@@ -29,7 +29,7 @@ from edgemerge.merging.differences import Change
 from edgemerge.output.file import OutputFile, write_file
 from edgemerge.types import Float32, Source
 
-__all__ = ["Extracted", "Spool", "output_paths", "write_adapter"]
+__all__ = ["AdapterPart", "Extracted", "Spool", "output_paths", "write_adapter", "write_peft"]
 
 EMBEDDING, FRONT = "token_embd.weight", "base_model.model."
 
@@ -66,7 +66,7 @@ class Extracted:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class AdapterPart:
     """A tensor of the adapter, and what makes it."""
 
     tensor: ExtractedTensor
@@ -118,6 +118,18 @@ def write_adapter(
         _write(output, gguf_layout(tensors, base, alpha), parts)
         return notes
     parts, config, notes = writer.peft_parts(found)
+    write_peft(output, parts, config)
+    return notes
+
+
+def write_peft(output: Path, parts: Sequence[AdapterPart], config: bytes) -> None:
+    """Write a PEFT directory: adapter_config.json last, without which it is no adapter.
+
+    Raises
+    ------
+    OutputError
+        The files cannot be written; then there is none of them.
+    """
     with ExitStack() as stack:
         if not output.exists():
             output.mkdir()
@@ -125,10 +137,9 @@ def write_adapter(
         _write(output / WEIGHTS, peft_layout([part.tensor for part in parts]), parts)
         stack.pop_all()
     write_file(output / ADAPTER_CONFIG, config)
-    return notes
 
 
-def _write(path: Path, layout: AdapterLayout, parts: Sequence[_Part]) -> None:
+def _write(path: Path, layout: AdapterLayout, parts: Sequence[AdapterPart]) -> None:
     with OutputFile(path, layout.n_bytes) as file:
         file.write(layout.header, 0)
         for part in parts:
@@ -166,14 +177,14 @@ class _Writer:
         shape: tuple[int, ...],
         make: Callable[[], Float32],
         dtype: str | None = None,
-    ) -> _Part:
-        return _Part(ExtractedTensor(name, shape, dtype or self._dtype), make)
+    ) -> AdapterPart:
+        return AdapterPart(ExtractedTensor(name, shape, dtype or self._dtype), make)
 
     # -- GGUF ------------------------------------------------------------------------------------
 
-    def gguf_parts(self, found: Sequence[Extracted]) -> tuple[list[_Part], list[str]]:
+    def gguf_parts(self, found: Sequence[Extracted]) -> tuple[list[AdapterPart], list[str]]:
         """Name the tensors as llama.cpp does."""
-        parts, left_out = list[_Part](), list[str]()
+        parts, left_out = list[AdapterPart](), list[str]()
         stacks: dict[str, list[Extracted]] = defaultdict(list)
         for one in found:
             name, shape = one.change.name, one.change.shape
@@ -197,7 +208,7 @@ class _Writer:
             notes.append("llama.cpp ignores the norms of an adapter; merging it takes them")
         return parts, notes
 
-    def _gguf_pair(self, one: Extracted) -> list[_Part]:
+    def _gguf_pair(self, one: Extracted) -> list[AdapterPart]:
         name, (n_rows, n_cols), rank = one.change.name, one.change.shape, one.rank
         if name == EMBEDDING:
             return [
@@ -209,7 +220,7 @@ class _Writer:
             self._part(f"{name}.lora_b", (n_rows, rank), lambda: self._left(one, rank)),
         ]
 
-    def _gguf_stack(self, name: str, experts: Sequence[Extracted]) -> list[_Part]:
+    def _gguf_stack(self, name: str, experts: Sequence[Extracted]) -> list[AdapterPart]:
         """Stack experts, those without a change as zeros, all of the highest rank."""
         rank = max(one.rank for one in experts)
         count, (n_rows, n_cols) = experts[0].change.count, experts[0].change.shape
@@ -235,9 +246,14 @@ class _Writer:
 
     # -- PEFT ------------------------------------------------------------------------------------
 
-    def peft_parts(self, found: Sequence[Extracted]) -> tuple[list[_Part], bytes, list[str]]:
+    def peft_parts(self, found: Sequence[Extracted]) -> tuple[list[AdapterPart], bytes, list[str]]:
         """Name the tensors as PEFT does, and write adapter_config.json."""
-        parts, ranks, saved, left_out = list[_Part](), dict[str, int](), list[str](), list[str]()
+        parts, ranks, saved, left_out = (
+            list[AdapterPart](),
+            dict[str, int](),
+            list[str](),
+            list[str](),
+        )
         has_bias = False
         for one in found:
             if one.rank:
@@ -277,7 +293,7 @@ class _Writer:
             )
         return module
 
-    def _peft_pair(self, one: Extracted, module: str) -> list[_Part]:
+    def _peft_pair(self, one: Extracted, module: str) -> list[AdapterPart]:
         name, (n_rows, n_cols), rank = f"{FRONT}{module}", one.change.shape, one.rank
         if one.change.name == EMBEDDING:
             name += ".lora_embedding_"

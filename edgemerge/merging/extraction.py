@@ -25,7 +25,7 @@ from edgemerge.planning.plan import DEFAULT_MEMORY
 from edgemerge.sizes import format_size
 from edgemerge.types import Progress, Source
 
-__all__ = ["DEFAULT_RANK", "ENERGY_RANK", "Extraction", "extract"]
+__all__ = ["BESIDE", "Extraction", "check_adapter_output", "extract"]
 
 DEFAULT_RANK = 16
 ENERGY_RANK = 128  # bound of the rank where a part of the energy is asked for and no rank
@@ -89,8 +89,7 @@ def extract(
         See `edgemerge.errors`; nothing has been written.
     """
     floor, path = floor_bytes(), Path(output)
-    paths = output_paths(path)
-    _check_output(path, paths, (Path(base), Path(expert)), force=force)
+    check_adapter_output(path, (Path(base), Path(expert)), force=force)
     with closing(open_model(base)) as left, closing(open_model(expert)) as right:
         changes, notes = list_changes(left, right)
         bound = rank or (DEFAULT_RANK if energy is None else ENERGY_RANK)
@@ -112,7 +111,7 @@ def extract(
     ranks = [one.rank for one in kept if one.rank]
     return Extraction(
         output=path,
-        out_bytes=sum(one.stat().st_size for one in paths),
+        out_bytes=sum(one.stat().st_size for one in output_paths(path)),
         matrices=len(ranks),
         vectors=len(kept) - len(ranks),
         ranks=(min(ranks, default=0), max(ranks, default=0)),
@@ -121,9 +120,15 @@ def extract(
     )
 
 
-def _check_output(
-    path: Path, paths: Sequence[Path], inputs: tuple[Path, ...], *, force: bool
-) -> None:
+def check_adapter_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
+    """Refuse an adapter's name that cannot or must not be written, before any work.
+
+    Raises
+    ------
+    OutputError
+        As of `check_output`, for the file or for those of the directory.
+    """
+    paths = output_paths(path)
     if len(paths) > 1 and not path.is_dir():
         if os.path.lexists(path):
             raise OutputError("is a file; give a folder, or a name that ends in .gguf", path=path)

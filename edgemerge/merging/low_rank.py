@@ -18,6 +18,7 @@ from edgemerge.types import Float32, Float64
 __all__ = ["Blocks", "Factors", "factorise", "need_bytes"]
 
 OVERSAMPLING = 8  # columns beside the rank, which make the range found the right one
+SMALL = 32  # directions that cost next to nothing
 FIRST_RANK = 16  # tried where a part of the energy is asked for
 POWER_STEPS = 1  # passes twice over the change, for spectra that fall slowly
 ENOUGH = 1 - 1e-9  # of the energy: the range is found
@@ -73,7 +74,7 @@ def factorise(
     limit = most if rank is None else min(rank, most)
     wanted = limit if energy is None else min(limit, FIRST_RANK)
     while True:
-        width = min(most, wanted + OVERSAMPLING)
+        width = _width(shape, wanted)
         found = _decompose(blocks, shape, width, seed)
         if found is None:
             return None
@@ -88,9 +89,14 @@ def factorise(
 
 def need_bytes(shape: tuple[int, int], rank: int) -> int:
     """Return the bytes that `factorise` takes at most for a rank, without the blocks."""
-    width = min(*shape, rank + OVERSAMPLING)
+    width = _width(shape, rank)
     arrays = 4 * width * (2 * shape[0] + 4 * shape[1])
     return arrays + 24 * width * CHUNK + 64 * width * width
+
+
+def _width(shape: tuple[int, int], rank: int) -> int:
+    """Return how many directions are followed to find a rank; all of a small matrix."""
+    return min(*shape, max(SMALL, rank + OVERSAMPLING))
 
 
 def _choose_rank(squares: Float64, total: float, wanted: int, energy: float | None) -> int:

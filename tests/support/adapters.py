@@ -214,3 +214,8 @@ KINDS: dict[str, Kind] = {
         pair("model.layers.0.self_attn.k_proj", 32, 32),
     ),
 }
+
+COMBINED = {"lora": 0.7, "rslora": -0.4}  # kinds that are combined, and their weights
+DENSITY = 0.6
+EXACT = ("cat", "linear", "ties", "magnitude_prune", "svd", "ties_svd", "magnitude_prune_svd")
+SHOWN = ("0.self_attn.q_proj.weight", "1.mlp.down_proj.weight")

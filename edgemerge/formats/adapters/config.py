@@ -43,26 +43,26 @@ class AdapterConfig:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / ADAPTER_CONFIG
-        self._raw = read_object(self.path, max_bytes=MAX_CONFIG_BYTES)
-        kind = self._raw.get("peft_type", "LORA")
+        self.raw = read_object(self.path, max_bytes=MAX_CONFIG_BYTES)
+        kind = self.raw.get("peft_type", "LORA")
         if kind != "LORA":
             raise FormatError(
                 f"is an adapter of the kind {str(kind)[:40]!r}, and only LORA is read; {UNFOLD}",
                 path=self.path,
             )
         for key, what in _OTHERS.items():
-            if self._raw.get(key):
+            if self.raw.get(key):
                 raise FormatError(
                     f"{what}, which no weight can stand for; {UNFOLD}", path=self.path
                 )
-        start = self._raw.get("init_lora_weights")
+        start = self.raw.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(_MUTATING):
             raise FormatError(
                 f"began from the base's own weights ({start[:20]}), which peft takes out of the base; save "
                 "it in peft as plain LoRA (path_initial_model_for_weight_conversion), or " + UNFOLD,
                 path=self.path,
             )
-        self.uses_dora = self._raw.get("use_dora") is True
+        self.uses_dora = self.raw.get("use_dora") is True
         self._ranks = self._pattern("rank_pattern")
         self._alphas = self._pattern("alpha_pattern")
         self._rank = self._number("r")
@@ -71,7 +71,7 @@ class AdapterConfig:
     @property
     def base_name(self) -> str | None:
         """Name or path of the model that it was made for."""
-        name = self._raw.get("base_model_name_or_path")
+        name = self.raw.get("base_model_name_or_path")
         return name[:200] if isinstance(name, str) and name else None
 
     def scale(self, module: str, rank: int) -> float:
@@ -91,11 +91,11 @@ class AdapterConfig:
             alpha = self._alpha if self._alpha is not None else 8.0  # LoraConfig's default
         if own <= 0:
             raise FormatError(f"has the rank {own}; get the file again", path=self.path)
-        return alpha / math.sqrt(own) if self._raw.get("use_rslora") is True else alpha / own
+        return alpha / math.sqrt(own) if self.raw.get("use_rslora") is True else alpha / own
 
     def tokens(self) -> tuple[int, ...]:
         """Return the tokens whose embeddings were trained."""
-        stated = self._raw.get("trainable_token_indices")
+        stated = self.raw.get("trainable_token_indices")
         if isinstance(stated, dict):
             stated = next(iter(stated.values()), None)
         if not isinstance(stated, list) or not all(type(i) is int and i >= 0 for i in stated):
@@ -103,7 +103,7 @@ class AdapterConfig:
         return tuple(stated)
 
     def _number(self, key: str) -> float | None:
-        value = self._raw.get(key)
+        value = self.raw.get(key)
         if value is None:
             return None
         if (
@@ -115,7 +115,7 @@ class AdapterConfig:
         return float(value)
 
     def _pattern(self, key: str) -> Mapping[str, float]:
-        table: Any = self._raw.get(key) or {}
+        table: Any = self.raw.get(key) or {}
         if not isinstance(table, dict):
             raise FormatError(f"its {key} is no table; get the file again", path=self.path)
         for name, value in table.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from edgemerge.errors import FormatError, MismatchError
@@ -20,7 +20,7 @@ from edgemerge.formats.hub.names import is_unused, name_some, own_name
 from edgemerge.formats.hub.safetensors import StoredTensor, read_header
 from edgemerge.types import FileState, Source
 
-__all__ = ["PeftAdapter"]
+__all__ = ["DTYPES", "WEIGHTS", "PeftAdapter", "bare_name", "find_weights", "split_factor"]
 
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors -> ggml
@@ -31,13 +31,6 @@ _FACTOR = re.compile(
 )
 _SAVED = re.compile(r"\.(modules_to_save(\.(?!(weight|bias)$)[^.]+)?|base_layer)(?=\.)")
 _TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")
-
-
-@dataclass(slots=True)
-class _Module:
-    """What the file holds for one module: stored name and tensor, by the kind of factor."""
-
-    factors: dict[str, tuple[str, StoredTensor]] = field(default_factory=dict)
 
 
 class PeftAdapter:
@@ -62,8 +55,8 @@ class PeftAdapter:
         self.path = path
         self._config = AdapterConfig(path)
         self._base, self._names = base, BaseNames(base)
-        header = read_header(_find_weights(path))
-        self._files = [FactorFile(path / ADAPTER_CONFIG), FactorFile(_find_weights(path))]
+        header = read_header(find_weights(path))
+        self._files = [FactorFile(path / ADAPTER_CONFIG), FactorFile(find_weights(path))]
         self._updates: dict[str, list[Update]] = {}
         self._unused: list[str] = []
         try:
@@ -74,20 +67,20 @@ class PeftAdapter:
 
     def _sort(self, header: Mapping[str, StoredTensor]) -> None:
         """Gather what belongs to each module, and make the updates of it."""
-        modules: dict[str, _Module] = {}
+        modules: dict[str, dict[str, tuple[str, StoredTensor]]] = {}
         for stored, tensor in header.items():
             name = _AROUND.sub("", stored)
             if ".original_module." in name:
                 continue
-            if match := _FACTOR.fullmatch(name):
-                kind = match["kind"] + ("_bias" if match["end"] == "bias" else "")
-                modules.setdefault(match["module"], _Module()).factors[kind] = stored, tensor
+            module, kind = split_factor(stored)
+            if kind:
+                modules.setdefault(module, {})[kind] = stored, tensor
             elif match := _TOKENS.fullmatch(name):
                 self._replace_tokens(f"{match['module']}.weight", stored, tensor)
             else:
                 self._replace(_SAVED.sub("", name), stored, tensor)
-        for module, found in modules.items():
-            self._change(module, found.factors)
+        for module, factors in modules.items():
+            self._change(module, factors)
         if not self._updates:
             raise FormatError("holds no LoRA; get it again", path=self.path)
 
@@ -148,8 +141,7 @@ class PeftAdapter:
                 path=self.path,
                 tensor=name_a,
             )
-        bare = own_name("llama", f"{module}.weight") or f"{module}.weight"
-        bare = bare.removesuffix(".weight").replace(".base_layer", "")
+        bare = bare_name(module)
         magnitude = factors.get("magnitude_vector")
         stacks = None if is_embedding else self._names.stacks(module.replace(".base_layer", ""))
         targets = self._names.find(f"{module}.weight")
@@ -358,7 +350,28 @@ def _join(left: Update, right: Update) -> Update:
     )
 
 
-def _find_weights(path: Path) -> Path:
+def split_factor(stored: str) -> tuple[str, str]:
+    """Split a stored name into its module and its kind, as A, B or B_bias; other tensors have none."""
+    match = _FACTOR.fullmatch(_AROUND.sub("", stored))
+    if match is None:
+        return stored, ""
+    return match["module"], match["kind"] + ("_bias" if match["end"] == "bias" else "")
+
+
+def bare_name(module: str) -> str:
+    """Return a module's name without what PEFT puts around it."""
+    name = own_name("llama", f"{module}.weight") or f"{module}.weight"
+    return name.removesuffix(".weight").replace(".base_layer", "")
+
+
+def find_weights(path: Path) -> Path:
+    """Return the file of an adapter's tensors.
+
+    Raises
+    ------
+    FormatError
+        There is none, or only pickle.
+    """
     if (path / WEIGHTS).is_file():
         return path / WEIGHTS
     pickles = sorted(p.name for s in ("*.bin", "*.pt") for p in path.glob(s))
