@@ -10,7 +10,7 @@ from typing import Any
 
 from edgemerge.experts import MIXTURE_PATH, ExpertInput, Mixture
 from edgemerge.recipe.mergekit import OUT_DTYPES, OWN_KEYS, RecipeReader
-from edgemerge.recipe.values import brief
+from edgemerge.recipe.values import brief, is_utf8
 from edgemerge.types import ModelInput, Recipe, Slice
 
 __all__ = ["MixtureReader", "is_mixture"]
@@ -166,6 +166,8 @@ class MixtureReader(RecipeReader):
         texts = entry.get(where.rpartition(".")[2]) or ()
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
             self.fail(f"{where} must be a list of texts", where)
+        if not all(map(is_utf8, texts)):
+            self.fail(f"{where} has a text that is not UTF-8; write it anew", where)
         if isinstance(texts, str):
             self.fail(f"{where} must be a list of texts, as in [{brief(texts)}]", where)
         return tuple(texts)
