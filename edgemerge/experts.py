@@ -29,6 +29,11 @@ class Mixture:
     gate_mode: str  # hidden, hidden_last (the same), cheap_embed, random or uniform_random
     experts_per_token: int
 
+    @property
+    def runs_base(self) -> bool:
+        """Whether the gates are made of what the base computes."""
+        return self.gate_mode.startswith("hidden")
+
     def models(self) -> tuple[Path, ...]:
         """Every distinct model, the base first."""
         return tuple(dict.fromkeys((self.base, *(expert.path for expert in self.experts))))

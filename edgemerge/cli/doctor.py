@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.terminal import check_stop, plain, print_json, print_table, speaks_plainly
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def doctor_command(
         bool,
         typer.Option("--compile", help="Compile all merge kernels now; minutes on a small board."),
     ] = False,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     json_: request.Json = False,
 ) -> None:
     """Examine this machine: board, memory, storage, heat, llama.cpp; and what it can run."""
@@ -44,6 +47,8 @@ def doctor_command(
         raise typer.BadParameter(f"--storage {storage} is no folder")
     if compile_:
         _compile()
+    if model is not None:
+        model = make_finder(models_folder, download, quiet=json_).find_model(str(model))
     diagnosis = examine(storage.absolute(), model)
     if json_:
         print_json(diagnosis.as_json())

@@ -14,7 +14,7 @@ from edgemerge.cli.terminal import plain, print_json, print_table, speaks_plainl
 from edgemerge.types import Source
 
 if TYPE_CHECKING:
-    from edgemerge.formats.inspection import Inspection
+    from edgemerge.formats.inspection import Inspection, Provenance
     from edgemerge.planning.losses import Verdict
 
 __all__ = ["inspect_command"]
@@ -182,13 +182,15 @@ def _summary(found: Inspection) -> list[str]:
         for template in found.templates
     ] or ["chat template none"]
     if found.provenance is not None:
-        inputs = ", ".join(
-            f"{hub or name} ({crc})" for name, crc, hub in found.provenance.inputs_from()
-        )
-        lines.append(
-            f"made by edgemerge {found.provenance.version}: {found.provenance.method} of {inputs}"
-        )
+        lines.append(_made_by(found.provenance))
     return lines
+
+
+def _made_by(provenance: Provenance) -> str:
+    inputs = ", ".join(f"{hub or name} ({crc})" for name, crc, hub in provenance.inputs_from())
+    # The only input of a mixture has that name.
+    made = inputs if provenance.method == "mixture" else f"{provenance.method} of {inputs}"
+    return f"made by edgemerge {provenance.version}: {made}"
 
 
 def _range(value: object) -> str:

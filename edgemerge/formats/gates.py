@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -31,7 +32,7 @@ N_UNIFORM = 12  # numbers whose sum has a variance of 1
 SMALLEST = 1e-8  # of a norm, as in mergekit
 
 
-def make_gates(mixture: Mixture, base: Source, seed: int) -> Gates:
+def make_gates(mixture: Mixture, base: Source, seed: int, runnable: Path) -> Gates:
     """Choose the gates of all layers.
 
     Parameters
@@ -42,6 +43,8 @@ def make_gates(mixture: Mixture, base: Source, seed: int) -> Gates:
         Open; its embeddings and vocabulary count for `cheap_embed`, and what it computes for `hidden`.
     seed : int
         Of random gates.
+    runnable : Path
+        The base as a GGUF file, for `hidden`.
 
     Raises
     ------
@@ -58,7 +61,7 @@ def make_gates(mixture: Mixture, base: Source, seed: int) -> Gates:
         case "cheap_embed":
             rows = _embedded(mixture.experts, base)
             return lambda _layer: rows
-    states = _hidden(mixture.experts, base)
+    states = _hidden(mixture.experts, base, runnable)
     return lambda layer: states[layer]
 
 
@@ -93,7 +96,7 @@ def _direction(base: Source, prompts: Sequence[Tokens]) -> Float64:
     return _unit(total)
 
 
-def _hidden(experts: Sequence[ExpertInput], base: Source) -> Float32:
+def _hidden(experts: Sequence[ExpertInput], base: Source, runnable: Path) -> Float32:
     """Make the gates of what comes into each layer at the prompts' last tokens.
 
     Returns (n_layers, n_experts, n_embd) float32.
@@ -103,7 +106,7 @@ def _hidden(experts: Sequence[ExpertInput], base: Source) -> Float32:
     assert isinstance(n_layers, int)
     n_embd = base.specs()[EMBEDDING].n_cols
     every = [prompt for pair in prompts for side in pair for prompt in side]
-    found = iter(last_states(base.path, every, n_layers, n_embd))
+    found = iter(last_states(runnable, every, n_layers, n_embd))
     gates = np.empty((n_layers, len(experts), n_embd), np.float32)
     for i, pair in enumerate(prompts):
         means = [

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from edgemerge.errors import RecipeError
 from edgemerge.formats.llama_process import ask_llama
 from edgemerge.types import Float32
 
@@ -30,7 +29,7 @@ def last_states(
     Parameters
     ----------
     path : Path
-        A model; only a GGUF file can be run.
+        A GGUF file.
     prompts : sequence of sequences of int
         Token ids, one or more in each.
     n_layers, n_embd : int
@@ -43,16 +42,10 @@ def last_states(
     Raises
     ------
     RecipeError
-        The model is a directory, or llama-cpp-python is not installed.
+        llama-cpp-python is not installed.
     RuntimeFailure
         llama.cpp does not load or run the model.
     """
-    if path.is_dir():
-        raise RecipeError(
-            f"gate_mode hidden runs the base in llama.cpp, which reads GGUF, and {path} is a directory; make "
-            "a GGUF of it with edgemerge convert, and name that as base_model",
-            field="gate_mode",
-        )
     shape = (len(prompts), n_layers - 1, n_embd)
     question = json.dumps([[list(prompt) for prompt in prompts], n_layers, n_embd]).encode()
     raw = ask_llama(__name__, path, question, what="gate_mode hidden", shown=path)

@@ -59,20 +59,16 @@ class MixtureSource:
         What becomes of what.
     sources : mapping of Path to Source
         All of its models, open; closed with the mixture.
-    seed : int
-        Of random gates.
 
     Raises
     ------
     MismatchError
         The models are of another architecture, or their layers are not alike.
-    RecipeError, RuntimeFailure
-        As of `make_gates`.
     """
 
     path = MIXTURE_PATH
 
-    def __init__(self, mixture: Mixture, sources: Mapping[Path, Source], seed: int) -> None:
+    def __init__(self, mixture: Mixture, sources: Mapping[Path, Source]) -> None:
         self.parts = tuple(sources.values())
         self._base = base = sources[mixture.base]
         self._mixture = mixture
@@ -85,7 +81,7 @@ class MixtureSource:
         self._stacks: dict[str, _Stack] = {}
         for spec in base.specs().values():
             self._add(spec)
-        self._gates: Gates = make_gates(mixture, base, seed)
+        self.gates: Gates | None = None  # no gate can be read before there are some
 
     def _check_models(self) -> None:
         """Refuse what has feed-forward layers of another kind, or of other models."""
@@ -173,7 +169,8 @@ class MixtureSource:
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` ((stop - start) * row_bytes,) with rows [start, stop)."""
         if name.endswith(GATE):
-            rows = self._gates(layer_index(name) or 0)[start:stop]
+            assert self.gates is not None
+            rows = self.gates(layer_index(name) or 0)[start:stop]
             out_u8[:] = np.ascontiguousarray(rows, "<f4").view(np.uint8).reshape(-1)
             return
         stack = self._stacks.get(name)
@@ -223,19 +220,42 @@ class MixtureSource:
             source.close()
 
 
-def open_mixture(mixture: Mixture, seed: int, stack: ExitStack) -> MixtureSource:
+def open_mixture(
+    mixture: Mixture,
+    seed: int,
+    stack: ExitStack,
+    *,
+    runnable: Path | None = None,
+    with_gates: bool = True,
+) -> MixtureSource:
     """Open all models of a mixture; the stack closes them.
+
+    Parameters
+    ----------
+    mixture : Mixture
+        What becomes of what.
+    seed : int
+        Of random gates.
+    stack : ExitStack
+        Gets what closes the models.
+    runnable : Path, optional
+        The base as a GGUF file, where gates are made of what it computes and it is none itself.
+    with_gates : bool
+        Make the gates; without them no gate can be read.
 
     Raises
     ------
     EdgemergeError
-        As of `open_model` and `MixtureSource`.
+        As of `open_model`, `MixtureSource` and `make_gates`.
     """
     sources: dict[Path, Source] = {}
     for path in mixture.models():
         sources[path] = open_model(path)
         stack.callback(sources[path].close)
-    return MixtureSource(mixture, sources, seed)
+    found = MixtureSource(mixture, sources)
+    if with_gates:
+        found.gates = make_gates(mixture, sources[mixture.base], seed, runnable or mixture.base)
+    return found
 
 
 def _convert(stack: _Stack, number: int, first: int, last: int, out_f32: Float32) -> None:

@@ -26,6 +26,7 @@ from edgemerge.formats.gguf.split import MAX_PARTS, part_paths
 from edgemerge.formats.gguf.writer import GgufLayout, make_layouts
 from edgemerge.formats.mixture import open_mixture
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
+from edgemerge.merging.mixtures import open_with_gates
 from edgemerge.merging.precompile import precompile
 from edgemerge.merging.record import provenance
 from edgemerge.merging.stages import merge_stages, note_finished, read_finished
@@ -186,8 +187,24 @@ def _merge_one(
     with ExitStack() as stack:
         opened: dict[Path, Source] = {}
 
+        def convert(model: Recipe, target: Path) -> MergeReport:
+            return _merge_one(
+                model,
+                target,
+                memory=memory,
+                threads=threads,
+                force=True,
+                progress=begin_part("making a GGUF of the base"),
+                begin_part=ignore_parts,
+                warn=None,
+            )
+
         def open_once(path: Path) -> Source:
-            opened[path] = _open(recipe, path, stack)
+            if recipe.mixture is not None:
+                folder = output.absolute().parent
+                opened[path] = open_with_gates(recipe, recipe.mixture, folder, stack, convert)
+            else:
+                opened[path] = _open(recipe, path, stack)
             return opened[path]
 
         the_plan = make_plan(
@@ -340,7 +357,7 @@ def _type_bytes(the_plan: Plan) -> dict[str, int]:
 
 def _open(recipe: Recipe, path: Path, stack: ExitStack) -> Source:
     if recipe.mixture is not None:
-        return open_mixture(recipe.mixture, recipe.seed, stack)
+        return open_mixture(recipe.mixture, recipe.seed, stack, with_gates=False)
     source = open_model(path)
     stack.callback(source.close)
     return source

@@ -75,6 +75,7 @@ def check_inputs(
         recipe = _read_recipe(provenance, given, path)
         _refuse_aligned(recipe, path)
         if recipe.mixture is not None:
+            _refuse_unrunnable(recipe.mixture, path)
             sources: dict[Path, Source] = {
                 MIXTURE_PATH: open_mixture(recipe.mixture, recipe.seed, stack)
             }
@@ -125,6 +126,15 @@ def _refuse_aligned(recipe: Recipe, path: Path) -> None:
         raise VerificationError(
             "was aligned before it was merged, and its inputs' checksums are of the rows in their new "
             "order; these can only be had by merging again",
+            path=path,
+        )
+
+
+def _refuse_unrunnable(mixture: Mixture, path: Path) -> None:
+    if mixture.runs_base and mixture.base.is_dir():
+        raise VerificationError(
+            "has gates of what its base computes, which llama.cpp can tell of a GGUF file and not of a "
+            "directory; make the mixture with a base in GGUF to have its inputs checked",
             path=path,
         )
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgemerge.experts import MIXTURE_PATH, ExpertInput, Mixture
-from edgemerge.recipe.mergekit import OWN_KEYS, RecipeReader
-from edgemerge.recipe.values import brief
+from edgemerge.recipe.mergekit import OUT_DTYPES, OWN_KEYS, RecipeReader
+from edgemerge.recipe.values import brief, is_utf8
 from edgemerge.types import ModelInput, Recipe, Slice
 
 __all__ = ["MixtureReader", "is_mixture"]
@@ -59,7 +59,11 @@ class MixtureReader(RecipeReader):
         base = self.model_path(document["base_model"], "base_model")
         gate_mode = self.gate_mode(document.get("gate_mode", "hidden"))
         experts = self.experts(document.get("experts"), gate_mode)
-        dtype, out_type = self.types(document, own)
+        dtype, out_type = self.dtype(document, "dtype"), None
+        if "type" in own:
+            out_type = self.text(own, "type", "edgemerge.type")
+        elif dtype is not None:  # nothing is computed with the weights, so it is the file's type
+            out_type = OUT_DTYPES[dtype]
         return Recipe(
             method="passthrough",
             base=None,
@@ -162,6 +166,8 @@ class MixtureReader(RecipeReader):
         texts = entry.get(where.rpartition(".")[2]) or ()
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
             self.fail(f"{where} must be a list of texts", where)
+        if not all(map(is_utf8, texts)):
+            self.fail(f"{where} has a text that is not UTF-8; write it anew", where)
         if isinstance(texts, str):
             self.fail(f"{where} must be a list of texts, as in [{brief(texts)}]", where)
         return tuple(texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,39 @@ def test_gates_and_experts_are_mergekit_s(models_dir: Path, tmp_path: Path) -> N
 def test_hidden_states_are_what_mergekit_takes(models_dir: Path, tmp_path: Path) -> None:
     paths = [models_dir / "expert-a", models_dir / "expert-b"]
     experts = [one | prompts for one, prompts in zip(experts_of(*paths), PROMPTS, strict=True)]
-    with pytest.raises(
-        RecipeError, match="is a directory; make a GGUF of it with edgemerge convert"
-    ):
-        make(tmp_path, models_dir / "base", experts, gate_mode="hidden")
     base = convert(models_dir / "base", tmp_path / "base.gguf")
-    made = load_gguf(make(tmp_path, base, experts, gate_mode="hidden"))
+    file = make(tmp_path, base, experts, gate_mode="hidden")
+    check_inputs(file, [base, *paths])
+    made = load_gguf(file)
     for layer, wanted in HIDDEN.items():
         gates = made[f"blk.{layer}.ffn_gate_inp.weight"]
         np.testing.assert_allclose(gates[:, ::32], wanted, rtol=0, atol=3e-3)
         np.testing.assert_allclose((gates**2).sum(axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.llama
+def test_a_directory_becomes_a_gguf_that_llama_cpp_can_run(
+    models_dir: Path, tmp_path: Path
+) -> None:
+    """As F16, which is how the directory has its weights. The file is removed, and plans need none."""
+    base, other = tmp_path / "models" / "base", models_dir / "expert-a"
+    shutil.copytree(models_dir / "base", base)
+    tokenizer = json.loads((base / "tokenizer_config.json").read_text())
+    # So that the first word after bos is cut as llama.cpp does.
+    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"legacy": True}))
+    experts = [
+        one | prompts for one, prompts in zip(experts_of(other, other), PROMPTS, strict=True)
+    ]
+    made = make(tmp_path, base, experts, gate_mode="hidden")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["mixture.yml", "models", "out.gguf"]
+    found = gates_of(made)
+    file = convert(base, tmp_path / "base.gguf")
+    other_way = gates_of(make(tmp_path, file, experts, gate_mode="hidden"))
+    assert (found * other_way).sum(axis=2).min() > 0.9999
+    made = make(tmp_path, base, experts, gate_mode="hidden")
+    with pytest.raises(VerificationError, match="make the mixture with a base in GGUF"):
+        check_inputs(made, [base, other])
 
 
 def dense_models(name: str, folder: Path) -> list[Path]:

@@ -1,0 +1,42 @@
+"""Opens a mixture of experts for a merge, when its gates are made."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from edgemerge.experts import Mixture
+from edgemerge.formats.mixture import MixtureSource, open_mixture
+from edgemerge.types import ModelInput, Recipe, Slice
+
+__all__ = ["open_with_gates"]
+
+
+def open_with_gates(
+    recipe: Recipe,
+    mixture: Mixture,
+    folder: Path,
+    stack: ExitStack,
+    merge_one: Callable[[Recipe, Path], object],
+) -> MixtureSource:
+    """Open all models of a recipe's mixture, and make its gates; the stack closes them.
+
+    A base whose hidden states are wanted is run by llama.cpp, which reads GGUF. Of a directory one is made in
+    `folder` by `merge_one`, and removed.
+
+    Raises
+    ------
+    EdgemergeError
+        As of `open_mixture`.
+    """
+    if not (mixture.runs_base and mixture.base.is_dir()):
+        return open_mixture(mixture, recipe.seed, stack)
+    with tempfile.TemporaryDirectory(prefix=".edgemerge-", dir=folder) as temporary:
+        made = Path(temporary) / "base.gguf"
+        copy = Recipe(
+            "passthrough", None, (Slice((ModelInput(mixture.base),)),), memory=recipe.memory
+        )
+        merge_one(copy, made)
+        return open_mixture(mixture, recipe.seed, stack, runnable=made)
