@@ -276,7 +276,9 @@ def _llama3_factors(rope: Rope) -> Float32:
         wavelength = f32(2 * math.pi) / freq
         if wavelength < original / high:
             factors[i] = 1.0
-        elif wavelength > original / low or low == high:  # equal ones, as in Llama 4, have no middle
+        elif (
+            wavelength > original / low or low == high
+        ):  # equal ones, as in Llama 4, have no middle
             factors[i] = factor
         else:
             smooth = (f32(original) / wavelength - f32(low)) / f32(high - low)
