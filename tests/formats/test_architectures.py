@@ -23,11 +23,13 @@ def test_names_are_those_of_the_converter(model_type: str) -> None:
     architecture = MODEL_ARCHS[arch.KINDS_OF_MODEL[model_type].architecture]
     theirs = gguf.get_tensor_name_map(architecture, N_LAYERS)
     for gguf_name, hf_name in all_names(model_type):
-        # Gemma 2 is always tied; `GraniteMoeModel.modify_tensors` names what is shared by itself.
-        if (hf_name, model_type) != ("lm_head.weight", "gemma2") and SHARED not in hf_name:
-            # as `filter_tensors` of Mamba2Model and GptOssModel
-            own = hf_name.replace(".dt_bias", ".dt_proj.bias").replace("sinks", "sinks.weight")
-            assert theirs.get_name(own, try_suffixes=(".weight", ".bias")) == gguf_name
+        # Gemma 2 is always tied; `modify_tensors` of GraniteMoeModel and Gemma4Model names these by itself.
+        own = any(part in hf_name for part in (SHARED, "router.scale"))
+        if (hf_name, model_type) != ("lm_head.weight", "gemma2") and not own:
+            # as `filter_tensors` of Mamba2Model, GptOssModel and Gemma4Model
+            listed = hf_name.replace(".dt_bias", ".dt_proj.bias").replace("sinks", "sinks.weight")
+            listed = listed.replace("layer_scalar", "layer_scalar.weight")
+            assert theirs.get_name(listed, try_suffixes=(".weight", ".bias")) == gguf_name
 
 
 @pytest.mark.parametrize("model_type", arch.KINDS_OF_MODEL)

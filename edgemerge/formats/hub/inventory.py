@@ -153,6 +153,8 @@ class Inventory:
         stored = self._config.cuts(layer).get(hf_stem)
         if stored is None:
             return False
+        if not stored.cuts:
+            self.unused.append(stored_name)
         for cut in stored.cuts:
             own = cut.stem if layer is None else f"blk.{layer}.{cut.stem}"
             _, stem = self._find_layer(shard, stored_name, own)

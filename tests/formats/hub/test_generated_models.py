@@ -33,6 +33,8 @@ OURS = {
     ("granite4_nope", "plain"): [f"granite.{ROTATION[0]}"],
     ("granite4_hybrid", "rope"): [f"granitehybrid.{key}" for key in ROTATION],
     ("falcon_h1_norm", "plain"): ["general.size_label"],
+    # Added tokens that are not special are found before all others, as in transformers.
+    **{(f"gemma4{end}", "plain"): ["tokenizer.ggml.token_type"] for end in ("", "_keys", "_moe")},
 }
 # A tied head that has other factors than the embedding is stored, as llama.cpp would take the embedding's.
 EXTRA = {("falcon_h1_norm", "plain"): ["output.weight"]}
