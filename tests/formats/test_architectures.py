@@ -28,7 +28,8 @@ def test_names_are_those_of_the_converter(model_type: str) -> None:
             own = hf_name.replace(
                 ".dt_bias", ".dt_proj.bias"
             )  # so `Mamba2Model.filter_tensors` has it
-            if own.endswith("layer_scalar"):  # `Gemma4Model.filter_tensors`
+            own = own.replace("projections.2.", "projections.")  # of `Gemma3NModel`: one of a stack
+            if own.endswith(("layer_scalar", "output_scale")):  # `filter_tensors` of Gemma 3n and 4
                 own += ".weight"
             assert theirs.get_name(own, try_suffixes=(".weight", ".bias")) == gguf_name
 

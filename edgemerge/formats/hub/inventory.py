@@ -21,7 +21,7 @@ from edgemerge.formats.hub.cuts import Cut
 from edgemerge.formats.hub.files import CONFIG, stored_tensors
 from edgemerge.formats.hub.layouts import Decay, Groups, Layout, Scaled
 from edgemerge.formats.hub.names import is_adapter, is_packed, is_unused, own_name
-from edgemerge.formats.hub.safetensors import StoredTensor
+from edgemerge.formats.hub.safetensors import DTYPE_BITS, StoredTensor
 from edgemerge.types import TensorSpec
 
 __all__ = ["Inventory", "Place"]
@@ -42,7 +42,8 @@ class _Expert:
 class Place:
     """Where the bytes of one tensor are, and what they become.
 
-    Its parts, the experts of a stack or else one, are of equal size and follow one another.
+    Its parts, the experts of a stack or else one, are of equal size and follow one another. What is left
+    of it is 0.
     """
 
     parts: tuple[tuple[Path, int], ...]  # shard, offset in it
@@ -74,6 +75,7 @@ class Inventory:
         self.specs: dict[str, TensorSpec] = {}  # in the order in which the converter lists them
         self.unused: list[str] = []  # stored names of what inference does without
         self._path, self._config = path, config
+        self._members: dict[str, dict[int, Place]] = {}  # of stacks begun, by GGUF name
         self._experts: dict[int, dict[str, dict[int, _Expert]]] = {}  # of layers begun, by stem
         found: dict[str, str] = {}  # transformers' name -> stored name
         for shard, tensors in stored_tensors(path).items():
@@ -91,6 +93,9 @@ class Inventory:
                     )
                 self._add(shard, name, stored_name, tensor)
                 found[name] = stored_name
+        self.blank = self._fill_blanks(
+            found
+        )  # stored names of what llama.cpp wants, but does not use
         self._require_all(found)
 
     def tie_head(self) -> TensorSpec:
@@ -147,7 +152,44 @@ class Inventory:
                 raise self._refuse_unknown(shard, stored_name)
             self._check(shard, stored_name, tensor, stem, stored.shape)
             self._file_cut(own, cut, shard, tensor)
+            if stored.member[1] > 1:
+                self._gather(own, stored.member, shard, stored_name)
         return True
+
+    def _gather(self, name: str, member: tuple[int, int], shard: Path, stored_name: str) -> None:
+        """Join what was filed as one of several with the others, when the last of them has come."""
+        i, n = member
+        spec, place = self.specs.pop(name), self.places.pop(name)
+        parts = self._members.setdefault(name, {})
+        parts[i] = place
+        if any(part.dtype != place.dtype for part in parts.values()):
+            raise FormatError(
+                f"its type is {place.dtype}, not that of others of its kind; save the model in one type",
+                path=shard,
+                tensor=stored_name,
+            )
+        if len(parts) == n:
+            self.specs[name] = spec
+            joined = tuple(parts[j].parts[0] for j in range(n))
+            self.places[name] = replace(place, parts=joined)
+
+    def _fill_blanks(self, found: dict[str, str]) -> list[str]:
+        """File zeros for what may be missing; add it to what was found, and return its names."""
+        blank: list[str] = []
+        if EMBEDDING not in self.places:
+            return blank  # and refuse it
+        for layer in range(self._config.n_layers):
+            for hf_stem, stored in self._config.cuts(layer).items():
+                name = f"model.layers.{layer}.{hf_stem}"
+                if not stored.may_lack or name in found:
+                    continue
+                own, dtype = f"blk.{layer}.{stored.cuts[0].stem}", self._embedding[1].dtype
+                nbytes = prod(stored.shape) * DTYPE_BITS[dtype] // 8
+                self.places[own] = Place((), nbytes, DTYPES[dtype])
+                self.specs[own] = TensorSpec(own, stored.shape, DTYPES[dtype], nbytes)
+                found[name] = name
+                blank.append(name)
+        return blank
 
     def _file_cut(self, name: str, cut: Cut, shard: Path, tensor: StoredTensor) -> None:
         n_rows = tensor.shape[0] if len(tensor.shape) == 1 else prod(tensor.shape[:-1])
@@ -157,9 +199,9 @@ class Inventory:
             (shard, tensor.offset),
         )
         parts = tuple((shard, tensor.offset + first * n_bytes) for first in cut.starts)
-        n_stored = len(parts) * cut.height * n_bytes
+        n_made = prod(cut.shape) * DTYPE_BITS[tensor.dtype] // 8
         layout: Layout | None = None
-        self.specs[name] = TensorSpec(name, cut.shape, dtype, n_stored)
+        self.specs[name] = TensorSpec(name, cut.shape, dtype, n_made)
         if cut.stem == "ssm_a":
             layout = Decay(start, dtype, cut.starts)
             self.specs[name] = TensorSpec(name, cut.shape, "F32", 4 * prod(cut.shape))
@@ -294,6 +336,7 @@ class Inventory:
 
         def wanted() -> Iterator[str]:  # one by one: a hostile config.json has billions of layers
             yield from (hf for name, hf in family.outside.items() if name != "output.weight")
+            yield from config.cuts(None)
             names = {stem: hf for stem, hf in family.block.items() if config.required(stem)}
             names |= {stems[0]: hf for hf, stems in family.halves.items()}
             for layer in range(config.n_layers):

@@ -60,7 +60,7 @@ class HubModel:
         inventory = Inventory(self.path, self._config)
         self._places = inventory.places
         self._specs |= inventory.specs
-        self._notes = self._list_notes(inventory.unused)
+        self._notes = self._list_notes(inventory.unused, inventory.blank)
         self._metadata: dict[str, bytes] | None = None
         self._fds: dict[Path, int] = {}
         shards = (shard for place in self._places.values() for shard, _ in place.parts)
@@ -80,12 +80,17 @@ class HubModel:
             self.close()
             raise
 
-    def _list_notes(self, unused: Sequence[str]) -> list[str]:
+    def _list_notes(self, unused: Sequence[str], blank: Sequence[str]) -> list[str]:
         name, tool = self.path.name, self._config.quantised
         notes = [note] if (note := unread_files(self.path)) else []
         if unused:
             notes.append(
                 f"{name}: tensors that the language model does not use are left out: {name_some(unused)}"
+            )
+        if blank:
+            notes.append(
+                f"{name}: zeros are written for tensors that llama.cpp wants but does not use: "
+                f"{name_some(blank)}"
             )
         if tool:
             notes.append(
@@ -203,6 +208,9 @@ class HubModel:
         at = start
         while at < stop:
             part, offset = divmod(at, place.part_bytes)
+            if part >= len(place.parts):
+                view[at - start :] = bytes(stop - at)
+                break
             end = min(stop, (part + 1) * place.part_bytes)
             shard, first = place.parts[part]
             self._fill(name, [view[at - start : end - start]], (shard, first + offset))
