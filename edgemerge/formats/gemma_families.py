@@ -1,4 +1,4 @@
-"""Names of tensors in Gemma 4: per-layer embeddings, experts, and scalars of layers."""
+"""Names of tensors in Gemma 3n and 4: embeddings of layers, alternating updates, experts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,21 @@ _OUTSIDE = {
     "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
     "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
     "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
+}
+_UPDATED = {
+    "altup_correct_scale.weight": "altup.correct_output_scale",
+    "altup_correct_coef.weight": "altup.correction_coefs.weight",
+    "altup_predict_coef.weight": "altup.prediction_coefs.weight",
+    "altup_router.weight": "altup.modality_router.weight",
+    "altup_router_norm.weight": "altup.router_norm.weight",
+    "laurel_l.weight": "laurel.linear_left.weight",
+    "laurel_r.weight": "laurel.linear_right.weight",
+    "laurel_post_norm.weight": "laurel.post_laurel_norm.weight",
+}
+# Each of three matrices; GGUF has them as one stack, and the last stands for all.
+_STACKS = {
+    "altup_proj.weight": "model.altup_projections.2.weight",
+    "altup_unembd_proj.weight": "model.altup_unembed_projections.2.weight",
 }
 _GEMMA4 = {
     **_NORMS,
@@ -51,7 +66,15 @@ _ONLY = {
 _TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")
 
 # Rows of `FAMILIES`
-GEMMAS: dict[str, Family] = {"gemma4_text": Family("gemma4", _GEMMA4, only=_ONLY, towers=_TOWERS)}
+GEMMAS: dict[str, Family] = {
+    "gemma3n_text": Family(
+        "gemma3n",
+        {**_NORMS, **QKV, **QK_NORM, **OUTPUT, **FFN, **_EMBEDDED, **_UPDATED},
+        outside={**_OUTSIDE, **_STACKS},
+        towers=_TOWERS,
+    ),
+    "gemma4_text": Family("gemma4", _GEMMA4, only=_ONLY, towers=_TOWERS),
+}
 
 # What else a model type may be, going by config.json
 GEMMA_VARIANTS: dict[str, Family] = {

@@ -24,11 +24,15 @@ def test_names_are_those_of_the_converter(model_type: str) -> None:
     theirs = gguf.get_tensor_name_map(architecture, N_LAYERS)
     for gguf_name, hf_name in all_names(model_type):
         # Gemma 2 is always tied; `modify_tensors` of GraniteMoeModel and Gemma4Model names these by itself.
-        own = any(part in hf_name for part in (SHARED, "router.scale"))
+        own = any(part in hf_name for part in (SHARED, "router.scale", "router.per_expert_scale"))
         if (hf_name, model_type) != ("lm_head.weight", "gemma2") and not own:
-            # as `filter_tensors` of Mamba2Model, GptOssModel and Gemma4Model
+            # as `filter_tensors` of Mamba2Model, GptOssModel, and of Gemma 3n and 4
             listed = hf_name.replace(".dt_bias", ".dt_proj.bias").replace("sinks", "sinks.weight")
-            listed = listed.replace("layer_scalar", "layer_scalar.weight")
+            listed = listed.replace(
+                "projections.2.", "projections."
+            )  # of `Gemma3NModel`: one of a stack
+            if listed.endswith(("layer_scalar", "output_scale", "_proj")):
+                listed += ".weight"
             assert theirs.get_name(listed, try_suffixes=(".weight", ".bias")) == gguf_name
 
 

@@ -60,7 +60,8 @@ def write_model(folder: Path, config: dict[str, Any], shapes: Shapes, seed: int 
 def write_tokenizer(folder: Path, model_type: str) -> None:
     """Write the tokenizer that tests/data/architectures has for a like family."""
     source = ARCHITECTURES / TOKENIZERS.get(model_type, "granite4")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    vocabulary = "tokenizer.model" if model_type == "gemma3n_text" else "tokenizer.json"
+    for name in (vocabulary, "tokenizer_config.json", "chat_template.jinja"):
         if (source / name).is_file():
             (folder / name).write_bytes((source / name).read_bytes())
     if model_type.startswith("gemma4"):
@@ -125,7 +126,7 @@ def draw(name: str, shape: list[int], seed: int) -> NDArray[Any]:
     if name.endswith(("norm.weight", "norm_1.weight", "norm_2.weight", ".D", "scale", "scalar")):
         values = 1 + values / 4
         if "post_feedforward" in name or "post_per_layer" in name:
-            values = values / 32  # ggml looks Gemma's activation up in a table of halves
+            values = values / 256  # ggml looks Gemma's activation up in a table of halves
     elif name.endswith("A_log"):
         values = values + 1
     elif len(shape) > 1 and "embed" not in name and "conv1d" not in name and "bias" not in name:

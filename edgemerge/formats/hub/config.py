@@ -31,6 +31,7 @@ ROPE_THETA = 10000.0  # llama.cpp's own, where it is not told
 # Models with a vision tower: their type -> types of the text model in it, and how that is read
 WRAPPED = {
     "gemma3": (("gemma3_text",), "gemma3_text"),
+    "gemma3n": (("gemma3n_text",), "gemma3n_text"),
     "gemma4": (("gemma4_text",), "gemma4_text"),
     "llama4": (("llama4_text",), "llama4_text"),
     "mistral3": (("ministral3", "mistral"), "ministral3"),

@@ -73,6 +73,8 @@ def check_sharing(check: Checker, types: list[str], n_own: int) -> None:
     It takes those of the last layer that has its own for full attention, and for windows those of the one
     before (`create_memory` in llama-model.cpp). transformers takes the last of the same type.
     """
+    if n_own < 2:  # asserted there
+        raise check.unlike(SHARED, len(types) - n_own, "two layers at least that do not share")
     if n_own < len(types) and types[max(0, n_own - 2) : n_own] != [SLIDING, FULL]:
         raise check.unlike(
             SHARED,

@@ -41,7 +41,7 @@ LLAMA_LIKE: tuple[str, ...] = (
     "smollm3",
 )
 GEMMA4 = ("gemma4_text",)
-GEMMA = ("gemma2", "gemma3_text", *GEMMA4)
+GEMMA = ("gemma2", "gemma3_text", "gemma3n_text", *GEMMA4)
 # llama.cpp ends a text with EOS in the first, and begins it with BOS in the others, by default.
 UNIGRAM = encode_value("t5", "str")
 BOS_BY_DEFAULT = tuple(

@@ -38,6 +38,9 @@ OURS = {
 }
 # A tied head that has other factors than the embedding is stored, as llama.cpp would take the embedding's.
 EXTRA = {("falcon_h1_norm", "plain"): ["output.weight"]}
+# llama.cpp wants these in all layers, transformers leaves them out where others are used instead.
+UNSHARED = [f"blk.{i}.attn_{name}.weight" for i in (20, 21) for name in ("k", "v", "k_norm")]
+EXTRA[("gemma3n", "plain")] = UNSHARED
 CASES = [(name, variant) for name, facts in FACTS.items() for variant in facts["variants"]]
 
 
