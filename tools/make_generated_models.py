@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch  # noqa: TID251
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: TID251
 
 from tests.support.generated_models import (
@@ -54,7 +55,10 @@ def describe(folder: Path, shape: GeneratedShape, llama_cpp: Path) -> dict[str, 
         answers = {"logits": logits, **run_converter(folder, shape.pre, llama_cpp)}
         found[variant] = {"config": changes, **answers}
     text = shape.text or TEXT
-    text_ids = AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False)
+    if (folder / "tokenizer.model").is_file():
+        text_ids = SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode(text)
+    else:
+        text_ids = AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False)
     return {
         "config": config_json,
         "stored": shapes,

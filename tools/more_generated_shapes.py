@@ -20,6 +20,18 @@ SECTIONS = dict(
     rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5, mrope_interleaved=True,
     mrope_section=[2, 1, 1],
 )  # fmt: skip
+GEMMA4 = TINY | dict(
+    num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=8, global_head_dim=16,
+    vocab_size=390, vocab_size_per_layer_input=390, hidden_size_per_layer_input=0, sliding_window=8,
+    layer_types=["sliding_attention", "full_attention"] * 3, final_logit_softcapping=30.0,
+)  # fmt: skip
+# llama.cpp knows these numbers and no others: 20 layers with keys and values, 256, 64, 4 and 30.
+GEMMA3N = TINY | dict(
+    num_hidden_layers=22, num_kv_shared_layers=2, num_attention_heads=2, num_key_value_heads=1,
+    head_dim=8, intermediate_size=256, hidden_size_per_layer_input=256, vocab_size=384,
+    vocab_size_per_layer_input=382, sliding_window=8,
+)  # fmt: skip
+GEMMA_TEXT = "And the  sand,\n\n\nthen   and <b>3 é 🦙\n and"
 
 MORE_SHAPES: dict[str, GeneratedShape] = {
     "qwen3_next": GeneratedShape("qwen3_next", DELTA_NET | EXPERTS, "qwen2"),
@@ -34,5 +46,26 @@ MORE_SHAPES: dict[str, GeneratedShape] = {
         DELTA_NET | EXPERTS | dict(rope_parameters=SECTIONS),
         "qwen35",
         config_removed=("intermediate_size",),
+    ),
+    "gemma3n": GeneratedShape("gemma3n_text", GEMMA3N, "default"),
+    "gemma4": GeneratedShape(
+        "gemma4_text",
+        GEMMA4 | dict(hidden_size_per_layer_input=8, num_kv_shared_layers=2, use_double_wide_mlp=True),
+        "gemma4",
+        text=GEMMA_TEXT,
+    ),
+    "gemma4_keys": GeneratedShape(
+        "gemma4_text",
+        GEMMA4 | dict(attention_k_eq_v=True, num_global_key_value_heads=1),
+        "gemma4",
+        text=GEMMA_TEXT,
+    ),
+    "gemma4_moe": GeneratedShape(
+        "gemma4_text",
+        GEMMA4 | dict(
+            enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24,
+        ),
+        "gemma4",
+        text=GEMMA_TEXT,
     ),
 }  # fmt: skip

@@ -22,6 +22,7 @@ from edgemerge.formats.family import (
     ROTARY_HEADS,
     Family,
 )
+from edgemerge.formats.gemma_families import GEMMA_VARIANTS, GEMMAS
 
 __all__ = [
     "FAMILIES",
@@ -133,6 +134,7 @@ FAMILIES: dict[str, Family] = {
     **DELTA_NETS,
     "gemma2": Family("gemma2", {**_NORMS_AROUND, **QKV, **OUTPUT, **FFN}, norm_offset=1.0),
     "gemma3_text": Family("gemma3", _GEMMA3, norm_offset=1.0),
+    **GEMMAS,
     "phi3": Family(
         "phi3",
         {
@@ -157,7 +159,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 # The same, and what a model type may be besides
-KINDS_OF_MODEL: dict[str, Family] = {**FAMILIES, **VARIANTS}
+KINDS_OF_MODEL: dict[str, Family] = {**FAMILIES, **VARIANTS, **GEMMA_VARIANTS}
 
 # What GGUF calls alike in most other architectures, and its usual Hugging Face module.
 _GENERIC_BLOCK: dict[str, str] = {

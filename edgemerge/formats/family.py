@@ -23,7 +23,8 @@ class Family:
     columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     deals_in_turn: bool = False
     outside: Mapping[str, str] = field(default_factory=lambda: GLOBAL)  # as `block`, of no layer
-    # GGUF name -> the kind of layer (`layer_types` of config.json) that alone has such a tensor
+    # GGUF name -> the kind of layer (`layer_types` of config.json) that alone has such a tensor; or two,
+    # with | between them
     only: Mapping[str, str] = field(default_factory=dict)
     rotates_pairs: bool = False  # GGUF keeps the rows of q and k in another order, see ROTARY_HEADS
     norm_offset: float = 0.0  # stored norms are this much below what a vector is multiplied by

@@ -102,7 +102,7 @@ def list_changes(base: Source, expert: Source) -> tuple[list[Change], Sequence[s
             continue
         specs = find_head(base, name), find_head(expert, name)
         same_shape(*specs, base, expert)
-        if is_scale(name):
+        if is_scale(name, base):
             same_scale(name, base, name, expert)
             continue
         for spec in specs:

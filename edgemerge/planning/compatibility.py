@@ -51,6 +51,7 @@ LAYOUT_KEY = "{}.tensor_data_layout"
 KNOWN_LAYOUTS = (None, "Meta AI original pth")
 # Computed from the configuration, not learnt: copied from the base, never merged.
 CONSTANTS = ("rope_freqs", "rope_factors_long", "rope_factors_short", "attn_rot_embd")
+LEARNT_SCALES = ("ffn_gate_inp.scale", "ffn_down_exps.scale")  # in Gemma 4
 UNSCALED = "get these models as F16, BF16 or F32, whose weights have no factors"
 
 
@@ -60,12 +61,15 @@ def is_constant(name: str) -> bool:
     return stem.split(".")[-1] in CONSTANTS
 
 
-def is_scale(name: str) -> bool:
+def is_scale(name: str, source: Source) -> bool:
     """Tell whether a tensor is the factor of another one, as NVFP4 weights have it.
 
     llama.cpp multiplies the product with `NAME.weight` by `NAME.scale` (`build_lora_mm`), one number
     or one per expert. So it is as much part of the weights as a block's own scale, and no weight.
     """
+    if name.endswith(LEARNT_SCALES) and source.architecture == "gemma4":
+        weight = source.specs().get(f"{name.rpartition('.')[0]}.weight")
+        return weight is not None and weight.dtype == "NVFP4"
     return name.endswith((".scale", ".input_scale"))
 
 
@@ -214,7 +218,9 @@ def find_head(source: Source, name: str) -> TensorSpec:
 def missing_tensor(name: str, source: Source, owner: Source | None = None) -> MismatchError:
     """Say that a model lacks a tensor, which `owner` has."""
     whose = f" of {owner.path}" if owner else ""
-    remedy = UNSCALED if is_scale(name) else "only fine-tunes of one base can be merged"
+    remedy = (
+        UNSCALED if is_scale(name, owner or source) else "only fine-tunes of one base can be merged"
+    )
     return MismatchError(
         f"tensor {name!r}{whose} is missing in {source.path}; {remedy}", tensor=name
     )

@@ -290,9 +290,11 @@ class _Part:
             source = self.sources[model.path]
             if rows is None:
                 same_shape(inputs[0].spec, other.spec, self.reference, source)
-            if is_scale(name):
+            if is_scale(name, self.reference):
                 same_scale(names[0], self.reference, other.spec.name, source)
-        if is_scale(name):  # equal in all models, and no weight that settings could scale
+        if is_scale(
+            name, self.reference
+        ):  # equal in all models, and no weight that settings could scale
             return Draft(name, None, (inputs[0],), {"scale": 1.0}, is_constant=True)
         position = self.positions[offset] if layer_index(name) is not None else 0.0
         n_bases = 1 if self.base else 0

@@ -112,7 +112,7 @@ def _quantised_elements(source: Source) -> int:
 
 
 def _scales(source: Source) -> Iterator[str]:
-    if found := [name for name in source.specs() if is_scale(name)]:
+    if found := [name for name in source.specs() if is_scale(name, source)]:
         yield (
             f"{_tensors(found)} beside weights as their factors: such weights are merged only with "
             "those of a model that has the same factors"
@@ -126,7 +126,7 @@ def _unusual_tensors(source: Source) -> Iterator[str]:
             for name in source.specs()
             if hf_name(source.architecture, name) is None
             and not is_constant(name)
-            and not is_scale(name)
+            and not is_scale(name, source)
         ]
         if found:
             yield (
@@ -200,7 +200,7 @@ def _misfit(base: Source, model: Source, name: str) -> MismatchError | None:
     try:
         fits = same_width if has_rows_of_tokens(name) else same_shape
         fits(base.specs()[name], find_head(model, name), base, model)
-        if is_scale(name):
+        if is_scale(name, base):
             same_scale(name, base, name, model)
     except MismatchError as error:
         return error

@@ -11,31 +11,46 @@ MODEL_ARCHS = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
 
 
 def all_names(model_type: str) -> list[tuple[str, str]]:
-    family = arch.FAMILIES[model_type]
+    family = arch.KINDS_OF_MODEL[model_type]
     pairs = list(family.outside.items())
     for i in range(N_LAYERS):
         pairs += [(f"blk.{i}.{g}", f"model.layers.{i}.{h}") for g, h in family.block.items()]
     return pairs
 
 
-@pytest.mark.parametrize("model_type", arch.FAMILIES)
+@pytest.mark.parametrize("model_type", arch.KINDS_OF_MODEL)
 def test_names_are_those_of_the_converter(model_type: str) -> None:
-    architecture = MODEL_ARCHS[arch.FAMILIES[model_type].architecture]
+    architecture = MODEL_ARCHS[arch.KINDS_OF_MODEL[model_type].architecture]
     theirs = gguf.get_tensor_name_map(architecture, N_LAYERS)
     for gguf_name, hf_name in all_names(model_type):
-        # Gemma 2 is always tied; `GraniteMoeModel.modify_tensors` names what is shared by itself.
-        if (hf_name, model_type) != ("lm_head.weight", "gemma2") and SHARED not in hf_name:
-            # as `filter_tensors` of Mamba2Model and GptOssModel
-            own = hf_name.replace(".dt_bias", ".dt_proj.bias").replace("sinks", "sinks.weight")
-            assert theirs.get_name(own, try_suffixes=(".weight", ".bias")) == gguf_name
+        # Gemma 2 is always tied; `modify_tensors` of GraniteMoeModel and Gemma4Model names these by itself.
+        own = any(part in hf_name for part in (SHARED, "router.scale", "router.per_expert_scale"))
+        if (hf_name, model_type) != ("lm_head.weight", "gemma2") and not own:
+            # as `filter_tensors` of Mamba2Model, GptOssModel, and of Gemma 3n and 4
+            listed = hf_name.replace(".dt_bias", ".dt_proj.bias").replace("sinks", "sinks.weight")
+            listed = listed.replace(
+                "projections.2.", "projections."
+            )  # of `Gemma3NModel`: one of a stack
+            if listed.endswith(("layer_scalar", "output_scale", "_proj")):
+                listed += ".weight"
+            assert theirs.get_name(listed, try_suffixes=(".weight", ".bias")) == gguf_name
 
 
-@pytest.mark.parametrize("model_type", arch.FAMILIES)
+@pytest.mark.parametrize("model_type", arch.KINDS_OF_MODEL)
 def test_names_go_there_and_back(model_type: str) -> None:
     for gguf_name, hf_name in all_names(model_type):
         assert arch.gguf_name(model_type, hf_name) == gguf_name
         if SHARED not in hf_name:  # Granite 3's names go for both
-            assert arch.hf_name(arch.FAMILIES[model_type].architecture, gguf_name) == hf_name
+            assert arch.hf_name(arch.KINDS_OF_MODEL[model_type].architecture, gguf_name) == hf_name
+
+
+def test_columns_that_are_dealt_out() -> None:
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    owners = ("blk.1.ffn_gate_exps.weight", "blk.1.ffn_up_exps.weight")
+    assert arch.column_names("gpt_oss", name) == owners
+    assert [arch.hf_name("gpt-oss", owner) for owner in owners] == [name, name]
+    assert arch.column_names("gpt_oss", "model.norm.weight") == ()
+    assert arch.column_names("llama", name) == ()
 
 
 def test_two_matrices_that_are_stored_as_one() -> None:
@@ -161,4 +176,4 @@ def test_ignored_tensors() -> None:
 
 
 def test_rotary_tensors_are_known_ones() -> None:
-    assert set(arch.ROTARY_HEADS) <= set(arch.FAMILIES["llama"].block)
+    assert set(arch.ROTARY_HEADS) <= set(arch.KINDS_OF_MODEL["llama"].block)

@@ -15,6 +15,8 @@ from edgemerge.formats.llama_rules.mending import mend_metadata
 from edgemerge.formats.llama_rules.rwkv import stuck_byte
 from edgemerge.formats.llama_rules.vocabulary import CHARSMAP_KEY
 from edgemerge.types import TensorSpec
+from tests.support.architecture_models import convert
+from tests.support.generated_models import make_model
 from tests.support.odd_kinds import write_kind
 from tests.support.open_gguf import SCORES, TOKENS, TYPES, OddModel, load_base
 from tests.support.tiny_bert import write_tiny_bert
@@ -244,6 +246,14 @@ def test_sections_of_the_rotation_that_are_longer_than_a_head(tmp_path: Path) ->
         (found,) = violations(odd)
         assert found.startswith(f"states {key} as {sections}")
         assert found.endswith("which must be 1 to 16 in all")
+
+
+def test_layers_that_share_keys_leave_two_that_do_not(tmp_path: Path) -> None:
+    odd = load_base(convert(make_model("gemma4", tmp_path / "x"), tmp_path / "x.gguf"))
+    assert violations(odd) == []
+    key = "gemma4.attention.shared_kv_layers"
+    odd.set(key, 5, "u32")
+    assert violations(odd) == [f"states {key} as 5, which must be 2 less than the layers at most"]
 
 
 def test_a_layer_that_uses_more_experts_than_the_first_or_none(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ EXPECTED_TOO = (
 ARCHITECTURES = unpacked("architectures")
 WEIGHTS = "model.safetensors"
 TOKENIZERS = {"gpt_oss": "phi4_mini", "llama4_text": "phi4_mini", "falcon_h1": "smollm3"}
+TOKENIZERS |= dict.fromkeys(("gemma3n_text", "gemma4_text"), "gemma3")
 TOKENIZERS |= dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), "qwen3")
 QWEN35_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
@@ -59,8 +60,12 @@ def write_model(folder: Path, config: dict[str, Any], shapes: Shapes, seed: int 
 def write_tokenizer(folder: Path, model_type: str) -> None:
     """Write the tokenizer that tests/data/architectures has for a like family."""
     source = ARCHITECTURES / TOKENIZERS.get(model_type, "granite4")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).write_bytes((source / name).read_bytes())
+    vocabulary = "tokenizer.model" if model_type == "gemma3n_text" else "tokenizer.json"
+    for name in (vocabulary, "tokenizer_config.json", "chat_template.jinja"):
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())
+    if model_type.startswith("gemma4"):
+        write_gemma4_tokenizer(folder)
     if model_type.startswith("qwen3_5"):
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
         tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = QWEN35_REGEX
@@ -71,6 +76,45 @@ def write_tokenizer(folder: Path, model_type: str) -> None:
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
+def write_gemma4_tokenizer(folder: Path) -> None:
+    """Add merges to a SentencePiece's tokenizer.json, and the tokens that Gemma 4 shows or hides."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    for pair in (
+        ("t", "h"),
+        ("▁", "▁"),
+        ("▁▁", "▁"),
+        ("n", "d"),
+        ("▁", "a"),
+        ("▁a", "nd"),
+        ("\n", "\n"),
+    ):
+        for token in (*pair, "".join(pair)):
+            vocab.setdefault(token, len(vocab))
+        merges.append(list(pair))
+    for text, special in (
+        ("<mask>", True),
+        ("<|turn>", True),
+        ("<turn|>", True),
+        ("<|channel>", True),
+        ("<b>", False),
+        ("▁▁", False),
+    ):
+        vocab.setdefault(text, len(vocab))
+        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tokenizer["added_tokens"].append(
+            {"id": vocab[text], "content": text, "special": special, **plain}
+        )
+    tokenizer["post_processor"] = None
+    config = {
+        key: config[key] for key in ("bos_token", "eos_token", "unk_token", "tokenizer_class")
+    }
+    config["extra_special_tokens"] = {"sot_token": "<|turn>", "eot_token": "<turn|>"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<pad>"}))
+
+
 def draw(name: str, shape: list[int], seed: int) -> NDArray[Any]:
     """Draw a tensor: uint16 of BF16's bits, or the bytes of MXFP4."""
     rng = np.random.default_rng([zlib.crc32(name.encode()), seed])
@@ -79,8 +123,10 @@ def draw(name: str, shape: list[int], seed: int) -> NDArray[Any]:
     if name.endswith("_scales"):
         return rng.integers(121, 125, shape, np.uint8)  # powers of 2, of 127 less
     values = rng.integers(-127, 128, shape) / 128  # BF16 has them all
-    if name.endswith(("norm.weight", ".D")):
+    if name.endswith(("norm.weight", "norm_1.weight", "norm_2.weight", ".D", "scale", "scalar")):
         values = 1 + values / 4
+        if "post_feedforward" in name or "post_per_layer" in name:
+            values = values / 256  # ggml looks Gemma's activation up in a table of halves
     elif name.endswith("A_log"):
         values = values + 1
     elif len(shape) > 1 and "embed" not in name and "conv1d" not in name and "bias" not in name:

@@ -31,6 +31,8 @@ ROPE_THETA = 10000.0  # llama.cpp's own, where it is not told
 # Models with a vision tower: their type -> types of the text model in it, and how that is read
 WRAPPED = {
     "gemma3": (("gemma3_text",), "gemma3_text"),
+    "gemma3n": (("gemma3n_text",), "gemma3n_text"),
+    "gemma4": (("gemma4_text",), "gemma4_text"),
     "llama4": (("llama4_text",), "llama4_text"),
     "mistral3": (("ministral3", "mistral"), "ministral3"),
     "qwen3_5": (("qwen3_5_text",), "qwen3_5_text"),
@@ -119,8 +121,8 @@ class HubConfig:
 
     def lacks(self, layer: int, stem: str) -> bool:
         """Tell whether a layer is of a kind that has no such tensor."""
-        kind = self.family.only.get(stem)
-        return kind is not None and self.layer_kinds[layer] != kind
+        kinds = self.family.only.get(stem)
+        return kinds is not None and self.layer_kinds[layer] not in kinds.split("|")
 
     def metadata(self) -> dict[str, bytes]:
         """Return the architecture's keys, encoded, in the converter's order."""
@@ -143,6 +145,7 @@ def read_config(path: Path) -> HubConfig:
     model_type = _model_type(raw, path)
     reader = READERS[model_type]
     check = Checker(raw, path, reader.defaults)
+    check = Checker(raw | reader.restate(check), path, reader.defaults)
     _refuse_other_models(check, reader)
     n_embd = check.count("hidden_size")
     n_head = check.count("num_attention_heads")
@@ -159,7 +162,8 @@ def read_config(path: Path) -> HubConfig:
     n_ff_expert = check.count(reader.experts[2]) if reader.experts else 0
     shapes = Shapes(check.count("num_hidden_layers", most=MAX_LAYERS), n_embd, n_head, head_dim)
     context_length = check.count("max_position_embeddings")
-    rope = read_rope(check, reader.ropes, head_dim, context_length)
+    rotated = check.count("global_head_dim", head_dim, most=MAX_HEAD_DIM)  # of full attention
+    rope = read_rope(check, reader.ropes, rotated, context_length)
     if "rope.freq_base" not in reader.keys and rope.theta != ROPE_THETA:
         raise check.unlike("rope_theta", rope.theta, f"{ROPE_THETA:g}")
     values = {

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from edgemerge.formats.hub.delta_net import DELTA_NET_READERS
 from edgemerge.formats.hub.falcon_h1 import FALCONS
+from edgemerge.formats.hub.gemma3n import GEMMA3N
+from edgemerge.formats.hub.gemma4 import GEMMA4
 from edgemerge.formats.hub.gpt_oss import GPT_OSS
 from edgemerge.formats.hub.granite import GRANITES
 from edgemerge.formats.hub.llama4 import LLAMA4
@@ -169,6 +171,8 @@ READERS: dict[str, Reader] = {
         own_keys=gemma3_keys,
         states_head_dim=True,
     ),
+    **GEMMA3N,
+    **GEMMA4,
     "phi3": Reader(
         ("Phi3ForCausalLM",),
         (

@@ -20,16 +20,15 @@ from edgemerge.formats.architectures import (
 )
 from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, HubConfig
 from edgemerge.formats.hub.cuts import Cut
-from edgemerge.formats.hub.files import CONFIG, stored_tensors
+from edgemerge.formats.hub.files import stored_tensors
 from edgemerge.formats.hub.layouts import BLOCK, Decay, Groups, Layout, Scaled
 from edgemerge.formats.hub.names import is_adapter, is_packed, is_unused, own_name
-from edgemerge.formats.hub.safetensors import StoredTensor
+from edgemerge.formats.hub.safetensors import DTYPE_BITS, StoredTensor
 from edgemerge.formats.hub.stacks import PackedStacks, dealt_columns, halve
+from edgemerge.formats.hub.tensor_checker import DTYPES, TensorChecker
 from edgemerge.types import TensorSpec
 
 __all__ = ["Inventory", "Place"]
-
-DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors -> ggml
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,8 @@ class _Expert:
 class Place:
     """Where the bytes of one tensor are, and what they become.
 
-    Its parts, the experts of a stack or else one, are of equal size and follow one another.
+    Its parts, the experts of a stack or else one, are of equal size and follow one another. What is left
+    of it is 0.
     """
 
     parts: tuple[tuple[Path, int], ...]  # shard, offset in it
@@ -77,7 +77,8 @@ class Inventory:
         self.specs: dict[str, TensorSpec] = {}  # in the order in which the converter lists them
         self.unused: list[str] = []  # stored names of what inference does without
         self.packed = PackedStacks()
-        self._path, self._config = path, config
+        self._path, self._config, self._checker = path, config, TensorChecker(config)
+        self._members: dict[str, dict[int, Place]] = {}  # of stacks begun, by GGUF name
         self._experts: dict[int, dict[str, dict[int, _Expert]]] = {}  # of layers begun, by stem
         found: dict[str, str] = {}  # transformers' name -> stored name
         for shard, tensors in stored_tensors(path).items():
@@ -97,6 +98,8 @@ class Inventory:
                 found[name] = stored_name
                 if stack := self.packed.stack_name(name):
                     found.setdefault(stack, stored_name)
+        # stored names of what llama.cpp wants, but does not use
+        self.blank = self._fill_blanks(found)
         self._require_all(found)
         if self.packed.is_used:  # the converter lists them first
             self.specs = dict(sorted(self.specs.items(), key=lambda item: item[1].dtype != "MXFP4"))
@@ -113,7 +116,7 @@ class Inventory:
             self.unused.append(stored_name)
             return
         if is_packed(name):
-            raise self._refuse_packed(shard, stored_name, "a part of a packed weight")
+            raise self._checker.packed(shard, stored_name, "a part of a packed weight")
         if is_adapter(name):
             raise FormatError(
                 "belongs to a LoRA; merge it into its base model first (merge_and_unload() of peft)",
@@ -136,13 +139,13 @@ class Inventory:
         expert = expert_name(self._config.kind, name)
         new_name, number = expert or (gguf_name(self._config.kind, name), 0)
         if new_name is None or (expert is not None and number >= self._config.n_experts):
-            raise self._refuse_unknown(shard, stored_name)
+            raise self._checker.unknown(shard, stored_name)
         if expert is None:
             self._place(shard, stored_name, tensor, new_name)
             return
         layer, stem = self._find_layer(shard, stored_name, new_name)
         assert layer is not None
-        self._check(shard, stored_name, tensor, stem)
+        self._checker.check(shard, stored_name, tensor, stem)
         found = _Expert(shard, stored_name, tensor)
         self._experts.setdefault(layer, {}).setdefault(stem, {})[number] = found
         self._stack(layer)
@@ -153,14 +156,53 @@ class Inventory:
         stored = self._config.cuts(layer).get(hf_stem)
         if stored is None:
             return False
+        if not stored.cuts:
+            self.unused.append(stored_name)
         for cut in stored.cuts:
             own = cut.stem if layer is None else f"blk.{layer}.{cut.stem}"
             _, stem = self._find_layer(shard, stored_name, own)
             if layer is not None and self._config.lacks(layer, stem):
-                raise self._refuse_unknown(shard, stored_name)
-            self._check(shard, stored_name, tensor, stem, stored.shape)
+                raise self._checker.unknown(shard, stored_name)
+            self._checker.check(shard, stored_name, tensor, stem, stored.shape)
             self._file_cut(own, cut, shard, tensor)
+            if stored.member[1] > 1:
+                self._gather(own, stored.member, shard, stored_name)
         return True
+
+    def _gather(self, name: str, member: tuple[int, int], shard: Path, stored_name: str) -> None:
+        """Join what was filed as one of several with the others, when the last of them has come."""
+        i, n = member
+        spec, place = self.specs.pop(name), self.places.pop(name)
+        parts = self._members.setdefault(name, {})
+        parts[i] = place
+        if any(part.dtype != place.dtype for part in parts.values()):
+            raise FormatError(
+                f"its type is {place.dtype}, not that of others of its kind; save the model in one type",
+                path=shard,
+                tensor=stored_name,
+            )
+        if len(parts) == n:
+            self.specs[name] = spec
+            joined = tuple(parts[j].parts[0] for j in range(n))
+            self.places[name] = replace(place, parts=joined)
+
+    def _fill_blanks(self, found: dict[str, str]) -> list[str]:
+        """File zeros for what may be missing; add it to what was found, and return its names."""
+        blank: list[str] = []
+        if EMBEDDING not in self.places:
+            return blank  # and refuse it
+        for layer in range(self._config.n_layers):
+            for hf_stem, stored in self._config.cuts(layer).items():
+                name = f"model.layers.{layer}.{hf_stem}"
+                if not stored.may_lack or name in found:
+                    continue
+                own, dtype = f"blk.{layer}.{stored.cuts[0].stem}", self._embedding[1].dtype
+                nbytes = prod(stored.shape) * DTYPE_BITS[dtype] // 8
+                self.places[own] = Place((), nbytes, DTYPES[dtype])
+                self.specs[own] = TensorSpec(own, stored.shape, DTYPES[dtype], nbytes)
+                found[name] = name
+                blank.append(name)
+        return blank
 
     def _file_cut(self, name: str, cut: Cut, shard: Path, tensor: StoredTensor) -> None:
         n_rows = tensor.shape[0] if len(tensor.shape) == 1 else prod(tensor.shape[:-1])
@@ -170,9 +212,9 @@ class Inventory:
             (shard, tensor.offset),
         )
         parts = tuple((shard, tensor.offset + first * n_bytes) for first in cut.starts)
-        n_stored = len(parts) * cut.height * n_bytes
+        n_made = prod(cut.shape) * DTYPE_BITS[tensor.dtype] // 8
         layout: Layout | None = None
-        self.specs[name] = TensorSpec(name, cut.shape, dtype, n_stored)
+        self.specs[name] = TensorSpec(name, cut.shape, dtype, n_made)
         if cut.stem == "ssm_a":
             layout = Decay(start, dtype, cut.starts)
             self.specs[name] = TensorSpec(name, cut.shape, "F32", 4 * prod(cut.shape))
@@ -187,7 +229,7 @@ class Inventory:
         stem = self._own_stem(shard, stored_name, name)
         if stem == "shortconv.conv.weight" and len(tensor.shape) == 3 and tensor.shape[1] == 1:
             tensor = replace(tensor, shape=tensor.shape[::2])  # one filter for each channel
-        self._check(shard, stored_name, tensor, stem)
+        self._checker.check(shard, stored_name, tensor, stem)
         if name == EMBEDDING:
             self._embedding = shard, tensor
         tensor = replace(tensor, shape=self._config.shapes.in_gguf.get(stem, tensor.shape))
@@ -201,7 +243,7 @@ class Inventory:
         for i, name in enumerate(owners):
             stem = self._own_stem(shard, stored_name, name)
             n_experts, n_out, *inputs = shape = self._config.expected_shape(stem)
-            self._check(shard, stored_name, tensor, stem, (n_experts, *inputs, n * n_out))
+            self._checker.check(shard, stored_name, tensor, stem, (n_experts, *inputs, n * n_out))
             dtype, start = DTYPES[tensor.dtype], (shard, tensor.offset)
             layout = dealt_columns(start, dtype, shape, i, n, in_turn=in_turn)
             self.places[name] = Place((start,), tensor.nbytes, dtype, layout=layout)
@@ -229,7 +271,7 @@ class Inventory:
         """Return a GGUF name without its layer; refuse what is filed already, or not of such a layer."""
         layer, stem = self._find_layer(shard, stored_name, name)
         if layer is not None and self._config.lacks(layer, stem):
-            raise self._refuse_unknown(shard, stored_name)
+            raise self._checker.unknown(shard, stored_name)
         if name in self.places:
             raise FormatError(
                 "is there both packed and plain; remove one of the two",
@@ -244,55 +286,8 @@ class Inventory:
         if layer is None:
             return None, name
         if layer >= self._config.n_layers:
-            raise self._refuse_unknown(shard, stored_name)
+            raise self._checker.unknown(shard, stored_name)
         return layer, name.split(".", 2)[2]
-
-    def _refuse_unknown(self, shard: Path, stored_name: str) -> FormatError:
-        return FormatError(
-            f"llama.cpp's {self._config.family.architecture} with {self._config.n_layers} layers has "
-            f"no such tensor, so {CONFIG} and weights do not belong together; get both from one model",
-            path=shard,
-            tensor=stored_name,
-        )
-
-    def _refuse_packed(self, shard: Path, stored_name: str, what: str) -> FormatError:
-        tool = self._config.quantised or "some tool"
-        remedy = "give the original fp16 or bf16 model, or a GGUF"
-        if tool == "mlx":
-            remedy = "unpack it with mlx_lm.convert --dequantize, or give the original model"
-        return FormatError(
-            f"is {what}, quantised by {tool!r}, which is not read from here; {remedy}",
-            path=shard,
-            tensor=stored_name,
-        )
-
-    def _check(
-        self,
-        shard: Path,
-        stored_name: str,
-        tensor: StoredTensor,
-        stem: str,
-        expected: tuple[int, ...] = (),
-    ) -> None:
-        if tensor.dtype not in DTYPES:
-            if self._config.quantised:
-                raise self._refuse_packed(shard, stored_name, f"of type {tensor.dtype}")
-            raise FormatError(
-                f"its type {tensor.dtype} is not one of {', '.join(DTYPES)}; give the original "
-                "fp16, bf16 or fp32 model",
-                path=shard,
-                tensor=stored_name,
-            )
-        expected = expected or self._config.expected_shape(stem)
-        if tensor.shape != expected:
-            remedy = "the two files belong to different models, get the directory again"
-            if stem == "token_embd.weight" and tensor.shape[1:] == expected[1:]:
-                remedy = f"if the model got or lost tokens, write vocab_size {tensor.shape[0]} in {CONFIG}"
-            raise FormatError(
-                f"its shape is {list(tensor.shape)} but {CONFIG} makes it {list(expected)}; {remedy}",
-                path=shard,
-                tensor=stored_name,
-            )
 
     def _file(
         self, name: str, stem: str, shard: Path, tensor: StoredTensor, whole: int = 0
@@ -350,6 +345,7 @@ class Inventory:
 
         def wanted() -> Iterator[str]:  # one by one: a hostile config.json has billions of layers
             yield from (hf for name, hf in family.outside.items() if name != "output.weight")
+            yield from config.cuts(None)
             names = {stem: hf for stem, hf in family.block.items() if config.required(stem)}
             names |= {stems[0]: hf for hf, stems in {**family.halves, **family.columns}.items()}
             for layer in range(config.n_layers):

@@ -88,6 +88,11 @@ class HubModel:
             notes.append(
                 f"{name}: tensors that the language model does not use are left out: {name_some(unused)}"
             )
+        if inventory.blank:
+            notes.append(
+                f"{name}: zeros are written for tensors that llama.cpp wants but does not use: "
+                f"{name_some(inventory.blank)}"
+            )
         if tool and not inventory.packed.is_used:
             notes.append(
                 f"{name}: {CONFIG} says that the weights are quantised by {tool!r}, but they are "
@@ -204,6 +209,9 @@ class HubModel:
         at = start
         while at < stop:
             part, offset = divmod(at, place.part_bytes)
+            if part >= len(place.parts):
+                view[at - start :] = bytes(stop - at)
+                break
             end = min(stop, (part + 1) * place.part_bytes)
             shard, first = place.parts[part]
             self._fill(name, [view[at - start : end - start]], (shard, first + offset))

@@ -37,6 +37,10 @@ def _no_scales(check: Checker, shapes: Shapes) -> dict[str, Bands]:
     return {}
 
 
+def _as_stated(check: Checker) -> dict[str, Any]:
+    return {}
+
+
 def _plain_cuts(check: Checker, shapes: Shapes) -> Cuts:
     return no_cuts
 
@@ -59,6 +63,8 @@ class Reader:
     splits_embedding: bool = False  # llama.cpp takes head_dim to be n_embd / n_head
     tied: bool | None = None  # None: as the model likes
     cuts: Callable[[Checker, Shapes], Cuts] = _plain_cuts
+    # What config.json says in other words than those read here: keys that replace its own
+    restate: Callable[[Checker], dict[str, Any]] = _as_stated
     own_shapes: Callable[[Checker, Shapes], OwnShapes] = _no_shapes
     # GGUF name without `blk.N.` -> factors of its rows, where the converter multiplies weights
     scales: Callable[[Checker, Shapes], Mapping[str, Bands]] = _no_scales

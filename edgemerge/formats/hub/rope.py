@@ -37,10 +37,11 @@ LONGROPE_NAMES = ("su", "longrope")
 class Rope:
     """How one model turns queries and keys."""
 
-    kind: str  # default, linear, llama3, yarn or longrope
+    kind: str  # default, linear, llama3, yarn, longrope or proportional
     theta: float
     local_theta: float | None  # of layers with a sliding window, where they have their own
     n_rot: int  # elements of a head that are turned
+    head_dim: int
     original_length: int | None  # context length before it was stretched
     context_length: int
     values: dict[str, Any]  # all parameters, checked
@@ -85,7 +86,7 @@ def read_rope(check: Checker, kinds: tuple[str, ...], head_dim: int, context_len
     n_rot = _rotated_length(check, kinds, rope, head_dim)
     if kind == "longrope":
         _check_factors(check, rope, n_rot)
-    return Rope(kind, theta, local_theta, n_rot, original, context_length, rope)
+    return Rope(kind, theta, local_theta, n_rot, head_dim, original, context_length, rope)
 
 
 def _by_layer_kind(check: Checker, value: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
@@ -108,8 +109,13 @@ def _check_values(check: Checker, kind: str, rope: dict[str, Any]) -> None:
     if kind == "llama3":
         for key, default in LLAMA3_DEFAULTS.items():
             rope[key] = check.number(key, default, rope)
+        if rope["low_freq_factor"] > rope["high_freq_factor"]:  # equal ones are Llama 4's
+            high = rope["high_freq_factor"]
+            raise check.refuse("high_freq_factor", high, "at least low_freq_factor")
     elif kind in ("linear", "yarn"):
         rope["factor"] = check.number("factor", table=rope)
+    if kind == "proportional" and rope.get("factor") not in (None, 1, 1.0):
+        raise check.unlike("factor", rope["factor"], "1")
     if kind == "longrope":
         for name in ("factor", "attention_factor"):
             if rope.get(name) is not None:
@@ -162,7 +168,9 @@ def _rotated_length(
     """Count the elements of a head that are turned: all, but in some families maybe fewer."""
     part = rope.get("partial_rotary_factor", check.get("partial_rotary_factor"))
     part = 1.0 if part is None else part
-    turns_part = "longrope" in kinds or "partial_rotary_factor" in check.defaults
+    turns_part = (
+        "longrope" in kinds or "proportional" in kinds or "partial_rotary_factor" in check.defaults
+    )
     if not turns_part and part != 1:
         raise check.unlike("partial_rotary_factor", part, "1")
     if not isinstance(part, int | float) or not 0 < part <= 1:
@@ -251,6 +259,10 @@ def rope_tensors(rope: Rope) -> dict[str, Float32]:
     """Return the tensors that hold divisors of frequencies, (n_rot / 2,) float32, by GGUF name."""
     if rope.kind == "llama3":
         return {"rope_freqs.weight": _llama3_factors(rope)}
+    if rope.kind == "proportional":  # pairs that do not turn: `Gemma4Model.generate_extra_tensors`
+        factors = np.full(rope.head_dim // 2, 1e30, np.float32)
+        factors[: rope.n_rot // 2] = 1.0
+        return {"rope_freqs.weight": factors}
     if rope.kind == "longrope":
         return {
             f"rope_factors_{which}.weight": np.array(rope.values[f"{which}_factor"], np.float32)

@@ -77,6 +77,10 @@ def check_hyper_parameters(
     scaling = keys.read("rope.scaling.type")
     if isinstance(scaling, str) and scaling not in _ROPE_SCALINGS:
         yield keys.refuse("rope.scaling.type", repr(scaling), f"one of {', '.join(_ROPE_SCALINGS)}")
+    shared = keys.integer("attention.shared_kv_layers", 0)
+    if architecture == "gemma4" and isinstance(n_layers, int) and n_layers - shared < 2:
+        # asserted in `create_memory`, where others take over keys and values
+        yield keys.refuse("attention.shared_kv_layers", shared, "2 less than the layers at most")
     for key in _EPSILONS:
         epsilon = keys.read(key)
         if isinstance(epsilon, float) and not (epsilon >= 0 and isfinite(epsilon)):

@@ -16,7 +16,7 @@ from edgemerge.formats.tokenizer.added import AddedToken
 from edgemerge.formats.tokenizer.sentencepiece_file import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from edgemerge.formats.tokenizer.spm import looks_special, refuse_id, user_text
 
-__all__ = ["bpe_vocabulary"]
+__all__ = ["bpe_vocabulary", "joined_merges"]
 
 Json = dict[str, Any]
 Step = tuple[str | bool, ...]
@@ -164,7 +164,7 @@ def bpe_vocabulary(
             [f"[PAD{i}]" if text is None else text for i, text in enumerate(tokens)], "[str]"
         ),
         "token_type": encode_value(types, "[i32]"),
-        "merges": encode_value(_joined_merges(model["merges"]), "[str]"),
+        "merges": encode_value(joined_merges(model["merges"]), "[str]"),
     }
 
 
@@ -180,7 +180,7 @@ def _put(path: Path, tokens: list[str | None], i: object, text: str) -> None:
     tokens[i] = text
 
 
-def _joined_merges(merges: list[Any]) -> list[str]:
+def joined_merges(merges: list[Any]) -> list[str]:
     """Turn pairs into GGUF's "left right", where a space inside a part is written as U+0120.
 
     In place, so that the pairs go as the strings come: there are 280 000 in Llama 3.

@@ -16,6 +16,7 @@ from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.json_file import read_object
 from edgemerge.formats.tokenizer.added import added_tokens
 from edgemerge.formats.tokenizer.bpe import bpe_vocabulary
+from edgemerge.formats.tokenizer.gemma4 import gemma4_keys
 from edgemerge.formats.tokenizer.sentencepiece_file import UNUSED, read_sentencepiece
 from edgemerge.formats.tokenizer.special import chat_templates, special_tokens
 from edgemerge.formats.tokenizer.spm import (
@@ -39,7 +40,8 @@ LLAMA_LIKE: tuple[str, ...] = (
     "granitemoeshared",
     "smollm3",
 )
-GEMMA = ("gemma2", "gemma3_text")
+GEMMA4 = ("gemma4_text",)
+GEMMA = ("gemma2", "gemma3_text", "gemma3n_text", *GEMMA4)
 # llama.cpp ends a text with EOS in the first, and begins it with BOS in the others, by default.
 UNIGRAM = encode_value("t5", "str")
 BOS_BY_DEFAULT = tuple(
@@ -159,8 +161,19 @@ def _metadata(
     elif tokenizer_json["model"].get("type") == "Unigram":
         keys |= unigram_json_vocabulary(path, tokenizer_json, added, vocab_size)
     elif is_spm_json(tokenizer_json):
-        keys |= spm_json_vocabulary(path, tokenizer_json, tokenizer_config or {}, added, vocab_size)
-        if not adds_space(tokenizer_json):
+        vocabulary = spm_json_vocabulary(
+            path,
+            tokenizer_json,
+            tokenizer_config or {},
+            added,
+            vocab_size,
+            keeps_marks=model_type in GEMMA4,
+        )
+        if model_type in GEMMA4:
+            keys |= gemma4_keys(vocabulary, tokenizer_json)
+        else:
+            keys |= vocabulary.keys("llama")
+        if not adds_space(tokenizer_json) and model_type not in GEMMA:
             keys["add_space_prefix"] = encode_value(False, "bool")
     else:
         keys |= bpe_vocabulary(path, tokenizer_json, added, vocab_size, model_type, notes)
@@ -172,7 +185,7 @@ def _metadata(
     if model_type in LLAMA_LIKE and vocab_size == GRANITE_VOCAB:
         adds["bos"] = False
     # transformers adds what the files say, and no more; llama.cpp needs to be told in these.
-    if keys["pre"] in BOS_BY_DEFAULT:
+    if keys.get("pre") in BOS_BY_DEFAULT:
         adds.setdefault("bos", False)
     if keys["model"] == UNIGRAM:
         adds.setdefault("eos", False)
@@ -187,6 +200,8 @@ def _metadata(
         notes.append("chat_template.jinja counts, not the other template in tokenizer_config.json")
     if model_type in GEMMA:
         found["tokenizer.ggml.add_space_prefix"] = encode_value(False, "bool")
+    if model_type in GEMMA4:  # llama.cpp does so whatever it is told
+        found["tokenizer.ggml.add_bos_token"] = encode_value(True, "bool")
     return found
 
 

@@ -179,8 +179,10 @@ def spm_json_vocabulary(
     tokenizer_config: Json,
     added: list[AddedToken],
     vocab_size: int,
-) -> dict[str, bytes]:
-    """Return the `tokenizer.ggml.*` keys of such a tokenizer.json.
+    *,
+    keeps_marks: bool = False,
+) -> Vocabulary:
+    """Return the tokens of such a tokenizer.json.
 
     As `LlamaHfVocab` but for three things it gets wrong: all its scores are alike, so that llama.cpp
     would merge from left to right instead of by rank; it does not fill up to the embedding's rows; and
@@ -196,6 +198,8 @@ def spm_json_vocabulary(
         Tokens beside the vocabulary, or that override its own.
     vocab_size : int
         Number of tokens to return.
+    keeps_marks : bool
+        Whether an added token with a mark for a space is like any other, as no text has such a mark.
     """
     model, vocabulary = tokenizer_json["model"], Vocabulary(path, vocab_size)
     if max(model["vocab"].values(), default=0) >= vocab_size:
@@ -212,13 +216,15 @@ def spm_json_vocabulary(
     }
     for text, i in model["vocab"].items():
         kind = kinds.get(text, CONTROL if text in named else NORMAL)
+        if keeps_marks and kind == USER_DEFINED and "▁" in text:
+            kind = NORMAL
         kind = BYTE if BYTE_TOKEN.fullmatch(text) else kind
         shown = user_text(text) if kind == USER_DEFINED else text
         vocabulary.put(i, shown.encode(), scores.get(text, 0.0), kind)
     for token in added:
         if token.text not in model["vocab"]:
             vocabulary.put(token.id, token.text.encode(), ADDED_SCORE, kinds[token.text])
-    return vocabulary.keys("llama")
+    return vocabulary
 
 
 def _scores_of_merges(merges: list[Any]) -> dict[str, float]:

@@ -146,7 +146,10 @@ def test_index_and_shards_agree(sharded: Path) -> None:
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {"type": "linear", "factor": -2}}, "factor"),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": "x"}}, "beta_fast"),
-        ({"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4}}, "above low_freq_factor"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "low_freq_factor": 5}},
+            "at least low_freq_factor",
+        ),
         (
             {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 0.5}},
             "original_max_position_embeddings",

@@ -33,9 +33,14 @@ OURS = {
     ("granite4_nope", "plain"): [f"granite.{ROTATION[0]}"],
     ("granite4_hybrid", "rope"): [f"granitehybrid.{key}" for key in ROTATION],
     ("falcon_h1_norm", "plain"): ["general.size_label"],
+    # Added tokens that are not special are found before all others, as in transformers.
+    **{(f"gemma4{end}", "plain"): ["tokenizer.ggml.token_type"] for end in ("", "_keys", "_moe")},
 }
 # A tied head that has other factors than the embedding is stored, as llama.cpp would take the embedding's.
 EXTRA = {("falcon_h1_norm", "plain"): ["output.weight"]}
+# llama.cpp wants these in all layers, transformers leaves them out where others are used instead.
+UNSHARED = [f"blk.{i}.attn_{name}.weight" for i in (20, 21) for name in ("k", "v", "k_norm")]
+EXTRA[("gemma3n", "plain")] = UNSHARED
 CASES = [(name, variant) for name, facts in FACTS.items() for variant in facts["variants"]]
 
 
