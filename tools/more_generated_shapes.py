@@ -33,13 +33,19 @@ GEMMA3N = TINY | dict(
 )  # fmt: skip
 GEMMA_TEXT = "And the  sand,\n\n\nthen   and <b>3 é 🦙\n and"
 
+YARN = SECTIONS | dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+
 MORE_SHAPES: dict[str, GeneratedShape] = {
-    "qwen3_next": GeneratedShape("qwen3_next", DELTA_NET | EXPERTS, "qwen2"),
+    "qwen3_next": GeneratedShape(
+        "qwen3_next", DELTA_NET | EXPERTS, "qwen2",
+        variants={"yarn": {"rope_parameters": {k: v for k, v in YARN.items() if "mrope" not in k}}},
+    ),
     "qwen3_5": GeneratedShape(
         "qwen3_5_text",
         DELTA_NET | dict(tie_word_embeddings=True, rope_parameters=SECTIONS),
         "qwen35",
         text=TEXT,
+        variants={"yarn": {"rope_parameters": YARN}},
     ),
     "qwen3_5_moe": GeneratedShape(
         "qwen3_5_moe_text",

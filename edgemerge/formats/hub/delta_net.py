@@ -12,7 +12,7 @@ from edgemerge.formats.gguf.metadata import Scalar, encode_value
 from edgemerge.formats.hub.checker import Checker
 from edgemerge.formats.hub.cuts import Cut, Cuts, Stored, whole
 from edgemerge.formats.hub.own_keys import Shapes, qwen3_moe_keys, stated_kinds
-from edgemerge.formats.hub.reader import Reader
+from edgemerge.formats.hub.reader import SCALING, Reader
 
 __all__ = ["DELTA_NET_READERS"]
 
@@ -222,6 +222,7 @@ _FIRST = (
     "feed_forward_length",
     "attention.head_count",
     "attention.head_count_kv",
+    *SCALING,
     "rope.dimension_sections",
     "rope.freq_base",
     "attention.layer_norm_rms_epsilon",
@@ -258,7 +259,7 @@ DELTA_NET_READERS: dict[str, Reader] = {
     "qwen3_next": Reader(
         ("Qwen3NextForCausalLM",),
         _FIRST,
-        ("default",),
+        ("default", "yarn"),
         {
             **_DEFAULTS,
             **_MIXTURE,
@@ -278,7 +279,7 @@ DELTA_NET_READERS: dict[str, Reader] = {
     "qwen3_5_text": Reader(
         ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"),
         _FIRST,
-        ("default",),
+        ("default", "yarn"),
         {**_DEFAULTS, "num_key_value_heads": 4},
         own_keys=qwen35_keys,
         layer_kinds=delta_net_layers,
@@ -288,7 +289,7 @@ DELTA_NET_READERS: dict[str, Reader] = {
     "qwen3_5_moe_text": Reader(
         ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
         _FIRST,
-        ("default",),
+        ("default", "yarn"),
         {
             **_DEFAULTS,
             **_MIXTURE,

@@ -14,7 +14,17 @@ from edgemerge.formats.hub.cuts import Cuts, no_cuts
 from edgemerge.formats.hub.layouts import Bands
 from edgemerge.formats.hub.own_keys import Shapes, no_keys, one_kind, stated_width
 
-__all__ = ["HEADS", "LENGTHS", "LINEAR_YARN", "LLAMA", "LLAMA_ROPES", "TEXT", "OwnShapes", "Reader"]
+__all__ = [
+    "HEADS",
+    "LENGTHS",
+    "LINEAR_YARN",
+    "LLAMA",
+    "LLAMA_ROPES",
+    "SCALING",
+    "TEXT",
+    "OwnShapes",
+    "Reader",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +84,7 @@ class Reader:
     experts: tuple[tuple[str, ...], str, str] | None = None
 
 
-_ROPE = (
+SCALING = (
     "rope.scaling.type",
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
@@ -83,9 +93,8 @@ _ROPE = (
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
     "rope.scaling.attn_factor",
-    "rope.freq_base",
-    "rope.freq_base_swa",
 )
+_ROPE = (*SCALING, "rope.freq_base", "rope.freq_base_swa")
 HEADS = ("attention.head_count", "attention.head_count_kv")
 LENGTHS = ("attention.key_length", "attention.value_length")
 TEXT = (

@@ -81,9 +81,9 @@ def read_rope(check: Checker, kinds: tuple[str, ...], head_dim: int, context_len
     theta = check.number("rope_theta", check.number("rope_theta", 10000.0), rope)
     if theta <= 1:
         raise check.refuse("rope_theta", theta, "above 1")
-    if kind == "yarn" and original is not None:
-        _check_yarn_range(check, rope, head_dim, original, theta)
     n_rot = _rotated_length(check, kinds, rope, head_dim)
+    if kind == "yarn" and original is not None:
+        _check_yarn_range(check, rope, n_rot, original, theta)
     if kind == "longrope":
         _check_factors(check, rope, n_rot)
     return Rope(kind, theta, local_theta, n_rot, head_dim, original, context_length, rope)
@@ -131,7 +131,7 @@ def _check_values(check: Checker, kind: str, rope: dict[str, Any]) -> None:
 
 
 def _check_yarn_range(
-    check: Checker, rope: dict[str, Any], head_dim: int, original: int, theta: float
+    check: Checker, rope: dict[str, Any], n_rot: int, original: int, theta: float
 ) -> None:
     """Refuse what changes the frequencies that are stretched in part: llama.cpp has them fixed.
 
@@ -140,10 +140,10 @@ def _check_yarn_range(
 
     def limits(fast: float, slow: float) -> tuple[int, int]:
         low, high = (
-            head_dim * math.log(original / (beta * 2 * math.pi)) / (2 * math.log(theta))
+            n_rot * math.log(original / (beta * 2 * math.pi)) / (2 * math.log(theta))
             for beta in (fast, slow)
         )
-        return max(0, math.floor(low)), min(head_dim - 1, math.ceil(high))
+        return max(0, math.floor(low)), min(n_rot - 1, math.ceil(high))
 
     betas = [float(rope.get(name) or default) for name, default in YARN_BETAS.items()]
     if limits(*betas) != limits(*YARN_BETAS.values()):

@@ -148,7 +148,7 @@ def _metadata(
         json_counts=as_written,
         may_lack_image=model_type in GEMMA,
     )
-    if (path / "tokenizer.model").is_file():
+    if (path / "tokenizer.model").is_file() and model_type not in GEMMA4:
         model = read_sentencepiece(path / "tokenizer.model")
         if model.is_unigram:
             keys |= unigram_vocabulary(path, model, added, vocab_size)
@@ -156,7 +156,10 @@ def _metadata(
             keys |= spm_vocabulary(path, model, added, vocab_size, as_written=as_written)
     elif tokenizer_json is None:
         raise FormatError(
-            "has neither tokenizer.model nor tokenizer.json; get one of them", path=path
+            "has no tokenizer.json; get it"
+            if model_type in GEMMA4
+            else "has neither tokenizer.model nor tokenizer.json; get one of them",
+            path=path,
         )
     elif tokenizer_json["model"].get("type") == "Unigram":
         keys |= unigram_json_vocabulary(path, tokenizer_json, added, vocab_size)

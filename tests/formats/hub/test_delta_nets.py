@@ -100,7 +100,7 @@ def test_layers_by_their_period(tmp_path: Path) -> None:
         ("qwen3_5", {"rope_parameters": {SECTIONS: [9, 9, "1"]}}, "must be a list of three numbers"),
         ("qwen3_5", {"rope_parameters": {SECTIONS: [8, 8, 8]}}, "sections of 16 elements at most"),
         ("qwen3_5", {"rope_parameters": {SECTIONS: [4, 0, 0]}}, "sections that cover 2 pairs"),
-        ("qwen3_5", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "type 'yarn'"),
+        ("qwen3_5", {"rope_parameters": {"rope_type": "llama3"}}, "type 'llama3'"),
         ("qwen3_5_moe", {"num_experts": 5}, "mlp.gate.weight': its shape is [4, 32]"),
         ("qwen3_5_moe", {"shared_expert_intermediate_size": 8}, "makes it [32, 8]"),
         ("qwen3_next", {"norm_topk_prob": False}, "norm_topk_prob is 'False'"),

@@ -133,6 +133,16 @@ def test_a_missing_tensor_is_named(name: str, missing: str, tmp_path: Path) -> N
     assert f"tensor '{missing}': is missing" in str(caught.value)
 
 
+def test_gemma4_goes_by_its_merges(tmp_path: Path) -> None:
+    folder = make_model("gemma4", tmp_path)
+    plain = everything(folder)
+    (folder / "tokenizer.model").write_bytes(b"not read")
+    assert everything(folder) == plain
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FormatError, match=r"has no tokenizer\.json; get it"):
+        everything(folder)
+
+
 def test_defaults_of_gemma3n(tmp_path: Path) -> None:
     plain = everything(make_model("gemma3n", tmp_path / "plain"))
     unsaid = ("activation_sparsity_pattern", "layer_types", "rope_parameters", "laurel_rank")
