@@ -31,8 +31,11 @@ from edgemerge.errors import EdgemergeError
 
 EXACT, NORM = 1e-5, 0.003  # largest relative difference, and that of norms where masks are drawn
 DRAWS = ("dare", "della")
+SECONDS = (
+    300  # that mergekit may take for a recipe; Karcher means of a thousand iterations take longer
+)
 MERGEKIT = """
-import json, os, sys
+import json, os, signal, sys
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
@@ -41,8 +44,14 @@ from mergekit.options import MergeOptions
 from mergekit.scripts.multimerge import load_config, make_tasks
 
 options = MergeOptions(random_seed=1, lora_merge_cache=sys.argv[2], write_model_card=False)
+
+def give_up(number, frame):
+    raise TimeoutError(f"not done after {sys.argv[3]} s")
+
+signal.signal(signal.SIGALRM, give_up)
 for line in open(sys.argv[1]):
     one = json.loads(line)
+    signal.alarm(int(sys.argv[3]))
     try:
         if one["multi"]:
             os.makedirs(one["output"] + "-stages")
@@ -93,7 +102,14 @@ def run_mergekit(
         ]
         (work / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         done = subprocess.run(
-            [peers / "bin" / "python", "-c", MERGEKIT, work / "requests.jsonl", folder / "loras"],
+            [
+                peers / "bin" / "python",
+                "-c",
+                MERGEKIT,
+                work / "requests.jsonl",
+                folder / "loras",
+                str(SECONDS),
+            ],
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
