@@ -159,6 +159,26 @@ def test_the_file_says_which_adapters_it_was_made_of(tmp_path: Path) -> None:
         check_inputs(output, [LLAMA, Path(expert)])
 
 
+def test_a_recipe_of_mergekit_names_adapters(tmp_path: Path) -> None:
+    first = write_adapter(KINDS["lora"], tmp_path / "first")
+    second = write_adapter(KINDS["rslora"], tmp_path / "second")
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {LLAMA}\nmodels:\n"
+        f"  - {{model: {LLAMA}+first, parameters: {{weight: 0.5}}}}\n"
+        f"  - {{model: {{model: {{path: {LLAMA}}}, lora: {{path: second}}}}, parameters: {{weight: 1}}}}\n"
+    )
+    found = edgemerge.merge(edgemerge.load_recipe(recipe), tmp_path / "recipe.gguf")
+    experts: list[tuple[str, float | None]] = [
+        (f"{LLAMA}+{first}", 0.5),
+        (f"{LLAMA}+{second}", 1.0),
+    ]
+    flags = edgemerge.make_recipe("task_arithmetic", experts, base=str(LLAMA))
+    edgemerge.merge(flags, tmp_path / "flags.gguf")
+    assert stored(tmp_path / "recipe.gguf") == stored(tmp_path / "flags.gguf")
+    assert found.models == ("llama", "llama+first", "llama+second")
+
+
 def test_an_adapter_is_never_written_over(tmp_path: Path) -> None:
     adapter = write_adapter(KINDS["lora"], tmp_path / "adapter")
     recipe = edgemerge.make_recipe("linear", [(f"{LLAMA}+{adapter}", None)])
