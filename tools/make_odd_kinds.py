@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Make tests/data/odd_kinds.json: the headers that llama.cpp's converter writes for tiny models that are no
-plain decoders. The weights are not kept: tests/support/odd_kinds.py draws them.
+"""Make tests/data/odd_kinds.json.xz: the headers that llama.cpp's converter writes for tiny models that are
+no plain decoders. The weights are not kept: tests/support/odd_kinds.py draws them.
 
     python -m tools.make_odd_kinds LLAMA_CPP_SOURCE
 
@@ -23,6 +23,7 @@ sys.path.insert(1, f"{sys.argv[1]}/gguf-py")  # before another gguf is imported
 import gguf
 from conversion import get_model_class
 
+from tests.support.fixtures import write_json
 from tests.support.odd_kinds import HEADERS, N_TOKENS
 
 COMMON: dict[str, Any] = {
@@ -172,7 +173,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             header = convert(name, Path(folder))
         lines.append(f"{json.dumps(name)}: {json.dumps(header, separators=(',', ':'))}")
-    HEADERS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    write_json(HEADERS, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -35,11 +35,14 @@ def precompile(the_plan: Plan) -> None:
         The compiler failed.
     """
     jobs = [job for job in the_plan.jobs if not job.is_byte_copy]
+    specs = [tensor.spec for job in jobs for tensor in job.inputs]
     if jobs:
+        if any(spec.like for spec in specs):  # adapters change these
+            compile_missing({"lora.add_product"})
         precompile_kernels(
             the_plan.recipe.method,
             the_plan.align,
-            read={tensor.spec.dtype for job in jobs for tensor in job.inputs},
+            read={dtype for spec in specs for dtype in (spec.dtype, spec.like) if dtype},
             written={job.out.dtype for job in jobs if not job.is_weighted},
             weighed={job.out.dtype for job in jobs if job.is_weighted},
             neurons=the_plan.recipe.neurons,

@@ -66,7 +66,7 @@ class RecipeReader(TokenizerReader):
         places |= dict.fromkeys(known_parameters(), "parameters")
         self.check_keys(document, TOP_KEYS, "the recipe", places=places)
         method = self.text(document, "merge_method")
-        base = self.base(document, "base_model")
+        self.base_path = base = self.base(document, "base_model")
         own = self.mapping(document.get("edgemerge") or {}, "edgemerge")
         self.check_own_keys(own, OWN_KEYS, "edgemerge")
         dtype, out_type = self.types(document, own)
@@ -170,6 +170,8 @@ class RecipeReader(TokenizerReader):
         self.check_keys(entry, SLICE_KEYS, where, places=_inside_parameters())
         if entry.get("residual_weight") is not None:
             self.notes.append(f"{where}.residual_weight has no effect, as in mergekit")
+        base = self.base(entry, f"{where}.base_model")
+        outer, self.base_path = self.base_path, base or self.base_path
         sources = []
         for i, source in enumerate(self.sequence(entry.get("sources"), f"{where}.sources")):
             at = f"{where}.sources[{i}]"
@@ -182,12 +184,13 @@ class RecipeReader(TokenizerReader):
                     self.parameters(source.get("parameters"), f"{at}.parameters"),
                 )
             )
+        self.base_path = outer
         if len({stop - start for start, stop in (s.layer_range or (0, 0) for s in sources)}) > 1:
             self.fail(f"the sources of {where} have layer ranges of different lengths", where)
         return Slice(
             tuple(sources),
             self.parameters(entry.get("parameters"), f"{where}.parameters"),
-            self.base(entry, f"{where}.base_model"),
+            base,
         )
 
     def base(self, table: Mapping[str, Any], where: str) -> Path | None:

@@ -121,13 +121,14 @@ def make_recipe(
         As of `load_recipe`.
     """
     reader = ValueReader(None, finder=finder)
+    reader.base_path = reader.model_path(base, "--base") if base is not None else None
     inputs = []
     for text, weight in models:
         own = {} if weight is None else {"weight": reader.rules(weight, f"the weight of {text}")}
         inputs.append(ModelInput(reader.model_path(text, "model"), parameters=own))
     return Recipe(
         method=method,
-        base=reader.model_path(base, "--base") if base is not None else None,
+        base=reader.base_path,
         slices=(Slice(tuple(inputs)),),
         parameters=reader.parameters(dict(parameters or {}), "-P"),
         defaults={"weight": (Rule(1.0),)},

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from edgemerge.errors import RecipeError
 from edgemerge.finding.finder import Finder
-from edgemerge.formats.adapters.reference import AdapterUse, join_reference
+from edgemerge.formats.adapters.reference import AdapterUse, is_adapter, join_reference
 from edgemerge.methods.table import known_parameters
 from edgemerge.recipe.references import read_reference
 from edgemerge.sizes import parse_size
@@ -71,6 +71,7 @@ class ValueReader:
         self.strict = strict
         self.stages = stages
         self.notes: list[str] = []
+        self.base_path: Path | None = None  # which adapters alone are added to
 
     def fail(self, message: str, field: str | None = None) -> NoReturn:
         """Refuse the recipe."""
@@ -211,7 +212,7 @@ class ValueReader:
         if isinstance(value, str) and value and value not in self.stages:
             found = self.find(value, where)  # whole, as + and @ may be part of a name
             if found is not None:
-                return found
+                return self.with_base(found)
         reference = read_reference(value)
         if reference is None:
             self.fail(
@@ -236,7 +237,13 @@ class ValueReader:
             )
             for adapter in reference.adapters
         ]
-        return join_reference(found, adapters) if adapters else found
+        return join_reference(found, adapters) if adapters else self.with_base(found)
+
+    def with_base(self, found: Path) -> Path:
+        """Take an adapter alone for the base with that adapter."""
+        if self.base_path is None or not self.base_path.is_absolute() or not is_adapter(found):
+            return found
+        return join_reference(self.base_path, [AdapterUse(found)])
 
     def local_path(self, path: str, revision: str | None, where: str, what: str = "model") -> Path:
         """Find a model or an adapter, which must be here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,8 +17,9 @@ import edgemerge
 from edgemerge import budget
 from edgemerge.budget import ArenaNeed
 from edgemerge.cli import make_app
-from edgemerge.errors import OutputError, VerificationError
+from edgemerge.errors import FormatError, OutputError, VerificationError
 from edgemerge.formats.adapters import model as adapted
+from edgemerge.merging.extraction import extract
 from edgemerge.merging.run import plan
 from edgemerge.planning import plan as planning
 from edgemerge.provenance.inputs import check_inputs
@@ -157,6 +159,63 @@ def test_the_file_says_which_adapters_it_was_made_of(tmp_path: Path) -> None:
     )
     with pytest.raises(VerificationError, match="is not the input of that name"):
         check_inputs(output, [LLAMA, Path(expert)])
+
+
+def test_a_recipe_of_mergekit_names_adapters(tmp_path: Path) -> None:
+    first = write_adapter(KINDS["lora"], tmp_path / "first")
+    second = write_adapter(KINDS["rslora"], tmp_path / "second")
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {LLAMA}\nmodels:\n"
+        f"  - {{model: {LLAMA}+first, parameters: {{weight: 0.5}}}}\n"
+        f"  - {{model: {{model: {{path: {LLAMA}}}, lora: {{path: second}}}}, parameters: {{weight: 1}}}}\n"
+    )
+    found = edgemerge.merge(edgemerge.load_recipe(recipe), tmp_path / "recipe.gguf")
+    experts: list[tuple[str, float | None]] = [
+        (f"{LLAMA}+{first}", 0.5),
+        (f"{LLAMA}+{second}", 1.0),
+    ]
+    flags = edgemerge.make_recipe("task_arithmetic", experts, base=str(LLAMA))
+    edgemerge.merge(flags, tmp_path / "flags.gguf")
+    assert stored(tmp_path / "recipe.gguf") == stored(tmp_path / "flags.gguf")
+    assert found.models == ("llama", "llama+first", "llama+second")
+
+
+def test_an_adapter_alone_is_added_to_the_base(tmp_path: Path) -> None:
+    first = write_adapter(KINDS["lora"], tmp_path / "first")
+    (first / "config.json").write_text((LLAMA / "config.json").read_text())  # as some tools save
+    extract(LLAMA, f"{LLAMA}+{first}", tmp_path / "second.gguf", rank=4)
+    alone: list[tuple[str, float | None]] = [
+        (str(first), 0.5),
+        (str(tmp_path / "second.gguf"), None),
+    ]
+    found = edgemerge.make_recipe("task_arithmetic", alone, base=str(LLAMA))
+    assert found.models() == tuple(
+        Path(path) for path in (LLAMA, f"{LLAMA}+{first}", f"{LLAMA}+{tmp_path / 'second.gguf'}")
+    )
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"merge_method: ties\nmodels: [{{model: first}}, {{model: second.gguf}}]\nbase_model: {LLAMA}\n"
+    )
+    assert edgemerge.load_recipe(recipe).models() == found.models()
+    edgemerge.merge(found, tmp_path / "merged.gguf")
+    with pytest.raises(FormatError, match=r"give it with its base model, as in BASE\+ADAPTER"):
+        edgemerge.merge(edgemerge.make_recipe("linear", alone[:1]), tmp_path / "other.gguf")
+    with pytest.raises(FormatError, match=r"give it with its base model, as in BASE\+ADAPTER"):
+        edgemerge.merge(edgemerge.make_recipe("linear", alone[1:]), tmp_path / "other.gguf")
+
+
+def test_an_adapter_beside_the_weights_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "both"
+    write_adapter(KINDS["lora"], folder)
+    for path in LLAMA.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    with closing(edgemerge.open_model(folder)) as source:
+        assert source.notes()[0].startswith(
+            "both: a LoRA adapter lies beside the weights and is not"
+        )
+    with closing(edgemerge.open_model(f"{folder}+{folder}")) as source:
+        assert source.specs()["blk.0.attn_q.weight"].dtype == "F32"
 
 
 def test_an_adapter_is_never_written_over(tmp_path: Path) -> None:

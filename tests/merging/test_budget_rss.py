@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgemerge.errors import BudgetError
 from edgemerge.merging.run import plan
 from edgemerge.recipe.recipe import make_recipe
+from tests.support.adapters import FRONT, Kind, pair, write_adapter
 from tests.support.fixtures import unpacked
 from tests.support.places import ROOT
 
@@ -72,6 +74,26 @@ def test_peak_stays_under_the_budget(
         arguments = [*flags(random_models, method), "--memory", f"{memory}MiB"]
         report = run_merge([*arguments, "--threads", str(threads)], tmp_path / f"{memory}.gguf")
         assert report["budget_bytes"] == memory * MIB
+        assert int(report["peak_rss_bytes"]) <= memory * MIB
+        hashes.add(report["sha256"])
+    assert len(hashes) == 1
+
+
+def test_adapters_are_in_the_budget(random_models: list[Path], tmp_path: Path) -> None:
+    base = random_models[0]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(30):
+        shapes |= pair(f"model.layers.{layer}.mlp.down_proj", 576, 1536, 256)
+        shapes |= pair(f"model.layers.{layer}.self_attn.q_proj", 576, 576, 8)
+    shapes |= {f"{FRONT}model.embed_tokens.lora_embedding_A": (64, 49152)}
+    shapes |= {f"{FRONT}model.embed_tokens.lora_embedding_B": (576, 64)}
+    adapter = write_adapter(Kind("smollm2", {"r": 256}, shapes, np.float16), tmp_path / "adapter")
+    experts = [f"{base}+{adapter}", f"{base}+0.5*{adapter}"]
+    hashes = set()
+    for memory, threads in ((112, 1), (192, 2), (1024, 2)):
+        arguments = ["-m", "ties", "--base", str(base), *experts, "-P", "density=0.5"]
+        arguments += ["--type", "Q4_K_M", "--memory", f"{memory}MiB", "--threads", str(threads)]
+        report = run_merge(arguments, tmp_path / f"{memory}.gguf")
         assert int(report["peak_rss_bytes"]) <= memory * MIB
         hashes.add(report["sha256"])
     assert len(hashes) == 1

@@ -5,7 +5,6 @@ model, an encoder. Names, shapes and settings are those of llama.cpp's converter
 from __future__ import annotations
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,19 @@ from typing import Any
 import numpy as np
 
 from edgemerge.formats.gguf.metadata import encode_value
+from tests.support.fixtures import read_json
 from tests.support.open_gguf import OddModel, load_base
 from tests.support.tiny_bert import write_tiny_bert
 from tests.support.tiny_gguf import write_tiny_gguf
 
-HEADERS = Path(__file__).resolve().parents[1] / "data" / "odd_kinds.json"
+HEADERS = Path(__file__).resolve().parents[1] / "data" / "odd_kinds.json.xz"
 N_TOKENS = 320
 
 
 @functools.cache
 def headers() -> dict[str, dict[str, Any]]:
     """By name of the kind: architecture, metadata with their types, and type and shape of each tensor."""
-    found: dict[str, dict[str, Any]] = json.loads(HEADERS.read_text())
+    found: dict[str, dict[str, Any]] = read_json(HEADERS)
     return found
 
 

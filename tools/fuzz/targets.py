@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from tools.fuzz.adapter import read_adapter
 from tools.fuzz.directory import read_directory
 from tools.fuzz.gguf_file import read_gguf
 from tools.fuzz.imatrix_file import read_imatrix
@@ -20,4 +21,5 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = {
     "imatrix": read_imatrix,
     "directory": read_directory,
     "recipe": read_recipe,
+    "adapter": read_adapter,
 }

@@ -8,17 +8,22 @@ from __future__ import annotations
 import math
 import os
 import re
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from edgemerge.formats.gguf.split import whole_name
+from edgemerge.formats.hub.files import is_adapter_dir
 
 __all__ = ["AdapterUse", "ModelReference", "expand_inputs", "join_reference", "model_name"]
-__all__ += ["split_reference", "split_weight"]
+__all__ += ["is_adapter", "split_reference", "split_weight"]
 
+HEAD = 4096  # bytes of a GGUF file, where converters write general.type
 MAX_PLUS = 64  # signs in one text that are tried as the end of a name
 
+# The key and its value as GGUF stores them: a text of seven bytes.
+_TYPE = b"general.type" + struct.pack("<IQ", 8, 7) + b"adapter"
 _WEIGHT = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\*(.+)", re.ASCII | re.IGNORECASE)
 
 
@@ -77,6 +82,17 @@ def _read_adapters(pieces: list[str]) -> tuple[AdapterUse, ...] | None:
         if rest is not None:
             return AdapterUse(Path(name), weight), *rest
     return None
+
+
+def is_adapter(path: Path) -> bool:
+    """Tell whether a path is a LoRA adapter: a directory of PEFT without a model, or a GGUF adapter."""
+    if path.is_dir():
+        return is_adapter_dir(path)
+    try:
+        with path.open("rb") as file:
+            return _TYPE in file.read(HEAD)
+    except OSError:
+        return False
 
 
 def model_name(path: Path) -> str:

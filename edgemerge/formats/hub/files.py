@@ -12,7 +12,8 @@ from edgemerge.finding.cache import folder_name
 from edgemerge.formats.hub.safetensors import StoredTensor, read_header
 from edgemerge.formats.json_file import read_object
 
-__all__ = ["CONFIG", "is_hub_dir", "refuse_folder", "stored_tensors", "unread_files"]
+__all__ = ["ADAPTER", "CONFIG", "is_adapter_dir", "is_hub_dir", "refuse_folder", "stored_tensors"]
+__all__ += ["unread_files"]
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -24,6 +25,18 @@ MAX_INDEX_BYTES, MAX_INDEX_VALUES = 24_000_000, 250_000
 def is_hub_dir(path: str | os.PathLike[str]) -> bool:
     """Tell whether a path is a directory that looks like a Hugging Face model or adapter."""
     return any((Path(path) / name).is_file() for name in (CONFIG, ADAPTER))
+
+
+def is_adapter_dir(path: Path) -> bool:
+    """Tell whether a directory is a LoRA adapter without its model; some tools save config.json with it."""
+    return (path / ADAPTER).is_file() and not has_weights(path)
+
+
+def has_weights(path: Path) -> bool:
+    """Tell whether a directory has a model's own weights, in safetensors."""
+    if (path / SINGLE).is_file() or (path / INDEX).is_file():
+        return True
+    return any(SHARD.fullmatch(found.name) for found in path.glob("model-*.safetensors"))
 
 
 def refuse_folder(path: Path) -> None:
@@ -39,7 +52,7 @@ def refuse_folder(path: Path) -> None:
             f"is no model folder: it has no {CONFIG}; give a GGUF file or a Hugging Face directory",
             path=path,
         )
-    if (path / ADAPTER).is_file() and not (path / CONFIG).is_file():
+    if is_adapter_dir(path):
         raise FormatError(
             "is a LoRA adapter, not a model; give it with its base model, as in BASE+ADAPTER",
             path=path,

@@ -26,7 +26,7 @@ from edgemerge.formats.files import (
 )
 from edgemerge.formats.hub.card import general_metadata
 from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, read_config
-from edgemerge.formats.hub.files import CONFIG, refuse_folder, unread_files
+from edgemerge.formats.hub.files import ADAPTER, CONFIG, refuse_folder, unread_files
 from edgemerge.formats.hub.inventory import Inventory, Place
 from edgemerge.formats.hub.layouts import as_f32
 from edgemerge.formats.hub.names import name_some
@@ -84,6 +84,11 @@ class HubModel:
     def _list_notes(self, inventory: Inventory) -> list[str]:
         name, tool, unused = folder_name(self.path), self._config.quantised, inventory.unused
         notes = [note] if (note := unread_files(self.path)) else []
+        if (self.path / ADAPTER).is_file():
+            notes.append(
+                f"{name}: a LoRA adapter lies beside the weights and is not added to them; give "
+                f"{name}+{name} to add it"
+            )
         if unused:
             notes.append(
                 f"{name}: tensors that the language model does not use are left out: {name_some(unused)}"

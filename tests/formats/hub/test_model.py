@@ -1,7 +1,6 @@
 """Hugging Face directories: against llama.cpp's converter (stored results), and what is refused."""
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -16,11 +15,11 @@ from safetensors.numpy import load_file
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.hub.model import HubModel
-from tests.support.fixtures import unpacked
+from tests.support.fixtures import read_json, unpacked
 from tests.support.places import TESTS
 
 HUB = TESTS / "data" / "hub"
-EXPECTED = json.loads((HUB / "expected.json").read_text())
+EXPECTED = read_json(HUB / "expected.json.xz")
 DIRECTORIES = {
     name: HUB / name
     for name in ("llama3", "smollm", "qwen_bias_sharded", "mistral_tekken", "gpt2_yarn")
