@@ -7,6 +7,7 @@ so new tokens are compared by their texts.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,19 @@ from edgemerge.output.report import MergeReport
 from edgemerge.provenance.inputs import check_inputs
 from edgemerge.runtime.llama import Model
 from tests.support.places import TESTS
+from tests.support.safetensors_files import read_safetensors, write_safetensors
 from tests.support.small_models import gguf_name, load_gguf
-from tests.support.vocabularies import CASES, EMBEDDING, HEAD, KINDS, TEXTS, make_models, row_sums
+from tests.support.vocabularies import (
+    CASES,
+    EMBEDDING,
+    HEAD,
+    KINDS,
+    TEXTS,
+    edit,
+    make_model,
+    make_models,
+    row_sums,
+)
 
 EXPECTED = json.loads((TESTS / "data" / "unions.json").read_text())
 
@@ -90,3 +102,65 @@ def test_rows_are_mergekits_and_ids_are_transformers(
             found = context.decode(last_tokens, range(2), [(0,)] * 2, [False, True])
             assert np.isfinite(found).all()
     check_inputs(out, [folder / name for name in report.models])
+
+
+# -- normal tokens -----------------------------------------------------------------------------------
+
+
+def grow_bpe(directory: Path) -> None:
+    """Let a BPE learn two words more, the second of them by the first."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    model = tokenizer["model"]
+    n_tokens = 1 + max(*model["vocab"].values(), *(t["id"] for t in tokenizer["added_tokens"]))
+    for i, (left, right) in enumerate([("q", "x"), ("qx", "z")]):
+        model["vocab"][left + right] = n_tokens + i
+        model["merges"].append([left, right])
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    resize(directory, n_tokens + 2)
+
+
+def grow_unigram(directory: Path) -> None:
+    """Let a Unigram learn two pieces."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab += [["qx", -5.0], ["qxz", -5.5]]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    resize(directory, len(vocab))
+
+
+def resize(directory: Path, n_tokens: int) -> None:
+    """Give a model without added tokens as many rows."""
+    tensors = read_safetensors(directory / "model.safetensors")
+    for name in (EMBEDDING, HEAD):
+        more = np.full((n_tokens - len(tensors[name]), tensors[name].shape[1]), 0.25, np.float32)
+        tensors[name] = np.concatenate([tensors[name], more])
+    write_safetensors(directory / "model.safetensors", tensors)
+    edit(directory / "config.json", vocab_size=n_tokens)
+
+
+@pytest.mark.parametrize(
+    ("kind", "grow"), [("bpe", grow_bpe), ("spm", grow_bpe), ("unigram", grow_unigram)]
+)
+def test_new_normal_tokens_are_made_of_text_as_in_their_own_model(
+    kind: str, grow: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """Their scores or merges come along; and another expert's added token gets its own id."""
+    make_model(kind, tmp_path / "base", {}, 0)
+    make_model(kind, tmp_path / "a", {"<|call|>": True}, 1)
+    grow(make_model(kind, tmp_path / "b", {}, 2))
+    base, own, out = (tmp_path / f"{name}.gguf" for name in ("x", "y", "z"))
+    alone = {"merge_method": "passthrough", "models": [{"model": "b"}], "dtype": "float32"}
+    merge(alone, tmp_path, own)
+    merge(alone | {"models": [{"model": "base"}]}, tmp_path, base)
+    inputs = [{"model": name, "parameters": {"weight": 0.5}} for name in ("base", "a", "b")]
+    union = {"merge_method": "linear", "models": inputs, "tokenizer_source": "union"}
+    merge(union | {"dtype": "float32"}, tmp_path, out)
+    first = len(tokens_of(base))
+    assert sorted(tokens_of(out)[first : first + 2]) == ["qx", "qxz"]
+    assert tokens_of(out)[first + 2] == "<|call|>"
+    with Model(own, n_threads=1) as wanted, Model(out, n_threads=1) as found:
+        text = "The aqxz of bqx free"
+        ids = wanted.tokenize(text)
+        assert {first, first + 1} <= set(ids)
+        assert found.tokenize(text) == ids
+        assert first + 2 in found.tokenize(f"{text}<|call|>", special=True)

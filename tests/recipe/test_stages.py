@@ -44,6 +44,19 @@ def test_stages_are_in_the_order_of_need(folder: Path) -> None:
     assert all(stage.out_type == "F32" for stage in recipe.stages)
 
 
+def test_a_stage_may_give_tokens_alone(folder: Path) -> None:
+    rules = "tokenizer: {source: y, tokens: {<x>: {source: x}}}\n"
+    recipe = load(linear(None, "x", more=rules), linear("x", "a"), linear("y", "b"))
+    assert sorted(map(str, names(recipe))) == ["None", "x", "y"]
+    placed = place_stages(recipe, stage_paths(recipe, folder))
+    assert placed.tokenizer_source == str(folder / "y.gguf")
+    assert placed.tokens["<x>"].model == folder / "x.gguf"
+    assert load(linear("x", "a"), linear(None, "b", more="tokenizer: {source: a}\n")).inputs() == (
+        folder / "b",
+        folder / "a",
+    )
+
+
 def test_where_all_have_names_the_last_that_no_other_takes_is_the_output() -> None:
     assert names(load(linear("x", "a"), linear("z", "x"), linear("y", "a"))) == ["y"]
     assert names(load(linear("x", "a"), linear("y", "x"))) == ["x", "y"]
