@@ -23,8 +23,8 @@ sys.path.insert(1, f"{sys.argv[1]}/gguf-py")  # before another gguf is imported
 import gguf
 from conversion import get_model_class
 
-from tests.support.fixtures import write_json
 from tests.support.odd_kinds import HEADERS, N_TOKENS
+from tests.support.packed_json import write_packed_json
 
 COMMON: dict[str, Any] = {
     "vocab_size": N_TOKENS,
@@ -168,12 +168,11 @@ def _kind(field: Any) -> str:
 
 def main() -> None:
     """Make all of them."""
-    lines = []
+    headers = {}
     for name in KINDS:
         with tempfile.TemporaryDirectory() as folder:
-            header = convert(name, Path(folder))
-        lines.append(f"{json.dumps(name)}: {json.dumps(header, separators=(',', ':'))}")
-    write_json(HEADERS, "{\n" + ",\n".join(lines) + "\n}\n")
+            headers[name] = convert(name, Path(folder))
+    write_packed_json(HEADERS, headers)
 
 
 if __name__ == "__main__":

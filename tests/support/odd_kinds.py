@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from edgemerge.formats.gguf.metadata import encode_value
-from tests.support.fixtures import read_json
 from tests.support.open_gguf import OddModel, load_base
+from tests.support.packed_json import read_packed_json
 from tests.support.tiny_bert import write_tiny_bert
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -24,7 +24,7 @@ N_TOKENS = 320
 @functools.cache
 def headers() -> dict[str, dict[str, Any]]:
     """By name of the kind: architecture, metadata with their types, and type and shape of each tensor."""
-    found: dict[str, dict[str, Any]] = read_json(HEADERS)
+    found: dict[str, dict[str, Any]] = read_packed_json(HEADERS)
     return found
 
 

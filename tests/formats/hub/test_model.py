@@ -15,11 +15,12 @@ from safetensors.numpy import load_file
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.hub.model import HubModel
-from tests.support.fixtures import read_json, unpacked
+from tests.support.fixtures import unpacked
+from tests.support.packed_json import read_packed_json
 from tests.support.places import TESTS
 
 HUB = TESTS / "data" / "hub"
-EXPECTED = read_json(HUB / "expected.json.xz")
+EXPECTED = read_packed_json(HUB / "expected.json.xz")
 DIRECTORIES = {
     name: HUB / name
     for name in ("llama3", "smollm", "qwen_bias_sharded", "mistral_tekken", "gpt2_yarn")

@@ -19,12 +19,13 @@ from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.tokenizer.bpe import LLAMA3_REGEX, QWEN2_REGEX, TEKKEN_REGEX
 from edgemerge.formats.tokenizer.read import tokenizer_metadata
-from tests.support.fixtures import read_json, unpacked
+from tests.support.fixtures import unpacked
+from tests.support.packed_json import read_packed_json
 from tests.support.places import TESTS
 
 HUB = TESTS / "data" / "hub"
 BASE = unpacked("models") / "base"
-EXPECTED = read_json(HUB / "expected.json.xz")
+EXPECTED = read_packed_json(HUB / "expected.json.xz")
 
 
 def copy(tmp_path: Path, source: Path, *names: str) -> Path:
