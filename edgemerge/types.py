@@ -191,6 +191,7 @@ class Recipe:
     slices: tuple[Slice, ...]
     parameters: Parameters = field(default_factory=dict)
     defaults: Parameters = field(default_factory=dict)  # asked last, before the method's own
+    out_format: str = "gguf"  # or "hf", a Hugging Face directory
     out_type: str | None = None  # file type, "keep", or None for the default
     dtype: str | None = None  # mergekit's working type; float32 and float64 make F32 the default
     tensor_types: tuple[tuple[str, str], ...] = ()  # pattern of names -> ggml type
@@ -245,9 +246,8 @@ class TensorJob:
     passes: int  # how often the inputs are read, but for cached blocks
     is_copy: bool = False  # of its only input, which may be stored as another type
     is_weighted: bool = False  # encoded by the importance matrix
-    filler: int | None = (
-        None  # number of the input whose last rows stand for those that others lack
-    )
+    filler: int | None = None  # the input whose last rows stand for those that others lack
+    norm_offset: float = 0.0  # what is stored is so much less
     workers: int = 1  # that make its blocks; more than one where it is much of the model
     cached_blocks: int = 0  # blocks that each worker keeps in memory from one pass to the next
 
@@ -286,7 +286,8 @@ class TensorJob:
     @property
     def is_byte_copy(self) -> bool:
         """Whether the stored bytes of the only input are the output's, without arithmetic."""
-        return self.is_copy and self.experts[0].spec.dtype == self.out.dtype
+        same_type = self.experts[0].spec.dtype == self.out.dtype
+        return self.is_copy and same_type and not self.norm_offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,9 +386,7 @@ class HeadPlan:
     guarded: bool  # whether the best matching gained too little, and identity is used
     soft_groups: Mix
     soft_heads: Mix
-    distances: Float32 = field(
-        repr=False, compare=False
-    )  # (n_heads, n_heads), heads with their k, v
+    distances: Float32 = field(repr=False, compare=False)  # (n_heads, n_heads), with their k, v
 
     @property
     def layer(self) -> int:

@@ -17,6 +17,7 @@ __all__ = ["convert_command"]
 def convert_command(
     model: Annotated[str, typer.Argument(help="GGUF file or Hugging Face directory.")],
     output: request.Output,
+    out_format: request.Format = None,
     out_type: request.Type = None,
     tensor_type: request.TensorTypes = None,
     imatrix: request.Imatrix = None,
@@ -26,7 +27,7 @@ def convert_command(
     force: request.Force = False,
     json_: request.Json = False,
 ) -> None:
-    """Convert one model: Hugging Face to GGUF, or GGUF to another type."""
+    """Convert one model: Hugging Face to GGUF and back, or GGUF to another type."""
     from edgemerge.recipe.recipe import make_recipe
 
     recipe = make_recipe(
@@ -36,8 +37,9 @@ def convert_command(
         tensor_types=request.read_tensor_types(tensor_type),
         imatrix=imatrix,
     )
-    label = f"convert -> {output.name}"
+    recipe, path = request.with_output(recipe, output, out_format)
+    label = f"convert -> {path.name}"
     result = run_merge(
-        recipe, output, memory, threads, split=split, label=label, force=force, quiet=json_
+        recipe, path, memory, threads, split=split, label=label, force=force, quiet=json_
     )
     print_report(result, as_json=json_)

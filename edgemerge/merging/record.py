@@ -44,7 +44,7 @@ def provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str, 
 def _recipe_json(the_plan: Plan) -> str:
     """Return the recipe as canonical JSON, models by file name."""
     recipe = asdict(the_plan.recipe)
-    for dropped in ("notes", "memory", "chat_template", "name", "stages"):
+    for dropped in ("notes", "memory", "chat_template", "name", "stages", "out_format"):
         del recipe[dropped]
     for part in recipe["slices"]:
         if part["base"] is None:  # as in files from before slices had bases

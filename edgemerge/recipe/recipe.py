@@ -16,10 +16,17 @@ from typing import Any
 from edgemerge.errors import RecipeError
 from edgemerge.recipe.mergekit import RecipeReader
 from edgemerge.recipe.stages import read_stages
-from edgemerge.recipe.values import MAX_SEED, MAX_STRAYS, ValueReader, check_alignment
+from edgemerge.recipe.values import (
+    MAX_SEED,
+    MAX_STRAYS,
+    ValueReader,
+    check_alignment,
+    check_format,
+)
 from edgemerge.types import ModelInput, Recipe, Rule, Slice
 
-__all__ = ["MAX_SEED", "check_alignment", "find_imatrix", "load_recipe", "make_recipe"]
+__all__ = ["MAX_SEED", "check_alignment", "check_format", "find_imatrix", "load_recipe"]
+__all__ += ["make_recipe"]
 
 
 def load_recipe(path: str | os.PathLike[str], *, strict: bool = False) -> Recipe:
@@ -72,6 +79,7 @@ def make_recipe(
     neurons: bool = False,
     tensor_types: Sequence[tuple[str, str]] = (),
     imatrix: str | None = None,
+    out_format: str = "gguf",
 ) -> Recipe:
     """Build a recipe from flags.
 
@@ -101,6 +109,8 @@ def make_recipe(
         see `edgemerge.formats.quants.overrides`.
     imatrix : str, optional
         Path of an importance matrix, which guides the encoders.
+    out_format : str
+        gguf, or hf for a Hugging Face directory.
     """
     reader = ValueReader(None)
     inputs = []
@@ -121,6 +131,7 @@ def make_recipe(
         tensor_types=tuple(tensor_types),
         imatrix=find_imatrix(imatrix) if imatrix is not None else None,
         notes=tuple(reader.notes),
+        out_format=check_format(out_format),
     )
 
 

@@ -17,7 +17,7 @@ from edgemerge.formats.hub.families import READERS, Reader, Shapes
 from edgemerge.formats.hub.rope import Rope, read_rope, rope_metadata
 from edgemerge.formats.json_file import read_object
 
-__all__ = ["HubConfig", "read_config"]
+__all__ = ["HubConfig", "check_config", "read_config"]
 
 MAX_LAYERS, MAX_HEAD_DIM = 1 << 12, 1 << 14  # lists and tables of so many are made from them
 SAME_ACTIVATION = {"swish": "silu"}  # two names of one function in transformers
@@ -120,7 +120,17 @@ def read_config(path: Path) -> HubConfig:
     FormatError
         The model is of a kind that edgemerge does not read, or a value is missing or absurd.
     """
-    raw = read_object(path)
+    return check_config(read_object(path), path)
+
+
+def check_config(raw: dict[str, Any], path: Path) -> HubConfig:
+    """Check the object that a config.json holds; `path` is named in errors.
+
+    Raises
+    ------
+    FormatError
+        As of `read_config`.
+    """
     types, unwrapped = WRAPPED.get(str(raw.get("model_type")), ((), ""))
     text = raw.get("text_config")
     if isinstance(text, dict) and text.get("model_type", unwrapped) in types:

@@ -24,11 +24,14 @@ from edgemerge.formats.files import (
     was_cached,
 )
 from edgemerge.formats.hub.card import general_metadata
+from edgemerge.formats.hub.claims import read_claims
 from edgemerge.formats.hub.config import read_config
 from edgemerge.formats.hub.files import CONFIG, refuse_folder, unread_files
 from edgemerge.formats.hub.inventory import Inventory, Place
 from edgemerge.formats.hub.names import name_some
 from edgemerge.formats.hub.rope import rope_tensors
+from edgemerge.formats.hub.rotary import rotary_runs
+from edgemerge.formats.hub.safetensors import read_metadata
 from edgemerge.formats.tokenizer.process import read_tokenizer
 from edgemerge.types import FileState, Float32, TensorSpec, UInt8
 
@@ -50,14 +53,14 @@ class HubModel:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         refuse_folder(self.path)
-        self._config = read_config(self.path / CONFIG)
-        self.architecture = self._config.family.architecture
+        self.config = read_config(self.path / CONFIG)
+        self.architecture = self.config.family.architecture
         self._specs: dict[str, TensorSpec] = {}
         self._computed: dict[str, UInt8] = {}
-        for name, values in rope_tensors(self._config.rope).items():
+        for name, values in rope_tensors(self.config.rope).items():
             self._specs[name] = TensorSpec(name, values.shape, "F32", values.nbytes)
             self._computed[name] = values.astype("<f4").view(np.uint8)
-        inventory = Inventory(self.path, self._config)
+        inventory = Inventory(self.path, self.config)
         self._places = inventory.places
         self._specs |= inventory.specs
         self._notes = self._list_notes(inventory.unused)
@@ -81,7 +84,7 @@ class HubModel:
             raise
 
     def _list_notes(self, unused: Sequence[str]) -> list[str]:
-        name, tool = self.path.name, self._config.quantised
+        name, tool = self.path.name, self.config.quantised
         notes = [note] if (note := unread_files(self.path)) else []
         if unused:
             notes.append(
@@ -100,7 +103,7 @@ class HubModel:
         So do transformers and llama.cpp, which ties where no head is stored. Some architectures have it
         in one way only.
         """
-        tied, must_tie, name = self._config.tied, self._config.must_tie, self.path.name
+        tied, must_tie, name = self.config.tied, self.config.must_tie, self.path.name
         if OUTPUT in self._places and (tied or must_tie):
             if self._is_embedding():
                 del self._places[OUTPUT], self._specs[OUTPUT]
@@ -154,18 +157,40 @@ class HubModel:
         if self._metadata is None:
             self._metadata = {
                 **general_metadata(self.path, self.architecture, self._specs.values()),
-                **self._config.metadata(),
+                **self.config.metadata(),
                 **self._tokenizer(),
+                **self._claims(),
             }
         return self._metadata
 
     def _tokenizer(self) -> dict[str, bytes]:
-        config, notes = self._config, list[str]()
+        config, notes = self.config, list[str]()
         found = read_tokenizer(
             self.path, config.raw, config.vocab_size, config.model_type, notes=notes
         )
         self._notes += [f"{self.path.name}: {note}" for note in notes]
         return found
+
+    def _claims(self) -> dict[str, bytes]:
+        """Read what the first file of weights says of a merge that made it."""
+        first = min(self._fds)
+        return read_claims(read_metadata(first), self.stored_specs())
+
+    def stored_specs(self) -> Mapping[str, TensorSpec]:
+        """All tensors that are stored, by GGUF name, with the type that they have in the file."""
+        return {
+            name: replace(spec, dtype=place.dtype, nbytes=len(place.parts) * place.part_bytes)
+            for name, spec in self._specs.items()
+            if (place := self._places.get(name)) is not None
+        }
+
+    def read_stored(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
+        """Fill `out_u8` with rows [start, stop) in GGUF's order, as the file has their values."""
+        place = self._places[name]
+        if place.norm_offset:
+            self._fill(name, [out_u8.data.cast("B")], place.parts[0])
+        else:
+            self.read_rows(name, start, stop, out_u8)
 
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` ((stop - start) * row_bytes,) with rows [start, stop) in GGUF's order."""
@@ -206,24 +231,11 @@ class HubModel:
             at = end
 
     def _fill_rotary(self, name: str, start: int, stop: int, width: int, view: memoryview) -> None:
-        """Read items of `width` bytes: GGUF's item 2 i + p of a head is stored as item p hd/2 + i.
-
-        So each head is two runs in the file, one per parity p, whose items go to every other place
-        of the output: one vectored read per run, no buffer between.
-        """
-        half = self._config.head_dim // 2
+        """Read items of `width` bytes in GGUF's order: one vectored read per run, no buffer between."""
         shard, offset = self._places[name].parts[0]
-        for head in range(start // (2 * half), (stop - 1) // (2 * half) + 1):
-            first = head * 2 * half
-            for parity in (0, 1):
-                i_from = max(0, (start - first - parity + 1) // 2)
-                i_to = min(half, (stop - first - parity + 1) // 2)
-                if i_from >= i_to:
-                    continue
-                places = (first + 2 * i + parity - start for i in range(i_from, i_to))
-                items = [view[at * width : (at + 1) * width] for at in places]
-                run = offset + (first + parity * half + i_from) * width
-                self._fill(name, items, (shard, run))
+        for first, places in rotary_runs(start, stop, self.config.head_dim):
+            items = [view[at * width : (at + 1) * width] for at in places]
+            self._fill(name, items, (shard, offset + first * width))
 
     def _fill(self, name: str, items: list[memoryview], place: tuple[Path, int]) -> None:
         """Fill the buffers one after the other from an offset in a shard; thread-safe."""
