@@ -12,16 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgemerge.errors import FormatError, RecipeError
+import numpy as np
+
+from edgemerge.errors import RecipeError
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.hub.config import HubConfig, check_config
 from edgemerge.formats.hub.families import READERS
 from edgemerge.formats.hub.files import CONFIG, GENERATION, TOKENIZER_FILES
+from edgemerge.formats.hub.made_config import make_config
 from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.hub.placement import list_units
+from edgemerge.formats.quants.codec import find_codec
+from edgemerge.formats.tokenizer.written import tokenizer_files
+from edgemerge.planning.compatibility import read_tensor
 from edgemerge.planning.jobs import Draft
 from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT, find_vocabulary
-from edgemerge.types import Recipe, Source, TensorSpec
+from edgemerge.types import Float32, Recipe, Source, TensorSpec
 
 __all__ = ["Folder", "FolderFiles"]
 
@@ -128,15 +134,26 @@ class Folder:
         config = check_config(raw, self._base.path / CONFIG)
         list_units(config, specs)
         files = {CONFIG: _as_json(raw)}
-        if isinstance(self._owner, HubModel):
+        if isinstance(self._owner, HubModel) and _has_tokens_of(self._owner, metadata):
             files |= _copy_tokenizer(self._owner, metadata)
+        else:
+            files[GENERATION] = _as_json(_generation(metadata))
+            length = config.rope.context_length
+            files |= tokenizer_files(self._owner.path, metadata, length)
         return FolderFiles(config, files)
 
 
 def _find_config(base: Source) -> HubConfig:
     if isinstance(base, HubModel):
         return base.config
-    raise FormatError("is no directory", path=base.path)
+
+    def read_f32(name: str) -> Float32:
+        values = np.empty(base.specs()[name].n_elements, np.float32)
+        raw_u8 = np.frombuffer(bytearray(read_tensor(base, name)), np.uint8)
+        find_codec(base.specs()[name]).decode(raw_u8, values)
+        return values
+
+    return make_config(base.path, base.metadata(), base.specs(), read_f32)
 
 
 def _output_config(
@@ -162,6 +179,20 @@ def _output_config(
 def _token_ids(metadata: Mapping[str, bytes]) -> dict[str, Any]:
     ids = {name: get_value(metadata, f"tokenizer.ggml.{key}") for name, key in TOKEN_IDS.items()}
     return {f"{name}_token_id": value for name, value in ids.items()}
+
+
+def _generation(metadata: Mapping[str, bytes]) -> dict[str, Any]:
+    """Say where a text begins and where an answer ends: at a turn's end too, if that has a token."""
+    ids = {name: value for name, value in _token_ids(metadata).items() if value is not None}
+    turn = get_value(metadata, "tokenizer.ggml.eot_token_id")
+    if turn is not None and turn != ids.get("eos_token_id"):
+        ids["eos_token_id"] = [ids["eos_token_id"], turn] if "eos_token_id" in ids else turn
+    return ids
+
+
+def _has_tokens_of(owner: Source, metadata: Mapping[str, bytes]) -> bool:
+    theirs = owner.metadata()
+    return all(theirs.get(key) == metadata.get(key) for key in VOCABULARY)
 
 
 def _copy_tokenizer(owner: HubModel, metadata: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -11,6 +11,9 @@ from edgemerge.formats.gguf.metadata import Scalar, encode_value
 from edgemerge.formats.hub.checker import Checker
 
 __all__ = [
+    "GRANITE_SCALES",
+    "SIZE_OF_27B",
+    "SSM_KEYS",
     "Shapes",
     "gemma2_keys",
     "gemma3_keys",
@@ -30,6 +33,23 @@ __all__ = [
 ]
 
 
+# GGUF's key without the architecture's name -> config.json's
+GRANITE_SCALES = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+SSM_KEYS = {
+    "ssm.conv_kernel": "mamba_d_conv",
+    "ssm.state_size": "mamba_d_state",
+    "ssm.group_count": "mamba_n_groups",
+    "ssm.inner_size": "mamba_expand",  # times the width of the model
+    "ssm.time_step_rank": "mamba_n_heads",
+}
+SIZE_OF_27B = {"gemma2": 46, "gemma3_text": 62}  # layers
+
+
 @dataclass(frozen=True, slots=True)
 class Shapes:
     """The counts that every model has."""
@@ -47,13 +67,9 @@ def no_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 def scales_of_granite(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """State four factors, of which llama.cpp takes each for 1 where it is not stated."""
-    names = {
-        "attention.scale": "attention_multiplier",
-        "embedding_scale": "embedding_multiplier",
-        "residual_scale": "residual_multiplier",
-        "logit_scale": "logits_scaling",
+    return {
+        key: encode_value(check.number(name, 1.0), "f32") for key, name in GRANITE_SCALES.items()
     }
-    return {key: encode_value(check.number(name, 1.0), "f32") for key, name in names.items()}
 
 
 def granite4_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
@@ -75,12 +91,9 @@ def granite4_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
         "expert_count": 0,
         "expert_used_count": 0,
         "expert_shared_feed_forward_length": width,
-        "ssm.conv_kernel": check.count("mamba_d_conv"),
-        "ssm.state_size": check.count("mamba_d_state"),
-        "ssm.group_count": check.count("mamba_n_groups"),
-        "ssm.inner_size": check.count("mamba_expand") * shapes.n_embd,
-        "ssm.time_step_rank": check.count("mamba_n_heads"),
+        **{key: check.count(name) for key, name in SSM_KEYS.items()},
     }
+    counts["ssm.inner_size"] *= shapes.n_embd
     return {
         **scales_of_granite(check, shapes),
         **{key: encode_value(value, "u32") for key, value in counts.items()},
@@ -143,7 +156,7 @@ def lfm2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 def gemma2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """State caps of logits, and a window in every second layer."""
-    _check_query_scale(check, shapes, n_layers_of_27b=46)
+    _check_query_scale(check, shapes, SIZE_OF_27B["gemma2"])
     _check_layer_types(check, _windows(shapes.n_layers, 2))
     return {
         "attn_logit_softcapping": encode_value(check.number("attn_logit_softcapping"), "f32"),
@@ -154,7 +167,7 @@ def gemma2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 def gemma3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """State a window in five layers of six, or in none."""
-    _check_query_scale(check, shapes, n_layers_of_27b=62)
+    _check_query_scale(check, shapes, SIZE_OF_27B["gemma3_text"])
     if check.flag("use_bidirectional_attention"):
         raise check.unlike("use_bidirectional_attention", True, "causal attention")
     if (cap := check.get("attn_logit_softcapping")) is not None:
