@@ -22,7 +22,10 @@ __all__ = ["verify_command"]
 @speaks_plainly
 def verify_command(
     model: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Merged GGUF; of a split, any part.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="Merged GGUF, of a split any part; or merged directory."
+        ),
     ],
     key: Annotated[
         Path | None,

@@ -23,7 +23,7 @@ from edgemerge.formats.hub.made_config import make_config
 from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.hub.placement import list_units
 from edgemerge.formats.quants.codec import find_codec
-from edgemerge.formats.tokenizer.written import tokenizer_files
+from edgemerge.formats.tokenizer.written_process import write_tokenizer
 from edgemerge.planning.compatibility import read_tensor
 from edgemerge.planning.jobs import Draft
 from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT, find_vocabulary
@@ -139,7 +139,7 @@ class Folder:
         else:
             files[GENERATION] = _as_json(_generation(metadata))
             length = config.rope.context_length
-            files |= tokenizer_files(self._owner.path, metadata, length)
+            files |= write_tokenizer(self._owner.path, metadata, length)
         return FolderFiles(config, files)
 
 
