@@ -33,8 +33,8 @@ def check(name: str, variant: str, folder: Path) -> str:
     source = convert(model, folder / "model.gguf")
     made = folder / "made"
     dtype = next(iter(read_stored(model).values()))[0]
-    options = {"out_type": dtype, "out_format": "hf"}
-    merge(make_recipe("passthrough", [(str(source), None)], **options), made, threads=1)
+    recipe = make_recipe("passthrough", [(str(source), None)], out_type=dtype, out_format="hf")
+    merge(recipe, made, threads=1)
     found, ids = compute(made, expected)
     difference = float(np.abs(found - logits(name, variant)).max())
     if not difference <= MOST:

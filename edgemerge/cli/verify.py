@@ -61,7 +61,7 @@ def verify_command(
     if json_:
         print_json(_as_json(found, signed, checked=bool(inputs)))
     elif found.is_sound:
-        _print(found, signed, checked=bool(inputs))
+        _print(found, signed, checked=bool(inputs), is_folder=model.is_dir())
     found.check()
 
 
@@ -130,7 +130,7 @@ def _print_signed(signed: Signed, *, as_json: bool) -> None:
     print("  it has no provenance section, so nothing says what made it")
 
 
-def _print(found: Verification, signed: Signed | None, *, checked: bool) -> None:
+def _print(found: Verification, signed: Signed | None, *, checked: bool, is_folder: bool) -> None:
     from edgemerge.sizes import format_size
 
     provenance = found.provenance
@@ -143,7 +143,8 @@ def _print(found: Verification, signed: Signed | None, *, checked: bool) -> None
         *_describe(provenance),
     ]
     if signed is None:
-        lines.append("checksums find damage, not forgery: for that, sign it and give --key")
+        remedy = "" if is_folder else ": for that, sign it and give --key"
+        lines.append(f"checksums find damage, not forgery{remedy}")
     else:
         lines.append(f"signed, every byte, by the key {signed.key} ({signed.path})")
     for line in lines:

@@ -24,7 +24,7 @@ __all__ = ["find_fingerprint", "hash_sources", "verify_earlier"]
 
 PACKAGE = Path(__file__).parents[1]
 # Wings whose code decides the bytes of tensors; the header is hashed itself.
-DECIDING = ("alignment", "formats", "kernels", "merging", "methods", "planning")
+DECIDING = ("alignment", "formats", "kernels", "merging", "methods", "output", "planning")
 
 
 def find_fingerprint(
