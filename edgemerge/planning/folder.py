@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgemerge.errors import RecipeError
+from edgemerge.formats.files import read_bounded
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.hub.config import HubConfig, check_config
 from edgemerge.formats.hub.families import READERS
@@ -23,6 +24,7 @@ from edgemerge.formats.hub.made_config import make_config
 from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.hub.placement import list_units
 from edgemerge.formats.quants.codec import find_codec
+from edgemerge.formats.tokenizer.read import MAX_TOKENIZER_BYTES
 from edgemerge.formats.tokenizer.written_process import write_tokenizer
 from edgemerge.planning.compatibility import read_tensor
 from edgemerge.planning.jobs import Draft
@@ -45,6 +47,7 @@ DROPPED = (
 BY_LAYER = ("layer_types", "no_rope_layers")  # lists that transformers makes where they are missing
 TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
 TEMPLATE_KEY, TEMPLATE_FILE = "tokenizer.chat_template", "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
 VOCABULARY = tuple(f"tokenizer.ggml.{key}" for key in ("model", "tokens", "token_type", "merges"))
 
 
@@ -54,6 +57,7 @@ class FolderFiles:
 
     config: HubConfig
     files: Mapping[str, bytes]  # name -> content, of all but weights, index and model card
+    notes: tuple[str, ...]  # what is left out, one sentence each
 
 
 class Folder:
@@ -133,14 +137,16 @@ class Folder:
             raw |= _token_ids(metadata)
         config = check_config(raw, self._base.path / CONFIG)
         list_units(config, specs)
-        files = {CONFIG: _as_json(raw)}
+        files, notes = {CONFIG: _as_json(raw)}, list[str]()
         if isinstance(self._owner, HubModel) and _has_tokens_of(self._owner, metadata):
             files |= _copy_tokenizer(self._owner, metadata)
+            if (self._owner.path / MORE_TEMPLATES).is_dir():
+                notes.append(f"{self._owner.path.name}: {MORE_TEMPLATES} is left out")
         else:
             files[GENERATION] = _as_json(_generation(metadata))
             length = config.rope.context_length
             files |= write_tokenizer(self._owner.path, metadata, length)
-        return FolderFiles(config, files)
+        return FolderFiles(config, files, tuple(notes))
 
 
 def _find_config(base: Source) -> HubConfig:
@@ -198,7 +204,7 @@ def _has_tokens_of(owner: Source, metadata: Mapping[str, bytes]) -> bool:
 def _copy_tokenizer(owner: HubModel, metadata: Mapping[str, bytes]) -> dict[str, bytes]:
     """Read the files of a directory's tokenizer; another chat template gets a file of its own."""
     names = [name for name in (GENERATION, *TOKENIZER_FILES) if (owner.path / name).is_file()]
-    files = {name: (owner.path / name).read_bytes() for name in names}
+    files = {name: read_bounded(owner.path / name, MAX_TOKENIZER_BYTES) for name in names}
     template = get_value(metadata, TEMPLATE_KEY)
     if template is not None and metadata[TEMPLATE_KEY] != owner.metadata().get(TEMPLATE_KEY):
         files[TEMPLATE_FILE] = str(template).encode()

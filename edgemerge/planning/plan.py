@@ -102,6 +102,7 @@ def make_plan(
     if folder is not None:
         described = folder.describe([job.out for job in jobs], metadata, file_type)
         folder_bytes = sum(len(raw) for raw in described.files.values())
+        notes += described.notes
     else:
         notes += check_runs(metadata, jobs, sources[models[0]])
     if recipe.imatrix is not None:

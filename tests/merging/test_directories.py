@@ -164,6 +164,28 @@ edgemerge: {{format: hf}}
     model.close()
 
 
+def test_stages_end_in_a_directory(tmp_path: Path) -> None:
+    text = f"""
+name: first
+merge_method: linear
+models:
+- {{model: {LLAMA}, parameters: {{weight: 1}}}}
+- {{model: {LLAMA}, parameters: {{weight: 3}}}}
+---
+merge_method: passthrough
+models: [{{model: first}}]
+edgemerge: {{format: hf, type: BF16}}
+"""
+    (tmp_path / "recipe.yml").write_text(text)
+    merge(load_recipe(tmp_path / "recipe.yml"), tmp_path / "out", threads=1)
+    assert read_stored(tmp_path / "out") == read_stored(LLAMA)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.yml"]
+    assert "stage first: linear" in (tmp_path / "out" / "README.md").read_text()
+    model = HubModel(tmp_path / "out")
+    assert "edgemerge.stages" in model.metadata()
+    model.close()
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

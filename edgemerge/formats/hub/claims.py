@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from edgemerge.formats.gguf.metadata import Array, encode_value, get_value
+from edgemerge.formats.hub.safetensors import MAX_HEADER_VALUES
 
 __all__ = ["CHECKSUMS_KEY", "encode_claims", "read_claims"]
 
@@ -75,11 +76,17 @@ def read_claims(texts: Mapping[str, str], names: Iterable[str]) -> dict[str, byt
             if encoded is not None:
                 claims[key] = encoded
         else:
-            claims[key] = encode_value(text, "str")
+            claims[key] = encode_value(_as_bytes(text), "str")
     return claims
 
 
+def _as_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "replace")  # JSON may name halves of characters
+
+
 def _parse(text: str) -> object:
+    if text.count("[") + text.count("{") + text.count(",") > MAX_HEADER_VALUES:
+        return None
     try:
         found: object = json.loads(text)
     except (ValueError, RecursionError):
@@ -94,7 +101,7 @@ def _read_list(key: str, found: object, names: Iterable[str]) -> bytes | None:
     if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
         return None
     if key == INPUTS:
-        return encode_value(found, "[str]")
+        return encode_value(list(map(_as_bytes, found)), "[str]")
     if not all(_HEX.fullmatch(item) for item in found):
         return None
     return encode_value([int(item, 16) for item in found], "[u32]")

@@ -17,7 +17,7 @@ from edgemerge.formats.hub.families import READERS, Reader, Shapes
 from edgemerge.formats.hub.rope import Rope, read_rope, rope_metadata
 from edgemerge.formats.json_file import read_object
 
-__all__ = ["HubConfig", "check_config", "read_config"]
+__all__ = ["MAX_HEAD_DIM", "MAX_LAYERS", "HubConfig", "check_config", "read_config"]
 
 MAX_LAYERS, MAX_HEAD_DIM = 1 << 12, 1 << 14  # lists and tables of so many are made from them
 SAME_ACTIVATION = {"swish": "silu"}  # two names of one function in transformers

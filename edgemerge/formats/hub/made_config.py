@@ -17,7 +17,7 @@ import numpy as np
 from edgemerge.errors import FormatError
 from edgemerge.formats.architectures import FAMILIES, layer_index
 from edgemerge.formats.gguf.metadata import Array, get_value
-from edgemerge.formats.hub.config import HubConfig, check_config
+from edgemerge.formats.hub.config import MAX_HEAD_DIM, MAX_LAYERS, HubConfig, check_config
 from edgemerge.formats.hub.families import READERS, Reader
 from edgemerge.formats.hub.own_keys import GRANITE_SCALES, SIZE_OF_27B, SSM_KEYS
 from edgemerge.formats.hub.rope import LLAMA3_DEFAULTS, llama3_factors, yarn_scale
@@ -54,6 +54,8 @@ FREQUENCIES = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_THETA = 10000.0
 MAX_ORIGINAL = 1 << 24
+
+_MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 Json = dict[str, Any]
 ReadF32 = Callable[[str], Float32]
@@ -93,12 +95,22 @@ def make_config(
             f"no directory can be made; {REMEDY}",
             path=path,
         )
+    n_layers = stated.get("block_count")
+    if not isinstance(n_layers, int) or n_layers > MAX_LAYERS:
+        raise stated.refuse(f"its block_count is {str(n_layers)[:40]}")
     refusals = []
     for model_type in types:
         try:
             return _make(stated, model_type)
         except FormatError as error:
             refusals.append(error)
+        except (
+            _MISSHAPEN
+        ) as error:  # a key is missing, or of another type than any converter writes
+            what = f"{type(error).__name__}: {str(error)[:60]}"
+            refusals.append(
+                stated.refuse(f"as {model_type}, its keys do not fit together ({what})")
+            )
     raise refusals[0]
 
 
@@ -243,8 +255,8 @@ def _rope(stated: _Stated, raw: Json, reader: Reader) -> Json:
     if LONG in stated.specs and SHORT in stated.specs:
         values = {
             "rope_type": "longrope",
-            "long_factor": _as_list(stated.read_f32(LONG)),
-            "short_factor": _as_list(stated.read_f32(SHORT)),
+            "long_factor": [float(str(value)) for value in _factors(stated, LONG)],
+            "short_factor": [float(str(value)) for value in _factors(stated, SHORT)],
             "attention_factor": stated.get("rope.scaling.attn_factor"),
         }
     if FREQUENCIES in stated.specs:
@@ -262,8 +274,14 @@ def _attention_factor(stated: _Stated, values: Json) -> float | None:
     return float(ratio * yarn_scale(factor, 1.0) / yarn_scale(factor, multiplier or 0.0))
 
 
-def _as_list(values: Float32) -> list[float]:
-    return [float(str(value)) for value in values]
+def _factors(stated: _Stated, name: str) -> Float32:
+    """Read divisors of frequencies, one for each pair of elements of a head."""
+    if 2 * stated.specs[name].n_elements > MAX_HEAD_DIM:
+        raise stated.refuse(f"its {name} has {stated.specs[name].n_elements} elements")
+    factors = stated.read_f32(name)
+    if not np.all(np.isfinite(factors)):
+        raise stated.refuse(f"its {name} holds NaN or infinity")
+    return factors
 
 
 def _llama3(stated: _Stated, theta: float, head_dim: int) -> Json:
@@ -274,7 +292,9 @@ def _llama3(stated: _Stated, theta: float, head_dim: int) -> Json:
     FormatError
         None of those that models are published with gives them.
     """
-    factors = stated.read_f32(FREQUENCIES)
+    factors = _factors(stated, FREQUENCIES)
+    if not (1 < theta <= 1e38 and 2 * factors.size == head_dim and np.all(factors >= 1)):
+        raise stated.refuse(f"its {FREQUENCIES} does not fit to its other keys")
     values = {**LLAMA3_DEFAULTS, "factor": float(str(factors.max()))}
     original = 1
     while original <= MAX_ORIGINAL:

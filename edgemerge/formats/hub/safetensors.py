@@ -19,7 +19,14 @@ from edgemerge.errors import FormatError
 from edgemerge.formats.files import describe_foreign
 from edgemerge.formats.json_file import parse_object
 
-__all__ = ["DTYPE_BITS", "METADATA_KEY", "StoredTensor", "read_header", "read_metadata"]
+__all__ = [
+    "DTYPE_BITS",
+    "MAX_HEADER_VALUES",
+    "METADATA_KEY",
+    "StoredTensor",
+    "read_header",
+    "read_metadata",
+]
 
 # `Dtype` of safetensors/src/tensor.rs; what edgemerge can merge of these, `hub` decides.
 DTYPE_BITS: dict[str, int] = {

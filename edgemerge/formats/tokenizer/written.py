@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.gguf.metadata import Array, encode_value, get_value, iter_strings
+from edgemerge.formats.gguf.metadata import Array, encode_value, get_value
 from edgemerge.formats.tokenizer.bpe import OTHER_NAMES, PRE_TOKENIZERS, Step
 from edgemerge.formats.tokenizer.read import ADD_KEYS, BOS_BY_DEFAULT, ID_KEYS
 from edgemerge.formats.tokenizer.sentencepiece_file import (
@@ -50,15 +50,18 @@ class _Vocabulary:
         self.kind = self.get("model")
         if self.kind not in ("gpt2", "llama"):
             raise self.refuse(f"is of the kind {self.kind!r}, not gpt2 or llama")
-        if "tokenizer.ggml.tokens" not in metadata:
-            raise self.refuse("has no tokens")
-        tokens = iter_strings(metadata["tokenizer.ggml.tokens"])
-        self.texts = [raw.decode("utf-8", "replace") for raw in tokens]
+        self.texts = self.strings("tokens")
         self.types = [int(kind) for kind in self._numbers("token_type")]
 
     def scores(self) -> list[float]:
         """Return the score of each token."""
         return [float(score) for score in self._numbers("scores")]
+
+    def strings(self, key: str) -> list[str]:
+        """Return the items of an array of texts."""
+        if not isinstance(values := self.get(key), Array) or not values.is_text:
+            raise self.refuse(f"has no {key}")
+        return [str(text) for text in values]
 
     def _numbers(self, key: str) -> list[Any]:
         values = self.get(key)
@@ -84,7 +87,8 @@ class _Vocabulary:
     def special(self, role: str) -> tuple[int, str] | None:
         """Return id and text of a special token."""
         i = self.get(ID_KEYS[role])
-        return (i, self.texts[i]) if isinstance(i, int) and i < len(self.texts) else None
+        is_token = type(i) is int and 0 <= i < len(self.texts)
+        return (i, self.texts[i]) if is_token else None
 
     def adds(self, role: str, *, default: bool) -> bool:
         stated = self.get(ADD_KEYS[role])
@@ -112,7 +116,7 @@ def tokenizer_files(
     """
     vocabulary = _Vocabulary(path, metadata)
     if vocabulary.kind == "gpt2":
-        parts, files = _bpe(vocabulary, metadata), {}
+        parts, files = _bpe(vocabulary), {}
     else:
         parts, files = _spm(vocabulary), {"tokenizer.model": _sentencepiece(vocabulary)}
     whole = {
@@ -142,14 +146,12 @@ def _added(vocabulary: _Vocabulary) -> Iterator[Json]:
 # -- byte-level BPE ---------------------------------------------------------------------------------
 
 
-def _bpe(vocabulary: _Vocabulary, metadata: Mapping[str, bytes]) -> Json:
+def _bpe(vocabulary: _Vocabulary) -> Json:
     stated = str(vocabulary.get("pre"))
     wanted = SAME_CUTS.get(stated, stated)
     known = [(steps, ignores) for steps, ignores, name in PRE_TOKENIZERS if name == wanted]
     if not known:
         raise vocabulary.refuse(f"cuts text in the way {stated!r}, which is not known here")
-    if "tokenizer.ggml.merges" not in metadata:
-        raise vocabulary.refuse("has no merges")
     steps, ignores = known[0]
     model = {
         "type": "BPE",
@@ -161,10 +163,7 @@ def _bpe(vocabulary: _Vocabulary, metadata: Mapping[str, bytes]) -> Json:
         "byte_fallback": False,
         "ignore_merges": ignores is not False,  # None: llama.cpp takes such words whole
         "vocab": dict(vocabulary.used()),
-        "merges": [
-            raw.decode("utf-8", "replace").split(" ", 1)
-            for raw in iter_strings(metadata["tokenizer.ggml.merges"])
-        ],
+        "merges": [text.split(" ", 1) for text in vocabulary.strings("merges")],
     }
     byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
     adds_bos = encode_value(stated, "str") in BOS_BY_DEFAULT
