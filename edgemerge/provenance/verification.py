@@ -149,6 +149,7 @@ class _Stored(NamedTuple):
     read: Callable[[_Piece], UInt8]
     forget: Callable[[str], None]
     trailing_bytes: int
+    by_rows: bool  # whether a piece has to be whole rows
 
 
 def _stored_tensors(source: Source) -> _Stored:
@@ -159,13 +160,15 @@ def _stored_tensors(source: Source) -> _Stored:
             partial(_read_bytes, source),
             source.forget,
             source.trailing_bytes,
+            by_rows=False,
         )
     from edgemerge.formats.hub.model import HubModel  # a GGUF does not pay for the import
 
     assert isinstance(source, HubModel)
     specs = source.stored_specs()
     shards = [state.path for state in source.states()]  # a file with more bytes cannot be opened
-    return _Stored(shards, specs, partial(_read_rows, source, specs), source.forget, 0)
+    read = partial(_read_rows, source, specs)
+    return _Stored(shards, specs, read, source.forget, 0, by_rows=True)
 
 
 def _read_bytes(source: GgufModel, piece: _Piece) -> UInt8:
@@ -213,7 +216,7 @@ def _read_checksums(tensors: _Stored, threads: int, progress: Progress | None) -
     specs = tensors.specs
     found = dict.fromkeys(specs, 0)
     total, done = sum(spec.nbytes for spec in specs.values()), 0
-    pieces = _cut(specs.values())
+    pieces = _cut(specs.values(), by_rows=tensors.by_rows)
     with ThreadPoolExecutor(threads, "edgemerge-verify") as pool:
         while batch := list(islice(pieces, PIECES_AHEAD * threads)):
             for piece, checksum in zip(batch, pool.map(read, batch), strict=True):
@@ -235,10 +238,12 @@ class _Piece(NamedTuple):
     is_last: bool
 
 
-def _cut(specs: Iterable[TensorSpec]) -> Iterator[_Piece]:
-    """Cut tensors into pieces of whole rows, in order."""
+def _cut(specs: Iterable[TensorSpec], *, by_rows: bool) -> Iterator[_Piece]:
+    """Cut tensors into pieces, in order."""
     for spec in specs:
-        step = max(1, PIECE // max(1, spec.row_bytes)) * spec.row_bytes
-        for start in range(0, spec.nbytes, max(1, step)):
+        step = PIECE
+        if by_rows:
+            step = max(1, PIECE // max(1, spec.row_bytes)) * max(1, spec.row_bytes)
+        for start in range(0, spec.nbytes, step):
             rest = spec.nbytes - start
             yield _Piece(spec.name, start, min(step, rest), rest <= step)

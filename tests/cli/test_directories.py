@@ -95,3 +95,13 @@ def test_verify_reads_the_checksums_of_a_directory() -> None:
     assert "1 of 24 tensors changed since the merge" in result.stderr
     result = invoke("verify", gemma)
     assert "has no provenance section" in result.stderr
+
+
+def test_a_record_lists_all_files() -> None:
+    run("convert", LLAMA, "-o", "llama/")
+    run("record", "llama", "-o", "record.html")
+    page = Path("record.html").read_text()
+    assert "Record of llama" in page
+    assert all(f"sha256 of {path.name}" in page for path in Path("llama").iterdir())
+    result = invoke("record", LLAMA, "-o", "other.html")
+    assert "has no provenance section" in result.stderr

@@ -25,7 +25,7 @@ from edgemerge.formats.files import (
 )
 from edgemerge.formats.hub.card import general_metadata
 from edgemerge.formats.hub.claims import read_claims
-from edgemerge.formats.hub.config import read_config
+from edgemerge.formats.hub.config import HubConfig, read_config
 from edgemerge.formats.hub.files import CONFIG, refuse_folder, unread_files
 from edgemerge.formats.hub.inventory import Inventory, Place
 from edgemerge.formats.hub.names import name_some
@@ -53,14 +53,14 @@ class HubModel:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         refuse_folder(self.path)
-        self.config = read_config(self.path / CONFIG)
-        self.architecture = self.config.family.architecture
+        self._config = read_config(self.path / CONFIG)
+        self.architecture = self._config.family.architecture
         self._specs: dict[str, TensorSpec] = {}
         self._computed: dict[str, UInt8] = {}
-        for name, values in rope_tensors(self.config.rope).items():
+        for name, values in rope_tensors(self._config.rope).items():
             self._specs[name] = TensorSpec(name, values.shape, "F32", values.nbytes)
             self._computed[name] = values.astype("<f4").view(np.uint8)
-        inventory = Inventory(self.path, self.config)
+        inventory = Inventory(self.path, self._config)
         self._places = inventory.places
         self._specs |= inventory.specs
         self._notes = self._list_notes(inventory.unused)
@@ -84,7 +84,7 @@ class HubModel:
             raise
 
     def _list_notes(self, unused: Sequence[str]) -> list[str]:
-        name, tool = self.path.name, self.config.quantised
+        name, tool = self.path.name, self._config.quantised
         notes = [note] if (note := unread_files(self.path)) else []
         if unused:
             notes.append(
@@ -103,7 +103,7 @@ class HubModel:
         So do transformers and llama.cpp, which ties where no head is stored. Some architectures have it
         in one way only.
         """
-        tied, must_tie, name = self.config.tied, self.config.must_tie, self.path.name
+        tied, must_tie, name = self._config.tied, self._config.must_tie, self.path.name
         if OUTPUT in self._places and (tied or must_tie):
             if self._is_embedding():
                 del self._places[OUTPUT], self._specs[OUTPUT]
@@ -148,6 +148,11 @@ class HubModel:
         self.read_rows(name, start, stop, raw)
         return _as_f32(raw, self._places[name].dtype)
 
+    @property
+    def config(self) -> HubConfig:
+        """What its config.json says."""
+        return self._config
+
     def specs(self) -> Mapping[str, TensorSpec]:
         """All tensors by GGUF name, in the order in which llama.cpp's converter lists them."""
         return self._specs
@@ -157,14 +162,14 @@ class HubModel:
         if self._metadata is None:
             self._metadata = {
                 **general_metadata(self.path, self.architecture, self._specs.values()),
-                **self.config.metadata(),
+                **self._config.metadata(),
                 **self._tokenizer(),
                 **self._claims(),
             }
         return self._metadata
 
     def _tokenizer(self) -> dict[str, bytes]:
-        config, notes = self.config, list[str]()
+        config, notes = self._config, list[str]()
         found = read_tokenizer(
             self.path, config.raw, config.vocab_size, config.model_type, notes=notes
         )
@@ -233,7 +238,7 @@ class HubModel:
     def _fill_rotary(self, name: str, start: int, stop: int, width: int, view: memoryview) -> None:
         """Read items of `width` bytes in GGUF's order: one vectored read per run, no buffer between."""
         shard, offset = self._places[name].parts[0]
-        for first, places in rotary_runs(start, stop, self.config.head_dim):
+        for first, places in rotary_runs(start, stop, self._config.head_dim):
             items = [view[at * width : (at + 1) * width] for at in places]
             self._fill(name, items, (shard, offset + first * width))
 
