@@ -177,6 +177,7 @@ class Recipe:
     slices: tuple[Slice, ...]
     parameters: Parameters = field(default_factory=dict)
     defaults: Parameters = field(default_factory=dict)  # asked last, before the method's own
+    out_format: str = "gguf"  # or "hf", a Hugging Face directory
     out_type: str | None = None  # file type, "keep", or None for the default
     dtype: str | None = None  # mergekit's working type; float32 and float64 make F32 the default
     tensor_types: tuple[tuple[str, str], ...] = ()  # pattern of names -> ggml type
@@ -245,6 +246,7 @@ class TensorJob:
     is_copy: bool = False  # of its only input, which may be stored as another type
     is_weighted: bool = False  # encoded by the importance matrix
     rows: RowMap | None = None  # of a tensor of tokens, where not all inputs have the output's
+    norm_offset: float = 0.0  # what is stored is so much less
     workers: int = 1  # that make its blocks; more than one where it is much of the model
     cached_blocks: int = 0  # blocks that each worker keeps in memory from one pass to the next
 
@@ -279,7 +281,7 @@ class TensorJob:
     def is_byte_copy(self) -> bool:
         """Whether the stored bytes of the only input are the output's, without arithmetic."""
         is_same = self.is_copy and self.experts[0].spec.dtype == self.out.dtype
-        return is_same and not (self.rows and self.rows.n_padding)
+        return is_same and not self.norm_offset and not (self.rows and self.rows.n_padding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,9 +380,7 @@ class HeadPlan:
     guarded: bool  # whether the best matching gained too little, and identity is used
     soft_groups: Mix
     soft_heads: Mix
-    distances: Float32 = field(
-        repr=False, compare=False
-    )  # (n_heads, n_heads), heads with their k, v
+    distances: Float32 = field(repr=False, compare=False)  # (n_heads, n_heads), with their k, v
 
     @property
     def layer(self) -> int:

@@ -23,6 +23,7 @@ def convert_command(
         ),
     ],
     output: request.Output,
+    out_format: request.Format = None,
     out_type: request.Type = None,
     tensor_type: request.TensorTypes = None,
     imatrix: request.Imatrix = None,
@@ -34,7 +35,7 @@ def convert_command(
     force: request.Force = False,
     json_: request.Json = False,
 ) -> None:
-    """Convert one model: Hugging Face to GGUF, or GGUF to another type."""
+    """Convert one model: Hugging Face to GGUF and back, or GGUF to another type."""
     from edgemerge.recipe.recipe import make_recipe
 
     recipe = make_recipe(
@@ -45,8 +46,9 @@ def convert_command(
         imatrix=imatrix,
         finder=make_finder(models_folder, download, quiet=json_),
     )
-    label = f"convert -> {output.name}"
+    recipe, path = request.with_output(recipe, output, out_format)
+    label = f"convert -> {path.name}"
     result = run_merge(
-        recipe, output, memory, threads, split=split, label=label, force=force, quiet=json_
+        recipe, path, memory, threads, split=split, label=label, force=force, quiet=json_
     )
     print_report(result, as_json=json_)

@@ -34,6 +34,7 @@ __all__ = ["merge_command", "plan_command", "print_report", "run_merge"]
 def merge_command(
     models: request.Models,
     output: request.Output,
+    out_format: request.Format = None,
     method: request.Method = None,
     base: request.Base = None,
     out_type: request.Type = None,
@@ -60,8 +61,8 @@ def merge_command(
 ) -> None:
     """Merge models into one GGUF."""
     from edgemerge.formats.files import real_path
-    from edgemerge.output.file import check_name, check_output
-    from edgemerge.output.parts import is_begun
+    from edgemerge.merging.destination import check_destination
+    from edgemerge.output.file import check_output
     from edgemerge.provenance.signature import signature_path
     from edgemerge.reports.page import write_page
 
@@ -84,22 +85,23 @@ def merge_command(
         strict=strict,
         finder=make_finder(models_folder, download, quiet=json_),
     )
+    recipe, path = request.with_output(recipe, output, out_format)
+    if recipe.out_format == "hf" and (sign is not None or ask):
+        raise typer.BadParameter("--sign and --ask are for GGUF files, not for a directory")
     inputs = (*recipe.inputs(), *(real_path(Path(text)) for text in models))
     if sign is not None:
         inputs = (*inputs, real_path(sign))
-    check_name(output)
-    if split is None:  # else the names follow from the plan
-        check_output(output, inputs, force=force or is_begun(output))
-        if key is not None:
-            check_output(signature_path(output), inputs, force=force)
+    check_destination(recipe, path, inputs, is_split=split is not None, force=force)
+    if key is not None and split is None:
+        check_output(signature_path(path), inputs, force=force)
     if report is not None:  # now, not after an hour's work
-        if real_path(report) in (real_path(output), real_path(signature_path(output))):
+        if real_path(report) in (real_path(path), real_path(signature_path(path))):
             raise typer.BadParameter("-o and --report name the same file")
         check_output(report, inputs, force=force)
-    label = f"{recipe.title} -> {output.name}"
+    label = f"{recipe.title} -> {path.name}"
     result = run_merge(
         recipe,
-        output,
+        path,
         memory,
         threads,
         split=split,
@@ -113,7 +115,8 @@ def merge_command(
     signature = None if key is None else sign_output(result.output, key, force=force, quiet=json_)
     print_report(result, as_json=json_, signature=signature)
     is_watched = sys.stdout is not None and sys.stdout.isatty()
-    if ask or (is_watched and not no_ask and not json_):
+    is_asked = is_watched and not no_ask and not json_ and recipe.out_format == "gguf"
+    if ask or is_asked:
         ask_models(recipe, result.output, ask)
 
 
@@ -197,6 +200,7 @@ def print_report(report: MergeReport, *, as_json: bool, signature: Path | None =
 @speaks_plainly
 def plan_command(
     models: request.Models,
+    out_format: request.Format = None,
     method: request.Method = None,
     base: request.Base = None,
     out_type: request.Type = None,
@@ -234,7 +238,9 @@ def plan_command(
         finder=make_finder(models_folder, download, quiet=json_),
     )
     the_plan = plan(
-        recipe, memory=parse_size(memory) if memory is not None else None, threads=threads
+        request.with_format(recipe, out_format),
+        memory=parse_size(memory) if memory is not None else None,
+        threads=threads,
     )
     if json_:
         print_json(_as_json(the_plan))

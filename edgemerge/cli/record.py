@@ -63,6 +63,9 @@ def record_command(
     scores = None if evaluation is None else _read_json(evaluation, "results", "eval -o")
     speeds = None if bench is None else _read_json(bench, "models", "bench --json")
     files = sibling_parts(model)
+    if model.is_dir():
+        files = sorted(path for path in model.iterdir() if path.is_file())
+    name = model.name if model.is_dir() else files[0].name
     with progress_bar(f"verify {model.name}", quiet=json_) as progress:
         found = verify_model(model, threads=usable_processors(), progress=progress)
     digests = _hash(files, quiet=json_)
@@ -76,14 +79,14 @@ def record_command(
     if scores is not None:
         sections.append(_scores(scores, set(digests)))
     if speeds is not None:
-        sections.append(_speeds(speeds, files[0].name))
+        sections.append(_speeds(speeds, name))
     sections.append(_when())
-    record = Record(f"Record of {files[0].name}", tuple(sections))
+    record = Record(f"Record of {name}", tuple(sections))
     write_file(output, record_page(record).encode("utf-8", errors="backslashreplace"))
     if json_:
         print_json({"output": str(output), **record.as_json()})
     else:
-        print(f"{output}  record of {files[0].name}")
+        print(f"{output}  record of {name}")
     found.check()
 
 

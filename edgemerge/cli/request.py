@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["Base", "Force", "Json", "Memory", "Method", "Models", "Output", "Parameter", "Preset"]
 __all__ += ["Align", "Ask", "Imatrix", "Neurons", "NoAsk", "Report", "Seed", "Sign", "Split"]
 __all__ += ["Disk", "Strict", "TensorTypes", "Threads", "Type"]
-__all__ += ["read_request", "read_tensor_types", "split_weight"]
+__all__ += ["Format", "read_request", "read_tensor_types", "split_weight", "with_format"]
+__all__ += ["with_output"]
 
 Models = Annotated[
     list[str],
@@ -27,7 +28,23 @@ Models = Annotated[
         show_default=False,
     ),
 ]
-Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT.gguf", help="File to make.")]
+Output = Annotated[
+    str,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="OUT.gguf | OUT/",
+        help="GGUF file to make, or with a / at its end a Hugging Face directory.",
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="gguf, or hf for a Hugging Face directory [default: what -o says].",
+    ),
+]
 Method = Annotated[
     str | None, typer.Option("-m", "--method", metavar="METHOD", help="Merge method.")
 ]
@@ -41,7 +58,7 @@ Type = Annotated[
         "--type",
         metavar="TYPE",
         help="F16, Q8_0, Q5_K_M, Q4_K_M, IQ4_XS, Q3_K_M, Q2_K … or keep "
-        "[default: F16 for unquantised inputs, else keep].",
+        "[default: F16 for unquantised inputs, else keep]. A directory: F32, F16 or BF16.",
     ),
 ]
 TensorTypes = Annotated[
@@ -98,7 +115,8 @@ Split = Annotated[
     typer.Option(
         "--split-max-size",
         metavar="SIZE",
-        help="Write OUT-00001-of-0000N.gguf and so on, with at most so many bytes of tensors each.",
+        help="Write OUT-00001-of-0000N.gguf and so on, with at most so many bytes of tensors each "
+        "[default: one file; in a directory 5 GB].",
     ),
 ]
 Strict = Annotated[
@@ -134,6 +152,43 @@ Sign = Annotated[
     Path | None,
     typer.Option("--sign", metavar="PRIVATE.pem", help="Also sign the output; see keygen."),
 ]
+
+
+def with_output(recipe: Recipe, output: str, out_format: str | None) -> tuple[Recipe, Path]:
+    """Say in the recipe what kind of output is wanted, and return the path of that.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        From `read_request`.
+    output, out_format : str
+        What -o and --format were given.
+
+    Raises
+    ------
+    typer.BadParameter
+        They contradict each other (exit code 2).
+    """
+    is_folder = output.endswith("/")
+    if is_folder and out_format == "gguf":
+        raise typer.BadParameter("-o with a / at its end is a directory; leave out --format gguf")
+    recipe = with_format(recipe, "hf" if is_folder else out_format)
+    if recipe.out_format == "hf" and not is_folder and output.endswith(".gguf"):
+        raise typer.BadParameter("a Hugging Face directory is no .gguf; give another -o")
+    return recipe, Path(output)
+
+
+def with_format(recipe: Recipe, out_format: str | None) -> Recipe:
+    """Take the format from the command line, where it states one.
+
+    Raises
+    ------
+    RecipeError
+        There is no such format.
+    """
+    from edgemerge.recipe.recipe import check_format
+
+    return recipe if out_format is None else replace(recipe, out_format=check_format(out_format))
 
 
 def read_request(

@@ -23,7 +23,10 @@ __all__ = ["verify_command"]
 @speaks_plainly
 def verify_command(
     model: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Merged GGUF; of a split, any part.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="Merged GGUF, of a split any part; or merged directory."
+        ),
     ],
     key: Annotated[
         Path | None,
@@ -63,7 +66,7 @@ def verify_command(
     if json_:
         print_json(_as_json(found, signed, checked=bool(inputs)))
     elif found.is_sound:
-        _print(found, signed, checked=bool(inputs))
+        _print(found, signed, checked=bool(inputs), is_folder=model.is_dir())
     found.check()
 
 
@@ -135,7 +138,7 @@ def _print_signed(signed: Signed, *, as_json: bool) -> None:
     print("  it has no provenance section, so nothing says what made it")
 
 
-def _print(found: Verification, signed: Signed | None, *, checked: bool) -> None:
+def _print(found: Verification, signed: Signed | None, *, checked: bool, is_folder: bool) -> None:
     from edgemerge.sizes import format_size
 
     provenance = found.provenance
@@ -151,7 +154,8 @@ def _print(found: Verification, signed: Signed | None, *, checked: bool) -> None
         *_describe(provenance),
     ]
     if signed is None:
-        lines.append("checksums find damage, not forgery: for that, sign it and give --key")
+        remedy = "" if is_folder else ": for that, sign it and give --key"
+        lines.append(f"checksums find damage, not forgery{remedy}")
     else:
         lines.append(f"signed, every byte, by the key {signed.key} ({signed.path})")
     for line in lines:

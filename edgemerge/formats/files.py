@@ -15,7 +15,8 @@ import numpy as np
 from edgemerge.errors import FormatError
 from edgemerge.types import FileState, UInt8
 
-__all__ = ["cached_share", "check_unchanged", "describe_foreign", "fill_buffers", "forget_range"]
+__all__ = ["IOV_MAX", "cached_share", "check_unchanged", "describe_foreign", "drop_bytes"]
+__all__ += ["fill_buffers", "forget_range"]
 __all__ += ["read_bounded", "read_exactly", "read_state", "read_text", "real_path"]
 __all__ += ["refuse_device", "was_cached"]
 
@@ -142,13 +143,19 @@ def fill_buffers(
                 tensor=tensor,
             )
         offset += n_read
-        n_full = 0
-        while n_full < len(buffers) and n_read >= len(buffers[n_full]):
-            n_read -= len(buffers[n_full])
-            n_full += 1
-        buffers = buffers[n_full:]
-        if n_read:
-            buffers[0] = buffers[0][n_read:]
+        buffers = drop_bytes(buffers, n_read)
+
+
+def drop_bytes(buffers: list[memoryview], n_bytes: int) -> list[memoryview]:
+    """Return what is left of buffers without their first bytes, and without empty ones before these."""
+    n_full = 0
+    while n_full < len(buffers) and n_bytes >= len(buffers[n_full]):
+        n_bytes -= len(buffers[n_full])
+        n_full += 1
+    left = buffers[n_full:]
+    if n_bytes:
+        left[0] = left[0][n_bytes:]
+    return left
 
 
 def read_state(fd: int, path: Path) -> FileState:

@@ -53,7 +53,7 @@ def provenance(the_plan: Plan, results: Sequence[TensorResult]) -> Mapping[str, 
 def _recipe_json(the_plan: Plan) -> str:
     """Return the recipe as canonical JSON, models by file name."""
     recipe = asdict(the_plan.recipe)
-    for dropped in ("notes", "memory", "chat_template", "name", "stages"):
+    for dropped in ("notes", "memory", "chat_template", "name", "stages", "out_format"):
         del recipe[dropped]
     if recipe["mixture"] is None:  # as in files from before there were mixtures
         del recipe["mixture"]

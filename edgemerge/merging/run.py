@@ -19,21 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgemerge.budget import floor_bytes
-from edgemerge.errors import EdgemergeError, OutputError
+from edgemerge.errors import EdgemergeError
 from edgemerge.formats import open_model
 from edgemerge.formats.adapters.reference import model_name
-from edgemerge.formats.gguf.split import MAX_PARTS, part_paths
-from edgemerge.formats.gguf.writer import GgufLayout, make_layouts
 from edgemerge.formats.mixture import open_mixture
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
+from edgemerge.merging.destination import Destination, check_destination, find_destination
 from edgemerge.merging.mixtures import open_with_gates
 from edgemerge.merging.precompile import precompile
-from edgemerge.merging.record import provenance
 from edgemerge.merging.stages import merge_stages, note_finished, read_finished
 from edgemerge.merging.warnings import foresee_warnings
 from edgemerge.output.checksums import TensorResult
-from edgemerge.output.file import check_name, check_output
-from edgemerge.output.parts import OutputParts, find_named, hash_named, is_begun
+from edgemerge.output.journal import journal_path
+from edgemerge.output.parts import OutputParts, hash_named
 from edgemerge.output.report import FileReport, MergeReport, peak_rss_bytes
 from edgemerge.output.resume import find_fingerprint, verify_earlier
 from edgemerge.planning.plan import make_plan
@@ -105,21 +103,21 @@ def merge(
     begin_part: BeginPart = ignore_parts,
     warn: Callable[[str], None] | None = None,
 ) -> MergeReport:
-    """Merge models into one GGUF file, or a split one.
+    """Merge models into one GGUF file, a split one, or a Hugging Face directory.
 
     Parameters
     ----------
     recipe : Recipe
         From `load_recipe` or `make_recipe`.
     output : path
-        The file to make; it gets its name only when it is whole.
+        The file or directory to make; it gets its name only when it is whole.
     memory, threads : int, optional
         As for `plan`.
     split_bytes : int, optional
         Write OUT-00001-of-00003.gguf and so on instead of OUT.gguf, with at most so many bytes of
-        tensors in each, as llama.cpp's gguf-split does.
+        tensors in each, as llama.cpp's gguf-split does. In a directory 5 GB are the default.
     force : bool
-        Replace an existing output.
+        Replace an existing output; a directory only if edgemerge wrote all that is in it.
     disk : int, optional
         Bytes that the results of a recipe's stages may take beside the output; else what is free.
     progress : callable, optional
@@ -147,9 +145,9 @@ def merge(
     call goes on with them.
     """
     output = Path(output)
-    check_name(output)
-    if split_bytes is None:  # else the names follow from the plan
-        check_output(output, recipe.inputs(), force=force or is_begun(output))
+    check_destination(
+        recipe, output, recipe.inputs(), is_split=split_bytes is not None, force=force
+    )
     merge_one = partial(
         _merge_one, memory=memory, threads=threads, begin_part=begin_part, warn=warn
     )
@@ -218,34 +216,29 @@ def _merge_one(
         importance = None
         if recipe.imatrix is not None:
             importance = stack.enter_context(closing(ImportanceMatrix(recipe.imatrix)))
-        layouts = _layouts(the_plan, [], split_bytes)
-        paths = _name_files(output, layouts, split_bytes)
+        destination = find_destination(the_plan, opened, output, split_bytes, force=force)
+        layouts, paths = destination.lay_out([]), destination.paths()
         inputs = _Inputs(list(opened.values()), importance)
         fingerprint = find_fingerprint(the_plan, layouts, paths, *inputs)
-        named = find_named(paths, fingerprint)
-        _check_outputs([path for path in paths if path not in named], recipe, force=force)
-        finished = None if mark is None else read_finished(mark, paths[0], fingerprint)
+        named = destination.find_finished(fingerprint)
+        finished = None if mark is None else read_finished(mark, destination.path, fingerprint)
         if finished is not None:
             note = "an earlier run had finished it"
             outcome = _Outcome(finished, (), (note,), n_resumed=len(the_plan.jobs))
-        elif len(named) == len(paths):
-            outcome = _finish(the_plan, paths, begin_part)
+        elif named is not None:
+            outcome = _finish(the_plan, named, journal_path(destination.path), begin_part)
         else:
             precompile(the_plan)
-            sizes = [(path, layout.n_bytes) for path, layout in zip(paths, layouts, strict=True)]
-            parts = OutputParts(sizes, fingerprint)
-            stack.push(parts)
-            parts.open()
+            parts = destination.open(stack, fingerprint)
             if warn is not None:
                 for sentence in (*foresee_warnings(the_plan, inputs.sources), *parts.notes):
                     warn(sentence)
-            # Again, as the part file now locks others out.
-            _check_outputs(paths, recipe, force=force)
-            outcome = _run(the_plan, inputs, parts, layouts, split_bytes, progress, begin_part)
+            destination.check()  # again, as the part file now locks others out
+            outcome = _run(the_plan, inputs, parts, destination, progress, begin_part)
         if mark is not None and finished is None:
-            note_finished(mark, paths[0], fingerprint, outcome.sha256)
+            note_finished(mark, destination.path, fingerprint, outcome.sha256)
     return MergeReport(
-        output=paths[0],
+        output=destination.path,
         out_bytes=sum(layout.n_bytes for layout in layouts),
         method=recipe.title,
         models=tuple(model_name(path) for path in the_plan.models),
@@ -264,7 +257,9 @@ def _merge_one(
         damaged_tensors=outcome.n_damaged,
         sha256=outcome.sha256,
         notes=the_plan.notes + outcome.notes,
-        files=outcome.files if split_bytes is not None else (),
+        files=tuple(destination.final(file) for file in outcome.files)
+        if destination.lists_files
+        else (),
     )
 
 
@@ -292,9 +287,11 @@ class _Outcome:
     written_bytes: int = 0
 
 
-def _finish(the_plan: Plan, paths: Sequence[Path], begin_part: BeginPart) -> _Outcome:
+def _finish(
+    the_plan: Plan, paths: Sequence[Path], journal: Path, begin_part: BeginPart
+) -> _Outcome:
     """End a run that was cut short when all its files had their names."""
-    digest, files = hash_named(paths, begin_part(HASHING))
+    digest, files = hash_named(paths, journal, begin_part(HASHING))
     note = "an earlier run had finished it, and was stopped before it could say so"
     return _Outcome(digest, files, (note,), n_resumed=len(the_plan.jobs))
 
@@ -303,18 +300,13 @@ def _run(
     the_plan: Plan,
     inputs: _Inputs,
     parts: OutputParts,
-    layouts: Sequence[GgufLayout],
-    split_bytes: int | None,
+    destination: Destination,
     progress: Progress | None,
     begin_part: BeginPart,
 ) -> _Outcome:
     """Make what no earlier run has finished; seal the files and give them their names."""
     pool = _new_pool(the_plan, inputs, progress, begin_part)
-    places = {
-        name: (file, offset)
-        for file, layout in zip(parts.files, layouts, strict=True)
-        for name, offset in layout.offsets.items()
-    }
+    places = destination.places(parts)
     n_resumed = n_damaged = 0
     if parts.earlier is not None:
         checking = begin_part("checking what is finished")
@@ -332,11 +324,11 @@ def _run(
         inputs.check_unchanged()  # the error may come from a write to a model during the merge
         raise
     inputs.check_unchanged()
-    layouts = _layouts(the_plan, results, split_bytes)
+    layouts = destination.lay_out(results)
     for file, layout in zip(parts.files, layouts, strict=True):
         file.write(layout.header, 0)
     digest, files = parts.hash(begin_part(HASHING))
-    parts.publish()
+    destination.publish(parts)
     return _Outcome(
         digest,
         files,
@@ -369,31 +361,3 @@ def _new_pool(
     from edgemerge.merging.workers import WorkerPool
 
     return WorkerPool(the_plan, inputs.sources, progress, inputs.importance, begin_part)
-
-
-# -- the header ------------------------------------------------------------------------------------------
-
-
-def _layouts(
-    the_plan: Plan, results: Sequence[TensorResult], split_bytes: int | None
-) -> list[GgufLayout]:
-    """Lay the output out; checksums are zero until there are results, which does not change its size."""
-    metadata = {**the_plan.metadata, **provenance(the_plan, results)}
-    return make_layouts(metadata, [job.out for job in the_plan.jobs], split_bytes)
-
-
-def _name_files(output: Path, layouts: Sequence[GgufLayout], split_bytes: int | None) -> list[Path]:
-    """Name the files of the output, one for each layout."""
-    if split_bytes is None:
-        return [output]
-    if len(layouts) > MAX_PARTS:
-        raise OutputError(
-            f"would be a split of {len(layouts)} files; allow larger ones with --split-max-size",
-            path=output,
-        )
-    return part_paths(output, len(layouts))
-
-
-def _check_outputs(paths: Sequence[Path], recipe: Recipe, *, force: bool) -> None:
-    for path in paths:
-        check_output(path, recipe.inputs(), force=force)

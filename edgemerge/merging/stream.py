@@ -24,7 +24,7 @@ from edgemerge.methods.shared_tensor import GroupThread
 from edgemerge.methods.table import METHODS
 from edgemerge.native import KernelFile
 from edgemerge.output.checksums import RowChecksum
-from edgemerge.output.file import OutputFile
+from edgemerge.output.places import TensorPlace
 from edgemerge.token_rows import ZERO, Run
 from edgemerge.types import Float32, Float64, HeadPlan, InputTensor, Plan, Source, TensorJob, UInt8
 
@@ -153,30 +153,28 @@ class TensorStream:
         assert measure is not None
         return measure(self)
 
-    def run(self, output: OutputFile, offset: int, layer_sum: Float64 | None = None) -> PartResult:
+    def run(self, place: TensorPlace, layer_sum: Float64 | None = None) -> PartResult:
         """Make this worker's blocks of the tensor, and write them.
 
         Parameters
         ----------
-        output : OutputFile
-            The file to write to.
-        offset : int
-            Position of the tensor's first byte in it.
+        place : TensorPlace
+            Where to write to.
         layer_sum : array of float64, optional
             What `measure` returned, summed over the tensor's layer, where the method asks for it.
         """
         if self.job.is_byte_copy:
-            self._copy(output, offset)
+            self._copy(place)
         else:
             self.layer_sum = layer_sum
-            self._merge(output, offset)
+            self._merge(place)
         if self.group.finish():
             for tensor in self.job.inputs:
                 self._sources[tensor.model].check_unchanged()
                 self._sources[tensor.model].forget(tensor.spec.name)
         return self.part
 
-    def _copy(self, output: OutputFile, offset: int) -> None:
+    def _copy(self, place: TensorPlace) -> None:
         for _, start, stop in self._ranges():
             raw = self._raw[: (stop - start) * self._out_row_bytes]
             runs = [Run(start, stop, 0, start)]
@@ -190,7 +188,7 @@ class TensorStream:
                     continue
                 self._read(0, run.row, run.row + n_rows, run.start, copied)
                 self._check_copy(self.job.experts[0], copied, run.row)
-            self._write(output, offset, start, stop - start, raw)
+            self._write(place, start, stop - start, raw)
 
     def _check_copy(self, tensor: InputTensor, raw: UInt8, first_row: int) -> None:
         """Refuse NaN and infinity, as decoding does."""
@@ -203,17 +201,19 @@ class TensorStream:
                 tensor=tensor.spec.name,
             )
 
-    def _merge(self, output: OutputFile, offset: int) -> None:
+    def _merge(self, place: TensorPlace) -> None:
         codec = CODECS[self.job.out.dtype]
         for block, values in METHODS[self.job.method].blocks(self):
             self._check_range(block, values)
+            if self.job.norm_offset:
+                values -= np.float32(self.job.norm_offset)
             raw = self._raw[: block.n_rows * self._out_row_bytes]
             row = block.first // block.n_cols
             if self.job.is_weighted:
                 self._encode_weighted(values, raw, row)
             else:
                 codec.encode(values, raw, self._scratch)
-            self._write(output, offset, row, block.n_rows, raw)
+            self._write(place, row, block.n_rows, raw)
 
     def _encode_weighted(self, values: Float32, raw: UInt8, first_row: int) -> None:
         """Encode rows. Each matrix of a stack of experts has importances of its own."""
@@ -234,8 +234,8 @@ class TensorStream:
             )
             at = stop
 
-    def _write(self, output: OutputFile, offset: int, start: int, n_rows: int, raw: UInt8) -> None:
-        output.write(raw, offset + start * self._out_row_bytes)
+    def _write(self, place: TensorPlace, start: int, n_rows: int, raw: UInt8) -> None:
+        place.write_rows(start, raw)
         self.part.output.add(start, n_rows, raw)
         self._traffic.add(0, raw.nbytes)
 

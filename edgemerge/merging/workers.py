@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
@@ -30,7 +30,7 @@ from edgemerge.merging.traffic import PartResult, Traffic, join_parts
 from edgemerge.methods.shared_tensor import ThreadGroup
 from edgemerge.methods.table import METHODS
 from edgemerge.output.checksums import TensorResult
-from edgemerge.output.file import OutputFile
+from edgemerge.output.places import Places
 from edgemerge.planning.plan import alignment_pairs
 from edgemerge.types import (
     BeginPart,
@@ -119,7 +119,7 @@ class WorkerPool:
 
     def run(
         self,
-        places: Mapping[str, tuple[OutputFile, int]],
+        places: Places,
         on_finished: Callable[[int, TensorResult], None],
     ) -> list[TensorResult]:
         """Make every tensor that was not taken over. Return the results of all, in the plan's order.
@@ -127,7 +127,7 @@ class WorkerPool:
         Parameters
         ----------
         places : mapping
-            The file and the offset that each tensor is written to.
+            Where each tensor is written to.
         on_finished : callable
             Called with the number of every finished tensor and its result, from any thread.
 
@@ -144,7 +144,7 @@ class WorkerPool:
             job = stream.job
             layer = _measured_layer(job)
             layer_sum = None if layer is None else self._layer_sums[layer]
-            part = stream.run(*places[job.out.name], layer_sum)
+            part = stream.run(places[job.out.name], layer_sum)
             with lock:
                 parts[job.out.name].append(part)
                 is_finished = len(parts[job.out.name]) == job.workers

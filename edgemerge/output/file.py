@@ -21,7 +21,7 @@ from isal.isal_zlib import crc32
 
 from edgemerge.errors import OutputError
 from edgemerge.formats.adapters.reference import expand_inputs
-from edgemerge.formats.files import forget_range, read_state, real_path
+from edgemerge.formats.files import IOV_MAX, drop_bytes, forget_range, read_state, real_path
 from edgemerge.formats.gguf.model import parts_of
 from edgemerge.sizes import format_size
 from edgemerge.types import FileState, UInt8
@@ -223,6 +223,37 @@ class OutputFile:
         except OSError as error:
             raise OutputError(f"could not be written ({error.strerror})", path=self.path) from error
 
+    def write_items(self, items: list[memoryview], offset: int) -> None:
+        """Write buffers one after the other at a position; thread-safe.
+
+        Raises
+        ------
+        OutputError
+            The disk refused.
+        """
+        try:
+            while items:
+                n_bytes = os.pwritev(self._fd, items[:IOV_MAX], offset)
+                offset += n_bytes
+                items = drop_bytes(items, n_bytes)
+        except OSError as error:
+            raise OutputError(f"could not be written ({error.strerror})", path=self.path) from error
+
+    def read_items(self, items: list[memoryview], offset: int) -> None:
+        """Fill buffers one after the other from a position.
+
+        Raises
+        ------
+        OSError
+            The disk refused, or the file ends before.
+        """
+        while items:
+            n_bytes = os.preadv(self._fd, items[:IOV_MAX], offset)
+            if n_bytes == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            offset += n_bytes
+            items = drop_bytes(items, n_bytes)
+
     def chunks(self) -> Iterator[memoryview]:
         """Read the file as it is on disk. Each piece is valid until the next."""
         with self._finishing():
@@ -230,12 +261,16 @@ class OutputFile:
 
     def crc32(self, offset: int, n_bytes: int) -> int:
         """Return the CRC-32 of a piece as it is on disk, not in a cache."""
-        forget_range(self._fd, offset, n_bytes)
+        self.forget(offset, n_bytes)
         crc = 0
         for chunk in read_chunks(self._fd, offset, n_bytes):
             crc = crc32(chunk, crc)
-        forget_range(self._fd, offset, n_bytes)
+        self.forget(offset, n_bytes)
         return crc
+
+    def forget(self, offset: int, n_bytes: int) -> None:
+        """Give the pages of a piece back, so that it is read from the disk next time."""
+        forget_range(self._fd, offset, n_bytes)
 
     def state(self) -> FileState:
         """Return what the part is now."""

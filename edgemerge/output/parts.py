@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +44,9 @@ class OutputParts:
         Final names and sizes, in order.
     fingerprint : Fingerprint
         Of all that decides the bytes. What an earlier run with another fingerprint left is dropped.
+    output : Path, optional
+        The folder that they will be in, where they are made in another (`edgemerge.output.folder`). Then
+        the journal lies beside that.
 
     Attributes
     ----------
@@ -57,8 +60,15 @@ class OutputParts:
         Why it is a new start although an earlier run left something.
     """
 
-    def __init__(self, sizes: Sequence[tuple[Path, int]], fingerprint: Fingerprint) -> None:
-        keeps = is_begun(sizes[0][0])
+    def __init__(
+        self,
+        sizes: Sequence[tuple[Path, int]],
+        fingerprint: Fingerprint,
+        output: Path | None = None,
+    ) -> None:
+        self._journal_path = journal_path(output or sizes[0][0])
+        self._remains = output and sizes[0][0].parent
+        keeps = self._journal_path.is_file()
         self.earlier: Entries | None = None
         self.notes: tuple[str, ...] = ()
         self.files = [OutputFile(final, n_bytes, keeps=keeps) for final, n_bytes in sizes]
@@ -74,7 +84,7 @@ class OutputParts:
             A file cannot be made; see `OutputFile`.
         """
         first, *others = self.files
-        path = journal_path(first.path)
+        path = self._journal_path
         first.open()
         if first.keeps:  # the lock of the part protects the journal too
             self._read_earlier(path, self._fingerprint)
@@ -136,8 +146,10 @@ class OutputParts:
         """
         return _hash(((file.path, file.n_bytes, file.chunks()) for file in self.files), progress)
 
-    def publish(self) -> None:
+    def publish(self, then: Callable[[], None] | None = None) -> None:
         """Make all files durable, then give them their names, replacing files of these names.
+
+        `then` is called when all have their names, before the journal that says so is removed.
 
         A model is loaded by its first file. So the old first file is removed first, and the new one is named
         last. Old and new files never form a model together, even after a power cut.
@@ -161,6 +173,8 @@ class OutputParts:
                 ) from error
         for file in (*others, first):
             file.rename()
+        if then is not None:
+            then()
         self.journal.remove()
 
     def __enter__(self) -> OutputParts:
@@ -185,7 +199,7 @@ class OutputParts:
             elif (
                 self.files[0].is_ours and not self.files[0].keeps
             ):  # a new start that was interrupted
-                journal = journal_path(self.files[0].path)
+                journal = self._journal_path
                 if journal.is_file() and not journal.is_symlink():
                     journal.unlink()
 
@@ -199,7 +213,7 @@ class OutputParts:
             journal.close()
             error.add_note(
                 f"run the same command again to go on after the {n_finished} tensors that are "
-                f"finished, or delete {self.files[0].part}"
+                f"finished, or delete {self._remains or self.files[0].part}"
             )
         else:
             journal.remove()
@@ -210,13 +224,13 @@ def is_begun(output: Path) -> bool:
     return journal_path(output).is_file()
 
 
-def find_named(finals: Sequence[Path], fingerprint: Fingerprint) -> set[Path]:
+def find_named(finals: Sequence[Path], fingerprint: Fingerprint, journal: Path) -> set[Path]:
     """Find the files that an interrupted run had named already, by inode and time.
 
     Where these are all files, that run had finished its output.
     """
     try:
-        earlier = read_journal(journal_path(finals[0]))
+        earlier = read_journal(journal)
     except FormatError:
         return set()
     if earlier is None or earlier.fingerprint != fingerprint or len(earlier.files) != len(finals):
@@ -226,7 +240,7 @@ def find_named(finals: Sequence[Path], fingerprint: Fingerprint) -> set[Path]:
 
 
 def hash_named(
-    finals: Sequence[Path], progress: Progress | None = None
+    finals: Sequence[Path], journal: Path, progress: Progress | None = None
 ) -> tuple[str, tuple[FileReport, ...]]:
     """Hash finished files, as `OutputParts.hash` does, and remove their journal."""
     with ExitStack() as stack:
@@ -234,7 +248,7 @@ def hash_named(
         sizes = [os.fstat(fd).st_size for fd in fds]
         chunks = [read_chunks(fd, 0, size) for fd, size in zip(fds, sizes, strict=True)]
         hashes = _hash(zip(finals, sizes, chunks, strict=True), progress)
-    journal_path(finals[0]).unlink(missing_ok=True)
+    journal.unlink(missing_ok=True)
     return hashes
 
 

@@ -7,33 +7,29 @@ that this merge would make again byte for byte. Each is read, and taken over whe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeAlias
 
-from edgemerge.formats.gguf.writer import GgufLayout
+from edgemerge.formats.layout import FileLayout
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import OutputFile
 from edgemerge.output.journal import Entries, Fingerprint, mark_file
+from edgemerge.output.places import Places
 from edgemerge.types import Plan, Progress, Source, TensorJob
 
-__all__ = ["Places", "find_fingerprint", "hash_sources", "verify_earlier"]
+__all__ = ["find_fingerprint", "hash_sources", "verify_earlier"]
 
 PACKAGE = Path(__file__).parents[1]
 # Wings whose code decides the bytes of tensors; the header is hashed itself.
-DECIDING = ("alignment", "formats", "kernels", "merging", "methods", "planning")
-
-Places: TypeAlias = Mapping[
-    str, tuple[OutputFile, int]
-]  # tensor -> its file, and where it begins there
+DECIDING = ("alignment", "formats", "kernels", "merging", "methods", "output", "planning")
 
 
 def find_fingerprint(
     the_plan: Plan,
-    layouts: Sequence[GgufLayout],
+    layouts: Sequence[FileLayout],
     paths: Sequence[Path],
     sources: Sequence[Source],
     importance: ImportanceMatrix | None,
@@ -44,7 +40,7 @@ def find_fingerprint(
     ----------
     the_plan : Plan
         No part of it that the budget decides counts.
-    layouts : sequence of GgufLayout
+    layouts : sequence of FileLayout
         Of the output's files, checksums zero: they hold the recipe, the metadata, shapes and types.
     paths : sequence of Path
         The output's files.
@@ -125,24 +121,22 @@ def verify_earlier(
         done += sizes.get(i, 0)
         if progress is not None:
             progress(done, total)
-    _clear_gaps(jobs, places)
+    _clear_gaps(places)
     return n_damaged
 
 
 def _is_sound(job: TensorJob, places: Places, result: TensorResult) -> bool:
-    file, offset = places[job.out.name]
     try:
-        is_there = file.crc32(offset, job.out.nbytes) == result.output
+        is_there = places[job.out.name].crc32() == result.output
         return is_there and len(result.inputs) == len(job.inputs)
     except OSError:  # a sector that cannot be read may still be written
         return False
 
 
-def _clear_gaps(jobs: Sequence[TensorJob], places: Places) -> None:
+def _clear_gaps(places: Places) -> None:
     """Write the zeros between tensors again, as no checksum covers them."""
     ends: dict[OutputFile, int] = {}
-    for job in reversed(jobs):
-        file, offset = places[job.out.name]
-        end = offset + job.out.nbytes
-        file.write(bytes(ends.get(file, file.n_bytes) - end), end)
-        ends[file] = offset
+    for place in sorted(places.values(), key=lambda place: place.offset, reverse=True):
+        file = place.file
+        file.write(bytes(ends.get(file, file.n_bytes) - place.end), place.end)
+        ends[file] = place.offset

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgemerge.budget import (
     FLOOR_BYTES,
@@ -28,7 +29,7 @@ from edgemerge.methods.blocks import SUM_LANES
 from edgemerge.methods.linear import PASSTHROUGH
 from edgemerge.methods.method import Method
 from edgemerge.methods.table import find_method
-from edgemerge.planning.compatibility import check_models, check_scaled_output
+from edgemerge.planning.compatibility import check_models, check_scaled_output, is_constant
 from edgemerge.planning.header import choose_types, output_metadata
 from edgemerge.planning.importance import importance_metadata, weigh_jobs
 from edgemerge.planning.jobs import Draft, draft_jobs, list_experts, may_copy, unused_settings
@@ -36,6 +37,9 @@ from edgemerge.planning.llama_check import check_runs
 from edgemerge.planning.token_maps import describe_rows, memory_of_rows
 from edgemerge.planning.vocabulary import choose_vocabulary, names_outsider, note_templates
 from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
+
+if TYPE_CHECKING:
+    from edgemerge.planning.folder import Folder
 
 __all__ = ["DEFAULT_MEMORY", "alignment_pairs", "make_plan"]
 
@@ -92,11 +96,22 @@ def make_plan(
     for draft in drafts:
         if not draft.is_constant:
             method.check(draft)
-    file_type, types = choose_types(recipe, method, drafts, sources, notes)
-    check_scaled_output(types, sources[models[0]])
+    folder = _find_folder(recipe, sources[models[0]], owner)
+    if folder is not None:
+        drafts = [draft for draft in drafts if not is_constant(draft.name)]
+        file_type, types = folder.choose_types(drafts)
+    else:
+        file_type, types = choose_types(recipe, method, drafts, sources, notes)
+        check_scaled_output(types, sources[models[0]])
     metadata = output_metadata(recipe, method, sources, vocabulary, drafts, file_type, types, notes)
-    jobs = [_finish(draft, method, types[draft.name]) for draft in drafts]
-    notes += check_runs(metadata, jobs, sources[models[0]])
+    jobs = [_finish(draft, method, types[draft.name], folder) for draft in drafts]
+    folder_bytes = 0
+    if folder is not None:
+        described = folder.describe([job.out for job in jobs], metadata, file_type)
+        folder_bytes = sum(len(raw) for raw in described.files.values())
+        notes += described.notes
+    else:
+        notes += check_runs(metadata, jobs, sources[models[0]])
     if recipe.imatrix is not None:
         with closing(ImportanceMatrix(recipe.imatrix)) as importance:
             jobs, lacking = weigh_jobs(jobs, importance)
@@ -114,7 +129,7 @@ def make_plan(
         _refuse_slices(recipe)
         reserved = SOLVER_BYTES
         neuron_bytes = _neuron_bytes(jobs, list(sources.values()))
-    beside = 2 * header_bytes + reserved
+    beside = 2 * header_bytes + reserved + folder_bytes
     reading = sum(source.work_bytes() for source in sources.values())
     workers, arena_bytes = divide_budget(
         needs + alignment,
@@ -186,10 +201,18 @@ def _refuse_slices(recipe: Recipe) -> None:
         raise RecipeError("neurons are matched in whole models, not in slices", field="neurons")
 
 
+def _find_folder(recipe: Recipe, base: Source, owner: Source) -> Folder | None:
+    if recipe.out_format != "hf":
+        return None
+    from edgemerge.planning.folder import Folder  # only a directory pays for the import
+
+    return Folder(recipe, base, owner)
+
+
 # -- jobs and memory ------------------------------------------------------------------------------
 
 
-def _finish(draft: Draft, method: Method, dtype: str) -> TensorJob:
+def _finish(draft: Draft, method: Method, dtype: str, folder: Folder | None) -> TensorJob:
     shape = draft.reference.shape
     spec = TensorSpec(draft.name, shape, dtype, 0)
     spec = replace(spec, nbytes=spec.n_rows * row_bytes(dtype, spec.n_cols))
@@ -204,6 +227,7 @@ def _finish(draft: Draft, method: Method, dtype: str) -> TensorJob:
         passes=1 if copies else method.passes(draft),
         is_copy=copies,
         rows=draft.rows,
+        norm_offset=0.0 if folder is None else folder.norm_offset(draft.name),
     )
     if spec.n_elements >= MAX_ELEMENTS or 0 in shape:
         raise MismatchError(

@@ -32,6 +32,7 @@ __all__ = [
     "Vocabulary",
     "choose_vocabulary",
     "differ_in_size",
+    "find_owner",
     "has_rows_of_tokens",
     "names_outsider",
     "note_templates",
@@ -77,6 +78,12 @@ def names_outsider(recipe: Recipe) -> Path | None:
     return Path(source)
 
 
+def find_owner(recipe: Recipe, sources: Mapping[Path, Source]) -> Source:
+    """Return the open model whose tokenizer the output has, to which tokens may be added."""
+    source, first = recipe.tokenizer_source, sources[recipe.models()[0]]
+    return first if source is None or source in NAMED else sources.get(Path(source), first)
+
+
 def choose_vocabulary(
     recipe: Recipe, sources: Mapping[Path, Source], outside: Source | None = None
 ) -> Vocabulary:
@@ -96,10 +103,9 @@ def choose_vocabulary(
     RecipeError
         The vocabularies cannot be joined, or there is nothing that tokens could be added to.
     """
-    source, first = recipe.tokenizer_source, sources[recipe.models()[0]]
-    owner = first
-    if source is not None and source not in NAMED:
-        owner = sources.get(Path(source), outside or first)
+    source, outsider = recipe.tokenizer_source, names_outsider(recipe)
+    known = sources if outsider is None or outside is None else {**sources, outsider: outside}
+    owner = find_owner(recipe, known)
     plain = {k: v for k, v in owner.metadata().items() if k.startswith("tokenizer.")}
     extends = bool(recipe.tokens or recipe.pad_to_multiple_of)
     if source is None and not extends:

@@ -3,29 +3,33 @@
 What `edgemerge.merging.run` writes has a CRC-32 of every tensor (`edgemerge.tensor_crc32`, in the order of
 the tensors). That finds what disks, cards and transfers do to a file. It proves nothing against people, who
 can change the checksums too. It does not cover the metadata. A signature (`edgemerge.provenance.signature`)
-covers every byte.
+covers every byte. The first weights of a directory state the same checksums, of rows in GGUF's order.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from isal.isal_zlib import crc32, crc32_combine
 
-from edgemerge.errors import FormatError, VerificationError
+from edgemerge.errors import VerificationError
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.formats.inspection import Provenance, read_provenance
-from edgemerge.types import Progress, TensorSpec
+from edgemerge.types import Progress, Source, TensorSpec, UInt8
+
+if TYPE_CHECKING:
+    from edgemerge.formats.hub.model import HubModel
 
 __all__ = ["Verification", "has_provenance", "verify_model"]
 
@@ -109,7 +113,7 @@ def verify_model(
     Parameters
     ----------
     path : path
-        A GGUF that edgemerge wrote; of a split, any part.
+        A GGUF that edgemerge wrote, of a split any part; or a directory.
     threads : int
         How many read at a time, with `PIECE` bytes of memory each.
     progress : callable, optional
@@ -118,29 +122,71 @@ def verify_model(
     Raises
     ------
     FormatError
-        It is no GGUF, or its header is damaged.
+        It is no model, or its header is damaged.
     VerificationError
         It says nothing of its making, so nothing can be compared.
     """
     source = open_model(path)
     with closing(source):
-        if not isinstance(source, GgufModel):
-            raise FormatError(
-                "is a folder, and only a merged GGUF has checksums; give that", path=path
-            )
-        provenance, stated = _read_claims(source)
-        found = _read_checksums(source, threads, progress)
+        tensors = _stored_tensors(source)
+        provenance, stated = _read_claims(source, tensors.specs)
+        found = _read_checksums(tensors, threads, progress)
         return Verification(
-            files=tuple(source.files()),
+            files=tuple(tensors.files),
             provenance=provenance,
             tensors=len(found),
-            nbytes=sum(spec.nbytes for spec in source.specs().values()),
+            nbytes=sum(spec.nbytes for spec in tensors.specs.values()),
             damaged=tuple(name for name, crc32 in found.items() if crc32 != stated[name]),
-            trailing_bytes=source.trailing_bytes,
+            trailing_bytes=tensors.trailing_bytes,
         )
 
 
-def _read_claims(source: GgufModel) -> tuple[Provenance, dict[str, int]]:
+class _Stored(NamedTuple):
+    """The tensors of a model as its files have them."""
+
+    files: Sequence[Path]
+    specs: Mapping[str, TensorSpec]
+    read: Callable[[_Piece], UInt8]
+    forget: Callable[[str], None]
+    trailing_bytes: int
+    by_rows: bool  # whether a piece has to be whole rows
+
+
+def _stored_tensors(source: Source) -> _Stored:
+    if isinstance(source, GgufModel):
+        return _Stored(
+            source.files(),
+            source.specs(),
+            partial(_read_bytes, source),
+            source.forget,
+            source.trailing_bytes,
+            by_rows=False,
+        )
+    from edgemerge.formats.hub.model import HubModel  # a GGUF does not pay for the import
+
+    assert isinstance(source, HubModel)
+    specs = source.stored_specs()
+    shards = [state.path for state in source.states()]  # a file with more bytes cannot be opened
+    read = partial(_read_rows, source, specs)
+    return _Stored(shards, specs, read, source.forget, 0, by_rows=True)
+
+
+def _read_bytes(source: GgufModel, piece: _Piece) -> UInt8:
+    raw_u8 = np.empty(piece.nbytes, np.uint8)
+    source.read_bytes(piece.name, piece.start, raw_u8)
+    return raw_u8
+
+
+def _read_rows(source: HubModel, specs: Mapping[str, TensorSpec], piece: _Piece) -> UInt8:
+    row_bytes = specs[piece.name].row_bytes
+    start, raw_u8 = piece.start // row_bytes, np.empty(piece.nbytes, np.uint8)
+    source.read_stored(piece.name, start, start + piece.nbytes // row_bytes, raw_u8)
+    return raw_u8
+
+
+def _read_claims(
+    source: Source, specs: Mapping[str, TensorSpec]
+) -> tuple[Provenance, dict[str, int]]:
     """Read what the file says of its making, and of the checksum of every tensor."""
     provenance = read_provenance(source.metadata())
     if provenance is None:
@@ -150,7 +196,7 @@ def _read_claims(source: GgufModel) -> tuple[Provenance, dict[str, int]]:
             path=source.path,
         )
     checksums = get_value(source.metadata(), CHECKSUMS_KEY)
-    names = list(source.specs())
+    names = list(specs)
     if not isinstance(checksums, Array) or len(checksums) != len(names):
         count = len(checksums) if isinstance(checksums, Array) else "no"
         raise VerificationError(
@@ -161,26 +207,22 @@ def _read_claims(source: GgufModel) -> tuple[Provenance, dict[str, int]]:
     return provenance, dict(zip(names, checksums, strict=True))  # type: ignore[arg-type]
 
 
-def _read_checksums(
-    source: GgufModel, threads: int, progress: Progress | None
-) -> Mapping[str, int]:
+def _read_checksums(tensors: _Stored, threads: int, progress: Progress | None) -> Mapping[str, int]:
     """Compute the CRC-32 of every tensor, from pieces that are read side by side."""
 
     def read(piece: _Piece) -> int:
-        raw_u8 = np.empty(piece.nbytes, np.uint8)
-        source.read_bytes(piece.name, piece.start, raw_u8)
-        return crc32(raw_u8.data)
+        return crc32(tensors.read(piece).data)
 
-    specs = source.specs()
+    specs = tensors.specs
     found = dict.fromkeys(specs, 0)
     total, done = sum(spec.nbytes for spec in specs.values()), 0
-    pieces = _cut(specs.values())
+    pieces = _cut(specs.values(), by_rows=tensors.by_rows)
     with ThreadPoolExecutor(threads, "edgemerge-verify") as pool:
         while batch := list(islice(pieces, PIECES_AHEAD * threads)):
             for piece, checksum in zip(batch, pool.map(read, batch), strict=True):
                 found[piece.name] = crc32_combine(found[piece.name], checksum, piece.nbytes)
                 if piece.is_last:
-                    source.forget(piece.name)
+                    tensors.forget(piece.name)
                 done += piece.nbytes
                 if progress is not None:
                     progress(done, total)
@@ -196,9 +238,12 @@ class _Piece(NamedTuple):
     is_last: bool
 
 
-def _cut(specs: Iterable[TensorSpec]) -> Iterator[_Piece]:
+def _cut(specs: Iterable[TensorSpec], *, by_rows: bool) -> Iterator[_Piece]:
     """Cut tensors into pieces, in order."""
     for spec in specs:
-        for start in range(0, spec.nbytes, PIECE):
+        step = PIECE
+        if by_rows:
+            step = max(1, PIECE // max(1, spec.row_bytes)) * max(1, spec.row_bytes)
+        for start in range(0, spec.nbytes, step):
             rest = spec.nbytes - start
-            yield _Piece(spec.name, start, min(PIECE, rest), rest <= PIECE)
+            yield _Piece(spec.name, start, min(step, rest), rest <= step)

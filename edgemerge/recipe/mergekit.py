@@ -14,7 +14,7 @@ from edgemerge.finding.cache import folder_name
 from edgemerge.methods.table import METHODS, known_parameters
 from edgemerge.recipe.templates import CHAT_TEMPLATES
 from edgemerge.recipe.tokens import TOKENIZER_KEYS, TokenizerReader
-from edgemerge.recipe.values import brief, check_alignment, is_utf8
+from edgemerge.recipe.values import brief, check_alignment, check_format, is_utf8
 from edgemerge.types import ModelInput, Parameters, Recipe, Slice
 
 __all__ = ["RecipeReader"]
@@ -39,7 +39,7 @@ MODULE_KEYS = ("models", "slices", "parameters")
 MODEL_KEYS = ("model", "parameters")
 SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
 SOURCE_KEYS = ("model", "layer_range", "parameters")
-OWN_KEYS = ("type", "tensor_types", "imatrix", "memory", "seed", "align", "neurons")
+OWN_KEYS = ("type", "format", "tensor_types", "imatrix", "memory", "seed", "align", "neurons")
 TEXT_MODULES = ("default", "text_decoder")  # as mergekit names the language model
 # mergekit adds a base that `models` does not list. To these methods it is a model like the others.
 BASE_IS_A_MODEL = ("linear", "karcher")
@@ -77,6 +77,9 @@ class RecipeReader(TokenizerReader):
             base=base,
             slices=slices,
             parameters=parameters,
+            out_format=check_format(self.text(own, "format", "edgemerge.format"))
+            if "format" in own
+            else "gguf",
             out_type=out_type,
             dtype=dtype,
             tensor_types=self.tensor_types(own.get("tensor_types", {})),

@@ -18,10 +18,17 @@ from edgemerge.finding.finder import Finder
 from edgemerge.recipe.mergekit import RecipeReader
 from edgemerge.recipe.mixture import MixtureReader, is_mixture
 from edgemerge.recipe.stages import read_stages
-from edgemerge.recipe.values import MAX_SEED, MAX_STRAYS, ValueReader, check_alignment
+from edgemerge.recipe.values import (
+    MAX_SEED,
+    MAX_STRAYS,
+    ValueReader,
+    check_alignment,
+    check_format,
+)
 from edgemerge.types import ModelInput, Recipe, Rule, Slice
 
-__all__ = ["MAX_SEED", "check_alignment", "find_imatrix", "load_recipe", "make_recipe"]
+__all__ = ["MAX_SEED", "check_alignment", "check_format", "find_imatrix", "load_recipe"]
+__all__ += ["make_recipe"]
 
 
 def load_recipe(
@@ -88,6 +95,7 @@ def make_recipe(
     tensor_types: Sequence[tuple[str, str]] = (),
     imatrix: str | None = None,
     finder: Finder | None = None,
+    out_format: str = "gguf",
 ) -> Recipe:
     """Build a recipe from flags.
 
@@ -119,6 +127,8 @@ def make_recipe(
         Path of an importance matrix, which guides the encoders.
     finder : Finder, optional
         As of `load_recipe`.
+    out_format : str
+        gguf, or hf for a Hugging Face directory.
     """
     reader = ValueReader(None, finder=finder)
     reader.base_path = reader.model_path(base, "--base") if base is not None else None
@@ -140,6 +150,7 @@ def make_recipe(
         tensor_types=tuple(tensor_types),
         imatrix=find_imatrix(imatrix) if imatrix is not None else None,
         notes=tuple(reader.notes),
+        out_format=check_format(out_format),
     )
 
 

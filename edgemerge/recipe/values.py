@@ -20,10 +20,12 @@ from edgemerge.sizes import parse_size
 from edgemerge.suggestions import find_closest, suggest, suggest_path
 from edgemerge.types import Gradient, Parameters, Rule, Setting, Steps
 
-__all__ = ["MAX_SEED", "MAX_STRAYS", "ValueReader", "brief", "check_alignment", "is_utf8"]
+__all__ = ["MAX_SEED", "MAX_STRAYS", "ValueReader", "brief", "check_alignment", "check_format"]
+__all__ += ["is_utf8"]
 
 MAX_SEED = (1 << 64) - 1  # the file keeps it as u64
 MAX_STRAYS = 10  # of one table that are named one by one
+FORMATS = ("gguf", "hf")
 ALIGNMENTS = ("hard", "soft", "off")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 
@@ -39,6 +41,21 @@ def check_alignment(value: str) -> str:
     if value not in ALIGNMENTS:
         raise RecipeError(
             f"alignment is {brief(value)}; choose one of {', '.join(ALIGNMENTS)}", field="align"
+        )
+    return value
+
+
+def check_format(value: str) -> str:
+    """Refuse what is no format of an output.
+
+    Raises
+    ------
+    RecipeError
+        It is none of gguf and hf.
+    """
+    if value not in FORMATS:
+        raise RecipeError(
+            f"format is {brief(value)}; choose one of {', '.join(FORMATS)}", field="format"
         )
     return value
 

@@ -85,7 +85,7 @@ def test_a_damaged_tensor_is_named() -> None:
 
 
 def test_what_cannot_be_verified() -> None:
-    assert "only a merged GGUF has checksums" in refuse("verify", "a")
+    assert "has no provenance section" in refuse("verify", "a")
     assert "cannot be read" in refuse("verify", "absent.gguf")
     assert invoke("verify").exit_code == 2
 

@@ -140,6 +140,6 @@ def replace_value(path: Path, key: str, value: bytes) -> Path:
     return target
 
 
-def test_a_folder_has_no_checksums(golden_dir: Path) -> None:
-    with pytest.raises(FormatError, match="only a merged GGUF has checksums"):
+def test_a_folder_of_others_has_no_checksums(golden_dir: Path) -> None:
+    with pytest.raises(VerificationError, match="has no provenance section"):
         verify_model(golden_dir / "inputs_f32" / "a")

@@ -22,7 +22,7 @@ from edgemerge.formats.adapters.updates import Scratch, Update
 from edgemerge.formats.quants.codec import CODECS, find_codec
 from edgemerge.types import FileState, Float32, Source, TensorSpec, UInt8
 
-__all__ = ["AdaptedModel", "Adapter", "open_adapter"]
+__all__ = ["AdaptedModel", "Adapter", "open_adapter", "without_adapters"]
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 PIECE = 1 << 17  # elements of rows that are changed at a time; one row at least
@@ -243,3 +243,8 @@ class AdaptedModel:
 def _height(spec: TensorSpec) -> int:
     """Rows of a tensor that are changed at a time."""
     return min(spec.n_rows, max(1, PIECE // max(1, spec.n_cols)))
+
+
+def without_adapters(source: Source) -> Source:
+    """Return the model that adapters were added to, or the model itself where there are none."""
+    return source._base if isinstance(source, AdaptedModel) else source

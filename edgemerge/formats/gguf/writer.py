@@ -8,29 +8,20 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from edgemerge.formats.gguf import metadata as meta
 from edgemerge.formats.gguf.header import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, align_up
 from edgemerge.formats.gguf.split import COUNT_KEY, NUMBER_KEY, TOTAL_KEY, divide_tensors
+from edgemerge.formats.layout import FileLayout
 from edgemerge.formats.quants.codec import GGML_TYPES
 from edgemerge.types import TensorSpec
 
-__all__ = ["GgufLayout", "make_layout", "make_layouts"]
+__all__ = ["make_layout", "make_layouts"]
 
 _TYPE_IDS = {name: type_id for type_id, name in GGML_TYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class GgufLayout:
-    """Header bytes and absolute tensor offsets of one GGUF file."""
-
-    header: bytes  # padded, so that tensor data begins at len(header)
-    offsets: dict[str, int]  # tensor name -> absolute position
-    n_bytes: int  # of the finished file
-
-
-def make_layout(metadata: Mapping[str, bytes], specs: Iterable[TensorSpec]) -> GgufLayout:
+def make_layout(metadata: Mapping[str, bytes], specs: Iterable[TensorSpec]) -> FileLayout:
     """Lay out a GGUF version 3 file.
 
     Parameters
@@ -57,12 +48,12 @@ def make_layout(metadata: Mapping[str, bytes], specs: Iterable[TensorSpec]) -> G
     )
     header += bytes(align_up(len(header), raw_alignment) - len(header))
     offsets = {name: len(header) + offset for name, offset in relative.items()}
-    return GgufLayout(header, offsets, len(header) + at)
+    return FileLayout(header, offsets, len(header) + at)
 
 
 def make_layouts(
     metadata: Mapping[str, bytes], specs: Iterable[TensorSpec], max_bytes: int | None
-) -> list[GgufLayout]:
+) -> list[FileLayout]:
     """Lay out the files of one model: one without `max_bytes`, else as many as it takes.
 
     Parameters

@@ -14,7 +14,7 @@ from edgemerge.errors import FormatError
 from edgemerge.formats.architectures import KINDS_OF_MODEL, Family
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.hub.checker import Checker
-from edgemerge.formats.hub.cuts import Cuts
+from edgemerge.formats.hub.cuts import Cuts, no_cuts
 from edgemerge.formats.hub.families import READERS
 from edgemerge.formats.hub.layouts import Bands
 from edgemerge.formats.hub.own_keys import Shapes
@@ -22,7 +22,8 @@ from edgemerge.formats.hub.reader import OwnShapes, Reader
 from edgemerge.formats.hub.rope import Rope, read_rope, rope_metadata
 from edgemerge.formats.json_file import read_object
 
-__all__ = ["EMBEDDING", "OUTPUT", "HubConfig", "read_config"]
+__all__ = ["EMBEDDING", "MAX_HEAD_DIM", "MAX_LAYERS", "OUTPUT", "HubConfig", "check_config"]
+__all__ += ["read_config"]
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 MAX_LAYERS, MAX_HEAD_DIM = 1 << 12, 1 << 14  # lists and tables of so many are made from them
@@ -73,6 +74,12 @@ class HubConfig:
     def family(self) -> Family:
         """Names of its tensors."""
         return KINDS_OF_MODEL[self.kind]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a directory has each tensor as GGUF has it, but for the order of rows."""
+        own = self.shapes.stored or self.shapes.in_gguf or self.scales
+        return not own and not self.family.columns and self.cuts is no_cuts
 
     def expected_shape(self, stem: str) -> tuple[int, ...]:
         """Shape of a stored matrix or vector, by its GGUF name without `blk.N.`; one expert's."""
@@ -137,7 +144,17 @@ def read_config(path: Path) -> HubConfig:
     FormatError
         The model is of a kind that edgemerge does not read, or a value is missing or absurd.
     """
-    raw = read_object(path, allows_infinity=True)
+    return check_config(read_object(path, allows_infinity=True), path)
+
+
+def check_config(raw: dict[str, Any], path: Path) -> HubConfig:
+    """Check the object that a config.json holds; `path` is named in errors.
+
+    Raises
+    ------
+    FormatError
+        As of `read_config`.
+    """
     types, unwrapped = WRAPPED.get(str(raw.get("model_type")), ((), ""))
     text = raw.get("text_config")
     if isinstance(text, dict) and text.get("model_type", unwrapped) in types:

@@ -12,14 +12,34 @@ from edgemerge.finding.cache import folder_name
 from edgemerge.formats.hub.safetensors import StoredTensor, read_header
 from edgemerge.formats.json_file import read_object
 
-__all__ = ["ADAPTER", "CONFIG", "is_adapter_dir", "is_hub_dir", "refuse_folder", "stored_tensors"]
+__all__ = ["ADAPTER", "CARD", "CONFIG", "FOLDER_FILES", "GENERATION", "INDEX", "SHARD", "SINGLE"]
+__all__ += ["TOKENIZER_FILES", "is_adapter_dir", "is_hub_dir", "refuse_folder", "shard_name"]
+__all__ += ["stored_tensors"]
 __all__ += ["unread_files"]
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION, CARD = "generation_config.json", "README.md"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+FOLDER_FILES = (CONFIG, GENERATION, CARD, SINGLE, INDEX, *TOKENIZER_FILES)  # beside shards
 SHARD = re.compile(r"model-([0-9]{5})-of-([0-9]{5})\.safetensors")
 # DeepSeek-V3's index has 9 MB and 91 000 tensors.
 MAX_INDEX_BYTES, MAX_INDEX_VALUES = 24_000_000, 250_000
+
+
+def shard_name(number: int, count: int) -> str:
+    """Name one of several files of weights; the first has the number 1."""
+    return f"model-{number:05}-of-{count:05}.safetensors"
 
 
 def is_hub_dir(path: str | os.PathLike[str]) -> bool:
@@ -121,7 +141,7 @@ def _read_unlisted(path: Path, found: list[Path]) -> dict[Path, dict[str, Stored
     count = counts.pop()
     names = {p.name for p in found}
     for number in range(1, count + 1):
-        name = f"model-{number:05}-of-{count:05}.safetensors"
+        name = shard_name(number, count)
         if name not in names:
             raise FormatError(f"shard {name!r} is missing; get it too", path=path)
     shards: dict[Path, dict[str, StoredTensor]] = {}

@@ -11,7 +11,15 @@ from edgemerge.formats.hub.mamba import StateSpace, expanded_width, read_state_s
 from edgemerge.formats.hub.own_keys import Shapes
 from edgemerge.formats.hub.reader import LINEAR_YARN, TEXT, OwnShapes, Reader
 
-__all__ = ["GRANITES"]
+__all__ = ["GRANITES", "GRANITE_SCALES"]
+
+# GGUF's key without the architecture's name -> config.json's
+GRANITE_SCALES = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 
 KINDS = {
     "mamba": "mamba",
@@ -24,13 +32,9 @@ HYBRID_CONTEXT = 1 << 20  # what the converter states where nothing is rotated
 
 def _scales(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """State four factors, of which llama.cpp takes each for 1 where it is not stated."""
-    names = {
-        "attention.scale": "attention_multiplier",
-        "embedding_scale": "embedding_multiplier",
-        "residual_scale": "residual_multiplier",
-        "logit_scale": "logits_scaling",
+    return {
+        key: encode_value(check.number(name, 1.0), "f32") for key, name in GRANITE_SCALES.items()
     }
-    return {key: encode_value(check.number(name, 1.0), "f32") for key, name in names.items()}
 
 
 def _shared_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:

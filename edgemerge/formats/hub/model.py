@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,12 +26,15 @@ from edgemerge.formats.files import (
     was_cached,
 )
 from edgemerge.formats.hub.card import general_metadata
-from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, read_config
+from edgemerge.formats.hub.claims import read_claims
+from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, HubConfig, read_config
 from edgemerge.formats.hub.files import ADAPTER, CONFIG, refuse_folder, unread_files
 from edgemerge.formats.hub.inventory import Inventory, Place
 from edgemerge.formats.hub.layouts import as_f32
 from edgemerge.formats.hub.names import name_some
 from edgemerge.formats.hub.rope import rope_tensors
+from edgemerge.formats.hub.rotary import rotary_runs
+from edgemerge.formats.hub.safetensors import read_metadata
 from edgemerge.formats.tokenizer.process import read_tokenizer
 from edgemerge.types import FileState, Float32, TensorSpec, UInt8
 
@@ -157,6 +161,11 @@ class HubModel:
         self._fill_rows(name, start * width, stop * width, raw.data.cast("B"))
         return as_f32(raw, place.dtype)
 
+    @property
+    def config(self) -> HubConfig:
+        """What its config.json says."""
+        return self._config
+
     def specs(self) -> Mapping[str, TensorSpec]:
         """All tensors by GGUF name, in the order in which llama.cpp's converter lists them."""
         return self._specs
@@ -168,6 +177,7 @@ class HubModel:
                 **general_metadata(self.path, self.architecture, self._specs.values()),
                 **self._config.metadata(),
                 **self._tokenizer(),
+                **self._claims(),
             }
         return self._metadata
 
@@ -178,6 +188,27 @@ class HubModel:
         )
         self._notes += [f"{folder_name(self.path)}: {note}" for note in notes]
         return found
+
+    def _claims(self) -> dict[str, bytes]:
+        """Read what the first file of weights says of a merge that made it."""
+        first = min(self._fds)
+        return read_claims(read_metadata(first), self.stored_specs())
+
+    def stored_specs(self) -> Mapping[str, TensorSpec]:
+        """All tensors that are stored, by GGUF name, with the type that they have in the file."""
+        return {
+            name: replace(spec, dtype=place.dtype, nbytes=len(place.parts) * place.part_bytes)
+            for name, spec in self._specs.items()
+            if (place := self._places.get(name)) is not None
+        }
+
+    def read_stored(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
+        """Fill `out_u8` with rows [start, stop) in GGUF's order, as the file has their values."""
+        place = self._places[name]
+        if place.norm_offset:
+            self._fill(name, [out_u8.data.cast("B")], place.parts[0])
+        else:
+            self.read_rows(name, start, stop, out_u8)
 
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` ((stop - start) * row_bytes,) with rows [start, stop) in GGUF's order."""
@@ -223,24 +254,11 @@ class HubModel:
             at = end
 
     def _fill_rotary(self, name: str, start: int, stop: int, width: int, view: memoryview) -> None:
-        """Read items of `width` bytes: GGUF's item 2 i + p of a head is stored as item p hd/2 + i.
-
-        So each head is two runs in the file, one per parity p, whose items go to every other place
-        of the output: one vectored read per run, no buffer between.
-        """
-        half = self._config.head_dim // 2
+        """Read items of `width` bytes in GGUF's order: one vectored read per run, no buffer between."""
         shard, offset = self._places[name].parts[0]
-        for head in range(start // (2 * half), (stop - 1) // (2 * half) + 1):
-            first = head * 2 * half
-            for parity in (0, 1):
-                i_from = max(0, (start - first - parity + 1) // 2)
-                i_to = min(half, (stop - first - parity + 1) // 2)
-                if i_from >= i_to:
-                    continue
-                places = (first + 2 * i + parity - start for i in range(i_from, i_to))
-                items = [view[at * width : (at + 1) * width] for at in places]
-                run = offset + (first + parity * half + i_from) * width
-                self._fill(name, items, (shard, run))
+        for first, places in rotary_runs(start, stop, self._config.head_dim):
+            items = [view[at * width : (at + 1) * width] for at in places]
+            self._fill(name, items, (shard, offset + first * width))
 
     def _fill(self, name: str, items: list[memoryview], place: tuple[Path, int]) -> None:
         """Fill the buffers one after the other from an offset in a shard; thread-safe."""

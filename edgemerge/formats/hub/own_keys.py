@@ -11,6 +11,7 @@ from edgemerge.formats.gguf.metadata import Scalar, encode_value
 from edgemerge.formats.hub.checker import Checker
 
 __all__ = [
+    "SIZE_OF_27B",
     "Shapes",
     "check_layer_types",
     "gemma2_keys",
@@ -29,6 +30,9 @@ __all__ = [
     "stated_width",
     "windows",
 ]
+
+
+SIZE_OF_27B = {"gemma2": 46, "gemma3_text": 62}  # layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,7 @@ def lfm2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 def gemma2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """State caps of logits, and a window in every second layer."""
-    _check_query_scale(check, shapes, n_layers_of_27b=46)
+    _check_query_scale(check, shapes, SIZE_OF_27B["gemma2"])
     check_layer_types(check, windows(shapes.n_layers, 2))
     return {
         "attn_logit_softcapping": encode_value(check.number("attn_logit_softcapping"), "f32"),
@@ -111,7 +115,7 @@ def gemma2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
 
 def gemma3_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     """State a window in five layers of six, or in none."""
-    _check_query_scale(check, shapes, n_layers_of_27b=62)
+    _check_query_scale(check, shapes, SIZE_OF_27B["gemma3_text"])
     if check.flag("use_bidirectional_attention"):
         raise check.unlike("use_bidirectional_attention", True, "causal attention")
     if (cap := check.get("attn_logit_softcapping")) is not None:

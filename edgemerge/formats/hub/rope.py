@@ -18,7 +18,15 @@ from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.hub.checker import MAX_COUNT, Checker
 from edgemerge.types import Float32
 
-__all__ = ["Rope", "read_rope", "rope_metadata", "rope_tensors"]
+__all__ = [
+    "LLAMA3_DEFAULTS",
+    "Rope",
+    "llama3_factors",
+    "read_rope",
+    "rope_metadata",
+    "rope_tensors",
+    "yarn_scale",
+]
 
 YARN_KEYS: dict[str, tuple[str, ...]] = {
     "ext_factor": ("extrapolation_factor",),
@@ -217,10 +225,10 @@ def rope_metadata(rope: Rope, *, has_log_multiplier: bool = False) -> dict[str, 
             if value is not None:
                 keys[f"rope.scaling.yarn_{key}"] = encode_value(float(value), "f32")
         # llama.cpp computes a factor of its own, whatever yarn_attn_factor says.
-        own = _yarn_scale(rope.values["factor"], 1.0)
+        own = yarn_scale(rope.values["factor"], 1.0)
         if has_log_multiplier and (multiplier := rope.values.get("mscale_all_dim")):
             keys["rope.scaling.yarn_log_multiplier"] = encode_value(float(multiplier), "f32")
-            own /= _yarn_scale(rope.values["factor"], multiplier)
+            own /= yarn_scale(rope.values["factor"], multiplier)
         ratio = _yarn_attention(rope.values) / own
         if not math.isclose(ratio, 1.0, rel_tol=1e-6):
             keys["rope.scaling.attn_factor"] = encode_value(ratio, "f32")
@@ -234,12 +242,12 @@ def _yarn_attention(values: dict[str, Any]) -> float:
     if (stated := values.get("attention_factor")) is not None:
         return float(stated)
     if values.get("mscale") and values.get("mscale_all_dim"):
-        of_all = _yarn_scale(values["factor"], values["mscale_all_dim"])
-        return _yarn_scale(values["factor"], values["mscale"]) / of_all
-    return _yarn_scale(values["factor"], 1.0)
+        of_all = yarn_scale(values["factor"], values["mscale_all_dim"])
+        return yarn_scale(values["factor"], values["mscale"]) / of_all
+    return yarn_scale(values["factor"], 1.0)
 
 
-def _yarn_scale(factor: float, mscale: float) -> float:
+def yarn_scale(factor: float, mscale: float) -> float:
     """Peng et al. 2023, "YaRN", equation 22; `get_mscale` in llama.cpp's src/llama-context.cpp."""
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
@@ -258,7 +266,10 @@ def _longrope_attention(rope: Rope) -> float:
 def rope_tensors(rope: Rope) -> dict[str, Float32]:
     """Return the tensors that hold divisors of frequencies, (n_rot / 2,) float32, by GGUF name."""
     if rope.kind == "llama3":
-        return {"rope_freqs.weight": _llama3_factors(rope)}
+        assert rope.original_length is not None
+        values = (rope.values[key] for key in LLAMA3_DEFAULTS)
+        factors = llama3_factors(rope.theta, rope.n_rot, rope.original_length, *values)
+        return {"rope_freqs.weight": factors}
     if rope.kind == "proportional":  # pairs that do not turn: `Gemma4Model.generate_extra_tensors`
         factors = np.full(rope.head_dim // 2, 1e30, np.float32)
         factors[: rope.n_rot // 2] = 1.0
@@ -271,20 +282,28 @@ def rope_tensors(rope: Rope) -> dict[str, Float32]:
     return {}
 
 
-def _llama3_factors(rope: Rope) -> Float32:
-    """Compute the divisors of rope type llama3.
+def llama3_factors(
+    theta: float, n_rot: int, original: int, factor: float, low: float, high: float
+) -> Float32:
+    """Compute the divisors of rope type llama3, (n_rot / 2,).
 
     As `LlamaModel.generate_extra_tensors` computes them: in float32, step by step. Its power is
     torch's, ours a rounded float64, so that the bytes do not depend on a vector library.
+
+    Parameters
+    ----------
+    theta : float
+        Base of the frequencies.
+    n_rot, original : int
+        Elements of a head that are turned; context length before it was stretched.
+    factor, low, high : float
+        As `LLAMA3_DEFAULTS` names them.
     """
     f32 = np.float32
-    factor, low, high = (rope.values[key] for key in LLAMA3_DEFAULTS)
-    original = rope.original_length
-    assert original is not None
-    factors = np.empty(rope.n_rot // 2, np.float32)
+    factors = np.empty(n_rot // 2, np.float32)
     for i in range(len(factors)):
-        exponent = f32(2 * i) / f32(rope.n_rot)
-        freq = f32(1.0) / f32(math.pow(rope.theta, float(exponent)))
+        exponent = f32(2 * i) / f32(n_rot)
+        freq = f32(1.0) / f32(math.pow(theta, float(exponent)))
         wavelength = f32(2 * math.pi) / freq
         if wavelength < original / high:
             factors[i] = 1.0

@@ -19,7 +19,14 @@ from edgemerge.errors import FormatError
 from edgemerge.formats.files import describe_foreign
 from edgemerge.formats.json_file import parse_object
 
-__all__ = ["DTYPE_BITS", "StoredTensor", "read_header"]
+__all__ = [
+    "DTYPE_BITS",
+    "MAX_HEADER_VALUES",
+    "METADATA_KEY",
+    "StoredTensor",
+    "read_header",
+    "read_metadata",
+]
 
 # `Dtype` of safetensors/src/tensor.rs; what edgemerge can merge of these, `hub` decides.
 DTYPE_BITS: dict[str, int] = {
@@ -92,6 +99,21 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     tensors = {name: _parse_entry(name, entry, data_start, path) for name, entry in table.items()}
     _check_layout(tensors, data_start, file_size, path)
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read what the header of a safetensors file says besides its tensors.
+
+    Raises
+    ------
+    FormatError
+        As of `read_header`.
+    """
+    raw, _ = _read_header_bytes(path)
+    table = parse_object(raw, path, max_values=MAX_HEADER_VALUES, unique_keys=True)
+    found: dict[str, str] = table.get(METADATA_KEY, {})
+    _check_metadata(found, path)
+    return found
 
 
 def _read_header_bytes(path: Path) -> tuple[bytes, int]:

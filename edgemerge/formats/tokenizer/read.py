@@ -27,7 +27,7 @@ from edgemerge.formats.tokenizer.spm import (
 )
 from edgemerge.formats.tokenizer.unigram import unigram_json_vocabulary, unigram_vocabulary
 
-__all__ = ["tokenizer_metadata"]
+__all__ = ["ADD_KEYS", "BOS_BY_DEFAULT", "ID_KEYS", "MAX_TOKENIZER_BYTES", "tokenizer_metadata"]
 
 # Model types that the converter's LlamaModel and GemmaModel take care of.
 LLAMA_LIKE: tuple[str, ...] = (

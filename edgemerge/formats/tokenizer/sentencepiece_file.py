@@ -8,7 +8,7 @@ add_dummy_prefix, 4 remove_extra_whitespaces). Nothing else of it is needed.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ __all__ = [
     "USER_DEFINED",
     "SentencePieceFile",
     "read_sentencepiece",
+    "write_sentencepiece",
 ]
 
 # Types of a piece; llama_token_type of llama.cpp has the same numbers.
@@ -135,3 +136,32 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
     raise ValueError("a number has more than ten bytes")
+
+
+def write_sentencepiece(pieces: Iterable[tuple[bytes, float, int]], *, adds_space: bool) -> bytes:
+    """Return a tokenizer.model of SentencePiece's BPE, as `read_sentencepiece` reads it.
+
+    Parameters
+    ----------
+    pieces : iterable of (text, score, type)
+        By id.
+    adds_space : bool
+        Whether a space is put in front of a text.
+    """
+    message = bytearray()
+    for text, score, kind in pieces:
+        piece = _length_field(1, text) + b"\x15" + struct.pack("<f", score)
+        message += _length_field(1, piece + (b"" if kind == NORMAL else bytes([0x18, kind])))
+    message += _length_field(2, bytes([0x18, BPE, 0x98, 0x02, 1]))  # 35 byte_fallback
+    # Characters are not normalised, and no space is removed.
+    message += _length_field(3, b"\x0a\x08identity" + bytes([0x18, adds_space, 0x20, 0]))
+    return bytes(message)
+
+
+def _length_field(number: int, value: bytes) -> bytes:
+    length, raw = len(value), bytearray([number << 3 | 2])
+    while length > 0x7F:
+        raw.append(length & 0x7F | 0x80)
+        length >>= 7
+    raw.append(length)
+    return bytes(raw) + value

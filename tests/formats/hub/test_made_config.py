@@ -1,0 +1,66 @@
+"""Configurations of GGUF files that state nonsense: refused in a sentence, whatever it is."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgemerge.errors import FormatError
+from edgemerge.formats.gguf.metadata import encode_value
+from edgemerge.formats.hub.made_config import make_config
+from edgemerge.formats.hub.model import HubModel
+from edgemerge.formats.hub.rotary import rotary_runs
+from edgemerge.types import TensorSpec
+from tests.support.architecture_models import ARCHITECTURES, NAMES
+
+NONSENSE = (
+    encode_value(0, "u32"),
+    encode_value((1 << 32) - 1, "u32"),
+    encode_value(-1, "i32"),
+    encode_value(float("nan"), "f32"),
+    encode_value(float("inf"), "f32"),
+    encode_value("text", "str"),
+    encode_value([], "[u32]"),
+    encode_value(["text"], "[str]"),
+    None,
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nonsense_is_refused_in_a_sentence(name: str) -> None:
+    model = HubModel(ARCHITECTURES / name)
+    rng, metadata, specs = random.Random(name), dict(model.metadata()), model.specs()
+    model.close()
+    keys = [key for key in metadata if key.startswith(f"{model.architecture}.")]
+    read = np.ones(4, np.float32).copy
+    for _ in range(60):
+        changed = dict(metadata)
+        for key in rng.sample(keys, rng.choice((1, 1, 2))):
+            value = rng.choice(NONSENSE)
+            changed.pop(key)
+            if value is not None:
+                changed[key] = value
+        given = dict(specs)
+        if rng.random() < 0.3:
+            given["rope_freqs.weight"] = TensorSpec("rope_freqs.weight", (4,), "F32", 16)
+        refusal = "model.gguf: … write a GGUF"
+        try:
+            make_config(Path("model.gguf"), changed, given, lambda _name: read())
+        except FormatError as error:
+            refusal = str(error)
+        assert refusal.startswith("model.gguf: ")
+        assert refusal.endswith("write a GGUF")
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 12), (1, 5), (3, 4), (5, 12)])
+def test_runs_of_items_cover_a_range_once(start: int, stop: int) -> None:
+    """The rule itself: item 2 i + p of a head of six is stored as item 3 p + i."""
+    found: dict[int, int] = {}
+    for first, places in rotary_runs(start, stop, 6):
+        found |= {start + at: first + n for n, at in enumerate(places)}
+    assert found == {
+        item: item // 6 * 6 + item % 2 * 3 + item % 6 // 2 for item in range(start, stop)
+    }
