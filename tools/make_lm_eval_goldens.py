@@ -146,7 +146,7 @@ def main() -> None:
                 label = f"mmlu_anatomy, {shots} shots"
                 results[label] = run(model, "mmlu_anatomy", files["mmlu_anatomy"], shots, dev)
             golden["models"][model_name] = results
-    text = json.dumps(golden, indent=1)
+    text = json.dumps(golden, separators=(",", ":"))
     (SAMPLES / "golden.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -62,7 +62,8 @@ def make_cuts() -> None:
         }
     written |= {"pre_tokenizer": None}
     facts = {"text": TEXT, "tokenizer": written, "cuts": cuts}
-    (OUT / "cuts.json").write_text(json.dumps(facts, ensure_ascii=False) + "\n")
+    text = json.dumps(facts, ensure_ascii=False, separators=(",", ":"))
+    (OUT / "cuts.json").write_text(text + "\n")
 
 
 def make_unigram() -> None:
