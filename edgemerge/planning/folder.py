@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgemerge.errors import FormatError, RecipeError
+from edgemerge.finding.cache import folder_name
 from edgemerge.formats.adapters.model import without_adapters
 from edgemerge.formats.files import read_bounded
 from edgemerge.formats.gguf.metadata import get_value
@@ -146,7 +147,7 @@ class Folder:
         if isinstance(self._owner, HubModel) and _has_tokens_of(self._owner, metadata):
             files |= _copy_tokenizer(self._owner, metadata)
             if (self._owner.path / MORE_TEMPLATES).is_dir():
-                notes.append(f"{self._owner.path.name}: {MORE_TEMPLATES} is left out")
+                notes.append(f"{folder_name(self._owner.path)}: {MORE_TEMPLATES} is left out")
         else:
             files[GENERATION] = _as_json(_generation(metadata))
             length = config.rope.context_length
