@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.support import fixtures
 
 PACKED = {".safetensors", ".model", ".npz", ".jsonl"}  # and the names below
-PACKED_NAMES = {"tokenizer.json", "expected.json"}
-PLAIN_FOLDERS = {"eval"}  # questions to look at
+PACKED_NAMES = {"tokenizer.json", "expected.json", "configs.json"}
+PLAIN = {"eval/disease.jsonl", "eval/substance.jsonl"}  # questions to look at
 
 
 def pack(folder: Path, name: str) -> None:
@@ -43,9 +43,7 @@ def pack(folder: Path, name: str) -> None:
             if kind.parent.name != fixtures.PERMUTED[0]:
                 base = fixtures.ORDERED_BY.get(kind.parent.name)
                 split(file, stored / path, files.get(f"{base}/{kind.name}"))
-        elif (kind.suffix in PACKED or kind.name in PACKED_NAMES) and kind.parts[
-            0
-        ] not in PLAIN_FOLDERS:
+        elif path not in PLAIN and (kind.suffix in PACKED or kind.name in PACKED_NAMES):
             (stored / path).unlink(missing_ok=True)
             if sums[path] not in {sums[other] for other in archived}:
                 archived[path] = file

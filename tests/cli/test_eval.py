@@ -20,6 +20,7 @@ from edgemerge.cli.eval import eval_command
 from edgemerge.errors import RuntimeFailure
 from edgemerge.merging.run import merge
 from edgemerge.recipe.recipe import make_recipe
+from tests.support.fixtures import unpacked
 from tests.support.packed_json import read_packed_json
 from tests.support.places import TESTS
 
@@ -27,7 +28,7 @@ pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.llama
 
 SAMPLES = TESTS / "data" / "lm_eval"
-GENERAL = TESTS / "models" / "eval" / "general.jsonl"
+GENERAL = unpacked("models") / "eval" / "general.jsonl"
 GOLDEN = read_packed_json(SAMPLES / "golden.json.xz")["models"]
 MEDQA = f"medqa={SAMPLES / 'medqa.jsonl'}"
 MMLU = f"mmlu={SAMPLES / 'anatomy_test.csv'}"

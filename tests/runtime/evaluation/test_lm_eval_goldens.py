@@ -16,6 +16,7 @@ from edgemerge.runtime.evaluation.evaluate import mark, score
 from edgemerge.runtime.evaluation.likelihood import option_likelihoods
 from edgemerge.runtime.evaluation.tasks import Task, read_task
 from edgemerge.runtime.llama import Model
+from tests.support.fixtures import unpacked
 from tests.support.packed_json import read_packed_json
 
 pytestmark = pytest.mark.llama
@@ -50,7 +51,7 @@ def ggufs(models_dir: Path, folder: Path) -> dict[str, Path]:
 def task_of(case: str, n_shots: int) -> Task:
     name = case.split(",")[0]
     if name not in FILES:
-        return read_task("questions", ROOT / "models" / "eval" / f"{name}.jsonl")
+        return read_task("questions", unpacked("models") / "eval" / f"{name}.jsonl")
     format_name, file = FILES[name]
     examples = SAMPLES / "anatomy_dev.csv" if n_shots else None
     return read_task(format_name, SAMPLES / file, shots=n_shots, examples=examples)
