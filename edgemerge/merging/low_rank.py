@@ -1,7 +1,8 @@
 """The nearest matrices of low rank to a change that is read by rows: a randomised range finder.
 
 Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1. What is held of a change of m x n is m x k and
-n x k numbers, k its rank and a few more. Blocks have a fixed height, so that no result depends on memory.
+n x k numbers, k its rank and a few more. Blocks have a fixed height, so that no result depends on memory. The
+small float64 products and decompositions are LAPACK's, whose last digits depend on the processor.
 """
 
 from __future__ import annotations

@@ -37,8 +37,6 @@ def precompile(the_plan: Plan) -> None:
     jobs = [job for job in the_plan.jobs if not job.is_byte_copy]
     specs = [tensor.spec for job in jobs for tensor in job.inputs]
     if jobs:
-        if any(spec.like for spec in specs):  # adapters change these
-            compile_missing({"lora.add_product"})
         precompile_kernels(
             the_plan.recipe.method,
             the_plan.align,
@@ -46,6 +44,7 @@ def precompile(the_plan: Plan) -> None:
             written={job.out.dtype for job in jobs if not job.is_weighted},
             weighed={job.out.dtype for job in jobs if job.is_weighted},
             neurons=the_plan.recipe.neurons,
+            adapts=any(spec.like for spec in specs),
         )
 
 
@@ -57,6 +56,7 @@ def precompile_kernels(
     written: Collection[str],
     weighed: Collection[str] = (),
     neurons: bool = False,
+    adapts: bool = False,
 ) -> None:
     """Compile the kernels of a method and of some types that are missing.
 
@@ -68,6 +68,8 @@ def precompile_kernels(
         ggml types that are decoded, encoded, and encoded by an importance matrix.
     neurons : bool
         Whether feed-forward neurons are matched.
+    adapts : bool
+        Whether a model has adapters.
 
     Raises
     ------
@@ -75,7 +77,7 @@ def precompile_kernels(
         The compiler failed.
     """
     aligns = align != "off" or neurons
-    compile_missing(kernels_of(method, read, written, weighed, aligns=aligns))
+    compile_missing(kernels_of(method, read, written, weighed, aligns=aligns, adapts=adapts))
 
 
 def kernels_of(
@@ -85,12 +87,18 @@ def kernels_of(
     weighed: Collection[str] = (),
     *,
     aligns: bool = False,
+    adapts: bool = False,
 ) -> set[str]:
-    """Name the kernels (FILE.KERNEL) of a merge; `aligns`: whether heads or neurons are matched."""
+    """Name the kernels (FILE.KERNEL) of a merge; `aligns`: whether heads or neurons are matched.
+
+    `adapts`: whether a model has adapters.
+    """
     names = {"norms.count_overflows", *METHODS[method].kernels}
     if aligns:
         names |= {"linear.add_scaled"}
         names |= {f"{file}.{name}" for file in ALIGNING for name in SIGNATURES[file]}
+    if adapts:
+        names |= {f"lora.{name}" for name in SIGNATURES["lora"]}
     for way, dtypes in (("decode", read), ("encode", written)):
         names |= {f"{CODECS[d].kernels}.{way}_{d.lower()}" for d in dtypes if CODECS[d].kernels}
     return names.union(*map(weighted_kernels, weighed))

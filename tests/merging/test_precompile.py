@@ -188,7 +188,9 @@ def test_everything_is_known_to_the_doctor() -> None:
     needed = {
         name
         for method in METHODS
-        for name in precompiling.kernels_of(method, CODECS, written, WEIGHTED_TYPES, aligns=True)
+        for name in precompiling.kernels_of(
+            method, CODECS, written, WEIGHTED_TYPES, aligns=True, adapts=True
+        )
     }
     _, total = precompiling.find_missing_of_all()
     listed = {f"{file}.{name}" for file, kernels in SIGNATURES.items() for name in kernels}

@@ -104,9 +104,7 @@ class Factor:
     column: int = 0
     step: int = 1
     transposed: bool = False
-    half: int = (
-        0  # of a head's rows, which GGUF has in rotary order; 0: rows lie as GGUF wants them
-    )
+    half: int = 0  # of rows of a head, which GGUF has in rotary order; 0: rows lie as they are
 
     def read(self, start: int, stop: int) -> Float32:
         """Return rows [start, stop), C-contiguous."""
