@@ -105,7 +105,11 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """Scores of the prompt's tokens, where they were wanted."""
+    """Scores of the prompt's tokens, where they were wanted.
+
+    The beginning of sequence that was put before a text is not among them. The first has no logprob, unless
+    that stands before it.
+    """
 
     scores: list[TokenScore]
 
@@ -131,12 +135,15 @@ class Ended:
         Tokens that were drawn, without the one that ends a text.
     prompt_seconds, step_seconds : float
         Time of the prompt, and of all that was drawn.
+    end_score : TokenScore or None
+        Of the token that ended the text, where scores were wanted and there is one.
     """
 
     reason: str
     n_generated: int
     prompt_seconds: float
     step_seconds: float
+    end_score: TokenScore | None = None
 
 
 @dataclass(frozen=True, slots=True)

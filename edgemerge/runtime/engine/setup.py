@@ -1,0 +1,152 @@
+"""Loads a model as an engine wants it: one context for all of its sequences."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgemerge.errors import FormatError, RuntimeFailure
+from edgemerge.runtime.board.device import default_threads
+from edgemerge.runtime.engine.options import EngineFacts, EngineOptions
+from edgemerge.runtime.engine.slots import Slots
+from edgemerge.runtime.llama import Context, Model
+from edgemerge.runtime.model_files import open_gguf, reads_whole
+from edgemerge.runtime.template import Template, load_template
+
+__all__ = ["ROWS", "Loaded", "load"]
+
+ROWS = (
+    32  # of logits in one batch, beside those that are drawn; one has a megabyte for 256 000 tokens
+)
+_RANK = "4"  # enum llama_pooling_type of llama.h, as text of metadata
+_SAMPLE, _N_SAMPLES = 1 << 16, 64  # bytes and places of a file that tell one model from another
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is ready.
+
+    Attributes
+    ----------
+    model, context, slots
+        What computes. Above the sequences of `slots` there are as many again for embeddings.
+    template : Template or None
+        Its chat template.
+    facts : EngineFacts
+        What it says of itself.
+    n_rows : int
+        Most logits of one batch.
+    """
+
+    model: Model
+    context: Context
+    slots: Slots
+    template: Template | None
+    facts: EngineFacts
+    n_rows: int
+
+
+def load(options: EngineOptions) -> Loaded:
+    """Load a model and make its context.
+
+    Raises
+    ------
+    RuntimeFailure
+        llama.cpp is not installed, refuses a file, or has no memory for the context.
+    FormatError
+        A file is damaged, or breaks a rule of llama.cpp's that would end the process.
+    """
+    with closing(open_gguf(options.path)) as source:
+        is_encoder = reads_whole(source)
+        files = source.files()
+    model = Model(
+        options.path,
+        n_threads=options.n_threads or (default_threads() if is_encoder else None),
+        n_gpu_layers=options.n_gpu_layers,
+        loras=options.loras,
+        encoders=True,
+    )
+    can_rerank = _pooling(model) == _RANK
+    n_rows = options.n_sequences + ROWS
+    context = _make_context(model, options, whole=is_encoder or can_rerank, n_rows=n_rows)
+    n_kept = 0 if model.keeps_state else options.n_sequences
+    slots = Slots(
+        model.api, context.handle, options.n_sequences, n_kept, keeps_state=model.keeps_state
+    )
+    template = _load_template(model)
+    buffers = context.buffers
+    facts = EngineFacts(
+        n_ctx=context.n_ctx,
+        n_sequences=options.n_sequences,
+        n_vocab=model.n_vocab,
+        has_template=template is not None,
+        reads_whole=is_encoder,
+        can_rerank=can_rerank,
+        fingerprint=_fingerprint([*files, *(lora.path for lora in options.loras)]),
+        threads=(model.threads.generate, model.threads.prompt),
+        memory={
+            "weights": buffers.weights,
+            "kv": buffers.kv,
+            "compute": buffers.compute,
+            "output": buffers.output,
+        },
+    )
+    return Loaded(model, context, slots, template, facts, n_rows)
+
+
+def _make_context(model: Model, options: EngineOptions, *, whole: bool, n_rows: int) -> Context:
+    """Make a context; `whole` for a model that computes a text at once."""
+    api = model.api
+    settings = {
+        "type_k": getattr(api, f"GGML_TYPE_{options.kv_type.upper()}"),
+        "type_v": getattr(api, f"GGML_TYPE_{options.kv_type.upper()}"),
+        "pooling_type": api.LLAMA_POOLING_TYPE_NONE,  # embeddings are pooled here
+    }
+    if options.flash is not None:
+        settings["flash_attn_type"] = int(options.flash)
+    if _pooling(model) == _RANK:
+        settings["pooling_type"] = api.LLAMA_POOLING_TYPE_RANK
+    n_sequences = options.n_sequences * (2 if model.keeps_state else 3)
+    n_batch = options.n_ctx if whole else options.n_chunk + options.n_sequences
+    return model.context(
+        options.n_ctx,
+        n_batch=n_batch,
+        n_ubatch=n_batch,
+        n_sequences=n_sequences,
+        n_outputs=n_batch if whole else n_rows,
+        **settings,
+    )
+
+
+def _pooling(model: Model) -> str | None:
+    return model.metadata.get(f"{model.metadata.get('general.architecture')}.pooling_type")
+
+
+def _load_template(model: Model) -> Template | None:
+    """Load the chat template.
+
+    Raises
+    ------
+    RuntimeFailure
+        It does not work, or there is no Jinja.
+    """
+    try:
+        return load_template(model)
+    except FormatError as error:
+        raise RuntimeFailure(str(error)) from error
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    """Tell models apart by their header, and by places all over their weights: all would take minutes."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with path.open("rb") as file:
+            for i in range(_N_SAMPLES):
+                file.seek(i * max(size - _SAMPLE, 0) // (_N_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+    return f"fp_{digest.hexdigest()[:12]}"

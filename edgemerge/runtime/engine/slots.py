@@ -1,0 +1,192 @@
+"""Sequences of a context: which tokens each of them has, and what a new prompt can take over from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from edgemerge.runtime.engine.messages import TokenScore
+
+__all__ = ["Slot", "Slots", "common_length"]
+
+_LEAST_COPY = 4  # tokens: fewer are computed again, rather than kept from being forgotten
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """A sequence.
+
+    Attributes
+    ----------
+    id : int
+        llama.cpp's number.
+    tokens : list of int
+        What the cache has of it.
+    is_free : bool
+        Whether no answer uses it; its tokens are kept for those that begin alike.
+    n_copied : int
+        Tokens at its beginning that take no room of its own: another one in use has them too.
+    used : int
+        The higher, the later it was used.
+    scores : list of TokenScore
+        Of its first tokens, as far as they were scored.
+    n_alternatives : int
+        That these scores name.
+    """
+
+    id: int
+    tokens: list[int] = field(default_factory=list)
+    is_free: bool = True
+    n_copied: int = 0
+    used: int = 0
+    scores: list[TokenScore] = field(default_factory=list)
+    n_alternatives: int = -1
+
+
+class Slots:
+    """All sequences of a context.
+
+    Parameters
+    ----------
+    api : module
+        llama_cpp.
+    context : pointer
+        llama.cpp's context, empty.
+    n_active : int
+        Answers at a time.
+    n_kept : int
+        Sequences beside those, which only keep what may be wanted again.
+    keeps_state : bool
+        Whether the model has a running state. It can neither be cut back nor be given to a second sequence.
+    """
+
+    def __init__(
+        self, api: Any, context: Any, n_active: int, n_kept: int, *, keeps_state: bool
+    ) -> None:
+        self.n_active = n_active
+        self._api = api
+        self._memory = api.llama_get_memory(context)
+        self._keeps_state = keeps_state
+        self._slots = [Slot(i) for i in range(n_active + n_kept)]
+        self._ticks = count(1)
+
+    @property
+    def n_busy(self) -> int:
+        """Sequences that answers use."""
+        return sum(not slot.is_free for slot in self._slots)
+
+    def take(self, prompt: Sequence[int], most: int, n_alternatives: int = -1) -> Slot | None:
+        """Take a sequence for a prompt, with as much of it as some sequence has already.
+
+        Parameters
+        ----------
+        prompt : sequence of int
+            Tokens.
+        most : int
+            So many of them at most are taken over.
+        n_alternatives : int
+            Only tokens that were scored with so many alternatives are taken over; -1 for all tokens.
+
+        Returns
+        -------
+        Slot or None
+            What it has is a beginning of the prompt; None where all sequences are in use.
+        """
+        if self.n_busy >= self.n_active:
+            return None
+        source, n = self.longest(prompt, n_alternatives)
+        n = min(n, most)
+        slot = self._choose(source, n)
+        scores = source.scores[: n + 1] if source is not None and n else []
+        slot.n_copied = 0
+        if source is not slot:
+            self.forget(slot)
+            if source is not None and n:
+                slot.n_copied = 0 if source.is_free else n
+                self._api.llama_memory_seq_cp(self._memory, source.id, slot.id, 0, n)
+                slot.tokens = source.tokens[:n]
+        elif len(slot.tokens) > n:
+            self._cut(slot, n)
+        slot.scores = scores if n_alternatives >= 0 else []
+        slot.n_alternatives = n_alternatives
+        slot.is_free = False
+        slot.used = next(self._ticks)
+        return slot
+
+    def longest(self, prompt: Sequence[int], n_alternatives: int = -1) -> tuple[Slot | None, int]:
+        """Find the sequence that begins most like a prompt, and how many tokens these are."""
+        best, most = None, 0
+        for slot in self._slots:
+            n = common_length(slot.tokens, prompt)
+            if n_alternatives >= 0:
+                n_scored = len(slot.scores) if slot.n_alternatives == n_alternatives else 0
+                n = max(
+                    min(n, n_scored) - 1, 0
+                )  # the last is computed again: its logits score the next
+            if self._keeps_state and (not slot.is_free or n < len(slot.tokens)):
+                n = 0
+            if n > most or (best is not None and n == most and best.is_free):
+                best, most = slot, n  # rather one in use: what two have in common takes room once
+        return best, most
+
+    def _choose(self, source: Slot | None, n: int) -> Slot:
+        """Choose the sequence to write to: the source itself, unless too much of it would be lost."""
+        others = [slot for slot in self._slots if slot.is_free and slot is not source]
+        empty = next((slot for slot in others if not slot.tokens), None)
+        if source is not None and source.is_free:
+            if len(source.tokens) - n < _LEAST_COPY or self._keeps_state:
+                return source
+            if not others:
+                return source
+        return empty or min(others, key=lambda slot: slot.used)
+
+    def _cut(self, slot: Slot, n: int) -> None:
+        """Forget what follows the first n tokens; or all, where the model has a running state."""
+        if n and self._api.llama_memory_seq_rm(self._memory, slot.id, n, -1):
+            del slot.tokens[n:]
+        else:
+            self.forget(slot)
+
+    def leave(self, slot: Slot) -> None:
+        """End the use of a sequence; its tokens are kept until their room is wanted."""
+        slot.is_free = True
+        slot.used = next(self._ticks)
+
+    def forget(self, slot: Slot) -> None:
+        """Empty a sequence."""
+        self._api.llama_memory_seq_rm(self._memory, slot.id, -1, -1)
+        slot.tokens = []
+        slot.scores = []
+
+    def evict(self) -> bool:
+        """Empty the sequence that was kept longest; False where there is none."""
+        kept = [slot for slot in self._slots if slot.is_free and slot.tokens]
+        if kept:
+            self.forget(min(kept, key=lambda slot: slot.used))
+        return bool(kept)
+
+    def clear(self) -> None:
+        """Empty all, after llama.cpp has failed."""
+        for slot in self._slots:
+            self.forget(slot)
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._slots)
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many elements two lists have in common at their beginning; slices are compared in C."""
+    low, high = 0, min(len(a), len(b))
+    if not high or a[0] != b[0]:
+        return 0
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
