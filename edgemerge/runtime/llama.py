@@ -86,6 +86,7 @@ class Model:
         self.n_vocab: int = self.api.llama_vocab_n_tokens(self.vocab)
         self.n_ctx_train: int = self.api.llama_model_n_ctx_train(self._handle)
         self.n_embd: int = self.api.llama_model_n_embd(self._handle)
+        self.n_embd_out: int = self.api.llama_model_n_embd_out(self._handle)
         self.n_layers: int = self.api.llama_model_n_layer(self._handle)
         self.n_params: int = self.api.llama_model_n_params(self._handle)
         self.n_bytes: int = self.api.llama_model_size(self._handle)
@@ -169,8 +170,21 @@ class Model:
     @property
     def chat_template(self) -> str | None:
         """The model's own chat template (Jinja), if it has one."""
-        raw = self.api.llama_model_chat_template(self._handle, None)
+        return self._named_template(None)
+
+    @property
+    def rank_template(self) -> str | None:
+        """Its text around a `{query}` and a `{document}`, if it is one that orders texts so."""
+        return self._named_template(b"rerank")
+
+    def _named_template(self, name: bytes | None) -> str | None:
+        raw = self.api.llama_model_chat_template(self._handle, name)
         return None if raw is None else raw.decode("utf-8", errors="replace")
+
+    @property
+    def pooling(self) -> str | None:
+        """How its file says that the tokens' vectors become one: a number of `llama_pooling_type`."""
+        return self.metadata.get(f"{self.metadata.get('general.architecture')}.pooling_type")
 
     def token_text(self, token: int) -> str:
         """Text of a token in the vocabulary, e.g. `<s>`; empty for -1, which stands for none."""

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import Any
@@ -18,9 +19,16 @@ from typing import Any
 from edgemerge.errors import EdgemergeError, RuntimeFailure
 from edgemerge.runtime.engine.answer import Answer
 from edgemerge.runtime.engine.draw import BadGrammar
+from edgemerge.runtime.engine.embedding import Embedder, EmbeddingJob
 from edgemerge.runtime.engine.messages import Failed, Generation, Piece
 from edgemerge.runtime.engine.options import EngineOptions
-from edgemerge.runtime.engine.prompts import Refused, read_generation, write_text
+from edgemerge.runtime.engine.prompts import (
+    Refused,
+    read_generation,
+    read_pair,
+    read_whole_text,
+    write_text,
+)
 from edgemerge.runtime.engine.scheduler import Scheduler
 from edgemerge.runtime.engine.setup import Loaded, load
 from edgemerge.runtime.engine.wire import Unpacker, pack
@@ -103,11 +111,11 @@ class _Reader:
 
     def _generate(self, key: int, wanted: Generation) -> None:
         loaded = self._ready_model
-        if loaded.facts.reads_whole:
-            raise Refused("this model embeds texts and does not continue them")
+        if loaded.whole:
+            raise Refused("this model embeds or orders texts and does not continue them")
         n_ctx = loaded.facts.n_ctx
         tokens, n_put = read_generation(loaded.model, loaded.template, wanted, n_ctx)
-        self.ready.put(("add", key, Answer(key, loaded.model, wanted, tokens, n_put, n_ctx)))
+        self.ready.put(("answer", key, Answer(key, loaded.model, wanted, tokens, n_put, n_ctx)))
 
     def _tokenize(self, key: int, text: str, add_special: bool) -> None:
         model = self._ready_model.model
@@ -115,6 +123,27 @@ class _Reader:
 
     def _detokenize(self, key: int, tokens: list[int]) -> None:
         self._pipe.say([(key, write_text(self._ready_model.model, tokens))])
+
+    def _embed(self, key: int, inputs: list[str | list[int]]) -> None:
+        loaded = self._ready_model
+        if loaded.facts.can_rerank:
+            raise Refused("this model orders texts and does not embed them")
+        n_ctx = loaded.facts.n_ctx
+        read = [read_whole_text(loaded.model, one, n_ctx) for one in inputs]
+        self._hand_on(EmbeddingJob(key, read))
+
+    def _rerank(self, key: int, query: str, texts: list[str]) -> None:
+        loaded = self._ready_model
+        if not loaded.facts.can_rerank:
+            raise Refused("this model does not order texts")
+        read = [read_pair(loaded.model, query, text, loaded.facts.n_ctx) for text in texts]
+        self._hand_on(EmbeddingJob(key, read, ranks=True))
+
+    def _hand_on(self, job: EmbeddingJob) -> None:
+        if job.inputs:
+            self.ready.put(("embed", job.key, job))
+        else:
+            self._pipe.say([(job.key, ([], 0))])
 
 
 def main() -> None:
@@ -152,17 +181,30 @@ def _compute(loaded: Loaded, options: EngineOptions, ready: SimpleQueue[Any], pi
         n_chunk=options.n_chunk,
         n_rows=loaded.n_rows,
     )
-    jobs: dict[str, Callable[[Any], None]] = {"add": scheduler.add, "cancel": scheduler.cancel}
+    embedder = Embedder(
+        loaded.model,
+        loaded.context,
+        loaded.slots,
+        loaded.spare_sequences,
+        n_rows=loaded.n_rows,
+        whole=loaded.whole,
+    )
+
+    def cancel(key: int) -> None:
+        scheduler.cancel(key)
+        embedder.cancel(key)
+
+    jobs = {"answer": scheduler.add, "embed": embedder.add, "cancel": cancel}
     while True:
-        is_idle = scheduler.is_idle
-        try:
+        is_idle = scheduler.is_idle and embedder.is_idle
+        with suppress(Empty):
             while True:
                 job, key, *asked = ready.get(block=is_idle)
-                jobs[job](*asked or (key,))
+                jobs[job](*asked or (key,))  # type: ignore[operator]
                 is_idle = False
-        except Empty:
-            pass
-        if events := scheduler.step():
+        events: list[tuple[int, Any]] = [*scheduler.step()]
+        events += embedder.step(others=not scheduler.is_idle)
+        if events:
             pipe.say(events)
 
 

@@ -59,8 +59,10 @@ class EngineFacts:
 
     Attributes
     ----------
-    n_ctx, n_sequences : int
-        Tokens of the cache, and answers at a time.
+    n_ctx : int
+        Tokens that one answer may have with its prompt, or a text that is embedded.
+    n_sequences : int
+        Answers at a time.
     n_vocab : int
         Tokens that there are.
     has_template : bool
@@ -75,6 +77,8 @@ class EngineFacts:
         Threads that generate, and threads that read prompts.
     memory : dict of str to int
         Bytes of `weights`, `kv`, `compute` and `output`, as llama.cpp says.
+    n_pool : int
+        Tokens of the cache, which all answers use together.
     """
 
     n_ctx: int
@@ -86,3 +90,4 @@ class EngineFacts:
     fingerprint: str
     threads: tuple[int, int]
     memory: dict[str, int] = field(default_factory=dict)
+    n_pool: int = 0

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from itertools import count
 from tempfile import TemporaryFile
@@ -114,9 +114,9 @@ class ModelProcess:
             self._facts = facts
             return facts
 
-    async def generate(
+    def generate(
         self, wanted: Generation
-    ) -> AsyncIterator[Begun | PromptScored | Piece | Ended]:
+    ) -> AsyncGenerator[Begun | PromptScored | Piece | Ended, None]:
         """Compute an answer and give what comes of it; closing the iterator ends the computation at once.
 
         Raises
@@ -124,9 +124,7 @@ class ModelProcess:
         EngineFailure
             400 where the model cannot take the request, 503 where its process ended.
         """
-        child = self._running()
-        async for event in child.stream("generate", wanted):
-            yield event
+        return self._running().stream("generate", wanted)
 
     async def tokenize(self, text: str, *, add_special: bool) -> list[int]:
         """Tokens of a text; with `add_special` begun and ended as the model wants it.
@@ -228,7 +226,7 @@ class _Child(asyncio.Protocol):
 
     # -- what the model does
 
-    async def stream(self, job: str, *asked: Any) -> AsyncIterator[Any]:
+    async def stream(self, job: str, *asked: Any) -> AsyncGenerator[Any, None]:
         """Ask for something that comes in several events, the last of which is `Ended`."""
         key, queue = self._send(job, *asked)
         is_ended = False

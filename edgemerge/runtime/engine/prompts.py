@@ -11,7 +11,14 @@ from edgemerge.runtime.generate import read_prompt
 from edgemerge.runtime.llama import Model
 from edgemerge.runtime.template import Template
 
-__all__ = ["Refused", "check_tokens", "read_generation", "read_whole_text", "write_text"]
+__all__ = [
+    "Refused",
+    "check_tokens",
+    "read_generation",
+    "read_pair",
+    "read_whole_text",
+    "write_text",
+]
 
 
 class Refused(Exception):
@@ -94,6 +101,33 @@ def read_whole_text(model: Model, text: str | Sequence[int], n_ctx: int) -> list
         raise Refused("the input is empty")
     if len(tokens) > n_ctx:
         raise Refused(f"an input has {len(tokens)} tokens and the context is {n_ctx}: shorten it")
+    return tokens
+
+
+def read_pair(model: Model, query: str, text: str, n_ctx: int) -> list[int]:
+    """Tokens of a question and a text that may answer it, as llama-server's `format_prompt_rerank`.
+
+    Raises
+    ------
+    Refused
+        They are too long together.
+    """
+    api, vocab = model.api, model.vocab
+    template = model.rank_template
+    if template is not None:
+        whole = template.replace("{query}", query).replace("{document}", text)
+        tokens = model.tokenize(whole, special=True)
+    else:
+        end = api.llama_vocab_eos(vocab)
+        end = api.llama_vocab_sep(vocab) if end < 0 else end
+        ends = [end] if api.llama_vocab_get_add_eos(vocab) else []
+        separators = [api.llama_vocab_sep(vocab)] if api.llama_vocab_get_add_sep(vocab) else []
+        tokens = [*model.bos, *model.tokenize(query), *ends, *separators]
+        tokens += [*model.tokenize(text), *ends]
+    if len(tokens) > n_ctx:
+        raise Refused(
+            f"a text has {len(tokens)} tokens with the query and the context is {n_ctx}: shorten it"
+        )
     return tokens
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgemerge.errors import FormatError, RuntimeFailure
@@ -21,6 +21,7 @@ __all__ = ["ROWS", "Loaded", "load"]
 ROWS = (
     32  # of logits in one batch, beside those that are drawn; one has a megabyte for 256 000 tokens
 )
+_LONGEST_PAIR = 1024  # tokens: each has a row of logits, which for 150 000 tokens is 600 KB
 _RANK = "4"  # enum llama_pooling_type of llama.h, as text of metadata
 _SAMPLE, _N_SAMPLES = 1 << 16, 64  # bytes and places of a file that tell one model from another
 
@@ -39,6 +40,8 @@ class Loaded:
         What it says of itself.
     n_rows : int
         Most logits of one batch.
+    whole : bool
+        Whether a text has to be in one batch, as for an encoder or a model that orders texts.
     """
 
     model: Model
@@ -47,6 +50,12 @@ class Loaded:
     template: Template | None
     facts: EngineFacts
     n_rows: int
+    whole: bool
+
+    @property
+    def spare_sequences(self) -> range:
+        """Sequences of the context that `slots` does not have."""
+        return range(self.slots.n_all, self.facts.n_sequences + self.slots.n_all)
 
 
 def load(options: EngineOptions) -> Loaded:
@@ -69,9 +78,14 @@ def load(options: EngineOptions) -> Loaded:
         loras=options.loras,
         encoders=True,
     )
-    can_rerank = _pooling(model) == _RANK
-    n_rows = options.n_sequences + ROWS
-    context = _make_context(model, options, whole=is_encoder or can_rerank, n_rows=n_rows)
+    can_rerank = model.pooling == _RANK
+    whole = is_encoder or can_rerank
+    n_batch = options.n_chunk + options.n_sequences
+    n_ctx = options.n_ctx
+    if whole:  # an encoder has no positions after those that it was trained with
+        n_ctx = n_batch = min(n_ctx, model.n_ctx_train if is_encoder else _LONGEST_PAIR)
+    n_rows = n_batch if whole else options.n_sequences + ROWS
+    context = _make_context(model, replace(options, n_ctx=n_ctx), n_batch, n_rows)
     n_kept = 0 if model.keeps_state else options.n_sequences
     slots = Slots(
         model.api, context.handle, options.n_sequences, n_kept, keeps_state=model.keeps_state
@@ -79,7 +93,9 @@ def load(options: EngineOptions) -> Loaded:
     template = _load_template(model)
     buffers = context.buffers
     facts = EngineFacts(
-        n_ctx=context.n_ctx,
+        # llama.cpp rounds a small context up; a text has no more positions than the model was trained with
+        n_ctx=min(n_ctx, model.n_ctx_train or n_ctx),
+        n_pool=context.n_ctx,
         n_sequences=options.n_sequences,
         n_vocab=model.n_vocab,
         has_template=template is not None,
@@ -94,11 +110,10 @@ def load(options: EngineOptions) -> Loaded:
             "output": buffers.output,
         },
     )
-    return Loaded(model, context, slots, template, facts, n_rows)
+    return Loaded(model, context, slots, template, facts, n_rows, whole)
 
 
-def _make_context(model: Model, options: EngineOptions, *, whole: bool, n_rows: int) -> Context:
-    """Make a context; `whole` for a model that computes a text at once."""
+def _make_context(model: Model, options: EngineOptions, n_batch: int, n_rows: int) -> Context:
     api = model.api
     settings = {
         "type_k": getattr(api, f"GGML_TYPE_{options.kv_type.upper()}"),
@@ -107,22 +122,17 @@ def _make_context(model: Model, options: EngineOptions, *, whole: bool, n_rows: 
     }
     if options.flash is not None:
         settings["flash_attn_type"] = int(options.flash)
-    if _pooling(model) == _RANK:
+    if model.pooling == _RANK:
         settings["pooling_type"] = api.LLAMA_POOLING_TYPE_RANK
     n_sequences = options.n_sequences * (2 if model.keeps_state else 3)
-    n_batch = options.n_ctx if whole else options.n_chunk + options.n_sequences
     return model.context(
         options.n_ctx,
         n_batch=n_batch,
         n_ubatch=n_batch,
         n_sequences=n_sequences,
-        n_outputs=n_batch if whole else n_rows,
+        n_outputs=n_rows,
         **settings,
     )
-
-
-def _pooling(model: Model) -> str | None:
-    return model.metadata.get(f"{model.metadata.get('general.architecture')}.pooling_type")
 
 
 def _load_template(model: Model) -> Template | None:

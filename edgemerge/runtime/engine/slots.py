@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -71,6 +71,11 @@ class Slots:
         self._keeps_state = keeps_state
         self._slots = [Slot(i) for i in range(n_active + n_kept)]
         self._ticks = count(1)
+
+    @property
+    def n_all(self) -> int:
+        """Sequences that there are."""
+        return len(self._slots)
 
     @property
     def n_busy(self) -> int:
@@ -171,9 +176,6 @@ class Slots:
         """Empty all, after llama.cpp has failed."""
         for slot in self._slots:
             self.forget(slot)
-
-    def __iter__(self) -> Iterator[Slot]:
-        return iter(self._slots)
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
