@@ -14,7 +14,7 @@ from edgemerge.cli.loading import ContextSize, GpuLayers, Loras, Threads, parse_
 from edgemerge.cli.terminal import speaks_plainly
 
 if TYPE_CHECKING:
-    from edgemerge.runtime.serve.server import ServeOptions, Started
+    from edgemerge.runtime.serve.options import ServeOptions, Started
 
 __all__ = ["serve_command"]
 
@@ -164,8 +164,8 @@ def serve_command(
     force: request.Force = False,
 ) -> None:
     """Serve models to OpenAI's clients and to a web page."""
-    from edgemerge.runtime.serve.limits import Limits
-    from edgemerge.runtime.serve.server import ServeOptions, serve
+    from edgemerge.runtime.serve.options import Limits, ServeOptions
+    from edgemerge.runtime.serve.server import serve
     from edgemerge.sizes import parse_size
 
     options = ServeOptions(

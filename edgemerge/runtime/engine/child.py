@@ -99,6 +99,11 @@ class _Reader:
             self._pipe.say([(key, Failed(str(error), 400))])
         except MemoryError:
             self._pipe.say([(key, Failed("there is no memory for this request", 503))])
+        except Exception as error:  # a fault of ours, which this request must not wait for
+            name = type(error).__name__
+            self._pipe.say(
+                [(key, Failed(f"the model's process failed on this request ({name})", 500))]
+            )
 
     def begin(self, loaded: Loaded) -> None:
         """Take the model, once it is loaded; nothing else is asked before."""
@@ -154,8 +159,10 @@ def main() -> None:
     reader = _Reader(pipe)
 
     def listen() -> None:
-        pipe.listen(reader.hear)
-        os._exit(0)  # the server is gone: nobody waits for what is being computed
+        try:
+            pipe.listen(reader.hear)
+        finally:
+            os._exit(0)  # the server is gone: nobody waits for what is being computed
 
     Thread(target=listen, daemon=True).start()
     _, _, options = reader.ready.get()

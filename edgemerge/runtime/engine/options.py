@@ -36,6 +36,8 @@ class EngineOptions:
         Whether to use flash attention; None leaves it to llama.cpp.
     n_chunk : int
         Tokens of prompts in one batch, at most.
+    n_longest : int or None
+        Tokens that one sequence may have, where that is less than `n_ctx`.
     memory : int or None
         Bytes that the process may take. The cache has fewer tokens where it would take more; None for
         what `n_ctx` needs.
@@ -50,6 +52,7 @@ class EngineOptions:
     kv_type: str = "f16"
     flash: bool | None = None
     n_chunk: int = 256
+    n_longest: int | None = None
     memory: int | None = None
 
 

@@ -94,7 +94,7 @@ def load(options: EngineOptions) -> Loaded:
     buffers = context.buffers
     facts = EngineFacts(
         # llama.cpp rounds a small context up; a text has no more positions than the model was trained with
-        n_ctx=min(n_ctx, model.n_ctx_train or n_ctx),
+        n_ctx=min(n_ctx, model.n_ctx_train or n_ctx, options.n_longest or n_ctx),
         n_pool=context.n_ctx,
         n_sequences=options.n_sequences,
         n_vocab=model.n_vocab,

@@ -158,7 +158,7 @@ def chat_generations(body: ChatRequest, turn: Turn, limit: int, grammar: str) ->
             prompt=Chat(messages, names),
             max_tokens=limit,
             sampling=sampling,
-            stops=body.stops,
+            stops=tuple(body.stop),
             n_alternatives=body.n_alternatives,
         )
         for sampling in body.sampling(turn.loaded.facts.n_vocab, grammar=grammar)

@@ -9,7 +9,7 @@ from pydantic import Field, StrictInt, model_validator
 
 from edgemerge.runtime.engine.messages import Ended, Generation, Piece, TokenScore
 from edgemerge.runtime.serve.events import Answer, Documents, head, stream, usage
-from edgemerge.runtime.serve.limits import Limits
+from edgemerge.runtime.serve.options import Limits
 from edgemerge.runtime.serve.requests import (
     COMPLETIONS,
     MAX_ALTERNATIVES,
@@ -89,7 +89,7 @@ def _wanted(body: CompletionRequest, turn: Turn, limits: Limits) -> list[Generat
             prompt=prompt,
             max_tokens=limits.tokens(body.max_tokens),
             sampling=sampling,
-            stops=body.stops,
+            stops=tuple(body.stop),
             n_alternatives=body.logprobs,
             scores_prompt=body.echo and body.logprobs is not None,
         )

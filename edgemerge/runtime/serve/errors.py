@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ __all__ = ["BUSY", "INVALID", "SERVER", "Refusal", "explain", "stopping"]
 log = logging.getLogger(__name__)
 
 INVALID, BUSY, SERVER = "invalid_request_error", "server_busy", "server_error"
+# what the engine says (`prompts`)
+_TOO_LONG = re.compile(r" has (\d+) tokens(?: with the query)? and the context is (\d+)")
 _MAX_MESSAGE = 500  # characters; a wrong request may be large and comes back in its message
 
 
@@ -104,8 +107,17 @@ def explain(error: BaseException) -> Refusal:
 
 def _explain_engine(failure: EngineFailure) -> Refusal:
     reason = str(failure)
+    if match := _TOO_LONG.search(reason):
+        return Refusal(
+            400,
+            f"This model's maximum context length is {match[2]} tokens, and the request has "
+            f"{match[1]}; please shorten it.",
+            code="context_length_exceeded",
+        )
     if failure.status == 503:  # its process has ended: the next request starts it again
         return Refusal(503, reason, kind=SERVER, code="model_unavailable", retry_after=1)
+    if failure.status >= 500:
+        log.error("%s", reason)
     return Refusal(failure.status, reason, kind=INVALID if failure.status < 500 else SERVER)
 
 
@@ -121,7 +133,7 @@ def _wrong_field(problems: Sequence[Mapping[str, Any]]) -> str:
         by_type.setdefault(types, []).append(problem)
     closest = min(by_type.values(), key=len)[0]
     where = ".".join(str(part) for part in closest["loc"] if _is_field(part) and part != "body")
-    message = str(closest["msg"])
+    message = str(closest["msg"]).removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
 
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from edgemerge.runtime.serve.active_request import Run, current_run
 from edgemerge.runtime.serve.errors import Refusal, explain
-from edgemerge.runtime.serve.limits import Limits
+from edgemerge.runtime.serve.options import Limits
 from edgemerge.runtime.serve.request_log import RequestLog
 from edgemerge.runtime.serve.requests import MODEL_ROUTES, RELOAD
 from edgemerge.runtime.serve.status import Status

@@ -132,7 +132,7 @@ async def _ask(loaded: Loaded) -> tuple[str, bool]:
     try:
         async with (
             asyncio.timeout(SECONDS),
-            aclosing(loaded.process.generate(wanted)) as events,  # type: ignore[type-var]
+            aclosing(loaded.process.generate(wanted)) as events,
         ):
             async for event in events:
                 if isinstance(event, Piece):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
 
 from edgemerge.runtime.engine.messages import Sampling
 from edgemerge.runtime.serve.errors import Refusal
@@ -42,8 +42,7 @@ class Body(BaseModel):
     def _prepare(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        if _is_deeper(given, _MAX_DEPTH):
-            raise ValueError(f"the request is nested deeper than {_MAX_DEPTH} levels")
+        _check_json(given, _MAX_DEPTH)
         for name, why in cls.refused.items():
             if given.get(name) not in (None, [], {}, ""):
                 raise ValueError(f"{name}: {why}")
@@ -57,7 +56,11 @@ class Body(BaseModel):
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 Token = Annotated[int, Field(ge=0, le=_MAX_TOKEN)]
-Stop = Annotated[str, Field(min_length=1)]
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    Field(max_length=_MAX_STOPS),
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+]
 
 
 Tokens = list[StrictInt]
@@ -89,15 +92,10 @@ class Generating(Body):
         default_factory=dict, max_length=1024
     )
     seed: int | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=_MAX_STOPS)] = Field(default_factory=list)
+    stop: Stops = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     n: Annotated[StrictInt, Field(ge=1, le=_MAX_CHOICES)] = 1
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Texts that end the answer."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def sampling(self, n_vocab: int, *, grammar: str = "") -> list[Sampling]:
         """Say how tokens are drawn, for each of the n answers.
@@ -135,8 +133,16 @@ def split_inputs(given: str | list[int] | list[str] | list[list[int]]) -> list[s
     return [tokens] if tokens else [item for item in given if not isinstance(item, int)]
 
 
-def _is_deeper(value: Any, depth: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth == 0 or any(
-        _is_deeper(item, depth - 1) for item in inner if isinstance(item, dict | list)
-    )
+def _check_json(value: Any, depth: int) -> None:
+    """Refuse what is nested too deep, and halves of characters, which no text may have."""
+    if isinstance(value, str):
+        value.encode()
+        return
+    if not isinstance(value, dict | list):
+        return
+    if depth == 0:
+        raise ValueError(f"the request is nested deeper than {_MAX_DEPTH} levels")
+    for item in value:
+        _check_json(item, depth - 1)
+    for item in value.values() if isinstance(value, dict) else ():
+        _check_json(item, depth - 1)

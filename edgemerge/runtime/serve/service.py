@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
+from fastapi import FastAPI
+
 from edgemerge.process import read_process
 from edgemerge.runtime.board.device import read_memory
 from edgemerge.runtime.engine.options import EngineOptions
@@ -14,10 +16,10 @@ from edgemerge.runtime.engine.process import ModelProcess
 from edgemerge.runtime.serve.app import ROUTES, make_app
 from edgemerge.runtime.serve.gate import Access, Gate
 from edgemerge.runtime.serve.models import DEFAULT_SEQUENCES, ModelFile, read_model_file
+from edgemerge.runtime.serve.options import ServeOptions, Started
 from edgemerge.runtime.serve.queue import Queue
 from edgemerge.runtime.serve.reload import Reloader
 from edgemerge.runtime.serve.request_log import RequestLog
-from edgemerge.runtime.serve.server import ServeOptions, Started
 from edgemerge.runtime.serve.signed import SignedLoader
 from edgemerge.runtime.serve.status import Status
 from edgemerge.runtime.serve.store import Loaded, ModelStore
@@ -85,12 +87,17 @@ class Service:
         if self._log is not None:
             self._log.close()
 
+    def routes(self) -> FastAPI:
+        """Make the app; `app` puts the gate in front of it."""
+        limits = self._options.limits
+        turns = Turns(self.models, self._queue, self._status, limits, self._log)
+        return make_app(turns, self._reloader)
+
     def app(self, hosts: frozenset[str]) -> Gate:
         """Make what answers; `hosts` are the names that it may be asked for, none for any."""
         options = self._options
-        turns = Turns(self.models, self._queue, self._status, options.limits, self._log)
         return Gate(
-            make_app(turns, self._reloader),
+            self.routes(),
             access=Access(options.key, hosts, options.open_metrics),
             limits=options.limits,
             status=self._status,
@@ -154,6 +161,7 @@ class Service:
             EngineOptions(
                 file.path,
                 n_ctx=file.n_cache,
+                n_longest=file.n_ctx,
                 n_sequences=file.n_sequences,
                 n_threads=options.n_threads,
                 n_gpu_layers=options.n_gpu_layers,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from edgemerge.runtime.engine.messages import Begun, Ended, Generation, Piece, PromptScored
 from edgemerge.runtime.serve.active_request import Run, current_run
 from edgemerge.runtime.serve.errors import SERVER, Refusal
-from edgemerge.runtime.serve.limits import Limits
+from edgemerge.runtime.serve.options import Limits
 from edgemerge.runtime.serve.queue import Queue
 from edgemerge.runtime.serve.request_log import RequestLog
 from edgemerge.runtime.serve.requests import Body
@@ -82,7 +82,7 @@ class Turn:
                 self.queue.leave(self.loaded.file.name)
 
     async def _answer(self, wanted: Generation) -> AsyncGenerator[Event, None]:
-        async with aclosing(self.loaded.process.generate(wanted)) as events:  # type: ignore[type-var]
+        async with aclosing(self.loaded.process.generate(wanted)) as events:
             async for event in events:
                 if isinstance(event, Begun):
                     self.run.prompt_tokens += event.n_prompt
