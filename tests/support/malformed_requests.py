@@ -16,7 +16,6 @@ ROUTES = (
     "/detokenize",
     "/v1/responses",
     "/v1/rerank",
-    "/admin/reload",
 )
 PATHS = (
     "/",

@@ -212,7 +212,7 @@ async def _stream(turns: Turns, body: ChatRequest, grammar: str) -> Documents:
         limit = turns.limits.tokens(body.max_tokens)
         wanted = chat_generations(body, turn, limit, grammar)
         answers = [Answer() for _ in wanted]
-        kept = ["" for _ in wanted]  # what may become a call is not said yet
+        kept = [Answer() for _ in wanted]  # what may become a call is not said yet
         start = head("chat.completion.chunk", "chatcmpl", turn)
         if body.stream_options.include_usage:
             start["usage"] = None
@@ -226,16 +226,18 @@ async def _stream(turns: Turns, body: ChatRequest, grammar: str) -> Documents:
                 yield chunk(i, {"role": "assistant", "content": ""})
             answers[i].add(event)
             if isinstance(event, Piece):
-                kept[i] += event.text
-                if body.tools and may_be_call(kept[i]):
+                kept[i].add(event)
+                if body.tools and may_be_call(kept[i].text):
                     continue
-                logprobs = write_chat_logprobs(event.scores) if event.scores else None
-                yield chunk(i, {"content": kept[i]}, logprobs=logprobs)
-                kept[i] = ""
+                logprobs = write_chat_logprobs(kept[i].scores) if kept[i].scores else None
+                yield chunk(i, {"content": kept[i].text}, logprobs=logprobs)
+                kept[i] = Answer()
             elif isinstance(event, Ended):
-                text, calls = find_calls(kept[i], body.tool_names) if kept[i] else ("", [])
+                text, calls = find_calls(kept[i].text, body.tool_names)
                 if text:
-                    yield chunk(i, {"content": text})
+                    scores = kept[i].scores
+                    logprobs = write_chat_logprobs(scores) if scores else None
+                    yield chunk(i, {"content": text}, logprobs=logprobs)
                 if calls:
                     numbered = [{"index": k, **call} for k, call in enumerate(calls)]
                     yield chunk(i, {"tool_calls": numbered})

@@ -170,6 +170,7 @@ class Gate:
         finally:
             current_run.reset(token)
         watch = asyncio.create_task(_watch(receive, run))
+        self._status.runs.add(run)
         try:
             await run.task
         except asyncio.CancelledError:
@@ -177,6 +178,7 @@ class Gate:
                 raise
             raise run.refusal from None
         finally:
+            self._status.runs.discard(run)
             watch.cancel()
             with suppress(asyncio.CancelledError):
                 await watch

@@ -94,30 +94,31 @@ class Reloader:
         return new
 
     async def _find_fault(self, new: Loaded) -> str | None:
-        """Ask the new model what `merge` asks after a merge; only a loop that is new is a fault."""
+        """Ask the new model what `merge` asks after a merge; what the old one did too is no fault."""
         try:
-            if new.facts.reads_whole:
-                await new.process.embed([QUESTIONS[0]])
-                return None
-            text, loops = await _ask(new)
-            if not text.strip():
-                return "it has no answer to a simple question"
-            if loops and not await self._looped_before(new.file.name):
-                return "it repeats itself when it is asked a simple question"
+            if new.facts.reads_whole or new.facts.can_rerank:
+                return None  # it writes nothing
+            fault = await _find_oddity(new)
         except EngineFailure as failure:
             return f"it fails when it is asked a simple question ({failure})"
-        return None
-
-    async def _looped_before(self, name: str) -> bool:
-        if name not in self._models.loaded:
-            return False
+        name = new.file.name
+        if fault is None or name not in self._models.loaded:
+            return fault
         old = await self._models.open(name)
         try:
-            return (await _ask(old))[1]
+            return None if await _find_oddity(old) == fault else fault
         except EngineFailure:
-            return True
+            return None
         finally:
             self._models.release(old)
+
+
+async def _find_oddity(loaded: Loaded) -> str | None:
+    """Ask a model a simple question; say what is odd with the answer."""
+    text, loops = await _ask(loaded)
+    if not text.strip():
+        return "it has no answer to a simple question"
+    return "it repeats itself when it is asked a simple question" if loops else None
 
 
 async def _ask(loaded: Loaded) -> tuple[str, bool]:

@@ -121,8 +121,7 @@ class Service:
             It does not load, or is not signed.
         """
         self.models.adopt(await self.models.start(self.models.resolve(None)))
-        if self._options.idle_seconds:
-            self._do(self.models.close_idle(self._options.idle_seconds))
+        self._do(self.models.watch(self._options.idle_seconds))
 
     def on_start(self) -> None:
         """Note that requests are taken."""

@@ -36,7 +36,7 @@ class Status:
     metrics : Metrics
         Its counters.
     runs : set of Run
-        The requests that have a turn.
+        The requests that are answered, or wait for that.
     """
 
     def __init__(self, models: ModelStore, queue: Queue, *, logs_prompts: bool = False) -> None:

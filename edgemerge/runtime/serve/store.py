@@ -21,6 +21,8 @@ __all__ = ["Loaded", "ModelState", "ModelStore"]
 
 log = logging.getLogger(__name__)
 
+_WATCH_SECONDS = 1.0
+
 
 @dataclass(slots=True, eq=False)
 class Loaded:
@@ -246,12 +248,17 @@ class ModelStore:
                 self._end(old)
         self.changed()
 
-    async def close_idle(self, seconds: float) -> None:
-        """Close models that nobody has used for so long; runs until it is cancelled."""
+    async def watch(self, idle_seconds: float) -> None:
+        """Take note of processes that end, and close models that nobody has used for so long (0: never).
+
+        Runs until it is cancelled.
+        """
         while True:
-            await asyncio.sleep(min(seconds / 4, 30.0))
+            await asyncio.sleep(_WATCH_SECONDS)
             for name, slot in self._slots.items():
-                if slot.is_idle and time.monotonic() - slot.used > seconds:
+                self._bury(slot)
+                unused = time.monotonic() - slot.used
+                if idle_seconds and slot.is_idle and unused > idle_seconds:
                     log.info("closing %s, which nobody uses", name)
                     await self._close(slot)
 

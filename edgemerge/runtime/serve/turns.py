@@ -136,7 +136,6 @@ class Turns:
         limit = self.limits.request_seconds
         timer = loop.call_later(limit, run.stop, _too_long(limit))
         run.has_turn = True
-        self.status.runs.add(run)
         try:
             loaded = await self.models.open(name)
             try:
@@ -148,7 +147,6 @@ class Turns:
                 self.models.release(loaded)
         finally:
             timer.cancel()
-            self.status.runs.discard(run)
             self.status.metrics.note_run(run)
             self._queue.leave(name, loop.time() - began)
 

@@ -43,6 +43,21 @@ texts = [Instance("generate_until", {}, (p[0], {"until": ["\\n"], "max_gen_toks"
 print(json.dumps(harness.generate_until(texts, disable_tqdm=True)))
 """
 
+CHATS = """
+import json, sys
+from lm_eval.api.instance import Instance
+from lm_eval.models.openai_completions import LocalChatCompletion
+from lm_eval.models.api_models import JsonChatStr
+
+harness = LocalChatCompletion(base_url=sys.argv[1] + "/v1/chat/completions", model="base", batch_size=1)
+texts = [
+    Instance("generate_until", {}, (JsonChatStr(json.dumps([{"role": "user", "content": text}])),
+             {"until": ["\\n"], "max_gen_toks": 4}), 0)
+    for text in json.load(sys.stdin)
+]
+print(json.dumps(harness.generate_until(texts, disable_tqdm=True)))
+"""
+
 
 @pytest.fixture(scope="module")
 def gguf(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -74,3 +89,27 @@ def test_the_harness_gets_our_answers(gguf: Path, eval_dir: Path, sent: str, bat
     np.testing.assert_allclose(found, expected, atol=5e-3)  # keys and values in half precision
     assert found.argmax(axis=1).tolist() == expected.argmax(axis=1).tolist()
     assert all(isinstance(text, str) for text in json.loads(texts))
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="pip install 'lm_eval[api]'")
+def test_the_harness_chats(gguf: Path) -> None:
+    asked = ["What kind of thing is beet armyworm?", "What kind of thing is eightpenny nail?"]
+    with Serving(gguf) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", CHATS, server.url],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"},
+        )
+        expected = []
+        for text in asked:
+            chat = {"messages": [{"role": "user", "content": text}], "stop": ["\n"]}
+            answer = server.post(
+                "/v1/chat/completions", {**chat, "max_tokens": 4, "temperature": 0}
+            )
+            expected.append(answer.json["choices"][0]["message"]["content"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected

@@ -11,6 +11,7 @@ import pytest
 from edgemerge.errors import BudgetError, FormatError, RecipeError, RuntimeFailure
 from edgemerge.process import read_process
 from edgemerge.runtime.doctor.fit import PROCESS_BYTES
+from edgemerge.runtime.serve import store as store_module
 from edgemerge.runtime.serve.errors import Refusal
 from edgemerge.runtime.serve.models import ModelFile, read_model_file
 from edgemerge.runtime.serve.queue import Room
@@ -163,14 +164,16 @@ def test_a_new_model_takes_over_and_the_old_one_ends_with_its_last_request(tmp_p
     in_loop(scenario)
 
 
-def test_who_is_idle_is_closed(tmp_path: Path) -> None:
+def test_who_is_idle_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_WATCH_SECONDS", 0.02)
+
     async def scenario() -> None:
         loader = Loader()
         store = make_store(tmp_path, {"a": 10, "b": 10}, 200, loader)
         await use(store, "a")
         store.take("b")
         await store.open("b")
-        closing = asyncio.create_task(store.close_idle(0.05))
+        closing = asyncio.create_task(store.watch(0.05))
         await asyncio.sleep(0.3)
         assert loader.alive() == ["b"]
         assert [state.state for state in store.states()] == ["closed", "loaded"]

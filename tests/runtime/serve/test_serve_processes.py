@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from edgemerge.provenance.keys import create_keys, read_private_key
@@ -33,7 +34,7 @@ def children(server: Serving) -> list[int]:
         ["ps", "-o", "pid=,args=", "--ppid", str(server.process.pid)],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,  # 1 where there are none
     ).stdout
     return [int(line.split()[0]) for line in told.splitlines() if "engine.child" in line]
 
@@ -109,7 +110,7 @@ def replace_file(new: Path, old: Path) -> None:
 
 
 @pytest.fixture
-def gguf(tmp_path: Path, models_dir: Path) -> Path:
+def ward(tmp_path: Path, models_dir: Path) -> Path:
     return make_served_gguf(models_dir, tmp_path / "ward.gguf")
 
 
@@ -119,10 +120,10 @@ def fingerprint(server: Serving) -> str:
 
 
 def test_new_weights_under_load_lose_no_request(
-    gguf: Path, models_dir: Path, tmp_path: Path
+    ward: Path, models_dir: Path, tmp_path: Path
 ) -> None:
     other = make_served_gguf(models_dir, tmp_path / "expert.gguf", "expert-a")
-    with Serving(gguf, "--queue", 32) as server, ThreadPoolExecutor(17) as pool:
+    with Serving(ward, "--queue", 32) as server, ThreadPoolExecutor(17) as pool:
 
         def ask(i: int) -> tuple[int, str, str]:
             answer = server.post("/v1/completions", {**SHORT, "max_tokens": 4, "prompt": f"{i}"})
@@ -134,7 +135,7 @@ def test_new_weights_under_load_lose_no_request(
 
         before = fingerprint(server)
         answers = [pool.submit(ask, i) for i in range(1000)]
-        replace_file(other, gguf)
+        replace_file(other, ward)
         reloading = pool.submit(server.post, "/admin/reload", {"model": "ward"})
         found = Counter(answer.result()[:2] for answer in answers)
         told = reloading.result()
@@ -149,11 +150,11 @@ def test_new_weights_under_load_lose_no_request(
         assert server.log() == ""
 
 
-def test_sighup_reloads(gguf: Path, models_dir: Path, tmp_path: Path) -> None:
+def test_sighup_reloads(ward: Path, models_dir: Path, tmp_path: Path) -> None:
     other = make_served_gguf(models_dir, tmp_path / "expert.gguf", "expert-a")
-    with Serving(gguf) as server:
+    with Serving(ward) as server:
         before = fingerprint(server)
-        replace_file(other, gguf)
+        replace_file(other, ward)
         server.process.send_signal(signal.SIGHUP)
         end = time.monotonic() + 30
         while fingerprint(server) == before:
@@ -168,33 +169,28 @@ def assert_refused(server: Serving, why: str, before: str) -> None:
     assert fingerprint(server) == before
 
 
-def test_what_does_not_load_is_not_taken(gguf: Path, tmp_path: Path) -> None:
-    with Serving(gguf, key="a-key") as server:
+def test_what_does_not_load_is_not_taken(ward: Path, tmp_path: Path) -> None:
+    with Serving(ward, key="a-key") as server:
         assert server.post("/admin/reload", {}, Authorization="none").status == 401
         before = fingerprint(server)
-        (tmp_path / "broken").write_bytes(gguf.read_bytes()[:5000])
-        replace_file(tmp_path / "broken", gguf)
+        (tmp_path / "broken").write_bytes(ward.read_bytes()[:5000])
+        replace_file(tmp_path / "broken", ward)
         assert_refused(server, "does not load", before)
         assert "ward.gguf" in server.log()
-        gguf.unlink()
+        ward.unlink()
         assert_refused(server, "does not load", before)
 
 
-def test_what_has_no_answer_is_not_taken(gguf: Path, tmp_path: Path) -> None:
-    import gguf as writer
-
-    def forget(path: Path) -> None:
-        """Make the end of a text the likeliest word everywhere: all that the model knows is zero."""
-        reader: Any = writer.GGUFReader(path, "r+")
-        for tensor in reader.tensors:
-            tensor.data[...] = 0
-        del reader
-
-    with Serving(gguf) as server:
+def test_what_has_no_answer_is_not_taken(tmp_path: Path) -> None:
+    ward = write_tiny_gguf(tmp_path / "ward.gguf")
+    with Serving(ward) as server:
         before = fingerprint(server)
-        bad = Path(shutil.copy(gguf, tmp_path / "bad.gguf"))
-        forget(bad)
-        replace_file(bad, gguf)
+        bad = Path(shutil.copy(ward, tmp_path / "bad.gguf"))
+        reader: Any = gguf.GGUFReader(bad, "r+")
+        for tensor in reader.tensors:
+            tensor.data[...] = 0  # all words are as likely; the first stands for what is unknown
+        del reader
+        replace_file(bad, ward)
         answer = server.post("/admin/reload", {})
         assert answer.status == 409, answer.body
         assert "simple question" in answer.error["message"]
@@ -202,14 +198,14 @@ def test_what_has_no_answer_is_not_taken(gguf: Path, tmp_path: Path) -> None:
         assert len(children(server)) == 1
 
 
-def test_what_is_not_signed_is_not_taken(gguf: Path, models_dir: Path, tmp_path: Path) -> None:
+def test_what_is_not_signed_is_not_taken(ward: Path, models_dir: Path, tmp_path: Path) -> None:
     secret, public = create_keys(tmp_path / "key")
-    sign_model(gguf, read_private_key(secret))
+    sign_model(ward, read_private_key(secret))
     other = make_served_gguf(models_dir, tmp_path / "expert.gguf", "expert-a")
-    with Serving(gguf, "--require-signature", public) as server:
+    with Serving(ward, "--require-signature", public) as server:
         before = fingerprint(server)
-        replace_file(other, gguf)
+        replace_file(other, ward)
         assert_refused(server, "not signed", before)
-        sign_model(gguf, read_private_key(secret), force=True)
+        sign_model(ward, read_private_key(secret), force=True)
         assert server.post("/admin/reload", {}).status == 200
         assert fingerprint(server) != before

@@ -165,10 +165,25 @@ def test_policy_stops_scripts_that_get_in_anyway(browser: Any, stub: PageStub) -
     context.close()
 
 
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ("loading", "ward, being loaded"),
+        ("crashed", "ward, stopped by an error; the next question starts it"),
+        ("closed", "none loaded"),
+    ],
+)
+def test_it_tells_how_models_are(page: Any, stub: PageStub, state: str, told: str) -> None:
+    stub.model_state["state"] = state
+    page.goto(stub.url)
+    expect(page.locator("#models dd")).to_have_text(told)
+
+
 def test_figures_are_live_and_pause_while_nobody_looks(page: Any, stub: PageStub) -> None:
     page.goto(stub.url)
     expect(page.locator("#memory dd")).to_contain_text("MiB of 1.00 GiB")
     expect(page.locator("#queue dd")).to_have_text("1 running, 2 of 16 waiting")
+    expect(page.locator("#models dd")).to_have_text("ward, 98 MiB, 3 of 8 at a time")
     expect(page.locator("#throttled dd")).to_have_text("no")
     expect(page.locator("#first b")).to_have_text("0.25")
     before = page.locator("#speed b").inner_text()
@@ -364,7 +379,7 @@ def test_with_the_real_servers_key(page: Any, model: Path) -> None:
 def test_with_the_real_servers_full_queue(page: Any, model: Path) -> None:
     question = {"model": "ward", "messages": [{"role": "user", "content": "Hello?"}]}
     with (
-        Serving(model, "--queue", "1", slowly=True) as server,
+        Serving(model, "--queue", "1", "--parallel", "1", slowly=True) as server,
         ThreadPoolExecutor(max_workers=2) as others,
     ):
         page.goto(server.url)
