@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.process import read_process
 from edgemerge.runtime.engine.answer import Answer
 from edgemerge.runtime.engine.draw import BadGrammar
 from edgemerge.runtime.engine.messages import Ended, Failed, Generation, Sampling
@@ -311,3 +312,17 @@ def test_an_answer_that_llama_cpp_fails_at_is_an_error(
 )
 def test_common_beginnings(a: list[int], b: list[int], n: int) -> None:
     assert common_length(a, b) == common_length(b, a) == n
+
+
+def test_the_cache_grows_no_further_than_memory_allows(tiny_gguf: Path) -> None:
+    sizes = {}
+    for n_ctx in (512, 8192, 100_000):
+        with bench(tiny_gguf, n_ctx=n_ctx) as engine:
+            sizes[n_ctx] = sum(engine.loaded.facts.memory.values())
+    base = read_process().rss - read_process().file
+    for memory in (sizes[8192], sizes[512] // 2):
+        with bench(tiny_gguf, n_ctx=100_000, memory=base + memory) as engine:
+            facts = engine.loaded.facts
+            assert facts.n_pool >= 512
+            assert sum(facts.memory.values()) <= max(memory, sizes[512]) * 1.2
+            assert engine.ask("the answer", 8).text
