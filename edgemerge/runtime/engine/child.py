@@ -97,6 +97,8 @@ class _Reader:
             self._pipe.say([(key, Failed(str(error), error.status))])
         except (EdgemergeError, BadGrammar) as error:
             self._pipe.say([(key, Failed(str(error), 400))])
+        except UnicodeEncodeError:
+            self._pipe.say([(key, Failed("the text has half of a surrogate pair", 400))])
         except MemoryError:
             self._pipe.say([(key, Failed("there is no memory for this request", 503))])
         except Exception as error:  # a fault of ours, which this request must not wait for
@@ -161,6 +163,8 @@ def main() -> None:
     def listen() -> None:
         try:
             pipe.listen(reader.hear)
+        except OSError:  # it was gone before it had read all
+            pass
         finally:
             os._exit(0)  # the server is gone: nobody waits for what is being computed
 
@@ -212,7 +216,8 @@ def _compute(loaded: Loaded, options: EngineOptions, ready: SimpleQueue[Any], pi
         events: list[tuple[int, Any]] = [*scheduler.step()]
         events += embedder.step(others=not scheduler.is_idle)
         if events:
-            pipe.say(events)
+            with suppress(BrokenPipeError):  # the other thread notices
+                pipe.say(events)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgemerge.errors import FormatError, RuntimeFailure
+from edgemerge.process import read_process
 from edgemerge.runtime.board.device import default_threads
 from edgemerge.runtime.engine.options import EngineFacts, EngineOptions
 from edgemerge.runtime.engine.slots import Slots
@@ -22,6 +23,7 @@ ROWS = (
     32  # of logits in one batch, beside those that are drawn; one has a megabyte for 256 000 tokens
 )
 _LONGEST_PAIR = 1024  # tokens: each has a row of logits, which for 150 000 tokens is 600 KB
+_LEAST = 512  # tokens of a context: less is no use, whatever the memory
 _RANK = "4"  # enum llama_pooling_type of llama.h, as text of metadata
 _SAMPLE, _N_SAMPLES = 1 << 16, 64  # bytes and places of a file that tell one model from another
 
@@ -68,6 +70,8 @@ def load(options: EngineOptions) -> Loaded:
     FormatError
         A file is damaged, or breaks a rule of llama.cpp's that would end the process.
     """
+    process = read_process()
+    base = process.rss - process.file  # Python and its libraries
     with closing(open_gguf(options.path)) as source:
         is_encoder = reads_whole(source)
         files = source.files()
@@ -85,7 +89,11 @@ def load(options: EngineOptions) -> Loaded:
     if whole:  # an encoder has no positions after those that it was trained with
         n_ctx = n_batch = min(n_ctx, model.n_ctx_train if is_encoder else _LONGEST_PAIR)
     n_rows = n_batch if whole else options.n_sequences + ROWS
-    context = _make_context(model, replace(options, n_ctx=n_ctx), n_batch, n_rows)
+    maker = _Maker(model, options, n_batch, n_rows)
+    context = maker.make(
+        n_ctx if options.memory is None else maker.fit(n_ctx, options.memory - base)
+    )
+    n_ctx = min(n_ctx, context.n_ctx)
     n_kept = 0 if model.keeps_state else options.n_sequences
     slots = Slots(
         model.api, context.handle, options.n_sequences, n_kept, keeps_state=model.keeps_state
@@ -113,26 +121,52 @@ def load(options: EngineOptions) -> Loaded:
     return Loaded(model, context, slots, template, facts, n_rows, whole)
 
 
-def _make_context(model: Model, options: EngineOptions, n_batch: int, n_rows: int) -> Context:
-    api = model.api
-    settings = {
-        "type_k": getattr(api, f"GGML_TYPE_{options.kv_type.upper()}"),
-        "type_v": getattr(api, f"GGML_TYPE_{options.kv_type.upper()}"),
-        "pooling_type": api.LLAMA_POOLING_TYPE_NONE,  # embeddings are pooled here
-    }
-    if options.flash is not None:
-        settings["flash_attn_type"] = int(options.flash)
-    if model.pooling == _RANK:
-        settings["pooling_type"] = api.LLAMA_POOLING_TYPE_RANK
-    n_sequences = options.n_sequences * (2 if model.keeps_state else 3)
-    return model.context(
-        options.n_ctx,
-        n_batch=n_batch,
-        n_ubatch=n_batch,
-        n_sequences=n_sequences,
-        n_outputs=n_rows,
-        **settings,
-    )
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    """Makes contexts of a model that differ in their tokens only."""
+
+    model: Model
+    options: EngineOptions
+    n_batch: int
+    n_rows: int
+
+    def make(self, n_ctx: int) -> Context:
+        """Make a context of so many tokens."""
+        model, options, api = self.model, self.options, self.model.api
+        kind = getattr(api, f"GGML_TYPE_{options.kv_type.upper()}")
+        pools = model.pooling == _RANK  # other embeddings are pooled here
+        settings = {
+            "type_k": kind,
+            "type_v": kind,
+            "pooling_type": (api.LLAMA_POOLING_TYPE_RANK if pools else api.LLAMA_POOLING_TYPE_NONE),
+        }
+        if options.flash is not None:
+            settings["flash_attn_type"] = int(options.flash)
+        return model.context(
+            n_ctx,
+            n_batch=self.n_batch,
+            n_ubatch=self.n_batch,
+            n_sequences=options.n_sequences * (2 if model.keeps_state else 3),
+            n_outputs=self.n_rows,
+            **settings,
+        )
+
+    def fit(self, n_ctx: int, memory: int) -> int:
+        """Find how many tokens, at most n_ctx, take so many bytes with the weights.
+
+        What a token needs differs with the architecture: grouped heads, sliding windows, running states. So
+        it is read off two small contexts. Scratch grows with the context too.
+        """
+        small, large = (self._size(min(n, n_ctx)) for n in (_LEAST, 2 * _LEAST))
+        per_token = (large - small) / _LEAST
+        room = memory - small
+        if per_token <= 0.0 or room >= per_token * (n_ctx - _LEAST):
+            return n_ctx
+        return min(n_ctx, _LEAST + max(0, int(room / per_token)))
+
+    def _size(self, n_ctx: int) -> int:
+        with self.make(n_ctx) as probe:
+            return sum(probe.buffers.sizes.values())
 
 
 def _load_template(model: Model) -> Template | None:

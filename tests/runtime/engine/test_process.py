@@ -3,6 +3,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -96,7 +99,46 @@ def test_tokens_and_back(engine: Engine) -> None:
         engine.run(process.detokenize([10**6]))
 
 
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from edgemerge.runtime.engine.messages import Generation
+from edgemerge.runtime.engine.options import EngineOptions
+from edgemerge.runtime.engine.process import ModelProcess
+
+async def main():
+    process = ModelProcess(EngineOptions(Path(sys.argv[1]), n_ctx=256, n_threads=1))
+    await process.start()
+    answers = [process.generate(Generation("the answer", 200)) for _ in range(4)]
+    for answer in answers:
+        await anext(answer)
+    print(process.pid, flush=True)
+    sys.stdin.read()  # and take no more of what comes
+
+asyncio.run(main())
+"""
+
+
 def test_the_child_ends_with_its_parent(tiny_gguf: Path) -> None:
+    command = [sys.executable, "-c", PARENT, str(tiny_gguf)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_half_a_character_is_refused(engine: Engine) -> None:
+    with pytest.raises(EngineFailure, match="surrogate") as caught:
+        engine.ask("the \ud800 answer")
+    assert caught.value.status == 400
+    assert engine.ask("the answer").text
+
+
+def test_a_closed_process_is_gone(tiny_gguf: Path) -> None:
     process = ModelProcess(EngineOptions(tiny_gguf, n_ctx=64, n_threads=1))
 
     async def start_and_close() -> int | None:
