@@ -166,6 +166,7 @@ class Service:
                 n_gpu_layers=options.n_gpu_layers,
                 loras=options.loras,
                 kv_type=options.kv_type,
+                memory=file.need,
             )
         )
         return Loaded(file, process, await process.start())

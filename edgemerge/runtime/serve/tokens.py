@@ -36,7 +36,7 @@ def add_tokens(router: APIRouter, turns: Turns) -> None:
         async with turns.turn(body) as turn:
             add_special = body.add_special_tokens
             tokens = await turn.loaded.process.tokenize(body.prompt, add_special=add_special)
-            n_ctx = turn.loaded.file.n_ctx
+            n_ctx = turn.loaded.facts.n_ctx
             return {"tokens": tokens, "count": len(tokens), "max_model_len": n_ctx}
 
     @router.post("/detokenize")
