@@ -225,7 +225,7 @@ class ModelStore:
                 code="model_unavailable",
                 retry_after=30,
             )
-        await self._make_room(file.need)
+        await self._make_room(file)
         log.info("loading %s", file.name)
         self._starting.append(file)
         try:
@@ -239,6 +239,7 @@ class ModelStore:
         """Let a model answer in place of the one of its name, which ends with its last request."""
         slot = self._slots[new.file.name]
         old, slot.loaded, slot.file = slot.loaded, new, new.file
+        slot.was_lost = False
         slot.used = time.monotonic()
         if old is not None:
             old.is_retired = True
@@ -276,9 +277,11 @@ class ModelStore:
 
     async def _load(self, slot: _Slot) -> None:
         try:
-            slot.loaded = await self.start(slot.file)
-            slot.was_lost = False
-            slot.used = time.monotonic()
+            loaded = await self.start(slot.file)
+            if slot.loaded is None:
+                self.adopt(loaded)
+            else:  # by a reload, meanwhile
+                self._end(loaded)
         except Refusal:
             raise
         except EdgemergeError as error:
@@ -293,9 +296,11 @@ class ModelStore:
             slot.loading = None
             self.changed()
 
-    async def _make_room(self, need: int) -> None:
-        while self._floor + self._taken() + need > self.budget:
-            idle = [slot for slot in self._slots.values() if slot.is_idle]
+    async def _make_room(self, file: ModelFile) -> None:
+        """Close idle models; not the one that has the file's name, which a reload wants beside it."""
+        others = [slot for name, slot in self._slots.items() if name != file.name]
+        while self._floor + self._taken() + file.need > self.budget:
+            idle = [slot for slot in others if slot.is_idle]
             if not idle:
                 raise Refusal(
                     503,

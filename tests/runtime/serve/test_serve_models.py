@@ -164,6 +164,42 @@ def test_a_new_model_takes_over_and_the_old_one_ends_with_its_last_request(tmp_p
     in_loop(scenario)
 
 
+def test_a_new_model_needs_room_beside_the_old_one_and_takes_that_of_others(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 50, "b": 40, "c": 60}, 200, loader)
+        await use(store, "a", "b")
+        store.adopt(await store.start(store.resolve("a")))
+        await asyncio.sleep(0.01)
+        assert loader.alive() == ["a"]
+        assert store.loaded == ("a",)
+        await use(store, "c")
+        with pytest.raises(Refusal, match="no room in memory") as caught:
+            await store.start(store.resolve("c"))
+        assert caught.value.status == 503
+        assert loader.alive() == ["c"]
+
+    in_loop(scenario)
+
+
+def test_a_reload_beside_a_first_start_leaves_one_process(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 10}, 200, loader)
+        loader.may_go.clear()
+        opening = asyncio.create_task(store.open("a"))
+        starting = asyncio.create_task(store.start(store.resolve("a")))
+        await asyncio.sleep(0.01)
+        starting.add_done_callback(lambda task: store.adopt(task.result()))
+        loader.may_go.set()
+        store.release(await opening)
+        await starting
+        await asyncio.sleep(0.01)
+        assert loader.alive() == ["a"]
+
+    in_loop(scenario)
+
+
 def test_who_is_idle_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "_WATCH_SECONDS", 0.02)
 
