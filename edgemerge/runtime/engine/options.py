@@ -79,7 +79,8 @@ class EngineFacts:
     threads : tuple of (int, int)
         Threads that generate, and threads that read prompts.
     memory : dict of str to int
-        Bytes of `weights`, `kv`, `compute` and `output`, as llama.cpp says.
+        Bytes of `weights`, `kv`, `compute` and `output`, as llama.cpp says; and of `kept`, what sequences
+        that are not in use may take at most.
     n_pool : int
         Tokens of the cache, which all answers use together.
     """

@@ -15,7 +15,8 @@ from edgemerge.runtime.engine.answer import Answer
 from edgemerge.runtime.engine.batch import Batch, DecodeError, PoolFull
 from edgemerge.runtime.engine.messages import Begun, Ended, Failed, Piece, PromptScored, TokenScore
 from edgemerge.runtime.engine.scores import score_token
-from edgemerge.runtime.engine.slots import Slots, common_length
+from edgemerge.runtime.engine.slots import Slots
+from edgemerge.runtime.engine.store import common_length
 from edgemerge.runtime.llama import Model
 
 __all__ = ["Event", "Scheduler"]
@@ -126,7 +127,7 @@ class Scheduler:
         reading = [one for one in self._active if not one.is_drawing]
         if self._is_crowded or sum(one.n_left for one in reading) >= self._n_chunk:
             return False
-        _, n_known = self._slots.longest(answer.tokens, answer.n_alternatives)
+        n_known = self._slots.n_known(answer.tokens, answer.n_alternatives)
         used = sum(len(one.tokens) - one.slot.n_copied for one in self._active if one.slot)
         if used + len(answer.tokens) - n_known >= self._context.n_ctx:
             return False

@@ -13,6 +13,7 @@ from edgemerge.process import read_process
 from edgemerge.runtime.board.device import default_threads
 from edgemerge.runtime.engine.options import EngineFacts, EngineOptions
 from edgemerge.runtime.engine.slots import Slots
+from edgemerge.runtime.engine.store import Store
 from edgemerge.runtime.llama import Context, Model
 from edgemerge.runtime.model_files import open_gguf, reads_whole
 from edgemerge.runtime.template import Template, load_template
@@ -24,6 +25,7 @@ ROWS = (
 )
 _LONGEST_PAIR = 1024  # tokens: each has a row of logits, which for 150 000 tokens is 600 KB
 _LEAST = 512  # tokens of a context: less is no use, whatever the memory
+_KEPT = 0.5  # of the cache's bytes, for sequences that may be wanted again
 _RANK = "4"  # enum llama_pooling_type of llama.h, as text of metadata
 _SAMPLE, _N_SAMPLES = 1 << 16, 64  # bytes and places of a file that tell one model from another
 
@@ -95,8 +97,14 @@ def load(options: EngineOptions) -> Loaded:
     )
     n_ctx = min(n_ctx, context.n_ctx)
     n_kept = 0 if model.keeps_state else options.n_sequences
+    kept_bytes = int(_KEPT * context.buffers.kv)
     slots = Slots(
-        model.api, context.handle, options.n_sequences, n_kept, keeps_state=model.keeps_state
+        model.api,
+        context.handle,
+        options.n_sequences,
+        n_kept,
+        Store(model.api, context.handle, kept_bytes),
+        keeps_state=model.keeps_state,
     )
     template = _load_template(model)
     buffers = context.buffers
@@ -116,6 +124,7 @@ def load(options: EngineOptions) -> Loaded:
             "kv": buffers.kv,
             "compute": buffers.compute,
             "output": buffers.output,
+            "kept": kept_bytes,
         },
     )
     return Loaded(model, context, slots, template, facts, n_rows, whole)
@@ -166,7 +175,7 @@ class _Maker:
 
     def _size(self, n_ctx: int) -> int:
         with self.make(n_ctx) as probe:
-            return sum(probe.buffers.sizes.values())
+            return sum(probe.buffers.sizes.values()) + int(_KEPT * probe.buffers.kv)
 
 
 def _load_template(model: Model) -> Template | None:

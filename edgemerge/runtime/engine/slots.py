@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 from edgemerge.runtime.engine.messages import TokenScore
+from edgemerge.runtime.engine.store import Kept, Store, common_length
 
-__all__ = ["Slot", "Slots", "common_length"]
+__all__ = ["Slot", "Slots"]
 
 _LEAST_COPY = 4  # tokens: fewer are computed again, rather than kept from being forgotten
+_KEPT = 512  # tokens that unused sequences may have in the cache, where they slow the others down
+_LEAST_STORED = 32  # tokens: fewer are computed again, rather than copied
 
 
 @dataclass(eq=False, slots=True)
@@ -58,19 +61,33 @@ class Slots:
         Answers at a time.
     n_kept : int
         Sequences beside those, which only keep what may be wanted again.
+    store : Store
+        Where sequences go that are not in use.
     keeps_state : bool
         Whether the model has a running state. It can neither be cut back nor be given to a second sequence.
     """
 
     def __init__(
-        self, api: Any, context: Any, n_active: int, n_kept: int, *, keeps_state: bool
+        self,
+        api: Any,
+        context: Any,
+        n_active: int,
+        n_kept: int,
+        store: Store,
+        *,
+        keeps_state: bool,
     ) -> None:
         self.n_active = n_active
         self._api = api
         self._memory = api.llama_get_memory(context)
+        self.store = store
         self._keeps_state = keeps_state
         self._slots = [Slot(i) for i in range(n_active + n_kept)]
         self._ticks = count(1)
+
+    def __iter__(self) -> Iterator[Slot]:
+        """All of them."""
+        return iter(self._slots)
 
     @property
     def n_all(self) -> int:
@@ -101,40 +118,64 @@ class Slots:
         """
         if self.n_busy >= self.n_active:
             return None
-        source, n = self.longest(prompt, n_alternatives)
+        self._bring_back(prompt, n_alternatives)
+        source, n = self._longest(prompt, n_alternatives)
         n = min(n, most)
         slot = self._choose(source, n)
         scores = source.scores[: n + 1] if source is not None and n else []
         slot.n_copied = 0
         if source is not slot:
-            self.forget(slot)
+            self._put_away(slot)
             if source is not None and n:
                 slot.n_copied = 0 if source.is_free else n
                 self._api.llama_memory_seq_cp(self._memory, source.id, slot.id, 0, n)
                 slot.tokens = source.tokens[:n]
         elif len(slot.tokens) > n:
             self._cut(slot, n)
-        slot.scores = scores if n_alternatives >= 0 else []
+        slot.scores = scores if n_alternatives >= 0 and slot.tokens else []
         slot.n_alternatives = n_alternatives
         slot.is_free = False
         slot.used = next(self._ticks)
         return slot
 
-    def longest(self, prompt: Sequence[int], n_alternatives: int = -1) -> tuple[Slot | None, int]:
+    def n_known(self, prompt: Sequence[int], n_alternatives: int = -1) -> int:
+        """How many tokens of a prompt need not be computed."""
+        stored = (self._in_common(kept, prompt, n_alternatives) for kept in self.store)
+        return max(self._longest(prompt, n_alternatives)[1], max(stored, default=0))
+
+    def _longest(self, prompt: Sequence[int], n_alternatives: int) -> tuple[Slot | None, int]:
         """Find the sequence that begins most like a prompt, and how many tokens these are."""
         best, most = None, 0
         for slot in self._slots:
-            n = common_length(slot.tokens, prompt)
-            if n_alternatives >= 0:
-                n_scored = len(slot.scores) if slot.n_alternatives == n_alternatives else 0
-                n = max(
-                    min(n, n_scored) - 1, 0
-                )  # the last is computed again: its logits score the next
-            if self._keeps_state and (not slot.is_free or n < len(slot.tokens)):
+            n = self._in_common(slot, prompt, n_alternatives)
+            if self._keeps_state and not slot.is_free:
                 n = 0
             if n > most or (best is not None and n == most and best.is_free):
                 best, most = slot, n  # rather one in use: what two have in common takes room once
         return best, most
+
+    def _in_common(self, known: Slot | Kept, prompt: Sequence[int], n_alternatives: int) -> int:
+        """How many tokens a prompt can take over from a sequence."""
+        n = common_length(known.tokens, prompt)
+        if n_alternatives >= 0:  # the last is computed again: its logits score the next
+            n_scored = len(known.scores) if known.n_alternatives == n_alternatives else 0
+            n = max(min(n, n_scored) - 1, 0)
+        return 0 if self._keeps_state and n < len(known.tokens) else n
+
+    def _bring_back(self, prompt: Sequence[int], n_alternatives: int) -> None:
+        """Copy a stored sequence back that has much more of a prompt than all others."""
+        n = {kept: self._in_common(kept, prompt, n_alternatives) for kept in self.store}
+        if not n:
+            return
+        best = max(n, key=n.__getitem__)
+        if n[best] < self._longest(prompt, n_alternatives)[1] + _LEAST_STORED:
+            return
+        slot = self._choose(None, 0)
+        self._put_away(slot)
+        if self.store.bring_back(best, slot.id):
+            slot.tokens, slot.scores = list(best.tokens), list(best.scores)
+            slot.n_alternatives = best.n_alternatives
+            slot.used = next(self._ticks)
 
     def _choose(self, source: Slot | None, n: int) -> Slot:
         """Choose the sequence to write to: the source itself, unless too much of it would be lost."""
@@ -155,9 +196,23 @@ class Slots:
             self.forget(slot)
 
     def leave(self, slot: Slot) -> None:
-        """End the use of a sequence; its tokens are kept until their room is wanted."""
+        """End the use of a sequence; its tokens are kept, in the cache or outside of it."""
         slot.is_free = True
         slot.used = next(self._ticks)
+        while sum(len(kept.tokens) for kept in self._slots if kept.is_free) > _KEPT:
+            self.evict()
+
+    def evict(self) -> bool:
+        """Take the unused sequence out of the cache that was kept longest; False where there is none."""
+        kept = [slot for slot in self._slots if slot.is_free and slot.tokens]
+        if kept:
+            self._put_away(min(kept, key=lambda slot: slot.used))
+        return bool(kept)
+
+    def _put_away(self, slot: Slot) -> None:
+        if len(slot.tokens) >= _LEAST_STORED:
+            self.store.save(slot.id, slot.tokens, slot.scores, slot.n_alternatives)
+        self.forget(slot)
 
     def forget(self, slot: Slot) -> None:
         """Empty a sequence."""
@@ -165,30 +220,7 @@ class Slots:
         slot.tokens = []
         slot.scores = []
 
-    def evict(self) -> bool:
-        """Empty the sequence that was kept longest; False where there is none."""
-        kept = [slot for slot in self._slots if slot.is_free and slot.tokens]
-        if kept:
-            self.forget(min(kept, key=lambda slot: slot.used))
-        return bool(kept)
-
     def clear(self) -> None:
         """Empty all, after llama.cpp has failed."""
         for slot in self._slots:
             self.forget(slot)
-
-
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many elements two lists have in common at their beginning; slices are compared in C."""
-    low, high = 0, min(len(a), len(b))
-    if not high or a[0] != b[0]:
-        return 0
-    if a[:high] == b[:high]:
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

@@ -17,7 +17,7 @@ from edgemerge.runtime.engine.options import EngineOptions
 from edgemerge.runtime.engine.prompts import read_generation
 from edgemerge.runtime.engine.scheduler import Scheduler
 from edgemerge.runtime.engine.setup import Loaded, load
-from edgemerge.runtime.engine.slots import common_length
+from edgemerge.runtime.engine.store import common_length
 from tests.support import tiny_gguf as tiny_gguf_file
 from tests.support.engines import GREEDY, Told
 from tests.support.tiny_gguf import CONTEXT, write_tiny_gguf
