@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.support.serving import Serving, make_served_gguf
+from tests.support.tiny_bert import write_tiny_bert
 
 pytestmark = pytest.mark.llama
 
@@ -175,6 +176,29 @@ def test_what_the_model_cannot_do_is_said(server: Serving) -> None:
     answer = server.post("/v1/rerank", {"query": "a", "documents": ["b"]})
     assert answer.status == 400
     assert "does not order texts" in answer.error["message"]
+
+
+def test_texts_are_ordered(tmp_path: Path) -> None:
+    texts = ["a b c", "x y z", "d 5"]
+    with Serving(write_tiny_bert(tmp_path / "rank.gguf", ranks=True)) as server:
+
+        def order(documents: list[Any], **more: Any) -> list[dict[str, Any]]:
+            answer = server.post("/v1/rerank", {"query": "a", "documents": documents, **more})
+            found: list[dict[str, Any]] = answer.json["results"]
+            return found
+
+        found = order([{"text": text} for text in texts], return_documents=True)
+        scores = [item["relevance_score"] for item in found]
+        assert scores == sorted(scores, reverse=True)
+        assert [texts[item["index"]] for item in found] == [i["document"]["text"] for i in found]
+        turned = order(texts[::-1], top_n=2)
+        assert [2 - item["index"] for item in turned] == [item["index"] for item in found[:2]]
+        np.testing.assert_allclose([item["relevance_score"] for item in turned], scores[:2])
+        for path, body in (
+            ("/v1/embeddings", {"input": "a"}),
+            ("/v1/completions", {"prompt": "a"}),
+        ):
+            assert server.post(path, body).status == 400
 
 
 def test_langchain(server: Serving) -> None:
