@@ -14,7 +14,10 @@ TEXTS = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]
 
 
 def write_tiny_bert(path: Path, *, seed: int = 0, ranks: bool = False) -> Path:
-    """Write the model (float32 weights drawn from `seed`) and return its path; with `ranks` it orders texts."""
+    """Write the model (float32 weights drawn from `seed`) and return its path.
+
+    With `ranks` it orders texts.
+    """
     writer = gguf.GGUFWriter(path, "bert")
     writer.add_block_count(1)
     writer.add_context_length(CONTEXT)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's own `local-completions` model, in a process of its own, on our server."""
+"""lm-evaluation-harness's own models for servers, in a process of their own, on ours."""
 
 from __future__ import annotations
 
@@ -27,14 +27,18 @@ import json, sys
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-harness = LocalCompletionsAPI(
-    base_url=sys.argv[1] + "/v1/completions",
-    model="base",
-    tokenizer_backend="auto",
-    tokenized_requests=sys.argv[2] == "tokens",
-    batch_size=int(sys.argv[3]),
-    max_length=256,
-)
+if sys.argv[2] == "gguf":
+    from lm_eval.models.gguf import GGUFLM
+    harness = GGUFLM(base_url=sys.argv[1])
+else:
+    harness = LocalCompletionsAPI(
+        base_url=sys.argv[1] + "/v1/completions",
+        model="base",
+        tokenizer_backend="auto",
+        tokenized_requests=sys.argv[2] == "tokens",
+        batch_size=int(sys.argv[3]),
+        max_length=256,
+    )
 pairs = json.load(sys.stdin)
 requests = [Instance("loglikelihood", {}, tuple(pair), i) for i, pair in enumerate(pairs)]
 print(json.dumps(harness.loglikelihood(requests, disable_tqdm=True)))
@@ -65,7 +69,7 @@ def gguf(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="pip install 'lm_eval[api]'")
-@pytest.mark.parametrize(("sent", "batch"), [("texts", 1), ("texts", 4), ("tokens", 4)])
+@pytest.mark.parametrize(("sent", "batch"), [("texts", 4), ("tokens", 4), ("gguf", 1)])
 def test_the_harness_gets_our_answers(gguf: Path, eval_dir: Path, sent: str, batch: int) -> None:
     questions = read_questions(eval_dir / "disease.jsonl")[:N_QUESTIONS]
     pairs = [(item.prompt, f" {option}") for item in questions for option in item.options]
