@@ -1,9 +1,10 @@
 """Computes many answers together: each step is one batch for llama.cpp.
 
 A batch has the last token of all answers that are being drawn, and tokens of short prompts; the next one has
-a chunk of a long prompt. So a long prompt has the others wait for one chunk at a time. Both in one batch would
-gain next to nothing. And from 64 tokens on, ggml adds the numbers of attention up in another way: what is
-drawn would depend on who asks something else.
+a chunk of a long prompt. So a long prompt has the others wait for one chunk at a time.
+
+Both in one batch would gain next to nothing. And from 64 tokens on, ggml adds the numbers of attention up in
+another way: what is drawn would depend on who asks something else.
 """
 
 from __future__ import annotations
