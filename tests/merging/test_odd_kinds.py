@@ -107,9 +107,9 @@ def test_a_merged_decoder_writes(
     kind: str, out_type: str, kinds: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     pytest.importorskip("llama_cpp")
+    from edgemerge.runtime.engine.messages import Sampling
     from edgemerge.runtime.generate import End, Session, read_prompt
     from edgemerge.runtime.llama import Model
-    from edgemerge.runtime.sampling import Sampling
 
     path = merged(kinds[kind], tmp_path / "out.gguf", "ties", out_type)
     with (

@@ -86,9 +86,9 @@ def _end_of(job: Callable[[Path], None], path: Path) -> str:
 
 
 def run(path: Path) -> None:
+    from edgemerge.runtime.engine.messages import Sampling
     from edgemerge.runtime.generate import Session, read_prompt
     from edgemerge.runtime.llama import Model
-    from edgemerge.runtime.sampling import Sampling
 
     with Model(path, n_threads=1) as model:
         n_ctx = min(64, model.n_ctx_train)

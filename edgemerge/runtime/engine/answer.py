@@ -31,6 +31,8 @@ class Answer:
         Tokens that were put before the text of the prompt (the beginning of sequence); no scores of them.
     n_ctx : int
         Tokens that there is room for.
+    sampler : Sampler, optional
+        Draws this answer among others; by default there is one for it alone.
 
     Attributes
     ----------
@@ -43,7 +45,14 @@ class Answer:
     """
 
     def __init__(
-        self, key: int, model: Model, wanted: Generation, prompt: list[int], n_put: int, n_ctx: int
+        self,
+        key: int,
+        model: Model,
+        wanted: Generation,
+        prompt: list[int],
+        n_put: int,
+        n_ctx: int,
+        sampler: Sampler | None = None,
     ) -> None:
         self.key = key
         self.wanted = wanted
@@ -61,9 +70,20 @@ class Answer:
         self._pending: list[TokenScore] = []
         self._started = self._first = 0.0
         self._is_begun = False
-        self.sampler = Sampler(model, wanted.sampling)
+        self._owns_sampler = sampler is None
+        self.sampler = Sampler(model, wanted.sampling) if sampler is None else sampler
         if self.sampler.has_penalties:
             self.sampler.see(prompt)
+
+    def close(self) -> None:
+        """Free what it draws with."""
+        if self._owns_sampler:
+            self.sampler.close()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop text ended it."""
+        return self._text.is_stopped
 
     @property
     def n_left(self) -> int:

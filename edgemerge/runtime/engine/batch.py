@@ -10,9 +10,13 @@ import numpy as np
 from edgemerge.runtime.context import Context
 from edgemerge.types import Float32
 
-__all__ = ["Batch", "DecodeError", "PoolFull"]
+__all__ = ["Aborted", "Batch", "DecodeError", "PoolFull"]
 
-_FULL = 1  # llama_decode: no room for these tokens, and nothing was changed
+_FULL, _ABORTED = 1, 2  # llama_decode: no room, or told to stop; the cache is as it was before
+
+
+class Aborted(Exception):
+    """The context's abort callback ended the computation; the cache is as it was before."""
 
 
 class PoolFull(Exception):
@@ -99,6 +103,8 @@ class Batch:
         ------
         PoolFull
             The cache has no room.
+        Aborted
+            It was told to stop.
         DecodeError
             llama.cpp failed.
         """
@@ -108,6 +114,8 @@ class Batch:
         status = self._api.llama_decode(self._context.handle, self._batch)
         if status == _FULL:
             raise PoolFull
+        if status == _ABORTED:
+            raise Aborted
         if status != 0:
             said = library.failure(f"llama.cpp failed with status {status}")
             raise DecodeError(str(said))

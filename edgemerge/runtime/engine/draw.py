@@ -17,7 +17,8 @@ MAX_SEED = 2**32 - 2  # 2**32 - 1 is llama.cpp's word for a seed by chance (LLAM
 _BY_CHANCE = 2**32 - 1
 _PENALTY_WINDOW = 64  # tokens, as llama.cpp's tools have it (penalty_last_n in common.h)
 _ROOT = b"root"
-# where GGUF files keep what their makers recommend (LLAMA_MODEL_META_KEY_SAMPLING_PENALTY_REPEAT)
+# What the model's makers recommend (LLAMA_MODEL_META_KEY_SAMPLING_PENALTY_REPEAT); generation_config.json has
+# it as repetition_penalty.
 _OWN_PENALTY = "general.sampling.penalty_repeat"
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
@@ -28,6 +29,8 @@ class BadGrammar(Exception):
 
 class Sampler:
     """A chain of llama.cpp's samplers, in the order of its tools.
+
+    It goes on drawing from where it was: a second answer to the same prompt is another one.
 
     Parameters
     ----------
@@ -138,9 +141,14 @@ def _init_grammar(model: Model, text: str) -> Any:
 
 
 def _repeat_penalty(model: Model, sampling: Sampling) -> float:
+    """Take the penalty that is asked for, else what the model's authors say; nonsense counts as none."""
     if sampling.repeat_penalty is not None:
         return sampling.repeat_penalty
-    return float(model.metadata.get(_OWN_PENALTY, "1.0"))
+    try:
+        penalty = float(model.metadata.get(_OWN_PENALTY, "1"))
+    except ValueError:
+        return 1.0
+    return penalty if 0.01 <= penalty <= 10 else 1.0
 
 
 def _steps(

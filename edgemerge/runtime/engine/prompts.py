@@ -5,17 +5,18 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from edgemerge.errors import FormatError
+from edgemerge.errors import FormatError, RuntimeFailure
 from edgemerge.runtime.engine.messages import Chat, Generation
-from edgemerge.runtime.generate import read_prompt
 from edgemerge.runtime.llama import Model
 from edgemerge.runtime.template import Template
 
 __all__ = [
     "Refused",
+    "check_prompt",
     "check_tokens",
     "read_generation",
     "read_pair",
+    "read_prompt",
     "read_whole_text",
     "write_text",
 ]
@@ -27,6 +28,31 @@ class Refused(Exception):
     def __init__(self, reason: str, status: int = 400) -> None:
         self.status = status
         super().__init__(reason)
+
+
+def read_prompt(model: Model, text: str) -> list[int]:
+    """Tokens of a prompt, control tokens (`<|im_start|>`) understood, begun as the model wants it.
+
+    A beginning of sequence that the text already has, as of a chat template, is not doubled.
+    """
+    tokens = model.tokenize(text, special=True)
+    return tokens if model.bos and tokens[:1] == model.bos else model.bos + tokens
+
+
+def check_prompt(tokens: Sequence[int], n_ctx: int) -> None:
+    """Refuse a prompt that nothing can follow.
+
+    Raises
+    ------
+    RuntimeFailure
+        It is empty, or fills the context.
+    """
+    if not tokens:
+        raise RuntimeFailure("the prompt is empty: give the model at least one word to go on from")
+    if len(tokens) >= n_ctx:
+        raise RuntimeFailure(
+            f"the prompt has {len(tokens)} tokens and the context is {n_ctx}: shorten the prompt"
+        )
 
 
 def read_generation(
@@ -49,12 +75,10 @@ def read_generation(
     else:
         tokens = list(prompt)
         check_tokens(model, tokens)
-    if not tokens:
-        raise Refused("the prompt is empty")
-    if len(tokens) >= n_ctx:
-        raise Refused(
-            f"the prompt has {len(tokens)} tokens and the context is {n_ctx}: shorten the prompt"
-        )
+    try:
+        check_prompt(tokens, n_ctx)
+    except RuntimeFailure as error:
+        raise Refused(str(error)) from error
     bias = wanted.sampling.bias
     if not all(0 <= token < model.n_vocab for token, _ in bias):
         raise Refused(f"logit_bias: a token is not 0 to {model.n_vocab - 1}")

@@ -1,7 +1,10 @@
 """Computes many answers together: each step is one batch for llama.cpp.
 
-A batch has the last token of all answers that are being drawn, and some tokens of the prompts that are being
-read. So a long prompt holds the others up for one chunk at a time.
+A batch has the last token of all answers that are being drawn, and tokens of short prompts; the next one has
+a chunk of a long prompt. So a long prompt has the others wait for one chunk at a time.
+
+Both in one batch would gain next to nothing. And from 64 tokens on, ggml adds the numbers of attention up in
+another way: what is drawn would depend on who asks something else.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from time import perf_counter
 
 from edgemerge.runtime.context import Context
 from edgemerge.runtime.engine.answer import Answer
-from edgemerge.runtime.engine.batch import Batch, DecodeError, PoolFull
+from edgemerge.runtime.engine.batch import Aborted, Batch, DecodeError, PoolFull
 from edgemerge.runtime.engine.messages import Begun, Ended, Failed, Piece, PromptScored, TokenScore
 from edgemerge.runtime.engine.scores import score_token
 from edgemerge.runtime.engine.slots import Slots
@@ -25,7 +28,8 @@ Event = Begun | PromptScored | Piece | Ended | Failed
 Events = list[tuple[int, Event]]
 
 _STALL = 0.25  # seconds that the prompts in one batch may take while others are being drawn
-_LEAST_CHUNK = 16  # tokens of prompts in a batch, however slow they are
+_LEAST_CHUNK = 16  # tokens of short prompts in a batch, however many answers are being drawn
+_TILE = 64  # tokens of a batch from which on attention adds up otherwise (ggml_fa_tile_config of ggml-cpu)
 _WORTH_WAITING = (
     32  # tokens: so many more in common with a prompt being read, and a new one waits for it
 )
@@ -61,6 +65,7 @@ class Scheduler:
         self._active: list[Answer] = []  # in the order in which they began
         self._is_crowded = False  # one had to wait again: no other begins before one ends
         self._prompt_seconds = 0.0  # that a token of a prompt takes; 0 until it is known
+        self._was_long = False  # whether the last batch was of a long prompt
 
     @property
     def is_idle(self) -> bool:
@@ -76,7 +81,7 @@ class Scheduler:
         for answer in self._waiting:
             if answer.key == key:
                 self._waiting.remove(answer)
-                answer.sampler.close()
+                answer.close()
                 return
         for answer in self._active:
             if answer.key == key:
@@ -92,6 +97,8 @@ class Scheduler:
         started = perf_counter()
         try:
             self._batch.run()
+        except Aborted:
+            return events
         except PoolFull:
             return events + self._make_room()
         except DecodeError as error:
@@ -139,32 +146,32 @@ class Scheduler:
     def _fill(self) -> list[tuple[Answer, int, int, bool]]:
         """Fill the batch; give each answer in it, its place, its tokens, and whether logits come of it."""
         self._batch.clear()
+        long = [one for one in self._active if one.is_scored and one.n_left >= _TILE]
+        others = [one for one in self._active if one not in long]
+        self._was_long = bool(long) and not (self._was_long and others)
+        if self._was_long:
+            n = min(long[0].n_left, self._budget(others=bool(others)))
+            return [(long[0], *self._add_prompt(long[0], n))]
         outputs = []
-        reading = []
-        for answer in self._active:
-            if answer.is_drawing:
-                assert answer.slot is not None
-                slot = answer.slot
-                place = self._batch.add(answer.tokens[-1], len(slot.tokens), slot.id)
-                outputs.append((answer, place, 1, True))
-            else:
-                reading.append(answer)
-        budget = self._budget(others=bool(outputs))
+        for answer in (one for one in others if one.is_drawing):
+            assert answer.slot is not None
+            slot = answer.slot
+            place = self._batch.add(answer.tokens[-1], len(slot.tokens), slot.id)
+            outputs.append((answer, place, 1, True))
+        most = min(max(_TILE - 1, len(outputs) + _LEAST_CHUNK), self._batch.size)
         rows = self._n_rows - len(outputs)
-        for answer in reading:
-            n = min(answer.n_left, budget)
+        for answer in (one for one in others if not one.is_drawing):
+            n = min(answer.n_left, self._n_chunk, most - self._batch.n)
             if not answer.is_scored:
                 n = min(n, rows)
             if n < 1 or rows < 1:
                 break
-            place, wanted = self._add_prompt(answer, n)
-            outputs.append((answer, place, n, wanted))
-            budget -= n
-            rows -= n if not answer.is_scored else wanted
+            outputs.append((answer, *self._add_prompt(answer, n)))
+            rows -= 1 if answer.is_scored else n
         return outputs
 
-    def _add_prompt(self, answer: Answer, n: int) -> tuple[int, bool]:
-        """Add the next n tokens of a prompt; give their place, and whether logits come of them."""
+    def _add_prompt(self, answer: Answer, n: int) -> tuple[int, int, bool]:
+        """Add the next n tokens of a prompt; give their place, n, and whether logits come of them."""
         slot = answer.slot
         assert slot is not None
         position = len(slot.tokens)
@@ -173,18 +180,18 @@ class Scheduler:
         is_last = position + n == len(answer.tokens)
         if is_last:
             self._batch.want(place + n - 1)
-        return place, is_last or not answer.is_scored
+        return place, n, is_last or not answer.is_scored
 
     def _budget(self, *, others: bool) -> int:
-        """Tokens of prompts for one batch: few enough that others do not wait long."""
+        """Tokens of a long prompt for one batch: few enough that others do not wait long."""
         if not others or not self._prompt_seconds:
             return self._n_chunk
         n = int(_STALL / self._prompt_seconds)
-        return max(_LEAST_CHUNK, min(n, self._n_chunk))
+        return min(max(_TILE, n), self._n_chunk)
 
     def _note_time(self, seconds: float, outputs: list[tuple[Answer, int, int, bool]]) -> None:
         n = sum(n for _, _, n, _ in outputs)
-        if n - len(outputs) >= _LEAST_CHUNK:
+        if n >= _TILE:
             self._prompt_seconds = seconds / n
 
     def _look(self, answer: Answer, place: int, n: int) -> list[Event]:
@@ -229,7 +236,7 @@ class Scheduler:
         assert answer.slot is not None
         self._active.remove(answer)
         self._slots.leave(answer.slot)
-        answer.sampler.close()
+        answer.close()
         self._is_crowded = False
 
     def _make_room(self) -> Events:

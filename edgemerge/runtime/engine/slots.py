@@ -13,7 +13,7 @@ from edgemerge.runtime.engine.store import Kept, Store, common_length
 __all__ = ["Slot", "Slots"]
 
 _LEAST_COPY = 4  # tokens: fewer are computed again, rather than kept from being forgotten
-_KEPT = 512  # tokens that unused sequences may have in the cache, where they slow the others down
+MOST_KEPT = 512  # tokens
 _LEAST_STORED = 32  # tokens: fewer are computed again, rather than copied
 
 
@@ -65,6 +65,8 @@ class Slots:
         Where sequences go that are not in use.
     keeps_state : bool
         Whether the model has a running state. It can neither be cut back nor be given to a second sequence.
+    most_kept : int
+        Tokens that unused sequences may have in the cache, where they slow the others down.
     """
 
     def __init__(
@@ -76,12 +78,14 @@ class Slots:
         store: Store,
         *,
         keeps_state: bool,
+        most_kept: int = MOST_KEPT,
     ) -> None:
         self.n_active = n_active
         self._api = api
         self._memory = api.llama_get_memory(context)
         self.store = store
         self._keeps_state = keeps_state
+        self._most_kept = most_kept
         self._slots = [Slot(i) for i in range(n_active + n_kept)]
         self._ticks = count(1)
 
@@ -199,7 +203,7 @@ class Slots:
         """End the use of a sequence; its tokens are kept, in the cache or outside of it."""
         slot.is_free = True
         slot.used = next(self._ticks)
-        while sum(len(kept.tokens) for kept in self._slots if kept.is_free) > _KEPT:
+        while sum(len(kept.tokens) for kept in self._slots if kept.is_free) > self._most_kept:
             self.evict()
 
     def evict(self) -> bool:
