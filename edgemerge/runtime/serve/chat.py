@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
@@ -221,27 +222,28 @@ async def _stream(turns: Turns, body: ChatRequest, grammar: str) -> Documents:
             choice = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None, **more}
             return {**start, "choices": [choice]}
 
-        async for i, event in turn.answer(wanted):
-            if not answers[i].n_prompt and not isinstance(event, Ended):
-                yield chunk(i, {"role": "assistant", "content": ""})
-            answers[i].add(event)
-            if isinstance(event, Piece):
-                kept[i].add(event)
-                if body.tools and may_be_call(kept[i].text):
-                    continue
-                logprobs = write_chat_logprobs(kept[i].scores) if kept[i].scores else None
-                yield chunk(i, {"content": kept[i].text}, logprobs=logprobs)
-                kept[i] = Answer()
-            elif isinstance(event, Ended):
-                text, calls = find_calls(kept[i].text, body.tool_names)
-                if text:
-                    scores = kept[i].scores
-                    logprobs = write_chat_logprobs(scores) if scores else None
-                    yield chunk(i, {"content": text}, logprobs=logprobs)
-                if calls:
-                    numbered = [{"index": k, **call} for k, call in enumerate(calls)]
-                    yield chunk(i, {"tool_calls": numbered})
-                yield chunk(i, {}, finish_reason="tool_calls" if calls else answers[i].reason)
+        async with aclosing(turn.answer(wanted)) as events:
+            async for i, event in events:
+                if not answers[i].n_prompt and not isinstance(event, Ended):
+                    yield chunk(i, {"role": "assistant", "content": ""})
+                answers[i].add(event)
+                if isinstance(event, Piece):
+                    kept[i].add(event)
+                    if body.tools and may_be_call(kept[i].text):
+                        continue
+                    logprobs = write_chat_logprobs(kept[i].scores) if kept[i].scores else None
+                    yield chunk(i, {"content": kept[i].text}, logprobs=logprobs)
+                    kept[i] = Answer()
+                elif isinstance(event, Ended):
+                    text, calls = find_calls(kept[i].text, body.tool_names)
+                    if text:
+                        scores = kept[i].scores
+                        logprobs = write_chat_logprobs(scores) if scores else None
+                        yield chunk(i, {"content": text}, logprobs=logprobs)
+                    if calls:
+                        numbered = [{"index": k, **call} for k, call in enumerate(calls)]
+                        yield chunk(i, {"tool_calls": numbered})
+                    yield chunk(i, {}, finish_reason="tool_calls" if calls else answers[i].reason)
         counted = usage(answers, turn, body.n)
         if body.stream_options.include_usage:
             yield {**start, "choices": [], "usage": counted}

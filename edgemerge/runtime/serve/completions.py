@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter
@@ -140,16 +141,17 @@ async def _stream(turns: Turns, body: CompletionRequest) -> Documents:
             names = {"text": text, "index": i, "logprobs": logprobs, "finish_reason": reason}
             return {**start, "choices": [names]}
 
-        async for i, event in turn.answer(wanted):
-            answers[i].add(event)
-            if isinstance(event, Piece):
-                logprobs = None
-                if event.scores:
-                    logprobs = _logprobs(body, event.scores, offsets[i])
-                    offsets[i] += len(event.text)
-                yield choice(i, event.text, logprobs, None)
-            elif isinstance(event, Ended):
-                yield choice(i, "", None, answers[i].reason)
+        async with aclosing(turn.answer(wanted)) as events:
+            async for i, event in events:
+                answers[i].add(event)
+                if isinstance(event, Piece):
+                    logprobs = None
+                    if event.scores:
+                        logprobs = _logprobs(body, event.scores, offsets[i])
+                        offsets[i] += len(event.text)
+                    yield choice(i, event.text, logprobs, None)
+                elif isinstance(event, Ended):
+                    yield choice(i, "", None, answers[i].reason)
         counted = usage(answers, turn, body.n)
         if body.stream_options.include_usage:
             yield {**start, "choices": [], "usage": counted}

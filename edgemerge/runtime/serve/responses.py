@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
@@ -95,17 +96,18 @@ async def _stream(
             return {"type": f"response.{kind}", "sequence_number": next(number), **names}
 
         is_begun = False
-        async for _, came in turn.answer(wanted):
-            if not is_begun:
-                is_begun = True
-                yield event("created", response=response)
-                yield event("in_progress", response=response)
-                empty = {**item, "content": []}
-                yield event("output_item.added", output_index=0, item=empty)
-                yield event("content_part.added", **place, part=_part(""))
-            answer.add(came)
-            if isinstance(came, Piece):
-                yield event("output_text.delta", **place, delta=came.text, logprobs=[])
+        async with aclosing(turn.answer(wanted)) as events:
+            async for _, came in events:
+                if not is_begun:
+                    is_begun = True
+                    yield event("created", response=response)
+                    yield event("in_progress", response=response)
+                    empty = {**item, "content": []}
+                    yield event("output_item.added", output_index=0, item=empty)
+                    yield event("content_part.added", **place, part=_part(""))
+                answer.add(came)
+                if isinstance(came, Piece):
+                    yield event("output_text.delta", **place, delta=came.text, logprobs=[])
         whole = {**_message("completed", answer.text), "id": item["id"]}
         finished = _finish(response, whole, answer, turn)
         yield event("output_text.done", **place, text=answer.text, logprobs=[])

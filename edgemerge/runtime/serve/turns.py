@@ -48,14 +48,15 @@ class Turn:
                 async for event in events:
                     yield 0, event
             return
-        n_places = 1
-        while n_places < len(wanted) and self.queue.enter_now(self.loaded.file.name):
-            n_places += 1
+        name = self.loaded.file.name
+        n_spare = 0
+        while n_spare + 1 < len(wanted) and self.queue.enter_now(name):
+            n_spare += 1
         # small, so that a client that does not read stops what computes for it
-        arrived: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(2 * n_places)
+        arrived: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(2 * n_spare + 2)
         numbers = iter(range(len(wanted)))
 
-        async def work() -> None:
+        async def work(*, is_spare: bool) -> None:
             for i in numbers:
                 try:
                     async with aclosing(self._answer(wanted[i])) as events:
@@ -64,8 +65,13 @@ class Turn:
                 except Exception as error:
                     await arrived.put((i, error))
                     return
+                if is_spare and self.queue.waiting:  # others have none at all
+                    return
 
-        tasks = [asyncio.create_task(work()) for _ in range(n_places)]
+        tasks = [asyncio.create_task(work(is_spare=False))]
+        for _ in range(n_spare):
+            tasks.append(asyncio.create_task(work(is_spare=True)))
+            tasks[-1].add_done_callback(lambda _: self.queue.leave(name))
         try:
             left = len(wanted)
             while left:
@@ -78,8 +84,6 @@ class Turn:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for _ in range(n_places - 1):
-                self.queue.leave(self.loaded.file.name)
 
     async def _answer(self, wanted: Generation) -> AsyncGenerator[Event, None]:
         async with aclosing(self.loaded.process.generate(wanted)) as events:
