@@ -1,4 +1,4 @@
-"""What a server and the process of a model tell each other: plain values, pickled over a pipe."""
+"""What a server and the process of a model tell each other: plain values (`wire` sends them)."""
 
 from __future__ import annotations
 

@@ -156,8 +156,8 @@ class ModelProcess:
         EngineFailure
             As of `generate`; 500 where a vector is no number.
         """
-        found: tuple[list[list[float]], int] = await self._running().ask("embed", inputs)
-        return found
+        vectors, n_tokens = await self._running().ask("embed", inputs)
+        return vectors, n_tokens
 
     async def rerank(self, query: str, texts: list[str]) -> tuple[list[float], int]:
         """Say how well texts answer a question, the more the better, and how many tokens that took.
@@ -167,8 +167,8 @@ class ModelProcess:
         EngineFailure
             As of `generate`; 400 where the model does not order texts.
         """
-        found: tuple[list[float], int] = await self._running().ask("rerank", query, texts)
-        return found
+        scores, n_tokens = await self._running().ask("rerank", query, texts)
+        return scores, n_tokens
 
     async def close(self) -> None:
         """End the process; all who wait for it get `EngineFailure`."""
@@ -233,7 +233,7 @@ class _Child(asyncio.Protocol):
         try:
             while not is_ended:
                 event = await queue.get()
-                if type(event) is tuple:
+                if type(event) is list:
                     yield Piece(*event)
                     continue
                 is_ended = isinstance(event, Ended | Failed)
