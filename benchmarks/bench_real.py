@@ -24,9 +24,9 @@ from edgemerge import make_recipe, merge, open_model
 from edgemerge.formats.gguf.writer import make_layout
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.methods.table import METHODS
+from edgemerge.runtime.engine.messages import Sampling
 from edgemerge.runtime.generate import Session, read_prompt
 from edgemerge.runtime.llama import Model
-from edgemerge.runtime.sampling import Sampling
 
 QUESTION = "What is the capital of France? Answer in one sentence."
 PARAMETERS: dict[str, dict[str, Any]] = {

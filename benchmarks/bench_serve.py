@@ -25,11 +25,10 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 from measure import machine, table
-
-from edgemerge.process import read_process
 
 WORDS = ["the", "heart", "pumps", "blood", "through", "vessels", "and", "valves", "keep", "flowing"]
 TIMEOUT = 300.0  # seconds; a request that takes longer counts as lost
@@ -52,8 +51,8 @@ class Load:
 
 
 @contextmanager
-def running_server(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """`edgemerge serve` on a free port, stopped by SIGTERM; its exit code must be 0."""
+def running_server(arguments: list[str]) -> Iterator[int]:
+    """Give the port of an `edgemerge serve`, stopped by SIGTERM; its exit code must be 0."""
     command = [sys.executable, "-m", "edgemerge", "serve", "--port", "0", *arguments]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -61,7 +60,7 @@ def running_server(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[str]
         found = re.search(r"http://\S+:(\d+)", line)
         if not found:
             raise SystemExit("the server did not start")
-        yield server, int(found[1])
+        yield int(found[1])
     finally:
         server.send_signal(signal.SIGTERM)
         server.communicate()
@@ -123,10 +122,14 @@ def read_stream(answer: Iterator[bytes], begin: float) -> tuple[float, int]:
     raise ValueError(f"the stream ended with {last!r}")
 
 
-def run_load(
-    pid: int, port: int, clients: int, seconds: float, max_tokens: int
-) -> dict[str, object]:
-    """Let the clients ask for so long, and tell what they and the process saw."""
+def read_rss(port: int) -> int:
+    """Bytes of the server and of its models' processes."""
+    with urlopen(f"http://127.0.0.1:{port}/health", timeout=TIMEOUT) as answer:
+        return int(json.load(answer)["memory"]["rss"])
+
+
+def run_load(port: int, clients: int, seconds: float, max_tokens: int) -> dict[str, object]:
+    """Let the clients ask for so long, and tell what they saw, and what memory it took."""
     load = Load()
     ask(port, np.random.default_rng(0), max_tokens, Load())  # the first request fills buffers
     end = time.monotonic() + seconds
@@ -139,15 +142,15 @@ def run_load(
 
     threads = [threading.Thread(target=client, args=(n,)) for n in range(clients)]
     begin = time.monotonic()
-    rss = [read_process(pid).rss]
+    rss = [read_rss(port)]
     for thread in threads:
         thread.start()
     time.sleep(seconds / 2)
-    rss.append(read_process(pid).rss)
+    rss.append(read_rss(port))
     for thread in threads:
         thread.join()
     took = time.monotonic() - begin
-    rss.append(read_process(pid).rss)
+    rss.append(read_rss(port))
     return {
         "requests": load.statuses.total() + len(load.lost),
         "answered": load.answered,
@@ -163,7 +166,6 @@ def run_load(
         "rss_start_mib": rss[0] / 2**20,
         "rss_middle_mib": rss[1] / 2**20,
         "rss_end_mib": rss[2] / 2**20,
-        "rss_peak_mib": read_process(pid).peak / 2**20,
     }
 
 
@@ -204,8 +206,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="longest answer")
     parser.add_argument("server_options", nargs="*", help="options of edgemerge serve, after --")
     options = parser.parse_args()
-    with running_server([options.model, *options.server_options]) as (server, port):
-        result = run_load(server.pid, port, options.clients, options.seconds, options.tokens)
+    with running_server([options.model, *options.server_options]) as port:
+        result = run_load(port, options.clients, options.seconds, options.tokens)
     print(draw(options.model, options.clients, result))
     print(json.dumps({"machine": machine(), **result}))
     if result["lost"]:

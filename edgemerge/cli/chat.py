@@ -69,9 +69,7 @@ def chat_command(
     model = make_finder(models_folder, download).find_model(str(model))
     with generation.load(model, threads, gpu_layers, lora) as loaded:
         its_template = _need_template(loaded, template)
-        sampling = generation.read_sampling(
-            loaded, temperature, top_k, top_p, min_p, repeat_penalty, seed
-        )
+        sampling = generation.read_sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
         n_ctx = generation.pick_context(loaded, context, CONTEXT)
         with Session(loaded, n_ctx, sampling) as session:
             conversation = Conversation(

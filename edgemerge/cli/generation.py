@@ -16,9 +16,9 @@ from edgemerge.cli import loading
 from edgemerge.cli.terminal import plain
 
 if TYPE_CHECKING:
+    from edgemerge.runtime.engine.messages import Sampling
     from edgemerge.runtime.generate import Session
     from edgemerge.runtime.llama import Model
-    from edgemerge.runtime.sampling import Sampling
 
 __all__ = [
     "MAX_TOKENS",
@@ -35,9 +35,6 @@ __all__ += ["figures_as_json", "format_figures", "load", "note", "pick_context",
 __all__ += ["say", "show_progress", "tell", "tell_end"]
 
 MAX_TOKENS = 512  # of an answer, unless asked for more
-PENALTY_KEY = (
-    "general.sampling.penalty_repeat"  # generation_config.json has it as repetition_penalty
-)
 LONG = 128  # tokens of a prompt that take a moment to read
 
 System = Annotated[str, typer.Option("--system", metavar="TEXT", help="System prompt.")]
@@ -115,7 +112,6 @@ MaxTokens = Annotated[
 
 
 def read_sampling(
-    model: Model,
     temperature: float,
     top_k: int,
     top_p: float,
@@ -125,26 +121,19 @@ def read_sampling(
 ) -> Sampling:
     """Take the options of the draw; without a seed, one by chance.
 
-    Without a penalty, it is what the model's authors ask for in its metadata.
+    Without a penalty, the engine takes what the model's authors ask for in its metadata.
     """
-    from edgemerge.runtime.sampling import MAX_SEED, Sampling
+    from edgemerge.runtime.engine.draw import MAX_SEED
+    from edgemerge.runtime.engine.messages import Sampling
 
     return Sampling(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        repeat_penalty=_own_penalty(model) if repeat_penalty is None else repeat_penalty,
+        repeat_penalty=repeat_penalty,
         seed=secrets.randbelow(MAX_SEED + 1) if seed is None else seed,
     )
-
-
-def _own_penalty(model: Model) -> float:
-    try:
-        penalty = float(model.metadata.get(PENALTY_KEY, "1"))
-    except ValueError:
-        return 1.0
-    return penalty if 0.01 <= penalty <= 10 else 1.0
 
 
 def check_text(text: str, what: str) -> str:

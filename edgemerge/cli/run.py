@@ -81,9 +81,7 @@ def run_command(
         if not raw:
             text = _as_message(loaded, text, system, template)
         tokens = read_prompt(loaded, text)
-        sampling = generation.read_sampling(
-            loaded, temperature, top_k, top_p, min_p, repeat_penalty, seed
-        )
+        sampling = generation.read_sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
         n_wanted = len(tokens) + (max_tokens or loaded.n_ctx_train)
         n_ctx = generation.pick_context(loaded, context, n_wanted)
         check_prompt(tokens, n_ctx)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,13 +16,20 @@ from edgemerge.cli.terminal import speaks_plainly
 
 if TYPE_CHECKING:
     from edgemerge.finding.finder import Finder
-    from edgemerge.runtime.serve.server import ServeOptions, Started
+    from edgemerge.runtime.serve.options import ServeOptions, Started
 
 __all__ = ["serve_command"]
 
 MAX_KEY_BYTES = 4096
 
 KEY_VARIABLE = "EDGEMERGE_API_KEY"
+
+
+class KvType(StrEnum):
+    """Types of the cache, as of `EngineOptions`."""
+
+    F16 = "f16"
+    Q8_0 = "q8_0"
 
 
 @speaks_plainly
@@ -76,6 +84,33 @@ def serve_command(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, metavar="N", help="Longest answer in tokens.")
     ] = 4096,
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            "--parallel",
+            min=1,
+            max=64,
+            metavar="N",
+            help="Requests that a model answers at a time [default: 8].",
+            show_default=False,
+        ),
+    ] = None,
+    kv_type: Annotated[
+        KvType,
+        typer.Option(
+            "--kv-type",
+            help="Type of what is kept of each token; q8_0 takes half of the memory.",
+        ),
+    ] = KvType.F16,
+    close_idle: Annotated[
+        float,
+        typer.Option(
+            "--close-idle",
+            min=0.0,
+            metavar="S",
+            help="Seconds after which a model that nobody uses is closed; 0 for never.",
+        ),
+    ] = 3600.0,
     queue: Annotated[
         int, typer.Option("--queue", min=1, metavar="N", help="Requests that may wait.")
     ] = 16,
@@ -90,7 +125,7 @@ def serve_command(
     grace: Annotated[
         float,
         typer.Option(
-            "--grace", min=0.0, metavar="S", help="Seconds that a running answer has at a stop."
+            "--grace", min=0.0, metavar="S", help="Seconds that running answers have at a stop."
         ),
     ] = 30.0,
     open_metrics: Annotated[
@@ -133,8 +168,8 @@ def serve_command(
     force: request.Force = False,
 ) -> None:
     """Serve models to OpenAI's clients and to a web page."""
-    from edgemerge.runtime.serve.requests import Limits
-    from edgemerge.runtime.serve.server import ServeOptions, serve
+    from edgemerge.runtime.serve.options import Limits, ServeOptions
+    from edgemerge.runtime.serve.server import serve
     from edgemerge.sizes import parse_size
 
     finder = make_finder(models_folder, download)
@@ -149,6 +184,9 @@ def serve_command(
         n_threads=threads,
         n_gpu_layers=gpu_layers,
         loras=parse_loras(lora),
+        kv_type=kv_type.value,
+        n_sequences=parallel,
+        idle_seconds=close_idle,
         queue=queue,
         queue_seconds=queue_timeout,
         grace=grace,
@@ -230,6 +268,9 @@ def _other_arguments(options: ServeOptions) -> list[str]:
         "--ctx": options.n_ctx,
         "--threads": options.n_threads,
         "--gpu-layers": options.n_gpu_layers,
+        "--parallel": options.n_sequences,
+        "--kv-type": options.kv_type,
+        "--close-idle": options.idle_seconds,
         "--queue": options.queue,
         "--queue-timeout": options.queue_seconds,
         "--request-timeout": options.limits.request_seconds,
@@ -249,7 +290,10 @@ def _announce(started: Started) -> None:
 
     key = "clients need the key" if started.has_key else "no key needed"
     print(f"edgemerge serves at {started.url} ({key})")
-    for name, n_ctx, need in started.models:
-        print(f"  model {name}: {n_ctx} tokens of context, about {format_size(need)}")
+    for file in started.models:
+        print(
+            f"  model {file.name}: {file.n_sequences} requests at a time, {file.n_ctx} tokens of "
+            f"context each, {file.n_cache} kept in all, about {format_size(file.need)}"
+        )
     print(f"  memory: at most {format_size(started.memory)}")
     print(f"  page {started.url}/  API {started.url}/v1  figures {started.url}/metrics", flush=True)

@@ -1,25 +1,28 @@
 """Continues a prompt, token by token.
 
-A `Session` keeps what it has computed: the next prompt is run from where it first differs. llama.cpp computes
-on a thread of its own, so Ctrl-C is heard in the middle of a long prompt. Its abort callback then ends the
-computation.
+A `Session` is an engine of one sequence, which keeps what it has computed: the next prompt is run from where
+it first differs. llama.cpp computes on a thread of its own, so Ctrl-C is heard in the middle of a long
+prompt. Its abort callback then ends the computation.
 """
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import takewhile
 from time import perf_counter
 from types import TracebackType
 from typing import Self
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.runtime.llama import Model
-from edgemerge.runtime.repetition import LoopWatch
-from edgemerge.runtime.sampling import Sampler, Sampling
+from edgemerge.runtime.engine.answer import Answer
+from edgemerge.runtime.engine.draw import Sampler
+from edgemerge.runtime.engine.messages import Begun, Ended, Failed, Generation, Piece, Sampling
+from edgemerge.runtime.engine.prompts import check_prompt, read_prompt
+from edgemerge.runtime.engine.scheduler import Event, Scheduler
+from edgemerge.runtime.engine.slots import Slots
+from edgemerge.runtime.engine.store import Store
+from edgemerge.runtime.llama import Context, Model
 from edgemerge.runtime.worker import Worker
 
 __all__ = ["End", "Figures", "Session", "check_prompt", "read_prompt"]
@@ -79,31 +82,6 @@ class Figures:
         return self.n_steps / self.step_seconds if self.step_seconds else None
 
 
-def read_prompt(model: Model, text: str) -> list[int]:
-    """Tokens of a prompt, control tokens (`<|im_start|>`) understood, begun as the model wants it.
-
-    A beginning of sequence that the text already has, as of a chat template, is not doubled.
-    """
-    tokens = model.tokenize(text, special=True)
-    return tokens if model.bos and tokens[:1] == model.bos else model.bos + tokens
-
-
-def check_prompt(tokens: Sequence[int], n_ctx: int) -> None:
-    """Refuse a prompt that nothing can follow.
-
-    Raises
-    ------
-    RuntimeFailure
-        It is empty, or fills the context.
-    """
-    if not tokens:
-        raise RuntimeFailure("the prompt is empty: give the model at least one word to go on from")
-    if len(tokens) >= n_ctx:
-        raise RuntimeFailure(
-            f"the prompt has {len(tokens)} tokens and the context is {n_ctx}: shorten the prompt"
-        )
-
-
 class Session:
     """One sequence of tokens and what was computed of it; use it in a `with` statement.
 
@@ -127,13 +105,14 @@ class Session:
         self.sampling = sampling
         self.n_ctx = n_ctx  # llama.cpp may round its own up
         self.figures = Figures()
-        self._tokens: list[int] = []  # that the context holds
-        self._worker = Worker()  # all that changes the context runs there, one after the other
-        self.context = self._worker.do(model.context, n_ctx, n_batch=_BATCH)
+        self._worker = Worker()  # all that computes runs there, one after the other
+        self.context = self._worker.do(model.context, n_ctx, n_batch=_BATCH + 1)
         # C keeps the pointer only. llama.cpp asks for each node of its graph, 500 times a token for
         # a small model, which no clock here can tell from not asking.
         self._abort = model.api.ggml_abort_callback(lambda _: self._worker.is_stopped)
         model.api.llama_set_abort_callback(self.context.handle, self._abort, None)
+        self._slots = _one_slot(model, self.context)
+        self._scheduler = Scheduler(model, self.context, self._slots, n_chunk=_BATCH, n_rows=1)
         self._sampler = Sampler(model, sampling)
 
     def __enter__(self) -> Self:
@@ -196,102 +175,67 @@ class Session:
         stops: Sequence[str],
         progress: Callable[[int, int], None] | None,
     ) -> Iterator[str]:
-        figures = self.figures
         if limit < 1:
-            figures.end = end_at_limit
+            self.figures.end = end_at_limit
             return
-        started = perf_counter()
-        figures.n_reused = self._reuse(prompt)
-        self._read(prompt, progress)
-        figures.prompt_seconds = perf_counter() - started
-        token = self._sampler.sample(self.context)
-        figures.first_token_seconds = perf_counter() - started
-        text, loop = _Text(stops), LoopWatch()
-        while not self.model.is_end(token):
-            figures.n_generated += 1
-            if piece := text.push(self.model.piece(token)):
-                yield piece
-            if text.is_stopped:
-                figures.end = End.STOP
-                return
-            if figures.n_generated == limit:
-                figures.end = end_at_limit
-                break
-            if loop.push(token):
-                figures.end = End.LOOP
-                break
-            started = perf_counter()
-            self._run([token])
-            token = self._sampler.sample(self.context)
-            figures.n_steps += 1
-            figures.step_seconds += perf_counter() - started
-        else:
-            figures.end = End.MODEL
-        if piece := text.finish():
-            yield piece
-
-    def _reuse(self, prompt: Sequence[int]) -> int:
-        """Forget what the context has after its common beginning with a prompt."""
-        pairs = zip(self._tokens, prompt, strict=False)
-        n_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        n_common = min(n_common, len(prompt) - 1)  # the last is run in any case, for its logits
-        if not self._worker.do(self._cut_back, n_common):
-            n_common = 0
-        del self._tokens[n_common:]
-        return n_common
-
-    def _cut_back(self, position: int) -> bool:
-        """Forget what the context holds from a position on; False where all had to be forgotten."""
-        try:
-            self.context.truncate(position)
-        except RuntimeFailure:  # a running state, as of Mamba, has no end that can be cut off
-            self.context.clear()
-            return False
-        return True
-
-    def _read(self, prompt: Sequence[int], progress: Callable[[int, int], None] | None) -> None:
-        """Run what is left of a prompt, with logits for its last token."""
-        self._sampler.see(prompt[len(self._tokens) :])
-        for start in range(len(self._tokens), len(prompt), _BATCH):
-            if progress is not None:
-                progress(start, len(prompt))
-            self._run(prompt[start : start + _BATCH])
+        wanted = Generation(list(prompt), limit, self.sampling, tuple(stops))
+        answer = Answer(0, self.model, wanted, list(prompt), 0, self.n_ctx, self._sampler)
         if progress is not None:
-            progress(len(prompt), len(prompt))
+            n_known = min(self._slots.n_known(answer.tokens), len(prompt) - 1)
+            progress(n_known, len(prompt))
+        self._scheduler.add(answer)
+        try:
+            while True:
+                for event in self._step(answer, progress):
+                    if isinstance(event, Piece):
+                        yield event.text
+                    elif isinstance(event, Failed):
+                        raise RuntimeFailure(f"{self.model.path}: {event.reason}")
+                    elif isinstance(event, Ended):
+                        self.figures.end = _why(answer, event, end_at_limit)
+                        return
+        finally:
+            self._scheduler.cancel(answer.key)
 
-    def _run(self, tokens: Sequence[int]) -> None:
-        """Run tokens after those that the context holds, with logits for the last of them."""
-        first = len(self._tokens)
-        positions = range(first, first + len(tokens))
-        wanted = [False] * (len(tokens) - 1) + [True]
-        self._worker.do(self.context.decode, tokens, positions, [(0,)] * len(tokens), wanted)
-        self._tokens += tokens
+    def _step(self, answer: Answer, progress: Callable[[int, int], None] | None) -> Sequence[Event]:
+        """Compute a part of the prompt or a token, and count it."""
+        figures = self.figures
+        is_step = answer.is_drawing
+        started = perf_counter()
+        events = [event for _, event in self._worker.do(self._scheduler.step)]
+        seconds = perf_counter() - started
+        figures.n_generated = len(answer.tokens) - answer.n_prompt
+        if is_step:
+            figures.n_steps += 1
+            figures.step_seconds += seconds
+            return events
+        figures.prompt_seconds += seconds
+        if events and isinstance(events[0], Begun):
+            figures.n_reused = events[0].n_reused
+        if progress is not None and answer.slot is not None:
+            progress(min(len(answer.slot.tokens), answer.n_prompt), answer.n_prompt)
+        if figures.n_generated or any(isinstance(event, Ended) for event in events):
+            figures.first_token_seconds = figures.prompt_seconds
+        return events
 
 
-class _Text:
-    """Text from the bytes of tokens: whole characters, and nothing that may become a stop text."""
+def _one_slot(model: Model, context: Context) -> Slots:
+    """Have one sequence, which is kept in the cache however long it is."""
+    store = Store(model.api, context.handle, 0)
+    return Slots(
+        model.api,
+        context.handle,
+        1,
+        0,
+        store,
+        keeps_state=model.keeps_state,
+        most_kept=context.n_ctx,
+    )
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.is_stopped = False
-        self._stops = [stop for stop in stops if stop]
-        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._kept = ""
 
-    def push(self, raw: bytes) -> str:
-        """Add a token's bytes; give what can be said now."""
-        text = self._kept + self._characters.decode(raw)
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        self.is_stopped = bool(found)
-        n_said = min(found) if found else len(text) - self._n_unsure(text)
-        self._kept = text[n_said:]
-        return text[:n_said]
-
-    def finish(self) -> str:
-        """Give what was kept back; a character that was cut off becomes U+FFFD."""
-        return self._kept + self._characters.decode(b"", final=True)
-
-    def _n_unsure(self, text: str) -> int:
-        """Length of the longest end of a text that begins a stop text."""
-        lengths = range(max(map(len, self._stops), default=1) - 1, 0, -1)
-        ends = (n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops))
-        return next((n for n in ends if n <= len(text)), 0)
+def _why(answer: Answer, ended: Ended, end_at_limit: End) -> End:
+    if ended.reason == "length":
+        return end_at_limit
+    if ended.reason == "loop":
+        return End.LOOP
+    return End.STOP if answer.is_stopped else End.MODEL

@@ -49,6 +49,8 @@ class Model:
         Layers to put on the GPU; by default all where llama.cpp was built for one, else none.
     loras : sequence of Lora
         Adapters to add to the weights as the model runs.
+    encoders : bool
+        Whether models are taken too that embed texts and do not continue them.
 
     Raises
     ------
@@ -65,11 +67,13 @@ class Model:
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
         loras: Sequence[Lora] = (),
+        encoders: bool = False,
     ) -> None:
         self.path = Path(path)
         self.use_threads(n_threads)
         files = model_files(self.path)  # what is missing is said better here than by llama.cpp
-        check_writes(self.path)
+        if not encoders:
+            check_writes(self.path)
         for lora in loras:
             check_adapter(lora.path)
         self.library = load_library()
@@ -78,15 +82,17 @@ class Model:
         self._handle = self._load(files[0], n_gpu_layers)
         self.adapters = [self._load_adapter(lora) for lora in loras]
         self.buffers: Buffers = self.library.buffers()
-        self._vocab = self.api.llama_model_get_vocab(self._handle)
-        self.n_vocab: int = self.api.llama_vocab_n_tokens(self._vocab)
+        self.vocab = self.api.llama_model_get_vocab(self._handle)
+        self.n_vocab: int = self.api.llama_vocab_n_tokens(self.vocab)
         self.n_ctx_train: int = self.api.llama_model_n_ctx_train(self._handle)
         self.n_embd: int = self.api.llama_model_n_embd(self._handle)
+        self.n_embd_out: int = self.api.llama_model_n_embd_out(self._handle)
         self.n_layers: int = self.api.llama_model_n_layer(self._handle)
         self.n_params: int = self.api.llama_model_n_params(self._handle)
         self.n_bytes: int = self.api.llama_model_size(self._handle)
-        adds_bos = self.api.llama_vocab_get_add_bos(self._vocab)
-        self.bos: list[int] = [self.api.llama_vocab_bos(self._vocab)] if adds_bos else []
+        adds_bos = self.api.llama_vocab_get_add_bos(self.vocab)
+        self._pieces: dict[tuple[int, bool], bytes] = {}
+        self.bos: list[int] = [self.api.llama_vocab_bos(self.vocab)] if adds_bos else []
 
     def _load(self, first: Path, n_gpu_layers: int | None) -> Any:
         params = self.api.llama_model_default_params()
@@ -164,14 +170,27 @@ class Model:
     @property
     def chat_template(self) -> str | None:
         """The model's own chat template (Jinja), if it has one."""
-        raw = self.api.llama_model_chat_template(self._handle, None)
+        return self._named_template(None)
+
+    @property
+    def rank_template(self) -> str | None:
+        """Its text around a `{query}` and a `{document}`, if it is one that orders texts so."""
+        return self._named_template(b"rerank")
+
+    def _named_template(self, name: bytes | None) -> str | None:
+        raw = self.api.llama_model_chat_template(self._handle, name)
         return None if raw is None else raw.decode("utf-8", errors="replace")
+
+    @property
+    def pooling(self) -> str | None:
+        """How its file says that the tokens' vectors become one: a number of `llama_pooling_type`."""
+        return self.metadata.get(f"{self.metadata.get('general.architecture')}.pooling_type")
 
     def token_text(self, token: int) -> str:
         """Text of a token in the vocabulary, e.g. `<s>`; empty for -1, which stands for none."""
         if token < 0:
             return ""
-        raw: bytes | None = self.api.llama_vocab_get_text(self._vocab, token)
+        raw: bytes | None = self.api.llama_vocab_get_text(self.vocab, token)
         return (raw or b"").decode("utf-8", errors="replace")
 
     @staticmethod
@@ -185,7 +204,7 @@ class Model:
                 return buffer.value.decode("utf-8", errors="replace")
             size = length + 1
 
-    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+    def tokenize(self, text: str, *, special: bool = False, add_special: bool = False) -> list[int]:
         """Token ids of a text, without `bos`.
 
         Parameters
@@ -194,7 +213,15 @@ class Model:
             Any text.
         special : bool
             Whether `<|im_end|>` and its like in the text become the control tokens they name.
+        add_special : bool
+            Whether the tokens are added that the vocabulary puts before and after each text; `bos` is not
+            doubled.
         """
+        tokens = self._tokenize(text, special, add_special)
+        is_doubled = add_special and self.bos and tokens[:2] == self.bos * 2
+        return tokens[1:] if is_doubled else tokens
+
+    def _tokenize(self, text: str, special: bool, add_special: bool) -> list[int]:
         raw = text.encode("utf-8")
         room = (
             len(raw) + 8
@@ -202,7 +229,7 @@ class Model:
         while True:
             buffer = (ctypes.c_int32 * room)()
             count = self.api.llama_tokenize(
-                self._vocab, raw, len(raw), buffer, room, False, special
+                self.vocab, raw, len(raw), buffer, room, add_special, special
             )
             if count >= 0:
                 return buffer[:count]
@@ -213,17 +240,23 @@ class Model:
 
         Control tokens (`<|im_end|>`) stand for none, unless `special`.
         """
+        known = self._pieces.get((token, special))
+        if known is None:
+            known = self._pieces[token, special] = self._read_piece(token, special)
+        return known
+
+    def _read_piece(self, token: int, special: bool) -> bytes:
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            count = self.api.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            count = self.api.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
 
     def is_end(self, token: int) -> bool:
         """Whether a token ends the generation (end of sequence, of turn)."""
-        return bool(self.api.llama_vocab_is_eog(self._vocab, token))
+        return bool(self.api.llama_vocab_is_eog(self.vocab, token))
 
     def context(
         self,
@@ -234,6 +267,7 @@ class Model:
         n_outputs: int = 1,
         exact: bool = False,
         n_ubatch: int = 512,
+        **settings: Any,
     ) -> Context:
         """Make a context: the memory of the sequences that are being computed.
 
@@ -254,6 +288,8 @@ class Model:
             composition of a batch, where this leaves 1e-6 with float32 weights.
         n_ubatch : int
             Most tokens that are computed together; a larger `n_batch` is cut into these.
+        **settings
+            Other fields of `llama_context_params`.
 
         Raises
         ------
@@ -273,6 +309,8 @@ class Model:
         if exact:
             params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.type_k = params.type_v = self.api.GGML_TYPE_F32
+        for name, value in settings.items():
+            setattr(params, name, value)
         self.library.start()
         handle = self.api.llama_init_from_model(self._handle, params)
         if not handle:

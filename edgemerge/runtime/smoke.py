@@ -95,10 +95,10 @@ def _main() -> None:
 
 
 def _ask(path: Path, questions: Sequence[str]) -> list[Answer]:
+    from edgemerge.runtime.engine.messages import Sampling
     from edgemerge.runtime.generate import End, Session, read_prompt
     from edgemerge.runtime.llama import Model
     from edgemerge.runtime.model_files import open_gguf
-    from edgemerge.runtime.sampling import Sampling
     from edgemerge.runtime.template import load_template
 
     answers = []

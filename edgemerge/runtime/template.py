@@ -12,7 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.files import read_text
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Message", "Template", "load_template"]
 
-Message = Mapping[
-    str, str
-]  # role (system, user or assistant) and content, as in OpenAI's interface
+Message = Mapping[str, Any]  # role (system, user or assistant) and content, as OpenAI has them
 
 MAX_BYTES = 1 << 20  # of a template; the longest published has 12 KB
 _PROBE = "a-word-that-no-template-has"
@@ -59,7 +58,9 @@ class Template:
         except TemplateRefusal as error:
             raise self._failure(error) from error
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(
+        self, messages: Sequence[Message], names: Mapping[str, Any] = MappingProxyType({})
+    ) -> str:
         """Write a conversation, up to where the model's answer begins.
 
         A template that has no place for a system prompt, as of Gemma 2, gets it in front of the
@@ -69,6 +70,8 @@ class Template:
         ----------
         messages : sequence of Message
             A system prompt or none, then user and assistant by turns; the last is the user's.
+        names : mapping
+            What the template finds beside them, as `tools`.
 
         Raises
         ------
@@ -78,7 +81,7 @@ class Template:
         try:
             if messages[0]["role"] == "system" and not self.takes_system:
                 messages = _fold_system(messages)
-            return self._render(messages)
+            return self._render(messages, names)
         except TemplateRefusal as error:
             raise self._failure(error) from error
 
@@ -93,7 +96,9 @@ class Template:
         except TemplateRefusal:
             return False  # its own refusal; any other fault shows again in `render`
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def _render(
+        self, messages: Sequence[Message], names: Mapping[str, Any] = MappingProxyType({})
+    ) -> str:
         return self._process.render(
             {
                 "messages": [dict(message) for message in messages],
@@ -101,6 +106,7 @@ class Template:
                 "documents": None,
                 "add_generation_prompt": True,
                 **self._tokens,
+                **names,
             }
         )
 

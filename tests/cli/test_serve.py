@@ -113,7 +113,7 @@ def test_what_cannot_be_served(gguf: Path, tmp_path: Path) -> None:
     assert_refused(serve(gguf, "--host", "no.such.host.invalid"), "cannot listen on no.such.host")
 
 
-@pytest.mark.parametrize("module", ["fastapi", "sse_starlette", "prometheus_client", "uvicorn"])
+@pytest.mark.parametrize("module", ["fastapi", "starlette", "prometheus_client", "uvicorn"])
 def test_a_missing_extra_is_one_sentence(gguf: Path, module: str) -> None:
     code = (
         f"import sys; sys.modules[{module!r}] = None; sys.argv = ['edgemerge', 'serve', {str(gguf)!r}]\n"

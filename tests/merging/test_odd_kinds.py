@@ -107,9 +107,9 @@ def test_a_merged_decoder_writes(
     kind: str, out_type: str, kinds: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     pytest.importorskip("llama_cpp")
+    from edgemerge.runtime.engine.messages import Sampling
     from edgemerge.runtime.generate import End, Session, read_prompt
     from edgemerge.runtime.llama import Model
-    from edgemerge.runtime.sampling import Sampling
 
     path = merged(kinds[kind], tmp_path / "out.gguf", "ties", out_type)
     with (
@@ -154,23 +154,17 @@ def test_a_merged_encoder_embeds(
     out_type: str, kinds: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     pytest.importorskip("llama_cpp")
-    from edgemerge.runtime.serve.llama import ServedLlama
-
-    wanted = embed(ServedLlama, merged(kinds["bert"], tmp_path / "f32.gguf", "ties", "F32"))
-    found = embed(ServedLlama, merged(kinds["bert"], tmp_path / "out.gguf", "ties", out_type))
+    wanted = embed(merged(kinds["bert"], tmp_path / "f32.gguf", "ties", "F32"))
+    found = embed(merged(kinds["bert"], tmp_path / "out.gguf", "ties", out_type))
     cosine = found @ wanted / (np.linalg.norm(found) * np.linalg.norm(wanted))
     assert cosine > {"F16": 0.9999, "Q8_0": 0.999, "Q4_K_M": 0.95}[out_type]
-    other = embed(ServedLlama, kinds["bert"][0])
+    other = embed(kinds["bert"][0])
     assert not np.allclose(other, wanted, atol=1e-3)
 
 
-def embed(kind: type, path: Path) -> NDArray[np.float64]:
-    from edgemerge.runtime.serve.active_request import Run, current_run
+def embed(path: Path) -> NDArray[np.float64]:
+    from tests.support.engines import Engine
 
-    run = Run("embedding", 60.0)
-    run.start()
-    current_run.set(run)
-    llama = kind(path, n_ctx=64, n_threads=1)
-    vector = np.array(llama.create_embedding("the answer of")["data"][0]["embedding"])
-    llama.close()
-    return vector
+    with Engine(path, n_ctx=64) as engine:
+        vectors, _ = engine.run(engine.process.embed(["the answer of"]))
+    return np.array(vectors[0])

@@ -61,9 +61,9 @@ def test_keep_writes_the_vectors_of_a_family_in_f32(name: str, tmp_path: Path) -
 
 def test_keep_of_a_directory_runs_in_llama_cpp(tmp_path: Path, models_dir: Path) -> None:
     pytest.importorskip("llama_cpp")
+    from edgemerge.runtime.engine.messages import Sampling
     from edgemerge.runtime.generate import Session, read_prompt
     from edgemerge.runtime.llama import Model
-    from edgemerge.runtime.sampling import Sampling
 
     convert(models_dir / "base", tmp_path / "kept.gguf")
     with (

@@ -10,9 +10,9 @@ from edgemerge.errors import FormatError, OutputError, RuntimeFailure
 from edgemerge.runtime.board.memory import Memory
 from edgemerge.runtime.context_size import choose_context
 from edgemerge.runtime.conversation import Conversation, Turn, read_messages, write_messages
+from edgemerge.runtime.engine.messages import Sampling
 from edgemerge.runtime.generate import End, Session, read_prompt
 from edgemerge.runtime.llama import Model
-from edgemerge.runtime.sampling import Sampling
 from edgemerge.runtime.template import Template
 from tests.support.tiny_gguf import CONTEXT
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.runtime.engine.messages import Sampling
 from edgemerge.runtime.generate import Session, check_prompt, read_prompt
 from edgemerge.runtime.llama import Model
-from edgemerge.runtime.sampling import Sampling
 from tests.support.open_gguf import load_base
 from tests.support.tiny_gguf import CONTEXT
 

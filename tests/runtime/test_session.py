@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.runtime.generate import End, Session, _Text, read_prompt
+from edgemerge.runtime.engine.batch import Aborted
+from edgemerge.runtime.engine.draw import MAX_SEED
+from edgemerge.runtime.engine.messages import Sampling
+from edgemerge.runtime.generate import End, Session, read_prompt
 from edgemerge.runtime.llama import Model
-from edgemerge.runtime.sampling import MAX_SEED, Sampling
 from tests.support.tiny_gguf import CONTEXT
 
 pytestmark = pytest.mark.llama
@@ -53,11 +55,13 @@ def test_what_cannot_be_cut_back_is_run_again(
 ) -> None:
     """As of a model with a running state."""
 
-    def refuse(position: int) -> None:
-        raise RuntimeFailure("cannot be cut back")
+    remove = model.api.llama_memory_seq_rm
+
+    def refuse(memory: Any, sequence: int, start: int, end: int) -> bool:
+        return start <= 0 and remove(memory, sequence, start, end)
 
     "".join(session.generate(read_prompt(model, "the answer of"), 3))
-    monkeypatch.setattr(session.context, "truncate", refuse)
+    monkeypatch.setattr(model.api, "llama_memory_seq_rm", refuse)
     text = "".join(session.generate(read_prompt(model, "the answer in"), 6))
     assert text == fresh(model, "the answer in", 6)
     assert session.figures.n_reused == 0
@@ -105,7 +109,7 @@ def test_the_models_end_is_not_said(model: Model, session: Session) -> None:
 def test_progress_of_a_long_prompt(
     model: Model, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgemerge.runtime.generate._BATCH", 10)
+    monkeypatch.setattr(session._scheduler, "_n_chunk", 10)
     seen: list[tuple[int, int]] = []
     tokens = read_prompt(model, "x" * 24)
     list(session.generate(tokens, 1, progress=lambda *at: seen.append(at)))
@@ -133,8 +137,9 @@ def test_ctrl_c_stops_what_computes(
                 break
         time.sleep(0.1)
         ended.append(session._worker.is_stopped)
+        raise Aborted
 
-    monkeypatch.setattr(session.context, "decode", compute)
+    monkeypatch.setattr(session._scheduler._batch, "run", compute)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -164,7 +169,7 @@ def test_repetition_costs(model: Model) -> None:
     with Session(model, CONTEXT, held) as session:
         tokens = read_prompt(model, prompt)
         sample = session._sampler.sample
-        session._sampler.sample = lambda context: said.append(sample(context)) or said[-1]  # type: ignore[func-returns-value, method-assign]
+        session._sampler.sample = lambda *at: said.append(sample(*at)) or said[-1]  # type: ignore[func-returns-value, method-assign]
         list(session.generate(tokens, 20))
     assert len(set(said)) == len(said)  # none twice, and
     assert not set(said) & set(tokens[-40:])  # none of the prompt
@@ -179,36 +184,3 @@ def test_draws_go_on_and_repeat_by_seed(model: Model) -> None:
     assert draw(7) == draw(7)
     assert len(set(draw(7))) > 1
     assert draw(MAX_SEED) == draw(MAX_SEED)
-
-
-def spoken(raw: bytes, stops: tuple[str, ...] = (), size: int = 1) -> tuple[str, list[str], bool]:
-    text = _Text(stops)
-    pieces = []
-    for start in range(0, len(raw), size):
-        pieces.append(text.push(raw[start : start + size]))
-        if text.is_stopped:
-            return "".join(pieces), pieces, True
-    return "".join(pieces) + text.finish(), pieces, False
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_characters_are_said_whole(size: int) -> None:
-    words = "Grüße, 日本 🎉"
-    whole, pieces, _ = spoken(words.encode(), size=size)
-    assert whole == words
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert spoken(words.encode()[:-1], size=size)[0] == "Grüße, 日本 \ufffd"
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_stop_texts_are_never_said(size: int) -> None:
-    assert spoken(b"one two END three", ("END",), size)[::2] == ("one two ", True)
-    assert spoken(b"one ENDX EN", ("ENDED", "ENDINGS"), size)[::2] == ("one ENDX EN", False)
-    assert spoken(b"aaab", ("aab",), size)[::2] == ("a", True)
-    assert spoken(b"one two", ("two", "one"), 100)[::2] == ("", True)  # the first in the text
-    assert spoken(b"plain", ("",), size)[::2] == ("plain", False)
-
-
-def test_text_is_held_back_only_while_it_may_become_a_stop_text() -> None:
-    _, pieces, _ = spoken(b"a\n\nb\nUser:", ("\nUser:",))
-    assert pieces == ["a", "", "\n", "\nb", "", "", "", "", "", ""]

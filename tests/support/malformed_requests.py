@@ -14,9 +14,8 @@ ROUTES = (
     "/v1/embeddings",
     "/tokenize",
     "/detokenize",
-    "/extras/tokenize",
-    "/extras/tokenize/count",
-    "/extras/detokenize",
+    "/v1/responses",
+    "/v1/rerank",
 )
 PATHS = (
     "/",

@@ -52,9 +52,10 @@ def try_model(path: Path) -> Outcome:
 def import_all() -> None:
     """Import in the parent, once, what every child needs."""
     import edgemerge.runtime.bench.child
+    import edgemerge.runtime.engine.process
     import edgemerge.runtime.evaluation.evaluate
     import edgemerge.runtime.evaluation.perplexity
-    import edgemerge.runtime.serve.llama  # noqa: F401
+    import edgemerge.runtime.serve.models  # noqa: F401
 
 
 def _in_child(path: Path, write_end: int) -> None:
@@ -85,9 +86,9 @@ def _end_of(job: Callable[[Path], None], path: Path) -> str:
 
 
 def run(path: Path) -> None:
+    from edgemerge.runtime.engine.messages import Sampling
     from edgemerge.runtime.generate import Session, read_prompt
     from edgemerge.runtime.llama import Model
-    from edgemerge.runtime.sampling import Sampling
 
     with Model(path, n_threads=1) as model:
         n_ctx = min(64, model.n_ctx_train)
@@ -123,25 +124,36 @@ def bench(path: Path) -> None:
 
 
 def serve(path: Path) -> None:
-    from edgemerge.runtime.serve.active_request import Run, current_run
-    from edgemerge.runtime.serve.llama import ServedLlama
+    """Ask the model's own process; where it dies, so does this one, as it would have without."""
+    import asyncio
+
+    from edgemerge.runtime.engine.messages import Generation
+    from edgemerge.runtime.engine.options import EngineOptions
+    from edgemerge.runtime.engine.process import EngineFailure, ModelProcess
     from edgemerge.runtime.serve.models import read_model_file
 
-    run = Run("odd", 60.0)
-    run.start()
-    current_run.set(run)
-    file = read_model_file(str(path), 64)
-    model = ServedLlama(file.path, n_ctx=64, n_threads=1)
-    for request in (
-        lambda: model.create_completion(TEXT, max_tokens=3, logprobs=2),
-        lambda: model.create_embedding(TEXT),
-        lambda: model.write_text(model._read_prompt(TEXT)),
-    ):
-        try:
-            request()
-        except (ValueError, RuntimeError):  # answers of 400 and 500: the server goes on
-            continue
-    model.close()
+    async def ask() -> None:
+        file = read_model_file(str(path), 64)
+        process = ModelProcess(EngineOptions(file.path, n_ctx=64, n_sequences=2, n_threads=1))
+        await process.start()
+
+        async def complete() -> None:
+            wanted = Generation(TEXT, 3, n_alternatives=2, scores_prompt=True)
+            async for _ in process.generate(wanted):
+                pass
+
+        async def write() -> None:
+            await process.detokenize(await process.tokenize(TEXT, add_special=True))
+
+        for request in (complete, lambda: process.embed([TEXT]), write):
+            try:
+                await request()
+            except EngineFailure as failure:  # 400 and 500 are answers: the server goes on
+                if failure.status == 503:
+                    os.abort()
+        await process.close()
+
+    asyncio.run(ask())
 
 
 JOBS: dict[str, Callable[[Path], None]] = {

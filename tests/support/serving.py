@@ -22,21 +22,21 @@ from edgemerge.recipe.recipe import make_recipe
 from tests.support.talking import TEMPLATE
 
 COMMAND = [sys.executable, "-m", "edgemerge", "serve"]
-# The small models answer before a test can look: this one takes 20 ms for a token, has no end, and does not
-# repeat itself.
+# The small models answer before a test can look: this one takes 20 ms for a token, and has no end.
 SLOWLY = [
     sys.executable,
     "-c",
-    "import itertools, sys, time\n"
+    "import asyncio, sys\n"
     "from edgemerge.cli import main\n"
-    "from edgemerge.runtime.serve.llama import ServedLlama\n"
-    "sample = ServedLlama.sample\n"
-    "tokens = (300 + i * i % 1009 for i in itertools.count())\n"
-    "def slowly(*a, **b):\n"
-    "    time.sleep(0.02)\n"
-    "    sample(*a, **b)\n"
-    "    return next(tokens)\n"
-    "ServedLlama.sample = slowly\n"
+    "from edgemerge.runtime.engine.messages import Begun, Ended, Piece\n"
+    "from edgemerge.runtime.engine.process import ModelProcess\n"
+    "async def slowly(self, wanted):\n"
+    "    yield Begun(3, 0)\n"
+    "    for i in range(wanted.max_tokens):\n"
+    "        await asyncio.sleep(0.02)\n"
+    "        yield Piece(f' {i}', 1)\n"
+    "    yield Ended('length', wanted.max_tokens, 0.1, 0.1)\n"
+    "ModelProcess.generate = slowly\n"
     "sys.argv = ['edgemerge', 'serve', *sys.argv[1:]]\n"
     "main()",
 ]

@@ -26,8 +26,9 @@ SLOWLY = [
     "import time\n"
     "from edgemerge.cli import main\n"
     "from edgemerge.runtime import llama\n"
-    "decode = llama.Context.decode\n"
-    "llama.Context.decode = lambda *given: time.sleep(0.02) or decode(*given)\n"
+    "from edgemerge.runtime.engine.batch import Batch\n"
+    "run = Batch.run\n"
+    "Batch.run = lambda self: time.sleep(0.02) or run(self)\n"
     "llama.Model.piece = lambda self, token: b'word '\n"
     "llama.Model.is_end = lambda self, token: False\n"
     "main()",

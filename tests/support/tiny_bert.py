@@ -13,8 +13,11 @@ WORDS += [letter for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
 TEXTS = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 
 
-def write_tiny_bert(path: Path, *, seed: int = 0) -> Path:
-    """Write the model (float32 weights drawn from `seed`) and return its path."""
+def write_tiny_bert(path: Path, *, seed: int = 0, ranks: bool = False) -> Path:
+    """Write the model (float32 weights drawn from `seed`) and return its path.
+
+    With `ranks` it orders texts.
+    """
     writer = gguf.GGUFWriter(path, "bert")
     writer.add_block_count(1)
     writer.add_context_length(CONTEXT)
@@ -23,7 +26,7 @@ def write_tiny_bert(path: Path, *, seed: int = 0) -> Path:
     writer.add_head_count(N_HEADS)
     writer.add_layer_norm_eps(1e-12)
     writer.add_causal_attention(False)
-    writer.add_pooling_type(gguf.PoolingType.MEAN)
+    writer.add_pooling_type(gguf.PoolingType.RANK if ranks else gguf.PoolingType.MEAN)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("bert")
     writer.add_token_type_count(2)
@@ -54,6 +57,9 @@ def write_tiny_bert(path: Path, *, seed: int = 0) -> Path:
     linear("blk.0.ffn_up", N_FF, N_EMBD)
     linear("blk.0.ffn_down", N_EMBD, N_FF)
     norm("blk.0.layer_output_norm")
+    if ranks:
+        linear("cls", N_EMBD, N_EMBD)
+        linear("cls.output", 1, N_EMBD)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -13,10 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from edgemerge.runtime.serve.app import make_app
-from edgemerge.runtime.serve.models import ModelFile, ModelStore, Servable, read_model_file
-from edgemerge.runtime.serve.queue import Queue
-from edgemerge.runtime.serve.status import Status
+from edgemerge.runtime.serve.options import ServeOptions
+from edgemerge.runtime.serve.service import Service
 from tests.support.serving import Serving
 
 KEY = "fuzz"
@@ -24,12 +22,7 @@ KEY = "fuzz"
 
 def describe(model: Path) -> dict[str, object]:
     """OpenAPI description of a server with this model."""
-
-    def load(file: ModelFile) -> Servable:
-        raise RuntimeError(f"a description needs no model in memory, and {file.name} was asked for")
-
-    models = ModelStore([read_model_file(str(model))], load, budget=1 << 62, floor=0)
-    return make_app(models, Status(models, Queue(1, 1.0))).openapi()
+    return Service(ServeOptions((str(model),))).routes().openapi()
 
 
 def main() -> int:

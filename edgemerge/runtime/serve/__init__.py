@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server: llama-cpp-python's routes behind our gate, queue and models."""
+"""The OpenAI-compatible server: a gate, a queue, models in processes of their own, and routes."""

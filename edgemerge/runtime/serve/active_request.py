@@ -1,55 +1,60 @@
-"""One request on its way through the model: what stops it, and what is counted."""
+"""One request on its way through the server: what stops it, and what is counted."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
 
-from edgemerge.runtime.serve.errors import SERVER, Refusal, stopping
+from edgemerge.runtime.serve.errors import Refusal, stopping
 
 __all__ = ["Run", "current_run"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Run:
-    """One request that uses a model.
-
-    The event loop stops it, a worker thread computes it: each field has one writer.
+    """One request that uses a model; all of it happens in the event loop.
 
     Attributes
     ----------
-    model : str
-        Name of the model.
-    time_limit : float
-        Seconds from its turn to its end.
-    with_usage : bool
-        Whether the client wants the tokens counted at the end of a stream.
+    route : str
+        Path of the request.
+    model : str or None
+        Name of the model, once it is known.
+    sha256 : str or None
+        Of the model's file, where requests are logged.
+    said : dict
+        What people wrote, by the request's names.
     prompt_tokens, generated_tokens : int
         Counted so far.
-    failure : Refusal or None
-        What a stream failed with before its first word.
+    task : asyncio.Task or None
+        What answers it.
+    refusal : Refusal or None
+        Why it was stopped.
     """
 
-    model: str
-    time_limit: float
-    with_usage: bool = False
+    route: str
+    model: str | None = None
+    sha256: str | None = None
+    said: dict[str, Any] = field(default_factory=dict)
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    failure: Refusal | None = None
+    task: asyncio.Task[None] | None = None
+    refusal: Refusal | None = None
+    has_turn: bool = False
+    came: datetime = field(default_factory=lambda: datetime.now(UTC))
     _arrived: float = field(default_factory=time.monotonic)
-    _began: float = 0.0
     _first: float = 0.0  # when the first and the last token came
     _last: float = 0.0
-    _stop: Refusal | None = None
-
-    def start(self) -> None:
-        """Begin the turn: its time runs from now."""
-        self._began = time.monotonic()
 
     def stop(self, why: Refusal) -> None:
-        """Let the next `check` raise."""
-        self._stop = self._stop or why
+        """End the answer; what computes it is cancelled, once."""
+        if self.refusal is None and self.task is not None:
+            self.refusal = why
+            self.task.cancel()
 
     def leave(self) -> None:
         """Stop: nobody waits for the answer any more."""
@@ -59,38 +64,16 @@ class Run:
         """Stop: the server has to end."""
         self.stop(stopping())
 
-    def check(self) -> None:
-        """Raise where the request is to stop; called before every token and batch of the prompt.
-
-        Raises
-        ------
-        Refusal
-            Why.
-        """
-        if self._stop is not None:
-            raise self._stop
-        if self.turn_seconds > self.time_limit:
-            raise Refusal(
-                504,
-                f"the answer took longer than {self.time_limit:g} s: ask for fewer tokens",
-                kind=SERVER,
-                code="time_limit",
-            )
-
-    def note_token(self) -> None:
-        """Count a generated token."""
+    def note_tokens(self, count: int) -> None:
+        """Count generated tokens that came at once."""
         self._last = time.monotonic()
         self._first = self._first or self._last
-        self.generated_tokens += 1
+        self.generated_tokens += count
 
     @property
-    def usage(self) -> dict[str, int]:
-        """Tokens so far, as OpenAI writes them."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.generated_tokens,
-            "total_tokens": self.prompt_tokens + self.generated_tokens,
-        }
+    def seconds(self) -> float:
+        """Time since it came."""
+        return time.monotonic() - self._arrived
 
     @property
     def time_to_first_token(self) -> float | None:
@@ -104,11 +87,6 @@ class Run:
             return None
         return (self.generated_tokens - 1) / (self._last - self._first)
 
-    @property
-    def turn_seconds(self) -> float:
-        """Time since its turn began."""
-        return time.monotonic() - self._began
 
-
-# Set by the gate, read by the model: worker threads get a copy of the request's context.
+# Set by the gate, read by what gives turns: the task of the request gets a copy of its context.
 current_run: ContextVar[Run] = ContextVar("current_run")

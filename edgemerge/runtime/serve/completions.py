@@ -2,55 +2,157 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import aclosing
+from typing import Annotated, Any, ClassVar
 
-import llama_cpp.server.app as llama_app
-from fastapi import APIRouter, Request
-from llama_cpp.server.types import CreateCompletionRequest
+from fastapi import APIRouter
+from pydantic import Field, StrictInt, model_validator
 
-from edgemerge.runtime.serve.errors import Refusal
-from edgemerge.runtime.serve.requests import COMPLETIONS
+from edgemerge.runtime.engine.messages import Ended, Generation, Piece, TokenScore
+from edgemerge.runtime.serve.events import Answer, Documents, head, stream, usage
+from edgemerge.runtime.serve.options import Limits
+from edgemerge.runtime.serve.requests import (
+    COMPLETIONS,
+    MAX_ALTERNATIVES,
+    Generating,
+    Inputs,
+    split_inputs,
+)
+from edgemerge.runtime.serve.scores import write_logprobs
+from edgemerge.runtime.serve.turns import Turn, Turns
 
-__all__ = ["add_completions"]
+__all__ = ["CompletionRequest", "add_completions"]
 
-Prompt = str | list[int]
-
-
-class CompletionRequest(CreateCompletionRequest):  # type: ignore[misc]
-    """llama-cpp-python's request, which takes texts only."""
-
-    prompt: str | list[int] | list[str] | list[list[int]] = ""
+_MAX_PROMPTS = 256
 
 
-def add_completions(router: APIRouter) -> None:
-    """Add the route; it calls llama-cpp-python's for each prompt."""
+class CompletionRequest(Generating):
+    """OpenAI's request."""
+
+    refused: ClassVar[dict[str, str]] = {
+        **Generating.refused,
+        "suffix": "this server does not fill in the middle of a text",
+    }
+
+    nullable: ClassVar[frozenset[str]] = frozenset({"max_tokens"})  # as many as the server gives
+
+    prompt: Inputs = ""
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = 16
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+    echo: bool = False
+    best_of: StrictInt | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> CompletionRequest:
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of: this server does not choose between answers; see n")
+        if self.stream and self.echo:
+            raise ValueError("echo: cannot be streamed; leave out stream")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 makes sense with echo only")
+        if not 0 < len(self.prompts) <= _MAX_PROMPTS:
+            raise ValueError(f"prompt: 1 to {_MAX_PROMPTS} at a time")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Single prompts."""
+        return split_inputs(self.prompt)
+
+
+def add_completions(router: APIRouter, turns: Turns) -> None:
+    """Add the route."""
 
     @router.post(COMPLETIONS)
-    async def create_completions(request: Request, body: CompletionRequest) -> Any:
-        prompts = _split(body.prompt)
-        if body.stream and len(prompts) > 1:
-            raise Refusal(400, "prompt: only one can be streamed; leave out stream")
-        # Their route takes the first of a list, so that a list of one is any kind of prompt.
-        answers = [
-            await llama_app.create_completion(request, body.model_copy(update={"prompt": [prompt]}))
-            for prompt in prompts
-        ]
-        return answers[0] if len(answers) == 1 else _combine(answers)
+    async def create_completions(body: CompletionRequest) -> Any:
+        if body.stream:
+            return await stream(_stream(turns, body))
+        async with turns.turn(body) as turn:
+            wanted = _wanted(body, turn, turns.limits)
+            answers = [Answer() for _ in wanted]
+            async for i, event in turn.answer(wanted):
+                answers[i].add(event)
+            said = [await _text_of(turn, prompt) for prompt in body.prompts]
+            choices = [
+                _choice(body, answer, i, said[i // body.n]) for i, answer in enumerate(answers)
+            ]
+            return {
+                **head("text_completion", "cmpl", turn),
+                "choices": choices,
+                "usage": usage(answers, turn, body.n),
+            }
 
 
-def _split(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Prompt]:
-    """Cut a request's prompt into single ones."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise Refusal(400, "prompt: there is none")
-    if all(isinstance(item, int) for item in prompt):
-        return [[item for item in prompt if isinstance(item, int)]]
-    return [item for item in prompt if not isinstance(item, int)]
+def _wanted(body: CompletionRequest, turn: Turn, limits: Limits) -> list[Generation]:
+    """Say what is to be computed: n answers for each prompt."""
+    return [
+        Generation(
+            prompt=prompt,
+            max_tokens=limits.tokens(body.max_tokens),
+            sampling=sampling,
+            stops=tuple(body.stop),
+            n_alternatives=body.logprobs,
+            scores_prompt=body.echo and body.logprobs is not None,
+        )
+        for prompt in body.prompts
+        for sampling in body.sampling(turn.loaded.facts.n_vocab)
+    ]
 
 
-def _combine(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """One answer with a choice per prompt."""
-    choices = [{**answer["choices"][0], "index": i} for i, answer in enumerate(answers)]
-    usage = {name: sum(a["usage"][name] for a in answers) for name in answers[0]["usage"]}
-    return {**answers[0], "choices": choices, "usage": usage}
+async def _text_of(turn: Turn, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else await turn.loaded.process.detokenize(prompt)
+
+
+def _choice(body: CompletionRequest, answer: Answer, i: int, said: str) -> dict[str, Any]:
+    """One answer; `said` is the prompt's text."""
+    logprobs = None
+    if body.logprobs is not None:
+        fresh = answer.scores
+        if body.echo and not fresh and answer.end is not None and answer.end.end_score is not None:
+            # lm-evaluation-harness takes the last token of all for the answer's, even if it ends
+            fresh = [answer.end.end_score]
+        scores = [*answer.prompt_scores, *fresh]
+        logprobs = _logprobs(body, scores, 0 if body.echo else len(said))
+    return {
+        "text": said + answer.text if body.echo else answer.text,
+        "index": i,
+        "logprobs": logprobs,
+        "finish_reason": answer.reason,
+    }
+
+
+def _logprobs(body: CompletionRequest, scores: list[TokenScore], offset: int) -> dict[str, Any]:
+    return write_logprobs(scores, offset, alternatives=bool(body.logprobs))
+
+
+async def _stream(turns: Turns, body: CompletionRequest) -> Documents:
+    async with turns.turn(body) as turn:
+        wanted = _wanted(body, turn, turns.limits)
+        answers = [Answer() for _ in wanted]
+        start = head("text_completion", "cmpl", turn)
+        if body.stream_options.include_usage:
+            start["usage"] = None
+        offsets: dict[int, int] = {}
+        if body.logprobs is not None:
+            texts = [await _text_of(turn, prompt) for prompt in body.prompts]
+            offsets = {i: len(texts[i // body.n]) for i in range(len(answers))}
+
+        def choice(i: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+            names = {"text": text, "index": i, "logprobs": logprobs, "finish_reason": reason}
+            return {**start, "choices": [names]}
+
+        async with aclosing(turn.answer(wanted)) as events:
+            async for i, event in events:
+                answers[i].add(event)
+                if isinstance(event, Piece):
+                    logprobs = None
+                    if event.scores:
+                        logprobs = _logprobs(body, event.scores, offsets[i])
+                        offsets[i] += len(event.text)
+                    yield choice(i, event.text, logprobs, None)
+                elif isinstance(event, Ended):
+                    yield choice(i, "", None, answers[i].reason)
+        counted = usage(answers, turn, body.n)
+        if body.stream_options.include_usage:
+            yield {**start, "choices": [], "usage": counted}
+    yield "[DONE]"

@@ -1,70 +1,88 @@
-"""Embeddings from a context that also generates."""
+"""`/v1/embeddings` and `/v1/rerank`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import base64
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from fastapi import APIRouter
+from pydantic import BaseModel, Field, StrictInt
 
-from edgemerge.runtime.library import load_library
-from edgemerge.runtime.serve.active_request import current_run
-from edgemerge.runtime.serve.errors import SERVER, Refusal
-from edgemerge.runtime.serve.models import OUTPUTS
-from edgemerge.types import Float32
+from edgemerge.runtime.serve.errors import Refusal
+from edgemerge.runtime.serve.requests import EMBEDDINGS, RERANK, Body, Inputs, split_inputs
+from edgemerge.runtime.serve.turns import Turns
 
-if TYPE_CHECKING:
-    from llama_cpp import Llama
+__all__ = ["add_embeddings"]
 
-__all__ = ["embed"]
-
-_CLS, _LAST = "2", "3"  # enum llama_pooling_type of llama.h, as text of metadata
+_MAX_INPUTS = 2048  # as OpenAI's
 
 
-def embed(llama: Llama, tokens: Sequence[int]) -> list[float]:
-    """Embed a text; the context must give embeddings just now, and is left dirty.
+class EmbeddingRequest(Body):
+    """OpenAI's request."""
 
-    Parameters
-    ----------
-    llama : llama_cpp.Llama
-        The model.
-    tokens : sequence of int
-        At least one, and no more than the context holds.
+    refused: ClassVar[dict[str, str]] = {"dimensions": "vectors have the model's own length"}
 
-    Returns
-    -------
-    list of float
-        n_embd_out values, of length 1 together: the pooling that the GGUF names, else the mean over all
-        tokens.
+    input: Inputs
+    encoding_format: Literal["float", "base64"] = "float"
 
-    Raises
-    ------
-    Refusal
-        500: the model gives no numbers for this text.
-    """
-    context, batch = llama._ctx, llama._batch
-    api = load_library().api
-    width = api.llama_model_n_embd_out(llama.model)  # of LFM2's, not that of its layers
-    context.kv_cache_clear()
-    rows: list[Float32] = []
-    step = len(tokens) if llama.reads_whole else OUTPUTS
-    for first in range(0, len(tokens), step):
-        current_run.get().check()
-        part = list(tokens[first : first + step])
-        batch.set_batch(batch=part, n_past=first, logits_all=True)
-        context.decode(batch)
-        raw = api.llama_get_embeddings(llama.ctx)
-        rows.append(np.ctypeslib.as_array(raw, shape=(len(part), width)).copy())
-    vector = _pool(np.concatenate(rows).astype(np.float64), llama.metadata)
-    length = float(np.linalg.norm(vector))
-    if not np.isfinite(length) or length == 0.0:
-        raise Refusal(500, "the model's embedding of this text is no number", kind=SERVER)
-    return [float(value) for value in vector / length]
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """Single texts."""
+        return split_inputs(self.input)
 
 
-def _pool(rows: Any, metadata: dict[str, str]) -> Any:
-    """One row of (n_tokens, n_embd) float64."""
-    kind = metadata.get(f"{metadata.get('general.architecture')}.pooling_type")
-    if kind == _CLS:
-        return rows[0]
-    return rows[-1] if kind == _LAST else rows.mean(axis=0)
+class _Document(BaseModel):
+    text: str
+
+
+class RerankRequest(Body):
+    """Jina's and Cohere's request."""
+
+    query: str
+    documents: Annotated[list[str | _Document], Field(min_length=1, max_length=_MAX_INPUTS)]
+    top_n: Annotated[StrictInt, Field(ge=1)] | None = None
+    return_documents: bool = False
+
+
+def add_embeddings(router: APIRouter, turns: Turns) -> None:
+    """Add the routes."""
+
+    @router.post(EMBEDDINGS)
+    async def create_embeddings(body: EmbeddingRequest) -> Any:
+        if not 0 < len(body.inputs) <= _MAX_INPUTS:
+            raise Refusal(400, f"input: 1 to {_MAX_INPUTS} texts")
+        async with turns.turn(body) as turn:
+            vectors, n_tokens = await turn.loaded.process.embed(body.inputs)
+            turn.run.prompt_tokens += n_tokens
+            data = [
+                {"object": "embedding", "embedding": _write(vector, body), "index": i}
+                for i, vector in enumerate(vectors)
+            ]
+            used = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+            name = turn.loaded.file.name
+            return {"object": "list", "data": data, "model": name, "usage": used}
+
+    @router.post(RERANK)
+    async def rerank(body: RerankRequest) -> Any:
+        texts = [item if isinstance(item, str) else item.text for item in body.documents]
+        async with turns.turn(body) as turn:
+            if not turn.loaded.facts.can_rerank:
+                raise Refusal(400, "this model does not order texts: give one with a rank pooling")
+            scores, n_tokens = await turn.loaded.process.rerank(body.query, texts)
+            turn.run.prompt_tokens += n_tokens
+            order = sorted(range(len(texts)), key=lambda i: -scores[i])[: body.top_n]
+            results = [
+                {"index": i, "relevance_score": float(scores[i])}
+                | ({"document": {"text": texts[i]}} if body.return_documents else {})
+                for i in order
+            ]
+            used = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+            name = turn.loaded.file.name
+            return {"object": "list", "model": name, "results": results, "usage": used}
+
+
+def _write(vector: Any, body: EmbeddingRequest) -> list[float] | str:
+    if body.encoding_format == "base64":
+        return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
+    return [float(value) for value in vector]

@@ -9,14 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgemerge.errors import EdgemergeError
+from edgemerge.runtime.engine.process import EngineFailure
 
 __all__ = ["BUSY", "INVALID", "SERVER", "Refusal", "explain", "stopping"]
 
 log = logging.getLogger(__name__)
 
 INVALID, BUSY, SERVER = "invalid_request_error", "server_busy", "server_error"
+# what the engine says (`prompts`)
+_TOO_LONG = re.compile(r" has (\d+) tokens(?: with the query)? and the context is (\d+)")
 _MAX_MESSAGE = 500  # characters; a wrong request may be large and comes back in its message
-_TOO_LONG = re.compile(r"Requested tokens \((\d+)\) exceed context window of (\d+)")
 
 
 class Refusal(EdgemergeError):
@@ -86,7 +88,7 @@ def explain(error: BaseException) -> Refusal:
     Parameters
     ----------
     error : exception
-        Whatever came out of a route of ours or of llama-cpp-python's.
+        Whatever came out of a route or of a model's process.
     """
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
@@ -97,17 +99,26 @@ def explain(error: BaseException) -> Refusal:
         return Refusal(error.status_code, str(error.detail))
     if isinstance(error, RequestValidationError):
         return Refusal(400, _wrong_field(error.errors()))
-    if match := _TOO_LONG.search(str(error)):
+    if isinstance(error, EngineFailure):
+        return _explain_engine(error)
+    log.error("request failed", exc_info=error)
+    return Refusal(500, "the server failed on this request; its log says why", kind=SERVER)
+
+
+def _explain_engine(failure: EngineFailure) -> Refusal:
+    reason = str(failure)
+    if match := _TOO_LONG.search(reason):
         return Refusal(
             400,
             f"This model's maximum context length is {match[2]} tokens, and the request has "
             f"{match[1]}; please shorten it.",
             code="context_length_exceeded",
         )
-    if isinstance(error, ValueError):  # llama-cpp-python's word for a request it cannot take
-        return Refusal(400, str(error))
-    log.error("request failed", exc_info=error)
-    return Refusal(500, "the server failed on this request; its log says why", kind=SERVER)
+    if failure.status == 503:  # its process has ended: the next request starts it again
+        return Refusal(503, reason, kind=SERVER, code="model_unavailable", retry_after=1)
+    if failure.status >= 500:
+        log.error("%s", reason)
+    return Refusal(failure.status, reason, kind=INVALID if failure.status < 500 else SERVER)
 
 
 def _wrong_field(problems: Sequence[Mapping[str, Any]]) -> str:
@@ -122,7 +133,7 @@ def _wrong_field(problems: Sequence[Mapping[str, Any]]) -> str:
         by_type.setdefault(types, []).append(problem)
     closest = min(by_type.values(), key=len)[0]
     where = ".".join(str(part) for part in closest["loc"] if _is_field(part) and part != "body")
-    message = str(closest["msg"])
+    message = str(closest["msg"]).removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
 
 

@@ -1,4 +1,4 @@
-"""The gate in front of the app: who may come in, how much, how long; `queue` then lets in one at a time."""
+"""The gate in front of the app: who may come in, how much, and the end of every request."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from urllib.parse import urlsplit
 
 from edgemerge.runtime.serve.active_request import Run, current_run
 from edgemerge.runtime.serve.errors import Refusal, explain
-from edgemerge.runtime.serve.models import ModelStore
-from edgemerge.runtime.serve.queue import Queue
-from edgemerge.runtime.serve.request_log import Exchange, RequestLog
-from edgemerge.runtime.serve.requests import MODEL_ROUTES, Limits, check_request
+from edgemerge.runtime.serve.options import Limits
+from edgemerge.runtime.serve.request_log import RequestLog
+from edgemerge.runtime.serve.requests import MODEL_ROUTES, RELOAD
 from edgemerge.runtime.serve.status import Status
 
 __all__ = ["Access", "Gate"]
@@ -91,7 +90,7 @@ def _host_name(host: str) -> str | None:
 
 
 class Gate:
-    """ASGI middleware: access, limits, queue, and the end of every request.
+    """ASGI middleware: access, limits, and the end of every request.
 
     Parameters
     ----------
@@ -101,8 +100,8 @@ class Gate:
         Who may come in.
     limits : Limits
         Bounds of one request.
-    models, queue, status
-        What the app uses as well.
+    status : Status
+        What counts.
     routes : frozenset of str
         Paths that exist, for the counters.
     request_log : RequestLog, optional
@@ -115,8 +114,6 @@ class Gate:
         *,
         access: Access,
         limits: Limits,
-        models: ModelStore,
-        queue: Queue,
         status: Status,
         routes: frozenset[str],
         request_log: RequestLog | None = None,
@@ -125,8 +122,6 @@ class Gate:
         self._log = request_log
         self._access = access
         self._limits = limits
-        self._models = models
-        self._queue = queue
         self._status = status
         self._routes = routes
 
@@ -136,77 +131,80 @@ class Gate:
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
-        uses_model = path in MODEL_ROUTES and scope["method"] == "POST"
+        is_post = scope["method"] == "POST"
+        uses_model = is_post and path in MODEL_ROUTES
         answer = _Answer(send, self._limits.send_seconds)
-        exchange = Exchange(path)
+        run = Run(path)
         try:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > _HEADER_BYTES:
                 raise Refusal(431, f"the headers are larger than {_HEADER_BYTES} bytes")
             self._access.check(path, headers)
-            if scope["method"] == "POST" and not uses_model:
-                # llama-cpp-python has more of them, and none may go past the queue
+            if is_post and not (uses_model or path == RELOAD):
                 raise Refusal(404, "Not Found")
-            if uses_model:
-                await self._serve(scope, receive, answer, exchange)
+            if is_post:
+                await self._serve(scope, receive, answer, run)
             else:
                 scope["has_key"] = self._access.has_key(headers)
                 await self._app(scope, receive, answer.send)
             await answer.finish()
+        except _Gone:
+            pass
         except Exception as error:
-            await answer.refuse(explain(error))
+            if not answer.has_ended:
+                await answer.refuse(explain(error))
         finally:
-            route = path if path in self._routes or uses_model else "other"
+            route = path if path in self._routes else "other"
             self._status.metrics.note_request(route, answer.status, uses_model=uses_model)
             if uses_model and self._log is not None:
-                self._log.write(exchange, answer.status)
+                self._log.write(run, answer.status)
 
     async def _serve(
-        self,
-        scope: MutableMapping[str, Any],
-        receive: Receive,
-        answer: _Answer,
-        exchange: Exchange,
+        self, scope: MutableMapping[str, Any], receive: Receive, answer: _Answer, run: Run
     ) -> None:
-        """Let a request use a model when it is its turn."""
+        """Answer a request with a body, until its client leaves."""
         body = await _read_body(receive, self._limits)
-        request = check_request(scope["path"], body, self._limits)
-        request["model"] = self._models.resolve(request.get("model"))
-        exchange.request = request
-        options = request.get("stream_options")
-        run = Run(
-            request["model"],
-            self._limits.request_seconds,
-            with_usage=isinstance(options, dict) and bool(options.get("include_usage")),
-        )
-        client = _Client(receive, run)
-        try:
-            await client.wait_for(self._queue.enter())
-        except BaseException:
-            await client.close()
-            raise
-        self._status.run = exchange.run = run
         token = current_run.set(run)
-        run.start()
         try:
-            # in a thread, so that /health answers while a model is read from a slow card
-            await asyncio.to_thread(self._models.load, run.model)
-            if self._log is not None:
-                path = self._models.files[run.model].path
-                exchange.sha256 = await asyncio.to_thread(self._log.sha256_of, path)
-            body = json.dumps(request).encode()
-            await self._app(_with_length(scope, len(body)), client.replay(body), answer.send)
+            app = self._app(_as_json(scope, len(body)), _replay(body), answer.send)
+            run.task = asyncio.ensure_future(app)
         finally:
             current_run.reset(token)
-            await client.close()
-            self._status.run = None
-            self._status.metrics.note_run(run)
-            self._queue.leave(run.turn_seconds)
-        if run.failure is not None:
-            raise run.failure
+        watch = asyncio.create_task(_watch(receive, run))
+        self._status.runs.add(run)
+        try:
+            await run.task
+        except asyncio.CancelledError:
+            if run.refusal is None:
+                raise
+            raise run.refusal from None
+        finally:
+            self._status.runs.discard(run)
+            watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await watch
 
 
-def _with_length(scope: MutableMapping[str, Any], length: int) -> MutableMapping[str, Any]:
-    """Give the same request a JSON body of another length."""
+async def _watch(receive: Receive, run: Run) -> None:
+    """Stop the answer when its client leaves."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    run.leave()
+
+
+def _replay(body: bytes) -> Receive:
+    """Give the app the body, then nothing: what ends it is `Run.stop`."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if not messages:
+            await asyncio.Event().wait()
+        return messages.pop()
+
+    return receive
+
+
+def _as_json(scope: MutableMapping[str, Any], length: int) -> MutableMapping[str, Any]:
+    """Call the body JSON, whatever the client called it."""
     kept = [(k, v) for k, v in scope["headers"] if k not in (b"content-length", b"content-type")]
     added = [(b"content-length", str(length).encode()), (b"content-type", b"application/json")]
     return {**scope, "headers": [*kept, *added]}
@@ -236,54 +234,14 @@ async def _read_body(receive: Receive, limits: Limits) -> bytes:
     return bytes(body)
 
 
-class _Client:
-    """The other end of a request whose body has been read; stops the run when it leaves."""
-
-    def __init__(self, receive: Receive, run: Run) -> None:
-        self._receive = receive
-        self._run = run
-        self._watch = asyncio.create_task(self._wait_until_gone())
-
-    async def _wait_until_gone(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._run.leave()
-
-    async def wait_for(self, turn: Awaitable[None]) -> None:
-        """Wait for the turn, but not for a client that has left."""
-        waiting = asyncio.ensure_future(turn)
-        try:
-            await asyncio.wait((waiting, self._watch), return_when=asyncio.FIRST_COMPLETED)
-            if waiting.done():
-                return waiting.result()
-            raise Refusal(499, "the client has left")
-        finally:
-            waiting.cancel()
-
-    def replay(self, body: bytes) -> Receive:
-        """Give the app the body, then nothing until the client leaves."""
-        messages = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive() -> Message:
-            if messages:
-                return messages.pop()
-            await asyncio.wait((self._watch,))
-            return {"type": "http.disconnect"}
-
-        return receive
-
-    async def close(self) -> None:
-        """Watch no more."""
-        self._watch.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._watch
+class _Gone(ConnectionError):
+    """The client does not read the answer; no route may catch it."""
 
 
 class _Answer:
     """What goes back to the client.
 
-    The head waits until the first piece of the body: llama-cpp-python starts a stream before
-    it knows whether there will be one, and an error could no longer get its own status.
+    The head waits until the first piece of the body, so that an error can still get its own status.
     """
 
     def __init__(self, send: Send, timeout: float) -> None:
@@ -291,7 +249,7 @@ class _Answer:
         self._send = send
         self._timeout = timeout
         self._head: Message | None = None
-        self._began = self._ended = False
+        self._began = self.has_ended = False
 
     async def send(self, message: Message) -> None:
         """Pass a message of the app on."""
@@ -310,7 +268,7 @@ class _Answer:
 
     async def refuse(self, refusal: Refusal) -> None:
         """Say why there is no answer, unless there is one already."""
-        if self._ended or (self._began and not self._is_stream) or refusal.status == 499:
+        if self.has_ended or (self._began and not self._is_stream) or refusal.status == 499:
             return
         if self._began:
             event = f"data: {refusal.event()}\n\n".encode()
@@ -337,9 +295,9 @@ class _Answer:
     async def _pass(self, message: Message) -> None:
         """Send, and give up on a client that does not read."""
         is_end = message["type"] == "http.response.body" and not message.get("more_body")
-        self._ended = self._ended or is_end
+        self.has_ended = self.has_ended or is_end
         try:
             async with asyncio.timeout(self._timeout):
                 await self._send(message)
         except TimeoutError:
-            raise Refusal(499, "the client does not read the answer") from None
+            raise _Gone from None

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
-from sse_starlette.sse import AppStatus
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.runtime.serve.queue import Queue
-from edgemerge.runtime.serve.status import Status
 
-__all__ = ["open_socket", "run_server"]
+__all__ = ["Handlers", "open_socket", "run_server"]
 
 _HEADER_BYTES = 16 << 10
 _HEADER_SECONDS = (
     10.0  # from a connection's opening, or a request's first byte, to its headers' end
 )
 _IDLE_SECONDS = 30  # between two requests
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _Protocol(H11Protocol):
@@ -104,18 +101,40 @@ def open_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
+class Handlers(Protocol):
+    """What a server calls when something happens to it; all of it in the event loop."""
+
+    async def prepare(self) -> None:
+        """Do what has to be done before requests are taken; what it raises ends the server."""
+
+    def on_start(self) -> None:
+        """Note that requests are taken."""
+
+    def refuse(self) -> None:
+        """Let no request begin any more."""
+
+    def cut(self) -> None:
+        """End all answers that run."""
+
+    def reload(self) -> None:
+        """Read the models' files again."""
+
+    async def finish(self) -> None:
+        """Free all, after the last answer."""
+
+
 def run_server(
     app: Any,
     listener: socket.socket,
+    handlers: Handlers,
     *,
-    queue: Queue,
-    status: Status,
     grace: float,
     max_connections: int,
     log_requests: bool,
-    on_start: Callable[[], None],
 ) -> None:
-    """Serve until a signal comes, then finish what runs.
+    """Serve until SIGINT or SIGTERM comes, then finish what runs. SIGHUP reloads the models.
+
+    SIGHUP also comes when a terminal is closed, which ends the server.
 
     Parameters
     ----------
@@ -123,18 +142,15 @@ def run_server(
         The gate.
     listener : socket
         From `open_socket`.
-    queue, status
-        The gate's.
+    handlers : Handlers
+        What is called.
     grace : float
-        Seconds that a running answer gets after the signal. A second signal ends it at once.
+        Seconds that running answers get after the signal. A second signal ends them at once.
     max_connections : int
         Further connections get 503.
     log_requests : bool
         Whether to log a line per request.
-    on_start : function
-        Called when the server takes requests.
     """
-    AppStatus.enable_automatic_graceful_drain = False  # it cuts streams off at the first signal
     config = uvicorn.Config(
         app,
         http=_Protocol,
@@ -148,42 +164,59 @@ def run_server(
         server_header=False,
         proxy_headers=False,
     )
-    asyncio.run(_run(_Server(config), listener, queue, status, grace, on_start))
+    asyncio.run(_run(_Server(config), listener, handlers, grace))
 
 
-async def _run(
-    server: _Server,
-    listener: socket.socket,
-    queue: Queue,
-    status: Status,
-    grace: float,
-    on_start: Callable[[], None],
-) -> None:
+async def _run(server: _Server, listener: socket.socket, handlers: Handlers, grace: float) -> None:
+    try:
+        await handlers.prepare()
+        with _signals(server, handlers, grace):
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            while not server.started and not serving.done():
+                await asyncio.sleep(0.01)
+            handlers.on_start()
+            await serving
+    finally:
+        await handlers.finish()
+
+
+@contextmanager
+def _signals(server: _Server, handlers: Handlers, grace: float) -> Iterator[None]:
+    """Hear signals, and hand them back at the end."""
     loop = asyncio.get_running_loop()
-
-    def cut() -> None:
-        if status.run is not None:
-            status.run.shut_down()
+    had_terminal = _has_terminal()
 
     def stop() -> None:
-        queue.close()  # whoever waits hears 503
+        handlers.refuse()  # whoever waits hears 503
         if server.should_exit:
-            cut()
+            handlers.cut()
         server.should_exit = True
-        loop.call_later(grace, cut)
+        loop.call_later(grace, handlers.cut)
 
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    def hang_up() -> None:
+        if had_terminal and not _has_terminal():
+            stop()
+        else:
+            handlers.reload()
+
+    wanted = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: hang_up}
+    before = {number: signal.getsignal(number) for number in wanted}
     taken = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
     for number in taken:
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, wanted[number])
     try:
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.01)
-        on_start()
-        await serving
+        yield
     finally:
         for number in taken:
             loop.remove_signal_handler(number)
             with suppress(TypeError):  # a handler that was not set by Python
                 signal.signal(number, before[number])
+
+
+def _has_terminal() -> bool:
+    """Whether there is a terminal whose closing would end this process."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

@@ -13,21 +13,30 @@ from prometheus_client.registry import Collector
 
 from edgemerge.runtime.serve.active_request import Run
 
-__all__ = ["Metrics"]
+__all__ = ["Gauge", "Metrics"]
 
 _FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
 _SPEED = (1, 2, 5, 10, 15, 20, 30, 50, 75, 100, 200, 500)  # tokens per second
 
 
+Gauge = tuple[str, float | dict[str, float]]  # help text, and a value or one for each model
+
+
 class _Now(Collector):
     """Gauges, read when they are asked for."""
 
-    def __init__(self, read: Callable[[], dict[str, tuple[str, float]]]) -> None:
+    def __init__(self, read: Callable[[], dict[str, Gauge]]) -> None:
         self._read = read
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         for name, (text, value) in self._read().items():
-            yield GaugeMetricFamily(name, text, value=value)
+            if not isinstance(value, dict):
+                yield GaugeMetricFamily(name, text, value=value)
+                continue
+            family = GaugeMetricFamily(name, text, labels=["model"])
+            for model, one in value.items():
+                family.add_metric([model], one)
+            yield family
 
 
 class Metrics:
@@ -36,7 +45,7 @@ class Metrics:
     Parameters
     ----------
     read_gauges : function
-        Gives name -> (help text, value) of what is so at the moment.
+        Gives the gauges by name, as they are at the moment.
 
     Attributes
     ----------
@@ -46,7 +55,7 @@ class Metrics:
         Of the last answer that had them.
     """
 
-    def __init__(self, read_gauges: Callable[[], dict[str, tuple[str, float]]]) -> None:
+    def __init__(self, read_gauges: Callable[[], dict[str, Gauge]]) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(_Now(read_gauges))
         self._requests = Counter(
@@ -103,8 +112,9 @@ class Metrics:
 
     def note_run(self, run: Run) -> None:
         """Count the tokens of a request that has ended, however it did."""
-        self._prompt.labels(run.model).inc(run.prompt_tokens)
-        self._generated.labels(run.model).inc(run.generated_tokens)
+        model = run.model or ""
+        self._prompt.labels(model).inc(run.prompt_tokens)
+        self._generated.labels(model).inc(run.generated_tokens)
         if (first := run.time_to_first_token) is not None:
             self._first_token.observe(first)
             self.time_to_first_token = first

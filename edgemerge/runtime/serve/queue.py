@@ -1,35 +1,68 @@
-"""Requests take turns: one uses the model, a few wait, the rest hear at once that it is busy."""
+"""Requests take turns: as many as a model has sequences use it, a few wait, the rest hear that it is busy."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections import deque
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Protocol
 
 from edgemerge.runtime.serve.errors import BUSY, Refusal, stopping
 
-__all__ = ["Queue"]
+__all__ = ["Places", "Queue", "Room"]
 
 _LONGEST_RETRY = 60  # seconds that a client is told to wait at most
 
 
+class Room(Enum):
+    """Whether a model has a place for one more request."""
+
+    FREE = auto()
+    FULL = auto()  # of its own requests; those for other models may go before
+    SHUT = auto()  # other models have to end first, so that nobody may go before
+
+
+class Places(Protocol):
+    """What the queue asks of the models."""
+
+    def room_for(self, model: str) -> Room:
+        """Whether one more request may begin."""
+
+    def take(self, model: str) -> None:
+        """Count one more request."""
+
+    def give_back(self, model: str) -> None:
+        """Count one less."""
+
+
+@dataclass(slots=True)
+class _Turn:
+    model: str
+    came: asyncio.Future[None]
+
+
 class Queue:
-    """A bounded line in front of the model; all of it runs in one event loop.
+    """A bounded line in front of the models; all of it runs in one event loop.
 
     Parameters
     ----------
+    places : Places
+        Where requests run.
     limit : int
         Requests that may wait.
     timeout : float
         Seconds that one may wait.
     """
 
-    def __init__(self, limit: int, timeout: float) -> None:
+    def __init__(self, places: Places, limit: int, timeout: float) -> None:
         self.limit = limit
         self.timeout = timeout
-        self.running = 0  # 0 or 1: llama.cpp's context computes one sequence
+        self.running = 0
         self.is_closed = False
-        self._line: deque[asyncio.Future[None]] = deque()
+        self._places = places
+        self._line: deque[_Turn] = deque()
         self._mean_seconds = 1.0  # of a turn, recent ones counting more
 
     @property
@@ -37,8 +70,8 @@ class Queue:
         """Requests in the line."""
         return len(self._line)
 
-    async def enter(self) -> None:
-        """Wait for the turn; `leave` must follow.
+    async def enter(self, model: str) -> None:
+        """Wait for a place; `leave` must follow.
 
         Raises
         ------
@@ -47,10 +80,13 @@ class Queue:
         """
         if self.is_closed:
             raise stopping()
-        if not self.running:
-            self.running = 1
+        turn = _Turn(model, asyncio.get_running_loop().create_future())
+        self._line.append(turn)
+        self.advance()
+        if turn.came.done():
             return
-        if self.waiting >= self.limit:
+        if self.waiting > self.limit:
+            self._line.remove(turn)
             raise Refusal(
                 429,
                 f"the server is busy: {self.waiting} requests are waiting",
@@ -58,11 +94,9 @@ class Queue:
                 code="queue_full",
                 retry_after=self._retry_after(),
             )
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._line.append(turn)
         try:
             async with asyncio.timeout(self.timeout):
-                await turn
+                await turn.came
         except TimeoutError:
             self._give_up(turn)
             raise Refusal(
@@ -76,33 +110,53 @@ class Queue:
             self._give_up(turn)
             raise
 
-    def leave(self, seconds: float) -> None:
-        """End a turn that took so long, and let the next begin."""
-        self._mean_seconds += 0.3 * (seconds - self._mean_seconds)
-        self._next()
+    def enter_now(self, model: str) -> bool:
+        """Take a place more for a request that has one, if nobody waits for it."""
+        if self._line or self.is_closed or self._places.room_for(model) is not Room.FREE:
+            return False
+        self._begin(model)
+        return True
+
+    def leave(self, model: str, seconds: float | None = None) -> None:
+        """Give a place back, after a turn of so many seconds, and let others begin."""
+        if seconds is not None:
+            self._mean_seconds += 0.3 * (seconds - self._mean_seconds)
+        self.running -= 1
+        self._places.give_back(model)
+        self.advance()
 
     def close(self) -> None:
-        """Send all who wait away; who has the turn keeps it."""
+        """Send all who wait away; who has a turn keeps it."""
         self.is_closed = True
         while self._line:
             turn = self._line.popleft()
-            if not turn.done():
-                turn.set_exception(stopping())
+            if not turn.came.done():
+                turn.came.set_exception(stopping())
 
-    def _next(self) -> None:
-        while self._line:
-            turn = self._line.popleft()
-            if not turn.done():
-                turn.set_result(None)  # `running` stays 1: the turn is handed over
+    def advance(self) -> None:
+        """Let all begin who can; called whenever there may be room."""
+        for turn in tuple(self._line):
+            room = self._places.room_for(turn.model)
+            if room is Room.SHUT:
                 return
-        self.running = 0
+            if room is Room.FREE:
+                self._line.remove(turn)
+                if not turn.came.done():
+                    self._begin(turn.model)
+                    turn.came.set_result(None)
 
-    def _give_up(self, turn: asyncio.Future[None]) -> None:
+    def _begin(self, model: str) -> None:
+        self.running += 1
+        self._places.take(model)
+
+    def _give_up(self, turn: _Turn) -> None:
         if turn in self._line:
             self._line.remove(turn)
-        elif turn.done() and not turn.cancelled() and turn.exception() is None:
-            self._next()  # the turn came in the same moment
+            self.advance()  # who could not go before may now
+        elif turn.came.done() and not turn.came.cancelled() and turn.came.exception() is None:
+            self.leave(turn.model)  # the turn came in the same moment
 
     def _retry_after(self) -> int:
         """Seconds until the next request in the queue may begin."""
-        return max(1, min(_LONGEST_RETRY, math.ceil(self._mean_seconds * (self.waiting + 1) / 2)))
+        wait = self._mean_seconds * (self.waiting + 1) / 2 / max(self.running, 1)
+        return max(1, min(_LONGEST_RETRY, math.ceil(wait)))

@@ -12,49 +12,15 @@ import logging
 import os
 import stat
 import threading
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from edgemerge.errors import OutputError
 from edgemerge.runtime.model_files import model_files
 from edgemerge.runtime.serve.active_request import Run
 
-__all__ = ["Exchange", "RequestLog"]
+__all__ = ["RequestLog"]
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Exchange:
-    """One request and what became of it.
-
-    Attributes
-    ----------
-    route : str
-        Path of the request.
-    request : mapping or None
-        What the client sent, when it was read.
-    run : Run or None
-        Model and tokens, when it had its turn.
-    sha256 : str or None
-        Of the model's file.
-    """
-
-    route: str
-    request: Mapping[str, Any] | None = None
-    run: Run | None = None
-    sha256: str | None = None
-    arrived: datetime = field(default_factory=lambda: datetime.now(UTC))
-    _began: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        """Time since it came."""
-        return time.monotonic() - self._began
 
 
 class RequestLog:
@@ -103,23 +69,21 @@ class RequestLog:
                 self._digests[key] = digest.hexdigest()
             return self._digests[key]
 
-    def write(self, exchange: Exchange, status: int) -> None:
+    def write(self, run: Run, status: int) -> None:
         """Add a line; a disk that is full must not end an answer."""
-        run, request = exchange.run, exchange.request or {}
+        had_turn = run.has_turn
         entry = {
-            "time": exchange.arrived.isoformat(timespec="milliseconds"),
-            "route": exchange.route,
+            "time": run.came.isoformat(timespec="milliseconds"),
+            "route": run.route,
             "status": status,
-            "seconds": round(exchange.seconds, 3),
-            "model": request.get("model"),
-            "sha256": exchange.sha256,
-            "prompt_tokens": None if run is None else run.prompt_tokens,
-            "answer_tokens": None if run is None else run.generated_tokens,
+            "seconds": round(run.seconds, 3),
+            "model": run.model,
+            "sha256": run.sha256,
+            "prompt_tokens": run.prompt_tokens if had_turn else None,
+            "answer_tokens": run.generated_tokens if had_turn else None,
         }
         if self.with_prompts:
-            entry["request"] = {
-                k: request[k] for k in ("messages", "prompt", "input") if k in request
-            }
+            entry["request"] = run.said
         line = json.dumps(entry, ensure_ascii=True) + "\n"
         try:
             os.write(self._fd, line.encode())

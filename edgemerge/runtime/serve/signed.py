@@ -11,23 +11,25 @@ write: then there is no such moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from edgemerge.provenance.keys import read_public_key
 from edgemerge.provenance.signature import check_signature
-from edgemerge.runtime.serve.models import ModelFile, Servable
+from edgemerge.runtime.serve.models import ModelFile
+from edgemerge.runtime.serve.store import Loaded
 
 __all__ = ["SignedLoader"]
 
 
 class SignedLoader:
-    """Loads models whose signature is good; takes the place of a store's `load`.
+    """Loads models whose signature is good; takes the place of a store's `start`.
 
     Parameters
     ----------
-    load : callable
-        Loads a file with llama.cpp.
+    load : function
+        Starts a process with a model.
     key : Path
         Public key.
     loras : iterable of Path
@@ -42,7 +44,10 @@ class SignedLoader:
     """
 
     def __init__(
-        self, load: Callable[[ModelFile], Servable], key: Path, loras: Iterable[Path]
+        self,
+        load: Callable[[ModelFile], Awaitable[Loaded]],
+        key: Path,
+        loras: Iterable[Path],
     ) -> None:
         self._load = load
         self._key = read_public_key(key)
@@ -58,7 +63,7 @@ class SignedLoader:
         """
         check_signature(path, self._key)
 
-    def __call__(self, file: ModelFile) -> Servable:
+    async def __call__(self, file: ModelFile) -> Loaded:
         """Load a model.
 
         Raises
@@ -66,12 +71,14 @@ class SignedLoader:
         VerificationError, FormatError
             As of `check_signature`, or it changed while it was loaded.
         """
-        signed = [check_signature(path, self._key) for path in (file.path, *self._loras)]
-        model = self._load(file)
+        paths = (file.path, *self._loras)
+        # in a thread, for it reads all bytes
+        signed = await asyncio.to_thread(lambda: [check_signature(p, self._key) for p in paths])
+        loaded = await self._load(file)
         try:
             for one in signed:
                 one.check_unchanged()
         except BaseException:
-            model.close()
+            await loaded.process.close()
             raise
-        return model
+        return loaded

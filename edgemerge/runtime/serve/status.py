@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 from edgemerge.process import read_process
 from edgemerge.runtime.board.device import read_memory, read_temperature, read_throttling
 from edgemerge.runtime.serve.active_request import Run
-from edgemerge.runtime.serve.metrics import Metrics
-from edgemerge.runtime.serve.models import ModelStore
+from edgemerge.runtime.serve.metrics import Gauge, Metrics
 from edgemerge.runtime.serve.queue import Queue
+from edgemerge.runtime.serve.store import ModelStore
 
 __all__ = ["Status"]
 
@@ -34,14 +35,14 @@ class Status:
     ----------
     metrics : Metrics
         Its counters.
-    run : Run or None
-        The request that has the turn.
+    runs : set of Run
+        The requests that are answered, or wait for that.
     """
 
     def __init__(self, models: ModelStore, queue: Queue, *, logs_prompts: bool = False) -> None:
         self._logs_prompts = logs_prompts
         self.metrics = Metrics(self._gauges)
-        self.run: Run | None = None
+        self.runs: set[Run] = set()
         self._models = models
         self._queue = queue
         self._started = time.monotonic()
@@ -59,9 +60,9 @@ class Status:
 
     def full(self) -> dict[str, Any]:
         """Tell what the page at / shows; figures are null where nothing tells them."""
-        board, metrics, run = self._read_board(), self.metrics, self.run
-        speed = run.tokens_per_second if run is not None else None
-        first = run.time_to_first_token if run is not None else None
+        board, metrics = self._read_board(), self.metrics
+        models = [asdict(state) for state in self._models.states()]
+        speed = sum(run.tokens_per_second or 0.0 for run in self.runs)
         return {
             **self.brief(),
             "uptime_s": round(time.monotonic() - self._started, 1),
@@ -70,19 +71,16 @@ class Status:
                 "waiting": self._queue.waiting,
                 "limit": self._queue.limit,
             },
-            "models": [
-                {"id": file.name, "loaded": file.name in self._models.loaded, "bytes": file.n_bytes}
-                for file in self._models.files.values()
-            ],
+            "models": [{**model, "loaded": model["state"] == "loaded"} for model in models],
             "memory": {
-                "rss": read_process().rss,
+                "rss": self._read_memory(),
                 "limit": self._models.budget,
                 "available": board["available"],
             },
             "temperature_c": board["temperature"],
             "throttled": board["throttled"],
             "tokens_per_second": _rounded(speed or metrics.tokens_per_second),
-            "time_to_first_token_s": _rounded(first or metrics.time_to_first_token),
+            "time_to_first_token_s": _rounded(metrics.time_to_first_token),
             "requests": {
                 "answered": metrics.answered,
                 "refused": metrics.refused,
@@ -102,13 +100,29 @@ class Status:
             self._board_read = now
         return self._board
 
-    def _gauges(self) -> dict[str, tuple[str, float]]:
-        board = self._read_board()
-        gauges: dict[str, tuple[str, float]] = {
-            "edgemerge_requests_running": ("Requests that have the turn", self._queue.running),
+    def _read_memory(self) -> int:
+        """Resident bytes of the server and of its models' processes."""
+        return read_process().rss + sum(read_process(pid).rss for pid in self._models.pids)
+
+    def _gauges(self) -> dict[str, Gauge]:
+        board, states = self._read_board(), self._models.states()
+        gauges: dict[str, Gauge] = {
+            "edgemerge_requests_running": ("Requests that have a turn", self._queue.running),
             "edgemerge_queue_length": ("Requests that wait for their turn", self._queue.waiting),
             "edgemerge_models_loaded": ("Models in memory", len(self._models.loaded)),
-            "edgemerge_resident_memory_bytes": ("Memory of the process", read_process().rss),
+            "edgemerge_model_loading": (
+                "1 while a model is being loaded",
+                {state.id: float(state.state == "loading") for state in states},
+            ),
+            "edgemerge_model_starts": (
+                "Processes that were started with a model",
+                {state.id: state.starts for state in states},
+            ),
+            "edgemerge_model_crashes": (
+                "Processes of a model that ended by themselves",
+                {state.id: state.crashes for state in states},
+            ),
+            "edgemerge_resident_memory_bytes": ("Memory of all processes", self._read_memory()),
             "edgemerge_memory_limit_bytes": ("Memory it may take", self._models.budget),
         }
         if board["temperature"] is not None:

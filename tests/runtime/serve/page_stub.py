@@ -35,6 +35,8 @@ class PageStub:
         Whether the stream ends after its pieces without saying so.
     key : str or None
         What the server asks for.
+    model_state : dict
+        What /health tells of the model.
     listing : float
         Seconds that the list of models takes.
     requests : list of dict
@@ -49,6 +51,12 @@ class PageStub:
         self.key: str | None = None
         self.models = ["ward", "base"]
         self.listing = 0.0
+        self.model_state: dict[str, Any] = {
+            "state": "loaded",
+            "bytes": 98 << 20,
+            "running": 3,
+            "sequences": 8,
+        }
         self.requests: list[dict[str, Any]] = []
         self.looks = 0  # at /health
         self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
@@ -71,7 +79,7 @@ class PageStub:
             "version": "0.1.0",
             "uptime_s": 61.0 + self.looks,
             "queue": {"running": 1, "waiting": 2, "limit": 16},
-            "models": [{"id": self.models[0], "loaded": True, "bytes": 98 << 20}],
+            "models": [self.model_state | {"id": self.models[0]}],
             "memory": {"rss": (200 + self.looks) << 20, "limit": 1 << 30, "available": 3 << 30},
             "temperature_c": 48.0 + self.looks % 3,
             "throttled": False,

@@ -90,7 +90,7 @@ def test_malformed_requests_leave_it_serving(server: Serving, gguf: Path, count:
     attack(server, gguf.parent, 100)  # the first ones fill caches
     before = server.health()["memory"]["rss"]
     counts = attack(server, gguf.parent, count)
-    assert {"200", "400", "401", "403", "404", "413", "431"} <= set(counts), counts
+    assert {"200", "400", "401", "403", "404", "431"} <= set(counts), counts
     after = server.post("/v1/completions", document)
     assert after.json["choices"][0]["text"] == told
     health = server.health()
@@ -130,7 +130,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
     [
         pytest.param(LOOPS, "it takes more than 5 s", marks=pytest.mark.slow),
         ("{{ messages[0].content * 10 ** 10 }}", "it takes more than 128 MiB of memory"),
-        ("{{ ''.__class__.__mro__ }}", "is unsafe"),
+        ("{{ messages.__class__.__mro__ }}", "is unsafe"),
     ],
     ids=["time", "memory", "escape"],
 )

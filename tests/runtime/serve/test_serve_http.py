@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +16,6 @@ import pytest
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.serve import http as serve_http
 from edgemerge.runtime.serve.http import open_socket, run_server
-from edgemerge.runtime.serve.models import ModelFile, ModelStore
-from edgemerge.runtime.serve.queue import Queue
-from edgemerge.runtime.serve.status import Status
 
 pytestmark = pytest.mark.llama
 
@@ -31,7 +27,34 @@ async def say_hello(scope: dict[str, Any], receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"hello"})
 
 
-def serve_while(client: Callable[[int], None]) -> None:
+class Noted:
+    """What the server calls, in order."""
+
+    def __init__(self, on_start: Callable[[], None]) -> None:
+        self.calls: list[str] = []
+        self._on_start = on_start
+
+    async def prepare(self) -> None:
+        self.calls.append("prepare")
+
+    def on_start(self) -> None:
+        self.calls.append("on_start")
+        self._on_start()
+
+    def refuse(self) -> None:
+        self.calls.append("refuse")
+
+    def cut(self) -> None:
+        self.calls.append("cut")
+
+    def reload(self) -> None:
+        self.calls.append("reload")
+
+    async def finish(self) -> None:
+        self.calls.append("finish")
+
+
+def serve_while(client: Callable[[int], None]) -> list[str]:
     """Run a server in this thread and a client in another, which ends it by SIGTERM."""
     problems: list[BaseException] = []
 
@@ -43,23 +66,19 @@ def serve_while(client: Callable[[int], None]) -> None:
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    queue = Queue(1, 1.0)
-    file = ModelFile("m", Path("m.gguf"), 8, 0, 0, {}, 0)
     with open_socket("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=talk, args=(listener.getsockname()[1],))
         run_server(
             say_hello,
             listener,
-            queue=queue,
-            status=Status(ModelStore([file], lambda _: None, budget=1, floor=0), queue),  # type: ignore[arg-type, return-value]
+            handlers := Noted(thread.start),
             grace=5.0,
             max_connections=10,
             log_requests=False,
-            on_start=thread.start,
         )
         thread.join()
-    assert queue.is_closed
     assert problems == []
+    return handlers.calls
 
 
 def test_headers_that_do_not_come_end_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,5 +126,13 @@ def test_a_port_is_taken_once() -> None:
 
 def test_signals_are_handed_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    serve_while(lambda port: None)
+    assert serve_while(lambda port: None) == ["prepare", "on_start", "refuse", "finish"]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sighup_reloads_and_ends_nothing() -> None:
+    def client(port: int) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.2)
+
+    assert serve_while(client) == ["prepare", "on_start", "reload", "refuse", "finish"]

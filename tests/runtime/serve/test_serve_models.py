@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,39 +9,28 @@ import numpy as np
 import pytest
 
 from edgemerge.errors import BudgetError, FormatError, RecipeError, RuntimeFailure
-from edgemerge.runtime.library import load_library
+from edgemerge.process import read_process
+from edgemerge.runtime.doctor.fit import PROCESS_BYTES
+from edgemerge.runtime.serve import store as store_module
 from edgemerge.runtime.serve.errors import Refusal
-from edgemerge.runtime.serve.models import ModelFile, ModelStore, read_model_file
+from edgemerge.runtime.serve.models import ModelFile, read_model_file
+from edgemerge.runtime.serve.queue import Room
+from edgemerge.runtime.serve.store import ModelStore
 from tests.runtime.test_llama import add_lora, write_lora
+from tests.support.engines import Engine
+from tests.support.fake_process import Loader
 from tests.support.serving import Serving, make_served_gguf
 from tests.support.tiny_gguf import CONTEXT, write_tiny_gguf
 
 MIB = 1 << 20
 
 
-class FakeModel:
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.is_open = True
+def in_loop(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(10):
+            await scenario()
 
-    def close(self) -> None:
-        self.is_open = False
-
-
-class Loader:
-    """Loads fakes, and fails where the file says so."""
-
-    def __init__(self) -> None:
-        self.loaded: list[FakeModel] = []
-
-    def __call__(self, file: ModelFile) -> FakeModel:
-        if file.path.read_text() == "bad":
-            raise RuntimeFailure(f"{file.path}: cannot be served")
-        self.loaded.append(FakeModel(file.name))
-        return self.loaded[-1]
-
-    def open_ones(self) -> list[str]:
-        return [model.name for model in self.loaded if model.is_open]
+    asyncio.run(limited())
 
 
 def make_store(
@@ -49,39 +40,182 @@ def make_store(
     for name, need in needs.items():
         path = folder / f"{name}.gguf"
         path.write_text(text)
-        files.append(ModelFile(name, path, 64, 0, need * MIB, {}, 0))
+        files.append(ModelFile(name, path, 64, 0, need * MIB, {}, 0, n_sequences=2))
     return ModelStore(files, loader, budget=budget * MIB, floor=100 * MIB)
 
 
-def test_models_are_loaded_when_asked_for_and_kept(tmp_path: Path) -> None:
-    loader = Loader()
-    store = make_store(tmp_path, {"a": 10, "b": 20}, 200, loader)
-    assert store.loaded == ()
-    first = store("b")
-    assert store("b") is first
-    assert store(None) is store("a")  # the first one is the default
-    assert loader.open_ones() == ["b", "a"]
-    assert list(store) == ["a", "b"]
-    store.close()
-    assert loader.open_ones() == []
+async def use(store: ModelStore, *names: str) -> None:
+    """Ask each model once, one after the other."""
+    for name in names:
+        assert store.room_for(name) is Room.FREE
+        store.take(name)
+        store.release(await store.open(name))
+        store.give_back(name)
+
+
+def test_models_are_started_when_asked_for_and_kept(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 10, "b": 20}, 200, loader)
+        assert store.loaded == ()
+        await use(store, "b", "b", "a")
+        assert loader.alive() == ["b", "a"]
+        assert [file.name for file in store] == ["a", "b"]
+        assert store.resolve(None).name == "a"
+        await store.close()
+        assert loader.alive() == []
+
+    in_loop(scenario)
 
 
 def test_the_longest_unused_is_closed(tmp_path: Path) -> None:
-    loader = Loader()
-    store = make_store(tmp_path, {"a": 40, "b": 40, "c": 50}, 200, loader)
-    for name in ("a", "b", "a", "c"):
-        store(name)
-    assert sorted(loader.open_ones()) == ["a", "c"]
-    store("b")
-    assert sorted(loader.open_ones()) == ["b", "c"]
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 40, "b": 40, "c": 50}, 200, loader)
+        await use(store, "a", "b", "a", "c")
+        assert sorted(loader.alive()) == ["a", "c"]
+        await use(store, "b")
+        assert sorted(loader.alive()) == ["b", "c"]
+
+    in_loop(scenario)
 
 
 def test_a_model_as_large_as_the_budget_is_alone(tmp_path: Path) -> None:
-    loader = Loader()
-    store = make_store(tmp_path, {"a": 40, "b": 40, "c": 100}, 200, loader)
-    for name in ("a", "b", "c"):
-        store(name)
-    assert loader.open_ones() == ["c"]
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 40, "b": 40, "c": 100}, 200, loader)
+        await use(store, "a", "b", "c")
+        assert loader.alive() == ["c"]
+
+    in_loop(scenario)
+
+
+def test_what_is_in_use_is_not_closed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 60, "b": 60}, 200, loader)
+        store.take("a")
+        assert store.room_for("b") is Room.SHUT  # before "a" is there
+        used = await store.open("a")
+        assert (store.room_for("a"), store.room_for("b")) == (Room.FREE, Room.SHUT)
+        store.take("a")
+        assert store.room_for("a") is Room.FULL
+        store.give_back("a")
+        store.release(used)
+        store.give_back("a")
+        await use(store, "b")
+        assert loader.alive() == ["b"]
+
+    in_loop(scenario)
+
+
+def test_one_start_serves_all_who_wait_even_if_the_first_leaves(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 60}, 200, loader)
+        loader.may_go.clear()
+        waiting = [asyncio.create_task(store.open("a")) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        assert store.states()[0].state == "loading"
+        waiting[0].cancel()
+        await asyncio.sleep(0.01)
+        loader.may_go.set()
+        assert (await waiting[1]).users == 1
+        assert len(loader.started) == 1
+
+    in_loop(scenario)
+
+
+def test_a_process_that_ends_is_started_again_and_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 10, "b": 10}, 200, loader)
+        await use(store, "a", "b")
+        loader.started[0].is_alive = False
+        state, other = store.states()
+        assert (state.state, state.starts, state.crashes) == ("crashed", 1, 1)
+        assert (other.state, other.crashes) == ("loaded", 0)
+        await use(store, "a")
+        state, _ = store.states()
+        assert (state.state, state.starts, state.crashes) == ("loaded", 2, 1)
+        assert caplog.text.count("the process of a has ended") == 1
+
+    in_loop(scenario)
+
+
+def test_a_new_model_takes_over_and_the_old_one_ends_with_its_last_request(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 10}, 200, loader)
+        await use(store, "a")
+        before = await store.open("a")
+        store.adopt(await store.start(store.resolve("a")))
+        after = await store.open("a")
+        assert (before.facts.fingerprint, after.facts.fingerprint) == ("fp_1", "fp_2")
+        assert loader.alive() == ["a", "a"]
+        store.release(before)
+        await asyncio.sleep(0.01)
+        assert [process.is_alive for process in loader.started] == [False, True]
+        store.release(after)
+        assert store.loaded == ("a",)
+
+    in_loop(scenario)
+
+
+def test_a_new_model_needs_room_beside_the_old_one_and_takes_that_of_others(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 50, "b": 40, "c": 60}, 200, loader)
+        await use(store, "a", "b")
+        store.adopt(await store.start(store.resolve("a")))
+        await asyncio.sleep(0.01)
+        assert loader.alive() == ["a"]
+        assert store.loaded == ("a",)
+        await use(store, "c")
+        with pytest.raises(Refusal, match="no room in memory") as caught:
+            await store.start(store.resolve("c"))
+        assert caught.value.status == 503
+        assert loader.alive() == ["c"]
+
+    in_loop(scenario)
+
+
+def test_a_reload_beside_a_first_start_leaves_one_process(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 10}, 200, loader)
+        loader.may_go.clear()
+        opening = asyncio.create_task(store.open("a"))
+        starting = asyncio.create_task(store.start(store.resolve("a")))
+        await asyncio.sleep(0.01)
+        starting.add_done_callback(lambda task: store.adopt(task.result()))
+        loader.may_go.set()
+        store.release(await opening)
+        await starting
+        await asyncio.sleep(0.01)
+        assert loader.alive() == ["a"]
+
+    in_loop(scenario)
+
+
+def test_who_is_idle_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_WATCH_SECONDS", 0.02)
+
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 10, "b": 10}, 200, loader)
+        await use(store, "a")
+        store.take("b")
+        await store.open("b")
+        closing = asyncio.create_task(store.watch(0.05))
+        await asyncio.sleep(0.3)
+        assert loader.alive() == ["b"]
+        assert [state.state for state in store.states()] == ["closed", "loaded"]
+        closing.cancel()
+
+    in_loop(scenario)
 
 
 def test_a_model_that_cannot_fit_is_refused_at_once(tmp_path: Path) -> None:
@@ -98,22 +232,24 @@ def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_gone_and_bad_models_are_refused_without_a_path(tmp_path: Path) -> None:
-    loader = Loader()
-    store = make_store(tmp_path, {"a": 10, "b": 10}, 200, loader)
-    with pytest.raises(Refusal, match="does not exist") as caught:
-        store("gpt-4")
-    assert caught.value.status == 404
-    (tmp_path / "b.gguf").unlink()
-    with pytest.raises(Refusal) as caught:
-        store("b")
-    assert caught.value.status == 503
-    (tmp_path / "a.gguf").write_text("bad")
-    with pytest.raises(Refusal) as caught:
-        store("a")
-    assert caught.value.status == 500
-    assert str(tmp_path) not in str(caught.value)
-    with pytest.raises(RuntimeFailure, match=r"a\.gguf"):  # at the start the user hears the reason
-        store.preload()
+    async def scenario() -> None:
+        store = make_store(tmp_path, {"a": 10, "b": 10}, 200, Loader())
+        with pytest.raises(Refusal, match="does not exist") as caught:
+            store.resolve("gpt-4")
+        assert caught.value.status == 404
+        (tmp_path / "b.gguf").unlink()
+        with pytest.raises(Refusal) as caught:
+            await store.open("b")
+        assert caught.value.status == 503
+        (tmp_path / "a.gguf").write_text("bad")
+        with pytest.raises(Refusal) as caught:
+            await store.open("a")
+        assert caught.value.status == 500
+        assert str(tmp_path) not in str(caught.value)
+        with pytest.raises(RuntimeFailure, match=r"a\.gguf"):  # at the start the user hears why
+            await store.start(store.resolve("a"))
+
+    in_loop(scenario)
 
 
 def test_names_and_figures_come_from_the_file(tiny_gguf: Path) -> None:
@@ -123,6 +259,17 @@ def test_names_and_figures_come_from_the_file(tiny_gguf: Path) -> None:
     named = read_model_file(f"ward-7={tiny_gguf}", 32)
     assert (named.name, named.path, named.n_ctx) == ("ward-7", tiny_gguf, 32)
     assert file.n_bytes < named.need < file.need
+    assert (file.n_cache, named.n_cache) == (4 * CONTEXT, 4 * 32)
+    assert read_model_file(str(tiny_gguf), n_sequences=1).n_cache == CONTEXT
+    assert read_model_file(str(tiny_gguf), kv_type="q8_0").need < file.need
+
+
+def test_less_is_kept_where_memory_is_short_but_one_request_fits(tiny_gguf: Path) -> None:
+    file = read_model_file(str(tiny_gguf))
+    assert file.within(file.need) == file
+    less = file.within(file.need - 100 * file.token_bytes)
+    assert less.n_cache == file.n_cache - 100
+    assert file.within(0).n_cache == file.n_ctx
 
 
 def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
@@ -138,16 +285,13 @@ def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.llama
 def test_the_estimate_holds(tiny_gguf: Path) -> None:
-    from edgemerge.runtime.serve.llama import ServedLlama
-
     file = read_model_file(str(tiny_gguf))
-    model = ServedLlama(tiny_gguf, n_ctx=file.n_ctx, n_threads=1)
-    try:
-        buffers = load_library().buffers()
-    finally:
-        model.close()
-    reported = buffers.weights + buffers.kv + buffers.compute + buffers.output
-    assert reported < file.need < 1.5 * reported
+    with Engine(tiny_gguf, n_ctx=file.n_cache, n_sequences=file.n_sequences) as engine:
+        reported = sum(engine.facts.memory.values())
+        pid = engine.process.pid
+        assert pid is not None
+        assert read_process(pid).rss < file.need
+    assert reported < file.need - PROCESS_BYTES
 
 
 @pytest.mark.llama

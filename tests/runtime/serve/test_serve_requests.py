@@ -4,93 +4,151 @@ import json
 from typing import Any
 
 import pytest
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 
+from edgemerge.runtime.engine.process import EngineFailure
+from edgemerge.runtime.serve.chat import ChatRequest
+from edgemerge.runtime.serve.completions import CompletionRequest
 from edgemerge.runtime.serve.errors import Refusal, explain
 from edgemerge.runtime.serve.gate import Access
-from edgemerge.runtime.serve.requests import CHAT, COMPLETIONS, Limits, check_request
+from edgemerge.runtime.serve.options import Limits
+from edgemerge.runtime.serve.requests import Generating
+from edgemerge.runtime.serve.responses import ResponsesRequest
 
-LIMITS = Limits(max_tokens=100)
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
-def checked(path: str, **request: Any) -> dict[str, Any]:
-    return check_request(path, json.dumps(request).encode(), LIMITS)
+def completion(**request: Any) -> CompletionRequest:
+    return CompletionRequest.model_validate({"prompt": "x", **request})
+
+
+def chat(**request: Any) -> ChatRequest:
+    return ChatRequest.model_validate({"messages": MESSAGES, **request})
 
 
 def test_answers_are_bounded() -> None:
-    assert checked(COMPLETIONS, prompt="x", max_tokens=5000)["max_tokens"] == 100
-    assert checked(COMPLETIONS, prompt="x", max_tokens=5)["max_tokens"] == 5
-    assert checked(COMPLETIONS, prompt="x", max_tokens=None)["max_tokens"] == 100
-    assert "max_tokens" not in checked(COMPLETIONS, prompt="x")  # OpenAI's default is 16
-    assert checked(CHAT, messages=MESSAGES)["max_tokens"] == 100
-    assert checked(CHAT, messages=MESSAGES, max_completion_tokens=7)["max_tokens"] == 7
-    assert checked(CHAT, messages=MESSAGES, max_completion_tokens=700)["max_tokens"] == 100
+    limits = Limits(max_tokens=100)
+    assert limits.tokens(completion(max_tokens=5000).max_tokens) == 100
+    assert limits.tokens(completion(max_tokens=5).max_tokens) == 5
+    assert limits.tokens(completion(max_tokens=None).max_tokens) == 100
+    assert limits.tokens(completion().max_tokens) == 16  # OpenAI's default
+    assert limits.tokens(chat().max_tokens) == 100
+    assert limits.tokens(chat(max_completion_tokens=7).max_tokens) == 7
+    assert limits.tokens(chat(max_completion_tokens=700).max_tokens) == 100
 
 
 def test_logprobs_of_a_chat_need_no_number() -> None:
-    assert checked(CHAT, messages=MESSAGES, logprobs=True)["top_logprobs"] == 0
-    assert "top_logprobs" not in checked(CHAT, messages=MESSAGES)
+    assert chat(logprobs=True).n_alternatives == 0
+    assert chat(logprobs=True, top_logprobs=3).n_alternatives == 3
+    assert chat().n_alternatives is None
 
 
 def test_null_is_what_the_client_leaves_open() -> None:
-    open_ = {"presence_penalty": None, "stop": None, "model": None}
-    assert checked(COMPLETIONS, prompt="x", **open_) == checked(COMPLETIONS, prompt="x")
+    open_ = dict.fromkeys(("presence_penalty", "stop", "model", "n", "logit_bias", "stream"))
+    assert completion(**open_) == completion()
+    more = dict.fromkeys(("tools", "tool_choice", "response_format", "max_tokens", "top_logprobs"))
+    assert chat(**open_, **more) == chat()
 
 
 def test_a_message_may_come_in_parts() -> None:
     parts = [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]
-    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
-    found = checked(CHAT, messages=messages)["messages"]
-    assert [message["content"] for message in found] == ["Good day", ""]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "5"},
+    ]
+    found = [message.for_template() for message in chat(messages=messages).messages]
+    assert [message["content"] for message in found] == ["Be brief.", "Good day", "", "5"]
+    assert found[0]["role"] == "system"
+    assert found[2]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert found[3]["tool_call_id"] == "1"
 
 
-def tool(schema: object) -> dict[str, Any]:
-    function = {"name": "f", "parameters": schema}
-    choice = {"type": "function", "function": {"name": "f"}}
-    return {"tools": [{"type": "function", "function": function}], "tool_choice": choice}
+def test_several_answers_to_one_question_differ() -> None:
+    seeds = [sampling.seed for sampling in chat(n=3, seed=2**32 - 2).sampling(10)]
+    assert seeds == [2**32 - 2, 0, 1]
+    assert [sampling.seed for sampling in chat(n=2).sampling(10)] == [None, None]
+    (sampling,) = completion(seed=-1, logit_bias={"3": -100}, temperature=0).sampling(10)
+    assert (sampling.bias, sampling.temperature) == (((3, -100.0),), 0.0)
+    assert 0 <= (sampling.seed or 0) < 2**32 - 1
+    with pytest.raises(Refusal, match="logit_bias: a token is not 0 to 2"):
+        completion(logit_bias={"3": 1}).sampling(3)
 
 
 @pytest.mark.parametrize(
-    ("path", "request_", "message"),
+    ("kind", "request_", "message"),
     [
-        (COMPLETIONS, {"prompt": "x", "n": 2}, "n: "),
-        (COMPLETIONS, {"prompt": "x", "best_of": 3}, "best_of: "),
-        (COMPLETIONS, {"prompt": "x", "suffix": "y"}, "suffix: "),
-        (COMPLETIONS, {"prompt": "x", "echo": True, "stream": True}, "echo: "),
-        (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, "max_tokens: 0"),
-        (COMPLETIONS, {"prompt": "x", "max_tokens": 5.0}, "max_tokens: must be a whole"),
-        (COMPLETIONS, {"prompt": "x", "logprobs": 21}, "logprobs: at most 20"),
-        (COMPLETIONS, {"prompt": "x", "stop": ["a"] * 17}, "stop: at most 16"),
-        (COMPLETIONS, {"prompt": "x", "stop": ["a", ""]}, "stop: an empty"),
-        (COMPLETIONS, {"prompt": "x", "grammar": 'root ::= "a"'}, "grammar: "),
-        (CHAT, {"messages": []}, "messages: "),
+        (CompletionRequest, {"prompt": "x", "n": 17}, "n: "),
+        (CompletionRequest, {"prompt": "x", "best_of": 3}, "best_of: "),
+        (CompletionRequest, {"prompt": "x", "suffix": "y"}, "suffix: "),
+        (CompletionRequest, {"prompt": "x", "echo": True, "stream": True}, "echo: "),
+        (CompletionRequest, {"prompt": "x", "max_tokens": 0}, "max_tokens: 0"),
+        (CompletionRequest, {"prompt": "x", "max_tokens": 5.0}, "max_tokens: .*integer"),
+        (CompletionRequest, {"prompt": "x", "max_tokens": "5"}, "max_tokens: .*integer"),
+        (CompletionRequest, {"prompt": "x", "logprobs": 21}, "logprobs: .*equal to 20"),
+        (CompletionRequest, {"prompt": "x", "stop": ["a"] * 17}, "stop: .*at most 16"),
+        (CompletionRequest, {"prompt": "x", "stop": ["a", ""]}, r"stop.1: .*at least 1"),
+        (CompletionRequest, {"prompt": "x", "stop": ""}, "stop.0: .*at least 1"),
+        (CompletionRequest, {"prompt": "x", "grammar": 'root ::= "a"'}, "grammar: "),
+        (CompletionRequest, {"prompt": "x", "temperature": float("nan")}, "temperature: "),
+        (CompletionRequest, {"prompt": []}, "prompt: 1 to"),
+        (CompletionRequest, {"prompt": "\ud800"}, "surrogates"),
+        (CompletionRequest, {"prompt": "x", "logit_bias": {"x": 1}}, "logit_bias"),
+        (ChatRequest, {"messages": []}, "messages: "),
+        (ChatRequest, {"messages": [{"role": "cook", "content": "x"}]}, "messages.0.role: "),
         (
-            CHAT,
+            ChatRequest,
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "no images",
         ),
-        (CHAT, {"messages": MESSAGES, "max_tokens": 0}, "max_tokens: must be 1"),
-        (CHAT, {"messages": MESSAGES, **tool({"pattern": "^(a?a?)*$"})}, "pattern: "),
-        (CHAT, {"messages": MESSAGES, **tool({"$ref": "http://10.0.0.1/"})}, r"\$ref: "),
-        (CHAT, {"messages": MESSAGES, **tool({"maxItems": 10**9})}, "maxItems: at most"),
-        (CHAT, {"messages": MESSAGES, **tool({"enum": ["x"] * 600})}, "more than 500"),
-        (
-            CHAT,
-            {"messages": MESSAGES, "response_format": {"schema": {"pattern": "^a$"}}},
-            "pattern: ",
-        ),
+        (ChatRequest, {"messages": MESSAGES, "max_tokens": 0}, "max_tokens: .*equal to 1"),
+        (ChatRequest, {"messages": MESSAGES, "functions": [{"name": "f"}]}, "use tools"),
+        (ResponsesRequest, {"input": "x", "previous_response_id": "r"}, "keeps no answers"),
+        (ResponsesRequest, {"input": []}, "input: "),
     ],
 )
-def test_what_it_does_not_do_is_said(path: str, request_: dict[str, Any], message: str) -> None:
-    with pytest.raises(Refusal, match=message) as caught:
-        checked(path, **request_)
-    assert caught.value.status == 400
+def test_what_it_does_not_do_is_said(
+    kind: type[Generating], request_: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(request_)
+    refusal = explain(RequestValidationError(caught.value.errors()))
+    assert refusal.status == 400
+    with pytest.raises(Refusal, match=message):
+        raise refusal
 
 
-def test_tools_that_no_answer_is_held_to_may_be_any() -> None:
-    request = {"messages": MESSAGES, **tool({"pattern": "^a$"})}
-    request["tool_choice"] = "auto"
-    assert checked(CHAT, **request)["tools"] == request["tools"]
+def test_a_response_is_a_chat() -> None:
+    parts = [{"type": "input_text", "text": "hello"}]
+    asked = {
+        "input": [{"role": "user", "content": parts}, {"role": "assistant", "content": "hi"}],
+        "instructions": "Be brief.",
+        "max_output_tokens": 7,
+        "temperature": 0,
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}},
+    }
+    found = ResponsesRequest.model_validate(asked).as_chat()
+    said = [(message.role, message.content) for message in found.messages]
+    assert said == [("system", "Be brief."), ("user", "hello"), ("assistant", "hi")]
+    assert (found.max_tokens, found.temperature) == (7, 0.0)
+    assert found.response_format is not None
+    assert found.response_format.type == "json_schema"
+
+
+def test_what_a_models_process_says_has_a_status_of_its_own(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refusal = explain(EngineFailure("the model's process ended by SIGKILL", 503))
+    assert (refusal.status, refusal.code, refusal.retry_after) == (503, "model_unavailable", 1)
+    long = "the prompt has 900 tokens and the context is 256: shorten the prompt"
+    assert explain(EngineFailure(long, 400)).code == "context_length_exceeded"
+    assert explain(EngineFailure("the prompt is empty", 400)).retry_after is None
+    assert caplog.text == ""
+    assert explain(EngineFailure("llama.cpp failed", 500)).status == 500
+    assert "llama.cpp failed" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -114,7 +172,7 @@ def test_what_the_client_must_not_see_is_not_said(caplog: pytest.LogCaptureFixtu
     assert refusal.status == 500
     assert "secret" not in json.dumps(refusal.content)
     assert "secret" in caplog.text
-    assert len(json.dumps(explain(ValueError("x" * 10_000)).content)) < 1000
+    assert len(json.dumps(explain(Refusal(400, "x" * 10_000)).content)) < 1000
 
 
 def let_in(access: Access, path: str = "/v1/models", **headers: str) -> int:

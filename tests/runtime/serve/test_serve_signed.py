@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 from pathlib import Path
@@ -14,10 +15,12 @@ from edgemerge.provenance.signature import sign_model, signature_path
 from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.serve.models import ModelFile
 from edgemerge.runtime.serve.signed import SignedLoader
+from edgemerge.runtime.serve.store import Loaded
 from edgemerge.runtime.serve.systemd import Service
 from tests.cli.test_serve import assert_refused, serve
 from tests.runtime.test_llama import write_lora
 from tests.support.bits import flip_bit
+from tests.support.fake_process import Loader
 from tests.support.serving import Serving
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -36,13 +39,6 @@ def models(tiny_gguf: Path, tmp_path: Path, keys: tuple[Path, Path]) -> list[Pat
     return paths
 
 
-class FakeModel:
-    is_open = True
-
-    def close(self) -> None:
-        self.is_open = False
-
-
 def file_of(path: Path) -> ModelFile:
     return ModelFile(path.stem, path, 64, 0, 0, {}, 0)
 
@@ -50,40 +46,40 @@ def file_of(path: Path) -> ModelFile:
 def test_it_loads_what_is_signed_and_looks_each_time(
     models: list[Path], keys: tuple[Path, Path]
 ) -> None:
-    loaded = []
+    starter = Loader()
 
-    def load(file: ModelFile) -> FakeModel:
-        loaded.append(file.name)
-        return FakeModel()
+    def load() -> None:
+        asyncio.run(SignedLoader(starter, keys[1], models[1:])(file_of(models[0])))
 
-    loader = SignedLoader(load, keys[1], models[1:])
+    loader = SignedLoader(starter, keys[1], models[1:])
     loader.check(models[0])
-    loader(file_of(models[0]))
+    load()
     flip_bit(models[0], 8 * 5000)
     with pytest.raises(VerificationError, match="is not what was signed"):
         loader.check(models[0])
     with pytest.raises(VerificationError, match="is not what was signed"):
-        loader(file_of(models[0]))
+        load()
     flip_bit(models[0], 8 * 5000)
-    loader(file_of(models[0]))
+    load()
     flip_bit(models[1], 8 * 5000)  # an adapter
     with pytest.raises(VerificationError, match="is not what was signed"):
-        loader(file_of(models[0]))
-    assert loaded == ["a", "a"]
+        load()
+    assert starter.alive() == ["a", "a"]
 
 
 def test_a_file_swapped_while_it_is_loaded_is_closed_again(
     models: list[Path], keys: tuple[Path, Path]
 ) -> None:
-    model = FakeModel()
+    starter = Loader()
 
-    def load(file: ModelFile) -> FakeModel:
+    async def load(file: ModelFile) -> Loaded:
+        loaded = await starter(file)
         os.replace(models[1], file.path)
-        return model
+        return loaded
 
     with pytest.raises(VerificationError, match="changed while it was loaded"):
-        SignedLoader(load, keys[1], ())(file_of(models[0]))
-    assert not model.is_open
+        asyncio.run(SignedLoader(load, keys[1], ())(file_of(models[0])))
+    assert starter.alive() == []
 
 
 @pytest.mark.llama

@@ -3,6 +3,7 @@
 
 import { Refusal, hasKey, listModels, setKey, streamChat } from "./api.js";
 import { look, watch } from "./figures.js";
+import { render } from "./markdown.js";
 
 const STORE = "edgemerge.conversation";
 const WIDE = "(min-width: 60rem)"; // where style.css puts the panels beside the conversation
@@ -26,7 +27,8 @@ function element(tag, name, text = "") {
 
 function showMessage(message) {
   const article = element("article", message.role);
-  const text = element("div", "text", message.content);
+  const text = element("div", "text");
+  text.append(message.role === "user" ? message.content : render(message.content));
   const note = element("p", "note", message.note);
   article.append(element("p", "who", message.role === "user" ? "You" : message.model), text, note);
   $("log").append(article);
@@ -104,7 +106,7 @@ async function answer() {
         first ||= performance.now() - begin;
         const follow = isAtEnd();
         message.content += text;
-        shown.text.append(text);
+        shown.text.replaceChildren(render(message.content));
         if (follow) scrollToEnd();
       }
       if (finish === "length") message.note = "Ended at the limit of its length. ";

@@ -70,12 +70,20 @@ function show(health) {
     requests.refused && `${requests.refused} refused`,
     requests.failed && `${requests.failed} failed`,
   ].filter(Boolean).join(", "));
-  const loaded = health.models.filter((model) => model.loaded);
-  line("models", loaded.map((model) => `${model.id}, ${size(model.bytes).join(" ")}`).join("\n")
-    || "none loaded");
+  const told = health.models.filter((model) => model.state !== "closed");
+  line("models", told.map(describe).join("\n") || "none loaded",
+    told.some((model) => model.state === "crashed"));
   $("brief").textContent = [
     speed !== "–" && `${speed} tokens/s`, `${used} ${usedUnit}`, heat !== "–" && `${heat} °C`,
   ].filter(Boolean).join(" · ");
+}
+
+/** A model, how it is, and how much it has to do. */
+function describe(model) {
+  if (model.state === "loading") return `${model.id}, being loaded`;
+  if (model.state === "crashed") return `${model.id}, stopped by an error; the next question starts it`;
+  const now = model.running ? `, ${model.running} of ${model.sequences} at a time` : "";
+  return `${model.id}, ${size(model.bytes).join(" ")}${now}`;
 }
 
 function beside(memory) {

@@ -1,0 +1,263 @@
+"""Computes many answers together: each step is one batch for llama.cpp.
+
+A batch has the last token of all answers that are being drawn, and tokens of short prompts; the next one has
+a chunk of a long prompt. So a long prompt has the others wait for one chunk at a time.
+
+Both in one batch would gain next to nothing. And from 64 tokens on, ggml adds the numbers of attention up in
+another way: what is drawn would depend on who asks something else.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from time import perf_counter
+
+from edgemerge.runtime.context import Context
+from edgemerge.runtime.engine.answer import Answer
+from edgemerge.runtime.engine.batch import Aborted, Batch, DecodeError, PoolFull
+from edgemerge.runtime.engine.messages import Begun, Ended, Failed, Piece, PromptScored, TokenScore
+from edgemerge.runtime.engine.scores import score_token
+from edgemerge.runtime.engine.slots import Slots
+from edgemerge.runtime.engine.store import common_length
+from edgemerge.runtime.llama import Model
+
+__all__ = ["Event", "Scheduler"]
+
+Event = Begun | PromptScored | Piece | Ended | Failed
+Events = list[tuple[int, Event]]
+
+_STALL = 0.25  # seconds that the prompts in one batch may take while others are being drawn
+_LEAST_CHUNK = 16  # tokens of short prompts in a batch, however many answers are being drawn
+_TILE = 64  # tokens of a batch from which on attention adds up otherwise (ggml_fa_tile_config of ggml-cpu)
+_WORTH_WAITING = (
+    32  # tokens: so many more in common with a prompt being read, and a new one waits for it
+)
+
+
+class Scheduler:
+    """Answers of one model in one context.
+
+    Parameters
+    ----------
+    model : Model
+        A loaded model.
+    context : Context
+        An empty context.
+    slots : Slots
+        Its sequences.
+    n_chunk : int
+        Most tokens of prompts in one batch.
+    n_rows : int
+        Most logits of one batch.
+    """
+
+    def __init__(
+        self, model: Model, context: Context, slots: Slots, *, n_chunk: int, n_rows: int
+    ) -> None:
+        self._model = model
+        self._context = context
+        self._slots = slots
+        self._n_chunk = n_chunk
+        self._n_rows = n_rows
+        self._batch = Batch(context, n_chunk + slots.n_active)
+        self._waiting: deque[Answer] = deque()
+        self._active: list[Answer] = []  # in the order in which they began
+        self._is_crowded = False  # one had to wait again: no other begins before one ends
+        self._prompt_seconds = 0.0  # that a token of a prompt takes; 0 until it is known
+        self._was_long = False  # whether the last batch was of a long prompt
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not self._active and not self._waiting
+
+    def add(self, answer: Answer) -> None:
+        """Compute an answer as soon as a sequence is free."""
+        self._waiting.append(answer)
+
+    def cancel(self, key: int) -> None:
+        """Compute an answer no further; its sequence is free at once."""
+        for answer in self._waiting:
+            if answer.key == key:
+                self._waiting.remove(answer)
+                answer.close()
+                return
+        for answer in self._active:
+            if answer.key == key:
+                self._release(answer)
+                return
+
+    def step(self) -> Events:
+        """Compute one batch, and give what came of it."""
+        events: Events = [(answer.key, begun) for answer, begun in self._admit()]
+        outputs = self._fill()
+        if not outputs:
+            return events
+        started = perf_counter()
+        try:
+            self._batch.run()
+        except Aborted:
+            return events
+        except PoolFull:
+            return events + self._make_room()
+        except DecodeError as error:
+            return events + self._fail(str(error))
+        for answer, place, n, wanted in outputs:
+            assert answer.slot is not None
+            position = len(answer.slot.tokens)
+            answer.slot.tokens += answer.tokens[position : position + n]
+            if wanted:
+                events += [(answer.key, event) for event in self._look(answer, place, n)]
+        self._note_time(perf_counter() - started, outputs)
+        return events
+
+    # -- what begins
+
+    def _admit(self) -> Iterator[tuple[Answer, Begun]]:
+        """Begin answers that wait, in their order, while a batch has room for more of a prompt."""
+        while self._waiting and self._has_room_for(self._waiting[0]):
+            answer = self._waiting[0]
+            slot = self._slots.take(answer.tokens, len(answer.tokens) - 1, answer.n_alternatives)
+            if slot is None:
+                return
+            self._waiting.popleft()
+            answer.slot = slot
+            self._active.append(answer)
+            begun = answer.begin(len(slot.tokens))
+            if begun is not None:
+                yield answer, begun
+
+    def _has_room_for(self, answer: Answer) -> bool:
+        if not self._active:
+            return True
+        reading = [one for one in self._active if not one.is_drawing]
+        if self._is_crowded or sum(one.n_left for one in reading) >= self._n_chunk:
+            return False
+        n_known = self._slots.n_known(answer.tokens, answer.n_alternatives)
+        used = sum(len(one.tokens) - one.slot.n_copied for one in self._active if one.slot)
+        if used + len(answer.tokens) - n_known >= self._context.n_ctx:
+            return False
+        n_coming = max((common_length(one.tokens, answer.tokens) for one in reading), default=0)
+        return n_coming < n_known + _WORTH_WAITING
+
+    # -- what is computed
+
+    def _fill(self) -> list[tuple[Answer, int, int, bool]]:
+        """Fill the batch; give each answer in it, its place, its tokens, and whether logits come of it."""
+        self._batch.clear()
+        long = [one for one in self._active if one.is_scored and one.n_left >= _TILE]
+        others = [one for one in self._active if one not in long]
+        self._was_long = bool(long) and not (self._was_long and others)
+        if self._was_long:
+            n = min(long[0].n_left, self._budget(others=bool(others)))
+            return [(long[0], *self._add_prompt(long[0], n))]
+        outputs = []
+        for answer in (one for one in others if one.is_drawing):
+            assert answer.slot is not None
+            slot = answer.slot
+            place = self._batch.add(answer.tokens[-1], len(slot.tokens), slot.id)
+            outputs.append((answer, place, 1, True))
+        most = min(max(_TILE - 1, len(outputs) + _LEAST_CHUNK), self._batch.size)
+        rows = self._n_rows - len(outputs)
+        for answer in (one for one in others if not one.is_drawing):
+            n = min(answer.n_left, self._n_chunk, most - self._batch.n)
+            if not answer.is_scored:
+                n = min(n, rows)
+            if n < 1 or rows < 1:
+                break
+            outputs.append((answer, *self._add_prompt(answer, n)))
+            rows -= 1 if answer.is_scored else n
+        return outputs
+
+    def _add_prompt(self, answer: Answer, n: int) -> tuple[int, int, bool]:
+        """Add the next n tokens of a prompt; give their place, n, and whether logits come of them."""
+        slot = answer.slot
+        assert slot is not None
+        position = len(slot.tokens)
+        part = answer.tokens[position : position + n]
+        place = self._batch.add_all(part, position, slot.id, output=not answer.is_scored)
+        is_last = position + n == len(answer.tokens)
+        if is_last:
+            self._batch.want(place + n - 1)
+        return place, n, is_last or not answer.is_scored
+
+    def _budget(self, *, others: bool) -> int:
+        """Tokens of a long prompt for one batch: few enough that others do not wait long."""
+        if not others or not self._prompt_seconds:
+            return self._n_chunk
+        n = int(_STALL / self._prompt_seconds)
+        return min(max(_TILE, n), self._n_chunk)
+
+    def _note_time(self, seconds: float, outputs: list[tuple[Answer, int, int, bool]]) -> None:
+        n = sum(n for _, _, n, _ in outputs)
+        if n >= _TILE:
+            self._prompt_seconds = seconds / n
+
+    def _look(self, answer: Answer, place: int, n: int) -> list[Event]:
+        """Score and draw by the logits of an answer's tokens in the batch."""
+        events: list[Event] = []
+        if not answer.is_scored and (scored := self._score_prompt(answer, place, n)) is not None:
+            events.append(scored)
+        if answer.n_left:
+            return events
+        if len(answer.tokens) == answer.n_prompt and (end := answer.note_prompt()) is not None:
+            self._release(answer)
+            return [*events, end]
+        token = answer.sampler.sample(self._context.handle, place + n - 1)
+        score = None
+        if answer.wants_scores and token >= 0:
+            logits = self._batch.logits(place + n - 1)
+            n_alternatives = answer.wanted.n_alternatives or 0
+            score = score_token(logits, token, n_alternatives, self._model.piece)
+        events += answer.push(token, score)
+        if isinstance(events[-1] if events else None, Ended):
+            self._release(answer)
+        return events
+
+    def _score_prompt(self, answer: Answer, place: int, n: int) -> PromptScored | None:
+        slot = answer.slot
+        assert slot is not None
+        scores, piece = slot.scores, self._model.piece
+        if not scores:
+            scores.append(TokenScore(answer.tokens[0], piece(answer.tokens[0]), None))
+        first = len(slot.tokens) - n + 1  # the token that the first of these logits is about
+        for i, token in enumerate(answer.tokens[first : first + n]):
+            logits = self._batch.logits(place + i)
+            scores.append(score_token(logits, token, answer.n_alternatives, piece))
+        if answer.n_left:
+            return None
+        answer.is_scored = True
+        return PromptScored(scores[answer.n_put :])
+
+    # -- what ends
+
+    def _release(self, answer: Answer) -> None:
+        assert answer.slot is not None
+        self._active.remove(answer)
+        self._slots.leave(answer.slot)
+        answer.close()
+        self._is_crowded = False
+
+    def _make_room(self) -> Events:
+        """Forget what was kept, else have the answer wait again that began last."""
+        if self._slots.evict():
+            return []
+        if len(self._active) == 1:
+            return self._fail("the context has no room for this request")
+        newest = self._active.pop()
+        assert newest.slot is not None
+        self._slots.forget(newest.slot)
+        self._slots.leave(newest.slot)
+        newest.slot = None
+        self._waiting.appendleft(newest)
+        self._is_crowded = True
+        return []
+
+    def _fail(self, reason: str) -> Events:
+        """End all that is being computed, after llama.cpp has failed; the next batch begins anew."""
+        failed = list(self._active)
+        for answer in failed:
+            self._release(answer)
+        self._slots.clear()
+        return [(answer.key, Failed(reason, 500)) for answer in failed]

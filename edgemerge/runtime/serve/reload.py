@@ -1,0 +1,165 @@
+"""New weights without a stop: the new file is loaded beside the old one and asked, then it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter
+
+from edgemerge.errors import EdgemergeError, VerificationError
+from edgemerge.runtime.engine.messages import Chat, Ended, Generation, Piece, Sampling
+from edgemerge.runtime.engine.process import EngineFailure
+from edgemerge.runtime.serve.errors import SERVER, Refusal
+from edgemerge.runtime.serve.models import ModelFile
+from edgemerge.runtime.serve.requests import RELOAD, Body
+from edgemerge.runtime.serve.store import Loaded, ModelStore
+from edgemerge.runtime.smoke import MAX_TOKENS, QUESTIONS, SECONDS
+
+__all__ = ["Reloader", "add_reload"]
+
+log = logging.getLogger(__name__)
+
+
+class ReloadRequest(Body):
+    """Which model; by default all."""
+
+
+class Reloader:
+    """Replaces models by what their files have become.
+
+    Parameters
+    ----------
+    models : ModelStore
+        The models.
+    read : function
+        Reads the header of a model's file again.
+    """
+
+    def __init__(
+        self, models: ModelStore, read: Callable[[ModelFile], Awaitable[ModelFile]]
+    ) -> None:
+        self._models = models
+        self._read = read
+        self._turn = asyncio.Lock()
+
+    async def reload(self, name: str) -> dict[str, Any]:
+        """Let a model's file of now answer; requests that run end with the old one.
+
+        Returns
+        -------
+        dict
+            Name, and fingerprints of before and now.
+
+        Raises
+        ------
+        Refusal
+            409 where the new one is not taken; the old one goes on answering. As of `ModelStore.start`.
+        """
+        async with self._turn:
+            before = next(state for state in self._models.states() if state.id == name)
+            new = await self._load(self._models.resolve(name))
+            self._models.adopt(new)
+        log.info("%s is reloaded", name)
+        now = new.facts.fingerprint
+        return {"id": name, "system_fingerprint": now, "previous_fingerprint": before.fingerprint}
+
+    async def reload_all(self) -> None:
+        """Reload every model that is in memory; what is not taken stands in the log."""
+        for name in self._models.loaded:
+            try:
+                await self.reload(name)
+            except Refusal as refusal:
+                log.error("%s", refusal)
+
+    async def _load(self, old: ModelFile) -> Loaded:
+        try:
+            new = await self._models.start(await self._read(old))
+        except VerificationError as error:
+            raise _refusal(old, "it is not signed as required", error) from None
+        except Refusal:
+            raise
+        except EdgemergeError as error:
+            raise _refusal(old, "it does not load", error) from None
+        try:
+            if (fault := await self._find_fault(new)) is not None:
+                raise _refusal(old, fault)
+        except BaseException:
+            await new.process.close()
+            self._models.changed()
+            raise
+        return new
+
+    async def _find_fault(self, new: Loaded) -> str | None:
+        """Ask the new model what `merge` asks after a merge; what the old one did too is no fault."""
+        try:
+            if new.facts.reads_whole or new.facts.can_rerank:
+                return None  # it writes nothing
+            fault = await _find_oddity(new)
+        except EngineFailure as failure:
+            return f"it fails when it is asked a simple question ({failure})"
+        name = new.file.name
+        if fault is None or name not in self._models.loaded:
+            return fault
+        old = await self._models.open(name)
+        try:
+            return None if await _find_oddity(old) == fault else fault
+        except EngineFailure:
+            return None
+        finally:
+            self._models.release(old)
+
+
+async def _find_oddity(loaded: Loaded) -> str | None:
+    """Ask a model a simple question; say what is odd with the answer."""
+    text, loops = await _ask(loaded)
+    if not text.strip():
+        return "it has no answer to a simple question"
+    return "it repeats itself when it is asked a simple question" if loops else None
+
+
+async def _ask(loaded: Loaded) -> tuple[str, bool]:
+    """Ask a model a question; its answer, and whether it repeated itself."""
+    prompt = Chat([{"role": "user", "content": QUESTIONS[0]}])
+    wanted = Generation(
+        prompt if loaded.facts.has_template else QUESTIONS[0],
+        MAX_TOKENS,
+        Sampling(temperature=0.0),
+    )
+    text, loops = "", False
+    try:
+        async with (
+            asyncio.timeout(SECONDS),
+            aclosing(loaded.process.generate(wanted)) as events,
+        ):
+            async for event in events:
+                if isinstance(event, Piece):
+                    text += event.text
+                elif isinstance(event, Ended):
+                    loops = event.reason == "loop"
+    except TimeoutError:  # what it has said by then counts
+        pass
+    return text, loops
+
+
+def _refusal(file: ModelFile, why: str, error: EdgemergeError | None = None) -> Refusal:
+    if error is not None:
+        log.error("%s", error)
+    return Refusal(
+        409,
+        f"the new file of {file.name!r} is not taken, and the old one goes on: {why}",
+        kind=SERVER,
+        code="model_refused",
+    )
+
+
+def add_reload(router: APIRouter, reloader: Reloader, models: ModelStore) -> None:
+    """Add the route."""
+
+    @router.post(RELOAD)
+    async def reload(body: ReloadRequest) -> dict[str, Any]:
+        names = [models.resolve(body.model).name] if body.model else models.loaded
+        return {"models": [await reloader.reload(name) for name in names]}

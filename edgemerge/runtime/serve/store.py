@@ -1,0 +1,380 @@
+"""The models of a server: each in a process of its own, started on demand, closed when memory is short."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgemerge.errors import BudgetError, EdgemergeError, RecipeError
+from edgemerge.runtime.engine.options import EngineFacts
+from edgemerge.runtime.engine.process import ModelProcess
+from edgemerge.runtime.serve.errors import BUSY, SERVER, Refusal
+from edgemerge.runtime.serve.models import ModelFile
+from edgemerge.runtime.serve.queue import Room
+from edgemerge.sizes import format_size
+
+__all__ = ["Loaded", "ModelState", "ModelStore"]
+
+log = logging.getLogger(__name__)
+
+_WATCH_SECONDS = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Loaded:
+    """A model in memory; a reload leaves the old one beside the new until nobody uses it."""
+
+    file: ModelFile
+    process: ModelProcess
+    facts: EngineFacts
+    users: int = 0
+    is_retired: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """A model's name: what is loaded under it, and who wants it."""
+
+    file: ModelFile
+    loaded: Loaded | None = None
+    loading: asyncio.Task[None] | None = None
+    places: int = 0  # requests that run, or wait for it to be loaded
+    used: float = 0.0
+    starts: int = 0
+    crashes: int = 0
+    was_lost: bool = False  # its process has ended by itself, and none has been started since
+
+    @property
+    def is_idle(self) -> bool:
+        return self.loaded is not None and not self.places and not self.loaded.users
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """What /health tells of a model; `state` is loading, loaded, crashed or closed."""
+
+    id: str
+    state: str
+    bytes: int
+    running: int
+    sequences: int
+    starts: int
+    crashes: int
+    fingerprint: str | None
+
+
+class ModelStore:
+    """The models by name; all of it runs in one event loop.
+
+    Parameters
+    ----------
+    files : sequence of ModelFile
+        At least one; the first answers requests that name none.
+    start : function
+        Starts a process with a model.
+    budget : int
+        Bytes that the server may take, with the processes of its models.
+    floor : int
+        Bytes that it takes without any model.
+
+    Raises
+    ------
+    RecipeError
+        Two files have one name.
+    BudgetError
+        A model does not fit, even alone.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[ModelFile],
+        start: Callable[[ModelFile], Awaitable[Loaded]],
+        *,
+        budget: int,
+        floor: int,
+    ) -> None:
+        self.budget = budget
+        self.default = files[0].name
+        self.changed: Callable[[], None] = lambda: None  # called when there may be more room
+        self._start = start
+        self._floor = floor
+        self._slots = {file.name: _Slot(file) for file in files}
+        self._retired: list[Loaded] = []
+        self._starting: list[ModelFile] = []
+        self._ends: set[asyncio.Task[None]] = set()
+        for file in files:
+            if self._slots[file.name].file is not file:
+                raise RecipeError(
+                    f"two models are called {file.name}: name one of them, as in other={file.path}"
+                )
+            if floor + file.need > budget:
+                raise BudgetError(
+                    f"{file.path} needs {format_size(floor + file.need)} with {file.n_ctx} tokens of "
+                    f"context and the server may take {format_size(budget)}: give more --memory or "
+                    "a smaller --ctx",
+                    needed=floor + file.need,
+                    budget=budget,
+                )
+
+    def __iter__(self) -> Iterator[ModelFile]:
+        """Files of all models."""
+        return (slot.file for slot in self._slots.values())
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of those in memory."""
+        return tuple(name for name, slot in self._slots.items() if slot.loaded is not None)
+
+    @property
+    def pids(self) -> list[int]:
+        """Processes of all models, those that a reload has replaced among them."""
+        now = [slot.loaded for slot in self._slots.values() if slot.loaded is not None]
+        found = [loaded.process.pid for loaded in (*now, *self._retired)]
+        return [pid for pid in found if pid is not None]
+
+    def states(self) -> list[ModelState]:
+        """How each model is."""
+        for slot in self._slots.values():
+            self._bury(slot)
+        return [_state(slot) for slot in self._slots.values()]
+
+    def resolve(self, name: str | None) -> ModelFile:
+        """File of the model that a request means.
+
+        Raises
+        ------
+        Refusal
+            404: there is no such model.
+        """
+        if name is None:
+            name = self.default
+        if name not in self._slots:
+            raise Refusal(404, f"The model {name[:100]!r} does not exist.", code="model_not_found")
+        return self._slots[name].file
+
+    # -- places, for the queue
+
+    def room_for(self, model: str) -> Room:
+        """Whether one more request may begin."""
+        slot = self._slots[model]
+        if slot.places or slot.loaded is not None or slot.loading is not None:
+            facts = slot.loaded.facts if slot.loaded is not None else slot.file
+            return Room.FREE if slot.places < facts.n_sequences else Room.FULL
+        fits = self._floor + self._in_use() + slot.file.need <= self.budget
+        return Room.FREE if fits else Room.SHUT
+
+    def take(self, model: str) -> None:
+        """Count one more request."""
+        self._slots[model].places += 1
+
+    def give_back(self, model: str) -> None:
+        """Count one less."""
+        slot = self._slots[model]
+        slot.places -= 1
+        slot.used = time.monotonic()
+
+    # -- models
+
+    async def open(self, name: str) -> Loaded:
+        """Give a model to a request that has a place; it is started if need be. `release` must follow.
+
+        Raises
+        ------
+        Refusal
+            503 where its file is gone, 500 where llama.cpp refuses it; the log has the reason.
+        """
+        slot = self._slots[name]
+        self._bury(slot)
+        while (loaded := slot.loaded) is None:
+            if slot.loading is None:
+                slot.loading = asyncio.create_task(self._load(slot))
+                slot.loading.add_done_callback(_hear)
+            # not cancelled with the request: others wait for it, or will
+            await asyncio.shield(slot.loading)
+        loaded.users += 1
+        return loaded
+
+    def release(self, loaded: Loaded) -> None:
+        """End one use of a model."""
+        loaded.users -= 1
+        if loaded.is_retired and not loaded.users:
+            self._retired.remove(loaded)
+            self._end(loaded)
+        self._bury(self._slots[loaded.file.name])
+
+    async def start(self, file: ModelFile) -> Loaded:
+        """Start a process beside the ones that are there, with others closed to make room.
+
+        Raises
+        ------
+        Refusal
+            503 where there is no room or the file is gone.
+        EdgemergeError
+            It does not load, or is not signed.
+        """
+        if not file.path.is_file():
+            log.error("%s: the file is gone", file.path)
+            raise Refusal(
+                503,
+                f"the file of the model {file.name!r} is not there at the moment",
+                kind=SERVER,
+                code="model_unavailable",
+                retry_after=30,
+            )
+        await self._make_room(file)
+        log.info("loading %s", file.name)
+        self._starting.append(file)
+        try:
+            loaded = await self._start(file)
+        finally:
+            self._starting.remove(file)
+        self._slots[file.name].starts += 1
+        return loaded
+
+    def adopt(self, new: Loaded) -> None:
+        """Let a model answer in place of the one of its name, which ends with its last request."""
+        slot = self._slots[new.file.name]
+        old, slot.loaded, slot.file = slot.loaded, new, new.file
+        slot.was_lost = False
+        slot.used = time.monotonic()
+        if old is not None:
+            old.is_retired = True
+            if old.users:
+                self._retired.append(old)
+            else:
+                self._end(old)
+        self.changed()
+
+    async def watch(self, idle_seconds: float) -> None:
+        """Take note of processes that end, and close models that nobody has used for so long (0: never).
+
+        Runs until it is cancelled.
+        """
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            for name, slot in self._slots.items():
+                self._bury(slot)
+                unused = time.monotonic() - slot.used
+                if idle_seconds and slot.is_idle and unused > idle_seconds:
+                    log.info("closing %s, which nobody uses", name)
+                    await self._close(slot)
+
+    async def close(self) -> None:
+        """End all processes."""
+        for slot in self._slots.values():
+            if slot.loading is not None:
+                slot.loading.cancel()
+                await asyncio.wait((slot.loading,))
+            if slot.loaded is not None:
+                await self._close(slot)
+        for loaded in self._retired:
+            await loaded.process.close()
+        await asyncio.gather(*self._ends)
+
+    async def _load(self, slot: _Slot) -> None:
+        try:
+            loaded = await self.start(slot.file)
+            if slot.loaded is None:
+                self.adopt(loaded)
+            else:  # by a reload, meanwhile
+                self._end(loaded)
+        except Refusal:
+            raise
+        except EdgemergeError as error:
+            log.error("%s", error)
+            raise Refusal(
+                500,
+                f"the model {slot.file.name!r} cannot be loaded; the server's log says why",
+                kind=SERVER,
+                code="model_unavailable",
+            ) from None
+        finally:
+            slot.loading = None
+            self.changed()
+
+    async def _make_room(self, file: ModelFile) -> None:
+        """Close idle models; not the one that has the file's name, which a reload wants beside it."""
+        others = [slot for name, slot in self._slots.items() if name != file.name]
+        while self._floor + self._taken() + file.need > self.budget:
+            idle = [slot for slot in others if slot.is_idle]
+            if not idle:
+                raise Refusal(
+                    503,
+                    "there is no room in memory for the model while others answer",
+                    kind=BUSY,
+                    code="model_unavailable",
+                    retry_after=5,
+                )
+            oldest = min(idle, key=lambda slot: slot.used)
+            log.info("closing %s to make room", oldest.file.name)
+            await self._close(oldest)
+
+    def _taken(self) -> int:
+        """Bytes of all that is in memory, or about to be."""
+        now = [slot.file for slot in self._slots.values() if slot.loaded is not None]
+        now += [*self._starting, *(old.file for old in self._retired)]
+        return sum(file.need for file in now)
+
+    def _in_use(self) -> int:
+        """Bytes of what is in memory and cannot be closed, and of what requests are about to load."""
+        starting = {file.name for file in self._starting}
+        idle = sum(slot.file.need for slot in self._slots.values() if slot.is_idle)
+        wanted = (
+            slot.file.need
+            for name, slot in self._slots.items()
+            if slot.places and slot.loaded is None and name not in starting
+        )
+        return self._taken() - idle + sum(wanted)
+
+    async def _close(self, slot: _Slot) -> None:
+        loaded, slot.loaded = slot.loaded, None
+        if loaded is not None:
+            await loaded.process.close()
+
+    def _bury(self, slot: _Slot) -> None:
+        """Take note of a process that has ended by itself."""
+        if slot.loaded is None or slot.loaded.process.is_alive:
+            return
+        log.error("the process of %s has ended; the next request starts another", slot.file.name)
+        slot.crashes += 1
+        slot.was_lost = True
+        loaded, slot.loaded = slot.loaded, None
+        self._end(loaded)
+
+    def _end(self, loaded: Loaded) -> None:
+        """End a process, with nobody waiting for that."""
+        task = asyncio.get_running_loop().create_task(self._finish(loaded.process.close()))
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
+
+    async def _finish(self, closing: Coroutine[Any, Any, None]) -> None:
+        await closing
+        self.changed()
+
+
+def _state(slot: _Slot) -> ModelState:
+    state = "crashed" if slot.was_lost else "closed"
+    if slot.loaded is not None:
+        state = "loaded"
+    if slot.loading is not None:
+        state = "loading"
+    return ModelState(
+        id=slot.file.name,
+        state=state,
+        bytes=slot.file.n_bytes,
+        running=slot.places,
+        sequences=slot.file.n_sequences,
+        starts=slot.starts,
+        crashes=slot.crashes,
+        fingerprint=None if slot.loaded is None else slot.loaded.facts.fingerprint,
+    )
+
+
+def _hear(loading: asyncio.Task[None]) -> None:
+    """Take a failure that nobody waits for any more."""
+    if not loading.cancelled():
+        loading.exception()

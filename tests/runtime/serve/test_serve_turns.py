@@ -1,0 +1,114 @@
+"""Several answers to one request: at a time as far as places are free, and not at the cost of others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgemerge.runtime.engine.messages import Begun, Ended, Generation, Piece
+from edgemerge.runtime.engine.process import EngineFailure
+from edgemerge.runtime.serve.active_request import Run
+from edgemerge.runtime.serve.models import ModelFile
+from edgemerge.runtime.serve.queue import Queue
+from edgemerge.runtime.serve.store import ModelStore
+from edgemerge.runtime.serve.turns import Turn
+from tests.support.fake_process import FakeProcess, Loader, make_facts
+
+N_PLACES = 3
+
+
+class Writer(FakeProcess):
+    """Writes a word for each prompt, and notes how many are written at a time."""
+
+    running = most = 0
+
+    async def generate(self, wanted: Generation) -> AsyncGenerator[Any, None]:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            yield Begun(1, 0)
+            await asyncio.sleep(0.01)
+            if wanted.prompt == "bad":
+                raise EngineFailure("no such word", 400)
+            yield Piece(str(wanted.prompt), 1)
+            yield Ended("stop", 1, 0.0, 0.0)
+        finally:
+            self.running -= 1
+
+
+async def make_turn() -> tuple[Turn, Queue, Writer]:
+    file = ModelFile("a", Path(__file__), 64, 0, 0, {}, 0, n_sequences=N_PLACES)
+    store = ModelStore([file], Loader(), budget=1, floor=0)
+    loaded = await store.start(file)
+    loaded.facts = make_facts(n_sequences=N_PLACES)
+    writer = Writer("a")
+    loaded.process = writer  # type: ignore[assignment]
+    store.adopt(loaded)
+    queue = Queue(store, 9, 60.0)
+    await queue.enter("a")
+    return Turn(loaded, Run("/v1/completions"), queue), queue, writer
+
+
+async def ask(turn: Turn, *prompts: str) -> dict[int, str]:
+    said: dict[int, str] = {}
+    async for i, event in turn.answer([Generation(prompt, 1) for prompt in prompts]):
+        if isinstance(event, Piece):
+            said[i] = event.text
+    return said
+
+
+def test_free_places_are_used_and_given_back() -> None:
+    async def scenario() -> None:
+        turn, queue, writer = await make_turn()
+        assert await ask(turn, *"abcdefgh") == dict(enumerate("abcdefgh"))
+        await asyncio.sleep(0)
+        assert (writer.most, queue.running) == (N_PLACES, 1)
+        assert turn.run.generated_tokens == 8
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_gets_a_place_before_all_is_answered() -> None:
+    async def scenario() -> None:
+        turn, queue, writer = await make_turn()
+        asking = asyncio.create_task(ask(turn, *(["x"] * 50)))
+        await asyncio.sleep(0.005)
+        assert queue.running == N_PLACES
+        await asyncio.wait_for(queue.enter("a"), 0.2)
+        assert not asking.done()
+        queue.leave("a")
+        assert len(await asking) == 50
+        await asyncio.sleep(0)
+        assert (queue.running, writer.running) == (1, 0)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("prompts", [("bad",), ("a", "bad", "c", "d")])
+def test_the_first_failure_ends_all(prompts: tuple[str, ...]) -> None:
+    async def scenario() -> None:
+        turn, queue, writer = await make_turn()
+        with pytest.raises(EngineFailure, match="no such word"):
+            await ask(turn, *prompts)
+        await asyncio.sleep(0)
+        assert (queue.running, writer.running) == (1, 0)
+
+    asyncio.run(scenario())
+
+
+def test_whoever_leaves_ends_all() -> None:
+    async def scenario() -> None:
+        turn, queue, writer = await make_turn()
+        asking = asyncio.create_task(ask(turn, *(["x"] * 50)))
+        await asyncio.sleep(0.02)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await asyncio.sleep(0)
+        assert (queue.running, writer.running) == (1, 0)
+
+    asyncio.run(scenario())
