@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.runtime.serve.page_stub import PageStub
 from tools.screenshot import CHROMIUM, launch_chromium
 
 WAIT = 10_000  # ms; a busy machine is slow to draw
@@ -40,3 +41,9 @@ def page(browser: Any) -> Iterator[Any]:
     context.close()
     # a refused request is logged by the browser itself
     assert [text for text in complaints if "Failed to load resource" not in text] == []
+
+
+@pytest.fixture
+def stub() -> Iterator[PageStub]:
+    with PageStub() as stub:
+        yield stub

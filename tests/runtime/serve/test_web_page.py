@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,6 @@ from tests.runtime.serve.page_stub import PageStub
 from tests.support.serving import Serving, make_served_gguf
 
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-
-
-@pytest.fixture
-def stub() -> Iterator[PageStub]:
-    with PageStub() as stub:
-        yield stub
 
 
 def ask(page: Any, text: str) -> None:
@@ -163,59 +156,6 @@ def test_policy_stops_scripts_that_get_in_anyway(browser: Any, stub: PageStub) -
     page.wait_for_timeout(300)
     assert page.title() == "edgemerge"
     context.close()
-
-
-MARKDOWN = f"""# Doses
-Take **two *small* ones** of `a<b` and no more: 2*3*4 is 24.
-
-1. first
-   - inner **one**
-   - inner two
-2. second
-
-```js
-if (a < b) {{ **no** }}
-{EVIL}
-```
-[a link](javascript:alert(1)) {EVIL}"""
-
-
-def test_markdown_is_shown_and_nothing_in_it_has_an_effect(page: Any, stub: PageStub) -> None:
-    stub.pieces = [MARKDOWN[i : i + 7] for i in range(0, len(MARKDOWN), 7)]
-    page.set_viewport_size({"width": 360, "height": 640})  # a phone
-    page.goto(stub.url)
-    ask(page, "**Hello?**")
-    expect(page.locator("article.assistant .note")).to_contain_text("First word after")
-    text = page.locator("article.assistant .text")
-    for _ in range(2):
-        expect(page.locator("article.user .text")).to_have_text("**Hello?**")
-        expect(text.locator("h3")).to_have_text("Doses")
-        expect(text.locator("strong").first).to_have_text("two small ones")
-        expect(text.locator("em")).to_have_text(["small"])
-        expect(text.locator("p code")).to_have_text("a<b")
-        expect(text.locator("ol > li")).to_have_count(2)
-        expect(text.locator("ol ul > li")).to_have_text(["inner one", "inner two"])
-        expect(text.locator("pre code")).to_have_text(f"if (a < b) {{ **no** }}\n{EVIL}")
-        expect(text.locator("p").last).to_have_text(f"[a link](javascript:alert(1)) {EVIL}")
-        assert text.locator("a, img, script").count() == 0
-        assert page.title() == "edgemerge"
-        width = page.evaluate("document.documentElement.scrollWidth")
-        assert width <= 360
-        page.reload()
-
-
-@pytest.mark.parametrize(
-    ("state", "told"),
-    [
-        ("loading", "ward, being loaded"),
-        ("crashed", "ward, stopped by an error; the next question starts it"),
-        ("closed", "none loaded"),
-    ],
-)
-def test_it_tells_how_models_are(page: Any, stub: PageStub, state: str, told: str) -> None:
-    stub.model_state["state"] = state
-    page.goto(stub.url)
-    expect(page.locator("#models dd")).to_have_text(told)
 
 
 def test_figures_are_live_and_pause_while_nobody_looks(page: Any, stub: PageStub) -> None:
