@@ -161,7 +161,8 @@ def _bpe(vocabulary: _Vocabulary) -> Json:
         "end_of_word_suffix": None,
         "fuse_unk": False,
         "byte_fallback": False,
-        "ignore_merges": ignores is not False,  # None: llama.cpp takes such words whole
+        # Where a cut goes with either, llama.cpp takes words that are tokens whole with one name only.
+        "ignore_merges": wanted == "tekken" if ignores is None else ignores,
         "vocab": dict(vocabulary.used()),
         "merges": [text.split(" ", 1) for text in vocabulary.strings("merges")],
     }
