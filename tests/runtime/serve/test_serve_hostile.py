@@ -128,7 +128,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        pytest.param(LOOPS, "it takes more than 5 s", marks=pytest.mark.slow),
+        pytest.param("{{ messages }}" + LOOPS, "it takes more than 5 s", marks=pytest.mark.slow),
         ("{{ messages[0].content * 10 ** 10 }}", "it takes more than 128 MiB of memory"),
         ("{{ messages.__class__.__mro__ }}", "is unsafe"),
     ],
