@@ -244,13 +244,29 @@ def test_ten_thousand_generated_lines(piece: int, folder: Path, originals: Path)
     check_one()
 
 
-# Lines that these tests once found wrong: they waited for ever, or left two lines on stderr.
+# Lines that these tests once found wrong: they waited, left two lines on stderr, or a traceback.
 @pytest.mark.parametrize(
     "line",
     [
         "eval tiny.gguf --perplexity pipe",
+        "sign tiny.gguf --force --key loop",
         "eval tiny.gguf --task questions=questions.jsonl --perplexity empty -o out.json",
     ],
 )
 def test_a_line_that_was_wrong(line: str, folder: Path, originals: Path) -> None:
     check_line(line.split(), folder, originals)
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("eval tiny.gguf --task question.jsonl", "questions.jsonl"),
+        ("merge recipe.yaml -o out.gguf", "recipe.yml"),
+        ("sign tiny.gguf --key ovn.pem", "own.pem"),
+    ],
+)
+def test_a_misspelt_path_is_guessed(line: str, meant: str, folder: Path, originals: Path) -> None:
+    (folder / "recipe.yml").touch()
+    said = run_aside(line.split(), folder).stderr
+    _restore(folder, originals)
+    assert f"did you mean '{meant}'?" in said
