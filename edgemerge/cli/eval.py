@@ -294,4 +294,4 @@ def _warn_of_cuts(answers: Sequence[Answered]) -> None:
 
 
 def _say(sentence: str) -> None:
-    print(f"edgemerge: {plain(sentence)}", file=sys.stderr)
+    print(f"note: {plain(sentence)}", file=sys.stderr)

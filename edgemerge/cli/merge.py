@@ -151,7 +151,7 @@ def run_merge(
 
     def warn(sentence: str) -> None:
         warned.append(sentence)
-        print(f"warning: {plain(sentence)}", file=sys.stderr)
+        _print_warning(sentence)
 
     with progress_bars(label, quiet=quiet) as (progress, begin_part):
         report = merge(
@@ -167,6 +167,10 @@ def run_merge(
             warn=warn,
         )
     return replace(report, notes=tuple(note for note in report.notes if note not in warned))
+
+
+def _print_warning(sentence: str) -> None:
+    print(f"warning: {plain(sentence)}", file=sys.stderr)
 
 
 def _say_if_scarce(budget: int | None) -> None:
@@ -220,6 +224,7 @@ def plan_command(
 ) -> None:
     """Show what a merge would read, write and need, without doing it."""
     from edgemerge.merging.run import plan
+    from edgemerge.merging.warnings import warn_of_recipe
     from edgemerge.sizes import parse_size
 
     recipe = request.read_request(
@@ -242,6 +247,8 @@ def plan_command(
         memory=parse_size(memory) if memory is not None else None,
         threads=threads,
     )
+    for sentence in warn_of_recipe(the_plan):
+        _print_warning(sentence)
     if json_:
         print_json(_as_json(the_plan))
     else:

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from edgemerge import types
@@ -81,7 +82,7 @@ class Counts(ProgressColumn):
     """How much is done of how much: bytes and their rate, or the task's unit."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))  # where it is narrow, the bar gives way
         self._bytes, self._rate = DownloadColumn(binary_units=True), TransferSpeedColumn()
 
     def render(self, task: Task) -> Text:

@@ -41,11 +41,12 @@ def sign_command(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing signature.")] = False,
 ) -> None:
     """Sign every byte of a model: FILE.sig is written beside it."""
+    from edgemerge.formats.files import real_path
     from edgemerge.output.file import check_output
     from edgemerge.provenance.keys import key_id, read_private_key
     from edgemerge.provenance.signature import signature_path
 
-    check_output(signature_path(model), (key.resolve(),), force=True)
+    check_output(signature_path(model), (real_path(key),), force=True)
     private = read_private_key(key)
     target = sign_output(model, private, force=force, quiet=False)
     print(f"{target}  signed with the key {key_id(private.public_key())}")

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import typer
 
 from edgemerge.errors import EdgemergeError, RuntimeFailure
+from edgemerge.suggestions import suggest_path
 from edgemerge.types import BeginPart, Progress
 
 __all__ = [
@@ -84,9 +85,14 @@ def _explain(error: BaseException, kept: str) -> typer.Exit:
             return _failure("; ".join(parts), code=128 + number)
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
-            return _failure("; ".join((f"{where}{error.strerror or error}", *notes)))
+            hint = suggest_path(error.filename) if _is_missing(error) else ""
+            return _failure("; ".join((f"{where}{error.strerror or error}{hint}", *notes)))
     remedy = "close other programs or, in a merge, give a smaller --memory"
     return _failure("; ".join(("out of memory", remedy, *notes)))
+
+
+def _is_missing(error: OSError) -> bool:
+    return isinstance(error, FileNotFoundError) and isinstance(error.filename, str)
 
 
 def _failure(sentence: str, detail: str = "", code: int = 1) -> typer.Exit:

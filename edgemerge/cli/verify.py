@@ -146,7 +146,8 @@ def _print(found: Verification, signed: Signed | None, *, checked: bool, is_fold
     parts = f" in {len(found.files)} files" if len(found.files) > 1 else ""
     print(f"{found.files[0]}{parts}: all {found.tensors} tensors are as they were written")
     lines = [
-        f"{format_size(found.nbytes)}, made by edgemerge {provenance.version}, seed {provenance.seed}",
+        f"{format_size(found.nbytes)} of tensors, made by edgemerge {provenance.version}, "
+        f"seed {provenance.seed}",
         *(
             f"input {name}, checksum {crc32}{same}{', of the hub: ' * bool(hub)}{hub}"
             for name, crc32, hub in provenance.inputs_from()

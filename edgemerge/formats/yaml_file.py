@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from edgemerge.errors import RecipeError
+from edgemerge.suggestions import suggest_path
 
 __all__ = ["MAX_RECIPE_BYTES", "read_documents"]
 
@@ -40,7 +41,8 @@ def read_documents(path: Path) -> tuple[list[Any], list[str]]:
             raw = file.read(MAX_RECIPE_BYTES + 1)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise RecipeError(f"cannot read the recipe ({reason}); check its path", path=path) from None
+        hint = suggest_path(path) or "; check its path"
+        raise RecipeError(f"cannot read the recipe ({reason}){hint}", path=path) from None
     if len(raw) > MAX_RECIPE_BYTES:
         raise RecipeError("is larger than 256 KiB, so it is no recipe", path=path)
     try:

@@ -129,6 +129,8 @@ def check_adapter_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -
         As of `check_output`, for the file or for those of the directory.
     """
     paths = output_paths(path)
+    if not path.name:  # `.`, `/`, the empty text
+        raise OutputError("names no adapter; give the name of a folder, or of a .gguf", path=path)
     if len(paths) > 1 and not path.is_dir():
         if os.path.lexists(path):
             raise OutputError("is a file; give a folder, or a name that ends in .gguf", path=path)

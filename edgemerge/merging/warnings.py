@@ -9,7 +9,7 @@ import numpy as np
 
 from edgemerge.types import Plan, Source, TensorJob
 
-__all__ = ["foresee_warnings"]
+__all__ = ["foresee_warnings", "warn_of_recipe"]
 
 COMPARED = 8  # tensors whose first row is compared
 
@@ -24,6 +24,12 @@ def foresee_warnings(the_plan: Plan, sources: Sequence[Source]) -> Iterator[str]
     sources : sequence of Source
         The open models, as `the_plan.models` lists them. A row of a few tensors is read.
     """
+    yield from warn_of_recipe(the_plan)
+    yield from _equal_experts(the_plan, sources)
+
+
+def warn_of_recipe(the_plan: Plan) -> Iterator[str]:
+    """Yield those of `foresee_warnings` for which no model is read."""
     recipe = the_plan.recipe
     for part in recipe.slices:
         for path, count in Counter((one.path, one.layer_range) for one in part.inputs).items():
@@ -34,7 +40,6 @@ def foresee_warnings(the_plan: Plan, sources: Sequence[Source]) -> Iterator[str]
     factors = {float(job.settings.get("lambda", 1.0)) for job in the_plan.jobs}
     if min(factors, default=1.0) < 0:
         yield f"lambda is {min(factors):g}: what the experts have learnt is subtracted"
-    yield from _equal_experts(the_plan, sources)
 
 
 def _equal_experts(the_plan: Plan, sources: Sequence[Source]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from edgemerge.errors import FormatError, OutputError, RuntimeFailure
 from edgemerge.formats.files import read_bounded
+from edgemerge.suggestions import suggest_path
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -167,7 +168,8 @@ def _public_pem(key: Ed25519PublicKey) -> bytes:
 
 def _read(path: Path) -> bytes:
     if not path.is_file():  # a named pipe in the place of a key must not hang us
-        raise FormatError("there is no such file; give a key in PEM", path=path)
+        hint = suggest_path(path) or "; give a key in PEM"
+        raise FormatError(f"there is no such file{hint}", path=path)
     return read_bounded(path, MAX_BYTES)
 
 

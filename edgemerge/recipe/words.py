@@ -36,7 +36,7 @@ def describe_recipe(document: Mapping[str, Any]) -> list[str]:
     Returns
     -------
     list of str
-        `ties: density 0.5, lambda 1 (default)`, then `base ward.gguf`, `cardio.gguf: weight 0.5`.
+        `ties: density 0.5, lambda 1 (default)`, then `base ward.gguf`, `model cardio.gguf: weight 0.5`.
     """
     if mixture := _table(document.get("mixture")):
         return _describe_mixture(mixture, document.get("seed"))
@@ -134,7 +134,7 @@ def _slices(document: Mapping[str, Any]) -> list[list[tuple[str, dict[str, Any]]
         models = []
         for entry in inputs if isinstance(inputs, list | tuple) else ():
             table = _table(entry)
-            label = _name(table.get("path", "?"))
+            label = f"model {_name(table.get('path', '?'))}"
             if isinstance(layers := table.get("layer_range"), list | tuple) and len(layers) == 2:
                 label += f" layers {layers[0]} to {layers[1]}"
             models.append(

@@ -79,6 +79,16 @@ def test_plan_shows_what_was_asked_and_marks_defaults(run: Run) -> None:
     assert succeed(run("plan", *given, "--align", "off")).count("heads aligned: off\n") == 1
 
 
+def test_plan_warns_as_merge_does(run: Run) -> None:
+    given = ("-m", "task_arithmetic", "--base", "base", "a", "a", "-P", "lambda=-1")
+    result = run("plan", *given)
+    assert (result.exit_code, result.stderr) == (
+        0,
+        "warning: a is given 2 times, and counts as often\n"
+        "warning: lambda is -1: what the experts have learnt is subtracted\n",
+    )
+
+
 def test_the_memory_of_a_plan_adds_up(run: Run) -> None:
     text = succeed(run("plan", "-m", "linear", "a", "b", "--memory", "400MiB", "--threads", "2"))
     size = r"([\d.]+) MiB"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from edgemerge.cli import progress
 from edgemerge.merging.run import merge
 from edgemerge.recipe.recipe import load_recipe
 from tests.support.places import ROOT
@@ -102,3 +106,17 @@ def test_json_and_pipes_show_nothing(run: Run) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, env=environment, check=True)
     assert done.stderr == b""
+
+
+def test_bytes_and_their_rate_stay_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, width=80, force_terminal=True, legacy_windows=False)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    with progress.show_bars("task_arithmetic -> asked.gguf", None, lambda: None) as bars:
+        for show in (bars.whole, bars.begin("hashing the output")):
+            for done in range(1, 5):
+                show(done * 96_500_000, 386_000_000)
+                time.sleep(0.15)
+    rates = [line for line in shown.getvalue().splitlines() if "MB/s" in line or "GB/s" in line]
+    assert rates
+    assert all("/368.1 MiB" in line for line in rates)

@@ -51,12 +51,13 @@ def test_it_says_what_made_the_file() -> None:
     merge()
     lines = succeed("verify", "out.gguf").splitlines()
     assert lines[0] == "out.gguf: all 21 tensors are as they were written"
+    assert " of tensors, made by edgemerge " in lines[1]
     assert "seed 7" in lines[1]
     assert [line.split()[:2] for line in lines[2:4]] == [["input", "a,"], ["input", "b,"]]
     assert lines[4:7] == [
         "  linear: weight 1 (default), normalize on (default), seed 7",
-        "  a",
-        "  b",
+        "  model a",
+        "  model b",
     ]
     assert lines[7] == "  checksums find damage, not forgery: for that, sign it and give --key"
 

@@ -166,6 +166,6 @@ def test_mergekits_recipe_has_its_parameters_and_is_told_in_words(tmp_path: Path
         "ramplus_tl: epsilon 0.0001, r 0.1 to 0.3 over the layers for mlp, else 0.2, "
         "alpha 0.2 (default)",
         "base base",
-        "a",
-        "b",
+        "model a",
+        "model b",
     ]

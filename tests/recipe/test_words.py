@@ -37,8 +37,8 @@ def test_settings_are_said_and_defaults_marked() -> None:
         "ties: density 0.3 for mlp, else 0.5, lambda 0.8, normalize on (default), "
         "rescale off (default), seed 3",
         "base base.gguf",
-        "a.gguf: weight 0.5",
-        "b.gguf: weight 0.2 to 0.8 over the layers",
+        "model a.gguf: weight 0.5",
+        "model b.gguf: weight 0.2 to 0.8 over the layers",
     ]
 
 
@@ -62,8 +62,8 @@ def test_slices_name_their_layers() -> None:
     part = Slice((ModelInput(Path("a"), (0, 8)),), {"scale": rule(0.5)})
     recipe = Recipe("passthrough", None, (part, Slice((ModelInput(Path("a"), (4, 12)),))))
     assert describe_recipe(recipe_document(recipe))[1:] == [
-        "a layers 0 to 8: scale 0.5",
-        "a layers 4 to 12",
+        "model a layers 0 to 8: scale 0.5",
+        "model a layers 4 to 12",
     ]
 
 

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from edgemerge.errors import OutputError
+from edgemerge.formats.files import refuse_device
 from edgemerge.output.file import write_file
 from edgemerge.runtime.model_files import model_files
 
@@ -51,7 +52,8 @@ def identify(model: Path) -> dict[str, Any]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file; a pipe or a device, which could be read only once, is refused (FormatError)."""
+    refuse_device(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
