@@ -30,7 +30,7 @@ def say_far(model: str, reference: str, cosine: float) -> str:
     """Say that a model seems to come from another base than it should."""
     return (
         f"{model} has little in common with {reference} (cosine of the weights {cosine:.2f}): it seems "
-        "to come from another base, and merges of the two rarely work"
+        "to come from another base, or its heads are in another order, which edgemerge align tells"
     )
 
 
