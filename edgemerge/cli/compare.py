@@ -23,7 +23,8 @@ from edgemerge.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from edgemerge.merging.comparison import Comparison, TensorFigures
+    from edgemerge.merging.comparison import Comparison
+    from edgemerge.merging.figures import TensorFigures
 
 __all__ = ["compare_command"]
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from edgemerge.merging.comparison import Sums, TensorFigures
+from edgemerge.merging.figures import Sums, TensorFigures
 
 __all__ = ["FAR", "LOUD", "Verdict", "judge", "say_far", "say_loud"]
 

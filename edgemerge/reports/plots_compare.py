@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemerge.merging.comparison import Comparison, TensorFigures
+from edgemerge.merging.comparison import Comparison
+from edgemerge.merging.figures import TensorFigures
 from edgemerge.reports.plots import (
     BORDER,
     DPI,
