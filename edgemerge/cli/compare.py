@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["compare_command"]
 
-PANELS = 2  # of the picture
 LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 
@@ -63,10 +62,10 @@ def compare_command(
     paths = tuple(finder.find_model(one) for one in given)
     reserve = 0
     if plot is not None:  # now, not after the work
-        from edgemerge.reports.plots import drawing_bytes
+        from edgemerge.reports.plots_compare import DRAWING_BYTES
 
         check_picture(plot, paths, force=force)
-        reserve = drawing_bytes(PANELS)
+        reserve = DRAWING_BYTES
     with progress_bar(f"compare {paths[1].name}", quiet=json_, unit="elements") as progress:
         found = compare(
             paths[0],

@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["draw_comparison"]
+__all__ = ["DRAWING_BYTES", "draw_comparison"]
 
 LAYER = re.compile(r"blk\.(\d+)\.(.+)")
-CELL = (30, 900)  # pixels of a row's height; of all columns together at least
-MOST_COLUMNS = 26  # of columns, in pixels
+DRAWING_BYTES = 160 << 20  # Matplotlib and the largest picture; tests/reports/test_plots_compare.py
+COLUMN, ACROSS = 14, (900, 1800)  # pixels of a column, where all together are within these
+ROW, DOWN = (14, 30), 900  # pixels of a row, least and most; of all rows, but for the least
 LEFT, RIGHT, TOP, BETWEEN, BOTTOM = 330, 190, 60, 92, 70  # pixels
 LABELS = 32  # layers that all have their number
 # From B is quieter to B is louder: blue, paper, orange, apart for every kind of eye.
@@ -69,8 +70,9 @@ def _figure(found: Comparison) -> Figure:
 
     kinds, layers, cosines, ratios = _arrange(found.tensors)
     n_columns = 1 + len(layers)
-    across = max(CELL[1], n_columns * MOST_COLUMNS)
-    width, down = LEFT + across + RIGHT, CELL[0] * len(kinds)
+    across = min(ACROSS[1], max(ACROSS[0], n_columns * COLUMN))
+    down = len(kinds) * min(ROW[1], max(ROW[0], DOWN // len(kinds)))
+    width = LEFT + across + RIGHT
     title = wrap(found.verdicts[0].sentence, width - 80, TITLE)
     top = 36 + TITLE[1] * len(title) + TOP
     height = top + 2 * down + BETWEEN + BOTTOM
