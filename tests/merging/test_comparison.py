@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -130,6 +133,24 @@ def test_figures_are_the_same_for_every_budget_and_thread_count(
         for each in found
     ]
     assert figures[0] == figures[1]
+
+
+def test_the_smallest_budget_holds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shape = (16000, 1024)
+    tensors = {"token_embd.weight": rng.standard_normal(shape, np.float32)}
+    a = write_gguf(tmp_path / "a.gguf", tensors)
+    tensors["token_embd.weight"] += np.float32(0.1) * rng.standard_normal(shape, np.float32)
+    b = write_gguf(tmp_path / "b.gguf", tensors)
+    command = [sys.executable, "-m", "edgemerge", "compare", str(a), str(b)]
+    small = subprocess.run(
+        [*command, "--memory", "70MiB"], capture_output=True, text=True, check=False
+    )
+    (least,) = re.findall(r"--memory (\d+)MiB$", small.stderr.strip())
+    done = subprocess.run(
+        [*command, "--memory", f"{least}MiB", "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["peak_rss_bytes"] <= int(least) * MIB
 
 
 # -- verdicts --------------------------------------------------------------------------------------
