@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": "verify",
     "record": "record",
     "align": "align",
+    "compare": "compare",
     "convert": "convert",
     "extract": "extract",
     "combine": "combine",

@@ -14,7 +14,15 @@ import typer
 
 from edgemerge.cli import request
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
-from edgemerge.cli.terminal import plain, print_json, print_table, progress_bar, speaks_plainly
+from edgemerge.cli.terminal import (
+    check_picture,
+    plain,
+    print_json,
+    print_table,
+    progress_bar,
+    span,
+    speaks_plainly,
+)
 from edgemerge.types import HeadPlan, Skipped, Source
 
 __all__ = ["align_command"]
@@ -78,7 +86,7 @@ def align_command(
     finder = make_finder(models_folder, download, quiet=json_)
     paths = (finder.find_model(reference), finder.find_model(model))
     if plot is not None:  # now, not after the work
-        _check_plot(plot, paths, force=force)
+        check_picture(plot, paths, force=force)
     sources: list[Source] = []
     try:
         for path in paths:
@@ -126,17 +134,6 @@ def _attention_types(sources: Sequence[Source]) -> set[str]:
 
     specs = (spec for source in sources for spec in source.specs().values())
     return {spec.dtype for spec in specs if ".attn_" in spec.name and spec.dtype in CODECS}
-
-
-def _check_plot(plot: Path, models: Sequence[Path], *, force: bool) -> None:
-    from edgemerge.formats.files import real_path
-    from edgemerge.output.file import check_output
-    from edgemerge.reports.plots import check_matplotlib
-
-    if plot.suffix.lower() != ".png":
-        raise typer.BadParameter(f"--plot {plot} must end in .png")
-    check_matplotlib()
-    check_output(plot, tuple(real_path(path) for path in models), force=force)
 
 
 def _plan(
@@ -323,10 +320,10 @@ def _rows(plans: Plans) -> Iterator[tuple[str, ...]]:
             continue
         yield (
             label,
-            _span([plan.identity_cost for plan in aligned], ".4f"),
-            _span([plan.cost for plan in aligned], ".4f"),
-            _span([plan.gap for plan in aligned], ".0e"),
-            _span([plan.confidence for plan in aligned], ".3f"),
+            span([plan.identity_cost for plan in aligned], ".4f"),
+            span([plan.cost for plan in aligned], ".4f"),
+            span([plan.gap for plan in aligned], ".0e"),
+            span([plan.confidence for plan in aligned], ".3f"),
             _solver(aligned[0]),
             said,
         )
@@ -342,12 +339,6 @@ def _finding(plan: HeadPlan | Skipped) -> tuple[str, str]:
 
 def _solver(plan: HeadPlan) -> str:
     return "exact solver" if plan.exact else "sinkhorn" if plan.converged else "sinkhorn, rough"
-
-
-def _span(values: Sequence[float], form: str) -> str:
-    """Write the least and the largest of some figures, or the one that all have."""
-    texts = [f"{value:{form}}" if value else "0" for value in (min(values), max(values))]
-    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
 
 
 def _permutation(plan: HeadPlan) -> tuple[str, bool]:

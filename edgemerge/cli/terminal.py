@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import typer
@@ -18,12 +19,14 @@ from edgemerge.suggestions import suggest_path
 from edgemerge.types import BeginPart, Progress
 
 __all__ = [
+    "check_picture",
     "check_stop",
     "plain",
     "print_json",
     "print_table",
     "progress_bar",
     "progress_bars",
+    "span",
     "speaks_plainly",
     "talks_plainly",
 ]
@@ -157,6 +160,30 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: 
             for name, cell, width in zip(header, row, widths, strict=True)
         ]
         print("  ".join(cells).rstrip())
+
+
+def span(values: Sequence[float], form: str) -> str:
+    """Write the least and the largest of some figures, or the one that all have."""
+    texts = [f"{value:{form}}" if value else "0" for value in (min(values), max(values))]
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+
+
+def check_picture(plot: Path, models: Sequence[Path], *, force: bool) -> None:
+    """Refuse a picture that cannot or must not be made, before any work.
+
+    Raises
+    ------
+    OutputError, RuntimeFailure
+        It exists or is a model, or Matplotlib is not installed.
+    """
+    from edgemerge.formats.files import real_path
+    from edgemerge.output.file import check_output
+    from edgemerge.reports.plots import check_matplotlib
+
+    if plot.suffix.lower() != ".png":
+        raise typer.BadParameter(f"--plot {plot} must end in .png")
+    check_matplotlib()
+    check_output(plot, tuple(real_path(path) for path in models), force=force)
 
 
 @contextmanager

@@ -22,8 +22,9 @@ from edgemerge.formats.adapters.pairs import AdapterPairs, Pair
 from edgemerge.merging.adapter_files import AdapterPart, Spool, output_paths, write_peft
 from edgemerge.merging.differences import PIECE
 from edgemerge.merging.elections import KINDS, Rule, merge_rows
-from edgemerge.merging.extraction import BESIDE, check_adapter_output
+from edgemerge.merging.extraction import check_adapter_output
 from edgemerge.merging.low_rank import factorise, need_bytes
+from edgemerge.merging.matrices import BESIDE
 from edgemerge.native import KernelFile
 from edgemerge.native.store import compile_missing
 from edgemerge.planning.plan import DEFAULT_MEMORY

@@ -19,7 +19,7 @@ from edgemerge.planning.compatibility import (
     same_scale,
     same_shape,
 )
-from edgemerge.planning.vocabulary import OUTPUT
+from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT
 from edgemerge.types import Float32, Source, TensorSpec
 
 __all__ = ["PIECE", "Change", "list_changes"]
@@ -45,7 +45,12 @@ class Change:
         return len(self.shape) == 1
 
     def blocks(self, stop: threading.Event) -> Iterator[tuple[int, Float32]]:
-        """Read expert - base, rows after rows.
+        """Read expert - base, rows after rows; raises as `pairs`."""
+        for start, left, right in self.pairs(stop):
+            yield start, right - left
+
+    def pairs(self, stop: threading.Event) -> Iterator[tuple[int, Float32, Float32]]:
+        """Read the same rows of base and expert, rows after rows, as high in every run.
 
         Raises
         ------
@@ -63,7 +68,7 @@ class Change:
             end = min(n_rows, start + height)
             left = _read(self.base, self.specs[0], first + start, first + end)
             right = _read(self.expert, self.specs[1], first + start, first + end)
-            yield start, right - left
+            yield start, left, right
 
     def forget(self) -> None:
         """Drop what was read from the page cache; a stack of experts after the last of them."""
@@ -82,15 +87,24 @@ class Change:
         return rows * (stored + 3 * 4 * self.shape[-1])
 
 
-def list_changes(base: Source, expert: Source) -> tuple[list[Change], Sequence[str]]:
+def list_changes(
+    base: Source, expert: Source, *, by_text: bool = False
+) -> tuple[list[Change], Sequence[str]]:
     """List all matrices and vectors of two models that fit together, and what is to be known of them.
+
+    Parameters
+    ----------
+    base, expert : Source
+        Open models.
+    by_text : bool
+        Whether vocabularies may differ; then matrices of tokens with other shapes are left out.
 
     Raises
     ------
     MismatchError, FormatError
         The models are no base and fine-tune.
     """
-    notes = check_models([base, expert])
+    notes = check_models([base, expert], by_text=by_text)
     names = dict.fromkeys(base.specs())
     names |= {OUTPUT: None} if OUTPUT in expert.specs() else {}
     for name in expert.specs():
@@ -101,6 +115,9 @@ def list_changes(base: Source, expert: Source) -> tuple[list[Change], Sequence[s
         if is_constant(name) or (name == OUTPUT and OUTPUT not in expert.specs()):
             continue
         specs = find_head(base, name), find_head(expert, name)
+        if by_text and name in (EMBEDDING, OUTPUT) and specs[0].shape != specs[1].shape:
+            notes.append(f"{name} is left out, as the models have different numbers of tokens")
+            continue
         same_shape(*specs, base, expert)
         if is_scale(name, base):
             same_scale(name, base, name, expert)

@@ -6,32 +6,26 @@ import os
 import tempfile
 import threading
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from edgemerge.budget import floor_bytes
-from edgemerge.errors import BudgetError, MismatchError, OutputError, Stopped
+from edgemerge.errors import MismatchError, OutputError
 from edgemerge.formats import open_model
 from edgemerge.merging.adapter_files import Extracted, Spool, output_paths, write_adapter
 from edgemerge.merging.differences import Change, list_changes
 from edgemerge.merging.low_rank import factorise, need_bytes
+from edgemerge.merging.matrices import count_workers, decoding_kernels, work_on_all
 from edgemerge.native.store import compile_missing
 from edgemerge.output.file import check_output
-from edgemerge.planning.plan import DEFAULT_MEMORY
-from edgemerge.sizes import format_size
-from edgemerge.types import Progress, Source
+from edgemerge.types import Progress
 
-__all__ = ["BESIDE", "Extraction", "check_adapter_output", "extract"]
+__all__ = ["Extraction", "check_adapter_output", "extract"]
 
 DEFAULT_RANK = 16
 ENERGY_RANK = 128  # bound of the rank where a part of the energy is asked for and no rank
-BESIDE = 12 << 20  # bytes of a thread: its stack, BLAS's buffer
-MIB = 1 << 20
-PATIENCE = 0.2  # seconds between looks at the user's wish to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +87,25 @@ def extract(
     with closing(open_model(base)) as left, closing(open_model(expert)) as right:
         changes, notes = list_changes(left, right)
         bound = rank or (DEFAULT_RANK if energy is None else ENERGY_RANK)
-        n_workers = _count_workers((left, right), changes, bound, floor, memory, threads)
-        compile_missing(_kernels((left, right)))
+        n_workers = count_workers(
+            (left, right),
+            [
+                need_bytes((one.shape[0], one.shape[1]), bound) + one.block_bytes()
+                for one in changes
+                if not one.is_vector
+            ],
+            floor,
+            memory,
+            threads,
+            what=f"rank {bound}",
+            remedy=", and a lower rank takes less",
+        )
+        compile_missing(decoding_kernels((left, right)) | {"lora.add_product"})
         with tempfile.TemporaryFile(dir=path.absolute().parent) as file:
             spool = Spool(file)
             find = partial(_find, spool=spool, rank=bound, energy=energy)
-            found = _run(changes, find, n_workers, progress)
+            sizes = [one.shape[0] * one.shape[-1] for one in changes]
+            found = work_on_all(changes, sizes, find, n_workers, progress)
             kept = [one for one, _, _ in found if one is not None]
             if not kept:
                 raise MismatchError(
@@ -141,47 +148,6 @@ def check_adapter_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -
         check_output(one, inputs, force=force)
 
 
-def _count_workers(
-    sources: Sequence[Source],
-    changes: Sequence[Change],
-    rank: int,
-    floor: int,
-    memory: int | None,
-    threads: int,
-) -> int:
-    """Choose how many matrices are worked on at a time.
-
-    Raises
-    ------
-    BudgetError
-        The budget does not hold one.
-    """
-    budget = memory or DEFAULT_MEMORY
-    reading = sum(source.work_bytes() for source in sources)
-    headers = sum(len(value) for source in sources for value in source.metadata().values())
-    matrices = [one for one in changes if not one.is_vector]
-    needs = [need_bytes((one.shape[0], one.shape[1]), rank) + one.block_bytes() for one in matrices]
-    need = max(needs, default=0) + reading + BESIDE
-    fixed = floor + 2 * headers
-    if fixed + need > budget:
-        needed = -(-(fixed + need) // MIB) * MIB
-        raise BudgetError(
-            f"a budget of {format_size(budget)} is too small for rank {rank}; the smallest that works "
-            f"is --memory {needed // MIB}MiB, and a lower rank takes less",
-            needed=needed,
-            budget=budget,
-        )
-    return max(1, min(threads, (budget - fixed) // need))
-
-
-def _kernels(sources: Sequence[Source]) -> set[str]:
-    from edgemerge.formats.quants.codec import CODECS
-
-    dtypes = {spec.dtype for source in sources for spec in source.specs().values()}
-    names = {f"{CODECS[d].kernels}.decode_{d.lower()}" for d in dtypes if CODECS[d].kernels}
-    return names | {"lora.add_product"}
-
-
 # -- the work --------------------------------------------------------------------------------------
 
 Found = tuple[Extracted | None, float, float]
@@ -213,36 +179,3 @@ def _reduce(
         return None, 0.0, 0.0
     left, right = spool.add(factors.left), spool.add(factors.right)
     return Extracted(change, factors.rank, left, right), factors.kept, factors.total
-
-
-def _run(
-    changes: Sequence[Change],
-    find: partial[Found],
-    n_workers: int,
-    progress: Progress | None,
-) -> list[Found]:
-    """Work on all changes, the largest first; the first error stops all."""
-    stop = threading.Event()
-    sizes = [change.shape[0] * change.shape[-1] for change in changes]
-    order = sorted(range(len(changes)), key=lambda i: -sizes[i])
-    with ThreadPoolExecutor(n_workers) as pool:
-        futures = {pool.submit(find, changes[i], stop): i for i in order}
-        try:
-            waiting, done = set(futures), 0
-            while waiting:
-                finished, waiting = wait(waiting, PATIENCE, FIRST_EXCEPTION)
-                for future in finished:
-                    future.result()
-                    done += sizes[futures[future]]
-                if progress is not None:
-                    progress(done, sum(sizes))
-        except BaseException as error:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            if isinstance(error, Stopped):  # another thread's error caused it
-                for future in futures:
-                    if future.done() and not future.cancelled():
-                        future.result()
-            raise
-    by_number = {i: future.result() for future, i in futures.items()}
-    return [by_number[i] for i in range(len(changes))]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["check_matplotlib", "draw_alignment", "drawing_bytes", "save_figure"]
+__all__ = ["check_matplotlib", "draw_alignment", "drawing_bytes", "save_figure", "wrap"]
 
 MATPLOTLIB_BYTES = 64 << 20  # imported, with its fonts; tests/reports/test_plots.py measures both
 PANEL_BYTES = 3 << 19
@@ -210,8 +210,8 @@ def _alignment_figure(
     columns = choose_columns(len(plans))
     panel = choose_panel(columns, max((len(plan.heads) for plan in aligned), default=8))
     width = max(SMALLEST, _Grid(len(plans), columns, panel, 0).width)
-    title = _wrap(f"{model} beside {reference}: {verdict}", width - 80, TITLE)
-    how = _wrap(
+    title = wrap(f"{model} beside {reference}: {verdict}", width - 80, TITLE)
+    how = wrap(
         f"Distance of the weights of every head of {reference} (rows) and of {model} (columns): "
         "dark is alike. Squares mark the matching that is used; numbers are its mean distance, "
         "where heads are reordered with that of leaving them in place before it.",
@@ -292,7 +292,7 @@ def _draw_skipped(axes: Axes, skipped: Skipped, panel: int) -> None:
     axes.set_facecolor(EMPTY)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(color=BORDER, linewidth=0.6, linestyle=(0, (4, 3)))
-    reason = "\n".join(_wrap(skipped.reason, panel - 16, REASON))
+    reason = "\n".join(wrap(skipped.reason, panel - 16, REASON))
     axes.text(
         0.5,
         0.5,
@@ -366,7 +366,7 @@ def _write(
     )
 
 
-def _wrap(text: str, pixels: float, style: tuple[float, int, float]) -> list[str]:
+def wrap(text: str, pixels: float, style: tuple[float, int, float]) -> list[str]:
     """Break text into lines that are hardly wider than so many pixels."""
     plain = "".join(c if c.isprintable() else " " for c in text)
     return textwrap.wrap(plain, max(8, int(pixels / style[2])), break_on_hyphens=False)

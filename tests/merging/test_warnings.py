@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edgemerge.merging.run import merge
 from edgemerge.recipe.recipe import make_recipe
 from tests.support.fixtures import unpacked
 from tests.support.small_models import edit_hub
+
+Float32 = NDArray[np.float32]
 
 INPUTS = unpacked("golden") / "inputs_f32"
 
@@ -45,8 +52,45 @@ def test_an_expert_that_equals_the_base(tmp_path: Path) -> None:
 
 
 def test_an_expert_that_changed_one_kind_of_tensor_is_none(tmp_path: Path) -> None:
-    changed = edit_hub(INPUTS / "base", tmp_path / "x", lambda name, w: w + ("proj" in name))
+    changed = edit_hub(INPUTS / "base", tmp_path / "x", lambda name, w: w * (1 + ("proj" in name)))
     assert warnings(tmp_path, "task_arithmetic", [changed], INPUTS / "base") == []
+
+
+def noise(name: str, size: float, w: Float32) -> Float32:
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    return w + np.float32(size) * w.std() * rng.standard_normal(w.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
+def test_an_expert_of_another_base(method: str, tmp_path: Path) -> None:
+    other = edit_hub(INPUTS / "base", tmp_path / "x", lambda _, w: w[::-1])
+    base = INPUTS / "base" if method == "task_arithmetic" else None
+    told = warnings(tmp_path, method, [INPUTS / "a", other], base)
+    first = "a" if base is None else "base"
+    assert [sentence for sentence in told if f"x has little in common with {first} (" in sentence]
+    assert not [sentence for sentence in told if "a has little in common" in sentence]
+
+
+def test_an_expert_that_is_a_hundred_times_louder(tmp_path: Path) -> None:
+    quiet, loud = (
+        edit_hub(
+            INPUTS / "base",
+            tmp_path / name,
+            partial(lambda n, w, size: noise(n, size, w), size=size),
+        )
+        for name, size in (("quiet", 0.005), ("loud", 0.5))
+    )
+    (sentence,) = warnings(tmp_path, "task_arithmetic", [loud, quiet], INPUTS / "base")
+    assert re.fullmatch(
+        r"loud is (9\d|1\d\d)(\.\d)? times as loud as quiet \(norm of its change of the base\) and drowns "
+        "it; check loud, or give it a smaller weight",
+        sentence,
+    )
+    given = [(str(loud), 0.01), (str(quiet), 1.0)]
+    recipe = make_recipe("task_arithmetic", given, base=str(INPUTS / "base"))
+    told: list[str] = []
+    merge(recipe, tmp_path / "weighted.gguf", warn=told.append)
+    assert told == []
 
 
 @pytest.mark.parametrize(
