@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": "convert",
     "extract": "extract",
     "combine": "combine",
+    "transplant": "transplant",
     "run": "run",
     "chat": "chat",
     "serve": "serve",
