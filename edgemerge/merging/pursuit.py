@@ -25,7 +25,7 @@ PIECE = 1 << 18  # elements of the matrix that a thread compares at a time; one 
 TILE = 128  # vectors that are compared with a block at a time, so that they stay in the cache
 SUMS = 4096  # of the kernel
 SMALL = 1e-6  # of a vector's norm: what is left is rounding
-AT_ONCE = 4  # rows of a basis that are float64 at a time
+AT_ONCE = 64  # rows of a basis that are float64 at a time
 
 Int32 = NDArray[np.int32]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -82,7 +83,7 @@ def transplant(
     EdgemergeError
         As of `merge`; the output is as it was.
     """
-    floor, path = floor_bytes(), Path(output)
+    started, floor, path = time.monotonic(), floor_bytes(), Path(output)
     (target,), donor_path = recipe.models(), Path(str(recipe.tokenizer_source))
     inputs = (*recipe.inputs(), donor_path)
     check_destination(recipe, path, inputs, is_split=split_bytes is not None, force=force)
@@ -109,7 +110,8 @@ def transplant(
             opened={target: transplanted, donor_path: donor},
             record={"edgemerge.transplant.k": encode_value(k, "u32")},
         )
-    return replace(report, notes=(*work.notes(), *report.notes))
+    seconds = time.monotonic() - started
+    return replace(report, seconds=seconds, notes=(*work.notes(), *report.notes))
 
 
 # -- what is to be done ----------------------------------------------------------------------------

@@ -46,7 +46,12 @@ def find_shared(wanted: Mapping[str, bytes], other: Mapping[str, bytes]) -> Int3
     if not theirs.size:
         return np.full(keys.size, -1, np.int32)
     places = np.minimum(np.searchsorted(theirs, keys), theirs.size - 1)
-    return np.where(theirs[places] == keys, first[places], -1).astype(np.int32)
+    found = np.where(theirs[places] == keys, first[places], -1).astype(np.int32)
+    for role in reversed(ROLES):
+        ours, its = (get_value(one, f"tokenizer.ggml.{role}_token_id") for one in (wanted, other))
+        if isinstance(ours, int) and isinstance(its, int) and 0 <= ours < keys.size and its >= 0:
+            found[ours] = its
+    return found
 
 
 def _keys(metadata: Mapping[str, bytes]) -> Int64:
@@ -63,10 +68,6 @@ def _keys(metadata: Mapping[str, bytes]) -> Int64:
             keys.append(hash(_spelled(text, letters)))
         else:
             keys.append(hash(text.replace(SPACE, b" ")))
-    for role in reversed(ROLES):
-        token = get_value(metadata, f"tokenizer.ggml.{role}_token_id")
-        if isinstance(token, int) and 0 <= token < len(keys):
-            keys[token] = hash(("role", role))
     return np.array(keys, np.int64)
 
 
