@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from edgemerge.budget import floor_bytes
 from edgemerge.errors import BudgetError, MismatchError
+from edgemerge.finding.cache import folder_name
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf.metadata import encode_value, get_value
 from edgemerge.formats.quants.codec import CODECS, find_codec
@@ -41,9 +42,8 @@ from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT, TOKENS_KEY
 from edgemerge.sizes import format_size
 from edgemerge.types import BeginPart, Float32, Progress, Recipe, Source, TensorSpec, ignore_parts
 
-__all__ = ["DEFAULT_K", "transplant"]
+__all__ = ["transplant"]
 
-DEFAULT_K = 64
 MIB = 1 << 20
 LARGEST_F16 = 65504.0
 SPARE = 16 * MIB  # what allocating and freeing large arrays leaves
@@ -55,7 +55,7 @@ def transplant(
     recipe: Recipe,
     output: str | os.PathLike[str],
     *,
-    k: int = DEFAULT_K,
+    k: int,
     memory: int | None = None,
     threads: int | None = None,
     split_bytes: int | None = None,
@@ -108,7 +108,10 @@ def transplant(
             progress=progress,
             begin_part=begin_part,
             opened={target: transplanted, donor_path: donor},
-            record={"edgemerge.transplant.k": encode_value(k, "u32")},
+            record={
+                "edgemerge.transplant.donor": encode_value(folder_name(donor_path), "str"),
+                "edgemerge.transplant.k": encode_value(k, "u32"),
+            },
         )
     seconds = time.monotonic() - started
     return replace(report, seconds=seconds, notes=(*work.notes(), *report.notes))

@@ -169,6 +169,7 @@ def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert "30 are combinations of at most 4 of these" in said
     with closing(open_model(tmp_path / "out.gguf")) as made:
         assert get_value(made.metadata(), "edgemerge.transplant.k") == 4
+        assert get_value(made.metadata(), "edgemerge.transplant.donor") == "donor"
 
 
 # -- refusals --------------------------------------------------------------------------------------
