@@ -16,6 +16,7 @@ from edgemerge.cli import make_app
 from edgemerge.errors import BudgetError, FormatError, MismatchError
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.tokenizer.shared import find_shared
 from edgemerge.merging.pursuit import Rows, pursue
 from edgemerge.merging.run import plan
@@ -23,6 +24,7 @@ from edgemerge.merging.transplant import transplant
 from edgemerge.output.report import MergeReport
 from edgemerge.recipe.recipe import make_recipe
 from edgemerge.types import Recipe
+from tests.support.adapters import KINDS, write_adapter
 from tests.support.architecture_models import ARCHITECTURES
 from tests.support.places import TESTS
 from tests.support.safetensors_files import read_safetensors, write_safetensors
@@ -134,6 +136,35 @@ def test_quantised_rows_stay_as_they_are(tmp_path: Path) -> None:
         kept = shared >= 0
         assert np.array_equal(found[name][kept], before[name][shared[kept]])
         assert (np.abs(found[name][~kept]).max(axis=1) > 0).all()
+
+
+def test_rows_of_a_type_that_is_only_read_become_f16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, donor = ARCHITECTURES / "mistral", ARCHITECTURES / "phi3"
+    invoke("convert", str(model), "-o", str(tmp_path / "model.gguf"), "--type", "Q8_0")
+    monkeypatch.setitem(CODECS, "Q8_0", replace(CODECS["Q8_0"], can_encode=False))
+    run(tmp_path / "model.gguf", donor, tmp_path / "out.gguf", k=8, out_type="F16")
+    with (
+        closing(open_model(tmp_path / "model.gguf")) as old,
+        closing(open_model(donor)) as theirs,
+        closing(open_model(tmp_path / "out.gguf")) as made,
+    ):
+        shared = find_shared(theirs.metadata(), old.metadata())[:383]
+        before, found = read_all(old), read_all(made)
+    for name in GGUF_NAMES.values():
+        wanted = before[name][shared[shared >= 0]].astype(np.float16)
+        assert np.array_equal(found[name][shared >= 0], wanted)
+
+
+def test_a_model_with_an_adapter(tmp_path: Path) -> None:
+    base = ARCHITECTURES / "llama"
+    model = f"{base}+{write_adapter(KINDS['lora'], tmp_path / 'adapter')}"
+    run(Path(model), WIDE_DONOR, tmp_path / "out.gguf", k=1, out_type="F32")
+    with closing(open_model(model)) as old, closing(open_model(tmp_path / "out.gguf")) as made:
+        before, found = read_all(old), read_all(made)
+    name = "blk.1.attn_q.weight"
+    assert np.array_equal(found[name], before[name])
 
 
 def test_llama_cpp_runs_it_with_the_donors_ids(pair: tuple[Path, Path], tmp_path: Path) -> None:
