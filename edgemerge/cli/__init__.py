@@ -29,6 +29,7 @@ COMMANDS = {
     "convert": "convert",
     "extract": "extract",
     "combine": "combine",
+    "transplant": "transplant",
     "run": "run",
     "chat": "chat",
     "serve": "serve",

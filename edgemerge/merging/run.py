@@ -102,6 +102,8 @@ def merge(
     progress: Progress | None = None,
     begin_part: BeginPart = ignore_parts,
     warn: Callable[[str], None] | None = None,
+    opened: Mapping[Path, Source] | None = None,
+    record: Mapping[str, bytes] | None = None,
 ) -> MergeReport:
     """Merge models into one GGUF file, a split one, or a Hugging Face directory.
 
@@ -128,6 +130,10 @@ def merge(
     warn : callable, optional
         Called before the work with each sentence on what is probably not meant. Those on work of an
         earlier run that is dropped are in the report's notes too.
+    opened : mapping of Path to Source, optional
+        What is read in place of the models of these paths; the caller closes it.
+    record : mapping of GGUF key to typed value, optional
+        What the metadata says more; with other values no earlier run is continued.
 
     Returns
     -------
@@ -152,7 +158,15 @@ def merge(
         _merge_one, memory=memory, threads=threads, begin_part=begin_part, warn=warn
     )
     if not recipe.stages:
-        return merge_one(recipe, output, split_bytes=split_bytes, force=force, progress=progress)
+        return merge_one(
+            recipe,
+            output,
+            split_bytes=split_bytes,
+            force=force,
+            progress=progress,
+            given=opened,
+            record=record,
+        )
     return merge_stages(
         plan(recipe, memory=memory, threads=threads),
         output,
@@ -177,6 +191,7 @@ def _merge_one(
     warn: Callable[[str], None] | None,
     split_bytes: int | None = None,
     mark: Path | None = None,
+    given: Mapping[Path, Source] | None = None,
     record: Mapping[str, bytes] | None = None,
 ) -> MergeReport:
     """Merge a recipe without stages; `mark` is beside a stage, `record` goes into the metadata."""
@@ -202,7 +217,7 @@ def _merge_one(
                 folder = output.absolute().parent
                 opened[path] = open_with_gates(recipe, recipe.mixture, folder, stack, convert)
             else:
-                opened[path] = _open(recipe, path, stack)
+                opened[path] = (given or {}).get(path) or _open(recipe, path, stack)
             return opened[path]
 
         the_plan = make_plan(
