@@ -111,6 +111,7 @@ PLACES = (
     "merge report",
     "convert output",
     "align plot",
+    "compare plot",
     "keygen name",
 )
 
