@@ -121,6 +121,7 @@ PLACES = (
     "combine output",
     "record output",
     "align plot",
+    "compare plot",
     "keygen name",
 )
 
