@@ -77,15 +77,16 @@ def check_destination(
     OutputError
         See `check_output` and `check_folder`.
     """
-    force = force or is_begun(output)
     if recipe.out_format == "hf":
         from edgemerge.output.folder import check_folder
 
-        check_folder(output, inputs, force=force)
+        if output.name in ("", ".."):
+            raise OutputError("is a folder already; give the name of one to make", path=output)
+        check_folder(output, inputs, force=force or is_begun(output))
         return
     check_name(output)
     if not is_split:
-        check_output(output, inputs, force=force)
+        check_output(output, inputs, force=force or is_begun(output))
 
 
 def find_destination(
