@@ -18,13 +18,15 @@ __all__ = ["keygen_command", "sign_command", "sign_output"]
 @speaks_plainly
 def keygen_command(
     name: Annotated[
-        Path, typer.Argument(metavar="NAME", help="NAME.pem and NAME.pub.pem are made.")
+        str, typer.Argument(metavar="NAME", help="NAME.pem and NAME.pub.pem are made.")
     ],
 ) -> None:
     """Make a pair of Ed25519 keys, to sign models and to check signatures."""
     from edgemerge.provenance.keys import create_keys, key_id, read_public_key
 
-    private, public = create_keys(name)
+    if name.endswith("/"):
+        raise typer.BadParameter(f"{name} is a folder; give the name of a key in it")
+    private, public = create_keys(Path(name))
     print(f"{private}  signs; keep it where only you can read it")
     print(f"{public}  checks; give it to whoever gets your models")
     print(f"key {key_id(read_public_key(public))}")

@@ -126,7 +126,9 @@ PLACES = (
 )
 
 
-@pytest.mark.parametrize("odd", ["", ".", "/", "loop", "dangling", "pipe", "n" * 300, "bad\udcff"])
+@pytest.mark.parametrize(
+    "odd", ["", ".", "/", "folder/", "loop", "dangling", "pipe", "n" * 300, "bad\udcff"]
+)
 @pytest.mark.parametrize("place", PLACES)
 def test_an_output_that_names_no_file(place: str, odd: str, folder: Path, originals: Path) -> None:
     check(place, odd, folder, originals)
