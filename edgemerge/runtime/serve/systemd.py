@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 
 from edgemerge.errors import OutputError, RecipeError
+from edgemerge.formats.files import real_path
 from edgemerge.output.file import write_file
 from edgemerge.provenance.signature import signature_path
 from edgemerge.runtime.llama import Lora
@@ -299,7 +300,7 @@ def _find_blocked(
 ) -> tuple[Path, Path] | None:
     """Find a file that a person, or somebody of no group, cannot read, and what is in the way."""
     for path in files:
-        real = path.resolve()
+        real = real_path(path)
         for place in (real, *real.parents):
             wanted = 4 if place == real else 1  # read it; pass through the folders above it
             if not _mode_bits(place.stat(), person) & wanted:
