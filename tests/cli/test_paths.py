@@ -27,6 +27,8 @@ WAITS = {
     "chat template",
     "serve key",
     "bench recipe",
+    "record eval",
+    "record bench",
 }  # as of `<(command)`
 MADE = ("folder", "dangling", "loop", "pipe", "socket", "empty", "text.png")
 SECONDS = 120
