@@ -26,7 +26,8 @@ from edgemerge.formats.gguf.model import parts_of
 from edgemerge.sizes import format_size
 from edgemerge.types import FileState, UInt8
 
-__all__ = ["OutputFile", "check_name", "check_output", "read_chunks", "sync_folder", "write_file"]
+__all__ = ["OutputFile", "check_name", "check_output", "finishing", "read_chunks", "sync_folder"]
+__all__ += ["write_file"]
 
 CHUNK = 1 << 20
 _PRIVATE = 0o600
@@ -256,7 +257,7 @@ class OutputFile:
 
     def chunks(self) -> Iterator[memoryview]:
         """Read the file as it is on disk. Each piece is valid until the next."""
-        with self._finishing():
+        with finishing(self.path):
             yield from read_chunks(self._fd, 0, self.n_bytes)
 
     def crc32(self, offset: int, n_bytes: int) -> int:
@@ -295,7 +296,7 @@ class OutputFile:
         OutputError
             The disk refused.
         """
-        with self._finishing():
+        with finishing(self.path):
             os.fsync(self._fd)
 
     def sync_data(self) -> None:
@@ -319,19 +320,10 @@ class OutputFile:
         OutputError
             The disk refused.
         """
-        with self._finishing():
+        with finishing(self.path):
             os.replace(self.part, self.path)
             self._published = True
             sync_folder(self.path.parent)
-
-    @contextlib.contextmanager
-    def _finishing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                f"could not be finished ({error.strerror})", path=self.path
-            ) from error
 
     def __enter__(self) -> OutputFile:
         try:
@@ -348,6 +340,15 @@ class OutputFile:
         trace: TracebackType | None,
     ) -> None:
         self._leave()
+
+
+@contextlib.contextmanager
+def finishing(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses in the last steps of an output into OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"could not be finished ({error.strerror})", path=path) from error
 
 
 def read_chunks(fd: int, offset: int, n_bytes: int) -> Iterator[memoryview]:

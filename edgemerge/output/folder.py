@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 
@@ -17,7 +17,7 @@ from edgemerge.errors import FormatError, OutputError
 from edgemerge.formats.files import real_path
 from edgemerge.formats.hub.files import FOLDER_FILES, SHARD, SINGLE, shard_name
 from edgemerge.formats.hub.safetensors import read_metadata
-from edgemerge.output.file import sync_folder
+from edgemerge.output.file import finishing, sync_folder
 
 __all__ = ["OutputFolder", "check_folder", "staging_path"]
 
@@ -155,7 +155,7 @@ class OutputFolder:
         OutputError
             The disk refused.
         """
-        with self._finishing():
+        with finishing(self.path):
             sync_folder(self.staging)
             if self.path.is_dir() and any(self.path.iterdir()):
                 self.remove_old()
@@ -167,20 +167,11 @@ class OutputFolder:
 
     def remove_old(self) -> None:
         """Remove the folder that was replaced."""
-        with self._finishing():
+        with finishing(self.path):
             if self._old.is_dir() and not self._old.is_symlink():
                 for file in [file for file in self._old.iterdir() if _is_of_output(file)]:
                     file.unlink()
                 self._old.rmdir()
-
-    @contextlib.contextmanager
-    def _finishing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                f"could not be finished ({error.strerror})", path=self.path
-            ) from error
 
     def __enter__(self) -> OutputFolder:
         try:
