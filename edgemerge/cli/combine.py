@@ -43,9 +43,7 @@ def combine_command(
     by_count: Annotated[
         bool, typer.Option("--by-count", help="Elect signs by count, instead of by sum.")
     ] = False,
-    dtype: Annotated[
-        str, typer.Option("--type", metavar="TYPE", help="F32 or F16, of the factors.")
-    ] = "F32",
+    dtype: request.FactorType = "F32",
     seed: request.Seed = None,
     memory: request.Memory = None,
     force: request.Force = False,
@@ -55,8 +53,7 @@ def combine_command(
     from edgemerge.merging.combination import combine
     from edgemerge.sizes import format_size, parse_size
 
-    if dtype.upper() not in ("F32", "F16"):
-        raise typer.BadParameter(f"--type {dtype!r} must be F32 or F16")
+    factor_type = request.read_factor_type(dtype)
     pairs = [request.split_weight(text) for text in adapters]
     with progress_bar(f"combine -> {output.name}", quiet=json_, unit="modules") as progress:
         found = combine(
@@ -67,7 +64,7 @@ def combine_command(
             rank=rank,
             by_count=by_count,
             seed=seed or 0,
-            dtype=dtype.upper(),
+            dtype=factor_type,
             memory=parse_size(memory) if memory is not None else None,
             force=force,
             progress=progress,

@@ -44,9 +44,7 @@ def extract_command(
             help="Choose each matrix's rank so that this part of its change is kept, e.g. 0.95.",
         ),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option("--type", metavar="TYPE", help="F32 or F16, of the factors.")
-    ] = "F32",
+    dtype: request.FactorType = "F32",
     memory: request.Memory = None,
     threads: request.Threads = None,
     force: request.Force = False,
@@ -57,8 +55,7 @@ def extract_command(
     from edgemerge.merging.run import usable_processors
     from edgemerge.sizes import format_size, parse_size
 
-    if dtype.upper() not in ("F32", "F16"):
-        raise typer.BadParameter(f"--type {dtype!r} must be F32 or F16")
+    factor_type = request.read_factor_type(dtype)
     if energy is not None and not 0.0 < energy <= 1.0:
         raise typer.BadParameter("--energy must be above 0 and at most 1")
     with progress_bar(f"extract -> {output.name}", quiet=json_, unit="elements") as progress:
@@ -68,7 +65,7 @@ def extract_command(
             output,
             rank=rank,
             energy=energy,
-            dtype=dtype.upper(),
+            dtype=factor_type,
             memory=parse_size(memory) if memory is not None else None,
             threads=threads or usable_processors(),
             force=force,

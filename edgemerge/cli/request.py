@@ -17,7 +17,7 @@ __all__ = ["Base", "Force", "Json", "Memory", "Method", "Models", "Output", "Par
 __all__ += ["Align", "Ask", "Imatrix", "Neurons", "NoAsk", "Report", "Seed", "Sign", "Split"]
 __all__ += ["Disk", "Strict", "TensorTypes", "Threads", "Type"]
 __all__ += ["Format", "read_request", "read_tensor_types", "split_weight", "with_format"]
-__all__ += ["with_output"]
+__all__ += ["FactorType", "read_factor_type", "with_output"]
 
 Models = Annotated[
     list[str],
@@ -189,6 +189,24 @@ def with_format(recipe: Recipe, out_format: str | None) -> Recipe:
     from edgemerge.recipe.recipe import check_format
 
     return recipe if out_format is None else replace(recipe, out_format=check_format(out_format))
+
+
+FactorType = Annotated[
+    str, typer.Option("--type", metavar="TYPE", help="F32 or F16, of the factors.")
+]
+
+
+def read_factor_type(text: str) -> str:
+    """Read the type of a LoRA adapter's factors.
+
+    Raises
+    ------
+    typer.BadParameter
+        It is neither F32 nor F16 (exit code 2).
+    """
+    if text.upper() not in ("F32", "F16"):
+        raise typer.BadParameter(f"--type {text!r} must be F32 or F16")
+    return text.upper()
 
 
 def read_request(
