@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from edgemerge.errors import RecipeError, RuntimeFailure
+from edgemerge.process import wait_briefly
 
 __all__ = ["ask_llama"]
 
@@ -45,6 +46,8 @@ def ask_llama(module: str, model: Path, question: bytes, *, what: str, shown: Pa
             "gate_mode: random",
             field="gate_mode",
         )
+    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+    wait_briefly(environment)
     try:
         done = subprocess.run(
             # With -P nothing in the user's folder is taken for a module.
@@ -52,7 +55,7 @@ def ask_llama(module: str, model: Path, question: bytes, *, what: str, shown: Pa
             input=question,
             capture_output=True,
             check=False,
-            env={**os.environ, "GGML_NO_BACKTRACE": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+            env=environment,
         )
     except OSError as error:
         raise RuntimeFailure(

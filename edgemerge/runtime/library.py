@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.process import wait_briefly
 
 __all__ = ["Buffers", "Library", "load_library"]
 
@@ -162,9 +163,7 @@ def load_library() -> Library:
     RuntimeFailure
         llama-cpp-python is not installed, or its shared library does not load.
     """
-    # OpenMP's default is to spin while it waits: on a board with anything else to do, generation
-    # fell from 25 to 0.8 tokens/s. libgomp reads this once, when it is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_briefly(os.environ)
     # Where llama.cpp aborts all the same, it would start a debugger and fill the terminal.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     try:

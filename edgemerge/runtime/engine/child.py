@@ -10,10 +10,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
+from time import monotonic
 from typing import Any
 
 from edgemerge.errors import EdgemergeError, RuntimeFailure
@@ -35,6 +36,7 @@ from edgemerge.runtime.engine.wire import Unpacker, pack
 
 __all__ = ["main"]
 
+_HOLD = 0.025  # seconds that text may wait for more: each message takes a core from what computes
 _SWITCH = 0.0005  # seconds: the thread that computes must not wait long for the other one's Python
 _READ = 1 << 16  # bytes
 
@@ -46,6 +48,8 @@ class _Pipe:
         self._socket = socket.socket(fileno=file)
         self._lock = Lock()
         self._unpacker = Unpacker()
+        self._held: dict[int, Piece] = {}
+        self._said = 0.0  # when pieces were sent last
 
     def say(self, events: list[tuple[int, Any]]) -> None:
         """Send what there is for requests, by their keys; 0 stands for the model itself."""
@@ -53,11 +57,34 @@ class _Pipe:
         with self._lock:
             self._socket.sendall(message)
 
+    def say_soon(self, events: list[tuple[int, Any]]) -> None:
+        """Send what was computed; text waits for more text of the same answer, where that comes quickly."""
+        if all(type(event) is Piece and not event.scores for _, event in events):
+            for key, event in events:
+                held = self._held.get(key)
+                self._held[key] = event if held is None else _join(held, event)
+            if monotonic() - self._said >= _HOLD:
+                self.flush()
+        else:
+            self.flush(events)
+
+    def flush(self, events: Sequence[tuple[int, Any]] = ()) -> None:
+        """Send the text that waits, and these events."""
+        held, self._held = self._held, {}
+        self._said = monotonic()
+        if held or events:
+            with suppress(BrokenPipeError):  # the other thread notices
+                self.say([*held.items(), *events])
+
     def listen(self, hear: Callable[..., None]) -> None:
         """Call with each message until the server is gone."""
         while data := self._socket.recv(_READ):
             for message in self._unpacker.push(data):
                 hear(*message)
+
+
+def _join(first: Piece, second: Piece) -> Piece:
+    return Piece(first.text + second.text, first.n_tokens + second.n_tokens)
 
 
 def _shorten(event: Any) -> Any:
@@ -213,11 +240,10 @@ def _compute(loaded: Loaded, options: EngineOptions, ready: SimpleQueue[Any], pi
                 job, key, *asked = ready.get(block=is_idle)
                 jobs[job](*asked or (key,))  # type: ignore[operator]
                 is_idle = False
+                pipe.flush()  # a batch of a new prompt may take long
         events: list[tuple[int, Any]] = [*scheduler.step()]
         events += embedder.step(others=not scheduler.is_idle)
-        if events:
-            with suppress(BrokenPipeError):  # the other thread notices
-                pipe.say(events)
+        pipe.say_soon(events)
 
 
 if __name__ == "__main__":

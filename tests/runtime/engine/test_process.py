@@ -59,11 +59,14 @@ def test_a_killed_process_is_one_error_for_all_and_starts_again(engine: Engine) 
         process = engine.process
         asks = [
             asyncio.ensure_future(collect(process, Generation(f"the answer {i}", 20_000, GREEDY)))
-            for i in range(8)
+            for i in range(7)
         ]
-        await asyncio.sleep(0.05)
+        first = process.generate(Generation("the question", 20_000, GREEDY))
+        await anext(first)  # it is computed; a tiny model has soon said all
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(EngineFailure):
+            _ = [event async for event in first]
         return await asyncio.gather(*asks, return_exceptions=True)
 
     for found in engine.run(die()):

@@ -1,0 +1,195 @@
+"""Tokens per second of `edgemerge serve` beside llama.cpp's own llama-server, for one client and for many.
+
+    benchmarks/bench_server.py MODEL.gguf --llama-server PATH/llama-server
+    benchmarks/bench_server.py MODEL.gguf --peers .venv-peers
+
+Both run at the same time with the same threads, context and places. One of them is asked at a time, by the
+same client: as many requests at once as there are clients, each with a prompt that was never asked before.
+They take turns, so that what else the machine does hits both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from bench_serve import TIMEOUT, quantile, read_stream, running_server
+from measure import machine, table
+
+PLACES, CONTEXT = 16, 8192
+START_SECONDS = 60
+SIDES = ("ours", "theirs")
+
+
+@dataclass
+class Seen:
+    """What clients saw of one server, over all rounds."""
+
+    rates: list[float] = field(default_factory=list)  # tokens per second of each round
+    first_token_s: list[float] = field(default_factory=list)
+
+
+@contextmanager
+def running_llama_server(program: Path, model: str, threads: int) -> Iterator[int]:
+    """Give the port of a llama-server, which is killed at the end."""
+    port = 8099
+    settings = {"-m": model, "-t": threads, "-c": CONTEXT, "-np": PLACES, "--port": port}
+    words = [str(word) for pair in settings.items() for word in pair]
+    server = subprocess.Popen(
+        [program, *words, "--no-webui"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_until_ready(server, port)
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
+    end = time.monotonic() + START_SECONDS
+    while server.poll() is None and time.monotonic() < end:
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return
+        except (URLError, OSError):
+            time.sleep(0.1)
+    raise SystemExit("llama-server did not start")
+
+
+def ask(port: int, prompt: str, max_tokens: int) -> tuple[float, int]:
+    """Send one request; give the seconds to its first text, and its tokens."""
+    body = {
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    begin = time.monotonic()
+    connection = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    answer = connection.getresponse()
+    if answer.status != 200:
+        raise SystemExit(f"a server answered with {answer.status}: {answer.read()!r}")
+    found = read_stream(answer, begin)
+    connection.close()
+    return found
+
+
+def ask_together(port: int, prompts: list[str], max_tokens: int, seen: Seen) -> None:
+    """Ask all at once; note what came."""
+    answers: list[tuple[float, int]] = []
+    threads = [
+        threading.Thread(target=lambda prompt=prompt: answers.append(ask(port, prompt, max_tokens)))
+        for prompt in prompts
+    ]
+    begin = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(answers) != len(prompts):
+        raise SystemExit("a request was lost")
+    seen.rates.append(sum(tokens for _, tokens in answers) / (time.monotonic() - begin))
+    seen.first_token_s += [first for first, _ in answers]
+
+
+def compare(ports: dict[str, int], options: argparse.Namespace) -> list[dict[str, float]]:
+    """Take turns, each first in every other round; one row for each number of clients."""
+    numbers = iter(range(10_000))
+    for port in ports.values():  # the first requests fill buffers
+        ask_together(port, ["Hello", "Good morning"], 8, Seen())
+    seen = {n: {side: Seen() for side in SIDES} for n in options.clients}
+    for turn in range(options.rounds):
+        for n in options.clients:
+            prompts = [
+                f"Tell me about the number {next(numbers)}, in some detail and with examples."
+                for _ in range(n)
+            ]
+            for side in SIDES if turn % 2 else reversed(SIDES):
+                ask_together(ports[side], prompts, options.tokens, seen[n][side])
+    return [row(n, seen[n]["ours"], seen[n]["theirs"]) for n in options.clients]
+
+
+def row(clients: int, ours: Seen, theirs: Seen) -> dict[str, float]:
+    first = [quantile(seen.first_token_s, 0.95) or 0.0 for seen in (ours, theirs)]
+    rates = [statistics.median(seen.rates) for seen in (ours, theirs)]
+    return {
+        "clients": clients,
+        "ours": rates[0],
+        "theirs": rates[1],
+        "ratio": rates[0] / rates[1],
+        "ratio_of_best": max(ours.rates) / max(theirs.rates),
+        "ours_first_p95_s": first[0],
+        "theirs_first_p95_s": first[1],
+    }
+
+
+def draw(rows: list[dict[str, float]]) -> str:
+    """Return the Markdown table of docs/benchmarks.md."""
+    header = [
+        "clients",
+        "edgemerge serve, tokens/s",
+        "llama-server, tokens/s",
+        "ratio of medians",
+        "ratio of the best",
+        "first token p95, s: edgemerge",
+        "llama-server",
+    ]
+    cells = [
+        [
+            f"{row['clients']:.0f}",
+            f"{row['ours']:.0f}",
+            f"{row['theirs']:.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['ratio_of_best']:.2f}",
+            f"{row['ours_first_p95_s']:.2f}",
+            f"{row['theirs_first_p95_s']:.2f}",
+        ]
+        for row in rows
+    ]
+    return table(header, cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="GGUF file with a chat template")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--llama-server", type=Path, help="the program")
+    place.add_argument("--peers", type=Path, help="the environment of benchmarks/make-peers")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=48, help="longest answer")
+    options = parser.parse_args()
+    program = options.llama_server or options.peers / "llama-server" / "bin" / "llama-server"
+    settings = {"--threads": options.threads, "--ctx": CONTEXT, "--parallel": PLACES}
+    words = [str(word) for pair in settings.items() for word in pair]
+    with ExitStack() as stack:
+        ports = {
+            "ours": stack.enter_context(running_server([options.model, *words])),
+            "theirs": stack.enter_context(
+                running_llama_server(program, options.model, options.threads)
+            ),
+        }
+        rows = compare(ports, options)
+    print(draw(rows))
+    about = {"model": Path(options.model).name, "threads": options.threads}
+    print(json.dumps({"machine": {**about, **machine()}, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
