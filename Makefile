@@ -36,7 +36,7 @@ processors: .venv/ready-dev  ## run the tests of codecs, kernels and methods as 
 bench: .venv/ready-dev  ## measure everything and rewrite the tables of docs/benchmarks.md and benchmarks/ (ARGS picks, as 'merge quality'; 7b, serve and llama only when asked for)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through mergekit, llama.cpp's converter and quantiser; half an hour (ARGS=recipes: public recipes through mergekit)
+bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through mergekit, llama.cpp's converter and quantiser; half an hour (ARGS=recipes: public recipes through mergekit; ARGS='server MODEL.gguf': serve beside llama-server)
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),merge) --peers .venv-peers
 
 wheel: .venv/ready-dev  ## build a wheel with kernels compiled for x86-64-v3 and AArch64 (ARGS=native: this machine only)

@@ -9,6 +9,8 @@ benchmarks/run.py 7b                 only when asked for: needs 18 GB of disk
 benchmarks/run.py serve MODEL.gguf   only when asked for, as llama: what is no benchmark's name goes to it
 benchmarks/run.py recipes --peers .venv-peers
                                      only when asked for: public recipes, by mergekit too
+benchmarks/run.py server MODEL.gguf --peers .venv-peers
+                                     only when asked for: serve beside llama-server
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from measure import run
 HERE = Path(__file__).resolve().parent
 PAGES = (HERE.parent / "docs" / "benchmarks.md", HERE / "SPEED.md", HERE / "QUALITY.md")
 ALONE = ["kernels", "align", "merge", "requant", "quality", "start", "profile", "memory", "scaling"]
-WHEN_ASKED = ("7b", "serve", "llama", "recipes")
+WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes")
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:

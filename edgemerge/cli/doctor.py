@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgemerge.runtime.board.storage import Storage
     from edgemerge.runtime.doctor.diagnosis import Diagnosis
     from edgemerge.runtime.doctor.fit import ModelFit
+    from edgemerge.runtime.serve.models import ModelFile
 
 __all__ = ["doctor_command"]
 
@@ -42,6 +43,7 @@ def doctor_command(
 ) -> None:
     """Examine this machine: board, memory, storage, heat, llama.cpp; and what it can run."""
     from edgemerge.runtime.doctor.diagnosis import examine
+    from edgemerge.runtime.serve.models import read_model_file, usable_memory
 
     if not storage.is_dir():
         raise typer.BadParameter(f"--storage {storage} is no folder")
@@ -50,10 +52,15 @@ def doctor_command(
     if model is not None:
         model = make_finder(models_folder, download, quiet=json_).find_model(str(model))
     diagnosis = examine(storage.absolute(), model)
+    served = None
+    if model is not None and model.is_file():
+        served = read_model_file(str(model)).within(usable_memory(0))
     if json_:
-        print_json(diagnosis.as_json())
+        document = diagnosis.as_json()
+        document["serve"] = None if served is None else _serve_json(served)
+        print_json(document)
     else:
-        _print(diagnosis)
+        _print(diagnosis, served)
 
 
 def _compile() -> None:
@@ -73,7 +80,16 @@ def _compile() -> None:
     precompile_all(show)
 
 
-def _print(found: Diagnosis) -> None:
+def _serve_json(served: ModelFile) -> dict[str, int]:
+    return {
+        "requests": served.n_sequences,
+        "context": served.n_ctx,
+        "tokens": served.n_cache,
+        "bytes": served.need,
+    }
+
+
+def _print(found: Diagnosis, served: ModelFile | None) -> None:
     _print_section("board", _board(found))
     print()
     _print_section("system", _system(found))
@@ -83,7 +99,7 @@ def _print(found: Diagnosis) -> None:
     _print_fits(found)
     print()
     if found.model is not None:
-        _print_section("model", _model(found.model, found.board.memory.available))
+        _print_section("model", _model(found.model, found.board.memory.available, served))
         print()
     _print_section("advice", (("-", sentence) for sentence in found.advice))
     if found.warnings:
@@ -197,7 +213,7 @@ def _print_fits(found: Diagnosis) -> None:
     print(f"  = weights + KV cache + scratch + {process}; fits: into 90 % of what is free")
 
 
-def _model(model: ModelFit, available: int) -> Iterator[tuple[str, str]]:
+def _model(model: ModelFit, available: int, served: ModelFile | None) -> Iterator[tuple[str, str]]:
     from edgemerge.sizes import format_size
 
     yield "file", str(model.path)
@@ -221,4 +237,10 @@ def _model(model: ModelFit, available: int) -> Iterator[tuple[str, str]]:
         yield (
             "too large",
             f"it takes {format_size(model.bytes)} and {free} are free: take a smaller type or model",
+        )
+    if served is not None and model.n_ctx:
+        yield (
+            "serve",
+            f"{served.n_sequences} requests at a time (--parallel), {served.n_ctx} tokens for one (--ctx), "
+            f"{served.n_cache} for all: {format_size(served.need)}",
         )

@@ -87,6 +87,7 @@ def test_a_model_and_another_storage(run: Run, tmp_path: Path) -> None:
     output = run("--model", str(model), "--storage", "disk").stdout
     assert row(output, "file") == str(model)
     assert row(output, "fits").startswith("with all 256 tokens of context: ")
+    assert row(output, "serve").startswith("8 requests at a time (--parallel), 256 tokens for one")
     assert f"{tmp_path}/disk" in row(output, "storage")
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from edgemerge.runtime.llama import Lora
 
-__all__ = ["KV_TYPES", "EngineFacts", "EngineOptions"]
+__all__ = ["KEPT_PART", "KV_TYPES", "EngineFacts", "EngineOptions"]
 
+KEPT_PART = 0.5  # of the cache's bytes, as many again for sequences that may be wanted again
 KV_TYPES = ("f16", "q8_0")  # of the cache's keys and values
 
 

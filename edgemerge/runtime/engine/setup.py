@@ -11,7 +11,7 @@ from pathlib import Path
 from edgemerge.errors import FormatError, RuntimeFailure
 from edgemerge.process import read_process
 from edgemerge.runtime.board.device import default_threads
-from edgemerge.runtime.engine.options import EngineFacts, EngineOptions
+from edgemerge.runtime.engine.options import KEPT_PART, EngineFacts, EngineOptions
 from edgemerge.runtime.engine.slots import Slots
 from edgemerge.runtime.engine.store import Store
 from edgemerge.runtime.llama import Context, Model
@@ -25,7 +25,6 @@ ROWS = (
 )
 _LONGEST_PAIR = 1024  # tokens: each has a row of logits, which for 150 000 tokens is 600 KB
 _LEAST = 512  # tokens of a context: less is no use, whatever the memory
-_KEPT = 0.5  # of the cache's bytes, for sequences that may be wanted again
 _RANK = "4"  # enum llama_pooling_type of llama.h, as text of metadata
 _SAMPLE, _N_SAMPLES = 1 << 16, 64  # bytes and places of a file that tell one model from another
 
@@ -97,7 +96,7 @@ def load(options: EngineOptions) -> Loaded:
     )
     n_ctx = min(n_ctx, context.n_ctx)
     n_kept = 0 if model.keeps_state else options.n_sequences
-    kept_bytes = int(_KEPT * context.buffers.kv)
+    kept_bytes = int(KEPT_PART * context.buffers.kv)
     slots = Slots(
         model.api,
         context.handle,
@@ -175,7 +174,7 @@ class _Maker:
 
     def _size(self, n_ctx: int) -> int:
         with self.make(n_ctx) as probe:
-            return sum(probe.buffers.sizes.values()) + int(_KEPT * probe.buffers.kv)
+            return sum(probe.buffers.sizes.values()) + int(KEPT_PART * probe.buffers.kv)
 
 
 def _load_template(model: Model) -> Template | None:

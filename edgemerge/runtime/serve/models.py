@@ -8,15 +8,18 @@ from pathlib import Path
 
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.gguf.model import GgufModel
+from edgemerge.runtime.board.device import read_memory
 from edgemerge.runtime.doctor.fit import MAX_LAYERS, PROCESS_BYTES, Needs, read_needs
+from edgemerge.runtime.engine.options import KEPT_PART
 from edgemerge.runtime.model_files import open_gguf
 
-__all__ = ["DEFAULT_SEQUENCES", "ModelFile", "estimate_memory", "read_model_file"]
+__all__ = ["DEFAULT_SEQUENCES", "ModelFile", "estimate_memory", "read_model_file", "usable_memory"]
 
 DEFAULT_CONTEXT = 4096  # tokens, where the model was trained for as many
 DEFAULT_SEQUENCES = 8
 _BATCH = 256  # tokens of a prompt that the engine computes at a time
 _OUTPUTS = 40  # rows of logits of a batch; a row has a megabyte where the vocabulary is 256 000
+_USED_PART = 0.9  # of the memory that is available, where no budget is given
 _KV_SHARE = {"f16": 1.0, "q8_0": 34 / 64}  # q8_0 has 34 bytes for 32 values
 
 
@@ -72,6 +75,11 @@ class ModelFile:
         """
         fitting = (room - self.base) // max(self.token_bytes, 1)
         return replace(self, n_cache=max(min(self.n_cache, fitting), self.n_ctx))
+
+
+def usable_memory(floor: int) -> int:
+    """Bytes that a server takes at most by default: `floor`, which it has, and most of what is free."""
+    return floor + int(_USED_PART * read_memory().available)
 
 
 def read_model_file(
@@ -151,7 +159,8 @@ def estimate_memory(source: GgufModel, needs: Needs, kv_type: str) -> tuple[int,
 
     Weights are mapped and count in full: a server that runs reads all of them for every token.
     Scratch is llama.cpp's for a batch: activations, and attention scores in float32. Rows of logits
-    are kept twice, as computed and as given out. The process itself is Python and llama.cpp.
+    are kept twice, as computed and as given out. Beside the cache there are sequences that were copied
+    out of it. The process itself is Python and llama.cpp.
 
     Parameters
     ----------
@@ -168,4 +177,5 @@ def estimate_memory(source: GgufModel, needs: Needs, kv_type: str) -> tuple[int,
     table = source.specs().get("token_embd.weight")
     n_vocab = table.shape[0] if table is not None else 0
     base = needs.weights + _BATCH * 18 * needs.n_ff + 2 * _OUTPUTS * 4 * n_vocab + PROCESS_BYTES
-    return base, int(needs.kv_token * _KV_SHARE[kv_type]) + _BATCH * 4 * n_heads
+    kv_bytes = needs.kv_token * _KV_SHARE[kv_type] * (1 + KEPT_PART)
+    return base, int(kv_bytes) + _BATCH * 4 * n_heads

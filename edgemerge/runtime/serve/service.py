@@ -10,12 +10,16 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from edgemerge.process import read_process
-from edgemerge.runtime.board.device import read_memory
 from edgemerge.runtime.engine.options import EngineOptions
 from edgemerge.runtime.engine.process import ModelProcess
 from edgemerge.runtime.serve.app import ROUTES, make_app
 from edgemerge.runtime.serve.gate import Access, Gate
-from edgemerge.runtime.serve.models import DEFAULT_SEQUENCES, ModelFile, read_model_file
+from edgemerge.runtime.serve.models import (
+    DEFAULT_SEQUENCES,
+    ModelFile,
+    read_model_file,
+    usable_memory,
+)
 from edgemerge.runtime.serve.options import ServeOptions, Started
 from edgemerge.runtime.serve.queue import Queue
 from edgemerge.runtime.serve.reload import Reloader
@@ -26,8 +30,6 @@ from edgemerge.runtime.serve.store import Loaded, ModelStore
 from edgemerge.runtime.serve.turns import Turns
 
 __all__ = ["Service"]
-
-_SHARE = 0.9  # of the memory that is available, where no budget is given
 
 
 class Service:
@@ -60,7 +62,7 @@ class Service:
             for file in files[1:]:  # the first is loaded right away
                 signed.check(file.path)
         floor = read_process().rss
-        budget = options.memory or floor + int(_SHARE * read_memory().available)
+        budget = options.memory or usable_memory(floor)
         self._room = (budget - floor) // len(files)
         files = [file.within(self._room) for file in files]
         self.models = ModelStore(files, load, budget=budget, floor=floor)
