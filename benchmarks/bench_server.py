@@ -5,7 +5,7 @@
 
 Both run at the same time with the same threads, context and places. One of them is asked at a time, by the
 same client: as many requests at once as there are clients, each with a prompt that was never asked before.
-They take turns, so that what else the machine does hits both alike.
+They take turns, so that what else the machine does hits both alike. One client more has a text repeated.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ from measure import machine, run, table
 PLACES, CONTEXT = 16, 8192
 START_SECONDS = 60
 SIDES = ("ours", "theirs")
+COPYING = "1, a copy"
+TEXT = (
+    "The heart pumps blood through the vessels of the body. Valves between its chambers keep the blood "
+    "flowing in one direction. When a valve does not close well, blood leaks back, and the heart has to work "
+    "harder."
+)
 
 
 @dataclass
@@ -114,24 +120,31 @@ def ask_together(port: int, prompts: list[str], max_tokens: int, seen: Seen) -> 
     seen.first_token_s += [first for first, _ in answers]
 
 
-def compare(ports: dict[str, int], options: argparse.Namespace) -> list[dict[str, float]]:
-    """Take turns, each first in every other round; one row for each number of clients."""
+def compare(ports: dict[str, int], options: argparse.Namespace) -> list[dict[str, str | float]]:
+    """Take turns, each first in every other round; one row for each kind of load."""
     numbers = iter(range(10_000))
     for port in ports.values():  # the first requests fill buffers
         ask_together(port, ["Hello", "Good morning"], 8, Seen())
-    seen = {n: {side: Seen() for side in SIDES} for n in options.clients}
+    kinds = [*map(str, options.clients), COPYING]
+    seen = {kind: {side: Seen() for side in SIDES} for kind in kinds}
     for turn in range(options.rounds):
-        for n in options.clients:
-            prompts = [
-                f"Tell me about the number {next(numbers)}, in some detail and with examples."
-                for _ in range(n)
-            ]
+        for kind in kinds:
+            prompts = make_prompts(kind, numbers)
             for side in SIDES if turn % 2 else reversed(SIDES):
-                ask_together(ports[side], prompts, options.tokens, seen[n][side])
-    return [row(n, seen[n]["ours"], seen[n]["theirs"]) for n in options.clients]
+                ask_together(ports[side], prompts, options.tokens, seen[kind][side])
+    return [row(kind, seen[kind]["ours"], seen[kind]["theirs"]) for kind in kinds]
 
 
-def row(clients: int, ours: Seen, theirs: Seen) -> dict[str, float]:
+def make_prompts(kind: str, numbers: Iterator[int]) -> list[str]:
+    if kind == COPYING:
+        return [f"Repeat text {next(numbers)} word for word:\n{TEXT}"]
+    return [
+        f"Tell me about the number {next(numbers)}, in some detail and with examples."
+        for _ in range(int(kind))
+    ]
+
+
+def row(clients: str, ours: Seen, theirs: Seen) -> dict[str, str | float]:
     first = [quantile(seen.first_token_s, 0.95) or 0.0 for seen in (ours, theirs)]
     rates = [statistics.median(seen.rates) for seen in (ours, theirs)]
     return {
@@ -145,7 +158,7 @@ def row(clients: int, ours: Seen, theirs: Seen) -> dict[str, float]:
     }
 
 
-def draw(rows: list[dict[str, float]]) -> str:
+def draw(rows: list[dict[str, str | float]]) -> str:
     """Return the Markdown table of docs/benchmarks.md."""
     header = [
         "clients",
@@ -158,7 +171,7 @@ def draw(rows: list[dict[str, float]]) -> str:
     ]
     cells = [
         [
-            f"{row['clients']:.0f}",
+            str(row["clients"]),
             f"{row['ours']:.0f}",
             f"{row['theirs']:.0f}",
             f"{row['ratio']:.2f}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from time import perf_counter
 
+from edgemerge.runtime.engine.drafts import Drafts
 from edgemerge.runtime.engine.draw import Sampler
 from edgemerge.runtime.engine.messages import Begun, Ended, Generation, Piece, TokenScore
 from edgemerge.runtime.engine.slots import Slot
@@ -42,6 +43,8 @@ class Answer:
         The sequence that computes it; None while it waits.
     is_scored : bool
         Whether the scores of the prompt were given, or are not wanted.
+    drafts : Drafts
+        Guesses at what it goes on with.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Answer:
         self.slot: Slot | None = None
         self.is_scored = not wanted.scores_prompt
         self.n_alternatives = (wanted.n_alternatives or 0) if wanted.scores_prompt else -1
+        self.drafts = Drafts()
         self._model = model
         self._limit = min(wanted.max_tokens, n_ctx - len(prompt))
         self._text = AnswerText(wanted.stops)
@@ -89,6 +93,11 @@ class Answer:
     def n_left(self) -> int:
         """Tokens that are still to be computed before the next can be drawn."""
         return len(self.tokens) - len(self.slot.tokens if self.slot else ())
+
+    @property
+    def n_wanted(self) -> int:
+        """Tokens that may still be drawn."""
+        return self._limit - (len(self.tokens) - self.n_prompt)
 
     @property
     def is_drawing(self) -> bool:

@@ -16,6 +16,7 @@ from time import perf_counter
 from edgemerge.runtime.context import Context
 from edgemerge.runtime.engine.answer import Answer
 from edgemerge.runtime.engine.batch import Aborted, Batch, DecodeError, PoolFull
+from edgemerge.runtime.engine.drafts import MOST
 from edgemerge.runtime.engine.messages import Begun, Ended, Failed, Piece, PromptScored, TokenScore
 from edgemerge.runtime.engine.scores import score_token
 from edgemerge.runtime.engine.slots import Slots
@@ -60,17 +61,23 @@ class Scheduler:
         self._slots = slots
         self._n_chunk = n_chunk
         self._n_rows = n_rows
-        self._batch = Batch(context, n_chunk + slots.n_active)
+        self._batch = Batch(context, max(n_chunk, MOST) + slots.n_active)
         self._waiting: deque[Answer] = deque()
         self._active: list[Answer] = []  # in the order in which they began
         self._is_crowded = False  # one had to wait again: no other begins before one ends
         self._prompt_seconds = 0.0  # that a token of a prompt takes; 0 until it is known
         self._was_long = False  # whether the last batch was of a long prompt
+        self._guessed: list[int] = []  # tokens of the batch that the only answer may go on with
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to compute."""
-        return not self._active and not self._waiting
+        return not self.n_all
+
+    @property
+    def n_all(self) -> int:
+        """Answers that are computed or wait."""
+        return len(self._active) + len(self._waiting)
 
     def add(self, answer: Answer) -> None:
         """Compute an answer as soon as a sequence is free."""
@@ -108,7 +115,12 @@ class Scheduler:
             position = len(answer.slot.tokens)
             answer.slot.tokens += answer.tokens[position : position + n]
             if wanted:
-                events += [(answer.key, event) for event in self._look(answer, place, n)]
+                found = self._look(answer, place, n)
+                if self._guessed:
+                    found += self._check_guesses(answer, place, ended=_has_ended(found))
+                if _has_ended(found):
+                    self._release(answer)
+                events += [(answer.key, event) for event in found]
         self._note_time(perf_counter() - started, outputs)
         return events
 
@@ -146,6 +158,7 @@ class Scheduler:
     def _fill(self) -> list[tuple[Answer, int, int, bool]]:
         """Fill the batch; give each answer in it, its place, its tokens, and whether logits come of it."""
         self._batch.clear()
+        self._guessed = []
         long = [one for one in self._active if one.is_scored and one.n_left >= _TILE]
         others = [one for one in self._active if one not in long]
         self._was_long = bool(long) and not (self._was_long and others)
@@ -158,6 +171,8 @@ class Scheduler:
             slot = answer.slot
             place = self._batch.add(answer.tokens[-1], len(slot.tokens), slot.id)
             outputs.append((answer, place, 1, True))
+            self._guessed = self._guess(answer) if self.n_all == 1 else []
+            self._batch.add_all(self._guessed, len(slot.tokens) + 1, slot.id, output=True)
         most = min(max(_TILE - 1, len(outputs) + _LEAST_CHUNK), self._batch.size)
         rows = self._n_rows - len(outputs)
         for answer in (one for one in others if not one.is_drawing):
@@ -169,6 +184,31 @@ class Scheduler:
             outputs.append((answer, *self._add_prompt(answer, n)))
             rows -= 1 if answer.is_scored else n
         return outputs
+
+    def _guess(self, answer: Answer) -> list[int]:
+        """Guess what an answer goes on with; what turns out wrong has to be taken out of the cache again."""
+        room = self._context.n_ctx - len(answer.tokens)
+        if self._model.keeps_state or room <= MOST:
+            return []
+        return answer.drafts.guess(answer.tokens, min(MOST, answer.n_wanted - 1))
+
+    def _check_guesses(self, answer: Answer, place: int, *, ended: bool) -> list[Event]:
+        """Go on with an answer as long as what is drawn was guessed; forget the rest."""
+        slot = answer.slot
+        assert slot is not None
+        events: list[Event] = []
+        n_right = 0
+        for guess in self._guessed:
+            if ended or answer.tokens[-1] != guess:
+                break
+            n_right += 1
+            slot.tokens.append(guess)
+            events += self._look(answer, place + n_right, 1)
+            ended = _has_ended(events)
+        answer.drafts.note(len(self._guessed), n_right, len(answer.tokens))
+        if n_right < len(self._guessed):
+            self._slots.cut(slot, len(slot.tokens))
+        return events
 
     def _add_prompt(self, answer: Answer, n: int) -> tuple[int, int, bool]:
         """Add the next n tokens of a prompt; give their place, n, and whether logits come of them."""
@@ -202,7 +242,6 @@ class Scheduler:
         if answer.n_left:
             return events
         if len(answer.tokens) == answer.n_prompt and (end := answer.note_prompt()) is not None:
-            self._release(answer)
             return [*events, end]
         token = answer.sampler.sample(self._context.handle, place + n - 1)
         score = None
@@ -210,10 +249,7 @@ class Scheduler:
             logits = self._batch.logits(place + n - 1)
             n_alternatives = answer.wanted.n_alternatives or 0
             score = score_token(logits, token, n_alternatives, self._model.piece)
-        events += answer.push(token, score)
-        if isinstance(events[-1] if events else None, Ended):
-            self._release(answer)
-        return events
+        return [*events, *answer.push(token, score)]
 
     def _score_prompt(self, answer: Answer, place: int, n: int) -> PromptScored | None:
         slot = answer.slot
@@ -261,3 +297,7 @@ class Scheduler:
             self._release(answer)
         self._slots.clear()
         return [(answer.key, Failed(reason, 500)) for answer in failed]
+
+
+def _has_ended(events: list[Event]) -> bool:
+    return bool(events) and isinstance(events[-1], Ended)

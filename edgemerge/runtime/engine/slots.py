@@ -135,7 +135,7 @@ class Slots:
                 self._api.llama_memory_seq_cp(self._memory, source.id, slot.id, 0, n)
                 slot.tokens = source.tokens[:n]
         elif len(slot.tokens) > n:
-            self._cut(slot, n)
+            self.cut(slot, n)
         slot.scores = scores if n_alternatives >= 0 and slot.tokens else []
         slot.n_alternatives = n_alternatives
         slot.is_free = False
@@ -192,7 +192,7 @@ class Slots:
                 return source
         return empty or min(others, key=lambda slot: slot.used)
 
-    def _cut(self, slot: Slot, n: int) -> None:
+    def cut(self, slot: Slot, n: int) -> None:
         """Forget what follows the first n tokens; or all, where the model has a running state."""
         if n and self._api.llama_memory_seq_rm(self._memory, slot.id, n, -1):
             del slot.tokens[n:]
