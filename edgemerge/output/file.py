@@ -207,7 +207,7 @@ class OutputFile:
             os.close(self._fd)
         self._fd = -1
 
-    def write(self, data: UInt8 | bytes, offset: int) -> None:
+    def write(self, data: UInt8 | bytes | memoryview, offset: int) -> None:
         """Write all of a buffer at a position; thread-safe.
 
         Raises

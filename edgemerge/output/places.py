@@ -65,7 +65,10 @@ class TensorPlace:
         return checksum
 
     def _put(self, items: list[memoryview], place: Start) -> None:
-        self.file.write_items(items, place[1])
+        if len(items) == 1:
+            self.file.write(items[0], place[1])
+        else:
+            self.file.write_items(items, place[1])
 
     def _fill(self, items: list[memoryview], place: Start) -> None:
         self.file.read_items(items, place[1])
