@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,23 @@ def test_rows_may_be_written_in_any_order(
     assert left.keys() == right.keys()
     for key, values in left.items():
         np.testing.assert_array_equal(values, right[key], err_msg=key)
+
+
+def test_workers_do_not_write_over_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The columns of gates and of their neighbours come in turn, and are written by two workers."""
+    read_items = OutputFile.read_items
+
+    def read_and_wait(self: OutputFile, items: list[memoryview], offset: int) -> None:
+        read_items(self, items, offset)
+        time.sleep(0.0005)
+
+    folder = make_model("gpt_oss_plain", tmp_path / "model")
+    monkeypatch.setattr(OutputFile, "read_items", read_and_wait)
+    recipe = make_recipe("passthrough", [(str(folder), None)], out_format="hf")
+    merge(recipe, tmp_path / "made", threads=4)
+    assert read_stored(tmp_path / "made") == read_stored(folder)
 
 
 def test_what_does_not_decay_is_refused(tmp_path: Path) -> None:
