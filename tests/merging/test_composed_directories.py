@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from tests.support.generated_models import (
     make_model,
     write_tensors,
 )
-from tests.support.places import TESTS
+from tests.support.places import ROOT, TESTS
 from tests.support.safetensors_files import read_safetensors
 
 CHECKED: dict[str, str] = json.loads((TESTS / "data" / "made_configs.json").read_text())
@@ -214,6 +216,19 @@ def test_workers_do_not_write_over_each_other(
     recipe = make_recipe("passthrough", [(str(folder), None)], out_format="hf")
     merge(recipe, tmp_path / "made", threads=4)
     assert read_stored(tmp_path / "made") == read_stored(folder)
+
+
+@pytest.mark.parametrize(("name", "step"), [("gpt_oss_plain", 97), ("qwen3_5", 23)])
+def test_a_directory_that_dies_goes_on(name: str, step: int, memory_folder: Path) -> None:
+    model, folder = make_model(name, memory_folder / "model"), memory_folder / "new"
+    folder.mkdir()
+    command = [sys.executable, "-m", "tests.support.dying_folders", str(model), str(folder)]
+    done = subprocess.run(
+        [*command, "new", str(step)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["bad"] == []
+    assert found["journals"] > 5
 
 
 def test_what_does_not_decay_is_refused(tmp_path: Path) -> None:
