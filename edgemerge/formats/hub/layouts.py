@@ -6,6 +6,7 @@ is stored. What becomes of the values is in `edgemerge.formats.hub.changes`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,12 @@ BLOCK = 32  # weights that have an exponent in common in MXFP4
 ITEMS_AT_ONCE = 1024  # pieces of rows that one system call reads or writes
 
 
-class _Runs:
+class _Runs(ABC):
     """A layout in which each piece of a row is one run of bytes, so that no buffer is between."""
 
+    @abstractmethod
     def runs(self, spec: TensorSpec, start: int, stop: int) -> Runs:
         """Yield where rows [start, stop) are; `spec` is the GGUF tensor in the type that is stored."""
-        raise NotImplementedError
 
     def read(self, spec: TensorSpec, start: int, stop: int, out_u8: UInt8, fill: Move) -> None:
         """Fill `out_u8` with rows [start, stop) as GGUF has them; thread-safe."""
