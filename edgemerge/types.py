@@ -232,6 +232,13 @@ class InputTensor:
     settings: Mapping[str, Setting] = field(default_factory=dict)  # per-model parameters, resolved
 
 
+class StoredChange(Protocol):
+    """How a file has other values than GGUF: see `edgemerge.formats.hub.changes`."""
+
+    def undo(self, rows: NDArray[np.float32], first: int) -> None:
+        """Turn rows of GGUF, (n_rows, n_cols) from number `first` on, into stored ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorJob:
     """All that is needed to make one output tensor."""
@@ -246,7 +253,7 @@ class TensorJob:
     is_copy: bool = False  # of its only input, which may be stored as another type
     is_weighted: bool = False  # encoded by the importance matrix
     rows: RowMap | None = None  # of a tensor of tokens, where not all inputs have the output's
-    norm_offset: float = 0.0  # what is stored is so much less
+    change: StoredChange | None = None  # of what is stored, where its values are not GGUF's
     workers: int = 1  # that make its blocks; more than one where it is much of the model
     cached_blocks: int = 0  # blocks that each worker keeps in memory from one pass to the next
 
@@ -281,7 +288,7 @@ class TensorJob:
     def is_byte_copy(self) -> bool:
         """Whether the stored bytes of the only input are the output's, without arithmetic."""
         is_same = self.is_copy and self.experts[0].spec.dtype == self.out.dtype
-        return is_same and not self.norm_offset and not (self.rows and self.rows.n_padding)
+        return is_same and self.change is None and not (self.rows and self.rows.n_padding)
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,7 +187,8 @@ def _how(provenance: Provenance) -> Section:
     from edgemerge.recipe.words import describe_recipe, describe_stages
     from edgemerge.reports.record import Section
 
-    lines = [*describe_stages(provenance.stages), *describe_recipe(_recipe(provenance))]
+    how = describe_recipe(_recipe(provenance), provenance.transplant)
+    lines = [*describe_stages(provenance.stages), *how]
     sentences = [(line, None) for line in lines]
     rows = [("made by", f"edgemerge {provenance.version}"), ("seed", str(provenance.seed))]
     return Section("How it was made", sentences, rows=[*rows, ("recipe", provenance.recipe)])

@@ -48,7 +48,7 @@ def verify_command(
     json_: request.Json = False,
 ) -> None:
     """Check a merged file against its own checksums, and say what made it."""
-    from edgemerge.merging.run import usable_processors
+    from edgemerge.merging.run import merge, usable_processors
     from edgemerge.provenance.inputs import check_inputs
     from edgemerge.provenance.verification import has_provenance, verify_model
 
@@ -62,7 +62,8 @@ def verify_command(
     with progress_bars(f"verify {model.name}", quiet=json_) as (progress, begin_part):
         found = verify_model(model, threads=threads or usable_processors(), progress=progress)
         if found.is_sound and inputs:
-            check_inputs(model, inputs, progress=begin_part("reading the inputs"))
+            reading = begin_part("reading the inputs")
+            check_inputs(model, inputs, merge_one=merge, progress=reading)
     if json_:
         print_json(_as_json(found, signed, checked=bool(inputs)))
     elif found.is_sound:
@@ -114,7 +115,7 @@ def _describe(provenance: Provenance) -> list[str]:
     stages = describe_stages(provenance.stages)
     recipe = _read_recipe(provenance)
     if isinstance(recipe, dict):
-        return [*stages, *describe_recipe(recipe)]
+        return [*stages, *describe_recipe(recipe, provenance.transplant)]
     return [*stages, f"recipe {provenance.recipe}"]
 
 

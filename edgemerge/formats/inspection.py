@@ -26,6 +26,7 @@ __all__ = [
     "TypeShare",
     "inspect_model",
     "read_provenance",
+    "read_transplant",
     "shorten",
 ]
 
@@ -93,6 +94,7 @@ class Provenance:
     recipe: str  # JSON, models by file name
     hub: tuple[str, ...] = ()  # org/name@commit of each input, empty for one that is not of the hub
     stages: str = ""  # JSON: name, recipe and inputs of each merge that was done before
+    transplant: str = ""  # whose tokens the model got, if another's
 
     def inputs_from(self) -> list[tuple[str, str, str]]:
         """List name, checksum and `org/name@commit` of each input; empty text of one not of the hub."""
@@ -271,9 +273,10 @@ def read_provenance(metadata: Mapping[str, bytes]) -> Provenance | None:
         for key in ("inputs", "input_crc32")
     )
     hub = get_value(metadata, "edgemerge.input_hub")
+    transplant = read_transplant(metadata)
     return Provenance(
         version=str(get_value(metadata, "edgemerge.version", "?")),
-        method=str(method),
+        method="transplant" if transplant else str(method),
         seed=get_value(metadata, "edgemerge.seed"),
         inputs=tuple(
             (str(name), f"{crc:08x}")
@@ -283,7 +286,14 @@ def read_provenance(metadata: Mapping[str, bytes]) -> Provenance | None:
         recipe=str(get_value(metadata, "edgemerge.recipe", "")),
         hub=tuple(map(str, hub)) if isinstance(hub, Array) else (),
         stages=str(get_value(metadata, "edgemerge.stages", "")),
+        transplant=transplant,
     )
+
+
+def read_transplant(metadata: Mapping[str, bytes]) -> str:
+    """Say whose tokens a model got, and how; nothing where it has its own."""
+    donor, k = (get_value(metadata, f"edgemerge.transplant.{key}") for key in ("donor", "k"))
+    return "" if donor is None else f"tokens of {donor}, k {k}"
 
 
 def shorten(value: Any) -> Any:

@@ -188,6 +188,14 @@ class MixtureSource:
                 stack.sources[number].read_rows(stack.name, first, last, out)
             at += last - first
 
+    def locate(self, name: str, index: int) -> tuple[Source, str, int]:
+        """Return the model that an element of a tensor is of, its tensor there and its index in that."""
+        stack = self._stacks.get(name)
+        if stack is None:
+            return self._base, name, index
+        number, index = divmod(index, stack.n_rows * self._specs[name].n_cols)
+        return stack.sources[number], stack.name, index
+
     def forget(self, name: str, n_rows: int | None = None) -> None:
         """Drop a tensor's pages from the page cache; a hint."""
         stack = self._stacks.get(name)

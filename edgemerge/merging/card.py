@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.gguf.split import whole_name
+from edgemerge.formats.inspection import read_transplant
 from edgemerge.recipe.words import describe_recipe, describe_stages
 from edgemerge.types import Plan
 
@@ -51,6 +52,7 @@ def write_card(the_plan: Plan, metadata: Mapping[str, bytes]) -> bytes:
     """
     recipe = json.loads(str(get_value(metadata, "edgemerge.recipe")))
     stages = describe_stages(str(get_value(metadata, "edgemerge.stages", "")))
+    how = describe_recipe(recipe, read_transplant(metadata))
     stated = get_value(metadata, "general.license")
     # A plain word needs no quotes in YAML.
     is_plain = isinstance(stated, str) and stated.replace("-", "").replace(".", "").isalnum()
@@ -59,7 +61,7 @@ def write_card(the_plan: Plan, metadata: Mapping[str, bytes]) -> bytes:
         title=get_value(metadata, "general.name"),
         version=get_value(metadata, "edgemerge.version"),
         models="\n".join(f"- {whole_name(path)}" for path in the_plan.models),
-        how="\n".join(f"- {line}" for line in (*stages, *describe_recipe(recipe))),
+        how="\n".join(f"- {line}" for line in (*stages, *how)),
         recipe=json.dumps(recipe, indent=2, sort_keys=True),
     )
     return (front + text).encode()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 
 from edgemerge.formats.hub.claims import encode_claims
 from edgemerge.formats.hub.files import CARD, INDEX
+from edgemerge.formats.hub.layouts import Columns, Packed, Start
 from edgemerge.formats.hub.placement import (
     SHARD_BYTES,
-    head_length,
+    Shard,
+    find_places,
     index_file,
     list_units,
     make_shards,
@@ -59,15 +63,19 @@ class FolderDestination:
     def _files(self, results: Sequence[TensorResult]) -> dict[str, FileLayout]:
         """Lay out all files: name -> layout, the first weights first."""
         metadata = {**self._plan.metadata, **provenance(self._plan, results)}
-        claims = encode_claims(metadata, [job.out.name for job in self._plan.jobs])
-        shards = make_shards(self._units, self._max_bytes, claims)
+        shards = self._shards(metadata)
         index = index_file(shards, self._units)
+        layouts = {name: shard.layout for name, shard in shards.items()}
         contents = {
             **({} if index is None else {INDEX: index}),
             **self._described.files,
             CARD: write_card(self._plan, metadata),
         }
-        return shards | {name: FileLayout(raw, {}, len(raw)) for name, raw in contents.items()}
+        return layouts | {name: FileLayout(raw, {}, len(raw)) for name, raw in contents.items()}
+
+    def _shards(self, metadata: Mapping[str, bytes]) -> dict[str, Shard]:
+        claims = encode_claims(metadata, [job.out.name for job in self._plan.jobs])
+        return make_shards(self._units, self._max_bytes, claims)
 
     def lay_out(self, results: Sequence[TensorResult]) -> list[FileLayout]:
         """Lay the files out."""
@@ -106,12 +114,24 @@ class FolderDestination:
 
     def places(self, parts: OutputParts) -> Places:
         """Say where each tensor is written to."""
-        config, specs = self._described.config, {job.out.name: job.out for job in self._plan.jobs}
-        return {
-            name: TensorPlace(file, offset, specs[name], head_length(config, name))
-            for file, layout in zip(parts.files, self.lay_out([]), strict=True)
-            for name, offset in layout.offsets.items()
+        shards = self._shards({**self._plan.metadata, **provenance(self._plan, [])})
+        files = {file.path: file for file in parts.files}
+        by_path = {
+            file.path: shards[file.path.name] for file in parts.files if file.path.name in shards
         }
+        found = find_places(self._described.config, by_path)
+        locks: defaultdict[Start, Lock] = defaultdict(Lock)
+        places = {}
+        for spec in (job.out for job in self._plan.jobs):
+            layout = found[spec.name].layout
+            assert not isinstance(layout, Packed)
+            start, _ = next(layout.stored(spec, spec.n_rows))
+            file = by_path[start[0]].layout
+            is_mixed = isinstance(layout, Columns) and layout.is_mixed
+            lock = locks[start] if is_mixed else nullcontext()
+            span = (len(file.header), file.n_bytes)
+            places[spec.name] = TensorPlace(files[start[0]], spec, layout, span, lock)
+        return places
 
     def publish(self, parts: OutputParts) -> None:
         """Give the folder its name."""

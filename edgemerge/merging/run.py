@@ -25,7 +25,6 @@ from edgemerge.formats.adapters.reference import model_name
 from edgemerge.formats.mixture import open_mixture
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.merging.destination import Destination, check_destination, find_destination
-from edgemerge.merging.mixtures import open_with_gates
 from edgemerge.merging.precompile import precompile
 from edgemerge.merging.stages import merge_stages, note_finished, read_finished
 from edgemerge.merging.warnings import foresee_warnings
@@ -34,6 +33,7 @@ from edgemerge.output.journal import journal_path
 from edgemerge.output.parts import OutputParts, hash_named
 from edgemerge.output.report import FileReport, MergeReport, peak_rss_bytes
 from edgemerge.output.resume import find_fingerprint, verify_earlier
+from edgemerge.planning.mixtures import open_with_gates
 from edgemerge.planning.plan import make_plan
 from edgemerge.planning.planned import PlannedSource
 from edgemerge.types import BeginPart, Plan, Progress, Recipe, Source, ignore_parts

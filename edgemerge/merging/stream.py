@@ -13,6 +13,7 @@ from edgemerge.alignment.reordering import Reordering, find_neuron_reordering, f
 from edgemerge.budget import Arena
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.architectures import layer_index
+from edgemerge.formats.mixture import MixtureSource
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.finite import find_non_finite
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
@@ -194,26 +195,43 @@ class TensorStream:
         """Refuse NaN and infinity, as decoding does."""
         bad = find_non_finite(raw, tensor.spec.dtype)
         if bad is not None:
-            raise FormatError(
-                f"holds NaN or infinity at index {first_row * tensor.spec.n_cols + bad}; "
-                "that model is damaged, get it again",
-                path=self._sources[tensor.model].path,
-                tensor=tensor.spec.name,
-            )
+            raise self._damaged(tensor, "NaN or infinity", first_row * tensor.spec.n_cols + bad)
+
+    def _damaged(self, tensor: InputTensor, what: str, index: int) -> FormatError:
+        """Make the error for a number that is none; of a mixture it names the expert's file."""
+        source, name = self._sources[tensor.model], tensor.spec.name
+        if isinstance(source, MixtureSource):
+            source, name, index = source.locate(name, index)
+        return FormatError(
+            f"holds {what} at index {index}; that model is damaged, get it again",
+            path=source.path,
+            tensor=name,
+        )
 
     def _merge(self, place: TensorPlace) -> None:
         codec = CODECS[self.job.out.dtype]
         for block, values in METHODS[self.job.method].blocks(self):
             self._check_range(block, values)
-            if self.job.norm_offset:
-                values -= np.float32(self.job.norm_offset)
-            raw = self._raw[: block.n_rows * self._out_row_bytes]
             row = block.first // block.n_cols
+            if self.job.change is not None:
+                self._undo(values.reshape(-1, block.n_cols), row)
+            raw = self._raw[: block.n_rows * self._out_row_bytes]
             if self.job.is_weighted:
                 self._encode_weighted(values, raw, row)
             else:
                 codec.encode(values, raw, self._scratch)
             self._write(place, row, block.n_rows, raw)
+
+    def _undo(self, rows: NDArray[np.float32], row: int) -> None:
+        """Make values those that a directory has."""
+        assert self.job.change is not None
+        self.job.change.undo(rows, row)
+        if _count_overflows(rows.reshape(-1), least_overflow(self.job.out.dtype)):
+            raise MismatchError(
+                f"the merged tensor {self.job.out.name!r} has values that a directory cannot have; write "
+                "a GGUF, or use --type BF16 or F32",
+                tensor=self.job.out.name,
+            )
 
     def _encode_weighted(self, values: Float32, raw: UInt8, first_row: int) -> None:
         """Encode rows. Each matrix of a stack of experts has importances of its own."""
@@ -330,12 +348,7 @@ class TensorStream:
         CODECS[tensor.spec.dtype].decode(raw, out_f32)
         if self._checks_inputs and _count_overflows(out_f32, NON_FINITE):
             bad = int(np.flatnonzero(~np.isfinite(out_f32))[0])
-            raise FormatError(
-                f"holds {out_f32[bad]} at index {start * tensor.spec.n_cols + bad}; "
-                "that model is damaged, get it again",
-                path=self._sources[tensor.model].path,
-                tensor=tensor.spec.name,
-            )
+            raise self._damaged(tensor, str(out_f32[bad]), start * tensor.spec.n_cols + bad)
 
     def _read(self, i_input: int, start: int, stop: int, at: int | None, raw: UInt8) -> None:
         """Read stored rows, which become the output's rows from `at` on; None: a part of a sum."""

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from isal.isal_zlib import crc32
 
 from edgemerge.errors import OutputError
 from edgemerge.formats.adapters.reference import expand_inputs
@@ -208,7 +207,7 @@ class OutputFile:
             os.close(self._fd)
         self._fd = -1
 
-    def write(self, data: UInt8 | bytes, offset: int) -> None:
+    def write(self, data: UInt8 | bytes | memoryview, offset: int) -> None:
         """Write all of a buffer at a position; thread-safe.
 
         Raises
@@ -259,15 +258,6 @@ class OutputFile:
         """Read the file as it is on disk. Each piece is valid until the next."""
         with finishing(self.path):
             yield from read_chunks(self._fd, 0, self.n_bytes)
-
-    def crc32(self, offset: int, n_bytes: int) -> int:
-        """Return the CRC-32 of a piece as it is on disk, not in a cache."""
-        self.forget(offset, n_bytes)
-        crc = 0
-        for chunk in read_chunks(self._fd, offset, n_bytes):
-            crc = crc32(chunk, crc)
-        self.forget(offset, n_bytes)
-        return crc
 
     def forget(self, offset: int, n_bytes: int) -> None:
         """Give the pages of a piece back, so that it is read from the disk next time."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 from isal.isal_zlib import crc32
 
-from edgemerge.formats.hub.rotary import rotary_runs
+from edgemerge.errors import OutputError
+from edgemerge.formats.hub.layouts import Start, Written
 from edgemerge.output.file import OutputFile
 from edgemerge.types import TensorSpec, UInt8
 
 __all__ = ["Places", "TensorPlace"]
+
+PIECE = 1 << 20  # bytes that are read back at a time; one row at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +25,13 @@ class TensorPlace:
     """The bytes of one tensor in its file."""
 
     file: OutputFile
-    offset: int
     spec: TensorSpec  # of the output
-    head_length: int = 0  # items of a head that are stored in another order; 0: as GGUF has them
-
-    @property
-    def end(self) -> int:
-        """Position of the first byte after the tensor."""
-        return self.offset + self.spec.nbytes
+    layout: Written
+    span: tuple[
+        int, int
+    ]  # of the file, without gaps: first byte and last + 1, its own or also others'
+    # Held while rows are written, where other tensors' bytes are written again with them
+    lock: AbstractContextManager[object] = field(default_factory=nullcontext)
 
     def write_rows(self, start: int, raw_u8: UInt8) -> None:
         """Write rows from `start` on, which are in GGUF's order; thread-safe.
@@ -37,39 +40,42 @@ class TensorPlace:
         ------
         OutputError
             The disk refused.
+        MismatchError
+            A directory of the family has no such rows.
         """
-        row_bytes = self.spec.row_bytes
-        if not self.head_length:
-            self.file.write(raw_u8, self.offset + start * row_bytes)
-            return
-        width = self._item_bytes
-        first = start * row_bytes // width
-        view = raw_u8.data.cast("B")
-        for at, places in rotary_runs(first, first + len(view) // width, self.head_length):
-            items = [view[i * width : (i + 1) * width] for i in places]
-            self.file.write_items(items, self.offset + at * width)
+        try:
+            with self.lock:
+                self.layout.write(self.spec, start, raw_u8, self._fill, self._put)
+        except OSError as error:
+            path = self.file.path
+            raise OutputError(f"could not be read back ({error.strerror})", path=path) from error
 
     def crc32(self) -> int:
-        """Return the CRC-32 of the rows in GGUF's order, as they are on disk."""
-        if not self.head_length:
-            return self.file.crc32(self.offset, self.spec.nbytes)
-        width, checksum = self._item_bytes, 0
-        head_u8 = np.empty(self.head_length * width, np.uint8)
-        view = head_u8.data.cast("B")
-        self.file.forget(self.offset, self.spec.nbytes)
-        for first in range(0, self.spec.nbytes // width, self.head_length):
-            for at, places in rotary_runs(first, first + self.head_length, self.head_length):
-                items = [view[i * width : (i + 1) * width] for i in places]
-                self.file.read_items(items, self.offset + at * width)
-            checksum = crc32(view, checksum)
-        self.file.forget(self.offset, self.spec.nbytes)
+        """Return the CRC-32 of the rows in GGUF's order, as they are on disk and not in a cache."""
+        n_rows, row_bytes, checksum = self.spec.n_rows, self.spec.row_bytes, 0
+        height = max(1, PIECE // row_bytes)
+        rows_u8 = np.empty(height * row_bytes, np.uint8)
+        self._forget()
+        for start in range(0, n_rows, height):
+            stop = min(n_rows, start + height)
+            piece = rows_u8[: (stop - start) * row_bytes]
+            self.layout.read(self.spec, start, stop, piece, self._fill)
+            checksum = crc32(piece.data, checksum)
+        self._forget()
         return checksum
 
-    @property
-    def _item_bytes(self) -> int:
-        """Bytes of a row of a matrix, or of an element of a bias."""
-        shape = self.spec.shape
-        return self.spec.row_bytes if len(shape) > 1 else self.spec.nbytes // self.spec.n_cols
+    def _put(self, items: list[memoryview], place: Start) -> None:
+        if len(items) == 1:
+            self.file.write(items[0], place[1])
+        else:
+            self.file.write_items(items, place[1])
+
+    def _fill(self, items: list[memoryview], place: Start) -> None:
+        self.file.read_items(items, place[1])
+
+    def _forget(self) -> None:
+        for (_, offset), n_bytes in self.layout.stored(self.spec, self.spec.n_rows):
+            self.file.forget(offset, n_bytes)
 
 
 Places: TypeAlias = Mapping[str, TensorPlace]  # by GGUF name

@@ -136,7 +136,7 @@ def _is_sound(job: TensorJob, places: Places, result: TensorResult) -> bool:
 def _clear_gaps(places: Places) -> None:
     """Write the zeros between tensors again, as no checksum covers them."""
     ends: dict[OutputFile, int] = {}
-    for place in sorted(places.values(), key=lambda place: place.offset, reverse=True):
-        file = place.file
-        file.write(bytes(ends.get(file, file.n_bytes) - place.end), place.end)
-        ends[file] = place.offset
+    spans = {(place.file, *place.span) for place in places.values()}
+    for file, start, end in sorted(spans, key=lambda span: span[1], reverse=True):
+        file.write(bytes(ends.get(file, file.n_bytes) - end), end)
+        ends[file] = start

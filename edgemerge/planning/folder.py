@@ -13,21 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from edgemerge.errors import FormatError, RecipeError
+from edgemerge.errors import RecipeError
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats.adapters.model import without_adapters
+from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.files import read_bounded
 from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.hub.changes import Change
 from edgemerge.formats.hub.config import HubConfig, check_config
 from edgemerge.formats.hub.families import READERS
 from edgemerge.formats.hub.files import CONFIG, GENERATION, TOKENIZER_FILES
 from edgemerge.formats.hub.made_config import make_config
 from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.hub.placement import list_units
+from edgemerge.formats.hub.stored_names import StoredNames
 from edgemerge.formats.quants.codec import find_codec
 from edgemerge.formats.tokenizer.read import MAX_TOKENIZER_BYTES
 from edgemerge.formats.tokenizer.written_process import write_tokenizer
-from edgemerge.planning.compatibility import read_tensor
+from edgemerge.planning.compatibility import is_constant
 from edgemerge.planning.jobs import Draft
 from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT
 from edgemerge.types import Float32, Recipe, Source, TensorSpec
@@ -81,16 +84,15 @@ class Folder:
         self._recipe = recipe
         self._base, self._owner = without_adapters(base), without_adapters(owner)
         self._config = _find_config(self._base)
-        if not self._config.is_plain:
-            raise FormatError(
-                f"no directory of {self._config.model_type} is written, as it has tensors in another form "
-                "than GGUF; write a GGUF instead",
-                path=base.path,
-            )
+        self._names = StoredNames(self._config)
 
-    def norm_offset(self, name: str) -> float:
-        """Return by how much less than its values a tensor is stored."""
-        return self._config.family.norm_offset if name.endswith("norm.weight") else 0.0
+    def holds(self, name: str) -> bool:
+        """Tell whether the directory has a tensor: no constant, and none that nothing uses."""
+        return not is_constant(name) and not self._names.is_unused(name)
+
+    def change(self, name: str) -> Change | None:
+        """Return how the values that are stored differ from those of a tensor."""
+        return self._config.change(name if layer_index(name) is None else name.split(".", 2)[2])
 
     def choose_types(self, drafts: Sequence[Draft]) -> tuple[str, dict[str, str]]:
         """Choose the type of all tensors: the recipe's, or that of the base's largest tensor.
@@ -110,7 +112,8 @@ class Folder:
         if wanted is None:
             largest = max(drafts, key=lambda draft: draft.reference.n_elements).reference.dtype
             full = self._recipe.dtype in ("float32", "float64")
-            wanted = "F32" if full else largest if largest in DTYPES else "F16"
+            kept = "BF16" if largest == "MXFP4" else largest  # which has all values of MXFP4
+            wanted = "F32" if full else kept if kept in DTYPES else "F16"
         if wanted.upper() not in DTYPES:
             raise RecipeError(
                 f"a Hugging Face directory is written as {', '.join(DTYPES)}, not {wanted}; give one "
@@ -159,10 +162,15 @@ def _find_config(base: Source) -> HubConfig:
     if isinstance(base, HubModel):
         return base.config
 
-    def read_f32(name: str) -> Float32:
-        values = np.empty(base.specs()[name].n_elements, np.float32)
-        raw_u8 = np.frombuffer(bytearray(read_tensor(base, name)), np.uint8)
-        find_codec(base.specs()[name]).decode(raw_u8, values)
+    def read_f32(name: str, start: int = 0, stop: int | None = None) -> Float32:
+        spec = base.specs()[name]
+        n_rows = (spec.n_rows if stop is None else stop) - start
+        raw_u8, values = (
+            np.empty(n_rows * spec.row_bytes, np.uint8),
+            np.empty(n_rows * spec.n_cols, np.float32),
+        )
+        base.read_rows(name, start, start + n_rows, raw_u8)
+        find_codec(spec).decode(raw_u8, values)
         return values
 
     return make_config(base.path, base.metadata(), base.specs(), read_f32)

@@ -29,7 +29,7 @@ from edgemerge.methods.blocks import SUM_LANES
 from edgemerge.methods.linear import PASSTHROUGH
 from edgemerge.methods.method import Method
 from edgemerge.methods.table import find_method
-from edgemerge.planning.compatibility import check_models, check_scaled_output, is_constant
+from edgemerge.planning.compatibility import check_models, check_scaled_output
 from edgemerge.planning.header import choose_types, output_metadata
 from edgemerge.planning.importance import importance_metadata, weigh_jobs
 from edgemerge.planning.jobs import Draft, draft_jobs, list_experts, may_copy, unused_settings
@@ -98,7 +98,7 @@ def make_plan(
             method.check(draft)
     folder = _find_folder(recipe, sources[models[0]], owner)
     if folder is not None:
-        drafts = [draft for draft in drafts if not is_constant(draft.name)]
+        drafts = [draft for draft in drafts if folder.holds(draft.name)]
         file_type, types = folder.choose_types(drafts)
     else:
         file_type, types = choose_types(recipe, method, drafts, sources, notes)
@@ -227,7 +227,7 @@ def _finish(draft: Draft, method: Method, dtype: str, folder: Folder | None) -> 
         passes=1 if copies else method.passes(draft),
         is_copy=copies,
         rows=draft.rows,
-        norm_offset=0.0 if folder is None else folder.norm_offset(draft.name),
+        change=None if folder is None else folder.change(draft.name),
     )
     if spec.n_elements >= MAX_ELEMENTS or 0 in shape:
         raise MismatchError(

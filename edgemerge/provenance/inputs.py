@@ -9,7 +9,7 @@ reordered rows. Only the alignment itself could give these again, so such inputs
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from edgemerge.formats.json_file import parse_object
 from edgemerge.formats.mixture import open_mixture
 from edgemerge.methods.table import find_method
 from edgemerge.planning.jobs import draft_jobs
+from edgemerge.planning.mixtures import open_with_gates
 from edgemerge.planning.vocabulary import Vocabulary, choose_vocabulary, names_outsider
 from edgemerge.recipe.tokens import MAX_ROWS
 from edgemerge.token_rows import RowMap, TokenRule
@@ -46,7 +47,11 @@ PIECE = 1 << 20  # bytes of rows that are read at a time; one row at least
 
 
 def check_inputs(
-    path: str | os.PathLike[str], given: Sequence[Path], *, progress: Progress | None = None
+    path: str | os.PathLike[str],
+    given: Sequence[Path],
+    *,
+    progress: Progress | None = None,
+    merge_one: Callable[[Recipe, Path], object] | None = None,
 ) -> None:
     """See that models are the inputs of a merged file, going by the checksums that it states.
 
@@ -58,6 +63,9 @@ def check_inputs(
         All of its inputs, in any order, under the names that they had.
     progress : callable, optional
         Called with bytes read and bytes in all, from this thread.
+    merge_one : callable, optional
+        `edgemerge.merging.run.merge`. It makes a GGUF of a mixture's base, where that is a directory whose
+        hidden states made the gates. Without it such a mixture is refused.
 
     Raises
     ------
@@ -75,10 +83,8 @@ def check_inputs(
         recipe = _read_recipe(provenance, given, path)
         _refuse_aligned(recipe, path)
         if recipe.mixture is not None:
-            _refuse_unrunnable(recipe.mixture, path)
-            sources: dict[Path, Source] = {
-                MIXTURE_PATH: open_mixture(recipe.mixture, recipe.seed, stack)
-            }
+            mixture = _open_mixture(recipe, recipe.mixture, path, stack, merge_one)
+            sources: dict[Path, Source] = {MIXTURE_PATH: mixture}
         else:
             sources = {model: _open(model, stack) for model in recipe.models()}
         # A model that gave nothing but its tokens is not needed: the merged file has them.
@@ -130,13 +136,23 @@ def _refuse_aligned(recipe: Recipe, path: Path) -> None:
         )
 
 
-def _refuse_unrunnable(mixture: Mixture, path: Path) -> None:
+def _open_mixture(
+    recipe: Recipe,
+    mixture: Mixture,
+    path: Path,
+    stack: ExitStack,
+    merge_one: Callable[[Recipe, Path], object] | None,
+) -> Source:
+    """Open a mixture, whose gates are made again; beside it, where its base has to become a GGUF."""
+    if merge_one is not None:
+        return open_with_gates(recipe, mixture, path.absolute().parent, stack, merge_one)
     if mixture.runs_base and mixture.base.is_dir():
         raise VerificationError(
             "has gates of what its base computes, which llama.cpp can tell of a GGUF file and not of a "
-            "directory; make the mixture with a base in GGUF to have its inputs checked",
+            "directory; check it by edgemerge verify",
             path=path,
         )
+    return open_mixture(mixture, recipe.seed, stack)
 
 
 # -- the recipe ------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def recipe_document(recipe: Recipe) -> dict[str, Any]:
     return asdict(recipe)
 
 
-def describe_recipe(document: Mapping[str, Any]) -> list[str]:
+def describe_recipe(document: Mapping[str, Any], transplant: str = "") -> list[str]:
     """Say a recipe in lines: the method with its settings, then each model with its own.
 
     Parameters
@@ -32,6 +32,8 @@ def describe_recipe(document: Mapping[str, Any]) -> list[str]:
     document : mapping
         As of `recipe_document`, or as read from a merged file, which another program may have changed:
         what is not as expected is left out.
+    transplant : str
+        `Provenance.transplant`, where the model got other tokens: this is said in place of the method.
 
     Returns
     -------
@@ -56,6 +58,8 @@ def describe_recipe(document: Mapping[str, Any]) -> list[str]:
             parts.append(f"{key} {_rules(value)}{DEFAULT}")
     parts += _switches(document)
     lines = [f"{name}: {', '.join(parts)}" if parts else name]
+    if transplant:
+        lines = [f"transplant: {transplant}"]
     if isinstance(base := document.get("base"), str | PurePath):
         lines.append(f"base {_name(base)}")
     parts_of_slices = document.get("slices")

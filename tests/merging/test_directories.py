@@ -23,6 +23,7 @@ from edgemerge.planning.compatibility import read_tensor
 from edgemerge.recipe.recipe import load_recipe, make_recipe
 from tests.support.architecture_models import ARCHITECTURES, CASES, copy_model, facts
 from tests.support.directories import made_digest, read_stored
+from tests.support.generated_models import GENERATED_CASES
 from tests.support.places import ROOT, TESTS
 
 CHECKED: dict[str, str] = json.loads((TESTS / "data" / "made_configs.json").read_text())
@@ -72,7 +73,7 @@ def test_the_way_through_gguf_and_back_changes_no_tensor(
 
 def test_every_family_was_checked_with_transformers() -> None:
     """`python -m tools.check_directories` does it: directories made of GGUF files have its logits."""
-    assert set(CHECKED) == {"-".join(case) for case in CASES}
+    assert set(CHECKED) == {"-".join(case) for case in (*CASES, *GENERATED_CASES)}
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgemerge.errors import MismatchError, RecipeError, VerificationError
+from edgemerge.errors import FormatError, MismatchError, RecipeError, VerificationError
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.merging.run import merge, plan
@@ -138,8 +138,29 @@ def test_a_directory_becomes_a_gguf_that_llama_cpp_can_run(
     other_way = gates_of(make(tmp_path, file, experts, gate_mode="hidden"))
     assert (found * other_way).sum(axis=2).min() > 0.9999
     made = make(tmp_path, base, experts, gate_mode="hidden")
-    with pytest.raises(VerificationError, match="make the mixture with a base in GGUF"):
+    with pytest.raises(VerificationError, match="check it by edgemerge verify"):
         check_inputs(made, [base, other])
+    check_inputs(made, [base, other], merge_one=merge)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["base.gguf", "mixture.yml", "models", "out.gguf"]
+
+
+def test_a_damaged_expert_is_named(models_dir: Path, tmp_path: Path) -> None:
+    """As a copy, and where experts are converted as they are scaled."""
+    folder = tmp_path / "expert"
+    shutil.copytree(models_dir / "expert-a", folder)
+    tensors = read_safetensors(folder / "model.safetensors")
+    name = "model.layers.2.mlp.down_proj.weight"
+    tensors[name][1, 3] = np.nan
+    write_safetensors(folder / "model.safetensors", tensors)
+    width = tensors[name].shape[1]
+    sound = models_dir / "expert-a"
+    for scale in ({}, {"residual_scale": 0.5}):
+        experts = experts_of(sound, folder)
+        with pytest.raises(FormatError, match=f"index {width + 3}; that model is damaged") as found:
+            make(tmp_path, models_dir / "base", [one | scale for one in experts])
+        assert found.value.path == folder
+        assert "'blk.2.ffn_down.weight'" in str(found.value)
 
 
 def dense_models(name: str, folder: Path) -> list[Path]:

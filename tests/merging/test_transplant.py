@@ -201,6 +201,15 @@ def test_the_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with closing(open_model(tmp_path / "out.gguf")) as made:
         assert get_value(made.metadata(), "edgemerge.transplant.k") == 4
         assert get_value(made.metadata(), "edgemerge.transplant.donor") == "donor"
+    assert (
+        json.loads(invoke("verify", str(tmp_path / "out.gguf"), "--json"))["method"] == "transplant"
+    )
+    assert "transplant: tokens of donor, k 4" in invoke("verify", str(tmp_path / "out.gguf"))
+    record = tmp_path / "record.html"
+    invoke("record", str(tmp_path / "out.gguf"), "-o", str(record))
+    assert "transplant: tokens of donor, k 4" in record.read_text()
+    assert "passthrough:" not in record.read_text()
+    assert ": transplant of model (" in invoke("inspect", str(tmp_path / "out.gguf"))
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -42,6 +42,11 @@ def all_facts() -> dict[str, Any]:
     return {name: facts for path in files for name, facts in read_packed_json(path).items()}
 
 
+GENERATED_CASES = [
+    (name, variant) for name, facts in all_facts().items() for variant in facts["variants"]
+]
+
+
 def make_model(name: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Write one model of the list; keys of config.json may change, and `seed` gives other weights."""
     facts = all_facts()[name]

@@ -13,10 +13,10 @@ from typing import Any
 from edgemerge.errors import FormatError
 from edgemerge.formats.architectures import KINDS_OF_MODEL, Family
 from edgemerge.formats.gguf.metadata import encode_value
+from edgemerge.formats.hub.changes import Bands, Change, Decay, Offset, Scaled
 from edgemerge.formats.hub.checker import Checker
-from edgemerge.formats.hub.cuts import Cuts, no_cuts
+from edgemerge.formats.hub.cuts import Cuts
 from edgemerge.formats.hub.families import READERS
-from edgemerge.formats.hub.layouts import Bands
 from edgemerge.formats.hub.own_keys import Shapes
 from edgemerge.formats.hub.reader import OwnShapes, Reader
 from edgemerge.formats.hub.rope import Rope, read_rope, rope_metadata
@@ -75,11 +75,16 @@ class HubConfig:
         """Names of its tensors."""
         return KINDS_OF_MODEL[self.kind]
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether a directory has each tensor as GGUF has it, but for the order of rows."""
-        own = self.shapes.stored or self.shapes.in_gguf or self.scales
-        return not own and not self.family.columns and self.cuts is no_cuts
+    def change(self, stem: str) -> Change | None:
+        """Return how the values of a tensor become GGUF's, by its GGUF name without `blk.N.`."""
+        if stem == "ssm_a":
+            return Decay()
+        if bands := self.scales.get(stem):
+            return Scaled(bands)
+        # The norm of a delta net is stored as it is.
+        is_less = stem.endswith("norm.weight") and stem != "ssm_norm.weight"
+        offset = self.family.norm_offset
+        return Offset(offset) if is_less and offset else None
 
     def expected_shape(self, stem: str) -> tuple[int, ...]:
         """Shape of a stored matrix or vector, by its GGUF name without `blk.N.`; one expert's."""

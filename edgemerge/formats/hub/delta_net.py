@@ -14,7 +14,7 @@ from edgemerge.formats.hub.cuts import Cut, Cuts, Stored, whole
 from edgemerge.formats.hub.own_keys import Shapes, qwen3_moe_keys, stated_kinds
 from edgemerge.formats.hub.reader import SCALING, Reader
 
-__all__ = ["DELTA_NET_READERS"]
+__all__ = ["DELTA_NET_READERS", "FULL", "LINEAR"]
 
 LINEAR, FULL = "linear_attention", "full_attention"
 MAX_HEADS, MAX_EXPERTS = 1 << 14, 1 << 14  # lists of so many are made from them

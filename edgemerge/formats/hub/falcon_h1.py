@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from edgemerge.formats.hub.changes import Bands
 from edgemerge.formats.hub.checker import Checker
-from edgemerge.formats.hub.layouts import Bands
 from edgemerge.formats.hub.mamba import StateSpace, expanded_width, read_state_space
 from edgemerge.formats.hub.own_keys import Shapes
 from edgemerge.formats.hub.reader import HEADS, LENGTHS, OwnShapes, Reader

@@ -17,7 +17,7 @@ from edgemerge.formats.hub.gemma4 import FULL, SLIDING, check_sharing
 from edgemerge.formats.hub.own_keys import Shapes, stated_kinds
 from edgemerge.formats.hub.reader import HEADS, LENGTHS, Reader
 
-__all__ = ["GEMMA3N"]
+__all__ = ["FIXED", "GEMMA3N", "SPARSE", "sparsities"]
 
 # What llama.cpp takes for granted
 N_ALTUP, WIDTH_PER_LAYER, RANK, CAP = 4, 256, 64, 30.0
@@ -54,7 +54,7 @@ def keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
     default = [FULL if (i + 1) % 5 == 0 else SLIDING for i in range(n)]
     types = stated_kinds(check, default, (SLIDING, FULL))
     check_sharing(check, types, n - n_shared)
-    wanted = [SPARSITY] * N_SPARSE + [0.0] * (n - N_SPARSE)
+    wanted = sparsities(n)
     if check.get(SPARSE) not in (None, wanted):
         raise check.unlike(SPARSE, check.get(SPARSE), f"{SPARSITY} in the first {N_SPARSE} layers")
     counts = {
@@ -74,6 +74,11 @@ def keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
         "activation_sparsity_scale": encode_value(scales, "[f32]"),
         "attention.sliding_window_pattern": encode_value(slides, "[bool]"),
     }
+
+
+def sparsities(n_layers: int) -> list[float]:
+    """Return how much of each layer's feed-forward part rests."""
+    return [SPARSITY] * N_SPARSE + [0.0] * (n_layers - N_SPARSE)
 
 
 def _count_shared(check: Checker, shapes: Shapes) -> int:

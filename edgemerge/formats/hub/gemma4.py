@@ -15,7 +15,7 @@ from edgemerge.formats.hub.cuts import Cuts, Stored, whole
 from edgemerge.formats.hub.own_keys import Shapes, stated_kinds
 from edgemerge.formats.hub.reader import HEADS, LENGTHS, Reader
 
-__all__ = ["GEMMA4", "check_sharing"]
+__all__ = ["FULL", "GEMMA4", "SLIDING", "check_sharing"]
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 SHARED, EMBEDDED = "num_kv_shared_layers", "hidden_size_per_layer_input"

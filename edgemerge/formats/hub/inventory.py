@@ -18,10 +18,10 @@ from edgemerge.formats.architectures import (
     layer_index,
     split_layer,
 )
+from edgemerge.formats.hub.changes import Change
 from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, HubConfig
 from edgemerge.formats.hub.cuts import Cut
-from edgemerge.formats.hub.files import stored_tensors
-from edgemerge.formats.hub.layouts import BLOCK, Decay, Groups, Layout, Scaled
+from edgemerge.formats.hub.layouts import BLOCK, Groups, Layout, Rotary, Rows
 from edgemerge.formats.hub.names import is_adapter, is_packed, is_unused, own_name
 from edgemerge.formats.hub.safetensors import DTYPE_BITS, StoredTensor
 from edgemerge.formats.hub.stacks import PackedStacks, dealt_columns, halve
@@ -42,18 +42,16 @@ class _Expert:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the bytes of one tensor are, and what they become.
+    """Where the bytes of one tensor are, and what they become."""
 
-    Its parts, the experts of a stack or else one, are of equal size and follow one another. What is left
-    of it is 0.
-    """
-
-    parts: tuple[tuple[Path, int], ...]  # shard, offset in it
-    part_bytes: int
+    layout: Layout
     dtype: str  # as stored
-    n_heads: int = 0  # 0: rows lie as GGUF wants them; else the heads that cut the rotary order
-    norm_offset: float = 0.0  # 0: the bytes are passed on; else added, which makes it float32
-    layout: Layout | None = None  # how it is read, where that is not as above
+    change: Change | None = None  # of the values, which makes them float32; None: they are GGUF's
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it is nothing but zeros, which no file has."""
+        return isinstance(self.layout, Rows) and not self.layout.parts
 
 
 class Inventory:
@@ -61,27 +59,30 @@ class Inventory:
 
     Parameters
     ----------
-    path : Path
-        The directory.
     config : HubConfig
         Its config.json.
+    stored : mapping
+        File of weights -> the tensors in it.
 
     Raises
     ------
     FormatError
-        A tensor is missing, of another shape or type than config.json makes it, or none of the model's.
+        A tensor is of another shape or type than config.json makes it, or none of the model's.
     """
 
-    def __init__(self, path: Path, config: HubConfig) -> None:
+    def __init__(
+        self, config: HubConfig, stored: Mapping[Path, Mapping[str, StoredTensor]]
+    ) -> None:
         self.places: dict[str, Place] = {}
         self.specs: dict[str, TensorSpec] = {}  # in the order in which the converter lists them
         self.unused: list[str] = []  # stored names of what inference does without
         self.packed = PackedStacks()
-        self._path, self._config, self._checker = path, config, TensorChecker(config)
-        self._members: dict[str, dict[int, Place]] = {}  # of stacks begun, by GGUF name
+        self._config, self._checker = config, TensorChecker(config)
+        # Matrices of stacks begun, by GGUF name
+        self._members: dict[str, dict[int, tuple[Path, StoredTensor]]] = {}
         self._experts: dict[int, dict[str, dict[int, _Expert]]] = {}  # of layers begun, by stem
         found: dict[str, str] = {}  # transformers' name -> stored name
-        for shard, tensors in stored_tensors(path).items():
+        for shard, tensors in stored.items():
             # By name within a shard, as llama.cpp's SafetensorsLocal lists them.
             for stored_name, tensor in sorted(tensors.items()):
                 name = own_name(config.kind, stored_name)
@@ -100,7 +101,7 @@ class Inventory:
                     found.setdefault(stack, stored_name)
         # stored names of what llama.cpp wants, but does not use
         self.blank = self._fill_blanks(found)
-        self._require_all(found)
+        self._found = found
         if self.packed.is_used:  # the converter lists them first
             self.specs = dict(sorted(self.specs.items(), key=lambda item: item[1].dtype != "MXFP4"))
 
@@ -164,27 +165,34 @@ class Inventory:
             if layer is not None and self._config.lacks(layer, stem):
                 raise self._checker.unknown(shard, stored_name)
             self._checker.check(shard, stored_name, tensor, stem, stored.shape)
-            self._file_cut(own, cut, shard, tensor)
             if stored.member[1] > 1:
-                self._gather(own, stored.member, shard, stored_name)
+                self._gather(own, cut, stored.member, shard, stored_name, tensor)
+            else:
+                self._file_cut(own, cut, shard, tensor)
         return True
 
-    def _gather(self, name: str, member: tuple[int, int], shard: Path, stored_name: str) -> None:
-        """Join what was filed as one of several with the others, when the last of them has come."""
+    def _gather(
+        self,
+        name: str,
+        cut: Cut,
+        member: tuple[int, int],
+        shard: Path,
+        stored_name: str,
+        tensor: StoredTensor,
+    ) -> None:
+        """Join one of several with the others, when the last of them has come."""
         i, n = member
-        spec, place = self.specs.pop(name), self.places.pop(name)
         parts = self._members.setdefault(name, {})
-        parts[i] = place
-        if any(part.dtype != place.dtype for part in parts.values()):
+        parts[i] = shard, tensor
+        if any(part.dtype != tensor.dtype for _, part in parts.values()):
             raise FormatError(
-                f"its type is {place.dtype}, not that of others of its kind; save the model in one type",
+                f"its type is {tensor.dtype}, not that of others of its kind; save the model in one type",
                 path=shard,
                 tensor=stored_name,
             )
         if len(parts) == n:
-            self.specs[name] = spec
-            joined = tuple(parts[j].parts[0] for j in range(n))
-            self.places[name] = replace(place, parts=joined)
+            starts = tuple((home, part.offset) for home, part in (parts[j] for j in range(n)))
+            self._put(name, cut.stem, cut.shape, Rows(starts, tensor.nbytes), tensor.dtype)
 
     def _fill_blanks(self, found: dict[str, str]) -> list[str]:
         """File zeros for what may be missing; add it to what was found, and return its names."""
@@ -198,7 +206,7 @@ class Inventory:
                     continue
                 own, dtype = f"blk.{layer}.{stored.cuts[0].stem}", self._embedding[1].dtype
                 nbytes = prod(stored.shape) * DTYPE_BITS[dtype] // 8
-                self.places[own] = Place((), nbytes, DTYPES[dtype])
+                self.places[own] = Place(Rows((), nbytes), DTYPES[dtype])
                 self.specs[own] = TensorSpec(own, stored.shape, DTYPES[dtype], nbytes)
                 found[name] = name
                 blank.append(name)
@@ -206,21 +214,12 @@ class Inventory:
 
     def _file_cut(self, name: str, cut: Cut, shard: Path, tensor: StoredTensor) -> None:
         n_rows = tensor.shape[0] if len(tensor.shape) == 1 else prod(tensor.shape[:-1])
-        n_bytes, dtype, start = (
-            tensor.nbytes // n_rows,
-            DTYPES[tensor.dtype],
-            (shard, tensor.offset),
-        )
-        parts = tuple((shard, tensor.offset + first * n_bytes) for first in cut.starts)
-        n_made = prod(cut.shape) * DTYPE_BITS[tensor.dtype] // 8
-        layout: Layout | None = None
-        self.specs[name] = TensorSpec(name, cut.shape, dtype, n_made)
-        if cut.stem == "ssm_a":
-            layout = Decay(start, dtype, cut.starts)
-            self.specs[name] = TensorSpec(name, cut.shape, "F32", 4 * prod(cut.shape))
-        elif cut.columns:
-            layout = Groups(start, cut.columns)
-        self.places[name] = Place(parts, cut.height * n_bytes, dtype, layout=layout)
+        n_bytes, start = tensor.nbytes // n_rows, (shard, tensor.offset)
+        layout: Layout = Groups(start, cut.columns)
+        if not cut.columns:
+            parts = tuple((shard, tensor.offset + first * n_bytes) for first in cut.starts)
+            layout = Rows(parts, cut.height * n_bytes)
+        self._put(name, cut.stem, cut.shape, layout, tensor.dtype)
 
     def _place(
         self, shard: Path, stored_name: str, tensor: StoredTensor, name: str, whole: int = 0
@@ -244,10 +243,9 @@ class Inventory:
             stem = self._own_stem(shard, stored_name, name)
             n_experts, n_out, *inputs = shape = self._config.expected_shape(stem)
             self._checker.check(shard, stored_name, tensor, stem, (n_experts, *inputs, n * n_out))
-            dtype, start = DTYPES[tensor.dtype], (shard, tensor.offset)
-            layout = dealt_columns(start, dtype, shape, i, n, in_turn=in_turn)
-            self.places[name] = Place((start,), tensor.nbytes, dtype, layout=layout)
-            self.specs[name] = TensorSpec(name, shape, dtype, tensor.nbytes // n)
+            start = (shard, tensor.offset)
+            layout = dealt_columns(start, DTYPES[tensor.dtype], shape, i, n, in_turn=in_turn)
+            self._put(name, stem, shape, layout, tensor.dtype)
 
     def _unpack(
         self,
@@ -264,7 +262,7 @@ class Inventory:
         n_bytes = prod(shape) // BLOCK * (1 + BLOCK // 2)
         layouts = self.packed.pair(name, shard, tensor, len(owners))
         for owner, layout in zip(owners, layouts, strict=False):
-            self.places[owner] = Place((layout.blocks,), n_bytes, "MXFP4", layout=layout)
+            self.places[owner] = Place(layout, "MXFP4")
             self.specs[owner] = TensorSpec(owner, shape, "MXFP4", n_bytes)
 
     def _own_stem(self, shard: Path, stored_name: str, name: str) -> str:
@@ -292,27 +290,25 @@ class Inventory:
     def _file(
         self, name: str, stem: str, shard: Path, tensor: StoredTensor, whole: int = 0
     ) -> None:
-        family = self._config.family
-        heads = 0
+        family, start = self._config.family, (shard, tensor.offset)
+        layout: Layout = Rows((start,), tensor.nbytes)
         if family.rotates_pairs and stem in ROTARY_HEADS:
-            heads = getattr(self._config, ROTARY_HEADS[stem])
-        offset = family.norm_offset if stem.endswith("norm.weight") else 0.0
-        dtype, start = DTYPES[tensor.dtype], (shard, tensor.offset)
-        layout: Layout | None = None
-        if stem == "ssm_a":
-            layout = Decay(start, dtype)
-        elif stem in self._config.scales:
-            layout = Scaled(start, dtype, self._config.scales[stem])
-        parts: tuple[tuple[Path, int], ...] = (start,)
-        if whole and len(tensor.shape) > 2:  # half of each expert
-            step = whole // tensor.shape[0]
-            parts = tuple((shard, tensor.offset + i * step) for i in range(tensor.shape[0]))
-        part_bytes = tensor.nbytes // len(parts)
-        self.places[name] = Place(parts, part_bytes, dtype, heads, offset, layout)
-        if offset or layout:
-            self.specs[name] = TensorSpec(name, tensor.shape, "F32", 4 * prod(tensor.shape))
-        else:
-            self.specs[name] = TensorSpec(name, tensor.shape, dtype, tensor.nbytes)
+            layout = Rotary(start, self._config.head_dim, tensor.nbytes // tensor.shape[0])
+        elif whole and len(tensor.shape) > 2:  # half of each expert
+            n, step = tensor.shape[0], whole // tensor.shape[0]
+            parts = tuple((shard, tensor.offset + i * step) for i in range(n))
+            layout = Rows(parts, tensor.nbytes // n)
+        self._put(name, stem, tensor.shape, layout, tensor.dtype)
+
+    def _put(
+        self, name: str, stem: str, shape: tuple[int, ...], layout: Layout, stored_dtype: str
+    ) -> None:
+        """File a tensor, which is float32 where its values are not those that are stored."""
+        change = self._config.change(stem)
+        self.places[name] = Place(layout, DTYPES[stored_dtype], change)
+        dtype = "F32" if change else stored_dtype
+        nbytes = prod(shape) * DTYPE_BITS[dtype] // 8
+        self.specs[name] = TensorSpec(name, shape, DTYPES[dtype], nbytes)
 
     def _stack(self, layer: int) -> None:
         """File a layer's experts when the last of them has come, as the converter does."""
@@ -333,14 +329,11 @@ class Inventory:
                     )
             name = f"blk.{layer}.{stem}"
             parts = tuple((expert.shard, expert.tensor.offset) for expert in experts)
-            dtype = DTYPES[first.dtype]
-            self.places[name] = Place(parts, first.nbytes, dtype)
-            shape = (n_experts, *first.shape)
-            self.specs[name] = TensorSpec(name, shape, dtype, n_experts * first.nbytes)
+            self._put(name, stem, (n_experts, *first.shape), Rows(parts, first.nbytes), first.dtype)
         del self._experts[layer]
 
-    def _require_all(self, found: Mapping[str, str]) -> None:
-        """Refuse a directory that lacks a tensor; names are Hugging Face's."""
+    def missing(self) -> str | None:
+        """Return Hugging Face's name of a tensor that is not there; None: all are."""
         config, family = self._config, self._config.family
 
         def wanted() -> Iterator[str]:  # one by one: a hostile config.json has billions of layers
@@ -358,10 +351,5 @@ class Inventory:
                     for hf in family.experts.values():
                         yield f"model.layers.{layer}.{hf.format(i)}"
 
-        for name in chain(wanted(), filter(None, [self.packed.missing()])):
-            if name not in found:
-                raise FormatError(
-                    "is missing from the directory; get its safetensors files again",
-                    path=self._path,
-                    tensor=name,
-                )
+        names = chain(wanted(), filter(None, [self.packed.missing()]))
+        return next((name for name in names if name not in self._found), None)

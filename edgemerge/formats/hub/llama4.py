@@ -11,7 +11,7 @@ from edgemerge.formats.hub.checker import Checker
 from edgemerge.formats.hub.own_keys import Shapes
 from edgemerge.formats.hub.reader import LLAMA, OwnShapes, Reader
 
-__all__ = ["LLAMA4"]
+__all__ = ["LLAMA4", "UNNORMED"]
 
 PERIOD = 4  # every fourth layer has neither chunks nor rotation
 UNNORMED = 128  # llama.cpp knows by this count of experts that q and k are not normed

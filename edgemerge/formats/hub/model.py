@@ -8,7 +8,7 @@ converter would write.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,22 +25,29 @@ from edgemerge.formats.files import (
     read_state,
     was_cached,
 )
+from edgemerge.formats.gguf.types import row_bytes
 from edgemerge.formats.hub.card import general_metadata
+from edgemerge.formats.hub.changes import as_f32
 from edgemerge.formats.hub.claims import read_claims
 from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, HubConfig, read_config
-from edgemerge.formats.hub.files import ADAPTER, CONFIG, refuse_folder, unread_files
-from edgemerge.formats.hub.inventory import Inventory, Place
-from edgemerge.formats.hub.layouts import as_f32
+from edgemerge.formats.hub.files import (
+    ADAPTER,
+    CONFIG,
+    refuse_folder,
+    stored_tensors,
+    unread_files,
+)
+from edgemerge.formats.hub.inventory import Inventory
+from edgemerge.formats.hub.layouts import Start
 from edgemerge.formats.hub.names import name_some
 from edgemerge.formats.hub.rope import rope_tensors
-from edgemerge.formats.hub.rotary import rotary_runs
 from edgemerge.formats.hub.safetensors import read_metadata
 from edgemerge.formats.tokenizer.process import read_tokenizer
 from edgemerge.types import FileState, Float32, TensorSpec, UInt8
 
 __all__ = ["HubModel"]
 
-PIECE = 1 << 20  # bytes of rows that are compared at a time; one row at least
+PIECE = 1 << 18  # bytes of rows that are compared or changed at a time; one row at least
 
 
 class HubModel:
@@ -62,14 +69,19 @@ class HubModel:
         for name, values in rope_tensors(self._config.rope).items():
             self._specs[name] = TensorSpec(name, values.shape, "F32", values.nbytes)
             self._computed[name] = values.astype("<f4").view(np.uint8)
-        inventory = Inventory(self.path, self._config)
+        inventory = Inventory(self._config, stored_tensors(self.path))
+        if (lacking := inventory.missing()) is not None:
+            raise FormatError(
+                "is missing from the directory; get its safetensors files again",
+                path=self.path,
+                tensor=lacking,
+            )
         self._places = inventory.places
         self._specs |= inventory.specs
         self._notes = self._list_notes(inventory)
         self._metadata: dict[str, bytes] | None = None
         self._fds: dict[Path, int] = {}
-        shards = (shard for place in self._places.values() for shard, _ in place.parts)
-        for shard in dict.fromkeys(shards):
+        for shard in dict.fromkeys(self._shards()):
             try:
                 self._fds[shard] = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as e:
@@ -84,6 +96,11 @@ class HubModel:
         except BaseException:
             self.close()
             raise
+
+    def _shards(self) -> Iterator[Path]:
+        for name, spec in self.stored_specs().items():
+            for (shard, _), _ in self._places[name].layout.stored(spec, spec.n_rows):
+                yield shard
 
     def _list_notes(self, inventory: Inventory) -> list[str]:
         name, tool, unused = folder_name(self.path), self._config.quantised, inventory.unused
@@ -155,11 +172,9 @@ class HubModel:
         return same
 
     def _read_stored(self, name: str, start: int, stop: int) -> Float32:
-        place, n_rows = self._places[name], self._specs[name].n_rows
-        width = place.part_bytes // n_rows
-        raw = np.empty((stop - start) * width, np.uint8)
-        self._fill_rows(name, start * width, stop * width, raw.data.cast("B"))
-        return as_f32(raw, place.dtype)
+        raw_u8 = np.empty((stop - start) * self._stored_spec(name).row_bytes, np.uint8)
+        self.read_stored(name, start, stop, raw_u8)
+        return as_f32(raw_u8, self._places[name].dtype)
 
     @property
     def config(self) -> HubConfig:
@@ -197,18 +212,19 @@ class HubModel:
     def stored_specs(self) -> Mapping[str, TensorSpec]:
         """All tensors that are stored, by GGUF name, with the type that they have in the file."""
         return {
-            name: replace(spec, dtype=place.dtype, nbytes=len(place.parts) * place.part_bytes)
-            for name, spec in self._specs.items()
-            if (place := self._places.get(name)) is not None
+            name: self._stored_spec(name)
+            for name in self._specs
+            if (place := self._places.get(name)) is not None and not place.is_blank
         }
+
+    def _stored_spec(self, name: str) -> TensorSpec:
+        spec, dtype = self._specs[name], self._places[name].dtype
+        return replace(spec, dtype=dtype, nbytes=spec.n_rows * row_bytes(dtype, spec.n_cols))
 
     def read_stored(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` with rows [start, stop) in GGUF's order, as the file has their values."""
-        place = self._places[name]
-        if place.norm_offset:
-            self._fill(name, [out_u8.data.cast("B")], place.parts[0])
-        else:
-            self.read_rows(name, start, stop, out_u8)
+        spec, fill = self._stored_spec(name), partial(self._fill, name)
+        self._places[name].layout.read(spec, start, stop, out_u8, fill)
 
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` ((stop - start) * row_bytes,) with rows [start, stop) in GGUF's order."""
@@ -219,48 +235,18 @@ class HubModel:
             return
         if name in self._computed:
             out_u8[:] = self._computed[name]
-            return
-        place = self._places[name]
-        view = out_u8.data.cast("B")
-        if place.layout is not None:
-            place.layout.read(spec, start, stop, out_u8, partial(self._fill, name))
-        elif place.norm_offset:
-            out_u8[:] = self._read_norm(name, place).view(np.uint8)
-        elif not place.n_heads:
-            self._fill_rows(name, start * spec.row_bytes, stop * spec.row_bytes, view)
-        elif len(spec.shape) > 1:
-            self._fill_rotary(name, start, stop, spec.row_bytes, view)
-        else:  # a bias is one row whose elements are permuted as the rows of its weight are
-            self._fill_rotary(name, 0, spec.n_cols, spec.nbytes // spec.n_cols, view)
+        elif (change := self._places[name].change) is None:
+            self.read_stored(name, start, stop, out_u8)
+        else:
+            out = out_u8.view("<f4").reshape(-1, spec.n_cols)
+            height = max(1, PIECE // self._stored_spec(name).row_bytes)
+            for first in range(start, stop, height):
+                last = min(stop, first + height)
+                rows = out[first - start : last - start]
+                rows[:] = self._read_stored(name, first, last).reshape(rows.shape)
+                change.apply(rows, first)
 
-    def _read_norm(self, name: str, place: Place) -> Float32:
-        """Return the vector that Gemma multiplies by: it stores them less 1."""
-        stored = np.empty(place.part_bytes, np.uint8)
-        self._fill(name, [stored.data.cast("B")], place.parts[0])
-        return as_f32(stored, place.dtype) + np.float32(place.norm_offset)
-
-    def _fill_rows(self, name: str, start: int, stop: int, view: memoryview) -> None:
-        """Read bytes [start, stop) of a tensor, whose parts may lie apart."""
-        place = self._places[name]
-        at = start
-        while at < stop:
-            part, offset = divmod(at, place.part_bytes)
-            if part >= len(place.parts):
-                view[at - start :] = bytes(stop - at)
-                break
-            end = min(stop, (part + 1) * place.part_bytes)
-            shard, first = place.parts[part]
-            self._fill(name, [view[at - start : end - start]], (shard, first + offset))
-            at = end
-
-    def _fill_rotary(self, name: str, start: int, stop: int, width: int, view: memoryview) -> None:
-        """Read items of `width` bytes in GGUF's order: one vectored read per run, no buffer between."""
-        shard, offset = self._places[name].parts[0]
-        for first, places in rotary_runs(start, stop, self._config.head_dim):
-            items = [view[at * width : (at + 1) * width] for at in places]
-            self._fill(name, items, (shard, offset + first * width))
-
-    def _fill(self, name: str, items: list[memoryview], place: tuple[Path, int]) -> None:
+    def _fill(self, name: str, items: list[memoryview], place: Start) -> None:
         """Fill the buffers one after the other from an offset in a shard; thread-safe."""
         shard, at = place
         fill_buffers(self._fds[shard], items, at, shard, hf_name(self.architecture, name))
@@ -268,17 +254,10 @@ class HubModel:
     def forget(self, name: str, n_rows: int | None = None) -> None:
         """Drop a tensor's pages, or its first rows', from the page cache, unless the shard was in it."""
         if place := self._places.get(name):
-            spec = self._specs[name]
-            if place.layout is not None:
-                for (shard, offset), n_bytes in place.layout.stored(spec, n_rows or spec.n_rows):
-                    if shard not in self._stay_cached:
-                        forget_range(self._fds[shard], offset, n_bytes)
-                return
-            left = spec.nbytes if n_rows is None else n_rows * spec.row_bytes
-            for shard, offset in place.parts:
+            spec = self._stored_spec(name)
+            for (shard, offset), n_bytes in place.layout.stored(spec, n_rows or spec.n_rows):
                 if shard not in self._stay_cached:
-                    forget_range(self._fds[shard], offset, min(left, place.part_bytes))
-                left = max(0, left - place.part_bytes)
+                    forget_range(self._fds[shard], offset, n_bytes)
 
     def states(self) -> Sequence[FileState]:
         """Return what the shards were when they were opened."""

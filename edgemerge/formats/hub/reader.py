@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgemerge.formats.hub.changes import Bands
 from edgemerge.formats.hub.checker import Checker
 from edgemerge.formats.hub.cuts import Cuts, no_cuts
-from edgemerge.formats.hub.layouts import Bands
 from edgemerge.formats.hub.own_keys import Shapes, no_keys, one_kind, stated_width
 
 __all__ = [

@@ -9,7 +9,7 @@ from edgemerge.formats.tokenizer.bpe import joined_merges
 from edgemerge.formats.tokenizer.sentencepiece_file import USER_DEFINED
 from edgemerge.formats.tokenizer.spm import ADDED_SCORE, Vocabulary
 
-__all__ = ["gemma4_keys"]
+__all__ = ["VISIBLE", "gemma4_keys"]
 
 # Shown, though special, so that programs can read what a model thinks and calls: `Gemma4Model.set_vocab`.
 VISIBLE = frozenset(

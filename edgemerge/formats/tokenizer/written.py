@@ -1,8 +1,11 @@
 """The tokenizer files of a Hugging Face directory, made of GGUF's `tokenizer.*` keys.
 
-Two kinds can be made: byte-level BPE whose way of cutting words edgemerge knows by name, and SentencePiece's
-BPE. The latter gets a tokenizer.model too, which keeps its scores. GGUF does not tell how added tokens treat
-the spaces around them. They are written to leave them alone, as llama.cpp does.
+Three kinds can be made: byte-level BPE whose way of cutting words edgemerge knows by name, SentencePiece's
+BPE, and that of Gemma 4, which has merges in place of scores. SentencePiece's gets a tokenizer.model too,
+which keeps its scores.
+
+GGUF does not tell how added tokens treat the spaces around them. They are written to leave them alone, as
+llama.cpp does.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import Array, encode_value, get_value
 from edgemerge.formats.tokenizer.bpe import OTHER_NAMES, PRE_TOKENIZERS, Step
+from edgemerge.formats.tokenizer.gemma4 import VISIBLE
 from edgemerge.formats.tokenizer.read import ADD_KEYS, BOS_BY_DEFAULT, ID_KEYS
 from edgemerge.formats.tokenizer.sentencepiece_file import (
     CONTROL,
@@ -37,6 +41,7 @@ SAME_CUTS = {
     "deepseek-r1-qwen": "qwen2",
     "llama4": "gpt-4o",
 } | {other: name for (_, name), other in OTHER_NAMES.items()}
+KINDS = ("gpt2", "llama", "gemma4")
 ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 TEMPLATE = "tokenizer.chat_template"
 Json = dict[str, Any]
@@ -48,8 +53,8 @@ class _Vocabulary:
     def __init__(self, path: Path, metadata: Mapping[str, bytes]) -> None:
         self.path, self._metadata = path, metadata
         self.kind = self.get("model")
-        if self.kind not in ("gpt2", "llama"):
-            raise self.refuse(f"is of the kind {self.kind!r}, not gpt2 or llama")
+        if self.kind not in KINDS:
+            raise self.refuse(f"is of the kind {self.kind!r}, not {', '.join(KINDS)}")
         self.texts = self.strings("tokens")
         self.types = [int(kind) for kind in self._numbers("token_type")]
 
@@ -115,10 +120,15 @@ def tokenizer_files(
         The tokenizer is of a kind that no tokenizer.json can be made of here.
     """
     vocabulary = _Vocabulary(path, metadata)
+    files = {}
     if vocabulary.kind == "gpt2":
-        parts, files = _bpe(vocabulary), {}
+        parts = _bpe(vocabulary)
+    elif vocabulary.kind == "gemma4":
+        parts = _spm(vocabulary, _merges(vocabulary))
     else:
-        parts, files = _spm(vocabulary), {"tokenizer.model": _sentencepiece(vocabulary)}
+        texts, scores = vocabulary.texts, vocabulary.scores()
+        parts = _spm(vocabulary, [*list_merges(texts, scores, vocabulary.types)])
+        files = {"tokenizer.model": _sentencepiece(vocabulary)}
     whole = {
         "version": "1.0",
         "truncation": None,
@@ -140,7 +150,10 @@ def _added(vocabulary: _Vocabulary) -> Iterator[Json]:
     for text, i in vocabulary.used():
         kind = vocabulary.types[i]
         if kind in (CONTROL, UNKNOWN, USER_DEFINED):
-            yield {"id": i, "content": text, **flags, "special": kind != USER_DEFINED}
+            is_special = kind != USER_DEFINED or (
+                vocabulary.kind == "gemma4" and text.encode() in VISIBLE
+            )
+            yield {"id": i, "content": text, **flags, "special": is_special}
 
 
 # -- byte-level BPE ---------------------------------------------------------------------------------
@@ -164,7 +177,7 @@ def _bpe(vocabulary: _Vocabulary) -> Json:
         # Where a cut goes with either, llama.cpp takes words that are tokens whole with one name only.
         "ignore_merges": wanted == "tekken" if ignores is None else ignores,
         "vocab": dict(vocabulary.used()),
-        "merges": [text.split(" ", 1) for text in vocabulary.strings("merges")],
+        "merges": _merges(vocabulary),
     }
     byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
     adds_bos = encode_value(stated, "str") in BOS_BY_DEFAULT
@@ -176,6 +189,10 @@ def _bpe(vocabulary: _Vocabulary) -> Json:
         "decoder": {**byte_level, "use_regex": True},
         "model": model,
     }
+
+
+def _merges(vocabulary: _Vocabulary) -> list[list[str]]:
+    return [text.split(" ", 1) for text in vocabulary.strings("merges")]
 
 
 def _step(step: Step) -> Json:
@@ -194,7 +211,7 @@ def _step(step: Step) -> Json:
 # -- SentencePiece's BPE ----------------------------------------------------------------------------
 
 
-def _spm(vocabulary: _Vocabulary) -> Json:
+def _spm(vocabulary: _Vocabulary, merges: list[Any]) -> Json:
     adds_space = vocabulary.get("add_space_prefix") is not False
     unknown = vocabulary.special("unk") or next(
         ((i, text) for text, i in vocabulary.used() if vocabulary.types[i] == UNKNOWN), None
@@ -224,7 +241,7 @@ def _spm(vocabulary: _Vocabulary) -> Json:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": dict(vocabulary.used()),
-            "merges": list(list_merges(vocabulary.texts, vocabulary.scores(), vocabulary.types)),
+            "merges": merges,
         },
     }
 
@@ -283,7 +300,7 @@ def _config(vocabulary: _Vocabulary, context_length: int) -> Json:
     for role in ("bos", "eos"):
         if (adds := vocabulary.get(ADD_KEYS[role])) is not None:
             config[f"add_{role}_token"] = adds
-    if vocabulary.kind == "llama" and vocabulary.get("add_space_prefix") is False:
+    if vocabulary.kind != "gpt2" and vocabulary.get("add_space_prefix") is False:
         config["add_prefix_space"] = False
     return config
 

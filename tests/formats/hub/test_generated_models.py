@@ -17,6 +17,7 @@ from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.formats.hub import layouts
+from edgemerge.formats.hub import model as hub_model
 from edgemerge.formats.hub.config import read_config
 from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.quants.filetypes import tensor_types
@@ -24,7 +25,13 @@ from edgemerge.merging.run import merge
 from edgemerge.recipe.recipe import make_recipe
 from edgemerge.runtime.llama import Model
 from tests.support.architecture_models import convert
-from tests.support.generated_models import all_facts, draw, make_model, write_tensors
+from tests.support.generated_models import (
+    GENERATED_CASES,
+    all_facts,
+    draw,
+    make_model,
+    write_tensors,
+)
 
 FACTS = all_facts()
 # Which the converter has otherwise: it goes by the layers, not by what config.json says of the rotation.
@@ -41,10 +48,9 @@ EXTRA = {("falcon_h1_norm", "plain"): ["output.weight"]}
 # llama.cpp wants these in all layers, transformers leaves them out where others are used instead.
 UNSHARED = [f"blk.{i}.attn_{name}.weight" for i in (20, 21) for name in ("k", "v", "k_norm")]
 EXTRA[("gemma3n", "plain")] = UNSHARED
-CASES = [(name, variant) for name, facts in FACTS.items() for variant in facts["variants"]]
 
 
-@pytest.fixture(params=CASES, ids="-".join)
+@pytest.fixture(params=GENERATED_CASES, ids="-".join)
 def case(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param
 
@@ -98,6 +104,7 @@ def test_rows_are_the_same_in_any_pieces(
         model.read_rows(name, 0, spec.n_rows, whole_u8)
         if piece is not None:
             monkeypatch.setattr(layouts, "PIECE", piece)
+            monkeypatch.setattr(hub_model, "PIECE", piece)
             monkeypatch.setattr(layouts, "SKIPPED", 0)
         for step in (1, 5, 29):
             for start in range(0, spec.n_rows, step):

@@ -13,8 +13,9 @@ from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.hub.made_config import make_config
 from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.hub.rotary import rotary_runs
-from edgemerge.types import TensorSpec
+from edgemerge.types import Float32, TensorSpec
 from tests.support.architecture_models import ARCHITECTURES, NAMES
+from tests.support.generated_models import all_facts, make_model
 
 NONSENSE = (
     encode_value(0, "u32"),
@@ -29,13 +30,16 @@ NONSENSE = (
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nonsense_is_refused_in_a_sentence(name: str) -> None:
-    model = HubModel(ARCHITECTURES / name)
+def read_ones(name: str, start: int = 0, stop: int | None = None) -> Float32:
+    return np.ones(4, np.float32)
+
+
+@pytest.mark.parametrize("name", [*NAMES, *all_facts()])
+def test_nonsense_is_refused_in_a_sentence(name: str, tmp_path: Path) -> None:
+    model = HubModel(ARCHITECTURES / name if name in NAMES else make_model(name, tmp_path))
     rng, metadata, specs = random.Random(name), dict(model.metadata()), model.specs()
     model.close()
     keys = [key for key in metadata if key.startswith(f"{model.architecture}.")]
-    read = np.ones(4, np.float32).copy
     for _ in range(60):
         changed = dict(metadata)
         for key in rng.sample(keys, rng.choice((1, 1, 2))):
@@ -48,7 +52,7 @@ def test_nonsense_is_refused_in_a_sentence(name: str) -> None:
             given["rope_freqs.weight"] = TensorSpec("rope_freqs.weight", (4,), "F32", 16)
         refusal = "model.gguf: … write a GGUF"
         try:
-            make_config(Path("model.gguf"), changed, given, lambda _name: read())
+            make_config(Path("model.gguf"), changed, given, read_ones)
         except FormatError as error:
             refusal = str(error)
         assert refusal.startswith("model.gguf: ")

@@ -1,4 +1,4 @@
-"""Opens a mixture of experts for a merge, when its gates are made."""
+"""Opens a mixture of experts for a merge, or to check one, when its gates are made."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from edgemerge.errors import OutputError
 from edgemerge.experts import Mixture
 from edgemerge.formats.mixture import MixtureSource, open_mixture
 from edgemerge.types import ModelInput, Recipe, Slice
@@ -33,8 +34,16 @@ def open_with_gates(
     """
     if not (mixture.runs_base and mixture.base.is_dir()):
         return open_mixture(mixture, recipe.seed, stack)
-    with tempfile.TemporaryDirectory(prefix=".edgemerge-", dir=folder) as temporary:
-        made = Path(temporary) / "base.gguf"
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix=".edgemerge-", dir=folder)
+    except OSError as error:
+        raise OutputError(
+            f"cannot have a copy of the base for a while ({error.strerror}); make room there, or give the "
+            "base as a GGUF",
+            path=folder,
+        ) from error
+    with temporary as name:
+        made = Path(name) / "base.gguf"
         copy = Recipe(
             "passthrough", None, (Slice((ModelInput(mixture.base),)),), memory=recipe.memory
         )
