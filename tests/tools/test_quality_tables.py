@@ -1,0 +1,99 @@
+"""The tables of quality: a file is scored once, and every row is compared with the reference."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from edgemerge.methods.table import METHODS
+from edgemerge.runtime.evaluation.questions import Question
+from edgemerge.runtime.evaluation.tasks import Task
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def asked(n: int) -> Any:
+    scores = module("quality_scores")
+    questions = tuple(Question(f"Question: {i}?\nAnswer:", ("a", "b"), 0) for i in range(n))
+    task = Task("any", Path("any.jsonl"), questions, tuple(range(n)), n, 0, None)
+    return scores.Asked({name: task for name in scores.SETS}, ("Hello?",))
+
+
+def sheet(chosen: str) -> dict[str, Any]:
+    right = chosen.count("0") / len(chosen)
+    one = {"score": {"acc": right, "stderr": 0.01}, "chosen": chosen, "chosen_norm": chosen}
+    names = module("quality_scores").SETS
+    return {
+        "sets": dict.fromkeys(names, one),
+        "perplexity": [20.0, 0.5],
+        "answers": ["one\n| two"],
+        "cpu_s": 1.25,
+        "peak_mib": 99.6,
+    }
+
+
+def test_a_row_is_paired_with_the_reference() -> None:
+    rows, tables = module("quality_rows"), module("quality_table")
+    reference = next(row for row in rows.OURS if row.label == rows.REFERENCE)
+    other = replace(reference, label="other")
+    both = [(other, sheet("00000000")), (reference, sheet("00001111"))]
+    _, _, first, second = tables.render(both, asked(8)).splitlines()
+    # four of four more in each of two sets: p = 2 / 2**8; in one set 2 / 2**4
+    half = "100.0 ± 2.0 | 100.0 ± 2.0 | 100.0 ± 2.0 | +50.0, p 0.008 | +50.0, p 0.125"
+    assert first == f"| other | {half} | 20.00 ± 0.98 | 1.2 | 100 | {reference.settings} |"
+    assert second.split(" | ")[4:6] == ["", ""]
+    assert tables.answers(both, asked(8)).count("| other | one \\| two |") == 1
+
+
+def test_every_row_is_a_merge_that_the_program_knows() -> None:
+    rows = module("quality_rows")
+    found = [*rows.merges(), *rows.VARIANTS, *rows.shuffled()]
+    assert {row.method for row in found} <= METHODS.keys()
+    names = [(row.group, row.label) for row in found]
+    assert len(set(names)) == len(names)
+    words = rows.words_of(found[0], "base", ["a", "b"])
+    assert words == ["-m", "linear", "a", "b", "--preset", "paper"]
+    slerp = next(row for row in found if row.method == "slerp")
+    assert rows.words_of(slerp, "base", ["a", "b"]) == [
+        "-m",
+        "slerp",
+        "b",
+        "--base",
+        "a",
+        "-P",
+        "t=0.5",
+    ]
+
+
+@pytest.mark.llama
+def test_a_file_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llama_cpp")
+    scores = module("quality_scores")
+    scored: list[bytes] = []
+
+    def score_file(path: Path, _asked: Any) -> dict[str, Any]:
+        scored.append(path.read_bytes())
+        return sheet("01")
+
+    monkeypatch.setattr(scores, "score_file", score_file)
+    monkeypatch.setattr(scores, "digest", lambda path: path.read_text())
+    model, kept = tmp_path / "model.gguf", tmp_path / "cache" / "scores.json"
+    for content, n in ((b"one", 2), (b"two", 2), (b"one", 2), (b"one", 3)):
+        model.write_bytes(content)
+        assert scores.Scores(kept, asked(n)).of(model) == sheet("01")
+    assert scored == [b"one", b"two", b"one"]  # the last was asked other questions
+    assert [path.name for path in kept.parent.iterdir()] == ["scores.json"]
