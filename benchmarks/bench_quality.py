@@ -15,7 +15,7 @@ from pathlib import Path
 
 from measure import CACHE, FIGURES, ROOT, finish
 from quality_rows import VARIANTS, Row, merges, shuffled, words_of
-from quality_scores import SETS, Asked, Figures, Scores, as_json, measure
+from quality_scores import MEDICAL, Asked, Figures, Job, Scores, as_json, measure
 from quality_table import render
 
 sys.path.insert(0, str(ROOT))
@@ -33,23 +33,24 @@ def main() -> None:
     options = parser.parse_args()
     asked = Asked.of(MODELS / "eval", options.limit)
     with tempfile.TemporaryDirectory() as folder:
-        scores = Scores(CACHE / "quality.json", asked)
-        found = measure(list(jobs()), TYPES, lambda _row, _type: scores, Path(folder))
+        found = measure(list(jobs(Scores(CACHE / "quality.json", asked))), Path(folder))
     draw(found["F16"], FIGURES / "quality.png")
     parts = [f"{file_type}:\n\n{render(rows, asked)}" for file_type, rows in found.items()]
     finish("quality", "\n\n".join(parts), as_json(found))
 
 
-def jobs() -> Iterator[tuple[Row, list[str]]]:
-    """Yield the table's rows with the arguments of their merges."""
-    for name in ("base", *EXPERTS, SHUFFLED[1]):
-        row = Row(name, "passthrough", group="models")
-        yield row, words_of(row, "", [str(MODELS / name)])
-    merged = (*merges(), *VARIANTS)
-    for rows, names in ((merged, EXPERTS), (tuple(shuffled()), SHUFFLED)):
-        experts = [str(MODELS / name) for name in names]
-        for row in rows:
-            yield row, words_of(row, str(MODELS / "base"), experts)
+def jobs(scores: Scores) -> Iterator[Job]:
+    """Yield all rows as F16, and as Q4_K_M all but those of the shuffled expert."""
+    for file_type in TYPES:
+        for name in ("base", *EXPERTS, SHUFFLED[1]):
+            row = Row(name, "passthrough", group="models")
+            yield Job(row, words_of(row, "", [str(MODELS / name)]), file_type, scores)
+        more = shuffled() if file_type == "F16" else ()
+        for rows, names in ((merges(*VARIANTS), EXPERTS), (more, SHUFFLED)):
+            experts = [str(MODELS / name) for name in names]
+            for row in rows:
+                words = words_of(row, str(MODELS / "base"), experts)
+                yield Job(row, words, file_type, scores)
 
 
 def draw(rows: Sequence[tuple[Row, Figures]], path: Path) -> None:
@@ -66,7 +67,7 @@ def draw(rows: Sequence[tuple[Row, Figures]], path: Path) -> None:
     names |= {"shuffled": "heads shuffled", "aligned": "shuffled, then aligned"}
     figure, axes = pyplot.subplots(figsize=(9, 0.24 * len(rows) + 1.2), layout="constrained")
     for at, (row, found) in enumerate(reversed(rows)):
-        both = [found["sets"][name]["score"] for name in SETS[:2]]
+        both = [found["sets"][name]["score"] for name in MEDICAL]
         mean = 50 * sum(score["acc"] for score in both)
         error = 98 * sum(score["stderr"] ** 2 for score in both) ** 0.5
         colour = colours[row.group]

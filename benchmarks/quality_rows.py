@@ -99,11 +99,11 @@ SHUFFLED = (
 PUBLISHED = ("linear", "task_arithmetic", "dare_ties", "della", "breadcrumbs", "hierarchical")
 
 
-def merges() -> Iterator[Row]:
-    """Yield the merges of both tables: the paper's settings, then ours."""
+def merges(*more: Row) -> Iterator[Row]:
+    """Yield merges with our settings, of them some that only one table has, then with the paper's."""
+    yield from (*OURS, *more)
     for method in PUBLISHED:
         yield Row(method, method, settings=PAPER, group="paper")
-    yield from OURS
 
 
 def shuffled() -> Iterator[Row]:

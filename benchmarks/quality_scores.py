@@ -10,12 +10,12 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from measure import EDGEMERGE, run
@@ -153,26 +153,28 @@ Figures = dict[
 Found = dict[str, list[tuple[Row, Figures]]]  # by type
 
 
-def measure(
-    jobs: Sequence[tuple[Row, list[str]]],
-    types: Sequence[str],
-    scores: Callable[[Row, str], Scores],
-    folder: Path,
-) -> Found:
-    """Make every row's file of every type, score it by what `scores` gives; tell progress on stderr."""
+class Job(NamedTuple):
+    """One file to make and score: its row, the arguments of its merge, its type."""
+
+    row: Row
+    words: list[str]
+    file_type: str
+    scores: Scores
+
+
+def measure(jobs: Sequence[Job], folder: Path) -> Found:
+    """Make and score every file, one after the other; tell progress on stderr."""
     found: Found = {}
     output = folder / "merged.gguf"
-    for file_type in types:
-        found[file_type] = []
-        for number, (row, words) in enumerate(jobs, start=1):
-            cost = make(words, file_type, output)
-            started = time.monotonic()
-            figures = {**scores(row, file_type).of(output), **cost}
-            found[file_type].append((row, figures))
-            took = time.monotonic() - started
-            shown = " ".join(f"{100 * figures['sets'][name]['score']['acc']:.1f}" for name in SETS)
-            label = f"{row.group} {row.label}, {file_type}"
-            print(f"{number}/{len(jobs)} {label}: {shown} ({took:.0f} s)", file=sys.stderr)
+    for number, (row, words, file_type, scores) in enumerate(jobs, start=1):
+        cost = make(words, file_type, output)
+        started = time.monotonic()
+        figures = {**scores.of(output), **cost}
+        took = time.monotonic() - started
+        found.setdefault(file_type, []).append((row, figures))
+        shown = " ".join(f"{100 * figures['sets'][name]['score']['acc']:.1f}" for name in SETS)
+        label = f"{row.group} {row.label}, {file_type}"
+        print(f"{number}/{len(jobs)} {label}: {shown} ({took:.0f} s)", file=sys.stderr)
     return found
 
 
@@ -185,12 +187,9 @@ def make(words: Sequence[str], file_type: str, output: Path) -> dict[str, float]
 
 
 def as_json(found: Found) -> list[dict[str, Any]]:
-    """Return the figures as `run.py` takes them: an entry for each row."""
-    by_row = zip(*found.values(), strict=True)
+    """Return the figures as `run.py` takes them: an entry for each file."""
     return [
-        {
-            **asdict(pairs[0][0]),
-            **{t: figures for t, (_, figures) in zip(found, pairs, strict=True)},
-        }
-        for pairs in by_row
+        {**asdict(row), "type": file_type, **figures}
+        for file_type, rows in found.items()
+        for row, figures in rows
     ]
