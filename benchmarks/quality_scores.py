@@ -6,6 +6,7 @@ asked. The same recipe on the same models gives the same weights, so a merge tha
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -71,11 +72,13 @@ class Scores:
     def __init__(self, path: Path, asked: Asked) -> None:
         self.path, self.asked = path, asked
 
-    def of(self, model: Path) -> dict[str, Any]:
-        """Score a file, unless the same weights were asked the same before."""
+    def of(self, model: Path, *, only_kept: bool = False) -> dict[str, Any] | None:
+        """Score a file, unless the same weights were asked the same before; None: not kept."""
         key = f"{digest(model)} {self.asked.sha256}"
         kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
         if key not in kept:
+            if only_kept:
+                return None
             kept[key] = score_file(model, self.asked)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")
@@ -145,6 +148,20 @@ def marks_of(sheet: Mapping[str, Any], task: Task, name: str) -> list[Mark]:
     ]
 
 
+def read_options(parser: argparse.ArgumentParser, limit: int | None) -> argparse.Namespace:
+    """Read the command line of a bench: its own options and those of both."""
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=limit,
+        help=f"questions per set, drawn at random [{limit or 'all'}]",
+    )
+    parser.add_argument(
+        "--finished", action="store_true", help="write the table of what a stopped run scored"
+    )
+    return parser.parse_args()
+
+
 # -- merges --------------------------------------------------------------------------------------------
 
 Figures = dict[
@@ -162,14 +179,17 @@ class Job(NamedTuple):
     scores: Scores
 
 
-def measure(jobs: Sequence[Job], folder: Path) -> Found:
-    """Make and score every file, one after the other; tell progress on stderr."""
+def measure(jobs: Sequence[Job], folder: Path, *, only_kept: bool = False) -> Found:
+    """Make and score every file, or leave out those without kept scores; tell progress on stderr."""
     found: Found = {}
     output = folder / "merged.gguf"
     for number, (row, words, file_type, scores) in enumerate(jobs, start=1):
         cost = make(words, file_type, output)
         started = time.monotonic()
-        figures = {**scores.of(output), **cost}
+        sheet = scores.of(output, only_kept=only_kept)
+        if sheet is None:
+            continue
+        figures = {**sheet, **cost}
         took = time.monotonic() - started
         found.setdefault(file_type, []).append((row, figures))
         shown = " ".join(f"{100 * figures['sets'][name]['score']['acc']:.1f}" for name in SETS)

@@ -27,8 +27,10 @@ NAMES["aligned"] = "shuffled, aligned: "
 
 def render(rows: Sequence[tuple[Row, Figures]], asked: Asked) -> str:
     """Return a table; the reference must be among its rows."""
-    reference = next(found for row, found in rows if row.label == REFERENCE)
-    return table(HEADER, [_cells(row, found, reference, asked) for row, found in rows])
+    references = [found for row, found in rows if row.label == REFERENCE]
+    if not references:
+        raise SystemExit(f"all are compared with {REFERENCE}, which is not scored yet")
+    return table(HEADER, [_cells(row, found, references[0], asked) for row, found in rows])
 
 
 def _cells(row: Row, found: Figures, reference: Figures, asked: Asked) -> list[str]:

@@ -97,4 +97,5 @@ def test_a_file_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         model.write_bytes(content)
         assert scores.Scores(kept, asked(n)).of(model) == sheet("01")
     assert scored == [b"one", b"two", b"one"]  # the last was asked other questions
+    assert scores.Scores(kept, asked(4)).of(model, only_kept=True) is None
     assert [path.name for path in kept.parent.iterdir()] == ["scores.json"]
