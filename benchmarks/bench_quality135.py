@@ -47,7 +47,7 @@ PROMPTS = (
 )
 
 
-TALKING = ("base", *EXPERTS, REFERENCE, RAMP)  # whose free answers the page has
+SHOWN = ("base", *EXPERTS, "linear", REFERENCE, RAMP)  # whose free answers the page has
 
 
 def main() -> None:
@@ -68,7 +68,11 @@ def main() -> None:
         ]
         found = measure(jobs, Path(name), only_kept=options.finished)
     parts = [f"{file_type}:\n\n{render(rows, asked)}" for file_type, rows in found.items()]
-    shown = [(row, figures) for row, figures in found.get("F16", []) if talks(row, "F16")]
+    shown = [
+        (row, figures)
+        for row, figures in found.get("F16", [])
+        if row.label in SHOWN and talks(row, "F16")
+    ]
     if shown:
         parts.append(f"Free answers, F16, temperature 0:\n\n{answers(shown, talked)}")
     finish("quality135", "\n\n".join(parts), as_json(found))
@@ -90,7 +94,7 @@ def make_rows(
 
 def talks(row: Row, file_type: str) -> bool:
     """Tell whether a file is asked the free prompts too."""
-    return file_type == "F16" and row.label in TALKING and row.group != "paper"
+    return file_type == "F16" and row.group != "paper"
 
 
 def find_adapters(folder: Path) -> dict[str, Path]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -38,6 +38,7 @@ MEDICAL = SETS[:2]  # what the experts were tuned on
 TEXT = Path(__file__).with_name("plain_text.txt")
 TEXT_CONTEXT = 256  # tokens; the small models have no more
 CHAT_CONTEXT = 512
+MAX_TOKENS = 48  # of a free answer
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ class Asked:
 
     tasks: Mapping[str, Task]
     prompts: tuple[str, ...] = ()  # each the first message of a conversation
-    max_tokens: int = 48  # of an answer
 
     @classmethod
     def of(cls, folder: Path, limit: int | None, prompts: Sequence[str] = ()) -> Asked:
@@ -54,37 +54,58 @@ class Asked:
         tasks = {name: read_task(name, folder / f"{name}.jsonl", limit=limit) for name in SETS}
         return cls(tasks, tuple(prompts))
 
+    def parts(self) -> dict[str, Part]:
+        """Return what is scored and kept by itself.
+
+        `sets` has for each name the score, and the options that were chosen as one digit for each
+        question. `perplexity` has value and standard error. `answers` are the free ones.
+        """
+        questions = {name: list(map(asdict, t.questions)) for name, t in self.tasks.items()}
+        return {
+            "sets": Part(questions, lambda m: {n: _ask(m, t) for n, t in self.tasks.items()}),
+            "perplexity": Part([TEXT.read_text(), TEXT_CONTEXT], _perplexity),
+            "answers": Part(
+                [self.prompts, MAX_TOKENS, CHAT_CONTEXT],
+                lambda m: [_answer(m, prompt) for prompt in self.prompts],
+            ),
+        }
+
+
+class Part(NamedTuple):
+    """What a model is asked, in terms of JSON, and how."""
+
+    asked: Any
+    score: Callable[[Model], Any]
+
     @property
     def sha256(self) -> str:
-        """Of all that scores depend on beside the file."""
-        asked = {
-            "questions": {name: list(map(asdict, t.questions)) for name, t in self.tasks.items()},
-            "text": [TEXT.read_text(), TEXT_CONTEXT],
-            "prompts": [self.prompts, self.max_tokens, CHAT_CONTEXT],
-            "llama_cpp_python": version("llama_cpp_python"),
-        }
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        """Of all that the result depends on beside the model."""
+        text = json.dumps([self.asked, version("llama_cpp_python")])
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Scores:
-    """Scores of files, in memory and in a JSON file, which several of these may use by turns."""
+    """Scores of files, kept in a JSON file, which several of these may use by turns."""
 
     def __init__(self, path: Path, asked: Asked) -> None:
-        self.path, self.asked = path, asked
+        self.path, self.parts = path, asked.parts()
 
     def of(self, model: Path, *, only_kept: bool = False) -> dict[str, Any] | None:
-        """Score a file, unless the same weights were asked the same before; None: not kept."""
-        key = f"{digest(model)} {self.asked.sha256}"
+        """Score what was not asked of the same weights before; None where that is forbidden."""
         kept = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        if key not in kept:
-            if only_kept:
-                return None
-            kept[key] = score_file(model, self.asked)
+        weights = digest(model)
+        keys = {name: f"{weights} {part.sha256}" for name, part in self.parts.items()}
+        missing = [name for name, key in keys.items() if key not in kept]
+        if missing and only_kept:
+            return None
+        if missing:
+            with Model(model) as loaded:
+                kept |= {keys[name]: self.parts[name].score(loaded) for name in missing}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")
             partial.write_text(json.dumps(kept))
             partial.replace(self.path)
-        return dict(kept[key])
+        return {name: kept[key] for name, key in keys.items()}
 
 
 def digest(path: Path) -> str:
@@ -101,24 +122,6 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def score_file(path: Path, asked: Asked) -> dict[str, Any]:
-    """Ask a model everything.
-
-    Returns
-    -------
-    dict
-        `sets` has for each name the score, and the options that were chosen as one digit for each
-        question. `perplexity` has value and standard error. `answers` are the free ones.
-    """
-    with Model(path) as model:
-        found: dict[str, Any] = {"sets": {n: _ask(model, t) for n, t in asked.tasks.items()}}
-        chunks = [chunk for _, chunk in score_chunks(model, cut_text(model, TEXT, TEXT_CONTEXT))]
-        perplexity = perplexity_of(chunks)
-        found["perplexity"] = [perplexity.value, perplexity.stderr]
-        found["answers"] = [_answer(model, prompt, asked.max_tokens) for prompt in asked.prompts]
-    return found
-
-
 def _ask(model: Model, task: Task) -> dict[str, Any]:
     likelihoods = option_likelihoods(model, task.questions)
     marks = [mark(*pair) for pair in zip(task.questions, likelihoods, strict=True)]
@@ -129,13 +132,28 @@ def _ask(model: Model, task: Task) -> dict[str, Any]:
     }
 
 
-def _answer(model: Model, prompt: str, max_tokens: int) -> str:
+def _perplexity(model: Model) -> list[float]:
+    chunks = score_chunks(model, cut_text(model, TEXT, TEXT_CONTEXT))
+    found = perplexity_of(chunk for _, chunk in chunks)
+    return [found.value, found.stderr]
+
+
+def _answer(model: Model, prompt: str) -> str:
     template = load_template(model)
     if template is None:
         raise SystemExit(f"{model.path} has no chat template, and so no conversation")
     with Session(model, CHAT_CONTEXT, Sampling(temperature=0.0)) as session:
-        said = Conversation(session, template, max_tokens=max_tokens).ask(prompt)
+        said = Conversation(session, template, max_tokens=MAX_TOKENS).ask(prompt)
         return "".join(said).strip()
+
+
+def distinct_words(answers: Sequence[str]) -> float:
+    """Return how many different words an answer has for each word in it, on average.
+
+    A model that says the same again and again has a low figure.
+    """
+    words = [answer.lower().split() for answer in answers]
+    return sum(len(set(one)) / len(one) for one in words if one) / max(1, len(words))
 
 
 def marks_of(sheet: Mapping[str, Any], task: Task, name: str) -> list[Mark]:

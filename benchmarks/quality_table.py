@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from measure import table
 from quality_rows import REFERENCE, Row
-from quality_scores import MEDICAL, SETS, Asked, Figures, marks_of
+from quality_scores import MEDICAL, SETS, Asked, Figures, distinct_words, marks_of
 
 from edgemerge.runtime.evaluation.evaluate import compare
 
@@ -17,6 +17,7 @@ HEADER = (
     "both domains, over task arithmetic",
     "general, over it",
     "perplexity",
+    "distinct words",
     "CPU s",
     "peak MiB",
     "settings from",
@@ -30,7 +31,9 @@ def render(rows: Sequence[tuple[Row, Figures]], asked: Asked) -> str:
     references = [found for row, found in rows if row.label == REFERENCE]
     if not references:
         raise SystemExit(f"all are compared with {REFERENCE}, which is not scored yet")
-    return table(HEADER, [_cells(row, found, references[0], asked) for row, found in rows])
+    cells = [_cells(row, found, references[0], asked) for row, found in rows]
+    kept = [i for i, column in enumerate(zip(*cells, strict=True)) if any(column)]
+    return table([HEADER[i] for i in kept], [[line[i] for i in kept] for line in cells])
 
 
 def _cells(row: Row, found: Figures, reference: Figures, asked: Asked) -> list[str]:
@@ -40,6 +43,7 @@ def _cells(row: Row, found: Figures, reference: Figures, asked: Asked) -> list[s
         cells.append("" if found is reference else _against(reference, found, asked, names))
     value, stderr = found["perplexity"]
     cells.append(f"{value:.2f} ± {HALF_WIDTH * stderr:.2f}")
+    cells.append(f"{100 * distinct_words(found['answers']):.0f} %" if found["answers"] else "")
     cells += [f"{found['cpu_s']:.1f}", f"{found['peak_mib']:.0f}"]
     return [*cells, "" if row.group == "models" else row.settings]
 

@@ -23,7 +23,6 @@ __all__ = ["show_smollm2"]
 
 EXPERTS = ("disease", "substance")
 N_QUESTIONS = 60  # per set
-SETTINGS = {"lambda": [0.6, 1.2]}  # found on the small models: early layers less, late ones more
 MERGE = "merge, Q4_K_M"
 PROMPTS = (
     "What is the capital of France?",
@@ -105,13 +104,8 @@ def _recipes(base: Path, adapters: Mapping[str, Path]) -> dict[str, Recipe]:
         for name, path in {"base": str(base), **tuned}.items()
     }
     for name, file_type in (("merge", "F16"), (MERGE, "Q4_K_M")):
-        recipes[name] = make_recipe(
-            "task_arithmetic",
-            [(path, None) for path in tuned.values()],
-            base=str(base),
-            parameters=SETTINGS,
-            out_type=file_type,
-        )
+        models = [(path, None) for path in tuned.values()]
+        recipes[name] = make_recipe("linear", models, out_type=file_type)
     return recipes
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +56,7 @@ def test_a_row_is_paired_with_the_reference() -> None:
     _, _, first, second = tables.render(both, asked(8)).splitlines()
     # four of four more in each of two sets: p = 2 / 2**8; in one set 2 / 2**4
     half = "100.0 ± 2.0 | 100.0 ± 2.0 | 100.0 ± 2.0 | +50.0, p 0.008 | +50.0, p 0.125"
-    assert first == f"| other | {half} | 20.00 ± 0.98 | 1.2 | 100 | {reference.settings} |"
+    assert first == f"| other | {half} | 20.00 ± 0.98 | 100 % | 1.2 | 100 | {reference.settings} |"
     assert second.split(" | ")[4:6] == ["", ""]
     assert tables.answers(both, asked(8)).count("| other | one \\| two |") == 1
 
@@ -81,21 +83,37 @@ def test_every_row_is_a_merge_that_the_program_knows() -> None:
 
 
 @pytest.mark.llama
-def test_a_file_is_scored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_asked_before_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("llama_cpp")
     scores = module("quality_scores")
-    scored: list[bytes] = []
+    scored: list[tuple[str, str]] = []
 
-    def score_file(path: Path, _asked: Any) -> dict[str, Any]:
-        scored.append(path.read_bytes())
-        return sheet("01")
+    def ask(question: str, weights: str) -> str:
+        scored.append((weights, question))
+        return question
 
-    monkeypatch.setattr(scores, "score_file", score_file)
+    class Fake:
+        def __init__(self, *questions: str) -> None:
+            self.questions = questions
+
+        def parts(self) -> dict[str, Any]:
+            return {q: scores.Part(q, functools.partial(ask, q)) for q in self.questions}
+
+    monkeypatch.setattr(scores, "Model", lambda path: contextlib.nullcontext(path.read_text()))
     monkeypatch.setattr(scores, "digest", lambda path: path.read_text())
     model, kept = tmp_path / "model.gguf", tmp_path / "cache" / "scores.json"
-    for content, n in ((b"one", 2), (b"two", 2), (b"one", 2), (b"one", 3)):
-        model.write_bytes(content)
-        assert scores.Scores(kept, asked(n)).of(model) == sheet("01")
-    assert scored == [b"one", b"two", b"one"]  # the last was asked other questions
-    assert scores.Scores(kept, asked(4)).of(model, only_kept=True) is None
+    for weights, questions in (("one", "ab"), ("two", "ab"), ("one", "ba"), ("one", "bc")):
+        model.write_text(weights)
+        found = scores.Scores(kept, Fake(*questions)).of(model)
+        assert found == dict(zip(questions, questions, strict=True))
+    assert scored == [("one", "a"), ("one", "b"), ("two", "a"), ("two", "b"), ("one", "c")]
     assert [path.name for path in kept.parent.iterdir()] == ["scores.json"]
+    assert scores.Scores(kept, Fake("d")).of(model, only_kept=True) is None
+
+
+def test_who_repeats_himself_has_few_distinct_words() -> None:
+    distinct_words = module("quality_scores").distinct_words
+    assert distinct_words(["one two three Four", "four four four four"]) == (1 + 1 / 4) / 2
+    assert distinct_words(["", "so so"]) == 1 / 4
