@@ -1,4 +1,4 @@
-"""Run the benchmarks; write their tables into docs/benchmarks.md, SPEED.md and QUALITY.md, between markers.
+"""Run the benchmarks; write their tables into docs/ and SPEED.md, between markers.
 
 The README's table of four rows is then made from these (summary.py).
 
@@ -7,6 +7,7 @@ benchmarks/run.py merge quality      these
 benchmarks/run.py merge --shape zoo  options that run.py does not know go to the one benchmark asked for
 benchmarks/run.py 7b                 only when asked for: needs 18 GB of disk
 benchmarks/run.py serve MODEL.gguf   only when asked for, as llama: what is no benchmark's name goes to it
+benchmarks/run.py quality135         only when asked for: downloads a model of 93 MB, needs two adapters
 benchmarks/run.py recipes --peers .venv-peers
                                      only when asked for: public recipes, by mergekit too
 benchmarks/run.py server MODEL.gguf --peers .venv-peers
@@ -26,9 +27,10 @@ import summary
 from measure import run
 
 HERE = Path(__file__).resolve().parent
-PAGES = (HERE.parent / "docs" / "benchmarks.md", HERE / "SPEED.md", HERE / "QUALITY.md")
+DOCS = HERE.parent / "docs"
+PAGES = (DOCS / "benchmarks.md", DOCS / "quality.md", HERE / "SPEED.md")
 ALONE = ["kernels", "align", "merge", "requant", "quality", "start", "profile", "memory", "scaling"]
-WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes")
+WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes", "quality135")
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:

@@ -22,16 +22,16 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # where cores are in use, it
 
 import numpy as np
 import yaml
-from bench_quality import MODELS, SETS
+from bench_quality import MODELS
 from gguf import GGUFReader
 from measure import machine, table
+from quality_scores import MEDICAL, SETS
 
 from edgemerge import load_recipe, make_recipe, merge
 from edgemerge.runtime.evaluation.likelihood import option_likelihoods
 from edgemerge.runtime.evaluation.questions import Question, read_questions
 from edgemerge.runtime.llama import Model
 
-MEDICAL = SETS[:2]
 REFERENCE = "task_arithmetic lambda=0.7"
 FINALISTS = 10
 BOOTSTRAPS = 10_000

@@ -3,7 +3,7 @@
     benchmarks/summary.py
 
 `benchmarks/run.py` calls it after every run. Nothing is measured here: each figure is a cell of a table in
-docs/benchmarks.md or QUALITY.md, and the last column says which.
+docs/benchmarks.md or docs/quality.md, and the last column says which.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from charts import COLOURS, INK, new_figure, save
 from measure import FIGURES, ROOT, table
 
 README = ROOT / "README.md"
-SPEED, QUALITY = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "QUALITY.md"
+SPEED, QUALITY = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "quality.md"
 MARKED = "<!-- bench:{} -->\n(.*?)<!-- /bench -->"
 METHODS = ("task_arithmetic", "ties")  # of the picture
 MODELS = {"base": "base", "expert-a": "expert a", "expert-b": "expert b", "hierarchical": "merge"}

@@ -93,6 +93,7 @@ PATH_OPTIONS: Mapping[str, Sequence[str]] = {
     "sign model": ("sign", "{}", "--key", "own.pem"),
     "sign key": ("sign", "tiny.gguf", "--key", "{}"),
     "demo models": ("demo", "--models", "{}", "-o", "demo"),
+    "demo adapters": ("demo", "--model", "smollm2", "--adapters", "{}", "--models", "folder"),
     "demo output": ("demo", "-o", "{}", "--models", "folder"),
 }
 
