@@ -256,6 +256,7 @@ class TensorJob:
     change: StoredChange | None = None  # of what is stored, where its values are not GGUF's
     workers: int = 1  # that make its blocks; more than one where it is much of the model
     cached_blocks: int = 0  # blocks that each worker keeps in memory from one pass to the next
+    depth: float = 0.0  # 0 before and in the first layer, 1 in and after the last
 
     @property
     def name(self) -> str:

@@ -108,7 +108,12 @@ Neurons = Annotated[
 ]
 Preset = Annotated[
     str | None,
-    typer.Option("--preset", metavar="NAME", help="paper: the settings of arXiv 2511.13373."),
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help="paper: the settings of arXiv 2511.13373; ramp: lambda from 0.6 in the first layer to 1.2 "
+        "in the last.",
+    ),
 ]
 Split = Annotated[
     str | None,

@@ -15,6 +15,7 @@ __all__ = [
     "INT8_MASK",
     "LAMBDA",
     "NORMALIZE",
+    "RAMP",
     "RESCALE",
     "SAME_BELOW",
     "SCALE",
@@ -122,4 +123,5 @@ RESCALE = Parameter(
     ("l1", "expectation"),
 )
 LAMBDA = Parameter("lambda", "factor of the merged change", 1.0)
+RAMP = (0.6, 1.2)  # lambda of the first and the last layer in the preset `ramp`
 INT8_MASK = Parameter("int8_mask", "accepted, and without effect", False, "switch")

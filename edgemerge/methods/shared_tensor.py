@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from edgemerge.errors import Stopped
 from edgemerge.native import KernelFile
-from edgemerge.types import Float64
+from edgemerge.types import Float32, Float64
 
-__all__ = ["GroupThread", "RowSum", "ThreadGroup"]
+__all__ = ["GroupThread", "LargeSum", "RowSum", "ThreadGroup"]
 
 gram = KernelFile("gram")
 
@@ -43,7 +43,7 @@ class ThreadGroup:
         self.changed = threading.Condition()
         self.failed = False
         self.next_block = 0  # the first that no worker took
-        self.sums: list[RowSum] = []
+        self.sums: list[RowSum | LargeSum] = []
         self.counts: list[NDArray[np.uint32]] = []  # of the workers that wait at the barrier
         self.barrier = threading.Barrier(n_workers, self._add_up)
         self.n_finished = 0
@@ -59,12 +59,24 @@ class ThreadGroup:
             self.changed.notify_all()
         self.barrier.abort()
 
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait, with `changed` locked, until a condition holds. Raises `Stopped` where a worker failed."""
+        self.changed.wait_for(lambda: condition() or self.failed)
+        if self.failed:
+            raise Stopped
+
+    def meet(self) -> None:
+        """Wait for all workers. Raises `Stopped` where one failed."""
+        try:
+            self.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise Stopped from None
+
     def _add_up(self) -> None:
-        first, *others = self.counts
-        for counts in others:
-            first += counts
-        for counts in others:
-            counts[:] = first
+        for counts in self.counts[1:]:
+            self.counts[0] += counts
+        for counts in self.counts[1:]:
+            counts[:] = self.counts[0]
         self.counts.clear()
 
 
@@ -128,9 +140,42 @@ class RowSum:
             return self._sum
 
     def _wait_for(self, i_block: int) -> None:
-        self._group.changed.wait_for(lambda: self._next == i_block or self._group.failed)
-        if self._group.failed:
-            raise Stopped
+        self._group.wait_for(lambda: self._next == i_block)
+
+
+class LargeSum:
+    """The same for sums that are large and slow to add to: the memory is one worker's, float32.
+
+    Parameters
+    ----------
+    group : ThreadGroup
+        The workers.
+    total_f32 : array of float32
+        The sum, which starts as zeros.
+    """
+
+    def __init__(self, group: ThreadGroup, total_f32: Float32) -> None:
+        self._group = group
+        self._sum = total_f32
+        self._sum[...] = 0
+        self._next = 0
+
+    def add_by(self, i_block: int, add: Callable[[Float32], None]) -> None:
+        """Let a function add a block's rows to the sum of the rows before it; see `RowSum.add_by`."""
+        with self._group.changed:
+            self._group.wait_for(lambda: self._next == i_block)
+        add(self._sum)  # unlocked, as no other worker has its turn
+        with self._group.changed:
+            self._next += 1
+            self._group.changed.notify_all()
+
+    def copy_to(self, own_f32: Float32) -> None:
+        """Write the sum over the tensor to a worker's own memory, which may be the sum's. Waits for all."""
+        with self._group.changed:
+            self._group.wait_for(lambda: self._next == self._group.n_blocks)
+        if own_f32 is not self._sum:
+            own_f32[...] = self._sum
+        self._group.meet()  # now the owner may overwrite it
 
 
 class GroupThread:
@@ -163,9 +208,20 @@ class GroupThread:
 
     def row_sum(self, shape: tuple[int, ...]) -> RowSum:
         """Return a new sum over rows, the same object for all workers of the group."""
+        found = self._next_sum(lambda: RowSum(self._group, shape))
+        assert isinstance(found, RowSum)
+        return found
+
+    def large_sum(self, own_f32: Float32) -> LargeSum:
+        """Return a new large sum, the same for all workers, in the memory of the first that asks."""
+        found = self._next_sum(lambda: LargeSum(self._group, own_f32))
+        assert isinstance(found, LargeSum)
+        return found
+
+    def _next_sum(self, make: Callable[[], RowSum | LargeSum]) -> RowSum | LargeSum:
         with self._group.changed:
             if self._n_sums == len(self._group.sums):
-                self._group.sums.append(RowSum(self._group, shape))
+                self._group.sums.append(make())
             self._n_sums += 1
             return self._group.sums[self._n_sums - 1]
 
@@ -184,10 +240,7 @@ class GroupThread:
         """
         with self._group.changed:
             self._group.counts.append(counts_u32)
-        try:
-            self._group.barrier.wait()
-        except threading.BrokenBarrierError:
-            raise Stopped from None
+        self._group.meet()
 
     def finish(self) -> bool:
         """Leave the group. Return True for the last worker."""

@@ -6,18 +6,20 @@ import difflib
 from collections.abc import Mapping
 
 from edgemerge.errors import RecipeError
+from edgemerge.methods.covariance import COVARIANCE
 from edgemerge.methods.fusion import ARCEE_FUSION
 from edgemerge.methods.gram_combined import GRAM_COMBINED
 from edgemerge.methods.hierarchical import HIERARCHICAL
 from edgemerge.methods.linear import LINEAR, PASSTHROUGH
+from edgemerge.methods.lines import LINES
 from edgemerge.methods.method import Method
 from edgemerge.methods.nearswap import NEARSWAP
-from edgemerge.methods.parameters import Parameter
+from edgemerge.methods.parameters import LAMBDA, RAMP, Parameter
 from edgemerge.methods.ram import RAM, RAMPLUS_TL
 from edgemerge.methods.sce import SCE
 from edgemerge.methods.slerp import SLERP
 from edgemerge.methods.task_vectors import TASK_VECTOR_METHODS
-from edgemerge.types import Setting
+from edgemerge.types import Gradient, Setting
 
 __all__ = ["METHODS", "find_method", "known_parameters", "list_presets"]
 
@@ -26,10 +28,12 @@ METHODS: dict[str, Method] = {
     for method in (
         LINEAR,
         *TASK_VECTOR_METHODS,
+        LINES,
         SCE,
         RAM,
         RAMPLUS_TL,
         HIERARCHICAL,
+        COVARIANCE,
         SLERP,
         *GRAM_COMBINED,
         ARCEE_FUSION,
@@ -67,14 +71,19 @@ def known_parameters() -> dict[str, tuple[Parameter, ...]]:
     return dict(sorted(known.items(), key=lambda item: not item[1][0].of_model))
 
 
-def list_presets() -> dict[str, dict[str, Mapping[str, Setting]]]:
-    """Return all published settings: name of a preset -> method -> parameters.
+def list_presets() -> dict[str, dict[str, Mapping[str, Setting | Gradient]]]:
+    """Return all presets: name of a preset -> method -> parameters.
 
     `paper` is the section on baselines of arXiv 2511.13373. Its weights are not published. The formulas
     that it gives for linear and task arithmetic have weights that sum to one, and we take them equal.
+
+    `ramp` is a lambda that grows with depth, for every method that has a lambda. Its ends are from
+    benchmarks/QUALITY.md; LiNeS (arXiv 2410.17146) has the idea.
     """
-    presets: dict[str, dict[str, Mapping[str, Setting]]] = {}
+    presets: dict[str, dict[str, Mapping[str, Setting | Gradient]]] = {}
     for method in METHODS.values():
+        if any(parameter.name == LAMBDA.name for parameter in method.parameters):
+            presets.setdefault("ramp", {})[method.name] = {LAMBDA.name: RAMP}
         for name, settings in method.presets.items():
             presets.setdefault(name, {})[method.name] = settings
     return presets

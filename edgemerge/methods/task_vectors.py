@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.errors import RecipeError
+from edgemerge.methods.addition import ADDING, add_whole
 from edgemerge.methods.blocks import (
     ELECTION_TILE,
     RANK_BINS,
     SUM_LANES,
     Block,
     BlockStream,
-    least_overflow,
     model_weights,
 )
 from edgemerge.methods.method import Described, Method, WorkingMemory
@@ -83,11 +83,11 @@ class TaskVectors:
 
     def blocks(self, stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
         """Yield every block with its merged values; see `Method.blocks`."""
-        if not self.takes_deltas(stream.job):
-            yield from self._sum_whole(stream)
-            return
         job = stream.job
         factors, scale = self._factors(job), float(job.settings["lambda"])
+        if not self.takes_deltas(job):
+            yield from add_whole(stream, factors, scale)
+            return
         normalize = bool(job.settings["normalize"])
         pruners = self._survey(stream)
         scales = np.array([pruner.scale for pruner in pruners], np.float32)
@@ -101,16 +101,6 @@ class TaskVectors:
                 ties.elect(factors, scales, normalize, scale, election, block.experts, block.base)
             else:
                 linear.add_deltas(factors, scales, scale, block.experts, block.base)
-            yield block, block.base
-
-    def _sum_whole(self, stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
-        """Add up task vectors of which nothing is pruned, without making them one by one."""
-        factors, scale = self._factors(stream.job), float(stream.job.settings["lambda"])
-        limit, n_overflows = least_overflow(stream.job.out.dtype), np.empty(1, np.int64)
-        for block in stream.blocks():
-            assert block.base is not None
-            linear.add_changes(factors, scale, block.experts, limit, n_overflows, block.base)
-            block.n_overflows = int(n_overflows[0])
             yield block, block.base
 
     def _factors(self, job: TensorJob) -> Float32:
@@ -161,10 +151,10 @@ class TaskVectors:
     def kernels(self) -> tuple[str, ...]:
         """Name all kernels that these may call."""
         pruning = ("norms.row_norms", "gram.add_rows", *self.pruning.kernels)
-        adding = ("linear.add_changes", "linear.add_deltas")
+        adding = (ADDING, "linear.add_deltas")
         summing = ("ties.elect",) if self.elect else adding
         if self.pruning == NO_PRUNING:
-            return ("linear.subtract", *summing) if self.elect else ("linear.add_changes",)
+            return ("linear.subtract", *summing) if self.elect else (ADDING,)
         return ("linear.subtract", *pruning, *summing)
 
 

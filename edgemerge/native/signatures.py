@@ -15,6 +15,11 @@ __all__ = ["KERNEL_NAMES", "SHARED", "SIGNATURES"]
 SHARED = ("affine_search", "scalars")
 
 SIGNATURES: Mapping[str, Mapping[str, str]] = {
+    "covariance": {
+        "add_grams": "f4[:,::1], i8, f4[::1], f4[:,::1], f4[:,::1]",
+        "combine": "f4[:,:,::1], f4[::1], f4[:,:,::1]",
+        "solve_factors": "f8[::1], f8[::1], i8, f8[:,::1], f8[:,::1], f4[:,:,::1]",
+    },
     "dare": {
         "drop_random": "u8, u8, u8, f4[::1]",
     },

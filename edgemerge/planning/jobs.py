@@ -44,7 +44,7 @@ from edgemerge.types import (
     TensorSpec,
 )
 
-__all__ = ["Draft", "draft_jobs", "list_experts", "may_copy", "unused_settings"]
+__all__ = ["Draft", "draft_jobs", "find_depths", "list_experts", "may_copy", "unused_settings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,27 @@ def draft_jobs(
 
 def _part_of(name: str, parts: Sequence[_Part]) -> _Part:
     """Choose the slice of a tensor outside the layers: the first for embeddings, the last for the rest."""
-    return parts[0] if name.split(".")[0].endswith(("_embd", "_embd_norm", "_types")) else parts[-1]
+    return parts[0] if _precedes_layers(name) else parts[-1]
+
+
+def _precedes_layers(name: str) -> bool:
+    return name.split(".")[0].endswith(("_embd", "_embd_norm", "_types"))
+
+
+def find_depths(names: Sequence[str]) -> dict[str, float]:
+    """Tell how deep each output tensor lies: 0 in the first layer, 1 in the last, linearly between.
+
+    Embeddings lie at 0, all else outside the layers at 1, as does the only layer of a model that has one.
+    """
+    layers = {name: layer_index(name) for name in names}
+    last = max((layer for layer in layers.values() if layer is not None), default=0)
+    depths = {}
+    for name, layer in layers.items():
+        if layer is None:
+            depths[name] = 0.0 if _precedes_layers(name) else 1.0
+        else:
+            depths[name] = layer / last if last else 1.0
+    return depths
 
 
 def unused_settings(recipe: Recipe, method: Method) -> list[str]:

@@ -32,7 +32,14 @@ from edgemerge.methods.table import find_method
 from edgemerge.planning.compatibility import check_models, check_scaled_output
 from edgemerge.planning.header import choose_types, output_metadata
 from edgemerge.planning.importance import importance_metadata, weigh_jobs
-from edgemerge.planning.jobs import Draft, draft_jobs, list_experts, may_copy, unused_settings
+from edgemerge.planning.jobs import (
+    Draft,
+    draft_jobs,
+    find_depths,
+    list_experts,
+    may_copy,
+    unused_settings,
+)
 from edgemerge.planning.llama_check import check_runs
 from edgemerge.planning.token_maps import describe_rows, memory_of_rows
 from edgemerge.planning.vocabulary import choose_vocabulary, names_outsider, note_templates
@@ -104,7 +111,11 @@ def make_plan(
         file_type, types = choose_types(recipe, method, drafts, sources, notes)
         check_scaled_output(types, sources[models[0]])
     metadata = output_metadata(recipe, method, sources, vocabulary, drafts, file_type, types, notes)
-    jobs = [_finish(draft, method, types[draft.name], folder) for draft in drafts]
+    depths = find_depths([draft.name for draft in drafts])
+    jobs = [
+        replace(_finish(draft, method, types[draft.name], folder), depth=depths[draft.name])
+        for draft in drafts
+    ]
     folder_bytes = 0
     if folder is not None:
         described = folder.describe([job.out for job in jobs], metadata, file_type)

@@ -1,4 +1,4 @@
-"""Published settings by name."""
+"""Settings by name: the published ones of a paper, and a lambda that grows with depth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["with_preset"]
 def with_preset(recipe: Recipe, name: str) -> Recipe:
     """Give a recipe the settings of a preset where it does not say otherwise.
 
-    Weights, too, are the preset's where none are given: equal, with a sum of one.
+    Weights, too, are those of `paper` where none are given: equal, with a sum of one.
 
     Raises
     ------
@@ -35,8 +35,14 @@ def with_preset(recipe: Recipe, name: str) -> Recipe:
         )
     if recipe.stages:
         raise RecipeError("a preset is for one merge, not for several stages", field="preset")
-    n_models = max(
+    settings = dict(methods[recipe.method])
+    if name == "paper":
+        settings["weight"] = 1.0 / max(1, _count_models(recipe))
+    rules = {key: (Rule(value),) for key, value in settings.items()}
+    return replace(recipe, defaults={**recipe.defaults, **rules})
+
+
+def _count_models(recipe: Recipe) -> int:
+    return max(
         len([m for m in part.inputs if m.path != recipe.base_of(part)]) for part in recipe.slices
     )
-    settings = {"weight": 1.0 / max(1, n_models), **methods[recipe.method]}
-    return replace(recipe, defaults={key: (Rule(value),) for key, value in settings.items()})

@@ -191,7 +191,7 @@ def test_force_replaces(run: Run) -> None:
         ("-m linear a --memory 1M", "a budget of 1 MiB is too small for this merge; the smallest"),
         ("-m linear a=nan", "the weight of a is nan; it must be a finite number"),
         ("-m linear a=1 b=-1 --threads 1", "the weights of output.weight sum to zero, which"),
-        ("-m linear a --preset papr", "unknown preset 'papr'; known are paper"),
+        ("-m linear a --preset papr", "unknown preset 'papr'; known are paper, ramp"),
         ("no.yml", "no.yml: cannot read the recipe (No such file or directory); check its path"),
         ("-m linear a -o no/x.gguf", "no/x.gguf: the folder no does not exist; make it first"),
         ("-m linear a -o base", "base: is a folder; give the name of a file"),

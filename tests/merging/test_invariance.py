@@ -37,6 +37,8 @@ METHODS: dict[str, tuple[int, dict[str, Any], int]] = {
     "della_linear": (2, {"density": 0.6, "epsilon": 0.3, "rescale": "expectation"}, 1),
     "breadcrumbs": (2, {"density": 0.7, "gamma": 0.05, "rescale": True}, 4),
     "breadcrumbs_ties": (2, {"density": 0.4, "gamma": 0.2}, 3),
+    "covariance": (2, {"columns": 96, "ridge": 0.2}, 2),
+    "lines": (2, {"beta": 0.7}, 1),
     "model_stock": (2, {}, 2),
     "nuslerp": (2, {"nuslerp_flatten": False, "nuslerp_row_wise": True}, 2),
     "multislerp": (2, {}, 2),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 import edgemerge
 from edgemerge.errors import MismatchError
+from edgemerge.recipe.presets import with_preset
 from tests.support.fixtures import unpacked
 from tests.support.small_models import (
     block_count,
@@ -94,6 +95,62 @@ def test_a_gradient_runs_over_the_layers(merge_by: MergeBy, deep: Deep) -> None:
         layer = layer_of(name)
         position = 0.0 if layer is None else layer / (LAYERS - 1)
         assert share == pytest.approx(np.interp(position, [0, 0.5, 1], points), abs=1e-5), name
+
+
+def lines_recipe(deep: Deep) -> dict[str, Any]:
+    parameters = {"alpha": 0.3, "beta": 0.5}
+    return {"merge_method": "lines", "base_model": str(deep("base")), "parameters": parameters}
+
+
+def test_lines_scales_by_depth(merge_by: MergeBy, deep: Deep) -> None:
+    """The embedding is part of the beginning; final norm and head are of the end."""
+    path = merge_by({**lines_recipe(deep), "models": [{"model": str(deep("a"))}]})
+    for name, share in shares_of(path, deep("base"), deep("a")).items():
+        layer = layer_of(name)
+        outside = 0.0 if name == "token_embd.weight" else 1.0
+        depth = outside if layer is None else layer / (LAYERS - 1)
+        assert share == pytest.approx(0.3 + 0.5 * depth, abs=1e-5), name
+
+
+def test_lines_counts_the_layers_of_the_output(merge_by: MergeBy, deep: Deep) -> None:
+    """The third slice is the last of three layers, the second of the model's own."""
+    slices = [
+        {
+            "sources": [
+                {"model": str(deep(role)), "layer_range": [i, i + 1]} for role in ("base", "a")
+            ]
+        }
+        for i in (0, 1, 1)
+    ]
+    got = load_gguf(merge_by({**lines_recipe(deep), "slices": slices}))
+    base, a = tensors_of(deep("base")), tensors_of(deep("a"))
+    for layer, share in ((0, 0.3), (1, 0.55), (2, 0.8)):
+        stem = "attn_output.weight"
+        source = f"blk.{min(layer, 1)}.{stem}"
+        want = base[source] + share * (a[source] - base[source])
+        assert got[f"blk.{layer}.{stem}"] == pytest.approx(want, abs=1e-5)
+
+
+def test_the_only_layer_is_the_last(merge_by: MergeBy, deep: Deep) -> None:
+    span = {"layer_range": [2, 3]}
+    sources = [{"model": str(deep(role)), **span} for role in ("base", "a")]
+    path = merge_by({**lines_recipe(deep), "parameters": {}, "slices": [{"sources": sources}]})
+    want = tensors_of(deep("a"))["blk.2.attn_output.weight"]  # alpha + beta is 1 by default
+    assert load_gguf(path)["blk.0.attn_output.weight"] == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "hierarchical"])
+def test_the_ramp_is_a_gradient_of_lambda(deep: Deep, tmp_path: Path, method: str) -> None:
+    models = [(str(deep(role)), None) for role in ("a", "b")]
+    made = []
+    for i, parameters in enumerate(({}, {"lambda": [0.6, 1.2]})):
+        recipe = edgemerge.make_recipe(
+            method, models, base=str(deep("base")), parameters=parameters, out_type="F32"
+        )
+        recipe = recipe if parameters else with_preset(recipe, "ramp")
+        edgemerge.merge(recipe, tmp_path / f"{i}.gguf")
+        made.append(stored(tmp_path / f"{i}.gguf"))
+    assert made[0] == made[1]
 
 
 def test_filters_know_hugging_faces_names(merge_by: MergeBy, deep: Deep) -> None:

@@ -15,10 +15,10 @@ from edgemerge.methods.table import METHODS
 from edgemerge.native.kernel import Kernel
 from edgemerge.types import InputTensor, TensorJob, TensorSpec
 from tests.support.memory_stream import merge_in_memory
-from tests.twins import directions, elements
+from tests.twins import covariance, directions, elements
 
 Float32 = NDArray[np.float32]
-TWINS = directions.TWINS | elements.TWINS
+TWINS = directions.TWINS | elements.TWINS | covariance.TWINS
 TOLERANCE = 4e-7  # of the tensor's largest magnitude: a few roundings to float32
 
 # Method, models, whether there is a base, settings.
@@ -36,6 +36,12 @@ CHOICES: list[tuple[str, int, bool, dict[str, Any]]] = [
     ("multislerp", 1, True, {}),
     ("karcher", 2, False, {}),
     ("karcher", 4, False, {"max_iter": 999.0, "tol": 1e-10}),
+    ("covariance", 2, True, {}),
+    ("covariance", 3, True, {"columns": 5.0}),
+    ("covariance", 2, True, {"columns": 100.0, "ridge": 2.0}),
+    ("covariance", 1, True, {}),
+    ("lines", 2, True, {}),
+    ("lines", 1, True, {"alpha": -0.2}),
     ("sce", 3, True, {}),
     ("sce", 2, True, {"select_topk": 0.4}),
     ("sce", 1, True, {"select_topk": 0.5}),
@@ -93,7 +99,8 @@ def test_method_equals_its_definition(
     got, want = both(method, base if based else None, models, options, 2)
     seen: list[Any] = [want, base, *models]
     scale = max(float(np.abs(x).max()) for x in seen)
-    assert np.abs(got - want).max() <= TOLERANCE * scale
+    sums = 3 if method == "covariance" else 1  # float32, of as many terms as columns
+    assert np.abs(got - want).max() <= sums * TOLERANCE * scale
 
 
 @pytest.mark.parametrize(("method", "count", "based", "options"), CASES)

@@ -25,13 +25,13 @@ from edgemerge.native.signatures import KERNEL_NAMES
 from edgemerge.types import Float32, Recipe
 from tests.support.fixtures import unpacked
 from tests.support.small_models import load_gguf, stored
-from tests.twins import directions, elements
+from tests.twins import covariance, directions, elements
 from tests.twins import methods as twins
 from tests.twins.hierarchical import twin as hierarchical_twin
 
 INPUTS = unpacked("golden") / "inputs_f32"
 TWINS = dict.fromkeys(twins.METHODS, twins.merge_tensor) | {"hierarchical": hierarchical_twin}
-TWINS |= directions.TWINS | elements.TWINS
+TWINS |= directions.TWINS | elements.TWINS | covariance.TWINS
 
 # -- the records that there are ------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ def test_a_record_is_complete(name: str) -> None:
 
 
 def test_a_parameter_means_the_same_in_every_method() -> None:
-    """But for its default, and for two names that mergekit uses twice."""
+    """But for its default, for names that mergekit uses twice, and for alpha, as papers have it."""
     known = known_parameters()
     for method in METHODS.values():
         for parameter in method.parameters:
@@ -64,7 +64,7 @@ def test_a_parameter_means_the_same_in_every_method() -> None:
                 parameter = parameter.by_default(other.default)
             assert parameter == other or parameter.default is None or other.default is None
     two = {name: {p.of_model for p in meanings} for name, meanings in known.items() if meanings[1:]}
-    assert two == {"epsilon": {True, False}, "t": {False}}  # mergekit's names
+    assert two == {"epsilon": {True, False}, "t": {False}, "alpha": {False}}
 
 
 def test_every_method_and_parameter_is_in_the_tables() -> None:

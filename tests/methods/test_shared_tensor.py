@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import pytest
 
 from edgemerge.errors import Stopped
 from edgemerge.methods.shared_tensor import GroupThread, ThreadGroup
-from edgemerge.types import Float64
+from edgemerge.types import Float32, Float64
 
 N_BLOCKS, ROWS = 40, 3
 
@@ -54,6 +55,35 @@ def test_sums_are_those_of_one_worker(n_workers: int, rows: Float64) -> None:
 
 
 @pytest.mark.parametrize("n_workers", [1, 3])
+def test_a_large_sum_is_that_of_one_worker(n_workers: int, rows: Float64) -> None:
+    """It lies in the first worker's memory, who may overwrite it when all have a copy."""
+    group = ThreadGroup(n_workers, N_BLOCKS)
+    narrow = rows.astype(np.float32)
+    want = np.zeros(2, np.float32)
+    for row in narrow.reshape(-1, 2):
+        want += row
+
+    def work(place: GroupThread) -> None:
+        own = np.full(2, np.nan, np.float32)
+        total = place.large_sum(own)
+
+        def add(i: int, found: Float32) -> None:
+            for row in narrow[i]:
+                time.sleep(random.random() * 1e-4)
+                found += row
+
+        for i in place.take_blocks():
+            total.add_by(i, functools.partial(add, i))
+        total.copy_to(own)
+        assert np.array_equal(own, want)
+        own[:] = np.nan
+
+    with ThreadPoolExecutor(n_workers) as pool:
+        for future in [pool.submit(work, group.join()) for _ in range(n_workers)]:
+            future.result()
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
 def test_counts_are_added_up_for_everybody(n_workers: int) -> None:
     group = ThreadGroup(n_workers, N_BLOCKS)
 
@@ -73,15 +103,27 @@ def test_counts_are_added_up_for_everybody(n_workers: int) -> None:
             assert future.result() == [sum(range(N_BLOCKS))] * 3
 
 
-@pytest.mark.parametrize("waits_for", ["counts", "turn", "total"])
+@pytest.mark.parametrize(
+    "waits_for", ["counts", "turn", "total", "large turn", "large total", "copies"]
+)
 def test_who_waits_gives_up_when_another_fails(waits_for: str) -> None:
     group = ThreadGroup(2, N_BLOCKS)
 
     def wait(place: GroupThread) -> None:
+        own = np.zeros(1, np.float32)
         if waits_for == "counts":
             place.add_counts(np.zeros(4, np.uint32))
         elif waits_for == "turn":
             place.row_sum((1,)).add(1, np.zeros((1, 1)))
+        elif waits_for == "large turn":
+            place.large_sum(own).add_by(1, lambda total: None)
+        elif waits_for == "large total":
+            place.large_sum(own).copy_to(own)
+        elif waits_for == "copies":
+            total = place.large_sum(own)
+            for i in range(N_BLOCKS):
+                total.add_by(i, lambda total: None)
+            total.copy_to(own)
         else:
             place.row_sum((1,)).total()
 

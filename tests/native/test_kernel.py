@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemerge.kernels import della, gram, heads, linear, norms, sinkhorn, ties
+from edgemerge.kernels import covariance, della, gram, heads, linear, norms, sinkhorn, ties
 from edgemerge.methods import blocks
+from edgemerge.methods import covariance as method
 from edgemerge.native import KernelFile, load_kernel
 from edgemerge.native.compiler import compile_object
 from edgemerge.native.image import BadImage, Image
@@ -50,6 +51,8 @@ def test_constants_of_kernels_that_size_their_scratch() -> None:
     assert blocks.ELECTION_TILE == ties.TILE
     assert blocks.RANK_BINS == della.RADIX
     assert blocks.SUM_LANES == norms.LANES == gram.LANES
+    sizes = (method.TILE, method.ROWS, method.CHUNK)
+    assert sizes == (covariance.TILE, covariance.ROWS, covariance.CHUNK)
 
 
 # -- the same as Numba's dispatcher --------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Slow, obviously right NumPy twins of SCE, RAM, Arcee Fusion and NearSwap: whole tensors in float64."""
+"""Slow, obviously right NumPy twins of LiNeS, SCE, RAM, Arcee Fusion, NearSwap: whole tensors in float64."""
 
 from __future__ import annotations
 
@@ -97,7 +97,22 @@ def nearswap(base: Float32, models: Sequence[Float32], *, t: float) -> Float64:
     return np.asarray(weight * b + (1 - weight) * a)
 
 
+def lines(
+    base: Float32,
+    models: Sequence[Float32],
+    weights: Sequence[float],
+    *,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    depth: float = 0.0,
+) -> Float64:
+    """arXiv 2410.17146, eq. 2: the sum of task vectors by a factor linear in depth."""
+    total = np.tensordot(np.array(weights), deltas_of(base, models), 1)
+    return np.asarray(base + (alpha + beta * depth) * total)
+
+
 TWINS: dict[str, Callable[..., Any]] = {
+    "lines": lines,
     "sce": sce,
     "ram": ram,
     "ramplus_tl": ramplus_tl,
