@@ -73,7 +73,7 @@ def test_every_method_and_parameter_is_in_the_tables() -> None:
     ties = next(row for row in rows if row.startswith("| `ties` "))
     assert ties == (
         "| `ties` | trim by magnitude, elect signs, mean of those that agree | `density` (1.0), "
-        "`normalize` (true), `rescale` (false), `lambda` (1.0) | 3 |"
+        "`normalize` (true), `rescale` (false), `lambda` (1.0), `svc` (false), `svc_rank` (16) | 3 |"
     )
     rows = documentation.parameters_table().splitlines()
     assert [row.split("`")[1] for row in rows[2:]] == [
