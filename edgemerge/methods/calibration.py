@@ -26,6 +26,7 @@ from edgemerge.methods.directions import (
     Directions,
     direction_memory,
     eigenvectors,
+    has_directions,
 )
 from edgemerge.methods.method import Described, WorkingMemory
 from edgemerge.methods.parameters import Parameter
@@ -33,7 +34,7 @@ from edgemerge.native import KernelFile
 from edgemerge.types import Float32, Float64, TensorJob
 
 __all__ = ["CALIBRATING", "CALIBRATION_PASSES", "SVC", "SVC_RANK"]
-__all__ += ["calibrate", "calibration_memory", "is_calibrated"]
+__all__ += ["calibrate", "calibration_memory", "is_calibrated", "rescale"]
 
 gram, linear = KernelFile("gram"), KernelFile("linear")
 
@@ -45,13 +46,8 @@ CALIBRATING = (*DIRECTION_KERNELS, "gram.row_dots", "linear.add_scaled")
 
 def is_calibrated(tensor: Described) -> bool:
     """Tell whether a tensor is a matrix whose merged change is calibrated."""
-    shape = tensor.experts[0].spec.shape
-    return (
-        bool(tensor.settings["svc"])
-        and float(tensor.settings["svc_rank"]) > 0
-        and len(shape) > 1
-        and not tensor.name.startswith(("token_embd.", "output."))
-    )
+    settings = tensor.settings
+    return bool(settings["svc"]) and float(settings["svc_rank"]) > 0 and has_directions(tensor)
 
 
 def calibrate(
@@ -75,6 +71,27 @@ def calibrate(
     directions = Directions(stream, 1, int(float(job.settings["svc_rank"])))
     directions.find(lambda block: [merged(block)])
     changes = _measure(stream, directions, merged, factors.astype(np.float64))
+    yield from rescale(stream, directions, merged, changes, scale)
+
+
+def rescale(
+    stream: BlockStream,
+    directions: Directions,
+    merged: Callable[[Block], Float32],
+    changes: Float32,
+    scale: float,
+) -> Iterator[tuple[Block, Float32]]:
+    """Yield the blocks of `base + scale * change` with other singular values.
+
+    Parameters
+    ----------
+    stream, merged, scale
+        As of `calibrate`.
+    directions : Directions
+        Singular ones of the merged change.
+    changes : (rank,) float32
+        What each singular value gains, in parts of it.
+    """
     for block in stream.blocks():
         assert block.base is not None
         change = merged(block)

@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from edgemerge.methods.blocks import SUM_LANES, Block, BlockStream
-from edgemerge.methods.method import WorkingMemory
+from edgemerge.methods.method import Described, WorkingMemory
 from edgemerge.methods.shared_tensor import RowSum
 from edgemerge.native import KernelFile
 from edgemerge.types import Float32, Float64, TensorJob
 
 __all__ = ["DIRECTION_KERNELS", "POWER_STEPS", "Directions", "direction_memory"]
+__all__ += ["eigenvectors", "has_directions", "multiply"]
 
 products, small = KernelFile("matrix_products"), KernelFile("small_matrices")
 
@@ -33,7 +34,17 @@ DIRECTION_KERNELS = (
         for name in ("add_product", "project", "add_gram", "orthonormalise")
     ),
     "small_matrices.decompose",
+    "small_matrices.multiply",
 )
+
+
+def has_directions(tensor: Described) -> bool:
+    """Tell whether a tensor is a matrix whose singular directions mean something.
+
+    The rows of embeddings and of output heads are tokens, and each is as good as a direction of its own.
+    """
+    is_matrix = len(tensor.experts[0].spec.shape) > 1
+    return is_matrix and not tensor.name.startswith(("token_embd.", "output."))
 
 
 class Directions:
@@ -98,6 +109,13 @@ class Directions:
         products.project(rows.reshape(-1, n_cols), self.vectors[i_matrix], self._scratch, found)
         return found
 
+    def project_all(self, block: Block) -> Float32:
+        """Return the dot products of every expert's rows with its vectors, (n_matrices * rank, n_rows)."""
+        for i, rows in enumerate(block.experts):
+            self.project(i, rows)
+        n_products = len(self.vectors) * self.rank
+        return self._products[: n_products * block.n_rows].reshape(n_products, -1)
+
     def sum_of_rows(self) -> RowSum:
         """Return a new sum for `add`, of (rank, n_cols) float32."""
         return self._stream.group.row_sum(self.vectors.shape[1:], np.float32)
@@ -136,11 +154,25 @@ class Directions:
             factors, self.vectors.reshape(-1, n_cols), self._scratch[:4], rows.reshape(-1, n_cols)
         )
 
+    def multiply(self, left: Float32, right: Float32, out: Float32) -> None:
+        """Write `left @ right`."""
+        out[:] = 0
+        products.add_product(left, right, self._scratch[:4], out)
+
     def turn(self, rotation: Float64, matrix: Float32) -> None:
         """Replace the rows of a matrix, (rank, n_cols), by `rotation @ matrix`."""
-        self._turned[:] = 0
-        products.add_product(rotation.astype(np.float32), matrix, self._scratch[:4], self._turned)
+        self.multiply(rotation.astype(np.float32), matrix, self._turned)
         matrix[:] = self._turned
+
+
+def multiply(*factors: Float64) -> Float64:
+    """Return the product of small matrices, from the left one on."""
+    first, *others = factors
+    for other in others:
+        out = np.empty((len(first), other.shape[1]))
+        small.multiply(np.ascontiguousarray(first), np.ascontiguousarray(other), out)
+        first = out
+    return first
 
 
 def eigenvectors(gram: Float64) -> tuple[Float64, Float64]:

@@ -16,6 +16,7 @@ from edgemerge.methods.parameters import Parameter
 from edgemerge.methods.ram import RAM, RAMPLUS_TL
 from edgemerge.methods.sce import SCE
 from edgemerge.methods.slerp import SLERP
+from edgemerge.methods.spectral import SPECTRAL
 from edgemerge.methods.task_vectors import TASK_VECTOR_METHODS
 from edgemerge.types import Setting
 
@@ -30,6 +31,7 @@ METHODS: dict[str, Method] = {
         RAM,
         RAMPLUS_TL,
         HIERARCHICAL,
+        *SPECTRAL,
         SLERP,
         *GRAM_COMBINED,
         ARCEE_FUSION,

@@ -25,13 +25,13 @@ from edgemerge.native.signatures import KERNEL_NAMES
 from edgemerge.types import Float32, Recipe
 from tests.support.fixtures import unpacked
 from tests.support.small_models import load_gguf, stored
-from tests.twins import directions, elements
+from tests.twins import directions, elements, singular
 from tests.twins import methods as twins
 from tests.twins.hierarchical import twin as hierarchical_twin
 
 INPUTS = unpacked("golden") / "inputs_f32"
 TWINS = dict.fromkeys(twins.METHODS, twins.merge_tensor) | {"hierarchical": hierarchical_twin}
-TWINS |= directions.TWINS | elements.TWINS
+TWINS |= directions.TWINS | elements.TWINS | singular.TWINS
 
 # -- the records that there are ------------------------------------------------------------------
 

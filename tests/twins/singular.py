@@ -7,9 +7,12 @@ whole matrices, as its result depends on its start and its steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tests.twins.methods import subtract
 
 Float64 = NDArray[np.float64]
 
@@ -56,3 +59,50 @@ def calibrate(merged: Float64, changes: Sequence[Float64], rank: int) -> Float64
             count = np.average(np.maximum(counts, 1 / len(changes)), weights=squares)
             result += (1 / count - 1) * sigma * np.outer(u, v)
     return result
+
+
+def orthonormal(vectors: Float64) -> Float64:
+    """The nearest orthonormal rows: P Q' of the singular value decomposition P S Q'."""
+    left, values, right = np.linalg.svd(vectors, full_matrices=False)
+    real = values**2 > 1e-6 * values[0] ** 2
+    return (left[:, real]) @ right[real]
+
+
+def whole(base: NDArray[Any], models: Sequence[NDArray[Any]]) -> list[Float64]:
+    return [subtract(base, x).astype(np.float64) for x in models]
+
+
+def tsv(
+    base: NDArray[Any],
+    models: Sequence[NDArray[Any]],
+    weights: Sequence[float],
+    rank: int,
+    scale: float = 1.0,
+) -> Float64:
+    """Gargiulo et al. 2025 (arXiv 2412.00081): first directions, made orthogonal; the rest is added."""
+    changes = [x.reshape(-1, base.shape[-1]) for x in whole(base, models)]
+    left, right, sizes, merged = [], [], [], np.zeros_like(changes[0])
+    for weight, change in zip(weights, changes, strict=True):
+        u, values, v = first_directions(change, rank)
+        merged += weight * (change - (u.T * values) @ v)
+        left, right, sizes = [*left, *u], [*right, *v], [*sizes, *(weight * values)]
+    merged += (orthonormal(np.array(left)).T * sizes) @ orthonormal(np.array(right))
+    return base.astype(np.float64) + scale * merged.reshape(base.shape)
+
+
+def iso_c(
+    base: NDArray[Any],
+    models: Sequence[NDArray[Any]],
+    weights: Sequence[float],
+    rank: int,
+    scale: float = 1.0,
+) -> Float64:
+    """Marczak et al. 2025 (arXiv 2502.04959): the first singular values of the sum become their mean."""
+    changes = [x.reshape(-1, base.shape[-1]) for x in whole(base, models)]
+    merged = np.sum([w * change for w, change in zip(weights, changes, strict=True)], axis=0)
+    u, values, v = first_directions(merged, rank)
+    merged = merged + (u.T * (values.mean() - values)) @ v
+    return base.astype(np.float64) + scale * merged.reshape(base.shape)
+
+
+TWINS = {"tsv": tsv, "iso_c": iso_c}
