@@ -45,6 +45,7 @@ def precompile(the_plan: Plan) -> None:
             weighed={job.out.dtype for job in jobs if job.is_weighted},
             neurons=the_plan.recipe.neurons,
             adapts=any(spec.like for spec in specs),
+            more={name for job in jobs for name in METHODS[job.method].more_kernels(job)},
         )
 
 
@@ -57,6 +58,7 @@ def precompile_kernels(
     weighed: Collection[str] = (),
     neurons: bool = False,
     adapts: bool = False,
+    more: Collection[str] = (),
 ) -> None:
     """Compile the kernels of a method and of some types that are missing.
 
@@ -70,6 +72,8 @@ def precompile_kernels(
         Whether feed-forward neurons are matched.
     adapts : bool
         Whether a model has adapters.
+    more : collection of str
+        FILE.KERNEL of further ones.
 
     Raises
     ------
@@ -77,7 +81,8 @@ def precompile_kernels(
         The compiler failed.
     """
     aligns = align != "off" or neurons
-    compile_missing(kernels_of(method, read, written, weighed, aligns=aligns, adapts=adapts))
+    names = kernels_of(method, read, written, weighed, aligns=aligns, adapts=adapts)
+    compile_missing(names.union(more))
 
 
 def kernels_of(

@@ -62,6 +62,10 @@ def _no_memory(job: TensorJob) -> WorkingMemory:
     return WorkingMemory()
 
 
+def _no_kernels(tensor: Described) -> Sequence[str]:
+    return ()
+
+
 def _accept(tensor: Described) -> None:
     pass
 
@@ -115,6 +119,8 @@ class Method:
         Whether the result is the only model's tensor as it is.
     spans_layer : callable
         Whether a tensor's result depends on its whole layer. Then `measure` runs first, on each tensor.
+    more_kernels : callable
+        Tells which kernels beside `kernels` a tensor's settings ask for. Only such merges compile them.
     measure : callable, optional
         Takes a `BlockStream` and returns an array; the sum over a layer is `BlockStream.layer_sum`.
     presets : mapping
@@ -139,6 +145,7 @@ class Method:
     keeps_non_finite: Callable[[Described], bool] = _never
     copies: Callable[[Described], bool] = _never
     spans_layer: Callable[[Described], bool] = _never
+    more_kernels: Callable[[Described], Sequence[str]] = _no_kernels
     measure: Callable[[BlockStream], Float64] | None = None
     presets: Mapping[str, Mapping[str, Setting]] = field(default_factory=dict)
 

@@ -18,6 +18,7 @@ from edgemerge.methods.parameters import LAMBDA, RAMP, Parameter
 from edgemerge.methods.ram import RAM, RAMPLUS_TL
 from edgemerge.methods.sce import SCE
 from edgemerge.methods.slerp import SLERP
+from edgemerge.methods.spectral import SPECTRAL
 from edgemerge.methods.task_vectors import TASK_VECTOR_METHODS
 from edgemerge.types import Gradient, Setting
 
@@ -34,6 +35,7 @@ METHODS: dict[str, Method] = {
         RAMPLUS_TL,
         HIERARCHICAL,
         COVARIANCE,
+        *SPECTRAL,
         SLERP,
         *GRAM_COMBINED,
         ARCEE_FUSION,

@@ -6,72 +6,46 @@ A method here is a way to prune task vectors and a way to sum what is left. The 
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgemerge.errors import RecipeError
 from edgemerge.methods.addition import ADDING, add_whole
 from edgemerge.methods.blocks import (
     ELECTION_TILE,
-    RANK_BINS,
     SUM_LANES,
     Block,
     BlockStream,
     model_weights,
 )
-from edgemerge.methods.method import Described, Method, WorkingMemory
-from edgemerge.methods.parameters import (
-    DENSITY,
-    EPSILON,
-    GAMMA,
-    INT8_MASK,
-    LAMBDA,
-    NORMALIZE,
-    RESCALE,
-    WEIGHT,
-    Parameter,
+from edgemerge.methods.calibration import (
+    CALIBRATING,
+    CALIBRATION_PASSES,
+    SVC,
+    SVC_RANK,
+    calibrate,
+    calibration_memory,
+    is_calibrated,
 )
-from edgemerge.methods.pruning import NothingLeft, Pruner, RandomPruner, RankPruner
-from edgemerge.methods.selection import COUNTER_BYTES, select_cuts
+from edgemerge.methods.method import Described, Method, WorkingMemory
+from edgemerge.methods.parameters import EPSILON, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, WEIGHT
+from edgemerge.methods.pruning import NothingLeft, Pruner
+from edgemerge.methods.prunings import BAND, BY_RANK, LARGEST, NO_PRUNING, RANDOM, Pruning
 from edgemerge.native import KernelFile
-from edgemerge.types import Float32, InputTensor, Setting, TensorJob
+from edgemerge.types import Float32, Setting, TensorJob
 
 __all__ = ["TASK_VECTOR_METHODS"]
 
 linear, norms, ties = KernelFile("linear"), KernelFile("norms"), KernelFile("ties")
 
+Adder: TypeAlias = Callable[[float, Float32, Float32], None]
+
 TINY_NORM = 1e-7  # mergekit rescales nothing whose norm is below this
 TINY_WEIGHT = 1e-8
-SAMPLED_ROWS = 64  # of a tensor, by which experts are told apart: a hundredth of a large matrix
-
-Drawn: TypeAlias = dict[
-    int, InputTensor
-]  # index of an expert -> its tensor, with a density in (0, 1)
-
-
-def _no_bytes(tensor: Described) -> int:
-    return 0
-
-
-def _prune_nothing(stream: BlockStream, drawn: Drawn) -> dict[int, Pruner]:
-    return {}
-
-
-@dataclass(frozen=True, slots=True)
-class Pruning:
-    """A way to prune task vectors."""
-
-    survey: Callable[[BlockStream, Drawn], dict[int, Pruner]] = _prune_nothing
-    n_surveys: int = 0  # passes that `survey` makes over the blocks
-    memory: Callable[[Described], int] = _no_bytes  # fixed bytes that it takes
-    kernels: tuple[str, ...] = ()
-    parameters: tuple[Parameter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +57,31 @@ class TaskVectors:
 
     def blocks(self, stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
         """Yield every block with its merged values; see `Method.blocks`."""
-        job = stream.job
-        factors, scale = self._factors(job), float(job.settings["lambda"])
-        if not self.takes_deltas(job):
+        if not self.takes_deltas(stream.job):
+            factors, scale = self._factors(stream.job), float(stream.job.settings["lambda"])
             yield from add_whole(stream, factors, scale)
             return
-        normalize = bool(job.settings["normalize"])
-        pruners = self._survey(stream)
-        scales = np.array([pruner.scale for pruner in pruners], np.float32)
-        election = stream.take((3, ELECTION_TILE), np.float32) if self.elect else None
+        pruners, scale = self._survey(stream), float(stream.job.settings["lambda"])
+        add = self._adder(stream, pruners)
+        if is_calibrated(stream.job):
+            yield from calibrate(stream, _merger(stream, pruners, add), _scales(pruners), scale)
+            return
         for block in stream.blocks():
             assert block.base is not None
-            if not block.is_pruned:
-                for pruner, delta in zip(pruners, block.experts, strict=True):
-                    pruner.prune(block, delta)
-            if election is not None:
-                ties.elect(factors, scales, normalize, scale, election, block.experts, block.base)
-            else:
-                linear.add_deltas(factors, scales, scale, block.experts, block.base)
+            _prune(block, pruners)
+            add(scale, block.experts, block.base)
             yield block, block.base
+
+    def _adder(self, stream: BlockStream, pruners: list[Pruner]) -> Adder:
+        """Return what adds pruned task vectors, which it overwrites, to rows: factor, task vectors, rows."""
+        factors, normalize = self._factors(stream.job), bool(stream.job.settings["normalize"])
+        scales = _scales(pruners)
+        if not self.elect:
+            return partial(linear.add_deltas, factors, scales)
+        election = stream.take((3, ELECTION_TILE), np.float32)
+        return lambda scale, deltas, rows: ties.elect(
+            factors, scales, normalize, scale, election, deltas, rows
+        )
 
     def _factors(self, job: TensorJob) -> Float32:
         weights = model_weights(job)
@@ -122,21 +102,26 @@ class TaskVectors:
         return pruners
 
     def passes(self, tensor: Described) -> int:
-        """Count the passes: surveys, one for the norms, one to merge."""
+        """Count the passes: surveys, one for the norms, those of a calibration, one to merge."""
+        calibrating = CALIBRATION_PASSES if is_calibrated(tensor) else 0
         if not self._prunes(tensor):
-            return 1
-        return self.pruning.n_surveys + int(_matches_norms(tensor)) + 1
+            return calibrating + 1
+        return self.pruning.n_surveys + int(_matches_norms(tensor)) + calibrating + 1
 
-    def memory(self, tensor: Described) -> WorkingMemory:
+    def memory(self, job: TensorJob) -> WorkingMemory:
         """Count the counters or ranks of the survey, the tile of an election, the norms of a row."""
-        election = 4 * 3 * ELECTION_TILE if self.elect else 0
-        if not self._prunes(tensor):
-            return WorkingMemory(election)
-        return WorkingMemory(election + self.pruning.memory(tensor), 2 * 8)
+        fixed, per_row = (4 * 3 * ELECTION_TILE if self.elect else 0), 0
+        if self._prunes(job):
+            fixed, per_row = fixed + self.pruning.memory(job), 2 * 8
+        if is_calibrated(job):
+            calibration = calibration_memory(job)
+            fixed += calibration.fixed
+            per_row += calibration.per_row + 4 * job.n_cols * (len(job.experts) + 1)
+        return WorkingMemory(fixed, per_row)
 
     def takes_deltas(self, tensor: Described) -> bool:
         """Tell whether task vectors must be there one by one."""
-        return self.elect or self._prunes(tensor)
+        return self.elect or self._prunes(tensor) or is_calibrated(tensor)
 
     def keeps_non_finite(self, tensor: Described) -> bool:
         """Tell whether task vectors are added up whole."""
@@ -156,6 +141,43 @@ class TaskVectors:
         if self.pruning == NO_PRUNING:
             return ("linear.subtract", *summing) if self.elect else (ADDING,)
         return ("linear.subtract", *pruning, *summing)
+
+    def more_kernels(self, tensor: Described) -> tuple[str, ...]:
+        """Name those that only a calibration calls."""
+        return (
+            ("linear.subtract", "linear.add_deltas", *CALIBRATING) if is_calibrated(tensor) else ()
+        )
+
+
+def _scales(pruners: list[Pruner]) -> Float32:
+    return np.array([pruner.scale for pruner in pruners], np.float32)
+
+
+def _prune(block: Block, pruners: list[Pruner]) -> None:
+    """Prune the task vectors of a block in place, unless an earlier pass did."""
+    if not block.is_pruned:
+        for pruner, delta in zip(pruners, block.experts, strict=True):
+            pruner.prune(block, delta)
+        block.is_pruned = True
+
+
+def _merger(stream: BlockStream, pruners: list[Pruner], add: Adder) -> Callable[[Block], Float32]:
+    """Return what makes the merged change of a block, without its base or lambda."""
+    n_experts, n_cols = len(stream.job.experts), stream.job.n_cols
+    n = max(1, stream.job.rows_per_block) * n_cols
+    copies = stream.take((n_experts * n,), np.float32).view(np.float32)
+    change = stream.take((n,), np.float32).view(np.float32)
+
+    def merge(block: Block) -> Float32:
+        _prune(block, pruners)
+        own = copies[: block.experts.size].reshape(block.experts.shape)
+        own[:] = block.experts
+        merged = change[: block.experts.shape[1]]
+        merged[:] = 0
+        add(1.0, own, merged)
+        return merged
+
+    return merge
 
 
 def _matches_norms(tensor: Described) -> bool:
@@ -182,92 +204,6 @@ def _match_norms(stream: BlockStream, pruners: list[Pruner]) -> None:
         before, after = total.total()
         if before >= TINY_NORM and after >= TINY_NORM:
             pruners[k].scale = float(before) / float(after)
-
-
-# -- ways to prune -------------------------------------------------------------------------------
-
-
-def _keep_largest(stream: BlockStream, drawn: Drawn) -> dict[int, Pruner]:
-    return select_cuts(stream, drawn, band=False)
-
-
-def _keep_band(stream: BlockStream, drawn: Drawn) -> dict[int, Pruner]:
-    return select_cuts(stream, drawn, band=True)
-
-
-def _counters(tensor: Described) -> int:
-    return COUNTER_BYTES * len(tensor.experts)
-
-
-def _keep_random(stream: BlockStream, drawn: Drawn) -> dict[int, Pruner]:
-    keys = _random_keys(stream, drawn)
-    return {k: _random_pruner(stream, k, keys[k], expert, None) for k, expert in drawn.items()}
-
-
-def _keep_by_rank(stream: BlockStream, drawn: Drawn) -> dict[int, Pruner]:
-    if not drawn:
-        return {}
-    keys = _random_keys(stream, drawn)
-    ranking = stream.take((_n_ranks(stream.job),), np.uint32).view(np.uint32)
-    return {k: _random_pruner(stream, k, keys[k], expert, ranking) for k, expert in drawn.items()}
-
-
-def _n_ranks(tensor: Described) -> int:
-    return 5 * tensor.n_cols + RANK_BINS + 1
-
-
-def _rank_bytes(tensor: Described) -> int:
-    return 4 * _n_ranks(tensor)
-
-
-def _random_pruner(
-    stream: BlockStream,
-    k: int,
-    key: int,
-    expert: InputTensor,
-    ranking: NDArray[np.uint32] | None,
-) -> Pruner:
-    density = float(expert.settings["density"])
-    unbiased = stream.job.settings["rescale"] == "expectation"
-    if ranking is not None:
-        return RankPruner(key, density, float(expert.settings["epsilon"]), unbiased, ranking)
-    pruner = RandomPruner(key, density)
-    if unbiased:
-        pruner.scale = 1.0 / density
-    return pruner
-
-
-def _random_keys(stream: BlockStream, drawn: Drawn) -> dict[int, int]:
-    """Hash what masks may depend on: seed, tensor, and a sample of each expert's task vector.
-
-    Never the order of models, tensors, blocks or threads, nor paths. Another stage of a chain has other task
-    vectors, so other masks. Experts whose samples are equal are numbered, as their masks must differ too.
-    """
-    if not drawn:
-        return {}
-    start = f"{stream.seed}|{stream.job.out.name}|".encode()
-    hashes = {k: hashlib.blake2b(start, digest_size=8) for k in drawn}
-    for block in stream.sample(SAMPLED_ROWS):
-        for k, digest in hashes.items():
-            digest.update(block.experts[k])
-    keys: dict[int, int] = {}
-    seen: Counter[bytes] = Counter()
-    for k, digest in hashes.items():
-        sample = digest.digest()
-        digest.update(seen[sample].to_bytes(4, "little"))
-        seen[sample] += 1
-        keys[k] = int.from_bytes(digest.digest(), "little")
-    return keys
-
-
-SELECT = ("count_high", "count_low", "count_ties", "find_tie", "keep_between")
-SELECT_KERNELS = tuple(f"select.{name}" for name in SELECT)
-
-NO_PRUNING = Pruning()
-LARGEST = Pruning(_keep_largest, 2, _counters, SELECT_KERNELS, (DENSITY,))
-BAND = Pruning(_keep_band, 2, _counters, SELECT_KERNELS, (DENSITY, GAMMA))
-RANDOM = Pruning(_keep_random, kernels=("dare.drop_random",), parameters=(DENSITY,))
-BY_RANK = Pruning(_keep_by_rank, 0, _rank_bytes, ("della.drop_by_rank",), (DENSITY, EPSILON))
 
 
 # -- records -------------------------------------------------------------------------------------
@@ -308,9 +244,12 @@ def _method(
             NORMALIZE.by_default(normalize),
             *([] if pruning == NO_PRUNING else [RESCALE.by_default(rescale)]),
             LAMBDA,
+            SVC,
+            SVC_RANK,
             INT8_MASK,
         ),
         kernels=work.kernels(),
+        more_kernels=work.more_kernels,
         blocks=work.blocks,
         needs_base=True,
         passes=work.passes,

@@ -95,6 +95,12 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
         "add_product": "f4[:,::1], f4[:,::1], f8, f4[::1], f4[:,::1]",
         "rescale_rows": "f4[::1], f8[::1], f4[:,::1]",
     },
+    "matrix_products": {
+        "add_product": "f4[:,::1], f4[:,::1], f4[:,::1], f4[:,::1]",
+        "project": "f4[:,::1], f4[:,::1], f4[:,::1], f4[:,::1]",
+        "add_gram": "f4[:,::1], f8[:,::1]",
+        "orthonormalise": "f4[:,::1], f8[::1]",
+    },
     "nearswap": {
         "swap_near": "f8, f4[::1], f4[::1]",
     },
@@ -177,6 +183,10 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
     "sinkhorn": {
         "sweep": "f8[::1], i4[::1], i4[::1], f8, i8, f8[:,::1], f8[:,::1]",
         "fill_plan": "f8[::1], i4[::1], i4[::1], f8, f8[:,::1], f8[::1]",
+    },
+    "small_matrices": {
+        "multiply": "f8[:,::1], f8[:,::1], f8[:,::1]",
+        "decompose": "f8[:,::1], f8[:,::1]",
     },
     "ternary": {
         "decode_tq1_0": "u1[::1], f4[::1]",

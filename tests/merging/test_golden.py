@@ -13,7 +13,7 @@ import yaml
 from safetensors.numpy import load_file
 
 import edgemerge
-from edgemerge.methods import task_vectors
+from edgemerge.methods import prunings
 from edgemerge.methods.blocks import Block
 from edgemerge.methods.pruning import Pruner
 from edgemerge.methods.table import METHODS
@@ -54,7 +54,7 @@ def inject_masks(monkeypatch: pytest.MonkeyPatch, name: str, roles: list[str]) -
     for key, mask in load_file(GOLDEN / "masks_f32" / f"{name}.safetensors").items():
         tensor, role = key.split("|")
         masks[to_gguf_name(tensor), role] = to_gguf_rows(tensor, mask).ravel()
-    make = task_vectors._random_pruner
+    make = prunings._random_pruner
     used: set[str] = set()
 
     def make_with_stored_mask(stream: Any, k: int, *args: Any, **kwargs: Any) -> Pruner:
@@ -68,7 +68,7 @@ def inject_masks(monkeypatch: pytest.MonkeyPatch, name: str, roles: list[str]) -
         monkeypatch.setattr(pruner, "prune", prune)
         return pruner
 
-    monkeypatch.setattr(task_vectors, "_random_pruner", make_with_stored_mask)
+    monkeypatch.setattr(prunings, "_random_pruner", make_with_stored_mask)
     return used
 
 

@@ -16,6 +16,7 @@ from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.weighted import WEIGHTED_TYPES
 from edgemerge.merging import precompile as precompiling
 from edgemerge.merging.run import merge, plan
+from edgemerge.methods.calibration import CALIBRATING
 from edgemerge.methods.table import METHODS
 from edgemerge.native.signatures import SIGNATURES
 from edgemerge.recipe.recipe import make_recipe
@@ -63,6 +64,7 @@ CASES = [
     Case("linear", neurons=True),
     Case("slerp", {"t": 0.3}, "hard", neurons=True),
     Case("task_arithmetic"),
+    Case("task_arithmetic", {"svc": True}),
     Case("ties", {**HALF, "rescale": True}),
     Case("dare_linear", HALF),
     Case("dare_linear", {**HALF, "rescale": False}, "hard"),
@@ -192,6 +194,7 @@ def test_everything_is_known_to_the_doctor() -> None:
             method, CODECS, written, WEIGHTED_TYPES, aligns=True, adapts=True
         )
     }
+    needed |= set(CALIBRATING)
     _, total = precompiling.find_missing_of_all()
     listed = {f"{file}.{name}" for file, kernels in SIGNATURES.items() for name in kernels}
     assert total == len(listed)

@@ -25,13 +25,13 @@ from edgemerge.native.signatures import KERNEL_NAMES
 from edgemerge.types import Float32, Recipe
 from tests.support.fixtures import unpacked
 from tests.support.small_models import load_gguf, stored
-from tests.twins import covariance, directions, elements
+from tests.twins import covariance, directions, elements, singular
 from tests.twins import methods as twins
 from tests.twins.hierarchical import twin as hierarchical_twin
 
 INPUTS = unpacked("golden") / "inputs_f32"
 TWINS = dict.fromkeys(twins.METHODS, twins.merge_tensor) | {"hierarchical": hierarchical_twin}
-TWINS |= directions.TWINS | elements.TWINS | covariance.TWINS
+TWINS |= directions.TWINS | elements.TWINS | covariance.TWINS | singular.TWINS
 
 # -- the records that there are ------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ def test_every_method_and_parameter_is_in_the_tables() -> None:
     ties = next(row for row in rows if row.startswith("| `ties` "))
     assert ties == (
         "| `ties` | trim by magnitude, elect signs, mean of those that agree | `density` (1.0), "
-        "`normalize` (true), `rescale` (false), `lambda` (1.0) | 3 |"
+        "`normalize` (true), `rescale` (false), `lambda` (1.0), `svc` (false), `svc_rank` (16) | 3 |"
     )
     rows = documentation.parameters_table().splitlines()
     assert [row.split("`")[1] for row in rows[2:]] == [

@@ -44,6 +44,8 @@ SETTINGS: dict[str, Setting] = {"density": 0.5, "epsilon": 0.1, "gamma": 0.05, "
 SETTINGS |= {"rescale": True, "weight": 0.7, "select_topk": 0.5}
 VARIANTS: dict[str, dict[str, Setting]] = {
     "model_stock:rows": {"filter_wise": True},
+    "task_arithmetic:svc": {"svc": True},
+    "dare_ties:svc": {"svc": True},
     "nuslerp:rows": {"nuslerp_flatten": False},
     "nuslerp:columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
 }

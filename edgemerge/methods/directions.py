@@ -1,0 +1,216 @@
+"""The first singular directions of matrices that are read by rows, the same bytes everywhere.
+
+Block power iteration on the side of the columns (Halko, Martinsson and Tropp 2011, algorithm 4.4). Of a
+matrix of any height, what stays in memory is some vectors as long as a row. A step replaces them by
+`matrix.T @ (matrix @ vectors)`, which one pass adds up row after row, and makes them orthonormal. Sums have
+one order and the small decompositions are our own, so the result is that of any block height, worker count
+and processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from edgemerge.methods.blocks import SUM_LANES, Block, BlockStream
+from edgemerge.methods.method import Described, WorkingMemory
+from edgemerge.methods.shared_tensor import RowSum
+from edgemerge.native import KernelFile
+from edgemerge.types import Float32, Float64, TensorJob
+
+__all__ = ["DIRECTION_KERNELS", "POWER_STEPS", "Directions", "direction_memory"]
+__all__ += ["eigenvectors", "has_directions", "multiply"]
+
+products, small = KernelFile("matrix_products"), KernelFile("small_matrices")
+
+POWER_STEPS = 2  # passes that find directions
+SCRATCH_SHAPE = 4 + 64, 512 + 16  # 4 + DEPTH, WIDTH of kernels/matrix_products.py
+NOTHING = 1e-10  # squared singular value, of the largest, that is rounding
+
+DIRECTION_KERNELS = (
+    *(
+        f"matrix_products.{name}"
+        for name in ("add_product", "project", "add_gram", "orthonormalise")
+    ),
+    "small_matrices.decompose",
+    "small_matrices.multiply",
+)
+
+
+def has_directions(tensor: Described) -> bool:
+    """Tell whether a tensor is a matrix whose singular directions mean something.
+
+    The rows of embeddings and of output heads are tokens, and each is as good as a direction of its own.
+    """
+    is_matrix = len(tensor.experts[0].spec.shape) > 1
+    return is_matrix and not tensor.name.startswith(("token_embd.", "output."))
+
+
+class Directions:
+    """Vectors as long as a row for each of some matrices, and their products with the matrices' rows.
+
+    Parameters
+    ----------
+    stream : BlockStream
+        Gives the blocks and working memory.
+    n_matrices : int
+        Matrices of the output's shape.
+    rank : int
+        Vectors for each of them at most.
+
+    Attributes
+    ----------
+    vectors : (n_matrices, rank, n_cols) float32
+        Orthonormal rows, or zeros where a matrix has no more directions.
+    """
+
+    def __init__(self, stream: BlockStream, n_matrices: int, rank: int) -> None:
+        out = stream.job.out
+        self.rank = min(rank, out.n_rows, out.n_cols)
+        self._stream = stream
+        shape = (n_matrices, self.rank, out.n_cols)
+        self.vectors = stream.take(shape, np.float32).view(np.float32)
+        self._turned = stream.take(shape[1:], np.float32).view(np.float32)
+        n_products = n_matrices * self.rank * max(1, stream.job.rows_per_block)
+        self._products = stream.take((n_products,), np.float32).view(np.float32)
+        self._by_rows = stream.take((n_products,), np.float32).view(np.float32)
+        self._scratch = stream.take(SCRATCH_SHAPE, np.float32).view(np.float32)
+        self._lanes = stream.take((SUM_LANES,), np.float64)
+
+    def find(self, matrices: Callable[[Block], Sequence[Float32] | Float32]) -> None:
+        """Find the first directions of the matrices, in `POWER_STEPS` passes.
+
+        Parameters
+        ----------
+        matrices : callable
+            Takes a block, returns its rows of every matrix, (n_matrices, n_rows * n_cols) float32.
+        """
+        n_cols = self.vectors.shape[2]
+        self.vectors[:] = _random_signs(self.rank, n_cols) if self.rank < n_cols else np.eye(n_cols)
+        for _ in range(POWER_STEPS):
+            sums = [self.sum_of_rows() for _ in self.vectors]
+            for block in self._stream.blocks():
+                for i, (total, rows) in enumerate(zip(sums, matrices(block), strict=True)):
+                    self.add(total, block, self.project(i, rows), rows)
+            for total, vectors in zip(sums, self.vectors, strict=True):
+                total.copy_total(vectors)
+                products.orthonormalise(vectors, self._lanes)
+
+    def project(self, i_matrix: int, rows: Float32) -> Float32:
+        """Return the dot products of a matrix's rows with its vectors, (rank, n_rows).
+
+        They lie one matrix after the other, and are overwritten by those of the next block.
+        """
+        n_cols = self.vectors.shape[2]
+        n_products = self.rank * (rows.size // n_cols)
+        own = self._products[i_matrix * n_products : (i_matrix + 1) * n_products]
+        found = own.reshape(self.rank, -1)
+        products.project(rows.reshape(-1, n_cols), self.vectors[i_matrix], self._scratch, found)
+        return found
+
+    def project_all(self, block: Block) -> Float32:
+        """Return the dot products of every expert's rows with its vectors, (n_matrices * rank, n_rows)."""
+        for i, rows in enumerate(block.experts):
+            self.project(i, rows)
+        n_products = len(self.vectors) * self.rank
+        return self._products[: n_products * block.n_rows].reshape(n_products, -1)
+
+    def sum_of_rows(self) -> RowSum:
+        """Return a new sum for `add`, of (rank, n_cols) float32."""
+        return self._stream.group.row_sum(self.vectors.shape[1:], np.float32)
+
+    def add(self, total: RowSum, block: Block, found: Float32, rows: Float32) -> None:
+        """Add to a sum the products of a block with its rows of any matrix: `total += found @ rows`."""
+        n_cols = self.vectors.shape[2]
+        table = rows.reshape(-1, n_cols)
+        total.add_by(
+            block.number, lambda out: products.add_product(found, table, self._scratch[:4], out)
+        )
+
+    def add_gram(self, total: RowSum, block: Block, found: Float32) -> None:
+        """Add the Gram matrix of a block's products, (q, n_rows), to a sum of (q, q) float64."""
+        by_rows = self.transposed(found)
+        total.add_by(block.number, lambda out: products.add_gram(by_rows, out))
+
+    def transposed(self, found: Float32) -> Float32:
+        """Return products, (q, n_rows), as (n_rows, q); overwritten by the next."""
+        by_rows = self._by_rows[: found.size].reshape(found.shape[::-1])
+        by_rows[:] = found.T
+        return by_rows
+
+    def add_vectors(self, factors: Float32, rows: Float32) -> None:
+        """Add multiples of all vectors to rows: `rows += factors @ vectors`.
+
+        Parameters
+        ----------
+        factors : (n_rows, n_matrices * rank) float32
+            For each row and vector.
+        rows : (n_rows * n_cols,) float32
+            Added to.
+        """
+        n_cols = self.vectors.shape[2]
+        products.add_product(
+            factors, self.vectors.reshape(-1, n_cols), self._scratch[:4], rows.reshape(-1, n_cols)
+        )
+
+    def multiply(self, left: Float32, right: Float32, out: Float32) -> None:
+        """Write `left @ right`."""
+        out[:] = 0
+        products.add_product(left, right, self._scratch[:4], out)
+
+    def turn(self, rotation: Float64, matrix: Float32) -> None:
+        """Replace the rows of a matrix, (rank, n_cols), by `rotation @ matrix`."""
+        self.multiply(rotation.astype(np.float32), matrix, self._turned)
+        matrix[:] = self._turned
+
+
+def multiply(*factors: Float64) -> Float64:
+    """Return the product of small matrices, from the left one on."""
+    first, *others = factors
+    for other in others:
+        out = np.empty((len(first), other.shape[1]))
+        small.multiply(np.ascontiguousarray(first), np.ascontiguousarray(other), out)
+        first = out
+    return first
+
+
+def eigenvectors(gram: Float64) -> tuple[Float64, Float64]:
+    """Return eigenvalues of a Gram matrix, the largest first, and eigenvectors as rows.
+
+    Parameters
+    ----------
+    gram : (n, n) float64
+        Symmetric, without negative eigenvalues but for rounding.
+
+    Returns
+    -------
+    values : (n,) float64
+        0 where nothing but rounding is left.
+    vectors : (n, n) float64
+        Orthonormal rows.
+    """
+    matrix, vectors = gram.copy(), np.empty_like(gram)
+    small.decompose(matrix, vectors)
+    values = np.diagonal(matrix)
+    order = np.argsort(-values, kind="stable")
+    values = values[order]
+    return np.where(values > NOTHING * values[0], values, 0.0), vectors[order]
+
+
+def direction_memory(job: TensorJob, n_matrices: int, rank: int) -> WorkingMemory:
+    """Count the bytes of `Directions`, and of the sums of two steps that may be there at once."""
+    rank = min(rank, job.out.n_rows, job.n_cols)
+    vectors = 4 * rank * job.n_cols
+    fixed = vectors * (3 * n_matrices + 1) + 4 * SCRATCH_SHAPE[0] * SCRATCH_SHAPE[1]
+    fixed += 8 * 4 * (n_matrices * rank) ** 2  # Gram matrix, its copies and its eigenvectors
+    return WorkingMemory(fixed, 2 * 4 * n_matrices * rank)
+
+
+def _random_signs(n_rows: int, n_cols: int) -> Float32:
+    """Return a matrix of 1 and -1, the same with every version of NumPy (splitmix64)."""
+    x = np.arange(1, n_rows * n_cols + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    signs = (x >> np.uint64(63)).astype(np.float32)
+    return (np.float32(1) - np.float32(2) * signs).reshape(n_rows, n_cols)

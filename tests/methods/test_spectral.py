@@ -1,0 +1,74 @@
+"""Methods made of singular directions against their twins, examples that need no computing, and cuts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.methods.test_calibration import NAME, changes
+from tests.support.memory_stream import merge_in_memory
+from tests.twins import singular
+
+Float32 = NDArray[np.float32]
+WEIGHTS = (0.9, 0.6, 1.0)
+
+
+def merge(method: str, arrays: list[Float32], rows: int = 1 << 20, **options: Any) -> Float32:
+    models = [(x, {"weight": w}) for x, w in zip(arrays[1:], WEIGHTS, strict=False)]
+    return merge_in_memory(method, arrays[0], models, options, rows_per_block=rows, tensor=NAME)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (3, 10, 16)])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("method", singular.TWINS)
+def test_method_equals_its_definition(
+    method: str, shape: tuple[int, ...], rank: int, count: int
+) -> None:
+    arrays = changes(shape, count)
+    got = merge(method, arrays, 7, rank=float(rank), **{"lambda": 0.8})
+    want = singular.TWINS[method](arrays[0], arrays[1:], WEIGHTS[:count], rank, 0.8)
+    assert np.abs(got - want).max() <= 2e-3 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("method", singular.TWINS)
+def test_block_height_does_not_show(method: str) -> None:
+    arrays = changes((37, 20), 2)
+    results = {merge(method, arrays, rows, rank=5.0).tobytes() for rows in (37, 1, 8)}
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("method", singular.TWINS)
+def test_vectors_are_averaged_and_embeddings_added(method: str) -> None:
+    base, *models = changes((12, 8), 2)
+    given = [(x, {"weight": 1.0}) for x in models]
+    added = merge_in_memory(method, base, given, tensor="token_embd.weight")
+    assert added == pytest.approx(models[0] + models[1], rel=1e-6)
+    given = [(x[0], {"weight": 1.0}) for x in models]
+    mean = merge_in_memory(method, base[0], given, tensor="blk.0.attn_norm.weight")
+    assert mean == pytest.approx((models[0][0] + models[1][0]) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", singular.TWINS)
+def test_experts_equal_to_the_base_leave_it(method: str) -> None:
+    base = changes((9, 7), 1)[1]
+    assert np.array_equal(merge(method, [base, base, base]), base)
+
+
+def test_tsv_of_directions_that_are_orthogonal_is_their_sum() -> None:
+    x, y = np.zeros((2, 16, 16), np.float32)
+    x[:8, :8] = np.random.default_rng(0).standard_normal((8, 8)) + 8 * np.eye(8)
+    y[8:, 8:] = np.random.default_rng(1).standard_normal((8, 8)) + 8 * np.eye(8)
+    models = [(x, {}), (y, {})]
+    merged = merge_in_memory("tsv", np.zeros_like(x), models, {"rank": 8.0}, tensor=NAME)
+    assert merged == pytest.approx(x + y, abs=1e-3)
+
+
+def test_tsv_counts_one_direction_once() -> None:
+    x = np.outer(np.arange(1, 8), np.arange(2, 11)).astype(np.float32)
+    models = [(x, {}), (x, {})]
+    merged = merge_in_memory("tsv", np.zeros_like(x), models, {"rank": 3.0}, tensor=NAME)
+    assert merged == pytest.approx(x, rel=1e-4)
