@@ -25,7 +25,8 @@ from measure import run
 
 HERE = Path(__file__).resolve().parent
 PAGES = (HERE.parent / "docs" / "benchmarks.md", HERE / "SPEED.md", HERE / "QUALITY.md")
-ALONE = ["kernels", "align", "merge", "requant", "quality", "start", "profile", "memory", "scaling"]
+ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
+ALONE += ["memory", "scaling"]
 WHEN_ASKED = ("7b", "serve", "llama", "recipes")
 
 

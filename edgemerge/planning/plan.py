@@ -31,7 +31,7 @@ from edgemerge.methods.method import Method
 from edgemerge.methods.table import find_method
 from edgemerge.planning.compatibility import check_models, check_scaled_output, is_constant
 from edgemerge.planning.header import choose_types, output_metadata
-from edgemerge.planning.importance import importance_metadata, weigh_jobs
+from edgemerge.planning.importance import find_measured, importance_metadata, weigh_jobs
 from edgemerge.planning.jobs import Draft, draft_jobs, list_experts, may_copy, unused_settings
 from edgemerge.planning.llama_check import check_runs
 from edgemerge.planning.token_maps import describe_rows, memory_of_rows
@@ -96,6 +96,8 @@ def make_plan(
     for draft in drafts:
         if not draft.is_constant:
             method.check(draft)
+    drafts, lacking, checksums = find_measured(drafts, recipe, method, models)
+    notes += lacking
     folder = _find_folder(recipe, sources[models[0]], owner)
     if folder is not None:
         drafts = [draft for draft in drafts if not is_constant(draft.name)]
@@ -104,6 +106,7 @@ def make_plan(
         file_type, types = choose_types(recipe, method, drafts, sources, notes)
         check_scaled_output(types, sources[models[0]])
     metadata = output_metadata(recipe, method, sources, vocabulary, drafts, file_type, types, notes)
+    metadata |= checksums
     jobs = [_finish(draft, method, types[draft.name], folder) for draft in drafts]
     folder_bytes = 0
     if folder is not None:
