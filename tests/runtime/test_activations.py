@@ -17,6 +17,7 @@ from edgemerge.runtime.activations import measure_importances
 from edgemerge.runtime.evaluation.perplexity import cut_text
 from edgemerge.runtime.llama import Model
 from edgemerge.types import ignore_parts
+from tests.support.architecture_models import ARCHITECTURES, convert
 from tests.support.tiny_gguf import N_EMBD, N_FF, N_LAYERS
 
 pytestmark = pytest.mark.llama
@@ -58,6 +59,43 @@ def test_the_first_layers_inputs_are_normalised_embeddings(tiny_gguf: Path, text
         entry = found[f"blk.0.attn_{part}.weight"]
         assert entry.counts.tolist() == [tokens.size]
         assert np.allclose(entry.sums[0], (x**2).sum(axis=0), rtol=1e-4)
+
+
+# Of llama-imatrix on this model and text, with -c 64 -b 64: some of the sums, 24 apart.
+THEIRS = {
+    "blk.0.attn_output.weight": [3191.75, 2351, 1600.42],
+    "blk.0.attn_q.weight": [847.483, 1008.85, 496.2],
+    "blk.0.ffn_down.weight": [4922.96, 981.473, 3127.56, 7561.07, 7313.88],
+    "blk.0.ffn_gate.weight": [743.067, 784.117, 452.86],
+    "blk.1.attn_output.weight": [2962.75, 3073.37, 1631.22],
+    "blk.1.attn_q.weight": [514.588, 393.723, 589.354],
+    "blk.1.ffn_down.weight": [5076.63, 7959.35, 5737.27, 10111.3, 7927.37],
+    "blk.1.ffn_gate.weight": [531.21, 453.139, 549.495],
+}
+
+
+def test_sums_are_llama_imatrixs(tiny_gguf: Path, text: Path) -> None:
+    """Its file has the same bytes where llama.cpp was built alike; other processors round otherwise."""
+    found = measure(tiny_gguf, text)
+    for name, sums in THEIRS.items():
+        assert found[name].sums[0, 5::24][:5].tolist() == pytest.approx(sums, rel=2e-3), name
+        assert found[name].counts.tolist() == [640]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_each_expert_is_measured_by_itself(name: str, text: Path, tmp_path: Path) -> None:
+    """Experts see what their router sees, and each token goes to two of them."""
+    found = measure(convert(ARCHITECTURES / name, tmp_path / "moe.gguf"), text)
+    n_tokens = found["blk.0.attn_q.weight"].counts[0]
+    for layer in range(2):
+        gates = found[f"blk.{layer}.ffn_gate_exps.weight"]
+        router = found[f"blk.{layer}.ffn_gate_inp.weight"]
+        n_chosen = gates.counts.sum() / n_tokens
+        assert n_chosen == 2
+        assert np.allclose(gates.sums.sum(axis=0), n_chosen * router.sums[0], rtol=1e-3)
+        down = found[f"blk.{layer}.ffn_down_exps.weight"]
+        assert down.counts.tolist() == gates.counts.tolist()
+        assert ((down.sums.sum(axis=1) > 0) == (down.counts > 0)).all()
 
 
 def test_every_matrix_of_the_layers_is_measured(tiny_gguf: Path, text: Path) -> None:
