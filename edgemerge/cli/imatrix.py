@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["imatrix_command"]
 
 CHUNK = 512  # tokens, llama-imatrix's default
-LEAST_BATCH = 16  # llama-imatrix does not look at smaller ones
 
 
 @speaks_plainly
@@ -44,14 +43,14 @@ def imatrix_command(
     ] = None,
     context: Annotated[
         int,
-        typer.Option("-c", "--ctx", min=LEAST_BATCH, metavar="N", help="Tokens of a chunk."),
+        typer.Option("-c", "--ctx", min=1, metavar="N", help="Tokens of a chunk."),
     ] = CHUNK,
     batch: Annotated[
         int | None,
         typer.Option(
             "-b",
             "--batch",
-            min=LEAST_BATCH,
+            min=1,
             metavar="N",
             help="Tokens that are computed at a time; fewer take less memory [default: a chunk].",
         ),

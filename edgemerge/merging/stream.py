@@ -153,7 +153,8 @@ class TensorStream:
         """Fill (n_matrices, n_cols) with the importances of an expert's columns, in the output's order."""
         tensor = self.job.experts[k]
         assert tensor.imatrix is not None
-        self._matrices[tensor.imatrix].read(tensor.spec.name, 0, out_f32.reshape(-1))
+        for matrix, values in enumerate(out_f32):
+            self._matrices[tensor.imatrix].read(tensor.spec.name, matrix * values.size, values)
         reordering = self._reorderings.get(k + len(self.job.inputs) - len(self.job.experts))
         if reordering is not None:
             reordering.order_columns(self._row, out_f32.reshape(-1))

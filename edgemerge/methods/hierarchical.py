@@ -74,15 +74,15 @@ def _row_blocks(
 def _important_blocks(stream: BlockStream, scale: float) -> Iterator[tuple[Block, Float32]]:
     """Every column of every matrix with factors of its own, which are read before the blocks."""
     job = stream.job
-    shape, n_experts = (_n_matrices(job), len(job.experts), job.n_cols), len(job.experts)
-    shares = stream.take(shape, np.float32).view(np.float32)
-    of_expert = stream.take((shape[0], job.n_cols), np.float32).view(np.float32)
+    n_matrices, n_experts = _n_matrices(job), len(job.experts)
+    shares = stream.take((n_matrices, n_experts, job.n_cols), np.float32).view(np.float32)
+    of_expert = stream.take((n_matrices, job.n_cols), np.float32).view(np.float32)
     for k in range(n_experts):
         stream.read_importances(k, of_expert)
         shares[:, k] = of_expert
     for matrix in shares:
         column_factors(matrix.copy(), model_weights(job), matrix)
-    n_rows = job.out.n_rows // shape[0]
+    n_rows = job.out.n_rows // n_matrices
     for block in stream.blocks():
         first = block.first // block.n_cols
         assert block.base is not None
@@ -118,7 +118,7 @@ def _memory(job: TensorJob) -> WorkingMemory:
         return gram_memory(job)
     n_experts = len(job.experts)
     factors_bytes = 4 * job.n_cols * _n_matrices(job) * (n_experts + 1)
-    return WorkingMemory(factors_bytes + job.n_cols * (4 * n_experts + 8 * 4))
+    return WorkingMemory(factors_bytes + job.n_cols * (4 * n_experts + 8 * 8))
 
 
 def _check_importance(tensor: Described) -> None:

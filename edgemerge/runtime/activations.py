@@ -20,7 +20,7 @@ from edgemerge.runtime.ggml_tensors import F32, Ggml, Tensor
 from edgemerge.runtime.llama import Model
 from edgemerge.types import Progress
 
-__all__ = ["LEAST_TOKENS", "measure_importances"]
+__all__ = ["measure_importances"]
 
 LEAST_TOKENS = 16  # of a batch: llama-imatrix does not look at smaller ones
 
@@ -60,8 +60,13 @@ def measure_importances(
     FormatError
         The model computes infinity or NaN.
     RuntimeFailure
-        llama.cpp fails, or is of another version than this reads.
+        Batches are too short, or llama.cpp fails, or is of another version than this reads.
     """
+    if n_batch < LEAST_TOKENS:
+        raise RuntimeFailure(
+            f"importances need batches of {LEAST_TOKENS} tokens, and these have {n_batch}: give a larger "
+            "-c or --batch"
+        )
     n_ctx = len(chunks[0])
     collector = _Collector(Ggml(model.library), model.path, with_output=with_output)
     callback = model.api.llama_cpp.ggml_backend_sched_eval_callback(collector.watch)

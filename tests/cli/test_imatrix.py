@@ -73,6 +73,8 @@ def test_what_cannot_be_measured_is_one_sentence(model: Path) -> None:
     short = refuse(str(model), "short.txt", "-o", "out.gguf", "-c", "64")
     assert "and importance over chunks of 64 needs 128: give a longer text, or -c\n" in short
     assert "its context is 256 tokens, not 512" in refuse(str(model), "text.txt", "-o", "out.gguf")
+    few = refuse(str(model), "text.txt", "-o", "out.gguf", "-c", "64", "-b", "15")
+    assert "need batches of 16 tokens, and these have 15: give a larger -c or --batch\n" in few
     Path("no.gguf").write_text("no model")
     assert refuse("no.gguf", "text.txt", "-o", "out.gguf").startswith("edgemerge: no.gguf: ")
     assert "absent.txt" in refuse(str(model), "absent.txt", "-o", "out.gguf", "-c", "64")
