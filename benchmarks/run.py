@@ -29,7 +29,8 @@ from measure import run
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 PAGES = (DOCS / "benchmarks.md", DOCS / "quality.md", HERE / "SPEED.md")
-ALONE = ["kernels", "align", "merge", "requant", "quality", "start", "profile", "memory", "scaling"]
+ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
+ALONE += ["memory", "scaling"]
 WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes", "quality135")
 
 

@@ -153,6 +153,7 @@ class ModelInput:
     path: Path
     layer_range: tuple[int, int] | None = None  # half-open; None: all layers
     parameters: Parameters = field(default_factory=dict)
+    imatrix: Path | None = None  # importance matrix of this model, to weight it by
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,13 +215,15 @@ class Recipe:
         return part.base or self.base
 
     def inputs(self) -> tuple[Path, ...]:
-        """Every file or folder that a merge reads: the models, and the importance matrix."""
+        """Every file or folder that a merge reads: the models, and the importance matrices."""
         models = [path for path in self.models() if path.is_absolute()]
         models += self.mixture.models() if self.mixture is not None else ()
         source = Path(self.tokenizer_source or "base")
         models += [source] if source.is_absolute() else []
         models += [path for stage in self.stages for path in stage.inputs()]
-        return (*dict.fromkeys(models), *([] if self.imatrix is None else [self.imatrix]))
+        matrices = [model.imatrix for part in self.slices for model in part.inputs]
+        found = dict.fromkeys((*models, *matrices, self.imatrix))
+        return tuple(path for path in found if path is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +233,7 @@ class InputTensor:
     model: int  # index in Plan.models
     spec: TensorSpec
     settings: Mapping[str, Setting] = field(default_factory=dict)  # per-model parameters, resolved
+    imatrix: Path | None = None  # that has importances of its columns, if these weight it
 
 
 class StoredChange(Protocol):

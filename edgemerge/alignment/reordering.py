@@ -68,6 +68,18 @@ class Reordering:
                 decode(first, last, start + at, out_f32[at * n_cols : (at + last - first) * n_cols])
         else:
             decode(start, stop, start, out_f32)
+        self.order_columns(row_f32, out_f32)
+
+    def order_columns(self, row_f32: Float32, out_f32: Float32) -> None:
+        """Bring the columns of rows into the new order, in place.
+
+        Parameters
+        ----------
+        row_f32 : (n_cols,) float32
+            Working memory.
+        out_f32 : (n_rows * n_cols,) float32
+            Rows, or what belongs to columns, such as their importances.
+        """
         if self.columns is not None:
             permute.mix_columns(*self.columns, row_f32, out_f32)
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "align": "align",
     "compare": "compare",
     "convert": "convert",
+    "imatrix": "imatrix",
     "extract": "extract",
     "combine": "combine",
     "transplant": "transplant",

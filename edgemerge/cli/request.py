@@ -73,7 +73,7 @@ TensorTypes = Annotated[
 Imatrix = Annotated[
     str | None,
     typer.Option(
-        "--imatrix", metavar="FILE", help="Importance matrix of llama-imatrix, to quantise by."
+        "--imatrix", metavar="FILE", help="Importance matrix to quantise by; see imatrix."
     ),
 ]
 Memory = Annotated[

@@ -60,6 +60,9 @@ def _recipe_json(the_plan: Plan) -> str:
     for part in recipe["slices"]:
         if part["base"] is None:  # as in files from before slices had bases
             del part["base"]
+        for model in part["inputs"]:
+            if model["imatrix"] is None:  # as in files from before models had importances
+                del model["imatrix"]
     source, tokens, multiple = (recipe.pop(key) for key in TOKEN_KEYS)
     if any(job.rows is not None for job in the_plan.jobs):
         if source is not None:

@@ -228,13 +228,18 @@ def _merge_one(
             floor=floor,
         )
         the_plan = replace(the_plan, metadata={**the_plan.metadata, **(record or {})})
-        importance = None
-        if recipe.imatrix is not None:
-            importance = stack.enter_context(closing(ImportanceMatrix(recipe.imatrix)))
+        used = (tensor.imatrix for job in the_plan.jobs for tensor in job.experts)
+        matrices = {
+            path: stack.enter_context(closing(ImportanceMatrix(path)))
+            for path in dict.fromkeys((*used, recipe.imatrix))
+            if path is not None
+        }
         destination = find_destination(the_plan, opened, output, split_bytes, force=force)
         layouts, paths = destination.lay_out([]), destination.paths()
-        inputs = _Inputs(list(opened.values()), importance)
-        fingerprint = find_fingerprint(the_plan, layouts, paths, *inputs)
+        inputs = _Inputs(list(opened.values()), matrices)
+        fingerprint = find_fingerprint(
+            the_plan, layouts, paths, inputs.sources, list(matrices.values())
+        )
         named = destination.find_finished(fingerprint)
         finished = None if mark is None else read_finished(mark, destination.path, fingerprint)
         if finished is not None:
@@ -280,13 +285,13 @@ def _merge_one(
 
 class _Inputs(NamedTuple):
     sources: Sequence[Source]
-    importance: ImportanceMatrix | None
+    matrices: Mapping[Path, ImportanceMatrix]
 
     def check_unchanged(self) -> None:
         for source in self.sources:
             source.check_unchanged()
-        if self.importance is not None:
-            self.importance.check_unchanged()
+        for matrix in self.matrices.values():
+            matrix.check_unchanged()
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,4 +380,4 @@ def _new_pool(
 ) -> WorkerPool:
     from edgemerge.merging.workers import WorkerPool
 
-    return WorkerPool(the_plan, inputs.sources, progress, inputs.importance, begin_part)
+    return WorkerPool(the_plan, inputs.sources, progress, inputs.matrices, begin_part)

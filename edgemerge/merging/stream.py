@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -64,8 +65,8 @@ class TensorStream:
         Counts bytes, and stops the worker.
     permutations : Permutations
         How heads and neurons of the layers are permuted.
-    importance : ImportanceMatrix or None
-        Open, where the job is weighted.
+    matrices : mapping of Path to ImportanceMatrix
+        Open; those that the plan uses.
     group : GroupThread
         The worker's place in the thread group of the tensor.
     """
@@ -78,7 +79,7 @@ class TensorStream:
         the_plan: Plan,
         traffic: Traffic,
         permutations: Permutations,
-        importance: ImportanceMatrix | None,
+        matrices: Mapping[Path, ImportanceMatrix],
         group: GroupThread,
     ) -> None:
         self.job = job
@@ -89,7 +90,8 @@ class TensorStream:
         self._sources = sources
         self._arena = arena
         self._traffic = traffic
-        self._importance = importance
+        self._matrices = matrices
+        self._quantiser = the_plan.recipe.imatrix
         self._matrix = -1  # number of the matrix whose importances are in the arena, or -1
         self._cached: dict[int, Block] = {}  # block number -> block, which stays in the arena
         self._is_first_pass = True  # only this pass adds to the checksums of the inputs
@@ -147,6 +149,16 @@ class TensorStream:
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
         """Return uninitialised memory from the arena."""
         return self._arena.take(shape, dtype)
+
+    def read_importances(self, k: int, out_f32: Float32) -> None:
+        """Fill (n_matrices, n_cols) with the importances of an expert's columns, in the output's order."""
+        tensor = self.job.experts[k]
+        assert tensor.imatrix is not None
+        for matrix, values in enumerate(out_f32):
+            self._matrices[tensor.imatrix].read(tensor.spec.name, matrix * values.size, values)
+        reordering = self._reorderings.get(k + len(self.job.inputs) - len(self.job.experts))
+        if reordering is not None:
+            reordering.order_columns(self._row, out_f32.reshape(-1))
 
     def measure(self) -> Float64:
         """Return what the method measures of the tensor, to be summed over its layer."""
@@ -235,13 +247,13 @@ class TensorStream:
 
     def _encode_weighted(self, values: Float32, raw: UInt8, first_row: int) -> None:
         """Encode rows. Each matrix of a stack of experts has importances of its own."""
-        out, importance = self.job.out, self._importance
-        assert importance is not None
+        out = self.job.out
+        assert self._quantiser is not None
         n_rows, at = raw.size // out.row_bytes, 0
         while at < n_rows:
             matrix, row = divmod(first_row + at, out.shape[-2])
             if matrix != self._matrix:
-                importance.read(out.name, matrix * out.n_cols, self._weights)
+                self._matrices[self._quantiser].read(out.name, matrix * out.n_cols, self._weights)
                 self._matrix = matrix
             stop = min(n_rows, at + out.shape[-2] - row)
             CODECS[out.dtype].encode(

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -62,8 +63,8 @@ class WorkerPool:
         The open models, as `the_plan.models` lists them.
     progress : callable, optional
         Called from the thread that waits.
-    importance : ImportanceMatrix, optional
-        Open; where the plan has weighted tensors.
+    matrices : mapping of Path to ImportanceMatrix
+        Open; those that the plan uses.
     begin_part : callable, optional
         Called before heads are aligned and before neurons are matched.
     """
@@ -73,10 +74,10 @@ class WorkerPool:
         the_plan: Plan,
         sources: Sequence[Source],
         progress: Progress | None,
-        importance: ImportanceMatrix | None = None,
+        matrices: Mapping[Path, ImportanceMatrix],
         begin_part: BeginPart = ignore_parts,
     ) -> None:
-        self._importance = importance
+        self._matrices = matrices
         self.plan = the_plan
         self.sources = sources
         self.traffic = Traffic()
@@ -256,7 +257,7 @@ class WorkerPool:
                     self.plan,
                     self.traffic,
                     self._permutations,
-                    self._importance,
+                    self._matrices,
                     group.join(),
                 )
                 return work(stream)

@@ -63,6 +63,12 @@ class BlockStream(Protocol):
         Every worker of a group gets the same rows. Take all of them, before the first pass.
         """
 
+    def read_importances(self, k: int, out_f32: Float32) -> None:
+        """Fill (n_matrices, n_cols) with the importances of expert k's columns, in the output's order.
+
+        Only where all of `TensorJob.experts` have an `imatrix`.
+        """
+
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
         """Return uninitialised working memory that lives as long as the stream."""
 

@@ -117,6 +117,8 @@ class Method:
         Whether infinity or NaN in an input is sure to make the result infinite or NaN in that place.
     copies : callable
         Whether the result is the only model's tensor as it is.
+    reads_importances : callable
+        Whether each model's importance matrix is needed, for the tensors that it has.
     spans_layer : callable
         Whether a tensor's result depends on its whole layer. Then `measure` runs first, on each tensor.
     more_kernels : callable
@@ -144,6 +146,7 @@ class Method:
     takes_deltas: Callable[[Described], bool] = _never
     keeps_non_finite: Callable[[Described], bool] = _never
     copies: Callable[[Described], bool] = _never
+    reads_importances: Callable[[Described], bool] = _never
     spans_layer: Callable[[Described], bool] = _never
     more_kernels: Callable[[Described], Sequence[str]] = _no_kernels
     measure: Callable[[BlockStream], Float64] | None = None

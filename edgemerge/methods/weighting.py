@@ -17,18 +17,26 @@ stock
     u = t w / sum(w), t = N c / (1 + (N - 1) c), c the mean pairwise cosine: Model Stock (Jang et al. 2024).
 linear
     u = w / sum(w) over the active models.
+
+One more rule reads no Gram matrix. `importance` has factors for each column of a matrix, by the models'
+importance matrices: u_m = w_m F_m / sum(w F), where F_m is the mean square of what model m multiplies with
+that column. It is Fisher merging (Matena and Raffel 2022) with squares of a layer's inputs in the place of
+squared gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemerge.types import Float64
+from edgemerge.types import Float32, Float64
 
-__all__ = ["WEIGHTINGS", "factors"]
+__all__ = ["IMPORTANCE", "WEIGHTINGS", "column_factors", "factors", "plain_factors"]
 
-WEIGHTINGS = ("agreement", "paper", "stock", "linear")
+IMPORTANCE = "importance"
+WEIGHTINGS = ("agreement", "paper", "stock", "linear")  # by Gram matrices
 INACTIVE = 1e-12  # of the largest norm; a model with a smaller norm did not change the tensor
 
 
@@ -66,6 +74,32 @@ def factors(grams: Float64, weights: Float64, weighting: str) -> Float64:
         scale = np.divide(1.0, np.sqrt(energy), out=np.zeros_like(energy), where=energy > 0)
         return np.asarray(fractions * scale[..., None])
     return fractions
+
+
+def plain_factors(weights: Float64) -> Float64:
+    """Factors of models whose weights alone count, w / sum(w); (n_models,) as given."""
+    return np.asarray(weights / _sum(weights))
+
+
+def column_factors(importances: Sequence[Float32], weights: Float64, out_f32: Float32) -> None:
+    """Factors of the models' task vectors for each column, by the importances of these columns.
+
+    Parameters
+    ----------
+    importances : sequence of (n_cols,) float32
+        Of each model; from 0 on.
+    weights : (n_models,) float64
+        The recipe's weights; from 0 on, and not all 0.
+    out_f32 : (n_models, n_cols) float32
+        Written. A column that matters to no model has the plain factors.
+    """
+    total: Float64 = np.zeros(out_f32.shape[1])
+    for weight, values in zip(weights, importances, strict=True):
+        total += weight * values
+    for k, (weight, plain) in enumerate(zip(weights, plain_factors(weights), strict=True)):
+        product = weight * importances[k].astype(np.float64)
+        np.divide(product, total, out=product, where=total > 0)
+        out_f32[k] = np.where(total > 0, product, plain)
 
 
 def _cosines(grams: Float64, norms: Float64, active: NDArray[np.bool_]) -> Float64:

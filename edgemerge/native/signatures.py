@@ -61,6 +61,8 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
     },
     "importance": {
         "gather_weighted": "f4[::1], f4[::1], i8, i8, f4, f4, f4[::1], f4[::1]",
+        "add_squares": "f4[:,::1], i8[::1], i8[::1], f4[:,::1]",
+        "add_changes": "f4[:,:,::1], i8, i8, f8, f4[:,::1], f4[::1]",
     },
     "iq1": {
         "decode_iq1_s": "u1[::1], f4[::1]",

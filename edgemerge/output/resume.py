@@ -32,7 +32,7 @@ def find_fingerprint(
     layouts: Sequence[FileLayout],
     paths: Sequence[Path],
     sources: Sequence[Source],
-    importance: ImportanceMatrix | None,
+    matrices: Sequence[ImportanceMatrix],
 ) -> Fingerprint:
     """Hash all that decides the bytes of an output.
 
@@ -46,8 +46,8 @@ def find_fingerprint(
         The output's files.
     sources : sequence of Source
         The open models.
-    importance : ImportanceMatrix or None
-        Open, where the recipe has one.
+    matrices : sequence of ImportanceMatrix
+        Open; those that the plan uses.
     """
     work = hashlib.blake2b(digest_size=16)
     work.update(f"{version('edgemerge')} {hash_sources(PACKAGE)} {the_plan.align}\n".encode())
@@ -61,8 +61,8 @@ def find_fingerprint(
         for key, value in source.metadata().items():
             inputs.update(f"{key!r} {len(value)}\n".encode())
             inputs.update(value)
-    if importance is not None:
-        inputs.update(repr(mark_file(importance.state)).encode())
+    for matrix in matrices:
+        inputs.update(repr(mark_file(matrix.state)).encode())
     return Fingerprint(work.hexdigest(), inputs.hexdigest())
 
 

@@ -319,7 +319,11 @@ class _Part:
         position = self.positions[offset] if layer_index(name) is not None else 0.0
         n_bases = 1 if self.base else 0
         experts = tuple(
-            replace(found, settings=self._settings(model, names[n_bases + i], position))
+            replace(
+                found,
+                settings=self._settings(model, names[n_bases + i], position),
+                imatrix=model.imatrix,
+            )
             for i, (model, found) in enumerate(zip(self.experts, inputs[n_bases:], strict=True))
         )
         return Draft(

@@ -31,7 +31,7 @@ from edgemerge.methods.method import Method
 from edgemerge.methods.table import find_method
 from edgemerge.planning.compatibility import check_models, check_scaled_output
 from edgemerge.planning.header import choose_types, output_metadata
-from edgemerge.planning.importance import importance_metadata, weigh_jobs
+from edgemerge.planning.importance import find_measured, importance_metadata, weigh_jobs
 from edgemerge.planning.jobs import (
     Draft,
     draft_jobs,
@@ -103,6 +103,8 @@ def make_plan(
     for draft in drafts:
         if not draft.is_constant:
             method.check(draft)
+    drafts, lacking, checksums = find_measured(drafts, recipe, method, models)
+    notes += lacking
     folder = _find_folder(recipe, sources[models[0]], owner)
     if folder is not None:
         drafts = [draft for draft in drafts if folder.holds(draft.name)]
@@ -111,6 +113,7 @@ def make_plan(
         file_type, types = choose_types(recipe, method, drafts, sources, notes)
         check_scaled_output(types, sources[models[0]])
     metadata = output_metadata(recipe, method, sources, vocabulary, drafts, file_type, types, notes)
+    metadata |= checksums
     depths = find_depths([draft.name for draft in drafts])
     jobs = [
         replace(_finish(draft, method, types[draft.name], folder), depth=depths[draft.name])

@@ -36,9 +36,9 @@ TOP_KEYS = (
     "edgemerge",
 )
 MODULE_KEYS = ("models", "slices", "parameters")
-MODEL_KEYS = ("model", "parameters")
+MODEL_KEYS = ("model", "parameters", "imatrix")
 SLICE_KEYS = ("sources", "parameters", "base_model", "residual_weight")
-SOURCE_KEYS = ("model", "layer_range", "parameters")
+SOURCE_KEYS = ("model", "layer_range", "parameters", "imatrix")
 OWN_KEYS = ("type", "format", "tensor_types", "imatrix", "memory", "seed", "align", "neurons")
 TEXT_MODULES = ("default", "text_decoder")  # as mergekit names the language model
 # mergekit adds a base that `models` does not list. To these methods it is a model like the others.
@@ -83,7 +83,7 @@ class RecipeReader(TokenizerReader):
             out_type=out_type,
             dtype=dtype,
             tensor_types=self.tensor_types(own.get("tensor_types", {})),
-            imatrix=self.imatrix(own.get("imatrix")),
+            imatrix=self.imatrix(own.get("imatrix"), "edgemerge.imatrix"),
             memory=self.memory(own["memory"]) if "memory" in own else None,
             seed=self.seed(own.get("seed", 0), "edgemerge.seed"),
             align=self.alignment(own.get("align")),
@@ -153,6 +153,7 @@ class RecipeReader(TokenizerReader):
             yield ModelInput(
                 self.model_path(entry.get("model"), f"{at}.model"),
                 parameters=self.parameters(entry.get("parameters"), f"{at}.parameters"),
+                imatrix=self.imatrix(entry.get("imatrix"), f"{at}.imatrix"),
             )
 
     def add_base(
@@ -185,6 +186,7 @@ class RecipeReader(TokenizerReader):
                     self.model_path(source.get("model"), f"{at}.model"),
                     self.layer_range(source.get("layer_range"), f"{at}.layer_range"),
                     self.parameters(source.get("parameters"), f"{at}.parameters"),
+                    self.imatrix(source.get("imatrix"), f"{at}.imatrix"),
                 )
             )
         self.base_path = outer
@@ -246,9 +248,9 @@ class RecipeReader(TokenizerReader):
         table = self.mapping(value, where)
         return tuple((str(pattern), self.text(table, pattern, where)) for pattern in table)
 
-    def imatrix(self, value: Any) -> Path | None:
-        """Find the importance matrix."""
-        return None if value is None else self.file_path(value, "edgemerge.imatrix")
+    def imatrix(self, value: Any, where: str) -> Path | None:
+        """Find an importance matrix: of a model, or the one to quantise by."""
+        return None if value is None else self.file_path(value, where)
 
     def alignment(self, value: Any) -> str | None:
         """Read how heads are aligned."""

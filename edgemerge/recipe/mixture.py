@@ -71,7 +71,7 @@ class MixtureReader(RecipeReader):
             out_type=out_type,
             dtype=dtype,
             tensor_types=self.tensor_types(own.get("tensor_types", {})),
-            imatrix=self.imatrix(own.get("imatrix")),
+            imatrix=self.imatrix(own.get("imatrix"), "edgemerge.imatrix"),
             memory=self.memory(own["memory"]) if "memory" in own else None,
             seed=self.seed(own.get("seed", 0), "edgemerge.seed"),
             mixture=Mixture(base, experts, gate_mode, self.per_token(document, len(experts))),

@@ -141,12 +141,10 @@ def _slices(document: Mapping[str, Any]) -> list[list[tuple[str, dict[str, Any]]
             label = f"model {_name(table.get('path', '?'))}"
             if isinstance(layers := table.get("layer_range"), list | tuple) and len(layers) == 2:
                 label += f" layers {layers[0]} to {layers[1]}"
-            models.append(
-                (
-                    label,
-                    {**_table(_table(part).get("parameters")), **_table(table.get("parameters"))},
-                )
-            )
+            own = {**_table(_table(part).get("parameters")), **_table(table.get("parameters"))}
+            if isinstance(matrix := table.get("imatrix"), str | PurePath):
+                own["importances of"] = PurePath(matrix).name
+            models.append((label, own))
         parts.append(models)
     return parts
 

@@ -119,6 +119,7 @@ PLACES = (
     "merge split",
     "merge report",
     "convert output",
+    "imatrix output",
     "extract output",
     "combine output",
     "record output",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,21 +29,24 @@ class MemoryStream:
         rows_per_block: int,
         seed: int,
         tensor: str,
+        importances: Sequence[Float32] | None = None,
     ) -> None:
         self.seed = seed
         self._method = METHODS[method]
         self._base = base
         self._values = [x for x, _ in models]
+        self._importances = importances
         shape = self._values[0].shape
         spec = TensorSpec(tensor, shape, "F32", 4 * self._values[0].size)
         defaults = self._method.defaults(model=True)
+        imatrix = None if importances is None else Path("a matrix")
         self.layer_sum: NDArray[np.float64] | None = None
         self.job = TensorJob(
             out=spec,
             method=method,
             base=None if base is None else InputTensor(0, spec),
             experts=tuple(
-                InputTensor(k, spec, {**defaults, **s}) for k, (_, s) in enumerate(models)
+                InputTensor(k, spec, {**defaults, **s}, imatrix) for k, (_, s) in enumerate(models)
             ),
             settings={**self._method.defaults(model=False), **options},
             rows_per_block=rows_per_block,
@@ -73,6 +77,10 @@ class MemoryStream:
             row = i * spec.n_rows // count
             yield self._block(0, slice(row * spec.n_cols, (row + 1) * spec.n_cols))
 
+    def read_importances(self, k: int, out_f32: Float32) -> None:
+        assert self._importances is not None
+        out_f32[:] = self._importances[k]
+
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
         """Memory full of rubbish."""
         return np.frombuffer(
@@ -89,8 +97,14 @@ def merge_in_memory(
     rows_per_block: int = 1 << 20,
     seed: int = 0,
     tensor: str = "",
+    importances: Sequence[Float32] | None = None,
 ) -> Float32:
-    """What `Method.blocks` makes of one tensor; same arguments as the twin."""
-    stream = MemoryStream(method, base, models, options or {}, rows_per_block, seed, tensor)
+    """What `Method.blocks` makes of one tensor; same arguments as the twin.
+
+    `importances` has (n_matrices, n_cols) for each model.
+    """
+    stream = MemoryStream(
+        method, base, models, options or {}, rows_per_block, seed, tensor, importances
+    )
     blocks = [values.copy() for _, values in METHODS[method].blocks(stream)]
     return np.concatenate(blocks).reshape(models[0][0].shape)

@@ -28,11 +28,12 @@ from edgemerge.formats.gguf.header import MAX_NAME_BYTES, MAX_TENSORS, HeaderPar
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.types import Float32, Float64, TensorSpec
 
-__all__ = ["ImportanceMatrix"]
+__all__ = ["CHUNKS_KEY", "CHUNK_SIZE_KEY", "COUNTS", "DATASETS_KEY", "SUMS", "ImportanceMatrix"]
 
 DATASETS_KEY = "imatrix.datasets"
 CHUNKS_KEY = "imatrix.chunk_count"
-NEEDED_KEYS = (DATASETS_KEY, CHUNKS_KEY, "imatrix.chunk_size")
+CHUNK_SIZE_KEY = "imatrix.chunk_size"
+NEEDED_KEYS = (DATASETS_KEY, CHUNKS_KEY, CHUNK_SIZE_KEY)
 SUMS, COUNTS = ".in_sum2", ".counts"
 MAX_DATASET_BYTES = 1 << 10
 MAX_COUNTS = (

@@ -52,7 +52,9 @@ class Perplexity:
     n_chunks: int
 
 
-def cut_text(model: Model, path: str | PathLike[str], n_ctx: int) -> list[list[int]]:
+def cut_text(
+    model: Model, path: str | PathLike[str], n_ctx: int, *, purpose: str = "perplexity"
+) -> list[list[int]]:
     """Tokens of a text file, in chunks; what is left after the last whole chunk is not used.
 
     Parameters
@@ -63,6 +65,8 @@ def cut_text(model: Model, path: str | PathLike[str], n_ctx: int) -> list[list[i
         UTF-8 text; a last line break does not count.
     n_ctx : int
         Tokens of a chunk.
+    purpose : str
+        What the text is for, in an error.
 
     Returns
     -------
@@ -85,7 +89,7 @@ def cut_text(model: Model, path: str | PathLike[str], n_ctx: int) -> list[list[i
     tokens = model.bos + model.tokenize(text.removesuffix("\n"))
     if len(tokens) < 2 * n_ctx:
         raise FormatError(
-            f"it has {len(tokens)} tokens, and perplexity over chunks of {n_ctx} needs "
+            f"it has {len(tokens)} tokens, and {purpose} over chunks of {n_ctx} needs "
             f"{2 * n_ctx}: give a longer text, or -c",
             path=path,
         )
