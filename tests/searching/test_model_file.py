@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgemerge.merging.run import merge
+from edgemerge.recipe.recipe import make_recipe
+from edgemerge.searching.model_file import ModelFile
+from edgemerge.types import Recipe
+from tests.support.searches import write_search
+from tests.support.small_models import stored
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_search(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def recipe(method: str = "task_arithmetic", *, align: str | None = None, **given: object) -> Recipe:
+    models = [("a.gguf", 1.0), ("b.gguf", 0.5)]
+    return make_recipe(
+        method, models, base="base.gguf", parameters=given, out_type="F16", align=align
+    )
+
+
+def merged(wanted: Recipe) -> dict[str, tuple[str, bytes]]:
+    merge(wanted, "merged.gguf", force=True)
+    return stored(Path("merged.gguf"))
+
+
+def by_kind(value: float) -> object:
+    return [{"filter": "mlp", "value": value}, {"value": 0.7}]
+
+
+def test_only_what_changed_is_made_and_all_is_as_merged() -> None:
+    first, second = recipe(**{"lambda": by_kind(0.3)}), recipe(**{"lambda": by_kind(0.9)})
+    with ModelFile(Path("m.gguf"), memory=None, threads=2) as file:
+        assert file.make(first) == 21
+        assert stored(file.path) == merged(first)
+        assert file.make(second) == 6  # gate, up and down of two layers
+        assert stored(file.path) == merged(second)
+        assert file.make(second) == 0
+        assert file.n_bytes == file.path.stat().st_size
+        assert file.path.name == "m.gguf.part"
+    assert not Path("m.gguf.part").exists()
+
+
+def test_another_type_or_method_makes_all_anew() -> None:
+    with ModelFile(Path("m.gguf"), memory=None, threads=1) as file:
+        file.make(recipe())
+        wanted = make_recipe("linear", [("a.gguf", 1.0), ("b.gguf", 1.0)], out_type="F32")
+        assert file.make(wanted) == 21
+        assert stored(file.path) == merged(wanted)
+
+
+def test_a_method_that_measures_layers_makes_whole_layers() -> None:
+    first, second = (
+        recipe("hierarchical", align="hard", scope="block", **{"lambda": by_kind(value)})
+        for value in (0.3, 0.9)
+    )
+    with ModelFile(Path("m.gguf"), memory=None, threads=2) as file:
+        file.make(first)
+        made = file.make(second)
+        assert stored(file.path) == merged(second)
+        assert 6 < made < 21
+        third = recipe("hierarchical", align="off", scope="block", **{"lambda": by_kind(0.9)})
+        assert file.make(third) == 21
+        assert stored(file.path) == merged(third)
+
+
+def test_what_was_interrupted_is_made_again() -> None:
+    first, second = recipe(**{"lambda": 0.3}), recipe(**{"lambda": 0.9})
+    with ModelFile(Path("m.gguf"), memory=None, threads=1) as file:
+        file.make(first)
+
+        def stop(_label: str, _unit: str | None = None) -> object:
+            def show(done: int, total: int) -> None:
+                raise KeyboardInterrupt
+
+            return show
+
+        with pytest.raises(KeyboardInterrupt):
+            file.make(second, stop)  # type: ignore[arg-type]
+        file.make(first)
+        assert stored(file.path) == merged(first)
