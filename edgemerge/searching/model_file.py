@@ -28,6 +28,7 @@ from edgemerge.methods.table import METHODS
 from edgemerge.output.file import OutputFile
 from edgemerge.output.places import TensorPlace
 from edgemerge.planning.plan import make_plan
+from edgemerge.token_rows import RowMap
 from edgemerge.types import BeginPart, FileState, Plan, Recipe, Source, TensorJob, ignore_parts
 
 __all__ = ["ModelFile"]
@@ -178,14 +179,19 @@ class ModelFile:
 
 def _is_same(one: TensorJob, other: TensorJob) -> bool:
     """Tell whether two jobs make the same bytes, whatever the blocks they are cut into."""
-    cut = {"rows_per_block": 0, "passes": 0, "workers": 1, "cached_blocks": 0}
-    if (one.rows is None) != (other.rows is None):
-        return False
-    if one.rows is not None and other.rows is not None:
-        pairs = zip(
-            (*one.rows.donors, *one.rows.rows), (*other.rows.donors, *other.rows.rows), strict=False
-        )
-        is_alike = len(one.rows.rows) == len(other.rows.rows)
-        if not is_alike or not all(np.array_equal(a, b) for a, b in pairs):
-            return False
-    return replace(one, rows=None, **cut) == replace(other, rows=None, **cut)
+    first, second = (
+        replace(job, rows=None, rows_per_block=0, passes=0, workers=1, cached_blocks=0)
+        for job in (one, other)
+    )
+    return first == second and _have_same_rows(one.rows, other.rows)
+
+
+def _have_same_rows(one: RowMap | None, other: RowMap | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return (
+        len(one.rows) == len(other.rows)
+        and one.n_padding == other.n_padding
+        and all(map(np.array_equal, one.donors, other.donors))
+        and all(map(np.array_equal, one.rows, other.rows))
+    )

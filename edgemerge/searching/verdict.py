@@ -103,11 +103,11 @@ def _judge_task(
     total = n + 2
     mean = (found.only_second - found.only_first) / total
     error = 100 * math.sqrt(((changed + 2) / total - mean**2) / total)
-    right = (100 * sum(one.right for one in marks) / n for marks in (start, best))
+    before, after = (100 * sum(one.right for one in marks) / n for marks in (start, best))
     middle = 100 * found.difference
     low, high = middle - Z_95 * error, middle + Z_95 * error
     is_kept = None if margin is None else low > -margin
-    return Verdict(name, n, *right, middle, low, high, found.p, margin, is_kept)
+    return Verdict(name, n, before, after, middle, low, high, found.p, margin, is_kept)
 
 
 def _judge_text(
@@ -119,16 +119,19 @@ def _judge_text(
     middle = sum(differences) / n
     spread = math.sqrt(sum((one - middle) ** 2 for one in differences) / max(1, n - 1))
     half = Z_95 * spread / math.sqrt(n)
-    percents = [100 * math.expm1(value) for value in (middle, middle - half, middle + half)]
+    difference, low, high = (
+        100 * math.expm1(value) for value in (middle, middle - half, middle + half)
+    )
     first, second = perplexity_of(start), perplexity_of(best)
-    is_kept = None if margin is None else percents[2] < margin
     return Verdict(
         name,
         first.n_tokens,
         first.value,
         second.value,
-        *percents,
+        difference,
+        low,
+        high,
         margin=margin,
-        is_kept=is_kept,
+        is_kept=None if margin is None else high < margin,
         is_text=True,
     )

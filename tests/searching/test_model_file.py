@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +20,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def recipe(method: str = "task_arithmetic", *, align: str | None = None, **given: object) -> Recipe:
+def recipe(
+    scale: Any, method: str = "task_arithmetic", *, align: str | None = None, **given: Any
+) -> Recipe:
     models = [("a.gguf", 1.0), ("b.gguf", 0.5)]
     return make_recipe(
-        method, models, base="base.gguf", parameters=given, out_type="F16", align=align
+        method,
+        models,
+        base="base.gguf",
+        parameters={"lambda": scale, **given},
+        out_type="F16",
+        align=align,
     )
 
 
@@ -36,7 +44,7 @@ def by_kind(value: float) -> object:
 
 
 def test_only_what_changed_is_made_and_all_is_as_merged() -> None:
-    first, second = recipe(**{"lambda": by_kind(0.3)}), recipe(**{"lambda": by_kind(0.9)})
+    first, second = recipe(by_kind(0.3)), recipe(by_kind(0.9))
     with ModelFile(Path("m.gguf"), memory=None, threads=2) as file:
         assert file.make(first) == 21
         assert stored(file.path) == merged(first)
@@ -50,7 +58,7 @@ def test_only_what_changed_is_made_and_all_is_as_merged() -> None:
 
 def test_another_type_or_method_makes_all_anew() -> None:
     with ModelFile(Path("m.gguf"), memory=None, threads=1) as file:
-        file.make(recipe())
+        file.make(recipe(1.0))
         wanted = make_recipe("linear", [("a.gguf", 1.0), ("b.gguf", 1.0)], out_type="F32")
         assert file.make(wanted) == 21
         assert stored(file.path) == merged(wanted)
@@ -58,21 +66,20 @@ def test_another_type_or_method_makes_all_anew() -> None:
 
 def test_a_method_that_measures_layers_makes_whole_layers() -> None:
     first, second = (
-        recipe("hierarchical", align="hard", scope="block", **{"lambda": by_kind(value)})
-        for value in (0.3, 0.9)
+        recipe(by_kind(value), "hierarchical", align="hard", scope="block") for value in (0.3, 0.9)
     )
     with ModelFile(Path("m.gguf"), memory=None, threads=2) as file:
         file.make(first)
         made = file.make(second)
         assert stored(file.path) == merged(second)
         assert 6 < made < 21
-        third = recipe("hierarchical", align="off", scope="block", **{"lambda": by_kind(0.9)})
+        third = recipe(by_kind(0.9), "hierarchical", align="off", scope="block")
         assert file.make(third) == 21
         assert stored(file.path) == merged(third)
 
 
 def test_what_was_interrupted_is_made_again() -> None:
-    first, second = recipe(**{"lambda": 0.3}), recipe(**{"lambda": 0.9})
+    first, second = recipe(0.3), recipe(0.9)
     with ModelFile(Path("m.gguf"), memory=None, threads=1) as file:
         file.make(first)
 
