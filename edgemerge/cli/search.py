@@ -83,6 +83,15 @@ def search_command(
         ),
     ] = None,
     report: request.Report = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            metavar="DIR",
+            help="Folder for the models of trials, e.g. /dev/shm [default: beside BEST.yml].",
+        ),
+    ] = None,
     force: request.Force = False,
     context: Annotated[
         int | None,
@@ -137,7 +146,9 @@ def search_command(
     with ExitStack() as stack:
         budget = None if memory is None else parse_size(memory)
         model_file = stack.enter_context(
-            ModelFile(output.with_name(output.name + ".gguf"), memory=budget, threads=threads)
+            ModelFile(
+                (scratch or output.parent) / f"{output.name}.gguf", memory=budget, threads=threads
+            )
         )
         header = _header(found, tasks, texts, objective, held_out, limit, seed, context, gpu_layers)
         all_trials = stack.enter_context(closing(Trials(kept, found.spaces, header, seed)))

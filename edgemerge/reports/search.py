@@ -40,7 +40,7 @@ def search_page(result: Mapping[str, Any], sections: Sequence[Section]) -> str:
         ),
         Section(
             "The settings",
-            (("Each dot is a trial that was asked all questions; the best one is marked.", None),),
+            (("Each dot is a trial that was asked all questions; the best one is dark.", None),),
             picture="".join(_settings(result)),
         ),
     )

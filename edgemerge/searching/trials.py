@@ -11,11 +11,12 @@ arXiv 1810.05934).
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -139,7 +140,7 @@ class Trials:
     Raises
     ------
     OutputError
-        The file has trials of another search, or cannot be written.
+        The file has trials of another search, another process is writing it, or it cannot be written.
     FormatError
         It is damaged, or no file of trials.
     """
@@ -151,9 +152,27 @@ class Trials:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.path, self._spaces, self._seed = path, spaces, seed
-        self._kept = self._open(json.loads(json.dumps(header)))
-        with self._trouble():
-            self._frozen = list(self._kept.trials)
+        self._stack = ExitStack()
+        try:
+            self._lock()
+            self._kept = self._open(json.loads(json.dumps(header)))
+            with self._trouble():
+                self._frozen = list(self._kept.trials)
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self) -> None:
+        """Make the file, and keep others from writing it; SQLite's own locks last a transaction."""
+        try:
+            file = self._stack.enter_context(self.path.open("ab"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                "another search is writing it; wait for that one", path=self.path
+            ) from error
+        except OSError as error:
+            raise OutputError(f"cannot be written ({error.strerror})", path=self.path) from error
 
     def _open(self, header: dict[str, Any]) -> Study:
         import optuna
@@ -164,6 +183,7 @@ class Trials:
                 "sqlite://",
                 engine_kwargs={"creator": lambda: sqlite3.connect(self.path, timeout=60)},
             )
+            self._stack.callback(storage.remove_session)
             study = optuna.create_study(
                 storage=storage, study_name=STUDY, direction="maximize", load_if_exists=True
             )
@@ -181,8 +201,6 @@ class Trials:
 
     def _check_file(self) -> None:
         """Refuse what is there and no file of trials, before optuna adds its tables to it."""
-        if not self.path.exists():
-            return
         with self._trouble(), closing(sqlite3.connect(self.path, timeout=60)) as database:
             tables = [name for (name,) in database.execute("select name from sqlite_master")]
             (state,) = database.execute("pragma quick_check(1)").fetchone()
@@ -265,7 +283,7 @@ class Trials:
 
     def close(self) -> None:
         """Close the file."""
-        self._kept._storage.remove_session()
+        self._stack.close()
 
 
 def _distribution(space: Space) -> BaseDistribution:

@@ -75,7 +75,7 @@ def test_the_same_command_goes_on_and_more_trials_are_added() -> None:
     assert again == first
     more = json.loads(run("--trials", "4", "--json"))
     assert more["trials"][:3] == first["trials"]
-    text = run("--trials", "4")
+    text = run("--trials", "4", "--scratch", str(Path.cwd()))
     assert "4 trials in" in text
     assert "all 4 trials are made" in text
     assert "held out" in text

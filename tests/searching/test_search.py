@@ -98,7 +98,7 @@ def test_a_search_that_is_killed_again_and_again_ends_as_one_that_is_not(rng_see
     rng = random.Random(rng_seed)
 
     def begin_part(_label: str, _unit: str | None = None) -> Callable[[int, int], None]:
-        if rng.random() < 0.15:
+        if rng.random() < 0.3:
             raise Killed
         return ignore
 
@@ -166,6 +166,14 @@ def test_trials_of_another_search_are_left_alone() -> None:
     with pytest.raises(OutputError, match=said), open_search(seed=1):
         pass
     assert Path("trials").read_bytes() == before
+
+
+def test_two_searches_do_not_write_one_file() -> None:
+    said = "another search is writing it"
+    with open_search(), pytest.raises(OutputError, match=said), open_search():
+        pass
+    with open_search() as search:  # the first one is over
+        assert search.trials.finished == []
 
 
 def test_files_that_are_no_trials_are_refused_as_they_are() -> None:
