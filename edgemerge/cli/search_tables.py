@@ -46,7 +46,10 @@ def as_json(
         "spaces": [asdict(space) for space in search.recipe.spaces],
         "weights": dict(search.objective.weights),
         "margins": dict(search.objective.keeps),
-        "trials": [_trial(one) for one in finished],
+        "trials": [
+            {**_trial(one), "is_kept": search.objective.keeps_all(one.figures, finished[0].figures)}
+            for one in finished
+        ],
         "held_out": dict(look),
     }
 

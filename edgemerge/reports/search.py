@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -12,7 +13,8 @@ __all__ = ["search_page"]
 
 WIDTH, HEIGHT = 760, 300  # SVG units
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 34
-SMALL = (236, 150)  # a panel of one setting
+SMALL = (236, 150)  # a panel of one setting, below its name
+TITLE, GAP = 20, 16
 N_LABELS = 4
 
 
@@ -113,7 +115,7 @@ def _best_line(axes: _Axes, trials: Sequence[Mapping[str, Any]]) -> str:
     x, y = axes.at(0, best)
     path = f"M{x:.1f} {y:.1f}"
     for one in trials[1:]:
-        if one["score"] is not None:
+        if one["score"] is not None and one["is_kept"]:
             best = max(best, one["score"])
         x, y = axes.at(one["number"], best)
         path += f"H{x:.1f}V{y:.1f}"
@@ -124,13 +126,12 @@ def _settings(result: Mapping[str, Any]) -> Iterator[str]:
     """Draw for each setting the scores over its values, three panels in a row."""
     full = [one for one in result["trials"] if one["score"] is not None]
     spaces = result["spaces"]
-    width, height = SMALL
+    width, height = SMALL[0] + GAP, SMALL[1] + TITLE + GAP
     rows = -(-len(spaces) // 3)
-    yield f"<svg viewBox='0 0 {3 * (width + 16)} {rows * (height + 16)}' role='img' "
+    yield f"<svg viewBox='0 0 {3 * width} {rows * height}' role='img' "
     yield "aria-label='Scores over each setting'>"
     for i, space in enumerate(spaces):
-        x, y = i % 3 * (width + 16), i // 3 * (height + 16)
-        yield f"<g transform='translate({x} {y})'>"
+        yield f"<g transform='translate({i % 3 * width} {i // 3 * height + TITLE})'>"
         yield from _setting(space, full, result["best"])
         yield "</g>"
     yield "</svg>"
@@ -140,17 +141,27 @@ def _setting(
     space: Mapping[str, Any], full: Sequence[Mapping[str, Any]], best: int
 ) -> Iterator[str]:
     scores = [one["score"] for one in full]
-    options = space.get("options")
-    span = (0, len(options) - 1) if options else (space["low"], space["high"])
+    options = space.get("options") or (space["low"], space["high"])
+
+    def place(value: Any) -> float:
+        if "options" in space:
+            return float(options.index(value))
+        return math.log(value) if space["is_log"] else float(value)
+
+    span = (place(options[0]), place(options[-1]))
     axes = _Axes(SMALL, span, (min(scores), max(scores)))
+    yield f"<text x='{LEFT}' y='0'>{escape(space['name'])}</text>"
     yield from axes.grid()
     for one in sorted(full, key=lambda trial: trial["number"] == best):
-        value = one["values"][space["name"]]
-        x, y = axes.at(options.index(value) if options else value, one["score"])
+        x, y = axes.at(place(one["values"][space["name"]]), one["score"])
         colour = "var(--ink)" if one["number"] == best else "var(--bar)"
         radius = 5 if one["number"] == best else 3
         yield f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{radius}' fill='{colour}'/>"
-    ends = (options[0], options[-1]) if options else (f"{span[0]:g}", f"{span[1]:g}")
-    yield axes.label(span[0], str(ends[0]), "start")
-    yield axes.label((span[0] + span[1]) / 2, space["name"], "middle")
-    yield axes.label(span[1], str(ends[1]), "end")
+    yield axes.label(span[0], _say(options[0]), "start")
+    yield axes.label(span[1], _say(options[-1]), "end")
+
+
+def _say(value: bool | float | str) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return value if isinstance(value, str) else f"{value:g}"

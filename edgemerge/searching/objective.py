@@ -11,13 +11,14 @@ that lose no more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["SIZE", "Figures", "Objective"]
+__all__ = ["CLOSE", "SIZE", "Figures", "Objective"]
 
 SIZE = "size"
 KEEP_COST = 3.0
+CLOSE = 1e-9  # of figures; equal ones may differ by rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,12 @@ class Objective:
         return sum(
             max(0.0, self.loss(name, found, start) - margin) for name, margin in self.keeps.items()
         )
+
+    def keeps_all(self, found: Sequence[Figures], start: Sequence[Figures]) -> bool:
+        """Tell whether all that is to be kept is kept; by the figures after each rung."""
+        if not found:
+            return False
+        return self.breach(found[-1], start[len(found) - 1]) <= CLOSE
 
     def loss(self, name: str, found: Figures, start: Figures) -> float:
         """Return what a task or text has lost: percentage points, or percent of perplexity."""

@@ -19,15 +19,13 @@ from edgemerge.recipe.searches import SearchRecipe
 from edgemerge.runtime.llama import Model
 from edgemerge.searching.examiner import Answers, Examiner
 from edgemerge.searching.model_file import ModelFile
-from edgemerge.searching.objective import Objective
+from edgemerge.searching.objective import CLOSE, Objective
 from edgemerge.searching.portions import RUNGS
 from edgemerge.searching.trials import Draw, Trial, Trials
 from edgemerge.searching.verdict import judge, mean_verdict
 from edgemerge.types import BeginPart, Progress, Setting
 
 __all__ = ["Limits", "Search", "find_best"]
-
-CLOSE = 1e-9  # of scores; equal accuracies may differ by rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +201,7 @@ def find_best(finished: Sequence[Trial], objective: Objective) -> Trial:
     """
     start = best = finished[0]
     for one in finished:
-        if one.score is None or objective.breach(one.figures[-1], start.figures[-1]) > CLOSE:
+        if one.score is None or not objective.keeps_all(one.figures, start.figures):
             continue
         if one.score > (best.score or 0.0) + CLOSE:
             best = one

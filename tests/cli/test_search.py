@@ -4,9 +4,11 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -141,31 +143,44 @@ def test_outputs_are_checked_before_the_work(folder: Path) -> None:
     assert not Path("best.yml.trials").exists()
 
 
+def count_trials(path: Path) -> int:
+    """Count the trials that a search has kept; 0 before it made its file."""
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            (found,) = database.execute("select count(*) from trials").fetchone()
+    except sqlite3.Error:
+        return 0
+    return int(found)
+
+
 @pytest.mark.slow
 def test_twenty_kills_change_nothing() -> None:
     command = [sys.executable, "-m", "edgemerge", "search", "recipe.yml", *TASK, "-t", "1"]
-    command += ["--trials", "40", "--json", "-o"]
+    command += ["--trials", "50", "--json", "-o"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    whole = subprocess.run(
-        [*command, "whole.yml"], env=environment, capture_output=True, text=True, check=True
-    )
+
+    def finish(output: str) -> Any:
+        words = [*command, output]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout)
+        for one in found["trials"]:
+            del one["seconds"]
+        return found
+
     rng = random.Random(0)
-    kills = 0
-    while kills < 20:
-        process = subprocess.Popen(
+    for _ in range(20):
+        wanted = count_trials(Path("killed.yml.trials")) + 1
+        with subprocess.Popen(
             [*command, "killed.yml"], env=environment, stdout=subprocess.DEVNULL
-        )
-        time.sleep(rng.uniform(0.5, 2.0))
-        if process.poll() is None:
-            kills += 1
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    killed = subprocess.run(
-        [*command, "killed.yml"], env=environment, capture_output=True, text=True, check=True
-    )
-    found, expected = json.loads(killed.stdout), json.loads(whole.stdout)
-    for one in (*found["trials"], *expected["trials"]):
-        del one["seconds"]
-    assert found["trials"] == expected["trials"]
-    assert (found["best"], found["held_out"]) == (expected["best"], expected["held_out"])
+        ) as process:
+            while count_trials(Path("killed.yml.trials")) < wanted:
+                assert process.poll() is None
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.2))
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    assert 20 <= count_trials(Path("killed.yml.trials")) < 50
+    killed, whole = finish("killed.yml"), finish("whole.yml")
+    assert killed["trials"] == whole["trials"]
+    assert (killed["best"], killed["held_out"]) == (whole["best"], whole["held_out"])
     assert Path("killed.yml").read_bytes() == Path("whole.yml").read_bytes()

@@ -13,6 +13,7 @@ def trial(number: int, scores: list[float], value: float, word: str = "a") -> di
         "number": number,
         "scores": scores,
         "score": score,
+        "is_kept": True,
         "values": {"<x>": value, "word": word},
     }
 
