@@ -23,6 +23,7 @@ from edgemerge.formats.layout import FileLayout
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.merging.precompile import precompile
 from edgemerge.merging.run import usable_processors
+from edgemerge.merging.stream import Permutations
 from edgemerge.merging.workers import WorkerPool
 from edgemerge.methods.table import METHODS
 from edgemerge.output.file import OutputFile
@@ -55,6 +56,7 @@ class ModelFile:
         self._importance: ImportanceMatrix | None = None
         self._file: OutputFile | None = None
         self._layout: FileLayout | None = None
+        self._permutations: Permutations | None = None  # found once: they depend on no setting
         self._across: object = None  # what all tensors depend on beside their jobs
         self._jobs: dict[str, TensorJob] = {}  # as the tensors in the file were made, by name
 
@@ -107,9 +109,9 @@ class ModelFile:
         layout = make_layout(the_plan.metadata, [job.out for job in the_plan.jobs])
         if layout != self._layout:
             self._renew(layout)
-        across = (the_plan.align, recipe.neurons, recipe.seed, recipe.imatrix)
+        across = (the_plan.models, the_plan.align, recipe.neurons, recipe.seed, recipe.imatrix)
         if across != self._across:
-            self._across, self._jobs = across, {}
+            self._across, self._jobs, self._permutations = across, {}, None
         changed = self._changed(the_plan)
         if changed:
             self._merge(replace(the_plan, jobs=tuple(changed)), layout, begin_part)
@@ -152,8 +154,9 @@ class ModelFile:
             self._jobs.pop(job.name, None)  # should this be interrupted, it is to be made
         sources: Sequence[Source] = [self._sources[path] for path in part.models]
         progress = begin_part("merging")
-        pool = WorkerPool(part, sources, progress, self._importance, begin_part)
+        pool = WorkerPool(part, sources, progress, self._importance, begin_part, self._permutations)
         pool.prepare()
+        self._permutations = pool.permutations
         pool.run(
             {
                 job.name: TensorPlace(self._file, layout.offsets[job.name], job.out)

@@ -8,7 +8,7 @@ import pytest
 from edgemerge.merging.run import merge
 from edgemerge.recipe.recipe import make_recipe
 from edgemerge.searching.model_file import ModelFile
-from edgemerge.types import Recipe
+from edgemerge.types import Progress, Recipe
 from tests.support.searches import write_search
 from tests.support.small_models import stored
 
@@ -64,15 +64,29 @@ def test_another_type_or_method_makes_all_anew() -> None:
         assert stored(file.path) == merged(wanted)
 
 
+def test_another_model_of_the_same_shapes_is_another_merge() -> None:
+    with ModelFile(Path("m.gguf"), memory=None, threads=1) as file:
+        for models in (("a.gguf", "b.gguf"), ("b.gguf", "a.gguf")):
+            wanted = make_recipe("linear", [(models[0], 1.0), (models[1], 0.5)], out_type="F16")
+            assert file.make(wanted) == 21
+            assert stored(file.path) == merged(wanted)
+
+
 def test_a_method_that_measures_layers_makes_whole_layers() -> None:
     first, second = (
         recipe(by_kind(value), "hierarchical", align="hard", scope="block") for value in (0.3, 0.9)
     )
     with ModelFile(Path("m.gguf"), memory=None, threads=2) as file:
         file.make(first)
-        made = file.make(second)
+        begun: list[str] = []
+
+        def note(label: str, _unit: str | None = None) -> Progress:
+            begun.append(label)
+            return lambda _done, _total: None
+
+        assert 6 < file.make(second, note) < 21
+        assert begun == ["merging"]  # heads were aligned for the first one
         assert stored(file.path) == merged(second)
-        assert 6 < made < 21
         third = recipe(by_kind(0.9), "hierarchical", align="off", scope="block")
         assert file.make(third) == 21
         assert stored(file.path) == merged(third)
