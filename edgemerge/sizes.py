@@ -1,4 +1,4 @@
-"""Numbers of bytes and of parameters, as people write and read them."""
+"""Numbers of bytes, of parameters and of seconds, as people write and read them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import re
 
 from edgemerge.errors import RecipeError
 
-__all__ = ["format_count", "format_size", "parse_size"]
+__all__ = ["format_count", "format_duration", "format_size", "parse_duration", "parse_size"]
 
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UNITS |= {f"{unit}IB": n for unit, n in _UNITS.items() if unit in "KMGT" and unit}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}
 
 LEAST_PLAIN = 4096  # a number without a unit below it was meant to have one
 
@@ -50,3 +52,27 @@ def format_size(n_bytes: float) -> str:
 def format_count(n: int) -> str:
     """Write a number of parameters for people: 317.2 M, 22.7 K."""
     return f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n / 1e3:,.1f} K"
+
+
+def parse_duration(text: str) -> float:
+    """Parse a time in seconds: `90s`, `30m`, `1.5h`.
+
+    Raises
+    ------
+    RecipeError
+        It is no time, or has no unit.
+    """
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(s|m|min|h)\s*", text, re.ASCII)
+    if match is None or float(match[1]) == 0:
+        raise RecipeError(f"{text[:60]!r} is no time; write it like 90s, 30m or 1.5h", field="time")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def format_duration(seconds: float) -> str:
+    """Write a time for people: 42 s, 3 min 20 s, 1 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

@@ -28,6 +28,7 @@ EXTRAS = {
     "edgemerge/reports": {"plot"},
     "edgemerge/runtime": {"run"},
     "edgemerge/runtime/serve": {"serve", "sign"},
+    "edgemerge/searching": {"run", "search"},
     "tests": {"serve", "test"},
     "tests/runtime/serve/test_web_page.py": {"dev", "serve", "test"},
 }
@@ -92,7 +93,7 @@ def test_what_a_file_imports_is_declared(path: Path) -> None:
 def test_every_declared_dependency_is_imported() -> None:
     """But for what an extra brings along for llama.cpp's server, which imports it."""
     names = {name for path in FILES for module in imported(path) for name in distributions(module)}
-    assert declared({"run", "serve", "plot", "sign", "hub"}) <= names
+    assert declared({"run", "serve", "plot", "sign", "hub", "search"}) <= names
 
 
 def test_the_types_are_the_users_too() -> None:

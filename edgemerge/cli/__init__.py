@@ -35,6 +35,7 @@ COMMANDS = {
     "chat": "chat",
     "serve": "serve",
     "eval": "eval",
+    "search": "search",
     "bench": "bench",
     "doctor": "doctor",
     "keygen": "sign",

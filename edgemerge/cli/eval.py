@@ -13,25 +13,15 @@ import typer
 from edgemerge.cli import loading, request
 from edgemerge.cli.eval_tables import print_csv, print_tables
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
+from edgemerge.cli.tasks import HelpTasks, Tasks, Texts, read_tasks, refuse_twins
 from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plainly
 
 if TYPE_CHECKING:
     from edgemerge.runtime.evaluation.results import Results
     from edgemerge.runtime.evaluation.suite import Answered, Request
-    from edgemerge.runtime.evaluation.tasks import Task
     from edgemerge.runtime.llama import Model
 
 __all__ = ["eval_command"]
-
-DEFAULT_SHOTS = 5  # of MMLU
-
-
-def _print_files(wanted: bool) -> None:
-    if wanted:
-        from edgemerge.runtime.evaluation.questions import FILES
-
-        typer.echo(FILES, nl=False)
-        raise typer.Exit
 
 
 @speaks_plainly
@@ -39,23 +29,8 @@ def eval_command(
     models: Annotated[
         list[Path], typer.Argument(metavar="MODEL.gguf...", help="GGUF files, or org/name:TYPE.")
     ],
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--task",
-            metavar="NAME=FILE",
-            help="medqa, medmcqa, pubmedqa or mmlu, and its file; or any name and a FILE.jsonl of "
-            "questions. May be repeated.",
-        ),
-    ] = None,
-    perplexity: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--perplexity",
-            metavar="TEXT",
-            help="A text file to measure perplexity on; may be repeated.",
-        ),
-    ] = None,
+    task: Tasks = None,
+    perplexity: Texts = None,
     shots: Annotated[
         int | None,
         typer.Option(
@@ -102,15 +77,7 @@ def eval_command(
     csv_: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
     models_folder: ModelsFolder = None,
     download: Download = False,
-    _files: Annotated[
-        bool,
-        typer.Option(
-            "--help-tasks",
-            callback=_print_files,
-            is_eager=True,
-            help="Describe the files of --task and exit.",
-        ),
-    ] = False,
+    _files: HelpTasks = False,
 ) -> None:
     """Score models on multiple-choice questions, as lm-evaluation-harness does, and on texts.
 
@@ -130,9 +97,9 @@ def eval_command(
         raise typer.BadParameter("give something to score with --task or --perplexity")
     finder = make_finder(models_folder, download, quiet=json_)
     models = [finder.find_model(str(model)) for model in models]
-    _refuse_twins("model", models)
-    _refuse_twins("--perplexity", perplexity or [])
-    tasks = _read_tasks(task or [], shots, fewshot or [], limit, seed)
+    refuse_twins("model", models)
+    refuse_twins("--perplexity", perplexity or [])
+    tasks = read_tasks(task or [], shots, fewshot or [], limit, seed)
     asked = evaluation.Request(tuple(models), tasks, tuple(perplexity or ()), context)
     if output is not None:
         adapters = (one.path for one in loading.parse_loras(lora))
@@ -166,59 +133,6 @@ def eval_command(
 
 
 # -- what to score -----------------------------------------------------------------------------------
-
-
-def _refuse_twins(what: str, given: Sequence[object]) -> None:
-    if len(set(given)) < len(given):
-        raise typer.BadParameter(f"one {what} is given twice")
-
-
-def _read_tasks(
-    texts: Sequence[str], shots: int | None, fewshot: Sequence[Path], limit: int | None, seed: int
-) -> tuple[Task, ...]:
-    from edgemerge.formats.files import real_path
-    from edgemerge.runtime.evaluation.tasks import read_task
-
-    named = [_name_and_file(text) for text in texts]
-    _refuse_twins("--task", named)
-    if shots is not None and not fewshot:
-        raise typer.BadParameter("--shots takes its examples from a file: name it with --fewshot")
-    if len(fewshot) > 1 and len(fewshot) != len(named):
-        raise typer.BadParameter(
-            f"there are {len(named)} tasks and {len(fewshot)} files of --fewshot: give one for all, or "
-            "one for each in order"
-        )
-    examples: Sequence[Path | None] = fewshot or [None]
-    if len(examples) == 1:
-        examples = [examples[0]] * len(named)
-    n_shots = (shots or DEFAULT_SHOTS) if fewshot else 0
-    tasks = []
-    for (name, path), file in zip(named, examples, strict=True):
-        if file is not None and real_path(file) == real_path(path):
-            raise typer.BadParameter(f"--fewshot {file}: its questions are the ones to be asked")
-        tasks.append(read_task(name, path, shots=n_shots, examples=file, limit=limit, seed=seed))
-        if [task.name for task in tasks].count(tasks[-1].name) > 1:
-            raise typer.BadParameter(
-                f"two tasks are called {tasks[-1].name}: give one another name, as in --task "
-                "OTHER=FILE.jsonl, or score it by itself"
-            )
-    return tuple(tasks)
-
-
-def _name_and_file(text: str) -> tuple[str, Path]:
-    from edgemerge.runtime.evaluation.questions import FORMATS
-
-    if text.endswith(".jsonl") and ("=" not in text or Path(text).exists()):
-        return "questions", Path(text)
-    name, equals, file = text.partition("=")
-    if equals and Path(file).is_dir():
-        raise typer.BadParameter(f"--task {text!r}: {file} is a folder; give a file of questions")
-    if not equals or not name or not (name in FORMATS or file.endswith(".jsonl")):
-        raise typer.BadParameter(
-            f"--task {text!r}: give NAME=FILE with one of {', '.join(FORMATS)} (--help-tasks says "
-            "which files), or any NAME=FILE.jsonl of questions"
-        )
-    return name, Path(file)
 
 
 def _header(

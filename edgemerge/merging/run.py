@@ -33,6 +33,7 @@ from edgemerge.output.journal import journal_path
 from edgemerge.output.parts import OutputParts, hash_named
 from edgemerge.output.report import FileReport, MergeReport, peak_rss_bytes
 from edgemerge.output.resume import find_fingerprint, verify_earlier
+from edgemerge.planning.importance import list_matrices
 from edgemerge.planning.mixtures import open_with_gates
 from edgemerge.planning.plan import make_plan
 from edgemerge.planning.planned import PlannedSource
@@ -228,11 +229,9 @@ def _merge_one(
             floor=floor,
         )
         the_plan = replace(the_plan, metadata={**the_plan.metadata, **(record or {})})
-        used = (tensor.imatrix for job in the_plan.jobs for tensor in job.experts)
         matrices = {
             path: stack.enter_context(closing(ImportanceMatrix(path)))
-            for path in dict.fromkeys((*used, recipe.imatrix))
-            if path is not None
+            for path in list_matrices(the_plan.jobs, recipe)
         }
         destination = find_destination(the_plan, opened, output, split_bytes, force=force)
         layouts, paths = destination.lay_out([]), destination.paths()

@@ -67,6 +67,13 @@ class WorkerPool:
         Open; those that the plan uses.
     begin_part : callable, optional
         Called before heads are aligned and before neurons are matched.
+    permutations : Permutations, optional
+        How heads and neurons are permuted, where an earlier pool of the same models has found it.
+
+    Attributes
+    ----------
+    permutations : Permutations
+        The same, once `prepare` has found it.
     """
 
     def __init__(
@@ -76,6 +83,7 @@ class WorkerPool:
         progress: Progress | None,
         matrices: Mapping[Path, ImportanceMatrix],
         begin_part: BeginPart = ignore_parts,
+        permutations: Permutations | None = None,
     ) -> None:
         self._matrices = matrices
         self.plan = the_plan
@@ -83,7 +91,8 @@ class WorkerPool:
         self.traffic = Traffic()
         self._progress = progress
         self._begin_part = begin_part
-        self._permutations: Permutations = {}
+        self._is_aligned = permutations is not None
+        self.permutations: Permutations = permutations or {}
         self._layer_sums: dict[int, Float64] = {}
         self._results: dict[int, TensorResult] = {}
         self._taken_over = 0  # bytes read and written by an earlier run
@@ -108,8 +117,7 @@ class WorkerPool:
     def prepare(self) -> tuple[str, ...]:
         """Do the work that spans tensors. Return notes for the user."""
         try:
-            notes = self._align() if self.plan.align != "off" else []
-            notes += self._match_neurons() if self.plan.recipe.neurons else []
+            notes = [] if self._is_aligned else self._find_permutations()
         except BaseException:
             self.traffic.stop.set()
             raise
@@ -162,6 +170,10 @@ class WorkerPool:
 
     # -- what spans tensors ------------------------------------------------------------------------
 
+    def _find_permutations(self) -> list[str]:
+        notes = self._align() if self.plan.align != "off" else []
+        return notes + (self._match_neurons() if self.plan.recipe.neurons else [])
+
     def _align(self) -> list[str]:
         """Match every expert's attention heads with those of the base or the first model."""
         notes = [SOFT_WARNING] if self.plan.align == "soft" else []
@@ -184,7 +196,7 @@ class WorkerPool:
             for (reference_layer, layer), heads in zip(layers, found, strict=True):
                 if isinstance(heads, HeadPlan):
                     at = (left, right, reference_layer, layer)
-                    self._permutations.setdefault(at, []).append(heads)
+                    self.permutations.setdefault(at, []).append(heads)
             notes += _say(folder_name(self.sources[right].path), found)
         return notes
 
@@ -207,7 +219,7 @@ class WorkerPool:
                 if isinstance(plan, NeuronPlan):
                     reordered += bool(np.any(plan.order != np.arange(len(plan.order))))
                     at = (left, right, plan.layer, plan.layer)
-                    self._permutations.setdefault(at, []).append(plan)
+                    self.permutations.setdefault(at, []).append(plan)
             notes.append(f"neurons of {name} reordered in {reordered} of {len(found)} layers")
             reasons = {plan.reason for plan in found if isinstance(plan, Skipped)}
             notes += [f"neurons of {name} left as they are: {reason}" for reason in sorted(reasons)]
@@ -256,7 +268,7 @@ class WorkerPool:
                     arena,
                     self.plan,
                     self.traffic,
-                    self._permutations,
+                    self.permutations,
                     self._matrices,
                     group.join(),
                 )

@@ -21,10 +21,16 @@ from edgemerge.methods.method import Method
 from edgemerge.planning.jobs import Draft
 from edgemerge.types import InputTensor, Recipe, TensorJob
 
-__all__ = ["find_measured", "importance_metadata", "weigh_jobs"]
+__all__ = ["find_measured", "importance_metadata", "list_matrices", "weigh_jobs"]
 
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 N_NAMED = 4
+
+
+def list_matrices(jobs: Iterable[TensorJob], recipe: Recipe) -> list[Path]:
+    """List the importance matrices that a merge reads, each once."""
+    used = (tensor.imatrix for job in jobs for tensor in job.experts)
+    return [path for path in dict.fromkeys((*used, recipe.imatrix)) if path is not None]
 
 
 def weigh_jobs(

@@ -17,6 +17,7 @@ from edgemerge.errors import RecipeError
 from edgemerge.finding.finder import Finder
 from edgemerge.recipe.mergekit import RecipeReader
 from edgemerge.recipe.mixture import MixtureReader, is_mixture
+from edgemerge.recipe.searches import has_search
 from edgemerge.recipe.stages import read_stages
 from edgemerge.recipe.values import (
     MAX_SEED,
@@ -63,6 +64,12 @@ def load_recipe(
         )
     if duplicates and strict:
         raise RecipeError(f"{duplicates[0]}; remove one of the two", path=path)
+    if any(map(has_search, documents)):
+        raise RecipeError(
+            "has values that are to be found; give it to edgemerge search, and merge the recipe that this "
+            "writes",
+            path=path,
+        )
     if any(is_mixture(document) for document in documents):
         if len(documents) > 1:
             raise RecipeError(

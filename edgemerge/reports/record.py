@@ -38,12 +38,15 @@ class Section:
         Names of the columns; empty where the first column names the rows.
     rows : sequence of sequence of str
         The table.
+    picture : str
+        SVG of our own, put in as it is.
     """
 
     title: str
     sentences: Sequence[tuple[str, bool | None]] = ()
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = field(default_factory=tuple)
+    picture: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,8 @@ def _page(record: Record) -> Iterator[str]:
         for text, holds in section.sentences:
             kind = {True: " class='good'", False: " class='bad'", None: ""}[holds]
             yield f"<p{kind}>{escape(text)}</p>"
+        if section.picture:
+            yield section.picture
         if section.rows:
             yield from _table(section)
     yield "</body></html>"

@@ -17,6 +17,7 @@ serve = ["jinja2>=3.1,<4", "llama-cpp-python[server]>=0.3.36,<0.4"]
 plot = []
 sign = [{sign}]
 hub = []
+search = []
 dev = ["ruff>=0.11"]
 """
 

@@ -1,0 +1,148 @@
+"""Asks a model a portion of the questions: right answers by task, perplexity by text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgemerge.errors import FormatError
+from edgemerge.runtime.evaluation.evaluate import Mark, mark
+from edgemerge.runtime.evaluation.likelihood import score_questions
+from edgemerge.runtime.evaluation.perplexity import Chunk, cut_text, perplexity_of, score_chunks
+from edgemerge.runtime.evaluation.suite import CHUNK
+from edgemerge.runtime.evaluation.tasks import Task
+from edgemerge.runtime.llama import Model
+from edgemerge.searching.objective import Figures
+from edgemerge.searching.portions import LEAST, RUNGS, divide, divide_task
+from edgemerge.types import BeginPart
+
+__all__ = ["Answers", "Examiner"]
+
+
+@dataclass(slots=True)
+class Answers:
+    """What a model answered so far.
+
+    Attributes
+    ----------
+    marks : dict of str to list of Mark
+        By task.
+    chunks : dict of str to list of Chunk
+        By text.
+    """
+
+    marks: dict[str, list[Mark]] = field(default_factory=dict)
+    chunks: dict[str, list[Chunk]] = field(default_factory=dict)
+
+    def figures(self, n_bytes: int) -> Figures:
+        """Sum up; `n_bytes` is the model's size."""
+        return Figures(
+            {
+                name: 100 * sum(one.right for one in marks) / len(marks)
+                for name, marks in self.marks.items()
+            },
+            {name: perplexity_of(chunks).value for name, chunks in self.chunks.items()},
+            n_bytes,
+        )
+
+
+class Examiner:
+    """All questions and texts of a search, divided.
+
+    Parameters
+    ----------
+    tasks : sequence of Task
+        Each with a name of its own.
+    texts : mapping of str to Path
+        Texts for perplexity, by name.
+    held_out : float
+        Fraction for the end.
+    seed : int
+        Of the division.
+    n_ctx : int, optional
+        Tokens of context, as for `eval`.
+
+    Raises
+    ------
+    FormatError
+        A task has too few questions.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        texts: Mapping[str, Path],
+        *,
+        held_out: float,
+        seed: int,
+        n_ctx: int | None,
+    ) -> None:
+        self._texts, self._held_out, self._seed, self._n_ctx = texts, held_out, seed, n_ctx
+        divided = [divide_task(task, held_out, seed) for task in tasks]
+        self._rungs = [[rungs[i] for rungs, _ in divided] for i in range(len(RUNGS))]
+        self._last = [last for _, last in divided]
+
+    def count(self) -> dict[str, tuple[int, int]]:
+        """Return for each task how many questions are for trials, and how many for the end."""
+        tried = [
+            sum(len(rung[i].questions) for rung in self._rungs) for i in range(len(self._last))
+        ]
+        return {
+            task.name: (n, len(task.questions)) for task, n in zip(self._last, tried, strict=True)
+        }
+
+    def ask_rung(self, model: Model, rung: int, answers: Answers, begin_part: BeginPart) -> None:
+        """Ask what is new in a rung, and add it to the answers to those before."""
+        self._ask(model, self._rungs[rung], rung, answers, begin_part)
+
+    def ask_last(self, model: Model, begin_part: BeginPart) -> Answers:
+        """Ask the questions that are for the end."""
+        answers = Answers()
+        self._ask(model, self._last, None, answers, begin_part)
+        return answers
+
+    def _ask(
+        self,
+        model: Model,
+        tasks: Sequence[Task],
+        rung: int | None,
+        answers: Answers,
+        begin_part: BeginPart,
+    ) -> None:
+        for task in tasks:
+            show = begin_part(task.name, "questions")
+            answers.marks.setdefault(task.name, []).extend(self._marks(model, task, show))
+        for name, path in self._texts.items():
+            show = begin_part(name, "chunks")
+            answers.chunks.setdefault(name, []).extend(self._chunks(model, name, path, rung, show))
+
+    def _marks(self, model: Model, task: Task, show: Callable[[int, int], None]) -> list[Mark]:
+        found: dict[int, Mark] = {}
+        for finished in score_questions(model, task.questions, n_ctx=self._n_ctx):
+            found |= {i: mark(task.questions[i], one) for i, one in finished.items()}
+            show(len(found), len(task.questions))
+        return [found[i] for i in range(len(task.questions))]
+
+    def _chunks(
+        self,
+        model: Model,
+        name: str,
+        path: Path,
+        rung: int | None,
+        show: Callable[[int, int], None],
+    ) -> list[Chunk]:
+        chunks = cut_text(model, path, self._n_ctx or CHUNK)
+        if len(chunks) < LEAST:
+            raise FormatError(
+                f"has {len(chunks)} chunks of {self._n_ctx or CHUNK} tokens, and a search needs {LEAST} "
+                "to divide; give a longer text, or a smaller -c",
+                path=path,
+            )
+        portions = divide(len(chunks), self._held_out, f"{self._seed} {name}")
+        wanted = portions.last if rung is None else portions.rungs[rung]
+        found = []
+        for i, chunk in score_chunks(model, [chunks[i] for i in wanted]):
+            found.append(chunk)
+            show(i + 1, len(wanted))
+        return found

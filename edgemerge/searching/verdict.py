@@ -1,0 +1,137 @@
+"""The start and the best trial on questions that no trial was asked, compared question by question."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgemerge.runtime.evaluation.evaluate import Mark, compare
+from edgemerge.runtime.evaluation.perplexity import Chunk, perplexity_of
+from edgemerge.searching.examiner import Answers
+from edgemerge.searching.objective import Objective
+
+__all__ = ["Verdict", "judge", "mean_verdict"]
+
+Z_95 = 1.959964  # standard errors of a 95 % interval
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One task or text, or the mean of tasks.
+
+    Attributes
+    ----------
+    name : str
+        Of the task or text.
+    n : int
+        Questions, or scored tokens.
+    start, best : float
+        Percent of right answers, or perplexity.
+    difference, low, high : float
+        Of the best less the start: percentage points, or percent of perplexity; with its 95 % interval.
+    p : float or None
+        McNemar's, of a task.
+    margin : float or None
+        What may be lost, where it is to be kept.
+    is_kept : bool or None
+        Whether the interval rules out that more than the margin is lost.
+    is_text : bool
+        Whether it is a text, with perplexities.
+    """
+
+    name: str
+    n: int
+    start: float
+    best: float
+    difference: float
+    low: float
+    high: float
+    p: float | None = None
+    margin: float | None = None
+    is_kept: bool | None = None
+    is_text: bool = False
+
+
+def judge(start: Answers, best: Answers, objective: Objective) -> list[Verdict]:
+    """Compare two models' answers: a verdict for each task, then for each text."""
+    found = [
+        _judge_task(name, start.marks[name], best.marks[name], objective.keeps.get(name))
+        for name in start.marks
+    ]
+    found += [
+        _judge_text(name, start.chunks[name], best.chunks[name], objective.keeps.get(name))
+        for name in start.chunks
+    ]
+    return found
+
+
+def mean_verdict(verdicts: Sequence[Verdict], weights: Mapping[str, float]) -> Verdict | None:
+    """Average the tasks that have a weight, if any; errors add up as those of independent tasks."""
+    parts = [
+        (one, weights.get(one.name, 0.0))
+        for one in verdicts
+        if one.p is not None and one.name in weights
+    ]
+    parts = [(one, weight) for one, weight in parts if weight]
+    if not parts:
+        return None
+    total = sum(weight for _, weight in parts)
+    start, best = (
+        sum(weight * value for value, weight in values) / total
+        for values in (
+            [(one.start, weight) for one, weight in parts],
+            [(one.best, weight) for one, weight in parts],
+        )
+    )
+    errors = ((one.high - one.low) / (2 * Z_95) * weight for one, weight in parts)
+    half = Z_95 * math.sqrt(sum(error**2 for error in errors)) / total
+    middle = best - start
+    n = sum(one.n for one, _ in parts)
+    name = f"mean of {len(parts)} tasks" if len(parts) > 1 else parts[0][0].name
+    return Verdict(name, n, start, best, middle, middle - half, middle + half)
+
+
+def _judge_task(
+    name: str, start: Sequence[Mark], best: Sequence[Mark], margin: float | None
+) -> Verdict:
+    n = len(start)
+    found = compare(start, best)
+    changed = found.only_first + found.only_second
+    # Each question counts +1, 0 or -1. An even split of none or few changes would have no error at all:
+    # one more change of each kind is added for it (Agresti and Min, 2005).
+    total = n + 2
+    mean = (found.only_second - found.only_first) / total
+    error = 100 * math.sqrt(((changed + 2) / total - mean**2) / total)
+    before, after = (100 * sum(one.right for one in marks) / n for marks in (start, best))
+    middle = 100 * found.difference
+    low, high = middle - Z_95 * error, middle + Z_95 * error
+    is_kept = None if margin is None else low > -margin
+    return Verdict(name, n, before, after, middle, low, high, found.p, margin, is_kept)
+
+
+def _judge_text(
+    name: str, start: Sequence[Chunk], best: Sequence[Chunk], margin: float | None
+) -> Verdict:
+    """Compare perplexities by the log-likelihoods of the same chunks."""
+    differences = [b.nll / b.n - a.nll / a.n for a, b in zip(start, best, strict=True)]
+    n = len(differences)
+    middle = sum(differences) / n
+    spread = math.sqrt(sum((one - middle) ** 2 for one in differences) / max(1, n - 1))
+    half = Z_95 * spread / math.sqrt(n)
+    difference, low, high = (
+        100 * math.expm1(value) for value in (middle, middle - half, middle + half)
+    )
+    first, second = perplexity_of(start), perplexity_of(best)
+    return Verdict(
+        name,
+        first.n_tokens,
+        first.value,
+        second.value,
+        difference,
+        low,
+        high,
+        margin=margin,
+        is_kept=None if margin is None else high < margin,
+        is_text=True,
+    )

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+pytest.importorskip("llama_cpp")
+pytest.importorskip("optuna")
+
+from edgemerge.cli.search import search_command
+from edgemerge.recipe.recipe import load_recipe
+from edgemerge.searching import trials
+from edgemerge.searching.model_file import ModelFile
+from tests.support.searches import RECIPE, write_search
+
+pytestmark = pytest.mark.llama
+
+TASK = ("--task", "q=questions.jsonl")
+
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(search_command)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_search(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["recipe.yml", *TASK, "-t", "1", *arguments])
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+def fail(*arguments: str, code: int = 1) -> str:
+    result = CliRunner().invoke(app, [*arguments])
+    assert (result.exit_code, result.stdout) == (code, "")
+    return " ".join(result.stderr.split())
+
+
+def test_a_search_writes_the_best_recipe_and_a_page(folder: Path) -> None:
+    found = json.loads(run("--trials", "5", "--report", "page.html", "--json"))
+    best = found["trials"][found["best"]]
+    recipe = load_recipe("recipe-best.yml")
+    assert recipe.slices[0].inputs[0].parameters["weight"][0].value == pytest.approx(
+        best["values"]["models[0].weight"], rel=1e-3
+    )
+    assert recipe.inputs() == tuple(folder / f"{name}.gguf" for name in ("base", "a", "b"))
+    assert [one["number"] for one in found["trials"]] == [0, 1, 2, 3, 4]
+    assert found["held_out"]["verdicts"][0]["n"] == 12
+    page = Path("page.html").read_text()
+    assert page.count("<circle") >= 5
+    assert "lambda(mlp)[0]" in page
+    assert sorted(path.name for path in folder.iterdir() if "best" in path.name) == [
+        "recipe-best.yml",
+        "recipe-best.yml.trials",
+    ]
+
+
+def test_the_same_command_goes_on_and_more_trials_are_added() -> None:
+    first = json.loads(run("--trials", "3", "--json"))
+    again = json.loads(run("--trials", "3", "--json"))
+    assert again == first
+    more = json.loads(run("--trials", "4", "--json"))
+    assert more["trials"][:3] == first["trials"]
+    text = run("--trials", "4", "--scratch", str(Path.cwd()))
+    assert "4 trials in" in text
+    assert "all 4 trials are made" in text
+    assert "held out" in text
+
+
+def test_an_interrupt_leaves_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, made = ModelFile.make, []
+
+    def stop_at_the_third(self: ModelFile, *given: Any) -> int:
+        made.append(given)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return make(self, *given)
+
+    monkeypatch.setattr(ModelFile, "make", stop_at_the_third)
+    said = fail("recipe.yml", *TASK, "-t", "1", "--trials", "4", code=130)
+    assert "recipe-best.yml has the best of 2 trials so far" in said
+    assert "the same command goes on" in said
+    assert "the held-out questions were not asked" in Path("recipe-best.yml").read_text()
+    assert load_recipe("recipe-best.yml").method == "task_arithmetic"
+    found = json.loads(run("--trials", "4", "--json"))
+    assert len(found["trials"]) == 4
+    assert "not asked" not in Path("recipe-best.yml").read_text()
+
+
+def test_without_optuna_the_command_to_install_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "find_spec", lambda _name: None)
+    said = fail("recipe.yml", *TASK)
+    assert said.endswith("install it with pip install 'edgemerge[run,search]'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "give something to score with --task or --perplexity"),
+        ((*TASK, "--keep", "r=2"), "--keep 'r=2': give one of q, = and a number from 0"),
+        ((*TASK, "--weight", "q=-1"), "give one of q, size, = and a number from 0"),
+        ((*TASK, "--weight", "q=1", "--weight", "q=2"), "one NAME of --weight is given twice"),
+        ((*TASK, "--keep", "q=1"), "every task and text has the weight 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_usage_errors(arguments: tuple[str, ...], said: str) -> None:
+    plain = fail("recipe.yml", *arguments, code=2).replace("│ ", "").replace(" │", "")
+    assert said in " ".join(plain.split())
+
+
+def test_a_time_needs_a_unit() -> None:
+    assert "'30' is no time; write it like 90s, 30m or 1.5h" in fail(
+        "recipe.yml", *TASK, "--time", "30"
+    )
+
+
+def test_outputs_are_checked_before_the_work(folder: Path) -> None:
+    Path("recipe-best.yml").write_text("mine")
+    assert "exists already" in fail("recipe.yml", *TASK)
+    assert "is one of the inputs" in fail("recipe.yml", *TASK, "-o", "recipe.yml", "--force")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "recipe.yml").write_text(RECIPE.replace(".gguf", "-here.gguf"))
+    for name in ("base", "a", "b"):
+        (folder / "sub" / f"{name}-here.gguf").symlink_to(folder / f"{name}.gguf")
+    said = fail("sub/recipe.yml", *TASK, "-o", "best.yml")
+    assert "lies where the models of sub/recipe.yml are not found by their names" in said
+    assert not Path("best.yml.trials").exists()
+
+
+def count_trials(path: Path) -> int:
+    """Count the trials that a search has kept; 0 before it made its file."""
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            (found,) = database.execute("select count(*) from trials").fetchone()
+    except sqlite3.Error:
+        return 0
+    return int(found)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing() -> None:
+    command = [sys.executable, "-m", "edgemerge", "search", "recipe.yml", *TASK, "-t", "1"]
+    command += ["--trials", "50", "--json", "-o"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+    def finish(output: str) -> Any:
+        words = [*command, output]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout)
+        for one in found["trials"]:
+            del one["seconds"]
+        return found
+
+    rng = random.Random(0)
+    for _ in range(20):
+        wanted = count_trials(Path("killed.yml.trials")) + 1
+        with subprocess.Popen(
+            [*command, "killed.yml"], env=environment, stdout=subprocess.DEVNULL
+        ) as process:
+            while count_trials(Path("killed.yml.trials")) < wanted:
+                assert process.poll() is None
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.2))
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    assert 20 <= count_trials(Path("killed.yml.trials")) < 50
+    killed, whole = finish("killed.yml"), finish("whole.yml")
+    assert killed["trials"] == whole["trials"]
+    assert (killed["best"], killed["held_out"]) == (whole["best"], whole["held_out"])
+    assert Path("killed.yml").read_bytes() == Path("whole.yml").read_bytes()
