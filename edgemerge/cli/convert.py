@@ -44,7 +44,7 @@ def convert_command(
         out_type=out_type,
         tensor_types=request.read_tensor_types(tensor_type),
         imatrix=imatrix,
-        finder=make_finder(models_folder, download, quiet=json_),
+        finder=make_finder(models_folder, download, quiet=json_, streams=True),
     )
     recipe, path = request.with_output(recipe, output, out_format)
     label = f"convert -> {path.name}"

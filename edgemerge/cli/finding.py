@@ -31,8 +31,12 @@ Download = Annotated[
 ]
 
 
-def make_finder(folder: Path | None, download: bool, *, quiet: bool = False) -> Finder:
+def make_finder(
+    folder: Path | None, download: bool, *, quiet: bool = False, streams: bool = False
+) -> Finder:
     """Make what finds a command's models; a download shows a bar unless `quiet`.
+
+    `streams` lets the command read models at addresses.
 
     Raises
     ------
@@ -45,7 +49,13 @@ def make_finder(folder: Path | None, download: bool, *, quiet: bool = False) -> 
     if folder is not None and not folder.is_dir():
         raise typer.BadParameter(f"--models {folder}: there is no such folder")
     can_ask = all(s is not None and s.isatty() for s in (sys.stdin, sys.stderr))
-    return Finder(folder, download, _ask if can_ask else None, partial(progress_bar, quiet=quiet))
+    return Finder(
+        folder,
+        download,
+        _ask if can_ask else None,
+        partial(progress_bar, quiet=quiet),
+        streams,
+    )
 
 
 def _ask(question: str) -> bool:

@@ -18,6 +18,7 @@ from edgemerge.cli.made import describe_made, made_rows
 from edgemerge.cli.method_help import HelpWithMethods
 from edgemerge.cli.sign import sign_output
 from edgemerge.cli.terminal import plain, print_json, print_table, progress_bars, speaks_plainly
+from edgemerge.shown_paths import shown_path
 from edgemerge.types import Plan, Recipe, TensorJob
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def merge_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
         strict=strict,
-        finder=make_finder(models_folder, download, quiet=json_),
+        finder=make_finder(models_folder, download, quiet=json_, streams=True),
     )
     recipe, path = request.with_output(recipe, output, out_format)
     if recipe.out_format == "hf" and (sign is not None or ask):
@@ -240,7 +241,7 @@ def plan_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
         strict=strict,
-        finder=make_finder(models_folder, download, quiet=json_),
+        finder=make_finder(models_folder, download, quiet=json_, streams=True),
     )
     the_plan = plan(
         request.with_format(recipe, out_format),
@@ -258,7 +259,7 @@ def plan_command(
 def _as_json(the_plan: Plan) -> dict[str, object]:
     return {
         "method": the_plan.recipe.title,
-        "models": [str(path) for path in _models_of(the_plan)],
+        "models": [shown_path(path) for path in _models_of(the_plan)],
         "file_type": the_plan.file_type,
         "tensors": len(the_plan.jobs),
         "elements": the_plan.n_elements,
@@ -334,7 +335,7 @@ def _print_models(the_plan: Plan) -> None:
     print(f"{the_plan.recipe.title} of {len(models)} models to {the_plan.file_type}")
     for i, path in enumerate(models):
         stage = "" if path.is_absolute() else "stage "
-        print(f"  {'base  ' if i == 0 and has_base else 'model '} {stage}{plain(str(path))}")
+        print(f"  {'base  ' if i == 0 and has_base else 'model '} {stage}{plain(shown_path(path))}")
 
 
 def _print_asked(the_plan: Plan) -> None:

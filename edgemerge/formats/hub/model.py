@@ -18,13 +18,7 @@ import numpy as np
 from edgemerge.errors import FormatError
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import GLOBAL, hf_name
-from edgemerge.formats.files import (
-    check_unchanged,
-    fill_buffers,
-    forget_range,
-    read_state,
-    was_cached,
-)
+from edgemerge.formats.byte_file import ByteFile, open_file
 from edgemerge.formats.hub.card import general_metadata
 from edgemerge.formats.hub.claims import read_claims
 from edgemerge.formats.hub.config import EMBEDDING, OUTPUT, HubConfig, read_config
@@ -67,18 +61,16 @@ class HubModel:
         self._specs |= inventory.specs
         self._notes = self._list_notes(inventory)
         self._metadata: dict[str, bytes] | None = None
-        self._fds: dict[Path, int] = {}
+        self._files: dict[Path, ByteFile] = {}
         shards = (shard for place in self._places.values() for shard, _ in place.parts)
         for shard in dict.fromkeys(shards):
             try:
-                self._fds[shard] = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[shard] = open_file(shard)
             except OSError as e:
                 self.close()
                 raise FormatError(
                     f"cannot be opened ({e.strerror}); free it and start again", path=shard
                 ) from e
-        self._states = {shard: read_state(fd, shard) for shard, fd in self._fds.items()}
-        self._stay_cached = {shard for shard, fd in self._fds.items() if was_cached(fd)}
         try:
             self._settle_head(inventory)
         except BaseException:
@@ -191,7 +183,7 @@ class HubModel:
 
     def _claims(self) -> dict[str, bytes]:
         """Read what the first file of weights says of a merge that made it."""
-        first = min(self._fds)
+        first = min(self._files)
         return read_claims(read_metadata(first), self.stored_specs())
 
     def stored_specs(self) -> Mapping[str, TensorSpec]:
@@ -250,20 +242,29 @@ class HubModel:
                 break
             end = min(stop, (part + 1) * place.part_bytes)
             shard, first = place.parts[part]
-            self._fill(name, [view[at - start : end - start]], (shard, first + offset))
+            run = first, first + place.part_bytes
+            self._fill(name, [view[at - start : end - start]], (shard, first + offset), run)
             at = end
 
     def _fill_rotary(self, name: str, start: int, stop: int, width: int, view: memoryview) -> None:
         """Read items of `width` bytes in GGUF's order: one vectored read per run, no buffer between."""
-        shard, offset = self._places[name].parts[0]
+        place = self._places[name]
+        shard, offset = place.parts[0]
         for first, places in rotary_runs(start, stop, self._config.head_dim):
             items = [view[at * width : (at + 1) * width] for at in places]
-            self._fill(name, items, (shard, offset + first * width))
+            run = offset, offset + place.part_bytes
+            self._fill(name, items, (shard, offset + first * width), run)
 
-    def _fill(self, name: str, items: list[memoryview], place: tuple[Path, int]) -> None:
+    def _fill(
+        self,
+        name: str,
+        items: list[memoryview],
+        place: tuple[Path, int],
+        run: tuple[int, int] | None = None,
+    ) -> None:
         """Fill the buffers one after the other from an offset in a shard; thread-safe."""
         shard, at = place
-        fill_buffers(self._fds[shard], items, at, shard, hf_name(self.architecture, name))
+        self._files[shard].fill(items, at, hf_name(self.architecture, name), run)
 
     def forget(self, name: str, n_rows: int | None = None) -> None:
         """Drop a tensor's pages, or its first rows', from the page cache, unless the shard was in it."""
@@ -271,23 +272,21 @@ class HubModel:
             spec = self._specs[name]
             if place.layout is not None:
                 for (shard, offset), n_bytes in place.layout.stored(spec, n_rows or spec.n_rows):
-                    if shard not in self._stay_cached:
-                        forget_range(self._fds[shard], offset, n_bytes)
+                    self._files[shard].forget(offset, n_bytes)
                 return
             left = spec.nbytes if n_rows is None else n_rows * spec.row_bytes
             for shard, offset in place.parts:
-                if shard not in self._stay_cached:
-                    forget_range(self._fds[shard], offset, min(left, place.part_bytes))
+                self._files[shard].forget(offset, min(left, place.part_bytes))
                 left = max(0, left - place.part_bytes)
 
     def states(self) -> Sequence[FileState]:
         """Return what the shards were when they were opened."""
-        return list(self._states.values())
+        return [file.state for file in self._files.values()]
 
     def check_unchanged(self) -> None:
         """Raise FormatError where a shard was written to since it was opened."""
-        for shard, state in self._states.items():
-            check_unchanged(self._fds[shard], state)
+        for file in self._files.values():
+            file.check_unchanged()
 
     def notes(self) -> Sequence[str]:
         """Say what of the directory is not used or was read otherwise than it says; reads its tokenizer."""
@@ -295,10 +294,10 @@ class HubModel:
         return self._notes
 
     def work_bytes(self) -> int:
-        """Take nothing: rows go straight to where they are read into."""
-        return 0
+        """Bytes that each thread takes to read rows: of files on this machine none."""
+        return max((file.work_bytes for file in self._files.values()), default=0)
 
     def close(self) -> None:
         """Close the shards."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        while self._files:
+            self._files.popitem()[1].close()
