@@ -43,6 +43,8 @@ DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)
 FIRST_DELAYS = (0.0, 0.5, 1.0)  # of a server that was never reached
 STREAMED = 1 << 17  # bytes of a first read after which more of the same is expected
 PIECE = 1 << 18  # bytes that a broken connection may cost
+REACH = 4  # blocks before the wanted one that another thread may be about to read
+PATIENCE = 0.02  # seconds to wait for that
 MAX_LINKS = 8  # of one file
 LINK_BYTES = 192 << 10  # of memory for a connection: TLS, and Python's objects
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)", re.ASCII)
@@ -171,14 +173,23 @@ class RemoteFile:
 
     def _take(self, offset: int, n_bytes: int) -> _Stream:
         """Return a stream that goes on at a byte, or one that is free for it."""
+        near = range(offset - REACH * n_bytes, offset)
         with self._changed:
+            is_patient = True
             while True:
                 if self._stopped.is_set():
                     raise Stopped
                 found = next((s for s in self._idle if s.at == offset), None)
-                if found is not None or not any(s.goal == offset for s in self._busy):
+                if found is not None:
                     break
-                self._changed.wait()  # another thread reads what comes just before
+                if any(s.goal == offset for s in self._busy):  # another thread reads what is before
+                    self._changed.wait()
+                elif is_patient and any(
+                    s.response is not None and s.at in near for s in self._idle
+                ):
+                    is_patient = self._changed.wait(PATIENCE)  # or is about to
+                else:
+                    break
             if found is not None:
                 self._idle.remove(found)
                 found.in_order = True

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 
 LENGTH = 64  # bytes that still come before a connection is dropped
 
@@ -32,7 +32,9 @@ class FileServer:
     login: str | None = None  # value of Authorization that is needed
     refuse: Callable[[str, int], int | None] = lambda path, number: None
     requests: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+    clients: list[int] = field(default_factory=list)  # port of each request's connection
     sent: int = 0  # bytes of bodies
+    pause: Event = field(default_factory=Event)  # cleared: no answer comes
     lock: Lock = field(default_factory=Lock)
 
     def asked(self, name: str) -> list[str | None]:
@@ -56,7 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         with owner.lock:
             owner.requests.append((path, wanted, self.headers.get("Authorization")))
+            owner.clients.append(self.client_address[1])
             number = len(owner.requests)
+        owner.pause.wait()
         if status := owner.refuse(path, number):
             self._answer(status, b"<html>refused</html>", {})
         elif path in owner.redirects:
@@ -82,9 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(raw)}"
         self._answer(206, raw[start:stop], headers, number)
 
-    def _answer(
-        self, status: int, body: bytes, headers: dict[str, str], number: int = 0
-    ) -> None:
+    def _answer(self, status: int, body: bytes, headers: dict[str, str], number: int = 0) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
@@ -112,6 +114,7 @@ class _Server(ThreadingHTTPServer):
 def serve_folder(folder: Path, *, context: ssl.SSLContext | None = None) -> Iterator[FileServer]:
     """Serve a folder until the end of the block, with TLS where there is a context."""
     owner = FileServer(folder)
+    owner.pause.set()
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": owner}))
     if context is not None:
         server.socket = context.wrap_socket(server.socket, server_side=True)
@@ -122,6 +125,7 @@ def serve_folder(folder: Path, *, context: ssl.SSLContext | None = None) -> Iter
     try:
         yield owner
     finally:
+        owner.pause.set()
         server.shutdown()
         server.server_close()
         thread.join()
