@@ -81,9 +81,9 @@ def inspect_command(
                 _print_verdict(verdict, plain(_shown(against, base)))
 
 
-def _shown(given: str, opened: Source) -> str:
+def _shown(given: str | None, opened: Source) -> str:
     """Return a path as it was given, an address without a login."""
-    return shown_path(opened.path) if is_address(given) else given
+    return shown_path(opened.path) if given is None or is_address(given) else given
 
 
 def _as_json(source: Source, inspection: Inspection, *, with_templates: bool) -> dict[str, Any]:

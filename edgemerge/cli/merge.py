@@ -13,9 +13,10 @@ import typer
 
 from edgemerge.cli import request
 from edgemerge.cli.answers import ask_models
-from edgemerge.cli.finding import Download, ModelsFolder, make_finder
+from edgemerge.cli.finding import Download, KeepRemote, ModelsFolder, Spill, make_finder
 from edgemerge.cli.made import describe_made, made_rows
 from edgemerge.cli.method_help import HelpWithMethods
+from edgemerge.cli.network import network_as_json, network_lines
 from edgemerge.cli.sign import sign_output
 from edgemerge.cli.terminal import plain, print_json, print_table, progress_bars, speaks_plainly
 from edgemerge.shown_paths import shown_path
@@ -53,6 +54,8 @@ def merge_command(
     disk: request.Disk = None,
     models_folder: ModelsFolder = None,
     download: Download = False,
+    spill: Spill = None,
+    keep_remote: KeepRemote = None,
     force: request.Force = False,
     json_: request.Json = False,
     report: request.Report = None,
@@ -84,7 +87,14 @@ def merge_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
         strict=strict,
-        finder=make_finder(models_folder, download, quiet=json_, streams=True),
+        finder=make_finder(
+            models_folder,
+            download,
+            quiet=json_,
+            streams=True,
+            spill=spill,
+            keep=keep_remote,
+        ),
     )
     recipe, path = request.with_output(recipe, output, out_format)
     if recipe.out_format == "hf" and (sign is not None or ask):
@@ -221,6 +231,7 @@ def plan_command(
     strict: request.Strict = False,
     models_folder: ModelsFolder = None,
     download: Download = False,
+    spill: Spill = None,
     json_: request.Json = False,
 ) -> None:
     """Show what a merge would read, write and need, without doing it."""
@@ -241,7 +252,7 @@ def plan_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
         strict=strict,
-        finder=make_finder(models_folder, download, quiet=json_, streams=True),
+        finder=make_finder(models_folder, download, quiet=json_, streams=True, spill=spill),
     )
     the_plan = plan(
         request.with_format(recipe, out_format),
@@ -251,9 +262,11 @@ def plan_command(
     for sentence in warn_of_recipe(the_plan):
         _print_warning(sentence)
     if json_:
-        print_json(_as_json(the_plan))
+        print_json(_as_json(the_plan) | network_as_json(the_plan, spill))
     else:
         _print(the_plan)
+        for line in network_lines(the_plan, spill):
+            print(plain(line))
 
 
 def _as_json(the_plan: Plan) -> dict[str, object]:

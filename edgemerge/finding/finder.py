@@ -43,6 +43,8 @@ class Finder:
         Called with what is fetched; gives a context whose value is told bytes done and bytes in all.
     streams : bool
         Whether models at addresses are read from where they are; else such an address is refused.
+    spill, keep : Path, optional
+        As of `edgemerge.finding.streaming.Streamer`.
     """
 
     folder: Path | None = None
@@ -50,6 +52,8 @@ class Finder:
     ask: Callable[[str], bool] | None = None
     show_progress: Callable[[str], AbstractContextManager[Progress]] = _show_nothing
     streams: bool = False
+    spill: Path | None = None
+    keep: Path | None = None
 
     def find_path(self, name: str, folders: Collection[Path] = (Path(),)) -> Path | None:
         """Look for a file or folder in some folders, then in that of the models; no links are followed.
@@ -126,9 +130,9 @@ class Finder:
                 "an address is read by merge, plan, convert and inspect alone; download the model, and "
                 "give its path"
             )
-        from edgemerge.finding.streaming import stream_model  # which loads TLS
+        from edgemerge.finding.streaming import Streamer  # which loads TLS
 
-        return stream_model(text, revision)
+        return Streamer(self.spill, self.keep, self.show_progress).find_model(text, revision)
 
     def _check_may_fetch(self, name: HubName, text: str) -> None:
         """Refuse what may not be fetched, and say which command does it."""

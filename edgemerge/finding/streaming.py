@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 from edgemerge.errors import FormatError, RecipeError
 from edgemerge.finding import cache
@@ -25,13 +26,16 @@ from edgemerge.finding.files import (
     choose_files,
     is_weights,
 )
+from edgemerge.finding.keeping import keep_file
 from edgemerge.finding.names import HubName, read_hub_name
 from edgemerge.remote.address import Address, read_address
 from edgemerge.remote.file import Identity, RemoteFile, fetch_small, probe
+from edgemerge.remote.spill import Spill
 from edgemerge.remote.stand_ins import add_file, new_folder
 from edgemerge.shown_paths import call_path
+from edgemerge.types import Progress
 
-__all__ = ["stream_model"]
+__all__ = ["Streamer"]
 
 HUB = "hf://"
 EXTRA = "pip install 'edgemerge[hub]'"
@@ -46,81 +50,135 @@ _NEXT = re.compile(r"\+(?=(?:[-+0-9.e]+\*)?[a-z][a-z0-9+.-]*://)", re.ASCII | re
 _WEIGHT = re.compile(r"(?P<weight>[-+0-9.e]+\*)?(?P<address>.+)", re.ASCII | re.IGNORECASE)
 
 
-def stream_model(text: str, revision: str | None = None) -> Path:
-    """Make a path that stands for a model at an address, or for one with adapters: ADDRESS+ADDRESS.
+@dataclass(frozen=True)
+class Streamer:
+    """Makes paths that stand for models at addresses, or for one with adapters: ADDRESS+ADDRESS.
 
-    Parameters
+    Attributes
     ----------
-    text : str
-        The address; for which `is_address` is true.
-    revision : str, optional
-        A branch, tag or commit of a model on the hub, where the text has none.
-
-    Raises
-    ------
-    RecipeError
-        The address cannot be read, or the hub has no such model.
-    FormatError
-        The server does not give the files.
+    spill : Path, optional
+        Folder in which what was read is kept, to be read again.
+    keep : Path, optional
+        Folder in which files with tensors are kept whole, as of `edgemerge.finding.keeping`.
+    show_progress : callable
+        Called with what is fetched to be kept; gives a context whose value is told bytes done and in all.
     """
-    base, *adapters = _NEXT.split(text)
-    paths = [str(_stream(base, revision))]
-    for adapter in adapters:
-        match = _WEIGHT.fullmatch(adapter)
-        assert match is not None
-        paths.append((match["weight"] or "") + str(_stream(match["address"], None)))
-    return Path("+".join(paths))
+
+    spill: Path | None
+    keep: Path | None
+    show_progress: Callable[[str], AbstractContextManager[Progress]]
+
+    def find_model(self, text: str, revision: str | None = None) -> Path:
+        """Make the path of a model.
+
+        Parameters
+        ----------
+        text : str
+            The address; for which `is_address` is true.
+        revision : str, optional
+            A branch, tag or commit of a model on the hub, where the text has none.
+
+        Raises
+        ------
+        RecipeError
+            The address cannot be read, or the hub has no such model.
+        FormatError
+            The server does not give the files.
+        OutputError
+            There is no room to keep them.
+        """
+        base, *adapters = _NEXT.split(text)
+        paths = [str(self._find(base, revision))]
+        for adapter in adapters:
+            match = _WEIGHT.fullmatch(adapter)
+            assert match is not None
+            paths.append((match["weight"] or "") + str(self._find(match["address"], None)))
+        return Path("+".join(paths))
+
+    def _find(self, text: str, revision: str | None) -> Path:
+        if text.startswith(HUB):
+            name, file = _read_hub(text, revision)
+            return self._find_repository(name, file)
+        address = read_address(text)
+        if address.path.endswith(".gguf"):
+            return self._find_gguf(address)
+        if is_weights(address.path):
+            raise RecipeError(
+                f"{address} is only the weights of a model; give the address of its folder, which has "
+                f"{CONFIG} too"
+            )
+        return self._find_folder(address)
+
+    def _find_gguf(self, address: Address) -> Path:
+        """Let a file stand for a GGUF, and others for all parts of a split one."""
+        folder, name = new_folder("files"), _file_name(address)
+        for one in _split_names(name):
+            there = address if one == name else address.beside(one)
+            self._place(folder / one, there, probe(there))
+        return folder / name
+
+    def _find_folder(self, address: Address) -> Path:
+        folder = new_folder(_file_name(address))
+        call_path(folder, str(address))
+        for name in SMALL:
+            fetch_small(address.inside(name), folder / name, MAX_SMALL)
+        there = {path.name for path in folder.iterdir()}
+        if not there & {CONFIG, ADAPTER}:
+            raise FormatError(
+                f"is no model folder: it has no {CONFIG}; give the address of a GGUF file or of a "
+                "Hugging Face directory",
+                path=folder,
+            )
+        for name in _weights(folder, there):
+            file = address.inside(name)
+            self._place(folder / name, file, probe(file))
+        return folder
+
+    def _find_repository(self, name: HubName, file: str | None) -> Path:
+        from edgemerge.finding.fetch import find_repository
+
+        found = find_repository(name)
+        by_path = {one.path: one for one in found.files}
+        files = choose_files(name, by_path) if file is None else _parts_of(name, file, by_path)
+        folder = new_folder(f"models--{name.repo.replace('/', '--')}/snapshots/{found.commit}")
+        call_path(folder, f"{HUB}{name.repo}@{found.commit}")
+        root = read_address(found.endpoint).inside(name.repo).inside(f"resolve/{found.commit}")
+        if found.token is not None:
+            root = replace(root, authorization=f"Bearer {found.token}")
+        for path in files:
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                raise RecipeError(f"{name.repo} has a file {path!r}, which no folder can have")
+            address = root.inside(path)
+            if is_weights(
+                path
+            ):  # a commit does not change; its mirrors may have ETags of their own
+                identity, blob = Identity(by_path[path].n_bytes), by_path[path].blob
+                self._place(folder / path, address, identity, blob if len(blob) == 64 else None)
+            else:
+                fetch_small(address, folder / path, MAX_SMALL)
+        return folder / files[0] if files[-1].endswith(".gguf") else folder
+
+    def _place(
+        self, path: Path, address: Address, identity: Identity, sha256: str | None = None
+    ) -> None:
+        """Let a path stand for a file of tensors, or lead to where it is kept."""
+        if self.keep is None:
+            spill = None if self.spill is None else Spill(self.spill)
+            add_file(path, RemoteFile(address, identity, spill))
+            return
+        with closing(RemoteFile(address, identity)) as remote:
+            kept = keep_file(remote, self.keep, sha256, self.show_progress)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(kept)
 
 
-def _stream(text: str, revision: str | None) -> Path:
-    if text.startswith(HUB):
-        return _stream_from_hub(text, revision)
-    address = read_address(text)
-    if address.path.endswith(".gguf"):
-        return _stream_gguf(address)
-    if is_weights(address.path):
-        raise RecipeError(
-            f"{address} is only the weights of a model; give the address of its folder, which has "
-            f"{CONFIG} too"
-        )
-    return _stream_folder(address)
-
-
-# -- https -------------------------------------------------------------------------------------------
-
-
-def _stream_gguf(address: Address) -> Path:
-    """Let a file stand for a GGUF, and others for all parts of a split one."""
-    folder = new_folder("files")
-    name = _file_name(address)
+def _split_names(name: str) -> list[str]:
+    """List the names of all parts of the GGUF that a file's name makes it a part of."""
     part = PART.fullmatch(name)
-    names = [name]
-    if part is not None:
-        count = int(name[-len("00001.gguf") : -len(".gguf")])
-        stem = part["stem"]
-        names = [f"{stem}-{i + 1:05}-of-{count:05}.gguf" for i in range(count)]
-    for one in names:
-        there = address if one == name else address.beside(one)
-        add_file(folder / one, RemoteFile(there, probe(there)))
-    return folder / name
-
-
-def _stream_folder(address: Address) -> Path:
-    folder = new_folder(_file_name(address))
-    call_path(folder, str(address))
-    for name in SMALL:
-        fetch_small(address.inside(name), folder / name, MAX_SMALL)
-    there = {path.name for path in folder.iterdir()}
-    if not there & {CONFIG, ADAPTER}:
-        raise FormatError(
-            f"is no model folder: it has no {CONFIG}; give the address of a GGUF file or of a Hugging "
-            "Face directory",
-            path=folder,
-        )
-    for name in _weights(folder, there):
-        file = address.inside(name)
-        add_file(folder / name, RemoteFile(file, probe(file)))
-    return folder
+    if part is None:
+        return [name]
+    count = int(name[-len("00001.gguf") : -len(".gguf")])
+    return [f"{part['stem']}-{i + 1:05}-of-{count:05}.gguf" for i in range(count)]
 
 
 def _weights(folder: Path, there: Collection[str]) -> list[str]:
@@ -142,10 +200,8 @@ def _file_name(address: Address) -> str:
     return address.host if name in ("", ".", "..") else name
 
 
-# -- the hub -----------------------------------------------------------------------------------------
-
-
-def _stream_from_hub(text: str, revision: str | None) -> Path:
+def _read_hub(text: str, revision: str | None) -> tuple[HubName, str | None]:
+    """Read an address of the hub: the model, and the file of it that is named."""
     match = _ON_HUB.fullmatch(text)
     name = match and read_hub_name(match["repo"], match["revision"] or revision)
     if match is None or name is None or (match["type"] and match["file"]):
@@ -161,27 +217,7 @@ def _stream_from_hub(text: str, revision: str | None) -> Path:
             f"HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to read {HUB}{name}; unset it, or give "
             f"{name}, if the hub's cache has the model"
         )
-    return _stream_repository(name, match["file"])
-
-
-def _stream_repository(name: HubName, file: str | None) -> Path:
-    from edgemerge.finding.fetch import find_repository
-
-    found = find_repository(name)
-    by_path = {one.path: one for one in found.files}
-    files = choose_files(name, by_path) if file is None else _parts_of(name, file, by_path)
-    folder = new_folder(f"models--{name.repo.replace('/', '--')}/snapshots/{found.commit}")
-    call_path(folder, f"{HUB}{name.repo}@{found.commit}")
-    root = read_address(found.endpoint).inside(name.repo).inside(f"resolve/{found.commit}")
-    if found.token is not None:
-        root = replace(root, authorization=f"Bearer {found.token}")
-    for path in files:
-        address = root.inside(path)
-        if is_weights(path):  # a commit does not change; its mirrors may have ETags of their own
-            add_file(folder / path, RemoteFile(address, Identity(by_path[path].n_bytes)))
-        else:
-            fetch_small(address, folder / path, MAX_SMALL)
-    return folder / files[0] if files[-1].endswith(".gguf") else folder
+    return name, match["file"]
 
 
 def _parts_of(name: HubName, file: str, there: Collection[str]) -> list[str]:

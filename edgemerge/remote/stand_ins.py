@@ -34,11 +34,12 @@ __all__ = [
 _files: dict[Path, RemoteFile] = {}
 _folders: list[Path] = []
 _numbers = count()
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.ASCII | re.IGNORECASE)
+# A path's text has one slash less.
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|(?:https?|hf|s3|sftp):/", re.ASCII | re.IGNORECASE)
 
 
 def is_address(text: str) -> bool:
-    """Tell whether a text begins as an address does, with a scheme and two slashes."""
+    """Tell whether a text begins as an address does, perhaps one that was taken for a path."""
     return _ADDRESS.match(text) is not None
 
 

@@ -35,6 +35,7 @@ class FileServer:
     clients: list[int] = field(default_factory=list)  # port of each request's connection
     sent: int = 0  # bytes of bodies
     pause: Event = field(default_factory=Event)  # cleared: no answer comes
+    files: dict[tuple[Path, int], tuple[bytes, str]] = field(default_factory=dict, repr=False)
     lock: Lock = field(default_factory=Lock)
 
     def asked(self, name: str) -> list[str | None]:
@@ -73,8 +74,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(owner.folder / path.lstrip("/"), wanted, number)
 
     def _file(self, path: Path, wanted: str | None, number: int) -> None:
-        raw, owner = path.read_bytes(), self.owner
-        headers = {"ETag": f'"{hashlib.md5(raw).hexdigest()}"'} if owner.etags else {}
+        owner, key = self.owner, (path, path.stat().st_mtime_ns)
+        if key not in owner.files:
+            raw = path.read_bytes()
+            owner.files[key] = raw, f'"{hashlib.md5(raw).hexdigest()}"'
+        raw, etag = owner.files[key]
+        headers = {"ETag": etag} if owner.etags else {}
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted or "")
         if match is None or not owner.ranges:
             self._answer(200, raw, headers)
