@@ -23,10 +23,8 @@ MAX_REDIRECTS = 8
 STALE = frozenset({400, 401, 403, 404, 410})  # how a link that ran out is answered
 MAX_DRAINED = 1 << 16  # bytes of an answer that are read so that the connection can go on
 TIMEOUT = 30.0  # seconds without a byte
-BUNDLES = (
-    "REQUESTS_CA_BUNDLE",
-    "CURL_CA_BUNDLE",
-)  # OpenSSL itself heeds SSL_CERT_FILE and SSL_CERT_DIR
+# The first that is set counts. OpenSSL itself heeds SSL_CERT_FILE, and SSL_CERT_DIR beside it.
+BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 class Route:
@@ -129,10 +127,10 @@ def _connect(address: Address) -> http.client.HTTPConnection:
 
 
 @cache
-def _tls(*bundles: str | None) -> ssl.SSLContext:
-    bundle = next(filter(None, bundles), None)
+def _tls(openssl: str | None, *others: str | None) -> ssl.SSLContext:
+    bundle = openssl or next(filter(None, others), None)
     try:
-        if bundle is None:
+        if openssl or bundle is None:
             return ssl.create_default_context()
         if os.path.isdir(bundle):
             return ssl.create_default_context(capath=bundle)

@@ -77,7 +77,8 @@ def find_remote(path: str | os.PathLike[str]) -> RemoteFile | None:
 
 def is_remote(path: Path) -> bool:
     """Tell whether a model is read from another machine, or something that is added to it is."""
-    return any(str(folder) in str(path) for folder in _folders)
+    text = str(path)
+    return any(str(file) in text or str(file.parent) in text for file in _files)
 
 
 def stop_reading(paths: Iterable[Path]) -> None:

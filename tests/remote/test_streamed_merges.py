@@ -209,6 +209,8 @@ def test_a_server_is_trusted_by_the_certificate_that_is_named(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_file, "FIRST_DELAYS", ())
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
     wanted = merged([models["a"]], tmp_path / "here.gguf")
     bundle, context = make_certificate(tmp_path)
     with serve_folder(tmp_path / "models", context=context) as server:
