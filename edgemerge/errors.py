@@ -19,6 +19,8 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
+from edgemerge.shown_paths import shown_path
+
 __all__ = [
     "BudgetError",
     "EdgemergeError",
@@ -54,7 +56,7 @@ class RecipeError(EdgemergeError):
     ) -> None:
         self.path = Path(path) if path is not None else None
         self.field = field
-        super().__init__(f"{path}: {message}" if path is not None else message)
+        super().__init__(f"{shown_path(path)}: {message}" if path is not None else message)
 
 
 class FormatError(EdgemergeError):
@@ -65,7 +67,8 @@ class FormatError(EdgemergeError):
     ) -> None:
         self.path = Path(path)
         self.tensor = tensor
-        where = f"{path}: tensor {tensor!r}" if tensor is not None else str(path)
+        shown = shown_path(path)
+        where = f"{shown}: tensor {tensor!r}" if tensor is not None else shown
         super().__init__(f"{where}: {message}")
 
 

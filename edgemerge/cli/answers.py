@@ -54,9 +54,10 @@ def ask_models(recipe: Recipe, output: Path, questions: Sequence[str] | None) ->
 
 def _can_be_asked(path: Path) -> bool:
     from edgemerge.formats.gguf.split import sibling_parts
+    from edgemerge.remote.stand_ins import is_remote
     from edgemerge.runtime.board.memory import read_memory
 
-    if not path.is_file():
+    if not path.is_file() or is_remote(path):
         return False
     size = sum(part.stat().st_size for part in sibling_parts(path) if part.is_file())
     return size < read_memory().available

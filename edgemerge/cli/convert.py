@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from edgemerge.cli import request
-from edgemerge.cli.finding import Download, ModelsFolder, make_finder
+from edgemerge.cli.finding import Download, KeepRemote, ModelsFolder, make_finder
 from edgemerge.cli.merge import print_report, run_merge
 from edgemerge.cli.terminal import speaks_plainly
 
@@ -32,6 +32,7 @@ def convert_command(
     split: request.Split = None,
     models_folder: ModelsFolder = None,
     download: Download = False,
+    keep_remote: KeepRemote = None,
     force: request.Force = False,
     json_: request.Json = False,
 ) -> None:
@@ -44,7 +45,7 @@ def convert_command(
         out_type=out_type,
         tensor_types=request.read_tensor_types(tensor_type),
         imatrix=imatrix,
-        finder=make_finder(models_folder, download, quiet=json_),
+        finder=make_finder(models_folder, download, quiet=json_, streams=True, keep=keep_remote),
     )
     recipe, path = request.with_output(recipe, output, out_format)
     label = f"convert -> {path.name}"

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from edgemerge.finding.finder import Finder
 
-__all__ = ["Download", "ModelsFolder", "make_finder"]
+__all__ = ["Download", "KeepRemote", "ModelsFolder", "Spill", "make_finder"]
 
 ModelsFolder = Annotated[
     Path | None,
@@ -29,23 +29,59 @@ Download = Annotated[
         help="Fetch models that are not on this machine from the hub, into its cache.",
     ),
 ]
+Spill = Annotated[
+    Path | None,
+    typer.Option(
+        "--spill",
+        metavar="DIR",
+        help="Folder for what is read more than once of models at addresses, until the end.",
+    ),
+]
+KeepRemote = Annotated[
+    Path | None,
+    typer.Option(
+        "--keep-remote",
+        metavar="DIR",
+        help="Folder in which models at addresses are kept whole, each file by its SHA-256.",
+    ),
+]
 
 
-def make_finder(folder: Path | None, download: bool, *, quiet: bool = False) -> Finder:
+def make_finder(
+    folder: Path | None,
+    download: bool,
+    *,
+    quiet: bool = False,
+    streams: bool = False,
+    spill: Path | None = None,
+    keep: Path | None = None,
+) -> Finder:
     """Make what finds a command's models; a download shows a bar unless `quiet`.
+
+    `streams` lets the command read models at addresses; the last two are folders for these.
 
     Raises
     ------
     typer.BadParameter
-        The folder is none (exit code 2).
+        A folder is none (exit code 2).
     """
     from edgemerge.cli.terminal import progress_bar
     from edgemerge.finding.finder import Finder
 
     if folder is not None and not folder.is_dir():
         raise typer.BadParameter(f"--models {folder}: there is no such folder")
+    if spill is not None and not spill.is_dir():
+        raise typer.BadParameter(f"--spill {spill}: there is no such folder")
     can_ask = all(s is not None and s.isatty() for s in (sys.stdin, sys.stderr))
-    return Finder(folder, download, _ask if can_ask else None, partial(progress_bar, quiet=quiet))
+    return Finder(
+        folder,
+        download,
+        _ask if can_ask else None,
+        partial(progress_bar, quiet=quiet),
+        streams,
+        spill,
+        keep,
+    )
 
 
 def _ask(question: str) -> bool:

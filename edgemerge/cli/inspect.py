@@ -11,6 +11,8 @@ import typer
 from edgemerge.cli import request
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.terminal import plain, print_json, print_table, speaks_plainly
+from edgemerge.remote.stand_ins import is_address
+from edgemerge.shown_paths import shown_path
 from edgemerge.types import Source
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def inspect_command(
     from edgemerge.formats.inspection import inspect_model
     from edgemerge.planning.losses import judge_merge
 
-    find = make_finder(models_folder, download, quiet=json_).find_model
+    find = make_finder(models_folder, download, quiet=json_, streams=True).find_model
     with ExitStack() as stack:
         source = open_model(find(model))
         stack.callback(source.close)
@@ -71,12 +73,17 @@ def inspect_command(
         if json_:
             document = _as_json(source, inspection, with_templates=template)
             if verdict is not None:
-                document["against"] = {"path": against, **asdict(verdict)}
+                document["against"] = {"path": _shown(against, base), **asdict(verdict)}
             print_json(document)
         else:
             _print(source, inspection, with_metadata=all_)
             if verdict is not None:
-                _print_verdict(verdict, plain(str(against)))
+                _print_verdict(verdict, plain(_shown(against, base)))
+
+
+def _shown(given: str | None, opened: Source) -> str:
+    """Return a path as it was given, an address without a login."""
+    return shown_path(opened.path) if given is None or is_address(given) else given
 
 
 def _as_json(source: Source, inspection: Inspection, *, with_templates: bool) -> dict[str, Any]:
@@ -126,7 +133,7 @@ def _print(source: Source, inspection: Inspection, *, with_metadata: bool) -> No
     from edgemerge.formats.gguf.model import GgufModel
     from edgemerge.planning.losses import foresee_losses
 
-    print(f"{plain(inspection.name)}  ({source.path})")
+    print(f"{plain(inspection.name)}  ({shown_path(source.path)})")
     for line in _summary(inspection):
         print(f"  {plain(line)}")
     print()

@@ -13,11 +13,13 @@ import typer
 
 from edgemerge.cli import request
 from edgemerge.cli.answers import ask_models
-from edgemerge.cli.finding import Download, ModelsFolder, make_finder
+from edgemerge.cli.finding import Download, KeepRemote, ModelsFolder, Spill, make_finder
 from edgemerge.cli.made import describe_made, made_rows
 from edgemerge.cli.method_help import HelpWithMethods
+from edgemerge.cli.network import network_as_json, network_lines
 from edgemerge.cli.sign import sign_output
 from edgemerge.cli.terminal import plain, print_json, print_table, progress_bars, speaks_plainly
+from edgemerge.shown_paths import shown_path
 from edgemerge.types import Plan, Recipe, TensorJob
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ def merge_command(
     disk: request.Disk = None,
     models_folder: ModelsFolder = None,
     download: Download = False,
+    spill: Spill = None,
+    keep_remote: KeepRemote = None,
     force: request.Force = False,
     json_: request.Json = False,
     report: request.Report = None,
@@ -83,7 +87,14 @@ def merge_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
         strict=strict,
-        finder=make_finder(models_folder, download, quiet=json_),
+        finder=make_finder(
+            models_folder,
+            download,
+            quiet=json_,
+            streams=True,
+            spill=spill,
+            keep=keep_remote,
+        ),
     )
     recipe, path = request.with_output(recipe, output, out_format)
     if recipe.out_format == "hf" and (sign is not None or ask):
@@ -220,6 +231,7 @@ def plan_command(
     strict: request.Strict = False,
     models_folder: ModelsFolder = None,
     download: Download = False,
+    spill: Spill = None,
     json_: request.Json = False,
 ) -> None:
     """Show what a merge would read, write and need, without doing it."""
@@ -240,7 +252,7 @@ def plan_command(
         tensor_types=tensor_type,
         imatrix=imatrix,
         strict=strict,
-        finder=make_finder(models_folder, download, quiet=json_),
+        finder=make_finder(models_folder, download, quiet=json_, streams=True, spill=spill),
     )
     the_plan = plan(
         request.with_format(recipe, out_format),
@@ -250,15 +262,17 @@ def plan_command(
     for sentence in warn_of_recipe(the_plan):
         _print_warning(sentence)
     if json_:
-        print_json(_as_json(the_plan))
+        print_json(_as_json(the_plan) | network_as_json(the_plan, spill))
     else:
         _print(the_plan)
+        for line in network_lines(the_plan, spill):
+            print(plain(line))
 
 
 def _as_json(the_plan: Plan) -> dict[str, object]:
     return {
         "method": the_plan.recipe.title,
-        "models": [str(path) for path in _models_of(the_plan)],
+        "models": [shown_path(path) for path in _models_of(the_plan)],
         "file_type": the_plan.file_type,
         "tensors": len(the_plan.jobs),
         "elements": the_plan.n_elements,
@@ -334,7 +348,7 @@ def _print_models(the_plan: Plan) -> None:
     print(f"{the_plan.recipe.title} of {len(models)} models to {the_plan.file_type}")
     for i, path in enumerate(models):
         stage = "" if path.is_absolute() else "stage "
-        print(f"  {'base  ' if i == 0 and has_base else 'model '} {stage}{plain(str(path))}")
+        print(f"  {'base  ' if i == 0 and has_base else 'model '} {stage}{plain(shown_path(path))}")
 
 
 def _print_asked(the_plan: Plan) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgemerge.remote.stand_ins import is_address
 from edgemerge.types import Recipe
 
 if TYPE_CHECKING:
@@ -303,7 +304,7 @@ def read_tensor_types(texts: list[str] | None) -> tuple[tuple[str, str], ...]:
 
 
 def split_weight(text: str) -> tuple[str, float | None]:
-    """Split MODEL=WEIGHT; a name that exists may have the sign in it.
+    """Split MODEL=WEIGHT; a name that exists, and the query of an address, may have the sign in it.
 
     Raises
     ------
@@ -311,11 +312,13 @@ def split_weight(text: str) -> tuple[str, float | None]:
         The weight is no number.
     """
     path, equals, weight = text.rpartition("=")
-    if not equals or Path(text).exists():
+    if not equals or Path(text).exists() or (is_address(text) and "?" in text):
         return text, None
     try:
         return path, float(weight)
     except ValueError:
+        if is_address(text):  # whose login may have the sign in it
+            return text, None
         raise typer.BadParameter(f"{text!r}: the weight {weight!r} is no number") from None
 
 

@@ -25,7 +25,7 @@ from edgemerge.finding.files import is_weights
 from edgemerge.finding.names import HubName
 from edgemerge.types import Progress
 
-__all__ = ["RemoteFile", "fetch_files", "list_files"]
+__all__ = ["RemoteFile", "Repository", "fetch_files", "find_repository", "list_files"]
 
 POLL = 0.2  # seconds between two looks at how far it is
 LOG_IN = "log in with: hf auth login (or set HF_TOKEN)"
@@ -39,6 +39,28 @@ class RemoteFile(NamedTuple):
     blob: str  # its name in the cache: the SHA-256 of a large file, else git's hash
 
 
+class Repository(NamedTuple):
+    """A repository at one commit, and how its files are asked for."""
+
+    commit: str
+    files: list[RemoteFile]
+    endpoint: str  # the hub's address
+    token: str | None  # the user's
+
+
+def find_repository(name: HubName) -> Repository:
+    """Ask the hub for a repository's commit and its files, and the client as whom it asks.
+
+    Raises
+    ------
+    RecipeError, RuntimeFailure
+        As of `list_files`.
+    """
+    answer = _ask({"do": "list", "repo": name.repo, "revision": name.revision}, None, [])
+    files = [RemoteFile(*entry) for entry in answer["files"]]
+    return Repository(answer["commit"], files, answer["endpoint"], answer["token"])
+
+
 def list_files(name: HubName) -> tuple[str, list[RemoteFile]]:
     """Ask the hub for a repository's commit and its files.
 
@@ -49,8 +71,8 @@ def list_files(name: HubName) -> tuple[str, list[RemoteFile]]:
     RuntimeFailure
         The process could not be started, or ended without an answer.
     """
-    answer = _ask({"do": "list", "repo": name.repo, "revision": name.revision}, None, [])
-    return answer["commit"], [RemoteFile(*entry) for entry in answer["files"]]
+    found = find_repository(name)
+    return found.commit, found.files
 
 
 def fetch_files(
@@ -220,7 +242,7 @@ def _list(question: dict[str, Any]) -> dict[str, Any]:
         (f.rfilename, f.size or 0, f.lfs.sha256 if f.lfs else f.blob_id)
         for f in info.siblings or []
     ]
-    return {"commit": info.sha, "files": files}
+    return {"commit": info.sha, "files": files, "endpoint": _endpoint(), "token": _token()}
 
 
 def _fetch(question: dict[str, Any]) -> dict[str, Any]:

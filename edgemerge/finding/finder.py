@@ -13,6 +13,7 @@ from edgemerge.errors import RecipeError
 from edgemerge.finding import cache
 from edgemerge.finding.files import choose_files, list_choices, list_names
 from edgemerge.finding.names import HubName, read_hub_name
+from edgemerge.remote.stand_ins import is_address
 from edgemerge.sizes import format_size
 from edgemerge.suggestions import suggest_path
 from edgemerge.types import Progress
@@ -40,12 +41,19 @@ class Finder:
         Else asks its user, in one sentence, whether a model may be fetched.
     show_progress : callable
         Called with what is fetched; gives a context whose value is told bytes done and bytes in all.
+    streams : bool
+        Whether models at addresses are read from where they are; else such an address is refused.
+    spill, keep : Path, optional
+        As of `edgemerge.finding.streaming.Streamer`.
     """
 
     folder: Path | None = None
     download: bool = False
     ask: Callable[[str], bool] | None = None
     show_progress: Callable[[str], AbstractContextManager[Progress]] = _show_nothing
+    streams: bool = False
+    spill: Path | None = None
+    keep: Path | None = None
 
     def find_path(self, name: str, folders: Collection[Path] = (Path(),)) -> Path | None:
         """Look for a file or folder in some folders, then in that of the models; no links are followed.
@@ -85,22 +93,26 @@ class Finder:
         Parameters
         ----------
         text : str
-            `org/name[:TYPE][@REVISION]`.
+            `org/name[:TYPE][@REVISION]`, or an address as of `edgemerge.finding.streaming`.
         revision : str, optional
             A branch, tag or commit, where the text has none.
 
         Returns
         -------
         Path or None
-            The snapshot's folder in the cache, or the GGUF in it.
+            The snapshot's folder in the cache, or the GGUF in it; what stands for a model at an address.
 
         Raises
         ------
         RecipeError
             It is not on this machine and may not, or cannot, be fetched; the sentence has the remedy.
+        FormatError
+            A server does not give what is at an address.
         RuntimeFailure
             The process that talks to the hub could not be started, or ended without an answer.
         """
+        if is_address(text):
+            return self._stream(text, revision)
         name = read_hub_name(text, revision)
         if name is None:
             return None
@@ -111,6 +123,16 @@ class Finder:
             return found
         self._check_may_fetch(name, text)
         return self._fetch(name)
+
+    def _stream(self, text: str, revision: str | None) -> Path:
+        if not self.streams:
+            raise RecipeError(
+                "an address is read by merge, plan, convert and inspect alone; download the model, and "
+                "give its path"
+            )
+        from edgemerge.finding.streaming import Streamer  # which loads TLS
+
+        return Streamer(self.spill, self.keep, self.show_progress).find_model(text, revision)
 
     def _check_may_fetch(self, name: HubName, text: str) -> None:
         """Refuse what may not be fetched, and say which command does it."""

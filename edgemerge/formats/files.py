@@ -17,7 +17,7 @@ from edgemerge.types import FileState, UInt8
 
 __all__ = ["IOV_MAX", "cached_share", "check_unchanged", "describe_foreign", "drop_bytes"]
 __all__ += ["fill_buffers", "forget_range"]
-__all__ += ["read_bounded", "read_exactly", "read_state", "read_text", "real_path"]
+__all__ += ["read_bounded", "read_state", "read_text", "real_path"]
 __all__ += ["refuse_device", "was_cached"]
 
 IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -104,17 +104,6 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
             path=path,
         )
     return raw
-
-
-def read_exactly(fd: int, out_u8: UInt8, offset: int, path: Path, tensor: str) -> None:
-    """Fill a C-contiguous buffer from a file position; thread-safe.
-
-    Raises
-    ------
-    FormatError
-        As of `fill_buffers`.
-    """
-    fill_buffers(fd, [out_u8.data.cast("B")], offset, path, tensor)
 
 
 def fill_buffers(

@@ -33,6 +33,7 @@ from edgemerge.methods.table import METHODS
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.places import Places
 from edgemerge.planning.plan import alignment_pairs
+from edgemerge.remote.stand_ins import stop_reading
 from edgemerge.types import (
     BeginPart,
     Float64,
@@ -293,6 +294,7 @@ class WorkerPool:
                 self.traffic.stop.set()
                 for group in groups:
                     group.abort()
+                stop_reading(state.path for source in self.sources for state in source.states())
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
         return [[future.result() for future in futures[i]] for i in range(len(jobs))]

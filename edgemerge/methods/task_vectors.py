@@ -95,7 +95,7 @@ class TaskVectors:
         active = {k: e for k, e in enumerate(experts) if self._is_pruned(e.settings)}
         drawn = {k: expert for k, expert in active.items() if float(expert.settings["density"]) > 0}
         nothing: dict[int, Pruner] = {k: NothingLeft() for k in active}
-        found = {**nothing, **self.pruning.survey(stream, drawn)}
+        found = {**nothing, **(self.pruning.survey(stream, drawn) if drawn else {})}
         pruners = [found.get(k, Pruner()) for k in range(len(experts))]
         if drawn and _matches_norms(stream.job):
             _match_norms(stream, pruners)

@@ -10,6 +10,7 @@ from pathlib import Path
 from edgemerge.errors import OutputError
 from edgemerge.experts import Mixture
 from edgemerge.formats.mixture import MixtureSource, open_mixture
+from edgemerge.remote.stand_ins import is_remote
 from edgemerge.types import ModelInput, Recipe, Slice
 
 __all__ = ["open_with_gates"]
@@ -24,15 +25,16 @@ def open_with_gates(
 ) -> MixtureSource:
     """Open all models of a recipe's mixture, and make its gates; the stack closes them.
 
-    A base whose hidden states are wanted is run by llama.cpp, which reads GGUF. Of a directory one is made in
-    `folder` by `merge_one`, and removed.
+    A base whose hidden states are wanted is run by llama.cpp, which reads GGUF. Of a directory, or of a file
+    on another machine, one is made in `folder` by `merge_one`, and removed.
 
     Raises
     ------
     EdgemergeError
         As of `open_mixture`.
     """
-    if not (mixture.runs_base and mixture.base.is_dir()):
+    is_elsewhere = is_remote(mixture.base)
+    if not (mixture.runs_base and (mixture.base.is_dir() or is_elsewhere)):
         return open_mixture(mixture, recipe.seed, stack)
     try:
         temporary = tempfile.TemporaryDirectory(prefix=".edgemerge-", dir=folder)
@@ -45,7 +47,11 @@ def open_with_gates(
     with temporary as name:
         made = Path(name) / "base.gguf"
         copy = Recipe(
-            "passthrough", None, (Slice((ModelInput(mixture.base),)),), memory=recipe.memory
+            "passthrough",
+            None,
+            (Slice((ModelInput(mixture.base),)),),
+            out_type=None if mixture.base.is_dir() else "keep",
+            memory=recipe.memory,
         )
         merge_one(copy, made)
         return open_mixture(mixture, recipe.seed, stack, runnable=made)

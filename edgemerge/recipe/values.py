@@ -16,6 +16,7 @@ from edgemerge.finding.finder import Finder
 from edgemerge.formats.adapters.reference import AdapterUse, is_adapter, join_reference
 from edgemerge.methods.table import known_parameters
 from edgemerge.recipe.references import read_reference
+from edgemerge.remote.stand_ins import is_address
 from edgemerge.sizes import parse_size
 from edgemerge.suggestions import find_closest, suggest, suggest_path
 from edgemerge.types import Gradient, Parameters, Rule, Setting, Steps
@@ -228,6 +229,8 @@ class ValueReader:
         """Find a model as mergekit does: a stage of the recipe, else a file or folder."""
         if isinstance(value, str) and value and value not in self.stages:
             found = self.find(value, where)  # whole, as + and @ may be part of a name
+            if found is None and is_address(value):  # @ and + have other meanings in it
+                found = self.hub_path(value, None, where, "model")
             if found is not None:
                 return self.with_base(found)
         reference = read_reference(value)
@@ -275,7 +278,7 @@ class ValueReader:
         return found
 
     def hub_path(self, name: str, revision: str | None, where: str, what: str) -> Path:
-        """Find a model or an adapter by its name on the hub."""
+        """Find a model or an adapter by its name on the hub, or by its address."""
         try:
             found = self.finder.find_on_hub(name, revision)
         except RecipeError as error:

@@ -34,6 +34,8 @@ class LocalHub:
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, range
     goes_on: Event = field(default_factory=Event)
     pause_after: int | None = None  # bytes of a large file after which nothing more comes
+    store: str | None = None  # address of this server under another name, which has the large files
+    tokens: list[tuple[str, str | None]] = field(default_factory=list)  # path, Authorization
 
     def add(self, repo: str, folder: Path, *, is_gated: bool = False) -> None:
         revisions = {"main": (COMMIT, folder), COMMIT: (COMMIT, folder)}
@@ -75,7 +77,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         wanted = self.headers.get("Range")
         self.hub.requests.append((self.command, self.path, wanted))
+        self.hub.tokens.append((self.path, self.headers.get("Authorization")))
         path = self.path.partition("?")[0]
+        if path.startswith("/store/"):
+            path = path.removeprefix("/store")
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._info(found[1], found[2] or "main")
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -115,11 +120,16 @@ class _Handler(BaseHTTPRequestHandler):
         if (found := self._find(repo, revision)) is None:
             return
         commit, folder = found
-        if self.hub.repositories[repo].is_gated and not self.headers.get("Authorization"):
+        is_stored = self.path.startswith("/store/")
+        is_gated = self.hub.repositories[repo].is_gated and not is_stored
+        if is_gated and not self.headers.get("Authorization"):
             self._refuse(401, "GatedRepo")
             return
         if not (folder / name).is_file():
             self._refuse(404, "EntryNotFound")
+            return
+        if self.hub.store and name.endswith(LARGE) and not self.path.startswith("/store/"):
+            self._send(302, b"", {"Location": f"{self.hub.store}/store{self.path}?signature=x"})
             return
         raw = (folder / name).read_bytes()
         headers = {
@@ -130,9 +140,10 @@ class _Handler(BaseHTTPRequestHandler):
         if wanted is None:
             self._send(200, raw, headers, pauses=name.endswith(LARGE))
             return
-        start = int(wanted.removeprefix("bytes=").partition("-")[0])
-        headers["Content-Range"] = f"bytes {start}-{len(raw) - 1}/{len(raw)}"
-        self._send(206, raw[start:], headers)
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        start, stop = int(first), min(len(raw), int(last or len(raw)) + 1)
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(raw)}"
+        self._send(206, raw[start:stop], headers)
 
     def _refuse(self, status: int, code: str) -> None:
         self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code})

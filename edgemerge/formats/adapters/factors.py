@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.files import check_unchanged, read_exactly, read_state
+from edgemerge.formats.byte_file import open_file
 from edgemerge.formats.gguf.types import row_bytes
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.types import Float32, UInt8
@@ -30,28 +29,29 @@ class FactorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = open_file(path)
         except OSError as error:
             raise FormatError(
                 f"cannot be opened ({error.strerror}); free it and start again", path=path
             ) from error
-        self.state = read_state(self._fd, path)
+        self.state = self._file.state
 
     def matrix(self, name: str, dtype: str, shape: tuple[int, int], offset: int) -> StoredMatrix:
         """Describe a matrix that begins at a byte of the file."""
+        run = offset, offset + shape[0] * row_bytes(dtype, shape[1])
 
         def read(start: int, out_u8: UInt8) -> None:
-            read_exactly(self._fd, out_u8, offset + start, self.path, name)
+            self._file.fill([out_u8.data.cast("B")], offset + start, name, run)
 
         return StoredMatrix(name, dtype, shape, self.path, read)
 
     def check_unchanged(self) -> None:
         """Raise FormatError where the file was written to since it was opened."""
-        check_unchanged(self._fd, self.state)
+        self._file.check_unchanged()
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        self._file.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,11 @@ import os
 import re
 import struct
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+from edgemerge.formats.byte_file import open_file
 from edgemerge.formats.gguf.split import whole_name
 from edgemerge.formats.hub.files import is_adapter_dir
 
@@ -89,8 +91,8 @@ def is_adapter(path: Path) -> bool:
     if path.is_dir():
         return is_adapter_dir(path)
     try:
-        with path.open("rb") as file:
-            return _TYPE in file.read(HEAD)
+        with closing(open_file(path)) as file:
+            return file.is_regular and _TYPE in file.read(HEAD, 0)
     except OSError:
         return False
 

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: a strict parser over `pread`.
+"""The header of a GGUF file: a strict parser.
 
 gguf-py's reader maps the file and builds a Python object per token: 721 MB for a vocabulary of 262k. It also
 accepts files that ggml refuses. So the header is parsed here. Every count, length, offset and type is checked
@@ -8,13 +8,12 @@ Format: ggml/docs/gguf.md; limits: `gguf_init_from_file_impl` in ggml/src/gguf.c
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Mapping
 from math import prod
-from pathlib import Path
 
 from edgemerge.errors import FormatError
+from edgemerge.formats.byte_file import ByteFile
 from edgemerge.formats.files import describe_foreign
 from edgemerge.formats.gguf import metadata as meta
 from edgemerge.formats.quants.codec import GGML_TYPES, block_size
@@ -54,10 +53,10 @@ def align_up(offset: int, alignment: int) -> int:
 class HeaderParser:
     """Walks the header once, front to back, through one buffer of `CHUNK` bytes."""
 
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path = path
-        self.fd = fd
-        self.size = os.fstat(fd).st_size
+    def __init__(self, file: ByteFile) -> None:
+        self.path = file.path
+        self.file = file
+        self.size = file.state.n_bytes
         self.at = 0  # position in the file
         self.buffer = b""
         self.buffer_start = 0
@@ -87,7 +86,7 @@ class HeaderParser:
             raise self.fail("is cut off inside its header; download it again")
         start = self.at - self.buffer_start
         if start < 0 or start + n_bytes > len(self.buffer):
-            self.buffer = os.pread(self.fd, max(n_bytes, CHUNK), self.at)
+            self.buffer = self.file.read(max(n_bytes, CHUNK), self.at)
             self.buffer_start = self.at
             start = 0
             if len(self.buffer) < n_bytes:
@@ -122,7 +121,7 @@ class HeaderParser:
 
     def parse_preamble(self) -> tuple[int, int]:
         """Check the first bytes; return how many tensors and keys there are."""
-        head = os.pread(self.fd, 512, 0)
+        head = self.file.read(512, 0)
         if head[:4] != MAGIC:
             raise self.fail(describe_foreign(head, "GGUF"))
         self.skip(4)
@@ -174,7 +173,7 @@ class HeaderParser:
         offset = start - self.buffer_start
         if offset >= 0 and self.at - self.buffer_start <= len(self.buffer):
             return self.buffer[offset : self.at - self.buffer_start]
-        return os.pread(self.fd, self.at - start, start)
+        return self.file.read(self.at - start, start)
 
     def parse_name(self, what: str, limit: int) -> str:
         """Read a key or the name of a tensor."""

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.files import (
-    check_unchanged,
-    forget_range,
-    read_exactly,
-    read_state,
-    was_cached,
-)
+from edgemerge.formats.byte_file import open_file
 from edgemerge.formats.gguf.header import MAGIC, HeaderParser
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.gguf.split import (
@@ -41,20 +34,18 @@ class GgufFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        # O_NONBLOCK: a named pipe in the place of a model must not hang us.
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._file = open_file(self.path)
+        self.state = self._file.state
         try:
-            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            if not self._file.is_regular:
                 raise FormatError("is not a regular file; give a GGUF file", path=self.path)
-            self.state = read_state(self._fd, self.path)
-            self._stays_cached = was_cached(self._fd)
-            header = HeaderParser(self.path, self._fd)
+            header = HeaderParser(self._file)
             self.metadata, self.specs, self._offsets = header.parse()
             self.trailing_bytes = header.trailing_bytes
             end = self.state.n_bytes - self.trailing_bytes
-            self.holds_another = os.pread(self._fd, len(MAGIC), end) == MAGIC
+            self.holds_another = self._file.read(len(MAGIC), end) == MAGIC
         except BaseException:
-            os.close(self._fd)
+            self._file.close()
             raise
 
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
@@ -66,23 +57,28 @@ class GgufFile:
     def read_bytes(self, name: str, start: int, out_u8: UInt8) -> None:
         """Fill `out_u8` with the stored bytes of a tensor from byte `start` on."""
         assert start + out_u8.nbytes <= self.specs[name].nbytes
-        read_exactly(self._fd, out_u8, self._offsets[name] + start, self.path, name)
+        first = self._offsets[name]
+        run = first, first + self.specs[name].nbytes
+        self._file.fill([out_u8.data.cast("B")], first + start, name, run)
 
     def forget(self, name: str, n_rows: int | None = None) -> None:
         """Drop a tensor's pages, or its first rows', from the page cache, unless the file was in it."""
-        if self._stays_cached:
-            return
         spec = self.specs[name]
         n_bytes = spec.nbytes if n_rows is None else n_rows * spec.row_bytes
-        forget_range(self._fd, self._offsets[name], n_bytes)
+        self._file.forget(self._offsets[name], n_bytes)
 
     def check_unchanged(self) -> None:
         """Raise FormatError where the file was written to since it was opened."""
-        check_unchanged(self._fd, self.state)
+        self._file.check_unchanged()
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes that a thread takes to read, beside what it reads into."""
+        return self._file.work_bytes
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        self._file.close()
 
 
 class GgufModel:
@@ -142,8 +138,8 @@ class GgufModel:
         return ()
 
     def work_bytes(self) -> int:
-        """Take nothing: rows go straight to where they are read into."""
-        return 0
+        """Bytes that each thread takes to read rows: of files on this machine none."""
+        return max(part.work_bytes for part in self._parts)
 
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` with the stored bytes of rows [start, stop)."""

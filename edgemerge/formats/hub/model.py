@@ -18,13 +18,7 @@ import numpy as np
 from edgemerge.errors import FormatError
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import GLOBAL, hf_name
-from edgemerge.formats.files import (
-    check_unchanged,
-    fill_buffers,
-    forget_range,
-    read_state,
-    was_cached,
-)
+from edgemerge.formats.byte_file import ByteFile, open_file
 from edgemerge.formats.gguf.types import row_bytes
 from edgemerge.formats.hub.card import general_metadata
 from edgemerge.formats.hub.changes import as_f32
@@ -80,17 +74,15 @@ class HubModel:
         self._specs |= inventory.specs
         self._notes = self._list_notes(inventory)
         self._metadata: dict[str, bytes] | None = None
-        self._fds: dict[Path, int] = {}
+        self._files: dict[Path, ByteFile] = {}
         for shard in dict.fromkeys(self._shards()):
             try:
-                self._fds[shard] = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[shard] = open_file(shard)
             except OSError as e:
                 self.close()
                 raise FormatError(
                     f"cannot be opened ({e.strerror}); free it and start again", path=shard
                 ) from e
-        self._states = {shard: read_state(fd, shard) for shard, fd in self._fds.items()}
-        self._stay_cached = {shard for shard, fd in self._fds.items() if was_cached(fd)}
         try:
             self._settle_head(inventory)
         except BaseException:
@@ -206,7 +198,7 @@ class HubModel:
 
     def _claims(self) -> dict[str, bytes]:
         """Read what the first file of weights says of a merge that made it."""
-        first = min(self._fds)
+        first = min(self._files)
         return read_claims(read_metadata(first), self.stored_specs())
 
     def stored_specs(self) -> Mapping[str, TensorSpec]:
@@ -249,24 +241,33 @@ class HubModel:
     def _fill(self, name: str, items: list[memoryview], place: Start) -> None:
         """Fill the buffers one after the other from an offset in a shard; thread-safe."""
         shard, at = place
-        fill_buffers(self._fds[shard], items, at, shard, hf_name(self.architecture, name))
+        file = self._files[shard]
+        run = self._find_run(name, place) if file.work_bytes else None
+        file.fill(items, at, hf_name(self.architecture, name), run)
+
+    def _find_run(self, name: str, place: Start) -> tuple[int, int] | None:
+        """Find what of a tensor lies in one piece around a place: the bytes that are read next."""
+        spec, (shard, at) = self._stored_spec(name), place
+        for start, n_bytes in self._places[name].layout.stored(spec, spec.n_rows):
+            if start[0] == shard and start[1] <= at < start[1] + n_bytes:
+                return start[1], start[1] + n_bytes
+        return None
 
     def forget(self, name: str, n_rows: int | None = None) -> None:
         """Drop a tensor's pages, or its first rows', from the page cache, unless the shard was in it."""
         if place := self._places.get(name):
             spec = self._stored_spec(name)
             for (shard, offset), n_bytes in place.layout.stored(spec, n_rows or spec.n_rows):
-                if shard not in self._stay_cached:
-                    forget_range(self._fds[shard], offset, n_bytes)
+                self._files[shard].forget(offset, n_bytes)
 
     def states(self) -> Sequence[FileState]:
         """Return what the shards were when they were opened."""
-        return list(self._states.values())
+        return [file.state for file in self._files.values()]
 
     def check_unchanged(self) -> None:
         """Raise FormatError where a shard was written to since it was opened."""
-        for shard, state in self._states.items():
-            check_unchanged(self._fds[shard], state)
+        for file in self._files.values():
+            file.check_unchanged()
 
     def notes(self) -> Sequence[str]:
         """Say what of the directory is not used or was read otherwise than it says; reads its tokenizer."""
@@ -274,10 +275,10 @@ class HubModel:
         return self._notes
 
     def work_bytes(self) -> int:
-        """Take nothing: rows go straight to where they are read into."""
-        return 0
+        """Bytes that each thread takes to read rows: of files on this machine none."""
+        return max((file.work_bytes for file in self._files.values()), default=0)
 
     def close(self) -> None:
         """Close the shards."""
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        while self._files:
+            self._files.popitem()[1].close()

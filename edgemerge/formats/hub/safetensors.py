@@ -1,4 +1,4 @@
-"""The header of a safetensors file, parsed strictly; data is read elsewhere, by `preadv`.
+"""The header of a safetensors file, parsed strictly; data is read elsewhere.
 
 A file is a u64 length, that many bytes of JSON (name -> dtype, shape, begin and end of its data),
 then the data without gaps. Checks run in the order of `SafeTensors::read_metadata` of
@@ -9,13 +9,13 @@ duplicate keys, aliased tensors, leading space.
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError
+from edgemerge.formats.byte_file import open_file
 from edgemerge.formats.files import describe_foreign
 from edgemerge.formats.json_file import parse_object
 
@@ -118,36 +118,35 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _read_header_bytes(path: Path) -> tuple[bytes, int]:
     try:
-        # O_NONBLOCK: a named pipe in the place of a model must not hang us.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        file = open_file(path)
     except OSError as e:
         raise FormatError(f"cannot be opened ({e.strerror}); get the file again", path=path) from e
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
+        size = file.state.n_bytes
+        if not file.is_regular:
             raise FormatError("is not a regular file; give a model directory", path=path)
-        head = os.pread(fd, 16, 0)
+        head = file.read(16, 0)
         length = int.from_bytes(head[:8], "little")
         if len(head) < 9 or head[8:9] != b"{":
-            raise FormatError(describe_foreign(os.pread(fd, 64, 0), "safetensors"), path=path)
+            raise FormatError(describe_foreign(file.read(64, 0), "safetensors"), path=path)
         if length > MAX_HEADER_BYTES:
             raise FormatError(
                 f"claims a header of {length} bytes, the most is {MAX_HEADER_BYTES}; "
                 "get the file again",
                 path=path,
             )
-        if 8 + length > status.st_size:
+        if 8 + length > size:
             raise FormatError(
-                f"claims a header of {length} bytes but has {status.st_size} in all; it is cut "
+                f"claims a header of {length} bytes but has {size} in all; it is cut "
                 "short, get the file again",
                 path=path,
             )
-        raw = os.pread(fd, length, 8)
+        raw = file.read(length, 8)
         if len(raw) != length:
             raise FormatError("ended while its header was read; get the file again", path=path)
-        return raw, status.st_size
+        return raw, size
     finally:
-        os.close(fd)
+        file.close()
 
 
 def _check_metadata(value: Any, path: Path) -> None:

@@ -13,7 +13,6 @@ checked against the file before it is used, and every value once, when the file 
 from __future__ import annotations
 
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -23,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from edgemerge.errors import FormatError
-from edgemerge.formats.files import check_unchanged, describe_foreign, read_exactly, read_state
+from edgemerge.formats.byte_file import open_file
+from edgemerge.formats.files import describe_foreign
 from edgemerge.formats.gguf.header import MAX_NAME_BYTES, MAX_TENSORS, HeaderParser
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.types import Float32, Float64, TensorSpec
@@ -82,31 +82,30 @@ class ImportanceMatrix:
         self.dataset = ""
         self.n_chunks = 0
         try:
-            # O_NONBLOCK: a named pipe in the place of a file must not hang us.
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._file = open_file(self.path)
         except OSError as error:
             raise self._fail(f"cannot be read ({error.strerror}); check the path") from None
         try:
-            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            if not self._file.is_regular:
                 raise self._fail("is not a regular file; give what llama-imatrix wrote")
-            self.state = read_state(self._fd, self.path)
-            is_gguf = os.pread(self._fd, 4, 0) == b"GGUF"
+            self.state = self._file.state
+            is_gguf = self._file.read(4, 0) == b"GGUF"
             self._entries = dict(self._parse_gguf() if is_gguf else self._parse_old())
             for name in self._entries:
                 self._check_values(name)
             self.crc32 = self._checksum()
         except OSError as error:
-            os.close(self._fd)
+            self._file.close()
             raise self._fail(f"cannot be read ({error.strerror}); check the path") from None
         except BaseException:
-            os.close(self._fd)
+            self._file.close()
             raise
         self.sizes = {name: entry.n_values for name, entry in self._entries.items()}
 
     def read(self, name: str, start: int, out_f32: Float32) -> None:
         """Fill `out_f32` with the importances of a tensor from value `start` on."""
         entry = self._entries[name]
-        read_exactly(self._fd, out_f32.view(np.uint8), entry.offset + 4 * start, self.path, name)
+        self._file.fill([out_f32.data.cast("B")], entry.offset + 4 * start, name)
         run = entry.n_values // len(entry.counts)
         counts = entry.counts[(start + np.arange(out_f32.size)) // run].astype(np.float32)
         np.divide(out_f32, counts, out=out_f32, where=counts > 0)
@@ -114,11 +113,11 @@ class ImportanceMatrix:
 
     def check_unchanged(self) -> None:
         """Raise FormatError where the file was written to since it was opened."""
-        check_unchanged(self._fd, self.state)
+        self._file.check_unchanged()
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        self._file.close()
 
     def _fail(self, message: str, tensor: str | None = None) -> FormatError:
         return FormatError(message, path=self.path, tensor=tensor)
@@ -126,7 +125,7 @@ class ImportanceMatrix:
     # -- GGUF ----------------------------------------------------------------------------------------
 
     def _parse_gguf(self) -> Iterator[tuple[str, _Entry]]:
-        metadata, specs, offsets = HeaderParser(self.path, self._fd).parse()
+        metadata, specs, offsets = HeaderParser(self._file).parse()
         if missing := [key for key in NEEDED_KEYS if key not in metadata]:
             raise self._fail(
                 f"has no {missing[0]}, so it is no importance matrix; give what llama-imatrix wrote"
@@ -162,7 +161,7 @@ class ImportanceMatrix:
                 name,
             )
         values = np.empty(counts.n_elements, np.float32)
-        read_exactly(self._fd, values.view(np.uint8), offsets[counts.name], self.path, counts.name)
+        self._file.fill([values.data.cast("B")], offsets[counts.name], counts.name)
         if not (np.isfinite(values) & (values >= 0)).all():
             raise self._fail("has a count that is no number from 0 on; make the file again", name)
         return _Entry(offsets[sums.name], sums.n_elements, np.rint(values.astype(np.float64)))
@@ -170,10 +169,10 @@ class ImportanceMatrix:
     # -- the older form ------------------------------------------------------------------------------
 
     def _parse_old(self) -> Iterator[tuple[str, _Entry]]:
-        size = os.fstat(self._fd).st_size
+        size = self.state.n_bytes
         n_entries, at = self._i32(0) if size >= 4 else 0, 4
         if not 1 <= n_entries <= (size - 4) // MIN_ENTRY_BYTES:
-            head = os.pread(self._fd, 512, 0)
+            head = self._file.read(512, 0)
             remedy = "give what llama-imatrix wrote"
             raise self._fail(describe_foreign(head, "llama-imatrix", remedy))
         if n_entries > MAX_TENSORS:
@@ -202,14 +201,14 @@ class ImportanceMatrix:
                 self.dataset = self._text(at + 4, MAX_DATASET_BYTES)
 
     def _i32(self, at: int) -> int:
-        raw = os.pread(self._fd, 4, at)
+        raw = self._file.read(4, at)
         if len(raw) < 4:
             raise self._fail("is cut off; get it again")
         return int(struct.unpack("<i", raw)[0])
 
     def _text(self, at: int, max_bytes: int) -> str:
         length = self._i32(at)
-        raw = os.pread(self._fd, length, at + 4) if 0 < length <= max_bytes else b""
+        raw = self._file.read(length, at + 4) if 0 < length <= max_bytes else b""
         if not raw or len(raw) < length or b"\0" in raw:
             raise self._fail(f"has a name of {length} bytes that cannot be; get it again")
         try:
@@ -225,7 +224,7 @@ class ImportanceMatrix:
         for start in range(0, entry.n_values, CHUNK // 4):
             values = np.empty(min(CHUNK // 4, entry.n_values - start), np.float32)
             offset = entry.offset + 4 * start
-            read_exactly(self._fd, values.view(np.uint8), offset, self.path, name)
+            self._file.fill([values.data.cast("B")], offset, name)
             good = (values >= 0) & (values <= LARGEST)
             if not good.all():
                 raise self._fail(
@@ -234,7 +233,7 @@ class ImportanceMatrix:
 
     def _checksum(self) -> int:
         crc, at = 0, 0
-        while raw := os.pread(self._fd, CHUNK, at):
+        while raw := self._file.read(CHUNK, at):
             crc = zlib.crc32(raw, crc)
             at += len(raw)
         return crc

@@ -1,0 +1,119 @@
+"""Remote files that are kept on this machine, under the SHA-256 of what they hold.
+
+In the folder are `sha256/HASH`, the files, and `known/KEY.json`, which of them an address had under which
+ETag and date. What is fetched so far of a file is `begun/KEY`, with which the next command goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from edgemerge.errors import FormatError, OutputError
+from edgemerge.remote.file import RemoteFile
+from edgemerge.types import Progress
+
+__all__ = ["keep_file"]
+
+PIECE = 1 << 20
+
+
+def keep_file(
+    remote: RemoteFile,
+    folder: Path,
+    sha256: str | None,
+    show_progress: Callable[[str], AbstractContextManager[Progress]],
+) -> Path:
+    """Return where a remote file is kept; fetch it where it is not, or not all of it.
+
+    Parameters
+    ----------
+    remote : RemoteFile
+        The file.
+    folder : Path
+        Of all that is kept.
+    sha256 : str, optional
+        Of the file, where its server states it.
+    show_progress : callable
+        Called with what is fetched; gives a context whose value is told bytes done and bytes in all.
+
+    Raises
+    ------
+    FormatError
+        The server does not give it, or what came is not what it states.
+    OutputError
+        It cannot be written.
+    """
+    key = hashlib.blake2b(repr((str(remote.address), *remote.identity)).encode(), digest_size=16)
+    known = folder / "known" / f"{key.hexdigest()}.json"
+    is_pinned = sha256 is not None or any(remote.identity[1:])
+    if is_pinned and (found := _find(folder, known, sha256, remote.identity.n_bytes)) is not None:
+        return found
+    begun = folder / "begun" / key.hexdigest()
+    try:
+        for inside in ("sha256", "known", "begun"):
+            (folder / inside).mkdir(parents=True, exist_ok=True)
+        with begun.open("a+b") as file, show_progress(str(remote.address)) as progress:
+            fcntl.flock(file, fcntl.LOCK_EX)  # two commands may want the same model
+            if not is_pinned:  # what is there may be of another file
+                file.truncate(0)
+            digest = _fetch(remote, file.fileno(), progress)
+        if sha256 is not None and digest != sha256:
+            begun.unlink()
+            raise FormatError(
+                "arrived damaged; give the same command again", path=str(remote.address)
+            )
+        begun.rename(folder / "sha256" / digest)
+        _write(known, {"address": str(remote.address), "sha256": digest})
+    except OSError as error:
+        raise OutputError(
+            f"cannot keep {remote.address} ({error.strerror}); free some of this disk, or leave out "
+            "--keep-remote",
+            path=folder,
+        ) from None
+    return folder / "sha256" / digest
+
+
+def _find(folder: Path, known: Path, sha256: str | None, n_bytes: int) -> Path | None:
+    """Look for a file by its hash, else by the address that it had."""
+    try:
+        found = folder / "sha256" / (sha256 or str(json.loads(known.read_bytes())["sha256"]))
+        return found.absolute() if found.stat().st_size == n_bytes else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _fetch(remote: RemoteFile, fd: int, progress: Progress) -> str:
+    """Append to a file what it lacks of the remote one, and return the SHA-256 of the whole."""
+    n_bytes, digest, at = remote.identity.n_bytes, hashlib.sha256(), 0
+    if os.fstat(fd).st_size > n_bytes:
+        os.ftruncate(fd, 0)
+    while earlier := os.pread(fd, PIECE, at):
+        digest.update(earlier)
+        at += len(earlier)
+    buffer = memoryview(bytearray(min(PIECE, n_bytes)))
+    while at < n_bytes:
+        piece = buffer[: n_bytes - at]
+        remote.fill([piece], at, (at, n_bytes))
+        digest.update(piece)
+        _append(fd, piece)
+        at += len(piece)
+        progress(at, n_bytes)
+    os.fsync(fd)
+    return digest.hexdigest()
+
+
+def _append(fd: int, piece: memoryview) -> None:
+    while piece:
+        piece = piece[os.write(fd, piece) :]
+
+
+def _write(path: Path, document: dict[str, str]) -> None:
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps(document), encoding="utf-8")
+    new.rename(path)

@@ -1,0 +1,1 @@
+"""Files on other machines: addresses, connections, ranges of bytes, and what stands for them here."""

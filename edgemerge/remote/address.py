@@ -1,0 +1,103 @@
+"""Addresses of files: what is asked for, as whom, and what of it may be shown."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from dataclasses import dataclass, replace
+from urllib.parse import quote, unquote, urljoin, urlsplit
+
+from edgemerge.errors import RecipeError
+
+__all__ = ["Address", "read_address"]
+
+SCHEMES = ("http", "https")
+PORTS = {"http": 80, "https": 443}
+_SAFE = "/%:@!$&'()*+,;=~-._"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A file at http:// or https://. Its text has neither login nor query, which may be secret."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str  # quoted, begins with a slash
+    query: str = ""
+    authorization: str | None = None  # the header's value
+
+    def __str__(self) -> str:
+        return f"{self.origin}{self.path}"
+
+    def __repr__(self) -> str:
+        return f"Address({self})"
+
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port: who may know the login."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == PORTS[self.scheme] else f":{self.port}"
+        return f"{self.scheme}://{host}{port}"
+
+    @property
+    def target(self) -> str:
+        """What the request asks the server for."""
+        return self.path + (f"?{self.query}" if self.query else "")
+
+    @property
+    def name(self) -> str:
+        """The last part of the path, as a file would be called; empty where there is none."""
+        return unquote(self.path.rstrip("/").rpartition("/")[2])
+
+    def beside(self, name: str) -> Address:
+        """Return the address of a file in the same folder; the query goes along, as a token may be in it."""
+        return replace(self, path=f"{self.path.rpartition('/')[0]}/{quote(name)}")
+
+    def inside(self, name: str) -> Address:
+        """Return the address of a file in this folder."""
+        return replace(self, path=f"{self.path.rstrip('/')}/{quote(name)}")
+
+    def follow(self, location: str) -> Address:
+        """Return where a redirect leads; another server is not told the login.
+
+        Raises
+        ------
+        RecipeError
+            It leads from https to http, or to something else.
+        """
+        there = read_address(urljoin(f"{self.origin}{self.target}", location))
+        if self.scheme == "https" and there.scheme != "https":
+            raise RecipeError(f"{self}: the server leads on to {there}, which is not encrypted")
+        if there.authorization is None and there.origin == self.origin:
+            there = replace(there, authorization=self.authorization)
+        return there
+
+
+def read_address(text: str) -> Address:
+    """Read an address, with a login where it has one: https://USER:PASSWORD@HOST/PATH.
+
+    Raises
+    ------
+    RecipeError
+        It is none, or has another scheme. The sentence does not repeat it, as it may hold a password.
+    """
+    try:
+        parts = urlsplit(text)
+        scheme, host, port = parts.scheme.lower(), parts.hostname, parts.port
+    except ValueError:
+        scheme, host, port = "", None, None
+    if scheme not in SCHEMES or not host:
+        what = f"begins with {scheme}://" if scheme else "cannot be read"
+        raise RecipeError(f"an address {what}; give one that begins with https://HOST/ or hf://")
+    authorization = None
+    if parts.username is not None:
+        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        authorization = f"Basic {b64encode(login.encode()).decode()}"
+    return Address(
+        scheme,
+        host,
+        port or PORTS[scheme],
+        quote(parts.path or "/", safe=_SAFE),
+        quote(parts.query, safe=_SAFE + "?"),
+        authorization,
+    )

@@ -1,0 +1,364 @@
+"""A file on a server, read by ranges from many threads, as `preadv` reads one on this machine.
+
+A tensor is read in order, block by block. So one request asks for all that is left of it, and blocks are
+taken from its answer as they are wanted. Meanwhile the system receives what comes next, at most what its
+socket buffer holds: that is the read-ahead, and takes nothing of the process. A block goes from the socket
+into the buffers that it is for.
+"""
+
+from __future__ import annotations
+
+import http.client
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from edgemerge.errors import FormatError, Stopped
+from edgemerge.remote.address import Address
+from edgemerge.remote.failures import (
+    PASSING,
+    Fault,
+    Refusal,
+    describe,
+    is_final,
+    refuse_status,
+)
+from edgemerge.remote.link import Link, Route
+from edgemerge.remote.spill import Spill
+
+__all__ = ["Identity", "RemoteFile", "fetch_small", "probe"]
+
+T = TypeVar("T")
+
+CHANGED = "was changed on the server while it was read; start again"
+
+# Seconds before each further try; what comes in between begins the list anew. The first is none, as a
+# server closes a connection that was idle for long.
+DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)
+FIRST_DELAYS = (0.0, 0.5, 1.0)  # of a server that was never reached
+STREAMED = 1 << 17  # bytes of a first read after which more of the same is expected
+PIECE = 1 << 18  # bytes that a broken connection may cost
+REACH = 4  # blocks before the wanted one that another thread may be about to read
+PATIENCE = 0.02  # seconds to wait for that
+MAX_LINKS = 8  # of one file
+LINK_BYTES = 192 << 10  # of memory for a connection: TLS, and Python's objects
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)", re.ASCII)
+
+
+class Identity(NamedTuple):
+    """What shows that a file is still the same."""
+
+    n_bytes: int
+    etag: str | None = None
+    date: str | None = None  # Last-Modified
+
+    def differs(self, response: http.client.HTTPResponse) -> bool:
+        """Tell whether an answer is of another file; what it does not state is taken for the same."""
+        etag, date = response.headers.get("ETag"), response.headers.get("Last-Modified")
+        if self.etag and etag:
+            return etag != self.etag
+        return bool(self.date and date and date != self.date)
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A connection, and how far the answer that comes over it was read."""
+
+    link: Link
+    at: int  # byte of the file that comes next
+    goal: int = 0  # byte where the present read ends
+    stop: int = 0  # where the answer ends
+    response: http.client.HTTPResponse | None = None
+    in_order: bool = False  # whether it was read on from where it was
+
+
+class RemoteFile:
+    """A file on a server, which does not change while it is read.
+
+    Parameters
+    ----------
+    address : Address
+        Of the file.
+    identity : Identity
+        From `probe`, or of a file that cannot change, its size alone.
+    spill : Spill, optional
+        Where what was read is kept to be read again.
+    """
+
+    work_bytes = LINK_BYTES  # of memory that a thread takes to read
+
+    def __init__(self, address: Address, identity: Identity, spill: Spill | None = None) -> None:
+        self.address, self.identity = address, identity
+        self.received = 0  # bytes
+        self._route = Route(address)
+        self._spill = spill
+        self._idle: list[_Stream] = []  # the last used last
+        self._busy: list[_Stream] = []
+        self._changed = threading.Condition()
+        self._stopped = threading.Event()
+
+    def fill(self, buffers: list[memoryview], offset: int, run: tuple[int, int]) -> None:
+        """Fill buffers one after the other from byte `offset` on.
+
+        Parameters
+        ----------
+        buffers : list of memoryview
+            Of bytes.
+        offset : int
+            Where to begin.
+        run : (int, int)
+            First byte, and last + 1, of a run of bytes that are probably read in order.
+
+        Raises
+        ------
+        FormatError
+            The bytes cannot be had; `path` is the address.
+        Stopped
+            `stop` was called.
+        """
+        n_bytes = sum(map(len, buffers))
+        if offset + n_bytes > self.identity.n_bytes:
+            raise self._fail("ends before what is read of it; it is damaged, get another")
+        if not n_bytes or (self._spill is not None and self._spill.read(buffers, offset)):
+            return
+        stream = self._take(offset, n_bytes)
+        try:
+            self._read(stream, buffers, run)
+        except BaseException:
+            stream.link.close()
+            stream.response = None
+            raise
+        finally:
+            with self._changed:
+                self._busy.remove(stream)
+                self._idle.append(stream)
+                self._changed.notify_all()
+        if self._spill is not None:
+            self._spill.write(buffers, offset)
+
+    def forget(self, offset: int, n_bytes: int) -> None:
+        """Give back what is kept of a range, and the connections whose answers are of it."""
+        with self._changed:
+            for stream in self._idle:
+                if offset <= stream.at < offset + n_bytes and stream.response is not None:
+                    stream.link.close()
+                    stream.response = None
+        if self._spill is not None:
+            self._spill.forget(offset, n_bytes)
+
+    def stop(self) -> None:
+        """Make reads raise `Stopped`, those that wait as well as later ones."""
+        self._stopped.set()
+        with self._changed:
+            for stream in self._busy:
+                stream.link.cut()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Close all connections, and give back what is kept."""
+        self.stop()
+        with self._changed:
+            for stream in self._idle:
+                stream.link.close()
+            self._idle.clear()
+        if self._spill is not None:
+            self._spill.close()
+
+    # -- streams -------------------------------------------------------------------------------------
+
+    def _take(self, offset: int, n_bytes: int) -> _Stream:
+        """Return a stream that goes on at a byte, or one that is free for it."""
+        near = range(offset - REACH * n_bytes, offset)
+        with self._changed:
+            is_patient = True
+            while True:
+                if self._stopped.is_set():
+                    raise Stopped
+                found = next((s for s in self._idle if s.at == offset), None)
+                if found is not None:
+                    break
+                if any(s.goal == offset for s in self._busy):  # another thread reads what is before
+                    self._changed.wait()
+                elif is_patient and any(
+                    s.response is not None and s.at in near for s in self._idle
+                ):
+                    is_patient = self._changed.wait(PATIENCE)  # or is about to
+                else:
+                    break
+            if found is not None:
+                self._idle.remove(found)
+                found.in_order = True
+            else:
+                found = self._free_stream(offset)
+            found.goal = offset + n_bytes
+            self._busy.append(found)
+            return found
+
+    def _free_stream(self, offset: int) -> _Stream:
+        """Take a connection over which no answer is coming, else a new one in the place of the oldest."""
+        done = [stream for stream in self._idle if stream.response is None]
+        if not done and len(self._idle) + len(self._busy) >= MAX_LINKS and self._idle:
+            done = [self._idle[0]]
+        if not done:
+            return _Stream(Link(self._route), offset)
+        stream = done[-1]
+        self._idle.remove(stream)
+        if stream.response is not None:
+            stream.link.close()
+        return _Stream(stream.link, offset)
+
+    def _read(self, stream: _Stream, buffers: list[memoryview], run: tuple[int, int]) -> None:
+        tries = 0
+        for whole in buffers:
+            view = whole
+            while view:
+                if self._stopped.is_set():
+                    raise Stopped
+                try:
+                    n_read = self._receive(stream, view[:PIECE], run)
+                    view, tries = view[n_read:], 0
+                except Refusal as error:
+                    raise self._fail(str(error)) from None
+                except (Fault, *PASSING) as error:
+                    stream.link.close()
+                    stream.response = None
+                    if self._stopped.is_set():
+                        raise Stopped from None
+                    self._stopped.wait(_next_delay(error, tries, DELAYS, self.address))
+                    tries += 1
+
+    def _receive(self, stream: _Stream, view: memoryview, run: tuple[int, int]) -> int:
+        if stream.response is None:
+            self._ask(stream, run)
+        assert stream.response is not None
+        n_read = stream.response.readinto(view[: stream.stop - stream.at])
+        if n_read == 0:
+            raise Fault("the connection was closed in the middle of an answer")
+        self.received += n_read
+        stream.at += n_read
+        if stream.at == stream.stop:
+            stream.response = None
+        return n_read
+
+    def _ask(self, stream: _Stream, run: tuple[int, int]) -> None:
+        """Ask for the rest of a run where it is read in order, else for what is wanted now alone."""
+        is_first = stream.at == run[0] and stream.goal - stream.at >= STREAMED
+        in_order = stream.in_order or is_first
+        last = run[1] if in_order and run[0] <= stream.at < run[1] else stream.goal
+        last = min(max(last, stream.goal), self.identity.n_bytes)
+        response = stream.link.ask(stream.at, last)
+        is_other = response.status in (200, 206) and self.identity.differs(response)
+        if is_other or response.status in (412, 416):
+            raise Refusal(CHANGED)
+        first, end, n_bytes = _read_range(response)
+        if n_bytes != self.identity.n_bytes:
+            raise Refusal(CHANGED)
+        if first != stream.at or end > last:
+            raise Refusal("comes from a server that sends other bytes than it was asked for")
+        stream.response, stream.stop = response, end
+
+    def _fail(self, message: str) -> FormatError:
+        return FormatError(message, path=str(self.address))
+
+
+def probe(address: Address) -> Identity:
+    """Ask how large a file is, and by what it is known again.
+
+    Raises
+    ------
+    FormatError
+        It cannot be read by ranges, or is empty.
+    """
+
+    def read(response: http.client.HTTPResponse) -> Identity:
+        if response.status == 416:
+            raise Refusal("is empty; get another")
+        n_bytes = _read_range(response)[2]
+        response.read(PIECE)
+        return Identity(
+            n_bytes, response.headers.get("ETag"), response.headers.get("Last-Modified")
+        )
+
+    return _ask_once(address, 1, read)
+
+
+def fetch_small(address: Address, path: Path, max_bytes: int) -> None:
+    """Fetch a file as a whole, if it is there.
+
+    Raises
+    ------
+    FormatError
+        It cannot be read, or has more than `max_bytes`.
+    """
+
+    def read(response: http.client.HTTPResponse) -> None:
+        if response.status in (403, 404, 410):  # 403: of a store whose files may not be listed
+            return
+        if response.status not in (200, 206, 416):  # 416: it is empty
+            raise refuse_status(response.status, response.headers.get("Retry-After"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            while response.status != 416 and (raw := response.read(PIECE)):
+                file.write(raw)
+                if file.tell() > max_bytes:
+                    what = f"is larger than {max_bytes / 1e6:g} MB, which no such file is"
+                    raise Refusal(f"{what}; get another")
+
+    _ask_once(address, max_bytes + 1, read)
+
+
+def _ask_once(address: Address, n_bytes: int, read: Callable[[http.client.HTTPResponse], T]) -> T:
+    """Ask for a file's first bytes, and read the answer; try again what may pass."""
+    link = Link(Route(address))
+    try:
+        for tries in count():
+            try:
+                return read(link.ask(0, n_bytes))
+            except Refusal as error:
+                raise FormatError(str(error), path=str(address)) from None
+            except (Fault, *PASSING) as error:
+                link.close()
+                time.sleep(_next_delay(error, tries, FIRST_DELAYS, address))
+        raise AssertionError
+    finally:
+        link.close()
+
+
+def _next_delay(error: Exception, tries: int, delays: Sequence[float], address: Address) -> float:
+    """Return how long to wait before another try; raise FormatError where there is none."""
+    if (final := is_final(error)) is not None:
+        raise FormatError(final, path=str(address)) from None
+    if tries == len(delays):
+        raise FormatError(
+            f"could not be read in {tries + 1} tries ({describe(error)}); see to the network and give "
+            "the same command again",
+            path=str(address),
+        ) from None
+    return max(delays[tries], error.wait if isinstance(error, Fault) else 0.0)
+
+
+def _read_range(response: http.client.HTTPResponse) -> tuple[int, int, int]:
+    """Return first byte, last + 1 and the size of the whole file that an answer states.
+
+    Raises
+    ------
+    Refusal, Fault
+        It holds no range.
+    """
+    if response.status == 200:
+        raise Refusal(
+            "comes from a server that does not send ranges of bytes; download it and give its path"
+        )
+    if response.status != 206:
+        raise refuse_status(response.status, response.headers.get("Retry-After"))
+    match = _RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
+    if match is None:
+        raise Refusal(
+            "comes from a server that does not say which bytes it sends; download it and give its path"
+        )
+    return int(match[1]), int(match[2]) + 1, int(match[3])

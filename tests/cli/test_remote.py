@@ -1,0 +1,120 @@
+"""Commands on models at addresses: what plan says, what is kept, what is never printed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from edgemerge.cli import make_app
+from edgemerge.remote import stand_ins
+from edgemerge.sizes import format_size
+from tests.support.file_server import FileServer, serve_folder
+from tests.support.small_models import wide_tensors, write_gguf
+
+TIES = ("-m", "ties", "-P", "density=0.5")
+SMALL = ("--memory", "72MiB", "--threads", "2")
+
+
+@pytest.fixture(name="server")
+def _server(tmp_path: Path) -> Iterator[FileServer]:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    base = wide_tensors(0)
+    for number, name in enumerate(("base", "a", "b")):
+        tensors = dict(base) if name == "base" else wide_tensors(number, base)
+        tensors["token_embd.weight"] = np.random.default_rng(number).random((9000, 256), np.float32)
+        write_gguf(folder / f"{name}.gguf", tensors)
+    with serve_folder(folder) as server:
+        yield server
+        stand_ins.remove_all()
+
+
+def run(*arguments: str | Path, code: int = 0) -> str:
+    result = CliRunner().invoke(make_app(), list(map(str, arguments)))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def ties(server: FileServer, *more: str | Path) -> list[str | Path]:
+    """Arguments of a merge that in a small budget reads large tensors more than once."""
+    there = [f"{server.url}/{name}.gguf?token=s3cret" for name in ("a", "b")]
+    return [*there, *TIES, "--base", f"{server.url}/base.gguf", *SMALL, *more]
+
+
+def test_plan_says_what_comes_over_the_network_and_which_part_twice(
+    server: FileServer, tmp_path: Path
+) -> None:
+    document = json.loads(run("plan", *ties(server, "--json")))
+    assert document["models"] == [f"{server.url}/{name}.gguf" for name in ("base", "a", "b")]
+    assert document["network_bytes"] == document["read_bytes"]
+    assert document["passes"] > 1
+    text = run("plan", *ties(server))
+    assert f"network: at most {format_size(document['read_bytes'])} of 3 models" in text
+    spilled = json.loads(run("plan", *ties(server, "--json", "--spill", tmp_path)))
+    once, kept = spilled["network_bytes"], spilled["spill_bytes"]
+    assert 0 < kept < once < document["network_bytes"]
+    assert f"with --spill DIR it is {format_size(once)}, and DIR needs at most" in text
+    assert f"{format_size(kept)} of it in {tmp_path} meanwhile" in run(
+        "plan", *ties(server, "--spill", tmp_path)
+    )
+    assert "s3cret" not in text
+    assert "network" not in run("plan", server.folder / "a.gguf", "-m", "linear")
+
+
+def test_what_is_spilled_is_not_fetched_again(server: FileServer, tmp_path: Path) -> None:
+    def merged(*more: str | Path) -> tuple[str, int]:
+        stand_ins.remove_all()
+        server.sent = 0
+        out = tmp_path / "out.gguf"
+        report = run("merge", *ties(server, "-o", out, "--force", "--json", *more))
+        return json.loads(report)["sha256"], server.sent
+
+    size = sum(path.stat().st_size for path in server.folder.iterdir())
+    first, sent = merged()
+    again, sent_with_spill = merged("--spill", tmp_path)
+    assert first == again
+    assert sent > 2 * size
+    assert sent_with_spill < 1.5 * size
+    run("merge", *ties(server, "-o", tmp_path / "x.gguf", "--spill", tmp_path / "none"), code=2)
+
+
+def test_what_is_kept_is_fetched_once_and_known_again(server: FileServer, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    arguments = [f"{server.url}/a.gguf?token=s3cret", "--type", "Q8_0", "--json"]
+    plain = json.loads(run("convert", *arguments, "-o", tmp_path / "one.gguf"))
+    stand_ins.remove_all()
+    arguments += ["--keep-remote", str(kept)]
+    first = json.loads(run("convert", *arguments, "-o", tmp_path / "two.gguf"))
+    assert first["sha256"] == plain["sha256"]
+    raw = (server.folder / "a.gguf").read_bytes()
+    (found,) = (kept / "sha256").iterdir()
+    assert found.name == hashlib.sha256(raw).hexdigest()
+    assert found.read_bytes() == raw
+    assert b"s3cret" not in b"".join(p.read_bytes() for p in kept.rglob("*.json"))
+    server.requests.clear()
+    run("convert", *arguments, "-o", tmp_path / "three.gguf")
+    assert server.asked("a.gguf") == ["bytes=0-0"]
+    (begun,) = [p.stem for p in (kept / "known").iterdir()]
+    found.rename(kept / "begun" / begun)
+    with (kept / "begun" / begun).open("r+b") as file:
+        file.truncate(1000)
+    server.requests.clear()
+    run("convert", *arguments, "-o", tmp_path / "four.gguf")
+    assert server.asked("a.gguf") == ["bytes=0-0", f"bytes=1000-{len(raw) - 1}"]
+    assert found.read_bytes() == raw
+
+
+def test_inspect_shows_an_address_without_its_secrets(server: FileServer) -> None:
+    address = server.url.replace("//", "//user:passw0rd@") + "/a.gguf?token=s3cret"
+    text = run("inspect", address, "--against", address)
+    assert f"({server.url}/a.gguf)" in text
+    for word in ("passw0rd", "s3cret", "/tmp/edgemerge-"):
+        assert word not in text
+    refused = run("run", address, "-p", "x", code=1)
+    assert "passw0rd" not in refused

@@ -1,0 +1,155 @@
+"""Ranges of a file on a server: which are asked for, what is kept, and how reading stops."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgemerge.errors import FormatError, OutputError, Stopped
+from edgemerge.remote import file as remote_file
+from edgemerge.remote.address import read_address
+from edgemerge.remote.file import RemoteFile, probe
+from edgemerge.remote.spill import Spill
+from tests.support.file_server import FileServer, serve_folder
+
+SIZE, BLOCK = 4 << 20, 1 << 18
+RUN = (0, SIZE)
+
+
+@pytest.fixture(name="raw")
+def _raw(tmp_path: Path) -> bytes:
+    raw = np.random.default_rng(0).bytes(SIZE)
+    (tmp_path / "data.gguf").write_bytes(raw)
+    return raw
+
+
+@pytest.fixture(name="server")
+def _server(tmp_path: Path, raw: bytes) -> Iterator[FileServer]:
+    with serve_folder(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture(name="file")
+def _file(server: FileServer) -> Iterator[RemoteFile]:
+    file = opened(server)
+    yield file
+    file.close()
+
+
+def opened(server: FileServer, spill: Spill | None = None) -> RemoteFile:
+    address = read_address(f"{server.url}/data.gguf")
+    return RemoteFile(address, probe(address), spill)
+
+
+def read(file: RemoteFile, start: int, n_bytes: int, run: tuple[int, int] = RUN) -> bytes:
+    raw = bytearray(n_bytes)
+    half = n_bytes // 2
+    view = memoryview(raw)
+    file.fill([view[:half], view[half:]], start, run)
+    return bytes(raw)
+
+
+def ranges(server: FileServer) -> list[tuple[int, int]]:
+    """Return what was asked for after the probe, half-open."""
+    texts = [str(text).removeprefix("bytes=").split("-") for text in server.asked("data.gguf")[1:]]
+    return [(int(first), int(last) + 1) for first, last in texts]
+
+
+def test_a_run_that_is_read_in_order_is_one_request(
+    server: FileServer, file: RemoteFile, raw: bytes
+) -> None:
+    blocks = [read(file, at, BLOCK) for at in range(0, SIZE, BLOCK)]
+    assert b"".join(blocks) == raw
+    assert ranges(server) == [RUN]
+
+
+def test_threads_that_take_blocks_in_turn_read_one_answer(
+    server: FileServer, file: RemoteFile, raw: bytes
+) -> None:
+    found: dict[int, bytes] = {}
+
+    def work(at: int) -> None:
+        found[at] = read(file, at, BLOCK)
+
+    server.pause.clear()
+    threads = [threading.Thread(target=work, args=(i * BLOCK,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+        while len(server.requests) < 2:  # the probe's, and that of the first block
+            time.sleep(0.01)
+    server.pause.set()
+    for thread in threads:
+        thread.join()
+    assert b"".join(found[at] for at in sorted(found)) == raw[: 3 * BLOCK]
+    assert ranges(server)[0] == RUN
+
+
+def test_single_rows_are_asked_for_alone(server: FileServer, file: RemoteFile, raw: bytes) -> None:
+    for at in (0, SIZE // 2, SIZE // 3):
+        assert read(file, at, 512) == raw[at : at + 512]
+    assert ranges(server) == [(at, at + 512) for at in (0, SIZE // 2, SIZE // 3)]
+    assert len({*server.clients}) == 2  # the probe's connection, and one for all rows
+
+
+def test_a_lost_connection_goes_on_where_it_was(
+    server: FileServer, file: RemoteFile, raw: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_file, "DELAYS", (0.0, 0.01))
+    server.drop_each = 2
+    assert read(file, 0, SIZE) == raw
+    first, second, *_ = ranges(server)
+    assert first == RUN
+    assert second[0] > 0
+
+
+def test_what_was_read_is_kept_until_it_is_forgotten(
+    server: FileServer, raw: bytes, tmp_path: Path
+) -> None:
+    file = opened(server, Spill(tmp_path))
+    for _ in range(3):
+        assert b"".join(read(file, at, BLOCK) for at in range(0, SIZE, BLOCK)) == raw
+    assert read(file, 1000, SIZE // 2) == raw[1000 : 1000 + SIZE // 2]
+    assert ranges(server) == [RUN]
+    file.forget(BLOCK, BLOCK)
+    assert read(file, 0, BLOCK) == raw[:BLOCK]
+    assert ranges(server) == [RUN]
+    assert read(file, BLOCK, BLOCK) == raw[BLOCK : 2 * BLOCK]
+    assert ranges(server) == [RUN, (BLOCK, 2 * BLOCK)]
+    assert [path.name for path in tmp_path.iterdir()] == ["data.gguf"]
+    file.close()
+    with pytest.raises(OutputError, match="leave out --spill"):
+        Spill(tmp_path / "none")
+
+
+def test_stop_ends_a_read_that_waits(server: FileServer, file: RemoteFile) -> None:
+    server.pause.clear()
+    caught: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            read(file, 0, SIZE)
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while len(server.requests) < 2:
+        time.sleep(0.01)
+    started = time.monotonic()
+    file.stop()
+    thread.join()
+    server.pause.set()
+    assert isinstance(caught[0], Stopped)
+    assert time.monotonic() - started < 10  # of the 30 s without an answer
+    with pytest.raises(Stopped):
+        read(file, 0, 10)
+
+
+def test_a_file_is_not_read_past_its_end(file: RemoteFile) -> None:
+    with pytest.raises(FormatError, match="ends before what is read of it"):
+        read(file, SIZE - 10, 20)

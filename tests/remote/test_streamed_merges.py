@@ -1,0 +1,257 @@
+"""Merges of models on another machine: the bytes of the same merge from this one's disk."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from edgemerge import merge, open_model
+from edgemerge.errors import EdgemergeError, FormatError
+from edgemerge.finding.finder import Finder
+from edgemerge.recipe.recipe import load_recipe, make_recipe
+from edgemerge.remote import file as remote_file
+from edgemerge.remote import stand_ins
+from tests.support.crashing import write_models
+from tests.support.file_server import FileServer, serve_folder
+
+STREAMS = Finder(streams=True)
+
+
+@pytest.fixture(name="models")
+def _models(tmp_path: Path) -> dict[str, str]:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    return write_models(folder)
+
+
+@pytest.fixture(name="server")
+def _server(
+    tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FileServer]:
+    """A server of the models, whose clients do not wait long; nothing of them is left."""
+    monkeypatch.setattr(remote_file, "DELAYS", (0.0, 0.01, 0.01))
+    monkeypatch.setattr(remote_file, "FIRST_DELAYS", (0.0, 0.01))
+    with serve_folder(tmp_path / "models") as server:
+        yield server
+        stand_ins.remove_all()
+
+
+def merged(models: list[str], output: Path, method: str = "linear", **settings: object) -> str:
+    base = settings.pop("base", None)
+    recipe = make_recipe(
+        method,
+        [(model, None) for model in models],
+        base=None if base is None else str(base),
+        out_type="Q8_0",
+        finder=STREAMS,
+        parameters=settings,
+    )
+    return merge(recipe, output, threads=2).sha256
+
+
+def at(server: FileServer, path: str) -> str:
+    return f"{server.url}/{Path(path).name}"
+
+
+def test_a_merge_of_files_on_a_server_has_the_bytes_of_one_from_disk(
+    server: FileServer, models: dict[str, str], tmp_path: Path
+) -> None:
+    here = [models["a"], models["b"]]
+    wanted = merged(here, tmp_path / "here.gguf")
+    assert merged([at(server, one) for one in here], tmp_path / "there.gguf") == wanted
+
+
+def test_a_directory_on_a_server_is_read_as_one_on_this_machine(
+    models_dir: Path, server: FileServer, tmp_path: Path
+) -> None:
+    server.folder = models_dir
+    names = ["expert-a", "expert-b"]
+    base = models_dir / "base"
+    wanted = merged([str(models_dir / n) for n in names], tmp_path / "here.gguf", "ties", base=base)
+    there = [f"{server.url}/{name}" for name in names]
+    found = merged(there, tmp_path / "there.gguf", "ties", base=f"{server.url}/base/")
+    assert found == wanted
+    assert not server.asked("pytorch_model.bin")
+
+
+def test_a_split_file_is_read_from_all_its_parts(
+    server: FileServer, models: dict[str, str], tmp_path: Path
+) -> None:
+    whole = make_recipe("passthrough", [(models["a"], None)], out_type="keep")
+    merge(whole, server.folder / "part.gguf", split_bytes=60_000)
+    first = next(server.folder.glob("part-00001-of-*.gguf"))
+    wanted = merged([str(first)], tmp_path / "here.gguf", "passthrough")
+    assert merged([at(server, str(first))], tmp_path / "there.gguf", "passthrough") == wanted
+    last = max(server.folder.glob("part-*.gguf"))
+    last.unlink()
+    with pytest.raises(FormatError, match=f"{last.name}: is not there"):
+        merged([at(server, str(first))], tmp_path / "none.gguf", "passthrough")
+
+
+def test_a_recipe_names_models_by_their_addresses_and_none_has_a_secret(
+    server: FileServer, models: dict[str, str], tmp_path: Path
+) -> None:
+    secret = "Basic dXNlcjpwQHNz"
+    server.login = secret
+    address = server.url.replace("//", "//user:p%40ss@") + "/{}.gguf?token=s3cret"
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        "merge_method: linear\nmodels:\n"
+        + "".join(
+            f"  - model: {address.format(one)}\n    parameters: {{weight: 1}}\n" for one in "ab"
+        )
+        + "dtype: float16\n"
+    )
+    report = merge(load_recipe(recipe, finder=STREAMS), tmp_path / "out.gguf")
+    made = (tmp_path / "out.gguf").read_bytes()
+    assert all(login == secret for *_, login in server.requests)
+    for word in (b"s3cret", b"p%40ss", b"p@ss", b"dXNlcjpwQHNz", b"127.0.0.1"):
+        assert word not in made
+        assert word.decode() not in repr(report)
+    server.login = "Basic other"
+    with pytest.raises(EdgemergeError) as error:
+        load_recipe(recipe, finder=STREAMS)
+    assert str(error.value) == (
+        f"{server.url}/a.gguf: wants a login (401); give it as https://USER:PASSWORD@HOST/, for the hub in "
+        "HF_TOKEN"
+    )
+
+
+def test_lost_connections_and_a_restart_change_no_byte(
+    server: FileServer, models: dict[str, str], tmp_path: Path
+) -> None:
+    here = [models["a"], models["b"]]
+    wanted = merged(here, tmp_path / "here.gguf")
+    server.drop_each = 3
+    server.refuse = lambda path, number: 503 if number % 7 == 0 else None
+    assert merged([at(server, one) for one in here], tmp_path / "there.gguf") == wanted
+    server.refuse = lambda path, number: 503 if number > 20 else None
+    server.requests.clear()
+    with pytest.raises(
+        FormatError, match=r"could not be read in 4 tries \(the server answers 503\)"
+    ):
+        merged([at(server, one) for one in here], tmp_path / "none.gguf")
+    assert not (tmp_path / "none.gguf").exists()
+
+
+def test_a_file_that_changes_is_not_merged(
+    server: FileServer, models: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = make_recipe("linear", [(at(server, models["a"]), None)], finder=STREAMS)
+    with Path(models["a"]).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    with pytest.raises(FormatError, match=r"a\.gguf: was changed on the server while it was read"):
+        merge(recipe, tmp_path / "out.gguf")
+
+
+def test_what_cannot_be_read_is_one_sentence(server: FileServer, models: dict[str, str]) -> None:
+    def refusal(text: str) -> str:
+        with pytest.raises(EdgemergeError) as error:
+            open_model(STREAMS.find_model(text))
+        return str(error.value)
+
+    assert refusal(f"{server.url}/none.gguf?x=y") == (
+        f"{server.url}/none.gguf: is not there (404); check the address"
+    )
+    assert refusal(f"{server.url}/none").endswith(
+        "/none: is no model folder: it has no config.json; give the address of a GGUF file or of a Hugging "
+        "Face directory"
+    )
+    assert "give the address of its folder" in refusal(f"{server.url}/model.safetensors")
+    assert refusal("ftp9://host/a.gguf").startswith("an address begins with ftp9://")
+    server.ranges = False
+    assert "does not send ranges of bytes" in refusal(f"{server.url}/a.gguf")
+    (server.folder / "empty.gguf").touch()
+    server.ranges = True
+    assert refusal(f"{server.url}/empty.gguf").endswith("empty.gguf: is empty; get another")
+    (server.folder / "text.gguf").write_text("<html>")
+    assert "is a web page, not a model" in refusal(f"{server.url}/text.gguf")
+    server.redirects["/loop.gguf"] = "/loop.gguf"
+    assert "from one address to the next" in refusal(f"{server.url}/loop.gguf")
+    unused = refusal("http://127.0.0.1:9/a.gguf")
+    assert unused.startswith("http://127.0.0.1:9/a.gguf: could not be read in 3 tries (Connection")
+    with pytest.raises(EdgemergeError, match="merge, plan, convert and inspect alone"):
+        Finder().find_model(f"{server.url}/a.gguf")
+
+
+def test_a_link_that_ran_out_is_asked_for_anew(
+    server: FileServer, models: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copy(models["a"], server.folder / "signed.gguf")
+    server.redirects["/once.gguf"] = "/signed.gguf?signature=1"
+    wanted = merged([models["a"]], tmp_path / "here.gguf")
+    refused = []
+
+    def refuse(path: str, number: int) -> int | None:
+        if path == "/signed.gguf" and number in (4, 9):
+            refused.append(number)
+            return 403
+        return None
+
+    server.refuse = refuse
+    shutil.move(models["a"], server.folder / "other")
+    server.redirects["/a.gguf"] = "/signed.gguf?signature=1"
+    assert merged([f"{server.url}/a.gguf"], tmp_path / "there.gguf") == wanted
+    assert refused
+
+
+def test_a_server_is_trusted_by_the_certificate_that_is_named(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_file, "FIRST_DELAYS", ())
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    wanted = merged([models["a"]], tmp_path / "here.gguf")
+    bundle, context = make_certificate(tmp_path)
+    with serve_folder(tmp_path / "models", context=context) as server:
+        try:
+            with pytest.raises(FormatError, match=r"has a certificate that is not trusted \(self-"):
+                STREAMS.find_model(f"{server.url}/a.gguf")
+            monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(bundle))
+            assert merged([f"{server.url}/a.gguf"], tmp_path / "there.gguf") == wanted
+            server.redirects["/b.gguf"] = "http://127.0.0.1/a.gguf"
+            with pytest.raises(FormatError, match="is not encrypted"):
+                STREAMS.find_model(f"{server.url}/b.gguf")
+        finally:
+            stand_ins.remove_all()
+
+
+def make_certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
+    """Return the file of a certificate for localhost, and a server's context with it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    public, private = folder / "certificate.pem", folder / "key.pem"
+    public.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(public, private)
+    return public, context
