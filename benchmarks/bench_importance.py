@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from bench_quality import MODELS, SETS
+from bench_quality import MODELS
 from measure import finish, table
+from quality_scores import MEDICAL, SETS
 
 from edgemerge import load_recipe, make_recipe, merge
 from edgemerge.output.importance_file import write_importances
@@ -29,7 +30,6 @@ from edgemerge.runtime.llama import Model
 from edgemerge.types import ignore_parts
 
 CHUNK = 256  # tokens, the context of the models of tests/models
-DOMAINS = SETS[:2]
 SUM = 2.0  # lambda at which a mean of two changes is their sum
 LAMBDAS = (1.0, 0.7 * SUM)
 
@@ -109,8 +109,8 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         cells += [
             f"{100 * row[name]['acc']:.1f} ± {196 * row[name]['stderr']:.1f}" for name in SETS
         ]
-        cells.append(f"{50 * sum(row[name]['acc'] for name in DOMAINS):.1f}")
-        cells.append(f"{sum(row[name]['loss'] for name in DOMAINS) / 2:.3f}")
+        cells.append(f"{50 * sum(row[name]['acc'] for name in MEDICAL):.1f}")
+        cells.append(f"{sum(row[name]['loss'] for name in MEDICAL) / 2:.3f}")
         lines.append(cells)
     return table(header, lines)
 
@@ -127,7 +127,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     paths = options.expert or [MODELS / "expert-a", MODELS / "expert-b"]
-    experts = dict(zip(DOMAINS, paths, strict=True))
+    experts = dict(zip(MEDICAL, paths, strict=True))
     rows = measure(options.base, experts, options.limit)
     finish("importance", render(rows), rows)
 

@@ -10,16 +10,15 @@ from typing import Protocol
 from edgemerge.errors import OutputError
 from edgemerge.formats.gguf.split import MAX_PARTS, part_paths
 from edgemerge.formats.gguf.writer import make_layouts
-from edgemerge.formats.hub.layouts import Rows
 from edgemerge.formats.layout import FileLayout
 from edgemerge.merging.record import provenance
 from edgemerge.output.checksums import TensorResult
-from edgemerge.output.file import OutputFile, check_name, check_output
+from edgemerge.output.file import check_name, check_output
 from edgemerge.output.journal import Fingerprint, journal_path
 from edgemerge.output.parts import OutputParts, find_named, is_begun
-from edgemerge.output.places import Places, TensorPlace
+from edgemerge.output.places import Places, place_in_order
 from edgemerge.output.report import FileReport
-from edgemerge.types import Plan, Recipe, Source, TensorSpec
+from edgemerge.types import Plan, Recipe, Source
 
 __all__ = ["Destination", "check_destination", "find_destination"]
 
@@ -176,7 +175,7 @@ class _GgufDestination:
     def places(self, parts: OutputParts) -> Places:
         specs = {job.out.name: job.out for job in self._plan.jobs}
         return {
-            name: _place(file, offset, specs[name])
+            name: place_in_order(file, offset, specs[name])
             for file, layout in zip(parts.files, self.lay_out([]), strict=True)
             for name, offset in layout.offsets.items()
         }
@@ -186,8 +185,3 @@ class _GgufDestination:
 
     def final(self, file: FileReport) -> FileReport:
         return file
-
-
-def _place(file: OutputFile, offset: int, spec: TensorSpec) -> TensorPlace:
-    rows = Rows(((file.path, offset),), spec.nbytes)
-    return TensorPlace(file, spec, rows, (offset, offset + spec.nbytes))

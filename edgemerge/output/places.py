@@ -11,11 +11,11 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from edgemerge.errors import OutputError
-from edgemerge.formats.hub.layouts import Start, Written
+from edgemerge.formats.hub.layouts import Rows, Start, Written
 from edgemerge.output.file import OutputFile
 from edgemerge.types import TensorSpec, UInt8
 
-__all__ = ["Places", "TensorPlace"]
+__all__ = ["Places", "TensorPlace", "place_in_order"]
 
 PIECE = 1 << 20  # bytes that are read back at a time; one row at least
 
@@ -79,3 +79,9 @@ class TensorPlace:
 
 
 Places: TypeAlias = Mapping[str, TensorPlace]  # by GGUF name
+
+
+def place_in_order(file: OutputFile, offset: int, spec: TensorSpec) -> TensorPlace:
+    """Place a tensor whose rows stand in GGUF's order, from an offset on."""
+    rows = Rows(((file.path, offset),), spec.nbytes)
+    return TensorPlace(file, spec, rows, (offset, offset + spec.nbytes))

@@ -27,7 +27,7 @@ from edgemerge.merging.stream import Permutations
 from edgemerge.merging.workers import WorkerPool
 from edgemerge.methods.table import METHODS
 from edgemerge.output.file import OutputFile
-from edgemerge.output.places import TensorPlace
+from edgemerge.output.places import place_in_order
 from edgemerge.planning.importance import list_matrices
 from edgemerge.planning.plan import make_plan
 from edgemerge.token_rows import RowMap
@@ -161,7 +161,7 @@ class ModelFile:
         self._permutations = pool.permutations
         pool.run(
             {
-                job.name: TensorPlace(self._file, layout.offsets[job.name], job.out)
+                job.name: place_in_order(self._file, layout.offsets[job.name], job.out)
                 for job in part.jobs
             },
             lambda _number, _result: None,

@@ -62,13 +62,13 @@ def test_tsv_of_directions_that_are_orthogonal_is_their_sum() -> None:
     x, y = np.zeros((2, 16, 16), np.float32)
     x[:8, :8] = np.random.default_rng(0).standard_normal((8, 8)) + 8 * np.eye(8)
     y[8:, 8:] = np.random.default_rng(1).standard_normal((8, 8)) + 8 * np.eye(8)
-    models = [(x, {}), (y, {})]
+    models: list[tuple[NDArray[Any], dict[str, Any]]] = [(x, {}), (y, {})]
     merged = merge_in_memory("tsv", np.zeros_like(x), models, {"rank": 8.0}, tensor=NAME)
     assert merged == pytest.approx(x + y, abs=1e-3)
 
 
 def test_tsv_counts_one_direction_once() -> None:
     x = np.outer(np.arange(1, 8), np.arange(2, 11)).astype(np.float32)
-    models = [(x, {}), (x, {})]
+    models: list[tuple[NDArray[Any], dict[str, Any]]] = [(x, {}), (x, {})]
     merged = merge_in_memory("tsv", np.zeros_like(x), models, {"rank": 3.0}, tensor=NAME)
     assert merged == pytest.approx(x, rel=1e-4)

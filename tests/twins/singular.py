@@ -81,7 +81,10 @@ def tsv(
 ) -> Float64:
     """Gargiulo et al. 2025 (arXiv 2412.00081): first directions, made orthogonal; the rest is added."""
     changes = [x.reshape(-1, base.shape[-1]) for x in whole(base, models)]
-    left, right, sizes, merged = [], [], [], np.zeros_like(changes[0])
+    left: list[Float64] = []
+    right: list[Float64] = []
+    sizes: list[float] = []
+    merged = np.zeros_like(changes[0])
     for weight, change in zip(weights, changes, strict=True):
         u, values, v = first_directions(change, rank)
         merged += weight * (change - (u.T * values) @ v)
