@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from edgemerge.experts import Mixture
 
@@ -20,10 +20,27 @@ if TYPE_CHECKING:
 
     from edgemerge.token_rows import RowMap, TokenRule
 
-__all__ = ["BeginPart", "FileState", "Float32", "Float64", "Gradient", "HeadAxis", "HeadBlocks"]
-__all__ += ["HeadPlan", "InputTensor", "LayerHeads", "ModelInput", "Plan", "Progress", "Recipe"]
-__all__ += ["Rule", "Setting", "Skipped", "Slice", "Source", "Steps", "TensorJob", "TensorSpec"]
-__all__ += ["UInt8", "ignore_parts"]
+__all__ = [
+    "BeginPart",
+    "FileState",
+    "Float32",
+    "Float64",
+    "Gradient",
+    "InputTensor",
+    "ModelInput",
+    "Plan",
+    "Progress",
+    "Recipe",
+    "Rule",
+    "Setting",
+    "Slice",
+    "Source",
+    "Steps",
+    "TensorJob",
+    "TensorSpec",
+    "UInt8",
+    "ignore_parts",
+]
 
 
 if TYPE_CHECKING:
@@ -328,78 +345,3 @@ class Plan:
     def n_elements(self) -> int:
         """Elements of the output."""
         return sum(job.out.n_elements for job in self.jobs)
-
-
-@dataclass(frozen=True, slots=True)
-class HeadBlocks:
-    """Consecutive equal blocks along one axis of a tensor, one per query head or per KV group."""
-
-    owner: Literal["head", "group"]
-    count: int
-    length: int  # rows or columns of one block
-
-
-@dataclass(frozen=True, slots=True)
-class HeadAxis:
-    """How the heads cut a tensor; of a vector, which is one row, they cut the columns."""
-
-    axis: Literal["rows", "columns"]
-    parts: tuple[HeadBlocks, ...]  # one after the other; more than one in a fused q, k, v
-
-
-@dataclass(frozen=True, slots=True)
-class LayerHeads:
-    """The attention heads of one layer, and every tensor that is permuted with them."""
-
-    layer: int
-    n_heads: int
-    n_kv_heads: int
-    key_length: int  # rows of one head of q and k
-    value_length: int  # rows of one head of v, columns of one head of o
-    axes: Mapping[str, HeadAxis]  # by GGUF name
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A layer whose heads are left where they are, and why."""
-
-    layer: int
-    reason: str
-
-
-# For each new head or group: what it is made of, as (the other model's head or group, weight).
-Mix: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class HeadPlan:
-    """How the heads of one layer of a model are permuted into another model's order.
-
-    Costs are squared distances of heads relative to their norms: 0 equal, 1 unrelated.
-    """
-
-    geometry: LayerHeads  # of the model that is permuted
-    reference_layer: int
-    kv_groups: tuple[int, ...]  # new group g is the model's group kv_groups[g]
-    heads: tuple[int, ...]  # new head h is the model's head heads[h]
-    identity_cost: float  # of leaving all heads where they are
-    cost: float  # of the best matching, whether used or not
-    gap: float  # cost minus a lower bound of any matching's
-    confidence: float  # least over groups: fraction of a group's transported mass in one target
-    iterations: int
-    converged: bool
-    exact: bool  # whether the exact solver had to be asked
-    guarded: bool  # whether the best matching gained too little, and identity is used
-    soft_groups: Mix
-    soft_heads: Mix
-    distances: Float32 = field(repr=False, compare=False)  # (n_heads, n_heads), with their k, v
-
-    @property
-    def layer(self) -> int:
-        """Layer of the model that is permuted."""
-        return self.geometry.layer
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether every head stays where it is."""
-        return self.heads == tuple(range(len(self.heads)))

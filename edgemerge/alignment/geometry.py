@@ -16,19 +16,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemerge.alignment.records import HeadAxis, HeadBlocks, HeadPlan, LayerHeads, Mix, Skipped
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.gguf.metadata import Array, get_value
-from edgemerge.types import (
-    Float32,
-    HeadAxis,
-    HeadBlocks,
-    HeadPlan,
-    LayerHeads,
-    Mix,
-    Skipped,
-    Source,
-    TensorSpec,
-)
+from edgemerge.types import Float32, Source, TensorSpec
 
 __all__ = [
     "column_mix",

@@ -29,6 +29,7 @@ from edgemerge.alignment.geometry import (
     row_order,
     row_runs,
 )
+from edgemerge.alignment.records import HeadPlan, LayerHeads, Skipped
 from edgemerge.alignment.sketch import Sketcher, sketch_bytes, sketched_names
 from edgemerge.alignment.transport import match_heads
 from edgemerge.budget import Arena
@@ -36,7 +37,7 @@ from edgemerge.errors import BudgetError, Stopped
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.native import KernelFile
 from edgemerge.sizes import format_size
-from edgemerge.types import Float32, HeadPlan, LayerHeads, Skipped, Source
+from edgemerge.types import Float32, Source
 
 __all__ = [
     "SOFT_WARNING",

@@ -17,12 +17,13 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemerge.alignment.records import Skipped
 from edgemerge.alignment.sketch import check_finite, sketch_key
 from edgemerge.alignment.transport import GUARD, assign
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.native import KernelFile
-from edgemerge.types import Float32, Float64, Progress, Skipped, Source
+from edgemerge.types import Float32, Float64, Progress, Source
 
 __all__ = ["NeuronPlan", "match_neurons", "neuron_need"]
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from edgemerge.alignment.geometry import column_mix, column_order, row_mix, row_order, row_runs
 from edgemerge.alignment.neurons import NeuronPlan
+from edgemerge.alignment.records import HeadPlan
 from edgemerge.native import KernelFile
-from edgemerge.types import Float32, HeadPlan
+from edgemerge.types import Float32
 
 __all__ = ["Reordering", "find_neuron_reordering", "find_reordering"]
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemerge.alignment.records import LayerHeads
 from edgemerge.budget import ALIGNMENT, TARGET_ELEMENTS, Arena, aligned
 from edgemerge.errors import FormatError
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.native import KernelFile
-from edgemerge.types import Float32, LayerHeads, Source, TensorSpec
+from edgemerge.types import Float32, Source, TensorSpec
 
 __all__ = [
     "Features",

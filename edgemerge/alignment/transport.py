@@ -22,8 +22,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemerge.alignment.records import Mix
 from edgemerge.native import KernelFile
-from edgemerge.types import Mix
 
 __all__ = ["GUARD", "Match", "Transport", "assign", "match_heads", "select_support", "transport"]
 

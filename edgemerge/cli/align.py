@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edgemerge.alignment.records import HeadPlan, Skipped
 from edgemerge.cli import request
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.terminal import (
@@ -23,7 +24,7 @@ from edgemerge.cli.terminal import (
     span,
     speaks_plainly,
 )
-from edgemerge.types import HeadPlan, Skipped, Source
+from edgemerge.types import Source
 
 __all__ = ["align_command"]
 
@@ -141,13 +142,13 @@ def _plan(
 ) -> Work:
     """Divide the budget among workers, or refuse it with the smallest that works."""
     from edgemerge.alignment.heads import arena_need, layer_geometry
+    from edgemerge.alignment.records import LayerHeads
     from edgemerge.alignment.sketch import sketched_names
     from edgemerge.budget import FLOOR_BYTES, MIB, SOLVER_BYTES, WORKER_BYTES
     from edgemerge.errors import BudgetError
     from edgemerge.planning.plan import DEFAULT_MEMORY
     from edgemerge.reports.plots import drawing_bytes
     from edgemerge.sizes import format_size
-    from edgemerge.types import LayerHeads
 
     geometry = [
         (source, heads) for source in (reference, other) for heads in layer_geometry(source)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.alignment.neurons import NeuronPlan
+from edgemerge.alignment.records import HeadPlan
 from edgemerge.alignment.reordering import Reordering, find_neuron_reordering, find_reordering
 from edgemerge.budget import Arena
 from edgemerge.errors import FormatError, MismatchError
@@ -28,7 +29,7 @@ from edgemerge.native import KernelFile
 from edgemerge.output.checksums import RowChecksum
 from edgemerge.output.places import TensorPlace
 from edgemerge.token_rows import ZERO, Run
-from edgemerge.types import Float32, Float64, HeadPlan, InputTensor, Plan, Source, TensorJob, UInt8
+from edgemerge.types import Float32, Float64, InputTensor, Plan, Source, TensorJob, UInt8
 
 __all__ = ["Permutations", "TensorStream"]
 

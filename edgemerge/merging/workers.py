@@ -21,6 +21,7 @@ import numpy as np
 
 from edgemerge.alignment.heads import SOFT_WARNING, align_models
 from edgemerge.alignment.neurons import NeuronPlan, match_neurons
+from edgemerge.alignment.records import HeadPlan, Skipped
 from edgemerge.budget import Arena
 from edgemerge.errors import Stopped
 from edgemerge.finding.cache import folder_name
@@ -34,17 +35,7 @@ from edgemerge.output.checksums import TensorResult
 from edgemerge.output.places import Places
 from edgemerge.planning.plan import alignment_pairs
 from edgemerge.remote.stand_ins import stop_reading
-from edgemerge.types import (
-    BeginPart,
-    Float64,
-    HeadPlan,
-    Plan,
-    Progress,
-    Skipped,
-    Source,
-    TensorJob,
-    ignore_parts,
-)
+from edgemerge.types import BeginPart, Float64, Plan, Progress, Source, TensorJob, ignore_parts
 
 __all__ = ["WorkerPool"]
 

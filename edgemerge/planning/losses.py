@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import TypeGuard
 
 from edgemerge.alignment.geometry import layer_geometry
+from edgemerge.alignment.records import Skipped
 from edgemerge.errors import EdgemergeError, MismatchError
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import FAMILIES, hf_name
@@ -34,7 +35,7 @@ from edgemerge.planning.compatibility import (
 )
 from edgemerge.planning.header import DROPPED_KEYS
 from edgemerge.planning.vocabulary import OUTPUT, TOKENS_KEY, has_rows_of_tokens
-from edgemerge.types import Skipped, Source
+from edgemerge.types import Source
 
 __all__ = ["Verdict", "foresee_losses", "judge_merge"]
 

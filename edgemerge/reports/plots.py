@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgemerge.alignment.records import HeadPlan, Skipped
 from edgemerge.errors import RuntimeFailure
 from edgemerge.output.file import write_file
-from edgemerge.types import HeadPlan, Skipped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

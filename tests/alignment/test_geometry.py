@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgemerge.alignment.geometry import layer_geometry
-from edgemerge.types import HeadBlocks, LayerHeads, Skipped
+from edgemerge.alignment.records import HeadBlocks, LayerHeads, Skipped
 from tests.support.head_models import ArraySource, head_tensors
 
 Changes = Mapping[str, tuple[int, ...] | None]  # shape, or None: not there

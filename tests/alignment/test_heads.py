@@ -21,11 +21,12 @@ from edgemerge.alignment.heads import (
     row_order,
     row_runs,
 )
+from edgemerge.alignment.records import HeadPlan, Skipped
 from edgemerge.errors import BudgetError, FormatError
 from edgemerge.formats import open_model
 from edgemerge.merging.run import merge
 from edgemerge.recipe.recipe import make_recipe
-from edgemerge.types import HeadPlan, Skipped, Source
+from edgemerge.types import Source
 from tests.support.head_models import ArraySource, head_tensors, random_order, shuffle
 
 Float32 = NDArray[np.float32]

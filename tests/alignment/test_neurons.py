@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from edgemerge.alignment.neurons import NeuronPlan, match_neurons
+from edgemerge.alignment.records import Skipped
 from edgemerge.formats import open_model
-from edgemerge.types import Skipped
 from tests.support.head_models import ArraySource
 
 Float32 = NDArray[np.float32]

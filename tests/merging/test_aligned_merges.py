@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from edgemerge import budget
 from edgemerge.alignment.heads import SOFT_WARNING, align_models
+from edgemerge.alignment.records import HeadPlan
 from edgemerge.cli import make_app
 from edgemerge.errors import BudgetError, RecipeError
 from edgemerge.formats import open_model
 from edgemerge.merging.run import merge, plan
 from edgemerge.recipe.recipe import load_recipe, make_recipe
 from edgemerge.runtime.llama import Model
-from edgemerge.types import HeadPlan
 from tests.merging.test_budget_rss import run_merge
 from tests.support.head_merges import MOVED, PARAMETERS, combine, convert, largest_difference
 from tests.support.head_models import head_tensors, shuffle

@@ -14,6 +14,7 @@ import pytest
 from matplotlib.image import imread
 from numpy.typing import NDArray
 
+from edgemerge.alignment.records import HeadPlan, LayerHeads, Skipped
 from edgemerge.errors import OutputError, RuntimeFailure
 from edgemerge.reports.plots import (
     LEFT,
@@ -24,7 +25,6 @@ from edgemerge.reports.plots import (
     draw_alignment,
     drawing_bytes,
 )
-from edgemerge.types import HeadPlan, LayerHeads, Skipped
 
 Pixels = NDArray[np.float32]
 VERMILION = np.array([int(MARK[i : i + 2], 16) for i in (1, 3, 5)]) / 255
