@@ -59,11 +59,12 @@ BY_LAYER = [
     *({"filter": name, "value": LATE} for name in ("o_proj", "down_proj", "up_proj")),
     {"value": [0.6, 0.938, 0.607, 1.0]},
 ]
+RAMP = [0.6, 1.2]
 OURS = (
     Row("linear", "linear"),
     Row("slerp t=0.5", "slerp", {"t": 0.5}),
     Row("task_arithmetic lambda=0.7", "task_arithmetic", {"lambda": 0.7}),
-    Row("task_arithmetic lambda=[0.6, 1.2]", "task_arithmetic", {"lambda": [0.6, 1.2]}),
+    Row("task_arithmetic lambda=[0.6, 1.2]", "task_arithmetic", {"lambda": RAMP}),
     Row("task_arithmetic, lambda by layer and kind", "task_arithmetic", {"lambda": BY_LAYER}),
     Row("ties density=0.5", "ties", {"density": 0.5}),
     Row("dare_linear density=0.6 lambda=0.7", "dare_linear", {"density": 0.6, "lambda": 0.7}),
@@ -80,6 +81,13 @@ OURS = (
     ),
     Row("breadcrumbs density=0.9 lambda=0.7", "breadcrumbs", {"density": 0.9, "lambda": 0.7}),
     Row("breadcrumbs_ties density=0.9", "breadcrumbs_ties", {"density": 0.9}),
+    Row("lines", "lines"),
+    Row("covariance", "covariance"),
+    Row("covariance, all columns together", "covariance", {"columns": 0}),
+    Row("covariance, 64 columns together", "covariance", {"columns": 64}),
+    Row(
+        "breadcrumbs density=0.9 lambda=[0.6, 1.2]", "breadcrumbs", {"density": 0.9, "lambda": RAMP}
+    ),
     Row("hierarchical", "hierarchical"),
     Row("hierarchical scope=block", "hierarchical", {"scope": "block"}),
     Row("hierarchical scope=row", "hierarchical", {"scope": "row"}),
