@@ -101,7 +101,7 @@ def measure(base: Path, experts: Mapping[str, Path], limit: int | None) -> list[
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the Markdown table of QUALITY.md."""
+    """Return the Markdown table of docs/quality.md."""
     header = ["weighting", *SETS, "mean of both domains", "loss, both"]
     lines = []
     for row in rows:

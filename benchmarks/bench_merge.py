@@ -35,8 +35,9 @@ METHODS: dict[str, dict[str, float]] = {
     "della": {"density": 0.6, "epsilon": 0.05},
     "breadcrumbs": {"density": 0.9},
     "hierarchical": {},
+    "covariance": {},
 }
-OURS = ("hierarchical",)  # which mergekit has not
+OURS = ("hierarchical", "covariance")  # which mergekit has not
 MERGEKIT = {"as it comes": [], "one thread": ["--num-threads", "1"]}
 QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 QUANTIZE = """

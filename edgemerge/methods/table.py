@@ -80,7 +80,7 @@ def list_presets() -> dict[str, dict[str, Mapping[str, Setting | Gradient]]]:
     that it gives for linear and task arithmetic have weights that sum to one, and we take them equal.
 
     `ramp` is a lambda that grows with depth, for every method that has a lambda. Its ends are from
-    benchmarks/QUALITY.md; LiNeS (arXiv 2410.17146) has the idea.
+    docs/quality.md; LiNeS (arXiv 2410.17146) has the idea.
     """
     presets: dict[str, dict[str, Mapping[str, Setting | Gradient]]] = {}
     for method in METHODS.values():
