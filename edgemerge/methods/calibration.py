@@ -68,7 +68,7 @@ def calibrate(
         lambda of the recipe.
     """
     job = stream.job
-    directions = Directions(stream, 1, int(float(job.settings["svc_rank"])))
+    directions = Directions(stream, [int(float(job.settings["svc_rank"]))])
     directions.find(lambda block: [merged(block)])
     changes = _measure(stream, directions, merged, factors.astype(np.float64))
     yield from rescale(stream, directions, merged, changes, scale)
@@ -97,7 +97,7 @@ def rescale(
         change = merged(block)
         by_rows = directions.transposed(directions.project(0, change))
         by_rows *= changes
-        directions.add_vectors(by_rows, change)
+        directions.add_vectors(directions.vectors, by_rows, change)
         linear.add_scaled(change, scale, block.base)
         yield block, block.base
 
@@ -109,24 +109,23 @@ def _measure(
     factors: Float64,
 ) -> Float32:
     """Turn the vectors into singular ones. Return by how much of its part each direction changes, (rank,)."""
-    rank, n_experts = directions.rank, len(stream.job.experts)
+    (rank, n_cols), n_experts = directions.vectors.shape, len(stream.job.experts)
     grams = stream.group.row_sum((rank, rank))
-    sums = [directions.sum_of_rows() for _ in range(n_experts)]
-    shape = (n_experts, *directions.vectors.shape[1:])
-    responses = stream.take(shape, np.float32).view(np.float32)
+    sums = [directions.sum_of_rows(0) for _ in range(n_experts)]
+    responses = stream.take((n_experts, rank, n_cols), np.float32).view(np.float32)
     for block in stream.blocks():
         found = directions.project(0, merged(block))
         directions.add_gram(grams, block, found)
         for total, expert in zip(sums, block.experts, strict=True):
             directions.add(total, block, found, expert)
     squares, rotation = eigenvectors(grams.total())
-    vectors, lanes = directions.vectors[0], stream.take((SUM_LANES,), np.float64)
+    vectors, lanes = directions.vectors, stream.take((SUM_LANES,), np.float64)
     directions.turn(rotation, vectors)
     dots = np.empty((n_experts, rank, 3))
     for total, response, own in zip(sums, responses, dots, strict=True):
         total.copy_total(response)
         directions.turn(rotation, response)
-        gram.row_dots(vectors.reshape(-1), response.reshape(-1), vectors.shape[1], lanes, own)
+        gram.row_dots(vectors.reshape(-1), response.reshape(-1), n_cols, lanes, own)
     dots[..., 1] *= factors[:, None]
     dots[..., 2] *= (factors * factors)[:, None]
     return (1.0 / _counts(squares, dots) - 1.0).astype(np.float32)
@@ -157,6 +156,6 @@ def _counts(squares: Float64, dots: Float64) -> Float64:
 def calibration_memory(job: TensorJob) -> WorkingMemory:
     """Count the bytes of directions, and of responses and their sums."""
     rank = int(float(job.settings["svc_rank"]))
-    fixed, per_row = direction_memory(job, 1, rank)
+    fixed, per_row = direction_memory(job, [rank])
     responses = 4 * min(rank, job.out.n_rows, job.n_cols) * job.n_cols * len(job.experts)
     return WorkingMemory(fixed + 2 * responses + 8 * SUM_LANES, per_row)

@@ -54,76 +54,86 @@ class Directions:
     ----------
     stream : BlockStream
         Gives the blocks and working memory.
-    n_matrices : int
-        Matrices of the output's shape.
-    rank : int
-        Vectors for each of them at most.
+    ranks : sequence of int
+        How many vectors each of some matrices of the output's shape has, at most.
 
     Attributes
     ----------
-    vectors : (n_matrices, rank, n_cols) float32
-        Orthonormal rows, or zeros where a matrix has no more directions.
+    vectors : (n_vectors, n_cols) float32
+        Those of all matrices. Orthonormal rows for each, or zeros where it has no more directions.
     """
 
-    def __init__(self, stream: BlockStream, n_matrices: int, rank: int) -> None:
+    def __init__(self, stream: BlockStream, ranks: Sequence[int]) -> None:
         out = stream.job.out
-        self.rank = min(rank, out.n_rows, out.n_cols)
+        ranks = [min(rank, out.n_rows, out.n_cols) for rank in ranks]
+        ends = np.cumsum(ranks).tolist()
+        self.parts = [slice(end - rank, end) for rank, end in zip(ranks, ends, strict=True)]
         self._stream = stream
-        shape = (n_matrices, self.rank, out.n_cols)
+        shape = (ends[-1], out.n_cols)
         self.vectors = stream.take(shape, np.float32).view(np.float32)
-        self._turned = stream.take(shape[1:], np.float32).view(np.float32)
-        n_products = n_matrices * self.rank * max(1, stream.job.rows_per_block)
+        self._turned = stream.take((max(ranks), out.n_cols), np.float32).view(np.float32)
+        n_products = ends[-1] * max(1, stream.job.rows_per_block)
         self._products = stream.take((n_products,), np.float32).view(np.float32)
         self._by_rows = stream.take((n_products,), np.float32).view(np.float32)
         self._scratch = stream.take(SCRATCH_SHAPE, np.float32).view(np.float32)
         self._lanes = stream.take((SUM_LANES,), np.float64)
 
-    def find(self, matrices: Callable[[Block], Sequence[Float32] | Float32]) -> None:
+    def of(self, i_matrix: int) -> Float32:
+        """Return the vectors of one matrix, (rank, n_cols)."""
+        return self.vectors[self.parts[i_matrix]]
+
+    def find(
+        self,
+        matrices: Callable[[Block], Sequence[Float32] | Float32],
+        which: Sequence[int] | None = None,
+    ) -> None:
         """Find the first directions of the matrices, in `POWER_STEPS` passes.
 
         Parameters
         ----------
         matrices : callable
-            Takes a block, returns its rows of every matrix, (n_matrices, n_rows * n_cols) float32.
+            Takes a block, returns its rows of every matrix, each (n_rows * n_cols,) float32.
+        which : sequence of int, optional
+            Numbers of these matrices; by default all.
         """
-        n_cols = self.vectors.shape[2]
-        self.vectors[:] = _random_signs(self.rank, n_cols) if self.rank < n_cols else np.eye(n_cols)
+        which = range(len(self.parts)) if which is None else which
+        for i in which:
+            self.of(i)[:] = _first_vectors(*self.of(i).shape)
         for _ in range(POWER_STEPS):
-            sums = [self.sum_of_rows() for _ in self.vectors]
+            sums = [self.sum_of_rows(i) for i in which]
             for block in self._stream.blocks():
-                for i, (total, rows) in enumerate(zip(sums, matrices(block), strict=True)):
+                for i, total, rows in zip(which, sums, matrices(block), strict=True):
                     self.add(total, block, self.project(i, rows), rows)
-            for total, vectors in zip(sums, self.vectors, strict=True):
-                total.copy_total(vectors)
-                products.orthonormalise(vectors, self._lanes)
+            for i, total in zip(which, sums, strict=True):
+                total.copy_total(self.of(i))
+                products.orthonormalise(self.of(i), self._lanes)
 
     def project(self, i_matrix: int, rows: Float32) -> Float32:
         """Return the dot products of a matrix's rows with its vectors, (rank, n_rows).
 
         They lie one matrix after the other, and are overwritten by those of the next block.
         """
-        n_cols = self.vectors.shape[2]
-        n_products = self.rank * (rows.size // n_cols)
-        own = self._products[i_matrix * n_products : (i_matrix + 1) * n_products]
-        found = own.reshape(self.rank, -1)
-        products.project(rows.reshape(-1, n_cols), self.vectors[i_matrix], self._scratch, found)
+        part, table = self.parts[i_matrix], rows.reshape(-1, self.vectors.shape[1])
+        own = self._products[part.start * len(table) : part.stop * len(table)]
+        found = own.reshape(-1, len(table))
+        products.project(table, self.vectors[part], self._scratch, found)
         return found
 
-    def project_all(self, block: Block) -> Float32:
-        """Return the dot products of every expert's rows with its vectors, (n_matrices * rank, n_rows)."""
-        for i, rows in enumerate(block.experts):
+    def project_all(self, matrices: Sequence[Float32] | Float32) -> Float32:
+        """Return the products of the rows of all matrices with their vectors, (n_vectors, n_rows)."""
+        for i, rows in enumerate(matrices):
             self.project(i, rows)
-        n_products = len(self.vectors) * self.rank
-        return self._products[: n_products * block.n_rows].reshape(n_products, -1)
+        n_vectors, n_cols = self.vectors.shape
+        n_rows = matrices[0].size // n_cols
+        return self._products[: n_vectors * n_rows].reshape(n_vectors, n_rows)
 
-    def sum_of_rows(self) -> RowSum:
+    def sum_of_rows(self, i_matrix: int) -> RowSum:
         """Return a new sum for `add`, of (rank, n_cols) float32."""
-        return self._stream.group.row_sum(self.vectors.shape[1:], np.float32)
+        return self._stream.group.row_sum(self.of(i_matrix).shape, np.float32)
 
     def add(self, total: RowSum, block: Block, found: Float32, rows: Float32) -> None:
         """Add to a sum the products of a block with its rows of any matrix: `total += found @ rows`."""
-        n_cols = self.vectors.shape[2]
-        table = rows.reshape(-1, n_cols)
+        table = rows.reshape(-1, self.vectors.shape[1])
         total.add_by(
             block.number, lambda out: products.add_product(found, table, self._scratch[:4], out)
         )
@@ -139,20 +149,20 @@ class Directions:
         by_rows[:] = found.T
         return by_rows
 
-    def add_vectors(self, factors: Float32, rows: Float32) -> None:
-        """Add multiples of all vectors to rows: `rows += factors @ vectors`.
+    def add_vectors(self, vectors: Float32, factors: Float32, rows: Float32) -> None:
+        """Add multiples of vectors to rows: `rows += factors @ vectors`.
 
         Parameters
         ----------
-        factors : (n_rows, n_matrices * rank) float32
+        vectors : (q, n_cols) float32
+            All, or those of a matrix.
+        factors : (n_rows, q) float32
             For each row and vector.
         rows : (n_rows * n_cols,) float32
             Added to.
         """
-        n_cols = self.vectors.shape[2]
-        products.add_product(
-            factors, self.vectors.reshape(-1, n_cols), self._scratch[:4], rows.reshape(-1, n_cols)
-        )
+        table = rows.reshape(-1, vectors.shape[1])
+        products.add_product(factors, vectors, self._scratch[:4], table)
 
     def multiply(self, left: Float32, right: Float32, out: Float32) -> None:
         """Write `left @ right`."""
@@ -161,8 +171,9 @@ class Directions:
 
     def turn(self, rotation: Float64, matrix: Float32) -> None:
         """Replace the rows of a matrix, (rank, n_cols), by `rotation @ matrix`."""
-        self.multiply(rotation.astype(np.float32), matrix, self._turned)
-        matrix[:] = self._turned
+        turned = self._turned[: len(matrix)]
+        self.multiply(rotation.astype(np.float32), matrix, turned)
+        matrix[:] = turned
 
 
 def multiply(*factors: Float64) -> Float64:
@@ -198,13 +209,17 @@ def eigenvectors(gram: Float64) -> tuple[Float64, Float64]:
     return np.where(values > NOTHING * values[0], values, 0.0), vectors[order]
 
 
-def direction_memory(job: TensorJob, n_matrices: int, rank: int) -> WorkingMemory:
+def direction_memory(job: TensorJob, ranks: Sequence[int]) -> WorkingMemory:
     """Count the bytes of `Directions`, and of the sums of two steps that may be there at once."""
-    rank = min(rank, job.out.n_rows, job.n_cols)
-    vectors = 4 * rank * job.n_cols
-    fixed = vectors * (3 * n_matrices + 1) + 4 * SCRATCH_SHAPE[0] * SCRATCH_SHAPE[1]
-    fixed += 8 * 4 * (n_matrices * rank) ** 2  # Gram matrix, its copies and its eigenvectors
-    return WorkingMemory(fixed, 2 * 4 * n_matrices * rank)
+    ranks = [min(rank, job.out.n_rows, job.n_cols) for rank in ranks]
+    n_vectors = sum(ranks)
+    fixed = 4 * job.n_cols * (3 * n_vectors + max(ranks)) + 4 * SCRATCH_SHAPE[0] * SCRATCH_SHAPE[1]
+    fixed += 8 * SUM_LANES + 8 * 8 * n_vectors**2  # Gram matrices, their roots and products
+    return WorkingMemory(fixed, 2 * 4 * n_vectors)
+
+
+def _first_vectors(rank: int, n_cols: int) -> Float32:
+    return _random_signs(rank, n_cols) if rank < n_cols else np.eye(n_cols, dtype=np.float32)
 
 
 def _random_signs(n_rows: int, n_cols: int) -> Float32:

@@ -43,7 +43,8 @@ def test_block_height_does_not_show(method: str) -> None:
 
 @pytest.mark.parametrize("method", singular.TWINS)
 def test_vectors_are_averaged_and_embeddings_added(method: str) -> None:
-    base, *models = changes((12, 8), 2)
+    base, first, second = changes((12, 8), 2)
+    models = [first, second]
     given = [(x, {"weight": 1.0}) for x in models]
     added = merge_in_memory(method, base, given, tensor="token_embd.weight")
     assert added == pytest.approx(models[0] + models[1], rel=1e-6)
@@ -62,13 +63,13 @@ def test_tsv_of_directions_that_are_orthogonal_is_their_sum() -> None:
     x, y = np.zeros((2, 16, 16), np.float32)
     x[:8, :8] = np.random.default_rng(0).standard_normal((8, 8)) + 8 * np.eye(8)
     y[8:, 8:] = np.random.default_rng(1).standard_normal((8, 8)) + 8 * np.eye(8)
-    models: list[tuple[NDArray[Any], dict[str, Any]]] = [(x, {}), (y, {})]
+    models: list[tuple[Float32, dict[str, Any]]] = [(x, {}), (y, {})]
     merged = merge_in_memory("tsv", np.zeros_like(x), models, {"rank": 8.0}, tensor=NAME)
     assert merged == pytest.approx(x + y, abs=1e-3)
 
 
 def test_tsv_counts_one_direction_once() -> None:
     x = np.outer(np.arange(1, 8), np.arange(2, 11)).astype(np.float32)
-    models: list[tuple[NDArray[Any], dict[str, Any]]] = [(x, {}), (x, {})]
+    models: list[tuple[Float32, dict[str, Any]]] = [(x, {}), (x, {})]
     merged = merge_in_memory("tsv", np.zeros_like(x), models, {"rank": 3.0}, tensor=NAME)
     assert merged == pytest.approx(x, rel=1e-4)

@@ -83,7 +83,7 @@ def tsv(
     changes = [x.reshape(-1, base.shape[-1]) for x in whole(base, models)]
     left: list[Float64] = []
     right: list[Float64] = []
-    sizes: list[float] = []
+    sizes: list[Float64] = []
     merged = np.zeros_like(changes[0])
     for weight, change in zip(weights, changes, strict=True):
         u, values, v = first_directions(change, rank)
@@ -108,4 +108,29 @@ def iso_c(
     return base.astype(np.float64) + scale * merged.reshape(base.shape)
 
 
-TWINS = {"tsv": tsv, "iso_c": iso_c}
+def iso_cts(
+    base: NDArray[Any],
+    models: Sequence[NDArray[Any]],
+    weights: Sequence[float],
+    rank: int,
+    scale: float = 1.0,
+) -> Float64:
+    """The same, with directions of each change beside the common ones; all orthogonal, one singular value."""
+    changes = [x.reshape(-1, base.shape[-1]) for x in whole(base, models)]
+    merged = np.sum([w * change for w, change in zip(weights, changes, strict=True)], axis=0)
+    rank = min(rank, *merged.shape)
+    own = max(1, round((rank - int(0.8 * rank)) / len(changes)))
+    if rank <= len(changes):
+        return base.astype(np.float64) + scale * merged.reshape(base.shape)
+    u, values, v = first_directions(merged, rank - len(changes) * own)
+    left, right, sizes = [*u], [*v], [*values]
+    merged = merged - (u.T * values) @ v
+    for weight, change in zip(weights, changes, strict=True):
+        ours, own_values, own_v = first_directions(change - change @ v.T @ v, own)
+        merged = merged - weight * (ours.T * own_values) @ own_v
+        left, right, sizes = [*left, *ours], [*right, *own_v], [*sizes, *own_values]
+    flat = np.mean(sizes) * orthonormal(np.array(left)).T @ orthonormal(np.array(right))
+    return base.astype(np.float64) + scale * (merged + flat).reshape(base.shape)
+
+
+TWINS = {"tsv": tsv, "iso_c": iso_c, "iso_cts": iso_cts}
