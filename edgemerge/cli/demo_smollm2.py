@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ PROMPTS = (
     "What is metformin for?",
 )
 MAX_TOKENS = 60  # of an answer
+WIDTH = 80  # of what is printed
 CONTEXT = 1024
 
 
@@ -59,7 +61,7 @@ def show_smollm2(
         for name, recipe in _recipes(base, found).items():
             make_file(name, recipe, files[name], force=force)
         print_scores(score_files(files, {name: task.questions for name, task in tasks.items()}))
-        print(f"\nA talk with {MERGE}, at temperature 0:")
+        print(f"\nA talk with {MERGE}, at temperature 0, {MAX_TOKENS} tokens an answer:")
         talk(files[MERGE])
 
 
@@ -111,7 +113,7 @@ def _recipes(base: Path, adapters: Mapping[str, Path]) -> dict[str, Recipe]:
 
 def talk(path: Path) -> None:
     """Ask a model the fixed prompts, one conversation for all, and print what it says."""
-    from edgemerge.cli.generation import say
+    from edgemerge.cli.generation import clean
     from edgemerge.errors import RuntimeFailure
     from edgemerge.runtime.conversation import Conversation
     from edgemerge.runtime.engine.messages import Sampling
@@ -122,11 +124,10 @@ def talk(path: Path) -> None:
     with Model(path) as model:
         template = load_template(model)
         if template is None:
-            raise RuntimeFailure(
-                f"{path} has no chat template: give --models and --adapters of one"
-            )
+            raise RuntimeFailure(f"{path} has no chat template, so nobody can talk with it")
         with Session(model, CONTEXT, Sampling(temperature=0.0)) as session:
             conversation = Conversation(session, template, max_tokens=MAX_TOKENS)
             for prompt in PROMPTS:
                 print(f"\n> {prompt}")
-                say(conversation.ask(prompt))
+                for line in "".join(conversation.ask(prompt)).splitlines():
+                    print(textwrap.fill(clean(line), WIDTH))
