@@ -327,9 +327,10 @@ def _write_so_far(search: Search, output: Path) -> str:
     if not finished:
         return "no trial was over"
     best = search.best()
-    comment = f"the best of {len(finished)} trials so far; the held-out questions were not asked"
+    so_far = f"the best of {len(finished)} trial{'s' * (len(finished) > 1)} so far"
+    comment = f"{so_far}; the held-out questions were not asked"
     write_file(output, search.best_text(best, [comment]).encode())
     return (
-        f"{output} has the best of {len(finished)} trials so far, trial {best.number} with a score of "
-        f"{best.score or 0:.1f}; the same command goes on"
+        f"{output} has {so_far}, trial {best.number} with a score of {best.score or 0:.1f}; the same "
+        "command goes on"
     )

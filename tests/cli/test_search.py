@@ -83,6 +83,27 @@ def test_the_same_command_goes_on_and_more_trials_are_added() -> None:
     assert "held out" in text
 
 
+def test_perplexity_and_size_count_too() -> None:
+    Path("recipe.yml").write_text(RECIPE.replace("type: F16", "type: {search: [F16, Q8_0]}"))
+    Path("text.txt").write_text("the sun and the moon. " * 60)
+    options = ("--perplexity", "text.txt", "-c", "32", "--keep", "text=50", "--weight", "size=0.5")
+    found = json.loads(run("--trials", "6", *options, "--json"))
+    task, text = found["held_out"]["verdicts"]
+    assert (task["name"], task["margin"], text["name"], text["margin"]) == ("q", None, "text", 50)
+    assert text["is_text"] is True
+    start, *others = found["trials"]
+    assert start["figures"][-1]["perplexities"]["text"] > 1
+    small = [one for one in others if one["values"]["edgemerge.type"] == "Q8_0"]
+    assert small
+    for one in small:
+        first, last = start["figures"][len(one["scores"]) - 1], one["figures"][-1]
+        assert last["n_bytes"] < first["n_bytes"]
+        gained = 0.5 * 100 * (1 - last["n_bytes"] / first["n_bytes"])
+        if one["is_kept"]:
+            assert one["scores"][-1] == pytest.approx(last["accuracies"]["q"] + gained)
+    assert load_recipe("recipe-best.yml").out_type in ("F16", "Q8_0")
+
+
 def test_an_interrupt_leaves_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     make, made = ModelFile.make, []
 
