@@ -29,7 +29,8 @@ def inspect_command(
     model: Annotated[
         str,
         typer.Argument(
-            help="GGUF file, Hugging Face directory, or org/name; with a LoRA adapter, MODEL+ADAPTER."
+            help="GGUF file, Hugging Face directory, org/name, or address (https://, hf://); with a LoRA "
+            "adapter, MODEL+ADAPTER."
         ),
     ],
     against: Annotated[

@@ -24,8 +24,9 @@ Models = Annotated[
     list[str],
     typer.Argument(
         metavar="RECIPE.yml | MODEL[=WEIGHT]...",
-        help="One mergekit recipe, or with -m the models: GGUF files, Hugging Face directories, or "
-        "org/name[@revision][:TYPE] on the hub; each perhaps with LoRA adapters, as MODEL+ADAPTER.",
+        help="One mergekit recipe, or with -m the models: GGUF files, Hugging Face directories, "
+        "org/name[@revision][:TYPE] on the hub, or addresses (https://, hf://); each perhaps "
+        "with LoRA adapters, as MODEL+ADAPTER.",
         show_default=False,
     ),
 ]

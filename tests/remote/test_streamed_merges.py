@@ -134,13 +134,20 @@ def test_lost_connections_and_a_restart_change_no_byte(
     server.drop_each = 3
     server.refuse = lambda path, number: 503 if number % 7 == 0 else None
     assert merged([at(server, one) for one in here], tmp_path / "there.gguf") == wanted
-    server.refuse = lambda path, number: 503 if number > 20 else None
+    server.refuse = lambda path, number: 503 if number > 18 else None
     server.requests.clear()
     with pytest.raises(
         FormatError, match=r"could not be read in 4 tries \(the server answers 503\)"
     ):
         merged([at(server, one) for one in here], tmp_path / "none.gguf")
     assert not (tmp_path / "none.gguf").exists()
+    server.refuse = lambda path, number: None
+    recipe = make_recipe(
+        "linear", [(at(server, one), None) for one in here], out_type="Q8_0", finder=STREAMS
+    )
+    again = merge(recipe, tmp_path / "none.gguf", threads=2)
+    assert again.sha256 == wanted
+    assert again.resumed_tensors > 0
 
 
 def test_a_file_that_changes_is_not_merged(
