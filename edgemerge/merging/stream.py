@@ -48,9 +48,8 @@ class TensorStream:
 
     Example: a tensor of 6 rows, `rows_per_block` 2 and `cached_blocks` 1, made by one worker. There are
     blocks 0, 1 and 2, and two places in the arena. In the first pass block 0 is loaded into place 0 and
-    stays there. Block 1 is loaded into place 1, and block 2 over it. In the second pass block 0 comes from
-    the cache; blocks 1 and 2 are read and decoded again, one after the other, in place 1. So 6 + 4 rows are
-    read. With `cached_blocks` 3 there are three places, and every row is read once.
+    stays. Block 1 is loaded into place 1, and block 2 over it. In the second pass blocks 1 and 2 are read
+    and decoded again in place 1. So 6 + 4 rows are read. With `cached_blocks` 3 every row is read once.
 
     Parameters
     ----------
