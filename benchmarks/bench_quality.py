@@ -34,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scores = Scores(CACHE / "quality.json", asked)
         found = measure(list(jobs(scores)), Path(folder), only_kept=options.finished)
-    draw(found["F16"], FIGURES / "quality.png")
+    draw([pair for pair in found["F16"] if pair[1]], FIGURES / "quality.png")
     parts = [f"{file_type}:\n\n{render(rows, asked)}" for file_type, rows in found.items()]
     finish("quality", "\n\n".join(parts), as_json(found))
 

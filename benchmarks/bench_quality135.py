@@ -71,7 +71,7 @@ def main() -> None:
     shown = [
         (row, figures)
         for row, figures in found.get("F16", [])
-        if row.label in SHOWN and talks(row, "F16")
+        if row.label in SHOWN and talks(row, "F16") and figures
     ]
     if shown:
         parts.append(f"Free answers, F16, temperature 0:\n\n{answers(shown, talked)}")

@@ -198,22 +198,24 @@ class Job(NamedTuple):
 
 
 def measure(jobs: Sequence[Job], folder: Path, *, only_kept: bool = False) -> Found:
-    """Make and score every file, or leave out those without kept scores; tell progress on stderr."""
+    """Make and score every file; tell progress on stderr.
+
+    With `only_kept`, files without kept scores have no figures, and types without any are left out.
+    """
     found: Found = {}
     output = folder / "merged.gguf"
     for number, (row, words, file_type, scores) in enumerate(jobs, start=1):
         cost = make(words, file_type, output)
         started = time.monotonic()
         sheet = scores.of(output, only_kept=only_kept)
+        found.setdefault(file_type, []).append((row, {**sheet, **cost} if sheet else {}))
         if sheet is None:
             continue
-        figures = {**sheet, **cost}
         took = time.monotonic() - started
-        found.setdefault(file_type, []).append((row, figures))
-        shown = " ".join(f"{100 * figures['sets'][name]['score']['acc']:.1f}" for name in SETS)
+        shown = " ".join(f"{100 * sheet['sets'][name]['score']['acc']:.1f}" for name in SETS)
         label = f"{row.group} {row.label}, {file_type}"
         print(f"{number}/{len(jobs)} {label}: {shown} ({took:.0f} s)", file=sys.stderr)
-    return found
+    return {file_type: rows for file_type, rows in found.items() if any(one for _, one in rows)}
 
 
 def make(words: Sequence[str], file_type: str, output: Path) -> dict[str, float]:

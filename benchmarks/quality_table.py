@@ -28,7 +28,7 @@ NAMES["aligned"] = "shuffled, aligned: "
 
 def render(rows: Sequence[tuple[Row, Figures]], asked: Asked) -> str:
     """Return a table; the reference must be among its rows."""
-    references = [found for row, found in rows if row.label == REFERENCE]
+    references = [found for row, found in rows if row.label == REFERENCE and found]
     if not references:
         raise SystemExit(f"all are compared with {REFERENCE}, which is not scored yet")
     cells = [_cells(row, found, references[0], asked) for row, found in rows]
@@ -38,6 +38,8 @@ def render(rows: Sequence[tuple[Row, Figures]], asked: Asked) -> str:
 
 def _cells(row: Row, found: Figures, reference: Figures, asked: Asked) -> list[str]:
     cells = [NAMES[row.group] + row.label]
+    if not found:
+        return [*cells, "not scored yet", *[""] * (len(HEADER) - 2)]
     cells += [percent(found["sets"][name]["score"]) for name in SETS]
     for names in (MEDICAL, SETS[2:]):
         cells.append("" if found is reference else _against(reference, found, asked, names))

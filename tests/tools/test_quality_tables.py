@@ -59,6 +59,9 @@ def test_a_row_is_paired_with_the_reference() -> None:
     assert first == f"| other | {half} | 20.00 ± 0.98 | 100 % | 1.2 | 100 | {reference.settings} |"
     assert second.split(" | ")[4:6] == ["", ""]
     assert tables.answers(both, asked(8)).count("| other | one \\| two |") == 1
+    part = tables.render([(other, {}), both[1]], asked(8)).splitlines()
+    assert part[2].startswith("| other | not scored yet |")
+    assert len({line.count(" | ") for line in part}) == 1
 
 
 def test_every_row_is_a_merge_that_the_program_knows() -> None:
