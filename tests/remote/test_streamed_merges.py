@@ -5,6 +5,9 @@ from __future__ import annotations
 import datetime
 import shutil
 import ssl
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,7 +137,8 @@ def test_lost_connections_and_a_restart_change_no_byte(
     server.drop_each = 3
     server.refuse = lambda path, number: 503 if number % 7 == 0 else None
     assert merged([at(server, one) for one in here], tmp_path / "there.gguf") == wanted
-    server.refuse = lambda path, number: 503 if number > 18 else None
+    server.drop_each = 0
+    server.refuse = lambda path, number: 503 if number > 20 else None
     server.requests.clear()
     with pytest.raises(
         FormatError, match=r"could not be read in 4 tries \(the server answers 503\)"
@@ -262,3 +266,35 @@ def make_certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(public, private)
     return public, context
+
+
+def test_who_stops_a_merge_does_not_wait_for_its_servers(
+    server: FileServer, models: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = make_recipe(
+        "linear", [(at(server, models[one]), None) for one in "ab"], finder=STREAMS
+    )
+    server.refuse = lambda path, number: None if number < 14 else server.pause.clear()
+    asked_at: list[float] = []
+
+    def stop(done: int, total: int) -> None:
+        if not server.pause.is_set():
+            asked_at.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, tmp_path / "out.gguf", threads=2, progress=stop)
+    assert time.monotonic() - asked_at[0] < 10  # of the 30 s that a server may be silent
+    server.pause.set()
+
+
+def test_a_merge_of_files_here_loads_nothing_that_talks_to_servers(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    line = (
+        "import sys; from edgemerge import merge; from edgemerge.recipe.recipe import make_recipe; "
+        "merge(make_recipe('passthrough', [(sys.argv[1], None)]), sys.argv[2]); "
+        "assert not {'ssl', 'http.client', 'urllib.request'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", line, models["a"], str(tmp_path / "out.gguf")]
+    subprocess.run(command, check=True)
