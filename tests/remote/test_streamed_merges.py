@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import shutil
 import ssl
 import subprocess
@@ -23,6 +24,8 @@ from edgemerge.finding.finder import Finder
 from edgemerge.recipe.recipe import load_recipe, make_recipe
 from edgemerge.remote import file as remote_file
 from edgemerge.remote import stand_ins
+from tests.support.adapters import KINDS, write_adapter
+from tests.support.architecture_models import ARCHITECTURES
 from tests.support.crashing import write_models
 from tests.support.file_server import FileServer, serve_folder
 
@@ -298,3 +301,21 @@ def test_a_merge_of_files_here_loads_nothing_that_talks_to_servers(
     )
     command = [sys.executable, "-c", line, models["a"], str(tmp_path / "out.gguf")]
     subprocess.run(command, check=True)
+
+
+def test_an_adapter_on_a_server_is_added_to_a_model_there(
+    server: FileServer, tmp_path: Path
+) -> None:
+    model = shutil.copytree(ARCHITECTURES / "llama", server.folder / "llama")
+    adapter = write_adapter(next(iter(KINDS.values())), server.folder / "adapter")
+    wanted = merged([f"{model}+0.5*{adapter}"], tmp_path / "here.gguf", "passthrough")
+    there = f"{server.url}/llama+0.5*{server.url}/adapter"
+    assert merged([there], tmp_path / "there.gguf", "passthrough") == wanted
+    sums = set()
+    for one, other in ((model, adapter), there.split("+0.5*")):
+        table = {"model": {"path": str(one)}, "lora": {"path": str(other), "weight": 0.5}}
+        recipe = tmp_path / "recipe.yml"
+        recipe.write_text(json.dumps({"merge_method": "passthrough", "models": [{"model": table}]}))
+        report = merge(load_recipe(recipe, finder=STREAMS), tmp_path / "again.gguf", force=True)
+        sums.add(report.sha256)
+    assert len(sums) == 1
