@@ -8,13 +8,13 @@ import ssl
 
 __all__ = ["PASSING", "Fault", "Refusal", "describe", "is_final", "refuse_status"]
 
-# What may pass: a lost connection, a restart, a busy server. SSLError is an OSError.
+# What may pass: a lost connection, a restart, a busy server. SSLError and `Fault` are OSErrors.
 PASSING = (OSError, http.client.HTTPException)
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 MAX_WAIT = 60.0  # seconds that a server may ask for
 
 
-class Fault(Exception):
+class Fault(OSError):
     """Something that may pass; `wait`: seconds that the server asks for."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:

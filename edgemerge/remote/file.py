@@ -224,7 +224,7 @@ class RemoteFile:
                     view, tries = view[n_read:], 0
                 except Refusal as error:
                     raise self._fail(str(error)) from None
-                except (Fault, *PASSING) as error:
+                except PASSING as error:
                     stream.link.close()
                     stream.response = None
                     if self._stopped.is_set():
@@ -321,7 +321,7 @@ def _ask_once(address: Address, n_bytes: int, read: Callable[[http.client.HTTPRe
                 return read(link.ask(0, n_bytes))
             except Refusal as error:
                 raise FormatError(str(error), path=str(address)) from None
-            except (Fault, *PASSING) as error:
+            except PASSING as error:
                 link.close()
                 time.sleep(_next_delay(error, tries, FIRST_DELAYS, address))
         raise AssertionError
@@ -338,7 +338,9 @@ def _next_delay(error: Exception, tries: int, delays: Sequence[float], address: 
             f"could not be read in {tries + 1} tries ({describe(error)}); see to the network and give "
             "the same command again",
             path=str(address),
-        ) from None
+        ) from (
+            error if isinstance(error, OSError) else OSError(str(error))
+        )  # so a merge can go on
     return max(delays[tries], error.wait if isinstance(error, Fault) else 0.0)
 
 

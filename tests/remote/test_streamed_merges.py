@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import json
 import shutil
 import ssl
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +24,8 @@ from edgemerge.finding.finder import Finder
 from edgemerge.recipe.recipe import load_recipe, make_recipe
 from edgemerge.remote import file as remote_file
 from edgemerge.remote import stand_ins
+from tests.support.adapters import KINDS, write_adapter
+from tests.support.architecture_models import ARCHITECTURES
 from tests.support.crashing import write_models
 from tests.support.file_server import FileServer, serve_folder
 
@@ -134,7 +140,8 @@ def test_lost_connections_and_a_restart_change_no_byte(
     server.drop_each = 3
     server.refuse = lambda path, number: 503 if number % 7 == 0 else None
     assert merged([at(server, one) for one in here], tmp_path / "there.gguf") == wanted
-    server.refuse = lambda path, number: 503 if number > 18 else None
+    server.drop_each = 0
+    server.refuse = lambda path, number: 503 if number > 20 else None
     server.requests.clear()
     with pytest.raises(
         FormatError, match=r"could not be read in 4 tries \(the server answers 503\)"
@@ -262,3 +269,53 @@ def make_certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(public, private)
     return public, context
+
+
+def test_who_stops_a_merge_does_not_wait_for_its_servers(
+    server: FileServer, models: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = make_recipe(
+        "linear", [(at(server, models[one]), None) for one in "ab"], finder=STREAMS
+    )
+    server.refuse = lambda path, number: None if number < 14 else server.pause.clear()
+    asked_at: list[float] = []
+
+    def stop(done: int, total: int) -> None:
+        if not server.pause.is_set():
+            asked_at.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, tmp_path / "out.gguf", threads=2, progress=stop)
+    assert time.monotonic() - asked_at[0] < 10  # of the 30 s that a server may be silent
+    server.pause.set()
+
+
+def test_a_merge_of_files_here_loads_nothing_that_talks_to_servers(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    line = (
+        "import sys; from edgemerge import merge; from edgemerge.recipe.recipe import make_recipe; "
+        "merge(make_recipe('passthrough', [(sys.argv[1], None)]), sys.argv[2]); "
+        "assert not {'ssl', 'http.client', 'urllib.request'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", line, models["a"], str(tmp_path / "out.gguf")]
+    subprocess.run(command, check=True)
+
+
+def test_an_adapter_on_a_server_is_added_to_a_model_there(
+    server: FileServer, tmp_path: Path
+) -> None:
+    model = shutil.copytree(ARCHITECTURES / "llama", server.folder / "llama")
+    adapter = write_adapter(next(iter(KINDS.values())), server.folder / "adapter")
+    wanted = merged([f"{model}+0.5*{adapter}"], tmp_path / "here.gguf", "passthrough")
+    there = f"{server.url}/llama+0.5*{server.url}/adapter"
+    assert merged([there], tmp_path / "there.gguf", "passthrough") == wanted
+    sums = set()
+    for one, other in ((model, adapter), there.split("+0.5*")):
+        table = {"model": {"path": str(one)}, "lora": {"path": str(other), "weight": 0.5}}
+        recipe = tmp_path / "recipe.yml"
+        recipe.write_text(json.dumps({"merge_method": "passthrough", "models": [{"model": table}]}))
+        report = merge(load_recipe(recipe, finder=STREAMS), tmp_path / "again.gguf", force=True)
+        sums.add(report.sha256)
+    assert len(sums) == 1

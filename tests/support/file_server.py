@@ -61,8 +61,9 @@ class _Handler(BaseHTTPRequestHandler):
             owner.requests.append((path, wanted, self.headers.get("Authorization")))
             owner.clients.append(self.client_address[1])
             number = len(owner.requests)
+        status = owner.refuse(path, number)
         owner.pause.wait()
-        if status := owner.refuse(path, number):
+        if status:
             self._answer(status, b"<html>refused</html>", {})
         elif path in owner.redirects:
             self._answer(302, b"", {"Location": owner.redirects[path]})
