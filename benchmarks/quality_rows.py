@@ -52,6 +52,16 @@ OURS = (
         {"lambda": BY_LAYER},
         VALIDATION,
     ),
+    Row("lines alpha=0.6 beta=0.6", "lines", {"alpha": 0.6, "beta": 0.6}, VALIDATION),
+    Row(
+        "task_arithmetic svc lambda=[0.7, 1.4]",
+        "task_arithmetic",
+        {"svc": True, "lambda": [0.7, 1.4]},
+        TRIED,
+    ),
+    Row("covariance", "covariance"),
+    Row("tsv lambda=[0.7, 1.4]", "tsv", {"lambda": [0.7, 1.4]}, TRIED),
+    Row("iso_c lambda=[0.7, 1.4]", "iso_c", {"lambda": [0.7, 1.4]}, TRIED),
     Row("ties density=0.5", "ties", {"density": 0.5}, TRIED),
     Row(
         "dare_ties density=0.6 lambda=0.7",
@@ -71,6 +81,12 @@ OURS = (
         {"density": 0.9, "lambda": 0.7},
         TRIED,
     ),
+    Row(
+        "breadcrumbs density=0.9 lambda=[0.6, 1.2]",
+        "breadcrumbs",
+        {"density": 0.9, "lambda": [0.6, 1.2]},
+        TRIED,
+    ),
     Row("hierarchical", "hierarchical"),
 )
 VARIANTS = (  # of the above, for the small experts only: scoring a row of SmolLM2 takes a minute
@@ -88,6 +104,8 @@ VARIANTS = (  # of the above, for the small experts only: scoring a row of SmolL
         TRIED,
     ),
     Row("breadcrumbs_ties density=0.9", "breadcrumbs_ties", {"density": 0.9}, TRIED),
+    Row("covariance columns=0", "covariance", {"columns": 0}),
+    Row("iso_cts lambda=[0.7, 1.4]", "iso_cts", {"lambda": [0.7, 1.4]}, TRIED),
     Row("hierarchical scope=block", "hierarchical", {"scope": "block"}),
     Row("hierarchical scope=row", "hierarchical", {"scope": "row"}),
 )
