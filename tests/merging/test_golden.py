@@ -24,7 +24,7 @@ from tests.support.small_models import load_gguf, load_hub, to_gguf_rows
 GOLDEN = unpacked("golden")
 RECIPES = sorted(path.stem for path in (GOLDEN / "recipes_f32").glob("*.yml"))
 TOLERANCE = 1e-6  # of a tensor's largest magnitude
-OURS = {"hierarchical"}
+OURS = {"hierarchical", "tsv", "iso_c", "iso_cts"}
 LIKE_ANOTHER = {"della_linear", "breadcrumbs_ties", "passthrough"}  # made of parts that others have
 
 
