@@ -126,6 +126,7 @@ class _RemoteFile:
 
     def __init__(self, path: Path, remote: RemoteFile) -> None:
         self.path, self._remote = path, remote
+        remote.start()  # who read it before may have been stopped
         self.work_bytes = remote.work_bytes
         known = repr((str(remote.address), *remote.identity)).encode()
         number = int.from_bytes(hashlib.blake2b(known, digest_size=8).digest())

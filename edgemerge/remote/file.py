@@ -151,8 +151,12 @@ class RemoteFile:
         if self._spill is not None:
             self._spill.forget(offset, n_bytes)
 
+    def start(self) -> None:
+        """Let reads go on after `stop`."""
+        self._stopped.clear()
+
     def stop(self) -> None:
-        """Make reads raise `Stopped`, those that wait as well as later ones."""
+        """Make reads raise `Stopped`, those that wait as well as later ones, until `start`."""
         self._stopped.set()
         with self._changed:
             for stream in self._busy:

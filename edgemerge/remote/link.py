@@ -59,7 +59,7 @@ class Link:
             Redirects lead nowhere.
         """
         route = self._route
-        address = route.current
+        address, is_fresh = route.current, route.current == route.address
         for _ in range(MAX_REDIRECTS):
             response = self._send(address, {"Range": f"bytes={start}-{stop - 1}"})
             location = response.headers.get("Location")
@@ -69,9 +69,9 @@ class Link:
                     address = address.follow(location)
                 except RecipeError as error:
                     raise Refusal(f"leads to another address that is not used: {error}") from None
-            elif response.status in STALE and address != route.address:
+            elif response.status in STALE and not is_fresh:
                 self._drain(response)
-                address, route.current = route.address, route.address
+                address, is_fresh = route.address, True
             else:
                 route.current = address
                 return response

@@ -190,6 +190,8 @@ def test_what_cannot_be_read_is_one_sentence(server: FileServer, models: dict[st
     assert refusal(f"{server.url}/empty.gguf").endswith("empty.gguf: is empty; get another")
     (server.folder / "text.gguf").write_text("<html>")
     assert "is a web page, not a model" in refusal(f"{server.url}/text.gguf")
+    server.redirects["/gone.gguf"] = "/none.gguf"
+    assert refusal(f"{server.url}/gone.gguf").endswith("is not there (404); check the address")
     server.redirects["/loop.gguf"] = "/loop.gguf"
     assert "from one address to the next" in refusal(f"{server.url}/loop.gguf")
     unused = refusal("http://127.0.0.1:9/a.gguf")
@@ -207,7 +209,7 @@ def test_a_link_that_ran_out_is_asked_for_anew(
     refused = []
 
     def refuse(path: str, number: int) -> int | None:
-        if path == "/signed.gguf" and number in (4, 9):
+        if path == "/signed.gguf" and number in (7, 10):
             refused.append(number)
             return 403
         return None
@@ -288,7 +290,9 @@ def test_who_stops_a_merge_does_not_wait_for_its_servers(
     with pytest.raises(KeyboardInterrupt):
         merge(recipe, tmp_path / "out.gguf", threads=2, progress=stop)
     assert time.monotonic() - asked_at[0] < 10  # of the 30 s that a server may be silent
+    server.refuse = lambda path, number: None
     server.pause.set()
+    assert merge(recipe, tmp_path / "out.gguf", threads=2).resumed_tensors >= 0
 
 
 def test_a_merge_of_files_here_loads_nothing_that_talks_to_servers(
@@ -319,3 +323,17 @@ def test_an_adapter_on_a_server_is_added_to_a_model_there(
         report = merge(load_recipe(recipe, finder=STREAMS), tmp_path / "again.gguf", force=True)
         sums.add(report.sha256)
     assert len(sums) == 1
+
+
+def test_a_proxy_is_asked_where_the_usual_variables_name_one(
+    server: FileServer, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY", "REQUEST_METHOD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", server.url)
+    address = "http://models.invalid/a.gguf"
+    assert open_model(STREAMS.find_model(address)).specs()
+    assert set(server.hosts) == {"models.invalid"}
+    monkeypatch.setenv("no_proxy", "models.invalid")
+    with pytest.raises(FormatError, match="its name cannot be resolved"):
+        STREAMS.find_model(address)

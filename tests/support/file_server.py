@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Lock, Thread
+from urllib.parse import urlsplit
 
 LENGTH = 64  # bytes that still come before a connection is dropped
 
@@ -33,6 +34,7 @@ class FileServer:
     refuse: Callable[[str, int], int | None] = lambda path, number: None
     requests: list[tuple[str, str | None, str | None]] = field(default_factory=list)
     clients: list[int] = field(default_factory=list)  # port of each request's connection
+    hosts: list[str] = field(default_factory=list)
     sent: int = 0  # bytes of bodies
     pause: Event = field(default_factory=Event)  # cleared: no answer comes
     files: dict[tuple[Path, int], tuple[bytes, str]] = field(default_factory=dict, repr=False)
@@ -55,10 +57,11 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def do_GET(self) -> None:
-        owner, path = self.owner, self.path.partition("?")[0]
+        owner, path = self.owner, urlsplit(self.path).path  # of a proxy's whole address too
         wanted = self.headers.get("Range")
         with owner.lock:
             owner.requests.append((path, wanted, self.headers.get("Authorization")))
+            owner.hosts.append(self.headers.get("Host", ""))
             owner.clients.append(self.client_address[1])
             number = len(owner.requests)
         status = owner.refuse(path, number)
