@@ -35,7 +35,7 @@ def test_settings_are_said_and_defaults_marked() -> None:
     )
     assert describe_recipe(recipe_document(recipe)) == [
         "ties: density 0.3 for mlp, else 0.5, lambda 0.8, normalize on (default), "
-        "rescale off (default), seed 3",
+        "rescale off (default), svc off (default), svc_rank 16 (default), seed 3",
         "base base.gguf",
         "model a.gguf: weight 0.5",
         "model b.gguf: weight 0.2 to 0.8 over the layers",
