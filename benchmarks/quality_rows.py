@@ -60,6 +60,7 @@ OURS = (
         TRIED,
     ),
     Row("covariance", "covariance"),
+    Row("tsv lambda=[0.6, 1.2]", "tsv", {"lambda": [0.6, 1.2]}, VALIDATION),
     Row("tsv lambda=[0.7, 1.4]", "tsv", {"lambda": [0.7, 1.4]}, TRIED),
     Row("iso_c lambda=[0.7, 1.4]", "iso_c", {"lambda": [0.7, 1.4]}, TRIED),
     Row("ties density=0.5", "ties", {"density": 0.5}, TRIED),
