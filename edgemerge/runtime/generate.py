@@ -16,6 +16,7 @@ from typing import Self
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.engine.answer import Answer
+from edgemerge.runtime.engine.drafts import MOST
 from edgemerge.runtime.engine.draw import Sampler
 from edgemerge.runtime.engine.messages import Begun, Ended, Failed, Generation, Piece, Sampling
 from edgemerge.runtime.engine.prompts import check_prompt, read_prompt
@@ -52,7 +53,7 @@ class Figures:
     n_generated : int
         Tokens that were drawn, without the one that ends the text.
     n_steps : int
-        Tokens that were run one by one; the first drawn token needs none.
+        Tokens that were drawn after the first, with the one that ends the text.
     prompt_seconds, step_seconds : float
         Time for the prompt, and for all steps with their draws.
     first_token_seconds : float or None
@@ -106,13 +107,15 @@ class Session:
         self.n_ctx = n_ctx  # llama.cpp may round its own up
         self.figures = Figures()
         self._worker = Worker()  # all that computes runs there, one after the other
-        self.context = self._worker.do(model.context, n_ctx, n_batch=_BATCH + 1)
+        self.context = self._worker.do(model.context, n_ctx, n_batch=_BATCH + 1, n_outputs=1 + MOST)
         # C keeps the pointer only. llama.cpp asks for each node of its graph, 500 times a token for
         # a small model, which no clock here can tell from not asking.
         self._abort = model.api.ggml_abort_callback(lambda _: self._worker.is_stopped)
         model.api.llama_set_abort_callback(self.context.handle, self._abort, None)
         self._slots = _one_slot(model, self.context)
-        self._scheduler = Scheduler(model, self.context, self._slots, n_chunk=_BATCH, n_rows=1)
+        self._scheduler = Scheduler(
+            model, self.context, self._slots, n_chunk=_BATCH, n_rows=1 + MOST
+        )
         self._sampler = Sampler(model, sampling)
 
     def __enter__(self) -> Self:
@@ -200,13 +203,14 @@ class Session:
     def _step(self, answer: Answer, progress: Callable[[int, int], None] | None) -> Sequence[Event]:
         """Compute a part of the prompt or a token, and count it."""
         figures = self.figures
-        is_step = answer.is_drawing
+        is_step, n_before = answer.is_drawing, figures.n_generated
         started = perf_counter()
         events = [event for _, event in self._worker.do(self._scheduler.step)]
         seconds = perf_counter() - started
         figures.n_generated = len(answer.tokens) - answer.n_prompt
         if is_step:
-            figures.n_steps += 1
+            # guesses give several at a time; what ends the text is none of it
+            figures.n_steps += max(1, figures.n_generated - n_before)
             figures.step_seconds += seconds
             return events
         figures.prompt_seconds += seconds

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.runtime.engine.drafts import MOST, Drafts
 from edgemerge.runtime.engine.messages import Sampling
 from edgemerge.runtime.generate import Session, check_prompt, read_prompt
 from edgemerge.runtime.llama import Model
@@ -70,6 +71,32 @@ def test_a_long_prompt_is_fed_in_parts(model: Model, monkeypatch: pytest.MonkeyP
     whole = "".join(complete(model, prompt, 8))
     monkeypatch.setattr("edgemerge.runtime.generate._BATCH", 7)
     assert "".join(complete(model, prompt, 8)) == whole
+
+
+def test_guesses_change_nothing_and_count_as_tokens(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bias = tuple((token, 12.0) for token in (260, 270, 280))  # so that it repeats itself soon
+    tokens = read_prompt(model, "the answer of the answer ")
+
+    def draw() -> tuple[str, int, int]:
+        sampling = Sampling(temperature=0.0, bias=bias)
+        with Session(model, CONTEXT, sampling) as session:
+            text = "".join(session.generate(tokens, 60))
+            return text, session.figures.n_generated, session.figures.n_steps
+
+    guessed: list[int] = []
+    note = Drafts.note
+
+    def spy(self: Drafts, n_guessed: int, n_right: int, n_tokens: int) -> None:
+        guessed.append(n_guessed)
+        note(self, n_guessed, n_right, n_tokens)
+
+    monkeypatch.setattr(Drafts, "note", spy)
+    with_guesses = draw()
+    assert max(guessed) == MOST
+    monkeypatch.setattr(Drafts, "guess", lambda *_: [])
+    assert with_guesses == draw()
 
 
 def test_a_prompt_that_cannot_work_is_refused(model: Model) -> None:

@@ -43,7 +43,8 @@ class Drafts:
         place = self._places.get(tuple(tokens[-_KEY:]))
         if place is None or len(tokens) < self._next:
             return []
-        return tokens[place : place + min(self._n, most)]
+        period = len(tokens) - place  # what repeats itself at the end goes on so
+        return [tokens[place + i % period] for i in range(min(self._n, most))]
 
     def note(self, n_guessed: int, n_right: int, n_tokens: int) -> None:
         """Learn from how many of the guesses were right; there are now so many tokens."""

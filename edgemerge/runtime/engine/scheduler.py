@@ -190,7 +190,8 @@ class Scheduler:
         room = self._context.n_ctx - len(answer.tokens)
         if self._model.keeps_state or room <= MOST:
             return []
-        return answer.drafts.guess(answer.tokens, min(MOST, answer.n_wanted - 1))
+        most = min(MOST, answer.n_wanted - 1, self._n_rows - 1)
+        return answer.drafts.guess(answer.tokens, most)
 
     def _check_guesses(self, answer: Answer, place: int, *, ended: bool) -> list[Event]:
         """Go on with an answer as long as what is drawn was guessed; forget the rest."""

@@ -93,6 +93,13 @@ def test_a_guess_is_what_followed_last() -> None:
     assert drafts.guess([1, 2, 3, 4, 5, 1, 2, 3, 6, 1, 2, 3], 1) == [6]
 
 
+def test_what_repeats_itself_goes_on() -> None:
+    drafts = Drafts()
+    drafts.note(2, 2, 0)
+    drafts.note(4, 4, 0)
+    assert drafts.guess([9, 1, 2, 1, 2, 1, 2], MOST) == [1, 2, 1, 2, 1, 2, 1, 2]
+
+
 def test_right_guesses_become_longer_and_wrong_ones_rest() -> None:
     drafts = Drafts()
     tokens = [*range(20), *range(10)]
@@ -114,5 +121,5 @@ def test_guesses_come_from_the_text(tokens: list[int], most: int) -> None:
         found = drafts.guess(tokens[:n], most)
         assert len(found) <= most
         if found:
-            whole = ",".join(map(str, [*tokens[max(0, n - 3) : n], *found]))
+            whole = ",".join(map(str, [*tokens[n - 3 : n], found[0]]))
             assert whole in ",".join(map(str, tokens[:n]))
