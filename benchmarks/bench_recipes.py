@@ -6,8 +6,8 @@ FOLDER has recipes.json (a list: id, depth and YAML documents of each recipe) an
 stand-ins for the models that the recipes name, of few weights and of every depth. Both programs work in
 float32, whatever a recipe's dtype says: no difference is then a rounding to 16 bits. arcee_fusion works in
 float64: in float32 mergekit's importances have errors of 0.1 %, and elements at the limit change sides. What
-mergekit writes is converted to a GGUF, and its tensors are compared by name. Recipes that draw masks draw other ones in
-mergekit: there the norm of the change, summed over all tensors, is compared.
+mergekit writes is converted to a GGUF, and its tensors are compared by name. Recipes that draw masks draw
+other ones in mergekit: there the norm of the change, summed over all tensors, is compared.
 """
 
 from __future__ import annotations
