@@ -110,6 +110,14 @@ def test_what_is_kept_is_fetched_once_and_known_again(server: FileServer, tmp_pa
     assert found.read_bytes() == raw
 
 
+def test_the_folder_to_keep_them_in_may_be_relative(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("convert", f"{server.url}/a.gguf", "--keep-remote", "kept", "-o", "one.gguf")
+    assert list(Path("kept/sha256").iterdir())
+
+
 def test_inspect_shows_an_address_without_its_secrets(server: FileServer) -> None:
     address = server.url.replace("//", "//user:passw0rd@") + "/a.gguf?token=s3cret"
     text = run("inspect", address, "--against", address)
