@@ -30,7 +30,10 @@ CARD_KEYS = ("license", "author", "organization", "base_model.0.name", "base_mod
 @speaks_plainly
 def record_command(
     model: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Merged GGUF; of a split, any part.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="Merged GGUF, of a split any part; or merged directory."
+        ),
     ],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="RECORD.html", help="Page to write.")

@@ -126,3 +126,15 @@ def test_inspect_shows_an_address_without_its_secrets(server: FileServer) -> Non
         assert word not in text
     refused = run("run", address, "-p", "x", code=1)
     assert "passw0rd" not in refused
+
+
+def test_other_commands_name_the_address_and_not_its_secrets(tmp_path: Path) -> None:
+    address, out = "http://user:s3cret@127.0.0.1:9/a.gguf?token=s3cret", str(tmp_path / "out")
+    for given in (
+        ("compare", address, "b"),
+        ("extract", address, "b", "-o", out),
+        ("verify", address),
+    ):
+        text = run(*given, code=1)
+        assert "http://127.0.0.1:9/a.gguf: an address is read by merge, plan, convert and" in text
+        assert "s3cret" not in text
