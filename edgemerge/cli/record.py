@@ -140,7 +140,7 @@ def _what(inspection: Inspection, files: Sequence[Path], digests: Sequence[str])
         ("name", inspection.name),
         ("architecture", f"{inspection.architecture}, {inspection.layers} layers"),
         ("parameters", format_count(inspection.elements)),
-        ("type", str(inspection.file_type)),
+        ("type", inspection.file_type or ", ".join(one.dtype for one in inspection.types)),
         ("size", format_size(sum(path.stat().st_size for path in files))),
     ]
     rows += [
