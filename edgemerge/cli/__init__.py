@@ -75,13 +75,18 @@ def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
         help="Merge fine-tuned language models on the device, inside a memory budget, into one GGUF.",
     )
     app.callback()(_root)
     for name in names:
         module = import_module(f"edgemerge.cli.{COMMANDS[name]}")
         own = getattr(module, "CLASSES", {})
-        app.command(name, cls=own.get(name))(getattr(module, f"{name}_command"))
+        command = getattr(module, f"{name}_command")
+        summary = " ".join(
+            (command.__doc__ or "").partition("\n\n")[0].split()
+        )  # which is else cut off
+        app.command(name, cls=own.get(name), short_help=summary)(command)
     return app
 
 

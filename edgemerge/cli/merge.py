@@ -63,7 +63,7 @@ def merge_command(
     ask: request.Ask = None,
     no_ask: request.NoAsk = False,
 ) -> None:
-    """Merge models into one GGUF."""
+    """Merge models into one GGUF file or Hugging Face directory."""
     from edgemerge.formats.files import real_path
     from edgemerge.merging.destination import check_destination
     from edgemerge.output.file import check_output
@@ -215,7 +215,7 @@ def print_report(report: MergeReport, *, as_json: bool, signature: Path | None =
 @speaks_plainly
 def plan_command(
     models: request.Models,
-    out_format: request.Format = None,
+    out_format: request.PlannedFormat = None,
     method: request.Method = None,
     base: request.Base = None,
     out_type: request.Type = None,

@@ -30,7 +30,10 @@ CARD_KEYS = ("license", "author", "organization", "base_model.0.name", "base_mod
 @speaks_plainly
 def record_command(
     model: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Merged GGUF; of a split, any part.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="Merged GGUF, of a split any part; or merged directory."
+        ),
     ],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="RECORD.html", help="Page to write.")
@@ -137,7 +140,7 @@ def _what(inspection: Inspection, files: Sequence[Path], digests: Sequence[str])
         ("name", inspection.name),
         ("architecture", f"{inspection.architecture}, {inspection.layers} layers"),
         ("parameters", format_count(inspection.elements)),
-        ("type", str(inspection.file_type)),
+        ("type", inspection.file_type or ", ".join(one.dtype for one in inspection.types)),
         ("size", format_size(sum(path.stat().st_size for path in files))),
     ]
     rows += [

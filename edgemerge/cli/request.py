@@ -47,6 +47,14 @@ Format = Annotated[
         help="gguf, or hf for a Hugging Face directory [default: what -o says].",
     ),
 ]
+PlannedFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="gguf, or hf for a Hugging Face directory [default: what the recipe says, else gguf].",
+    ),
+]
 Method = Annotated[
     str | None, typer.Option("-m", "--method", metavar="METHOD", help="Merge method.")
 ]

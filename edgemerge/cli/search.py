@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -13,7 +14,7 @@ from edgemerge.cli import loading, request
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.search_tables import as_json, print_result, report_sections, summary
 from edgemerge.cli.tasks import HelpTasks, Tasks, Texts, read_tasks, refuse_twins
-from edgemerge.cli.terminal import print_json, progress_bars, speaks_plainly
+from edgemerge.cli.terminal import plain, print_json, progress_bars, speaks_plainly
 
 if TYPE_CHECKING:
     from edgemerge.recipe.searches import SearchRecipe
@@ -142,6 +143,10 @@ def search_command(
     _check_outputs(
         found, output, kept, report, [*(one.path for one in tasks), *texts.values()], force
     )
+    for note in found.recipe(found.start()).notes:
+        print(
+            f"note: {plain(note)}", file=sys.stderr
+        )  # such as of a name that no merge will look at
     examiner = Examiner(tasks, texts, held_out=held_out, seed=seed, n_ctx=context)
     with ExitStack() as stack:
         budget = None if memory is None else parse_size(memory)

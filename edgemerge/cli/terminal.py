@@ -88,7 +88,7 @@ def _explain(error: BaseException, kept: str) -> typer.Exit:
             return _failure("; ".join(parts), code=128 + number)
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
-            hint = suggest_path(error.filename) if _is_missing(error) else ""
+            hint = suggest_path(error.filename) or "; check the path" if _is_missing(error) else ""
             return _failure("; ".join((f"{where}{error.strerror or error}{hint}", *notes)))
     remedy = "close other programs or, in a merge, give a smaller --memory"
     return _failure("; ".join(("out of memory", remedy, *notes)))

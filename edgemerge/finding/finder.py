@@ -126,10 +126,9 @@ class Finder:
 
     def _stream(self, text: str, revision: str | None) -> Path:
         if not self.streams:
-            raise RecipeError(
-                "an address is read by merge, plan, convert and inspect alone; download the model, and "
-                "give its path"
-            )
+            from edgemerge.remote.address import refuse_address  # and all that reads URLs
+
+            raise RecipeError(refuse_address(text))
         from edgemerge.finding.streaming import Streamer  # which loads TLS
 
         return Streamer(self.spill, self.keep, self.show_progress).find_model(text, revision)

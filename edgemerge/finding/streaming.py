@@ -169,7 +169,7 @@ class Streamer:
         with closing(RemoteFile(address, identity)) as remote:
             kept = keep_file(remote, self.keep, sha256, self.show_progress)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.symlink_to(kept)
+        path.symlink_to(kept.absolute())
 
 
 def _split_names(name: str) -> list[str]:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from edgemerge.errors import FormatError
+from edgemerge.errors import FormatError, RecipeError
 from edgemerge.formats.adapters.reference import AdapterUse, split_reference
 from edgemerge.formats.gguf.model import GgufModel
+from edgemerge.remote.stand_ins import is_address
 from edgemerge.suggestions import suggest_path
 from edgemerge.types import Source
 
@@ -43,6 +44,10 @@ def open_model(path: str | os.PathLike[str]) -> Source:
     try:
         return GgufModel(path)
     except OSError as error:
+        if is_address(str(path)):
+            from edgemerge.remote.address import refuse_address  # and all that reads URLs
+
+            raise RecipeError(refuse_address(str(path))) from None
         hint = suggest_path(path) or "; check the path"
         raise FormatError(f"cannot be read ({error.strerror}){hint}", path=path) from None
 

@@ -107,7 +107,7 @@ def _iso_cts(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
 
 def _iso_cts_ranks(job: TensorJob) -> list[int]:
     """Split the rank: four fifths for what is common, the rest evenly for the experts, one each at least."""
-    rank, n_experts = min(_rank(job), job.out.n_rows, job.n_cols), len(job.experts)
+    rank, n_experts = _rank(job), len(job.experts)
     own = max(1, round((rank - int(COMMON * rank)) / n_experts))
     return [rank - n_experts * own, *[own] * n_experts]
 
@@ -249,7 +249,7 @@ def _weights(job: TensorJob) -> Float32:
 
 
 def _rank(job: TensorJob) -> int:
-    return int(float(job.settings["rank"]))
+    return min(int(float(job.settings["rank"])), job.out.n_rows, job.n_cols)
 
 
 # -- records ---------------------------------------------------------------------------------------

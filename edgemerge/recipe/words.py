@@ -14,7 +14,7 @@ from edgemerge.types import Recipe
 
 __all__ = ["describe_recipe", "describe_stages", "recipe_document"]
 
-DEFAULT = " (default)"
+DEFAULT, PRESET = " (default)", " (preset)"
 QUIET = {"int8_mask"}  # without effect
 WORDS = {"base": "the base", "union": "all models"}  # tokenizer_source -> whose
 
@@ -52,10 +52,15 @@ def describe_recipe(document: Mapping[str, Any], transplant: str = "") -> list[s
     for key, value in known.items():
         if key in common or key in own or key in QUIET:
             continue
+        mark = DEFAULT
         if key in fallback:
+            plain = _rules(
+                1.0 if value is None else value
+            )  # only a weight has no default of its own
             value = fallback[key]
+            mark = DEFAULT if _rules(value) == plain else PRESET
         if value is not None:
-            parts.append(f"{key} {_rules(value)}{DEFAULT}")
+            parts.append(f"{key} {_rules(value)}{mark}")
     parts += _switches(document)
     lines = [f"{name}: {', '.join(parts)}" if parts else name]
     if transplant:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from edgemerge.errors import RecipeError
 
-__all__ = ["Address", "read_address"]
+__all__ = ["Address", "read_address", "refuse_address"]
 
 SCHEMES = ("http", "https")
 PORTS = {"http": 80, "https": 443}
@@ -71,6 +72,19 @@ class Address:
         if there.authorization is None and there.origin == self.origin:
             there = replace(there, authorization=self.authorization)
         return there
+
+
+def refuse_address(text: str) -> str:
+    """Say that a command reads no addresses; `text`: also a path that was made of one."""
+    if "://" not in text:
+        text = text.replace(":/", "://", 1)
+    where = f"{text}: " if text.startswith("hf:") else ""
+    with suppress(RecipeError):  # which shows no login
+        where = f"{read_address(text)}: "
+    return (
+        f"{where}an address is read by merge, plan, convert and inspect alone; download the model, and "
+        "give its path"
+    )
 
 
 def read_address(text: str) -> Address:

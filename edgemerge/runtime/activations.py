@@ -18,6 +18,7 @@ from edgemerge.native import KernelFile
 from edgemerge.output.importance_file import Squares
 from edgemerge.runtime.ggml_tensors import F32, Ggml, Tensor
 from edgemerge.runtime.llama import Model
+from edgemerge.runtime.worker import Worker
 from edgemerge.types import Progress
 
 __all__ = ["measure_importances"]
@@ -68,9 +69,15 @@ def measure_importances(
             "-c or --batch"
         )
     n_ctx = len(chunks[0])
-    collector = _Collector(Ggml(model.library), model.path, with_output=with_output)
+    worker = Worker()  # Ctrl-C would be lost in a callback on the main thread
+    collector = _Collector(Ggml(model.library), model.path, worker, with_output=with_output)
     callback = model.api.llama_cpp.ggml_backend_sched_eval_callback(collector.watch)
-    with model.context(n_ctx, n_batch=n_batch, n_outputs=n_batch, cb_eval=callback) as context:
+    with (
+        worker,
+        worker.do(
+            model.context, n_ctx, n_batch=n_batch, n_outputs=n_batch, cb_eval=callback
+        ) as context,
+    ):
         collector.is_on = True  # only now, as finding the fastest threads computes too
         for done, chunk in enumerate(chunks):
             progress(done, len(chunks))
@@ -79,7 +86,8 @@ def measure_importances(
                 tokens = chunk[start : start + n_batch]
                 positions = range(start, start + len(tokens))
                 # Logits of all: else llama.cpp leaves most tokens out of the last layer.
-                context.decode(tokens, positions, [(0,)] * len(tokens), [True] * len(tokens))
+                n = len(tokens)
+                worker.do(context.decode, tokens, positions, [(0,)] * n, [True] * n)
                 if collector.error is not None:
                     raise collector.error
         progress(len(chunks), len(chunks))
@@ -93,12 +101,13 @@ def measure_importances(
 class _Collector:
     """Sums squares as llama.cpp calls `watch`. Until `is_on`, nothing is looked at."""
 
-    def __init__(self, ggml: Ggml, path: Path, *, with_output: bool) -> None:
+    def __init__(self, ggml: Ggml, path: Path, worker: Worker, *, with_output: bool) -> None:
         self.sums: dict[str, Squares] = {}
         self.error: BaseException | None = None
         self.is_on = False
         self._ggml = ggml
         self._path = path
+        self._worker = worker
         self._with_output = with_output
 
     def watch(self, address: int, is_asking: bool, _user_data: object) -> bool:
@@ -116,7 +125,7 @@ class _Collector:
                 self._add_whole(tensor)
         except BaseException as error:
             self.error = error
-        return self.error is None
+        return self.error is None and not self._worker.is_stopped
 
     def _is_wanted(self, tensor: Tensor) -> bool:
         if tensor.op == self._ggml.expert_matmul:

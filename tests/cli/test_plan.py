@@ -48,7 +48,7 @@ def test_plan_prints_a_row_per_kind_of_tensor(run: Run, golden_dir: Path) -> Non
         f"  base   {models}/base\n"
         f"  model  {models}/a\n"
         "  ties: density 0.5, weight 1 (default), normalize on (default), rescale off (default), "
-        "lambda 1 (default)\n"
+        "lambda 1 (default), svc off (default), svc_rank 16 (default)\n"
         "tensor                    shape         from  to    reads       size\n"
         "output.weight             1 x [64, 32]  F32   Q8_0      1   2.12 KiB\n"
         "token_embd.weight         1 x [64, 32]  F32   Q8_0      1   2.12 KiB\n"
@@ -117,3 +117,22 @@ def test_plan_json(run: Run) -> None:
         "rows_per_block": 64,
     }
     assert document["tensors"] == len(document["jobs"]) == 21
+
+
+def test_a_rank_above_a_matrixs_takes_no_more_memory(run: Run) -> None:
+    given = ("-m", "tsv", "--base", "base", "a", "b", "--threads", "1")
+    whole, above = (succeed(run("plan", *given, "-P", f"rank={n}")) for n in (32, 9_999_999))
+    assert whole.partition("tensor ")[2] == above.partition("tensor ")[2]
+
+
+def test_plan_tells_a_presets_values_from_defaults(run: Run) -> None:
+    given = ("-m", "task_arithmetic", "--base", "base", "a", "b", "--preset", "ramp")
+    text = succeed(run("plan", *given))
+    assert "weight 1 (default), " in text
+    assert "lambda 0.6 to 1.2 over the layers (preset)" in text
+
+
+def test_plans_help_speaks_of_its_own_options(run: Run) -> None:
+    text = succeed(run("plan", "-h"))
+    assert "--format" in text
+    assert "-o" not in text.split()

@@ -50,6 +50,13 @@ def test_it_says_what_of_what_and_how() -> None:
     assert re.search(r"written 20\d\d-\d\d-\d\dT", text)
 
 
+def test_a_directory_has_the_type_of_its_tensors() -> None:
+    given = ("-m", "linear", "base.gguf", "cardio.gguf", "-o", "ward/", "--type", "BF16")
+    assert run("merge", *given).exit_code == 0
+    assert run("record", "ward", "-o", "record.html").exit_code == 0
+    assert "type BF16 size" in words(Path("record.html"))
+
+
 def test_scores_are_those_of_this_very_file() -> None:
     first = json.loads(run("record", "ward.gguf", "-o", "a.html", "--json").stdout)
     sha256 = next(row[1] for row in first["sections"][0]["rows"] if row[0].startswith("sha256"))

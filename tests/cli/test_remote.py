@@ -110,6 +110,14 @@ def test_what_is_kept_is_fetched_once_and_known_again(server: FileServer, tmp_pa
     assert found.read_bytes() == raw
 
 
+def test_the_folder_to_keep_them_in_may_be_relative(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("convert", f"{server.url}/a.gguf", "--keep-remote", "kept", "-o", "one.gguf")
+    assert list(Path("kept/sha256").iterdir())
+
+
 def test_inspect_shows_an_address_without_its_secrets(server: FileServer) -> None:
     address = server.url.replace("//", "//user:passw0rd@") + "/a.gguf?token=s3cret"
     text = run("inspect", address, "--against", address)
@@ -118,3 +126,15 @@ def test_inspect_shows_an_address_without_its_secrets(server: FileServer) -> Non
         assert word not in text
     refused = run("run", address, "-p", "x", code=1)
     assert "passw0rd" not in refused
+
+
+def test_other_commands_name_the_address_and_not_its_secrets(tmp_path: Path) -> None:
+    address, out = "http://user:s3cret@127.0.0.1:9/a.gguf?token=s3cret", str(tmp_path / "out")
+    for given in (
+        ("compare", address, "b"),
+        ("extract", address, "b", "-o", out),
+        ("verify", address),
+    ):
+        text = run(*given, code=1)
+        assert "http://127.0.0.1:9/a.gguf: an address is read by merge, plan, convert and" in text
+        assert "s3cret" not in text

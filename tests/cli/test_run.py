@@ -145,7 +145,7 @@ def test_the_context_is_as_large_as_is_needed() -> None:
         ("-p x --system y", 1, "tiny.gguf: this model has no chat template and so no place for"),
         ("-p \udcff", 1, "edgemerge: the prompt is not UTF-8 text: convert it first"),
         ("-p x --system \udcff", 1, "edgemerge: the system prompt is not UTF-8 text"),
-        ("--file none", 1, "edgemerge: none: No such file or directory"),
+        ("--file none", 1, "edgemerge: none: No such file or directory; check the path"),
         ("--file tiny.gguf", 1, "edgemerge: tiny.gguf is not UTF-8 text: convert it first"),
         ("-p x --template none", 1, "edgemerge: none: No such file or directory"),
         ("-p x --template tiny.gguf", 1, "edgemerge: tiny.gguf: not UTF-8 text"),

@@ -71,6 +71,13 @@ def test_a_search_writes_the_best_recipe_and_a_page(folder: Path) -> None:
     ]
 
 
+def test_what_no_merge_looks_at_is_noted_before_the_work() -> None:
+    recipe = Path("recipe.yml")
+    recipe.write_text(recipe.read_text().replace("lambda", "lamda"))
+    said = CliRunner().invoke(app, ["recipe.yml", *TASK, "-t", "1", "--trials", "2"]).stderr
+    assert "unknown parameter 'lamda', which is ignored; did you mean 'lambda'?" in said
+
+
 def test_the_same_command_goes_on_and_more_trials_are_added() -> None:
     first = json.loads(run("--trials", "3", "--json"))
     again = json.loads(run("--trials", "3", "--json"))

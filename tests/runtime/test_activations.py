@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
+import threading
 from pathlib import Path
 
 import gguf
@@ -13,7 +16,7 @@ from numpy.typing import NDArray
 from edgemerge.errors import FormatError, RuntimeFailure
 from edgemerge.output.importance_file import Squares
 from edgemerge.runtime import ggml_tensors
-from edgemerge.runtime.activations import measure_importances
+from edgemerge.runtime.activations import _Collector, measure_importances
 from edgemerge.runtime.evaluation.perplexity import cut_text
 from edgemerge.runtime.llama import Model
 from edgemerge.types import ignore_parts
@@ -185,3 +188,21 @@ def test_a_stop_is_heard_between_chunks(tiny_gguf: Path, text: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             measure_importances(model, chunks, n_batch=N_CTX, progress=stop)
     assert seen == [(i, len(chunks)) for i in range(3)]
+
+
+def test_an_interrupt_is_heard_by_no_callback_of_llama_cpp(
+    tiny_gguf: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the main thread it could be raised where it is printed as a traceback and lost."""
+    seen = []
+
+    def interrupt(*_: object) -> bool:
+        seen.append(threading.current_thread() is threading.main_thread())
+        os.kill(os.getpid(), signal.SIGINT)
+        return True
+
+    monkeypatch.setattr(_Collector, "_is_wanted", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        measure(tiny_gguf, text)
+    assert seen
+    assert not any(seen)
