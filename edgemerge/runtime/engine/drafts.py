@@ -10,9 +10,9 @@ from __future__ import annotations
 __all__ = ["MOST", "Drafts"]
 
 MOST = 8  # tokens: more of them cost as much each as they save
-_FIRST = 2
-_KEY = 3  # tokens that have to be the same; fewer are there by chance
-_PAUSE = 8  # tokens without guesses after a wrong one; each wrong one doubles it
+_FIRST = 1
+_KEY = 4  # tokens that have to be the same; fewer are there by chance
+_PAUSE = 16  # tokens without guesses after a wrong one; each wrong one doubles it
 
 
 class Drafts:

@@ -54,7 +54,7 @@ def test_answers_are_the_same_with_guesses(
             [score.logprob for piece in told.pieces for score in piece.scores]
             for told in (with_guesses, without)
         ]
-        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+        assert scores[0] == pytest.approx(scores[1], abs=1e-2)  # in half precision
     assert sum(n for _, n in guessed) < sum(n for _, n in plain)
 
 
@@ -87,39 +87,41 @@ def test_there_are_none_beside_others(engine: Bench, monkeypatch: pytest.MonkeyP
 
 def test_a_guess_is_what_followed_last() -> None:
     drafts = Drafts()
-    assert drafts.guess([1, 2, 3], MOST) == []
-    assert drafts.guess([1, 2, 3, 4, 5, 1, 2, 3], MOST) == [4, 5]
-    assert drafts.guess([1, 2, 3, 4, 5, 1, 2, 3, 6, 1, 2, 3], MOST) == [6, 1]
-    assert drafts.guess([1, 2, 3, 4, 5, 1, 2, 3, 6, 1, 2, 3], 1) == [6]
+    drafts.note(1, 1, 0)
+    assert drafts.guess([0, 1, 2, 3], MOST) == []
+    assert drafts.guess([0, 1, 2, 3, 4, 5, 0, 1, 2, 3], MOST) == [4, 5]
+    tokens = [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 0, 1, 2, 3]
+    assert drafts.guess(tokens, MOST) == [6, 0]
+    assert drafts.guess(tokens, 1) == [6]
 
 
 def test_what_repeats_itself_goes_on() -> None:
     drafts = Drafts()
-    drafts.note(2, 2, 0)
-    drafts.note(4, 4, 0)
+    for n in (1, 2, 4):
+        drafts.note(n, n, 0)
     assert drafts.guess([9, 1, 2, 1, 2, 1, 2], MOST) == [1, 2, 1, 2, 1, 2, 1, 2]
 
 
 def test_right_guesses_become_longer_and_wrong_ones_rest() -> None:
     drafts = Drafts()
-    tokens = [*range(20), *range(10)]
-    assert len(drafts.guess(tokens, MOST)) == 2
-    drafts.note(2, 2, 32)
-    drafts.note(4, 4, 36)
-    assert len(drafts.guess([*tokens, 10, 11], MOST)) == MOST
-    drafts.note(8, 3, 36)
-    assert len(drafts.guess([*tokens, 10, 11, 12], MOST)) == 2
-    drafts.note(2, 0, 34)
-    assert drafts.guess([*tokens, 10, 11, 12, 13], MOST) == []
-    assert drafts.guess([*tokens, *range(10, 20), 0, 1, 2], MOST) == [3, 4]
+    tokens = [*range(30), *range(10)]
+    assert len(drafts.guess(tokens, MOST)) == 1
+    for n in (1, 2, 4):
+        drafts.note(n, n, 40)
+    assert len(drafts.guess([*tokens, 10], MOST)) == MOST
+    drafts.note(8, 3, 41)
+    assert len(drafts.guess([*tokens, 10, 11], MOST)) == 1
+    drafts.note(1, 0, 42)
+    assert drafts.guess([*tokens, 10, 11, 12], MOST) == []
+    assert drafts.guess([*tokens, *range(10, 28)], MOST) == [28]
 
 
-@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, MOST))
+@given(st.lists(st.integers(0, 2), max_size=60), st.integers(1, MOST))
 def test_guesses_come_from_the_text(tokens: list[int], most: int) -> None:
     drafts = Drafts()
     for n in range(len(tokens) + 1):
         found = drafts.guess(tokens[:n], most)
         assert len(found) <= most
         if found:
-            whole = ",".join(map(str, [*tokens[n - 3 : n], found[0]]))
+            whole = ",".join(map(str, [*tokens[n - 4 : n], found[0]]))
             assert whole in ",".join(map(str, tokens[:n]))
