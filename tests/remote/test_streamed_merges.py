@@ -210,7 +210,7 @@ def test_a_link_that_ran_out_is_asked_for_anew(
     shutil.copy(models["a"], server.folder / "signed.gguf")
     server.redirects["/once.gguf"] = "/signed.gguf?signature=1"
     wanted = merged([models["a"]], tmp_path / "here.gguf")
-    refused = []
+    refused: list[int] = []
 
     def refuse(path: str, number: int) -> int | None:
         if path == "/signed.gguf" and number >= 7 and not refused:
