@@ -13,7 +13,15 @@ import typer
 from edgemerge.cli import loading, request
 from edgemerge.cli.eval_tables import print_csv, print_tables
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
-from edgemerge.cli.tasks import HelpTasks, Tasks, Texts, read_tasks, refuse_twins
+from edgemerge.cli.tasks import (
+    Context,
+    HelpTasks,
+    Tasks,
+    Texts,
+    read_tasks,
+    refuse_twins,
+    require_questions,
+)
 from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plainly
 
 if TYPE_CHECKING:
@@ -60,16 +68,7 @@ def eval_command(
         ),
     ] = None,
     force: request.Force = False,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "-c",
-            "--ctx",
-            min=8,
-            metavar="N",
-            help="Tokens of context [default: the model's own; for --perplexity 512].",
-        ),
-    ] = None,
+    context: Context = None,
     threads: loading.Threads = None,
     gpu_layers: loading.GpuLayers = None,
     lora: loading.Loras = None,
@@ -93,8 +92,7 @@ def eval_command(
 
     if json_ and csv_:
         raise typer.BadParameter("--json and --csv are two ways to print the same: give one")
-    if not task and not perplexity:
-        raise typer.BadParameter("give something to score with --task or --perplexity")
+    require_questions(task, perplexity)
     finder = make_finder(models_folder, download, quiet=json_)
     models = [finder.find_model(str(model)) for model in models]
     refuse_twins("model", models)

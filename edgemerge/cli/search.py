@@ -13,7 +13,15 @@ import typer
 from edgemerge.cli import loading, request
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.search_tables import as_json, print_result, report_sections, summary
-from edgemerge.cli.tasks import HelpTasks, Tasks, Texts, read_tasks, refuse_twins
+from edgemerge.cli.tasks import (
+    Context,
+    HelpTasks,
+    Tasks,
+    Texts,
+    read_tasks,
+    refuse_twins,
+    require_questions,
+)
 from edgemerge.cli.terminal import plain, print_json, progress_bars, speaks_plainly
 
 if TYPE_CHECKING:
@@ -94,16 +102,7 @@ def search_command(
         ),
     ] = None,
     force: request.Force = False,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "-c",
-            "--ctx",
-            min=8,
-            metavar="N",
-            help="Tokens of context [default: the model's own; for --perplexity 512].",
-        ),
-    ] = None,
+    context: Context = None,
     memory: request.Memory = None,
     threads: loading.Threads = None,
     gpu_layers: loading.GpuLayers = None,
@@ -129,8 +128,7 @@ def search_command(
     from edgemerge.sizes import parse_duration, parse_size
 
     check_optuna()
-    if not task and not perplexity:
-        raise typer.BadParameter("give something to score with --task or --perplexity")
+    require_questions(task, perplexity)
     limits = Limits(trials, None if time is None else parse_duration(time), patience)
     tasks = read_tasks(task or [], None, [], limit, seed)
     texts = _name_texts(perplexity or [], tasks)

@@ -11,7 +11,8 @@ import typer
 if TYPE_CHECKING:
     from edgemerge.runtime.evaluation.tasks import Task
 
-__all__ = ["HelpTasks", "Tasks", "Texts", "read_tasks", "refuse_twins"]
+__all__ = ["Context", "HelpTasks", "Tasks", "Texts", "read_tasks", "refuse_twins"]
+__all__ += ["require_questions"]
 
 DEFAULT_SHOTS = 5  # of MMLU
 
@@ -41,6 +42,16 @@ Texts = Annotated[
         help="A text file to measure perplexity on; may be repeated.",
     ),
 ]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "-c",
+        "--ctx",
+        min=8,
+        metavar="N",
+        help="Tokens of context [default: the model's own; for --perplexity 512].",
+    ),
+]
 HelpTasks = Annotated[
     bool,
     typer.Option(
@@ -50,6 +61,18 @@ HelpTasks = Annotated[
         help="Describe the files of --task and exit.",
     ),
 ]
+
+
+def require_questions(task: Sequence[str] | None, perplexity: Sequence[Path] | None) -> None:
+    """Refuse to score nothing.
+
+    Raises
+    ------
+    typer.BadParameter
+        There is neither a task nor a text.
+    """
+    if not task and not perplexity:
+        raise typer.BadParameter("give something to score with --task or --perplexity")
 
 
 def refuse_twins(what: str, given: Sequence[object]) -> None:

@@ -93,6 +93,15 @@ def tsv(
     return base.astype(np.float64) + scale * merged.reshape(base.shape)
 
 
+def added(
+    base: NDArray[Any], models: Sequence[NDArray[Any]], weights: Sequence[float]
+) -> tuple[list[Float64], Float64]:
+    """All changes as matrices, and their weighted sum."""
+    changes = [x.reshape(-1, base.shape[-1]) for x in whole(base, models)]
+    merged = np.sum([w * change for w, change in zip(weights, changes, strict=True)], axis=0)
+    return changes, merged
+
+
 def iso_c(
     base: NDArray[Any],
     models: Sequence[NDArray[Any]],
@@ -101,8 +110,7 @@ def iso_c(
     scale: float = 1.0,
 ) -> Float64:
     """Marczak et al. 2025 (arXiv 2502.04959): the first singular values of the sum become their mean."""
-    changes = [x.reshape(-1, base.shape[-1]) for x in whole(base, models)]
-    merged = np.sum([w * change for w, change in zip(weights, changes, strict=True)], axis=0)
+    _, merged = added(base, models, weights)
     u, values, v = first_directions(merged, rank)
     merged = merged + (u.T * (values.mean() - values)) @ v
     return base.astype(np.float64) + scale * merged.reshape(base.shape)
@@ -116,8 +124,7 @@ def iso_cts(
     scale: float = 1.0,
 ) -> Float64:
     """The same, with directions of each change beside the common ones; all orthogonal, one singular value."""
-    changes = [x.reshape(-1, base.shape[-1]) for x in whole(base, models)]
-    merged = np.sum([w * change for w, change in zip(weights, changes, strict=True)], axis=0)
+    changes, merged = added(base, models, weights)
     rank = min(rank, *merged.shape)
     own = max(1, round((rank - int(0.8 * rank)) / len(changes)))
     if rank <= len(changes):
