@@ -9,7 +9,7 @@ from pathlib import Path
 
 __all__ = ["ProcessMemory", "read_process", "wait_briefly"]
 
-_SPINS = "1000"  # turns of waiting before a thread sleeps
+_SPINS = "3000"  # turns of waiting before a thread sleeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def wait_briefly(environment: MutableMapping[str, str]) -> None:
 
     Its default is to spin for milliseconds: beside one busy process, two threads on two cores fell from 130
     tokens/s to 2. With no spinning at all they gave 45, for a token has hundreds of barriers and each one
-    cost a sleep. So many turns give 125 alone and 40 to 50 beside a busy process (SmolLM2-135M). libgomp
+    cost a sleep. So many turns give 125 alone and 30 to 50 beside a busy process (SmolLM2-135M). libgomp
     reads this when it is loaded.
     """
     if "GOMP_SPINCOUNT" not in environment and "OMP_WAIT_POLICY" not in environment:

@@ -224,17 +224,8 @@ class Session:
 
 
 def _one_slot(model: Model, context: Context) -> Slots:
-    """Have one sequence, which is kept in the cache however long it is."""
     store = Store(model.api, context.handle, 0)
-    return Slots(
-        model.api,
-        context.handle,
-        1,
-        0,
-        store,
-        keeps_state=model.keeps_state,
-        most_kept=context.n_ctx,
-    )
+    return Slots(model.api, context.handle, 1, 0, store, keeps_state=model.keeps_state)
 
 
 def _why(answer: Answer, ended: Ended, end_at_limit: End) -> End:

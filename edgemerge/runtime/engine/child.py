@@ -36,7 +36,7 @@ from edgemerge.runtime.engine.wire import Unpacker, pack
 
 __all__ = ["main"]
 
-_HOLD = 0.025  # seconds that text may wait for more: each message takes a core from what computes
+_HOLD = 0.05  # seconds that text may wait for more: each message takes a core from what computes
 _SWITCH = 0.0005  # seconds: the thread that computes must not wait long for the other one's Python
 _READ = 1 << 16  # bytes
 

@@ -13,7 +13,6 @@ from edgemerge.runtime.engine.store import Kept, Store, common_length
 __all__ = ["Slot", "Slots"]
 
 _LEAST_COPY = 4  # tokens: fewer are computed again, rather than kept from being forgotten
-MOST_KEPT = 512  # tokens
 _LEAST_STORED = 32  # tokens: fewer are computed again, rather than copied
 
 
@@ -65,8 +64,6 @@ class Slots:
         Where sequences go that are not in use.
     keeps_state : bool
         Whether the model has a running state. It can neither be cut back nor be given to a second sequence.
-    most_kept : int
-        Tokens that unused sequences may have in the cache, where they slow the others down.
     """
 
     def __init__(
@@ -78,14 +75,12 @@ class Slots:
         store: Store,
         *,
         keeps_state: bool,
-        most_kept: int = MOST_KEPT,
     ) -> None:
         self.n_active = n_active
         self._api = api
         self._memory = api.llama_get_memory(context)
         self.store = store
         self._keeps_state = keeps_state
-        self._most_kept = most_kept
         self._slots = [Slot(i) for i in range(n_active + n_kept)]
         self._ticks = count(1)
 
@@ -140,6 +135,7 @@ class Slots:
         slot.n_alternatives = n_alternatives
         slot.is_free = False
         slot.used = next(self._ticks)
+        self._put_unused_away()
         return slot
 
     def n_known(self, prompt: Sequence[int], n_alternatives: int = -1) -> int:
@@ -200,11 +196,10 @@ class Slots:
             self.forget(slot)
 
     def leave(self, slot: Slot) -> None:
-        """End the use of a sequence; its tokens are kept, in the cache or outside of it."""
+        """End the use of a sequence; it stays in the cache until the next one begins or ends."""
+        self._put_unused_away()  # attention looks at all tokens that are in the cache
         slot.is_free = True
         slot.used = next(self._ticks)
-        while sum(len(kept.tokens) for kept in self._slots if kept.is_free) > self._most_kept:
-            self.evict()
 
     def evict(self) -> bool:
         """Take the unused sequence out of the cache that was kept longest; False where there is none."""
@@ -212,6 +207,10 @@ class Slots:
         if kept:
             self._put_away(min(kept, key=lambda slot: slot.used))
         return bool(kept)
+
+    def _put_unused_away(self) -> None:
+        while self.evict():
+            pass
 
     def _put_away(self, slot: Slot) -> None:
         if len(slot.tokens) >= _LEAST_STORED:
