@@ -21,7 +21,7 @@ from edgemerge.errors import EdgemergeError, RuntimeFailure
 from edgemerge.runtime.engine.answer import Answer
 from edgemerge.runtime.engine.draw import BadGrammar
 from edgemerge.runtime.engine.embedding import Embedder, EmbeddingJob
-from edgemerge.runtime.engine.messages import Failed, Generation, Piece
+from edgemerge.runtime.engine.messages import Ended, Failed, Generation, Piece
 from edgemerge.runtime.engine.options import EngineOptions
 from edgemerge.runtime.engine.prompts import (
     Refused,
@@ -49,6 +49,7 @@ class _Pipe:
         self._lock = Lock()
         self._unpacker = Unpacker()
         self._held: dict[int, Piece] = {}
+        self._begun: set[int] = set()  # answers whose first text was sent
         self._said = 0.0  # when pieces were sent last
 
     def say(self, events: list[tuple[int, Any]]) -> None:
@@ -58,8 +59,8 @@ class _Pipe:
             self._socket.sendall(message)
 
     def say_soon(self, events: list[tuple[int, Any]]) -> None:
-        """Send what was computed; text waits for more text of the same answer, where that comes quickly."""
-        if all(type(event) is Piece and not event.scores for _, event in events):
+        """Send what was computed; text after the first waits for more of it, where that comes quickly."""
+        if all(self._can_wait(key, event) for key, event in events):
             for key, event in events:
                 held = self._held.get(key)
                 self._held[key] = event if held is None else _join(held, event)
@@ -67,6 +68,16 @@ class _Pipe:
                 self.flush()
         else:
             self.flush(events)
+            self._begun.update(key for key, event in events if type(event) is Piece)
+            self._begun.difference_update(key for key, event in events if _is_end(event))
+
+    def forget(self, key: int) -> None:
+        """Send no more of a cancelled answer."""
+        self._held.pop(key, None)
+        self._begun.discard(key)
+
+    def _can_wait(self, key: int, event: Any) -> bool:
+        return type(event) is Piece and not event.scores and key in self._begun
 
     def flush(self, events: Sequence[tuple[int, Any]] = ()) -> None:
         """Send the text that waits, and these events."""
@@ -81,6 +92,10 @@ class _Pipe:
         while data := self._socket.recv(_READ):
             for message in self._unpacker.push(data):
                 hear(*message)
+
+
+def _is_end(event: Any) -> bool:
+    return isinstance(event, Ended | Failed)
 
 
 def _join(first: Piece, second: Piece) -> Piece:
@@ -231,6 +246,7 @@ def _compute(loaded: Loaded, options: EngineOptions, ready: SimpleQueue[Any], pi
     def cancel(key: int) -> None:
         scheduler.cancel(key)
         embedder.cancel(key)
+        pipe.forget(key)
 
     jobs = {"answer": scheduler.add, "embed": embedder.add, "cancel": cancel}
     while True:
