@@ -3,9 +3,11 @@
     benchmarks/bench_server.py MODEL.gguf --llama-server PATH/llama-server
     benchmarks/bench_server.py MODEL.gguf --peers .venv-peers
 
-Both run at the same time with the same threads, context and places. One of them is asked at a time, by the
-same client: as many requests at once as there are clients, each with a prompt that was never asked before.
-They take turns, so that what else the machine does hits both alike. One client more has a text repeated.
+All run at the same time with the same threads, context and places. llama-server runs twice: with its context
+cut into a part for each place, and as one cache (--kv-unified), where a single request may use all of it as
+with ours. One of them is asked at a time, by the same client: as many requests at once as there are clients,
+each with a prompt that was never asked before. They take turns, so that what else the machine does hits all
+alike. One client more has a text repeated.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -30,7 +33,7 @@ from measure import machine, run, table
 
 PLACES, CONTEXT = 16, 8192
 START_SECONDS = 60
-SIDES = ("ours", "theirs")
+SIDES = ("ours", "parted", "unified")
 COPYING = "1, a copy"
 TEXT = (
     "The heart pumps blood through the vessels of the body. Valves between its chambers keep the blood "
@@ -54,13 +57,14 @@ def make_llama_server(peers: Path) -> Path:
 
 
 @contextmanager
-def running_llama_server(program: Path, model: str, threads: int) -> Iterator[int]:
+def running_llama_server(
+    program: Path, model: str, threads: int, port: int, cache: str
+) -> Iterator[int]:
     """Give the port of a llama-server, which is killed at the end."""
-    port = 8099
     settings = {"-m": model, "-t": threads, "-c": CONTEXT, "-np": PLACES, "--port": port}
     words = [str(word) for pair in settings.items() for word in pair]
     server = subprocess.Popen(
-        [program, *words, "--no-webui"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [program, *words, cache, "--no-webui"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         wait_until_ready(server, port)
@@ -130,9 +134,10 @@ def compare(ports: dict[str, int], options: argparse.Namespace) -> list[dict[str
     for turn in range(options.rounds):
         for kind in kinds:
             prompts = make_prompts(kind, numbers)
-            for side in SIDES if turn % 2 else reversed(SIDES):
+            for i in range(len(SIDES)):
+                side = SIDES[(turn + i) % len(SIDES)]
                 ask_together(ports[side], prompts, options.tokens, seen[kind][side])
-    return [row(kind, seen[kind]["ours"], seen[kind]["theirs"]) for kind in kinds]
+    return [row(kind, seen[kind]) for kind in kinds]
 
 
 def make_prompts(kind: str, numbers: Iterator[int]) -> list[str]:
@@ -144,43 +149,37 @@ def make_prompts(kind: str, numbers: Iterator[int]) -> list[str]:
     ]
 
 
-def row(clients: str, ours: Seen, theirs: Seen) -> dict[str, str | float]:
-    first = [quantile(seen.first_token_s, 0.95) or 0.0 for seen in (ours, theirs)]
-    rates = [statistics.median(seen.rates) for seen in (ours, theirs)]
-    return {
-        "clients": clients,
-        "ours": rates[0],
-        "theirs": rates[1],
-        "ratio": rates[0] / rates[1],
-        "ratio_of_best": max(ours.rates) / max(theirs.rates),
-        "ours_first_p95_s": first[0],
-        "theirs_first_p95_s": first[1],
-    }
+def row(clients: str, seen: dict[str, Seen]) -> dict[str, str | float]:
+    found: dict[str, str | float] = {"clients": clients}
+    for side, one in seen.items():
+        found[side] = statistics.median(one.rates)
+        found[f"{side}_best"] = max(one.rates)
+        found[f"{side}_first_p95_s"] = quantile(one.first_token_s, 0.95) or 0.0
+    return found
 
 
-def draw(rows: list[dict[str, str | float]]) -> str:
+def draw(rows: list[dict[str, Any]]) -> str:
     """Return the Markdown table of docs/benchmarks.md."""
     header = [
         "clients",
         "edgemerge serve, tokens/s",
         "llama-server, tokens/s",
-        "ratio of medians",
-        "ratio of the best",
+        "ratio of medians, of the best",
+        "llama-server --kv-unified, tokens/s",
+        "ratio of medians, of the best",
         "first token p95, s: edgemerge",
         "llama-server",
+        "--kv-unified",
     ]
-    cells = [
-        [
-            str(row["clients"]),
-            f"{row['ours']:.0f}",
-            f"{row['theirs']:.0f}",
-            f"{row['ratio']:.2f}",
-            f"{row['ratio_of_best']:.2f}",
-            f"{row['ours_first_p95_s']:.2f}",
-            f"{row['theirs_first_p95_s']:.2f}",
+    cells = []
+    for row in rows:
+        ratios = [
+            f"{row['ours'] / row[side]:.2f}, {row['ours_best'] / row[f'{side}_best']:.2f}"
+            for side in SIDES[1:]
         ]
-        for row in rows
-    ]
+        first = [f"{row[f'{side}_first_p95_s']:.2f}" for side in SIDES]
+        ours, parted, unified = (f"{row[side]:.0f}" for side in SIDES)
+        cells.append([row["clients"], ours, parted, ratios[0], unified, ratios[1], *first])
     return table(header, cells)
 
 
@@ -201,8 +200,11 @@ def main() -> None:
     with ExitStack() as stack:
         ports = {
             "ours": stack.enter_context(running_server([options.model, *words])),
-            "theirs": stack.enter_context(
-                running_llama_server(program, options.model, options.threads)
+            "parted": stack.enter_context(
+                running_llama_server(program, options.model, options.threads, 8098, "-no-kvu")
+            ),
+            "unified": stack.enter_context(
+                running_llama_server(program, options.model, options.threads, 8099, "-kvu")
             ),
         }
         rows = compare(ports, options)

@@ -13,7 +13,8 @@ from edgemerge.runtime.engine.store import Kept, Store, common_length
 __all__ = ["Slot", "Slots"]
 
 _LEAST_COPY = 4  # tokens: fewer are computed again, rather than kept from being forgotten
-_LEAST_STORED = 32  # tokens: fewer are computed again, rather than copied
+_LEAST_STORED = 32  # tokens: fewer are computed again, rather than copied out
+_COPIED_IN_TIME = 128  # tokens that are copied in less time than one is computed
 
 
 @dataclass(eq=False, slots=True)
@@ -163,12 +164,13 @@ class Slots:
         return 0 if self._keeps_state and n < len(known.tokens) else n
 
     def _bring_back(self, prompt: Sequence[int], n_alternatives: int) -> None:
-        """Copy a stored sequence back that has much more of a prompt than all others."""
+        """Copy a stored sequence back that has more of a prompt than all others, if copying is quicker."""
         n = {kept: self._in_common(kept, prompt, n_alternatives) for kept in self.store}
         if not n:
             return
         best = max(n, key=n.__getitem__)
-        if n[best] < self._longest(prompt, n_alternatives)[1] + _LEAST_STORED:
+        n_more = n[best] - self._longest(prompt, n_alternatives)[1]
+        if n_more < max(_LEAST_COPY, len(best.tokens) // _COPIED_IN_TIME):
             return
         slot = self._choose(None, 0)
         self._put_away(slot)
