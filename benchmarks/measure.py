@@ -82,7 +82,11 @@ class Merge:
 
     @classmethod
     def of(
-        cls, method: str, models: Sequence[Path], file_type: str, settings: Mapping[str, float] = {}
+        cls,
+        method: str,
+        models: Sequence[Path],
+        file_type: str,
+        settings: Mapping[str, float | str] = {},
     ) -> Merge:
         """Merge experts, with a weight of 0.5 each, into their base, which is the first model."""
         base, *experts = models

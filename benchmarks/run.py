@@ -7,6 +7,7 @@ benchmarks/run.py merge quality      these
 benchmarks/run.py merge --shape zoo  options that run.py does not know go to the one benchmark asked for
 benchmarks/run.py 7b                 only when asked for: needs 18 GB of disk
 benchmarks/run.py serve MODEL.gguf   only when asked for, as llama: what is no benchmark's name goes to it
+benchmarks/run.py methods            only when asked for: needs 7 GB of disk
 benchmarks/run.py quality135         only when asked for: downloads a model of 93 MB, needs two adapters
 benchmarks/run.py recipes --peers .venv-peers
                                      only when asked for: public recipes, by mergekit too
@@ -31,7 +32,7 @@ DOCS = HERE.parent / "docs"
 PAGES = (DOCS / "benchmarks.md", DOCS / "quality.md", HERE / "SPEED.md")
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
 ALONE += ["memory", "scaling"]
-WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes", "quality135")
+WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes", "quality135", "methods")
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:
