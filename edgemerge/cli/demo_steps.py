@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemerge.cli.terminal import check_stop, print_table
+from edgemerge.errors import OutputError
 
 if TYPE_CHECKING:
     from edgemerge.runtime.evaluation.evaluate import Score
@@ -49,7 +50,11 @@ def models_of_checkout() -> Path:
 def output_folder(kept: Path | None) -> Iterator[Path]:
     """Make the folder for merged files: the one to keep, or one that goes away at the end."""
     if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
+        try:
+            kept.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"cannot be made a folder ({error.strerror}); give another name"
+            raise OutputError(message, path=kept) from error
         yield kept
         return
     with tempfile.TemporaryDirectory(prefix="edgemerge-demo-") as folder:

@@ -79,6 +79,10 @@ def imatrix_command(
 
     path = make_finder(models_folder, download, quiet=json_).find_model(model)
     check_output(output, (real_path(path), real_path(text)), force=force)
+    if output.suffix not in (".gguf", ".dat"):
+        raise typer.BadParameter(
+            f"-o {output}: end the name in .gguf, or in .dat for the older form"
+        )
     started = time.monotonic()
     with (
         loading.load(path, threads, gpu_layers) as loaded,

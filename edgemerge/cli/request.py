@@ -77,7 +77,7 @@ TensorTypes = Annotated[
         "--tensor-type",
         metavar="PATTERN=TYPE",
         help="ggml type of the tensors whose GGUF name a regular expression finds, e.g. "
-        "--tensor-type attn_v=Q8_0; repeatable, the first match decides.",
+        "--tensor-type attn_v=Q8_0; may be repeated, the first match decides.",
     ),
 ]
 Imatrix = Annotated[
@@ -158,7 +158,7 @@ Ask = Annotated[
     typer.Option(
         "--ask",
         metavar="TEXT",
-        help="Ask the inputs and the result this when done; repeatable [default, where a terminal "
+        help="Ask the inputs and the result this when done; may be repeated [default, where a terminal "
         "shows it: three questions of our own].",
     ),
 ]

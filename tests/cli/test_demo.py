@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from edgemerge.cli.demo_answers import N_SHOWN, SEED, answer_lines
+from edgemerge.cli.demo_steps import output_folder
+from edgemerge.errors import OutputError
 from edgemerge.runtime.evaluation.evaluate import Mark
 from edgemerge.runtime.evaluation.questions import Question, read_questions
 from edgemerge.runtime.evaluation.tasks import read_task
@@ -33,6 +35,12 @@ def test_a_right_answer_is_marked_and_counted() -> None:
     assert "insulin = hormones" in lines
     assert [line.split() for line in lines if "*" in line] == [["enzymes", "*hormones"]]
     assert lines[-1].split() == ["0", "of", "1", "1", "of", "1"]
+
+
+def test_a_file_in_place_of_the_folder_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(OutputError, match="cannot be made a folder"), output_folder(tmp_path / "a"):
+        pass
 
 
 @pytest.mark.llama

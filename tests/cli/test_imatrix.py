@@ -84,3 +84,10 @@ def test_what_cannot_be_measured_is_one_sentence(model: Path) -> None:
     assert Path("text.txt").read_text() == TEXT
     Path("there.gguf").write_text("precious")
     assert "give --force" in refuse(str(model), "text.txt", "-o", "there.gguf")
+
+
+def test_other_endings_of_the_output_are_refused(model: Path) -> None:
+    result = CliRunner().invoke(make_app(), ["imatrix", str(model), "text.txt", "-o", "out.foo"])
+    assert result.exit_code == 2
+    assert "end the name in .gguf" in result.stderr
+    assert not Path("out.foo").exists()
