@@ -49,7 +49,7 @@ __all__ = ["RESMERGE", "backbone", "head_factor"]
 
 gram, linear = KernelFile("gram"), KernelFile("linear")
 
-SEARCHED = 7  # directions beside the head's
+SEARCHED = 15  # directions beside the head's; with 7, some heads of flat matrices are missed
 LEAST_BETA, MOST_BETA = 0.7, 1.0
 NO_RESIDUAL = 1e-10  # squared norm, of the change's, up to which a residual is rounding
 

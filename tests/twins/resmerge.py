@@ -14,7 +14,7 @@ from tests.twins.singular import first_directions
 
 Float64 = NDArray[np.float64]
 
-SEARCHED = 7  # directions beside the head's
+SEARCHED = 15  # directions beside the head's
 
 
 def cosine(x: Float64, y: Float64) -> float:
