@@ -63,6 +63,7 @@ OURS = (
     Row("tsv lambda=[0.6, 1.2]", "tsv", {"lambda": [0.6, 1.2]}, VALIDATION),
     Row("tsv lambda=[0.7, 1.4]", "tsv", {"lambda": [0.7, 1.4]}, TRIED),
     Row("iso_c lambda=[0.7, 1.4]", "iso_c", {"lambda": [0.7, 1.4]}, TRIED),
+    Row("resmerge", "resmerge"),
     Row("ties density=0.5", "ties", {"density": 0.5}, TRIED),
     Row(
         "dare_ties density=0.6 lambda=0.7",
@@ -107,6 +108,8 @@ VARIANTS = (  # of the above, for the small experts only: scoring a row of SmolL
     Row("breadcrumbs_ties density=0.9", "breadcrumbs_ties", {"density": 0.9}, TRIED),
     Row("covariance columns=0", "covariance", {"columns": 0}),
     Row("iso_cts lambda=[0.7, 1.4]", "iso_cts", {"lambda": [0.7, 1.4]}, TRIED),
+    Row("tsv svc lambda=[0.7, 1.4]", "tsv", {"svc": True, "lambda": [0.7, 1.4]}, TRIED),
+    Row("hierarchical svc", "hierarchical", {"svc": True}),
     Row("hierarchical scope=block", "hierarchical", {"scope": "block"}),
     Row("hierarchical scope=row", "hierarchical", {"scope": "row"}),
 )

@@ -7,9 +7,8 @@ last bit from one processor to another.
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.scalars import fold_lanes
+from edgemerge.kernels.scalars import LANES, fold_lanes
 
-LANES = 32  # partial sums of a row
 LOG2_E = 1.4426950408889634
 LN2_HIGH = 0.6931471803691238  # 33 bits of ln 2, so that a whole number of them is exact
 LN2_LOW = 1.9082149292705877e-10

@@ -3,11 +3,7 @@
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.scalars import fold_lanes
-
-LANES = (
-    32  # partial sums of a row: several vectors, so that no addition waits for the one before it
-)
+from edgemerge.kernels.scalars import dot
 
 
 @njit(cache=True, nogil=True)
@@ -35,26 +31,9 @@ def row_grams(x_f32, n_cols, lanes_f64, grams_f64):
             left = x_f32[a, start : start + n_cols]
             for b in range(a, n_models):
                 right = x_f32[b, start : start + n_cols]
-                total = _dot(left, right, lanes_f64)
+                total = dot(left, right, lanes_f64)
                 grams_f64[row, a, b] = total
                 grams_f64[row, b, a] = total
-
-
-@njit(cache=True, nogil=True)
-def _dot(left, right, lanes):
-    whole = left.size // LANES * LANES
-    for k in range(LANES):
-        lanes[k] = 0.0
-    for i in range(0, whole, LANES):
-        a = left[i : i + LANES]  # slices, whose indices LLVM sees not to be negative
-        b = right[i : i + LANES]
-        for k in range(LANES):
-            lanes[k] += np.float64(a[k]) * np.float64(b[k])
-    a = left[whole:]
-    b = right[whole:]
-    for k in range(a.size):
-        lanes[k] += np.float64(a[k]) * np.float64(b[k])
-    return fold_lanes(lanes)
 
 
 @njit(cache=True, nogil=True)
@@ -75,9 +54,9 @@ def row_dots(a_f32, b_f32, n_cols, lanes_f64, dots_f64):
     for row in range(a_f32.size // n_cols):
         a = a_f32[row * n_cols : (row + 1) * n_cols]
         b = b_f32[row * n_cols : (row + 1) * n_cols]
-        dots_f64[row, 0] = _dot(a, a, lanes_f64)
-        dots_f64[row, 1] = _dot(a, b, lanes_f64)
-        dots_f64[row, 2] = _dot(b, b, lanes_f64)
+        dots_f64[row, 0] = dot(a, a, lanes_f64)
+        dots_f64[row, 1] = dot(a, b, lanes_f64)
+        dots_f64[row, 2] = dot(b, b, lanes_f64)
 
 
 @njit(cache=True, nogil=True)

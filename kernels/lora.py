@@ -3,10 +3,9 @@
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.scalars import fold_lanes
+from edgemerge.kernels.scalars import dot
 
 TILE = 1024  # elements: the sums of four rows stay in the first-level cache
-LANES = 32  # partial sums of a row, as in kernels/norms.py
 
 
 @njit(cache=True, nogil=True)
@@ -102,23 +101,8 @@ def rescale_rows(magnitude_f32, lanes_f64, x_f32):
     """
     for row in range(x_f32.shape[0]):
         x = x_f32[row]
-        norm = np.float32(np.sqrt(_square_sum(x, lanes_f64)))
+        norm = np.float32(np.sqrt(dot(x, x, lanes_f64)))
         if norm > np.float32(0.0):
             factor = magnitude_f32[row] / norm
             for i in range(x.size):
                 x[i] *= factor
-
-
-@njit(cache=True, nogil=True)
-def _square_sum(x, lanes):
-    whole = x.size // LANES * LANES
-    for k in range(LANES):
-        lanes[k] = 0.0
-    for i in range(0, whole, LANES):
-        part = x[i : i + LANES]
-        for k in range(lanes.size):
-            lanes[k] += np.float64(part[k]) * np.float64(part[k])
-    rest = x[whole:]
-    for k in range(rest.size):
-        lanes[k] += np.float64(rest[k]) * np.float64(rest[k])
-    return fold_lanes(lanes)

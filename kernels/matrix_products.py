@@ -6,12 +6,11 @@ No sum depends on vectors, threads or the height of blocks: an element adds its 
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.scalars import fold_lanes
+from edgemerge.kernels.scalars import dot
 
 TILE = 512  # columns: the sums of four rows stay in the first-level cache
 DEPTH = 64  # rows of the right matrix, which stay in the second-level cache with a tile
 WIDTH = TILE + 16  # of a row of working memory: rows must not all lie in the same places of a cache
-LANES = 32  # partial sums of a dot product, as in kernels/gram.py
 LOST = 1e-12  # of a squared norm: what is left of a direction that the others span is rounding
 
 
@@ -174,31 +173,14 @@ def orthonormalise(vectors_f32, lanes_f64):
     """
     for k in range(vectors_f32.shape[0]):
         own = vectors_f32[k]
-        before = _dot(own, own, lanes_f64)
+        before = dot(own, own, lanes_f64)
         for _ in range(2):
             for j in range(k):
                 other = vectors_f32[j]
-                factor = np.float32(_dot(own, other, lanes_f64))
+                factor = np.float32(dot(own, other, lanes_f64))
                 for i in range(own.size):
                     own[i] -= factor * other[i]
-        after = _dot(own, own, lanes_f64)
+        after = dot(own, own, lanes_f64)
         scale = np.float32(1.0 / np.sqrt(after) if after > LOST * before else 0.0)
         for i in range(own.size):
             own[i] *= scale
-
-
-@njit(cache=True, nogil=True)
-def _dot(left, right, lanes):
-    whole = left.size // LANES * LANES
-    for k in range(LANES):
-        lanes[k] = 0.0
-    for i in range(0, whole, LANES):
-        a = left[i : i + LANES]
-        b = right[i : i + LANES]
-        for k in range(LANES):
-            lanes[k] += np.float64(a[k]) * np.float64(b[k])
-    a = left[whole:]
-    b = right[whole:]
-    for k in range(a.size):
-        lanes[k] += np.float64(a[k]) * np.float64(b[k])
-    return fold_lanes(lanes)

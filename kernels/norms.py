@@ -3,11 +3,7 @@
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.scalars import fold_lanes
-
-LANES = (
-    32  # partial sums of a row: several vectors, so that no addition waits for the one before it
-)
+from edgemerge.kernels.scalars import LANES, fold_lanes
 
 
 @njit(cache=True, nogil=True)

@@ -1,7 +1,11 @@
-"""Compiled into the kernels that call it: binary16 in and out, ggml's rounding, the end of a sum."""
+"""Compiled into the kernels that call it: binary16 in and out, ggml's rounding, sums of one order."""
 
 import numpy as np
 from numba import njit
+
+LANES = (
+    32  # partial sums of a row: several vectors, so that no addition waits for the one before it
+)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -50,3 +54,21 @@ def fold_lanes(lanes):
             lanes[k] += lanes[width + k]
         width //= 2
     return lanes[0]
+
+
+@njit(cache=True, nogil=True)
+def dot(left, right, lanes):
+    """Add the products of two vectors in float64: column i into partial sum i % LANES, then `fold_lanes`."""
+    whole = left.size // LANES * LANES
+    for k in range(LANES):
+        lanes[k] = 0.0
+    for i in range(0, whole, LANES):
+        a = left[i : i + LANES]  # slices, whose indices LLVM sees not to be negative
+        b = right[i : i + LANES]
+        for k in range(LANES):
+            lanes[k] += np.float64(a[k]) * np.float64(b[k])
+    a = left[whole:]
+    b = right[whole:]
+    for k in range(a.size):
+        lanes[k] += np.float64(a[k]) * np.float64(b[k])
+    return fold_lanes(lanes)

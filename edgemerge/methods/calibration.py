@@ -6,6 +6,13 @@ often M counts expert i along it is the projection `s_i = <a, a_i> / <a_i, a_i>`
 by the mean over experts of `max(s_i, 1 / n_experts)`. So a direction that n experts share has s_i = n in a
 sum, and is counted once; a direction of one expert has s_i = 1, and stays.
 
+For TSV-Merge, which makes directions anew so that none is counted twice, the authors' program has 1 in the
+place of 1 / n_experts: a singular value never grows. So have we.
+
+Iso-C and Iso-CTS are left out. What they give a direction as its singular value, calibration divides out
+again: the quotient of the value and its projections does not depend on it. And where all values are the same,
+the directions are not defined.
+
 We differ in two points. The first `svc_rank` directions are calibrated, and the rest of M stays. The mean
 weighs experts by `<a_i, a_i>`, where the paper weighs them alike: the projection of an expert that hardly
 responds is the quotient of two small numbers, and may be anything. `D_i` is what the method keeps of an
@@ -15,11 +22,12 @@ program. A stack of experts counts as one tall matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from edgemerge.methods.blocks import SUM_LANES, Block, BlockStream
+from edgemerge.methods.copies import copies_memory
 from edgemerge.methods.directions import (
     DIRECTION_KERNELS,
     POWER_STEPS,
@@ -33,25 +41,41 @@ from edgemerge.methods.parameters import Parameter
 from edgemerge.native import KernelFile
 from edgemerge.types import Float32, Float64, TensorJob
 
-__all__ = ["CALIBRATING", "CALIBRATION_PASSES", "SVC", "SVC_RANK"]
-__all__ += ["calibrate", "calibration_memory", "is_calibrated", "rescale"]
+__all__ = ["SVC", "SVC_RANK", "calibrate", "calibrating_kernels", "calibration_memory"]
+__all__ += ["calibration_passes", "is_calibrated", "rescale"]
 
 gram, linear = KernelFile("gram"), KernelFile("linear")
 
 SVC = Parameter("svc", "count what experts have in common once, not once for each", False, "switch")
-SVC_RANK = Parameter("svc_rank", "directions of a matrix that `svc` looks at", 16.0, "count")
-CALIBRATION_PASSES = POWER_STEPS + 1  # and one to merge
-CALIBRATING = (*DIRECTION_KERNELS, "gram.row_dots", "linear.add_scaled")
+SVC_RANK = Parameter(
+    "svc_rank", "directions of a matrix that `svc` looks at", 16.0, "count", needs="svc"
+)
 
 
 def is_calibrated(tensor: Described) -> bool:
-    """Tell whether a tensor is a matrix whose merged change is calibrated."""
+    """Tell whether a tensor is a matrix whose merged change is calibrated; without `svc` none is."""
     settings = tensor.settings
-    return bool(settings["svc"]) and float(settings["svc_rank"]) > 0 and has_directions(tensor)
+    return bool(settings.get("svc")) and float(settings["svc_rank"]) > 0 and has_directions(tensor)
+
+
+def calibration_passes(tensor: Described) -> int:
+    """Count the passes over a tensor that its calibration takes before the one that merges."""
+    return POWER_STEPS + 1 if is_calibrated(tensor) else 0
+
+
+def calibrating_kernels(tensor: Described) -> Sequence[str]:
+    """Name the kernels that the calibration of a tensor calls."""
+    kernels = (*DIRECTION_KERNELS, "gram.row_dots", "linear.add_scaled")
+    return kernels if is_calibrated(tensor) else ()
 
 
 def calibrate(
-    stream: BlockStream, merged: Callable[[Block], Float32], factors: Float32, scale: float
+    stream: BlockStream,
+    merged: Callable[[Block], Float32],
+    scale: float,
+    factors: Float32 | None = None,
+    *,
+    may_grow: bool = True,
 ) -> Iterator[tuple[Block, Float32]]:
     """Yield the blocks of `base + scale * calibrated change`.
 
@@ -62,15 +86,19 @@ def calibrate(
     merged : callable
         Takes a block, returns its part of the merged change, (n,) float32, which may be overwritten. It
         leaves in `Block.experts` what is merged of each expert.
-    factors : (n_experts,) float32
-        What enlarges this.
     scale : float
         lambda of the recipe.
+    factors : (n_experts,) float32, optional
+        What enlarges what is merged of each expert; by default nothing does.
+    may_grow : bool
+        Whether a direction that is counted less than once is enlarged, up to n_experts times.
     """
     job = stream.job
+    factors = np.ones(len(job.experts), np.float32) if factors is None else factors
     directions = Directions(stream, [int(float(job.settings["svc_rank"]))])
     directions.find(lambda block: [merged(block)])
-    changes = _measure(stream, directions, merged, factors.astype(np.float64))
+    most = len(job.experts) if may_grow else 1
+    changes = _measure(stream, directions, merged, factors.astype(np.float64), most)
     yield from rescale(stream, directions, merged, changes, scale)
 
 
@@ -107,6 +135,7 @@ def _measure(
     directions: Directions,
     merged: Callable[[Block], Float32],
     factors: Float64,
+    most: int,
 ) -> Float32:
     """Turn the vectors into singular ones. Return by how much of its part each direction changes, (rank,)."""
     (rank, n_cols), n_experts = directions.vectors.shape, len(stream.job.experts)
@@ -128,10 +157,10 @@ def _measure(
         gram.row_dots(vectors.reshape(-1), response.reshape(-1), n_cols, lanes, own)
     dots[..., 1] *= factors[:, None]
     dots[..., 2] *= (factors * factors)[:, None]
-    return (1.0 / _counts(squares, dots) - 1.0).astype(np.float32)
+    return (1.0 / _counts(squares, dots, most) - 1.0).astype(np.float32)
 
 
-def _counts(squares: Float64, dots: Float64) -> Float64:
+def _counts(squares: Float64, dots: Float64, most: int) -> Float64:
     """Tell how often each direction is counted, (rank,); 1 where no expert responds.
 
     Parameters
@@ -141,21 +170,26 @@ def _counts(squares: Float64, dots: Float64) -> Float64:
     dots : (n_experts, rank, 3) float64
         Of a right singular vector v and the response b = M v times an expert, as `gram.row_dots` has them:
         v.v, v.b and b.b. With u = M v / sigma, `<a, a_i>` is v.b and `<a_i, a_i>` is b.b / sigma^2.
+    most : int
+        By how much a singular value may be multiplied.
     """
     own = np.zeros(dots.shape[:2])
     np.divide(dots[..., 2], squares, out=own, where=squares > 0.0)
     counted, total = np.zeros(len(squares)), np.zeros(len(squares))
     for product, square in zip(dots[..., 1], own, strict=True):
-        counted += np.maximum(product, square / len(dots))
+        counted += np.maximum(product, square / most)
         total += square
     result = np.ones(len(squares))
     np.divide(counted, total, out=result, where=total > 0.0)
     return result
 
 
-def calibration_memory(job: TensorJob) -> WorkingMemory:
-    """Count the bytes of directions, and of responses and their sums."""
+def calibration_memory(job: TensorJob, *, copies: bool = True) -> WorkingMemory:
+    """Count the bytes of directions, of responses and their sums, and of `Copies` unless there are some."""
+    if not is_calibrated(job):
+        return WorkingMemory()
     rank = int(float(job.settings["svc_rank"]))
     fixed, per_row = direction_memory(job, [rank])
     responses = 4 * min(rank, job.out.n_rows, job.n_cols) * job.n_cols * len(job.experts)
+    per_row += copies_memory(job) if copies else 0
     return WorkingMemory(fixed + 2 * responses + 8 * SUM_LANES, per_row)

@@ -143,6 +143,23 @@ class Directions:
         by_rows = self.transposed(found)
         total.add_by(block.number, lambda out: products.add_gram(by_rows, out))
 
+    def survey(self, matrices: Callable[[Block], Sequence[Float32] | Float32]) -> Float64:
+        """Return the Gram matrix of the products of all matrices with their vectors, (n_vectors, n_vectors).
+
+        One pass; `matrices` is as of `find`.
+        """
+        n_vectors = len(self.vectors)
+        grams = self._stream.group.row_sum((n_vectors, n_vectors))
+        for block in self._stream.blocks():
+            self.add_gram(grams, block, self.project_all(matrices(block)))
+        return grams.total()
+
+    def take_off(self, found: Float32, vectors: Float32, rows: Float32) -> None:
+        """Take from rows, (n_rows * n_cols,), their part along vectors, by the products with these."""
+        part = self.transposed(found)
+        np.negative(part, out=part)
+        self.add_vectors(vectors, part, rows)
+
     def transposed(self, found: Float32) -> Float32:
         """Return products, (q, n_rows), as (n_rows, q); overwritten by the next."""
         by_rows = self._by_rows[: found.size].reshape(found.shape[::-1])

@@ -7,7 +7,7 @@ import numpy as np
 from edgemerge.methods.blocks import SUM_LANES, Block, BlockStream
 from edgemerge.methods.method import WorkingMemory
 from edgemerge.native import KernelFile
-from edgemerge.types import Float64, TensorJob
+from edgemerge.types import Float32, Float64, TensorJob
 
 __all__ = ["GRAM_KERNELS", "GramRows", "gram_memory", "survey_gram"]
 
@@ -25,10 +25,15 @@ class GramRows:
         self._grams = stream.take(shape, np.float64).view(np.float64)
         self._lanes = stream.take((SUM_LANES,), np.float64).view(np.float64)
 
-    def of(self, block: Block) -> Float64:
-        """Return the Gram matrix of each row, (n_rows, n_experts, n_experts); overwritten by the next."""
+    def of(self, block: Block, experts: Float32 | None = None) -> Float64:
+        """Return the Gram matrix of each row, (n_rows, n_experts, n_experts); overwritten by the next.
+
+        `experts` are other values to measure than those of the block, (n_experts, n).
+        """
         rows = self._grams[: block.n_rows]
-        gram.row_grams(block.experts, block.n_cols, self._lanes, rows)
+        gram.row_grams(
+            block.experts if experts is None else experts, block.n_cols, self._lanes, rows
+        )
         return rows
 
 

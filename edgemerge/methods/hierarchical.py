@@ -15,6 +15,16 @@ import numpy as np
 
 from edgemerge.errors import RecipeError
 from edgemerge.methods.blocks import Block, BlockStream, model_weights
+from edgemerge.methods.calibration import (
+    SVC,
+    SVC_RANK,
+    calibrate,
+    calibrating_kernels,
+    calibration_memory,
+    calibration_passes,
+    is_calibrated,
+)
+from edgemerge.methods.copies import Adder, Copies
 from edgemerge.methods.grams import GRAM_KERNELS, GramRows, gram_memory, survey_gram
 from edgemerge.methods.method import Described, Method, WorkingMemory, always, check_weights
 from edgemerge.methods.parameters import LAMBDA, WEIGHT, Parameter
@@ -36,42 +46,49 @@ importance = KernelFile("importance")
 
 def _weighted(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     """Yield the blocks of `base + lambda * sum_m u_m delta_m`."""
+    add, scale = _adder(stream), float(stream.job.settings["lambda"])
+    if is_calibrated(stream.job):
+        copies = Copies(stream)
+        yield from calibrate(stream, lambda block: copies.merge(block, add), scale)
+        return
+    for block in stream.blocks():
+        assert block.base is not None
+        add(scale, block, block.experts, block.base)
+        yield block, block.base
+
+
+def _adder(stream: BlockStream) -> Adder:
+    """Find the factors, and return what adds task vectors by them to rows."""
     job = stream.job
-    weighting, scale = str(job.settings["weighting"]), float(job.settings["lambda"])
-    weights = model_weights(job)
+    weighting, weights = str(job.settings["weighting"]), model_weights(job)
     if _is_measured(job):
-        yield from _important_blocks(stream, scale)
-        return
+        return _add_by_columns(stream)
     if job.settings["scope"] == "row":
-        yield from _row_blocks(stream, weighting, scale)
-        return
+        return _add_by_rows(stream, weighting)
     if weighting == IMPORTANCE:
         shares = plain_factors(weights)
     else:
         measured = survey_gram(stream) if stream.layer_sum is None else stream.layer_sum
         shares = factors(measured, weights, weighting)
     scales = shares.astype(np.float32)
-    for block in stream.blocks():
-        assert block.base is not None
-        linear.add_deltas(scales, np.ones_like(scales), scale, block.experts, block.base)
-        yield block, block.base
+    return lambda scale, _, deltas, rows: linear.add_deltas(
+        scales, np.ones_like(scales), scale, deltas, rows
+    )
 
 
-def _row_blocks(
-    stream: BlockStream, weighting: str, scale: float
-) -> Iterator[tuple[Block, Float32]]:
+def _add_by_rows(stream: BlockStream, weighting: str) -> Adder:
     """Every row with factors of its own: one read, since a row is always whole."""
-    weights = model_weights(stream.job)
-    rows = GramRows(stream)
-    for block in stream.blocks():
-        scales = factors(rows.of(block), weights, weighting).astype(np.float32)
-        assert block.base is not None
-        gram.combine_rows(scales, block.n_cols, block.experts)
-        linear.add_scaled(block.experts[0], scale, block.base)
-        yield block, block.base
+    weights, grams = model_weights(stream.job), GramRows(stream)
+
+    def add(scale: float, block: Block, deltas: Float32, rows: Float32) -> None:
+        scales = factors(grams.of(block), weights, weighting).astype(np.float32)
+        gram.combine_rows(scales, block.n_cols, deltas)
+        linear.add_scaled(deltas[0], scale, rows)
+
+    return add
 
 
-def _important_blocks(stream: BlockStream, scale: float) -> Iterator[tuple[Block, Float32]]:
+def _add_by_columns(stream: BlockStream) -> Adder:
     """Every column of every matrix with factors of its own, which are read before the blocks."""
     job = stream.job
     n_matrices, n_experts = _n_matrices(job), len(job.experts)
@@ -83,11 +100,11 @@ def _important_blocks(stream: BlockStream, scale: float) -> Iterator[tuple[Block
     for matrix in shares:
         column_factors(matrix.copy(), model_weights(job), matrix)
     n_rows = job.out.n_rows // n_matrices
-    for block in stream.blocks():
-        first = block.first // block.n_cols
-        assert block.base is not None
-        importance.add_changes(shares, first, n_rows, scale, block.experts, block.base)
-        yield block, block.base
+
+    def add(scale: float, block: Block, deltas: Float32, rows: Float32) -> None:
+        importance.add_changes(shares, block.first // block.n_cols, n_rows, scale, deltas, rows)
+
+    return add
 
 
 # -- the record ----------------------------------------------------------------------------------
@@ -97,7 +114,7 @@ SCOPES = ("tensor", "block", "row")
 
 def _passes(tensor: Described) -> int:
     is_one = tensor.settings["scope"] == "row" or _reads_importances(tensor)
-    return 1 if is_one else 2
+    return calibration_passes(tensor) + (1 if is_one else 2)
 
 
 def _reads_importances(tensor: Described) -> bool:
@@ -114,6 +131,11 @@ def _n_matrices(job: TensorJob) -> int:
 
 
 def _memory(job: TensorJob) -> WorkingMemory:
+    own, calibration = _factor_memory(job), calibration_memory(job)
+    return WorkingMemory(own.fixed + calibration.fixed, own.per_row + calibration.per_row)
+
+
+def _factor_memory(job: TensorJob) -> WorkingMemory:
     if not _is_measured(job):
         return gram_memory(job)
     n_experts = len(job.experts)
@@ -169,6 +191,8 @@ HIERARCHICAL = Method(
         ),
         Parameter("scope", "what the cosines are measured over", "tensor", "word", SCOPES),
         LAMBDA,
+        SVC,
+        SVC_RANK,
     ),
     kernels=(
         "linear.subtract",
@@ -187,6 +211,7 @@ HIERARCHICAL = Method(
     takes_deltas=always,
     reads_importances=_reads_importances,
     spans_layer=_spans_layer,
+    more_kernels=calibrating_kernels,
     measure=survey_gram,
     presets={"paper": {"weighting": "paper"}},
 )

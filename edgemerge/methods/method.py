@@ -125,6 +125,8 @@ class Method:
         Tells which kernels beside `kernels` a tensor's settings ask for. Only such merges compile them.
     measure : callable, optional
         Takes a `BlockStream` and returns an array; the sum over a layer is `BlockStream.layer_sum`.
+    refuses : mapping
+        Switches of other methods that would make nonsense of this one -> a sentence that says why.
     presets : mapping
         Name of a preset -> published settings.
     """
@@ -150,6 +152,7 @@ class Method:
     spans_layer: Callable[[Described], bool] = _never
     more_kernels: Callable[[Described], Sequence[str]] = _no_kernels
     measure: Callable[[BlockStream], Float64] | None = None
+    refuses: Mapping[str, str] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, Setting]] = field(default_factory=dict)
 
     def uses_base(self, base: Path | None) -> bool:

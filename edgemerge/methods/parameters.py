@@ -16,6 +16,7 @@ __all__ = [
     "LAMBDA",
     "NORMALIZE",
     "RAMP",
+    "RANK",
     "RESCALE",
     "SAME_BELOW",
     "SCALE",
@@ -54,6 +55,8 @@ class Parameter:
         Words that are allowed; a switch may have some too.
     of_model : bool
         Whether each model has its own value. Otherwise the merge has one.
+    needs : str
+        Name of the switch without which it has no effect; empty: there is none.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Parameter:
     kind: Kind = "number"
     words: tuple[str, ...] = ()
     of_model: bool = False
+    needs: str = ""
 
     def by_default(self, value: Setting) -> Parameter:
         """Return the same parameter with another default."""
@@ -124,4 +128,5 @@ RESCALE = Parameter(
 )
 LAMBDA = Parameter("lambda", "factor of the merged change", 1.0)
 RAMP = (0.6, 1.2)  # lambda of the first and the last layer in the preset `ramp`
+RANK = Parameter("rank", "first singular directions of a matrix that are changed", 8.0, "count")
 INT8_MASK = Parameter("int8_mask", "accepted, and without effect", False, "switch")

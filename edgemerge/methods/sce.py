@@ -7,6 +7,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from edgemerge.methods.blocks import SUM_LANES, Block, BlockStream
+from edgemerge.methods.calibration import (
+    SVC,
+    SVC_RANK,
+    calibrate,
+    calibrating_kernels,
+    calibration_memory,
+    calibration_passes,
+    is_calibrated,
+)
+from edgemerge.methods.copies import Copies
 from edgemerge.methods.method import Described, Method, WorkingMemory, always
 from edgemerge.methods.parameters import INT8_MASK, Parameter
 from edgemerge.methods.pruning import NothingLeft, Pruner
@@ -78,6 +88,17 @@ def _count(n_varying: int, topk: float) -> int:
 def _merge(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     selection = _Selection(stream)
     weights = _weigh(stream, selection).astype(np.float32)
+    if is_calibrated(stream.job):
+        copies = Copies(stream)
+
+        def merged(block: Block) -> Float32:
+            selection.apply(block)
+            change = copies.zeros(block)
+            sce.add_agreeing(weights, block.experts, change)
+            return change
+
+        yield from calibrate(stream, merged, 1.0)
+        return
     for block in stream.blocks():
         assert block.base is not None
         selection.apply(block)
@@ -112,12 +133,13 @@ def _selects(tensor: Described) -> bool:
 
 
 def _passes(tensor: Described) -> int:
-    return 4 if _selects(tensor) else 2
+    return calibration_passes(tensor) + (4 if _selects(tensor) else 2)
 
 
 def _memory(job: TensorJob) -> WorkingMemory:
-    per_row = 8 + 4 * job.n_cols  # the squares and variances of a row
-    return WorkingMemory(COUNTER_BYTES if _selects(job) else 0, per_row)
+    fixed, per_row = calibration_memory(job)
+    fixed += COUNTER_BYTES if _selects(job) else 0
+    return WorkingMemory(fixed, per_row + 8 + 4 * job.n_cols)  # the squares and variances of a row
 
 
 SCE = Method(
@@ -126,6 +148,8 @@ SCE = Method(
     "Wan et al. 2024",
     parameters=(
         Parameter("select_topk", "fraction of the varying elements to keep", 1.0, "fraction"),
+        SVC,
+        SVC_RANK,
         INT8_MASK,
     ),
     kernels=(
@@ -146,4 +170,5 @@ SCE = Method(
     passes=_passes,
     memory=_memory,
     takes_deltas=always,
+    more_kernels=calibrating_kernels,
 )

@@ -22,8 +22,19 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from edgemerge.errors import RecipeError
 from edgemerge.methods.blocks import SUM_LANES, Block, BlockStream, model_weights
-from edgemerge.methods.calibration import rescale
+from edgemerge.methods.calibration import (
+    SVC,
+    SVC_RANK,
+    calibrate,
+    calibrating_kernels,
+    calibration_memory,
+    calibration_passes,
+    is_calibrated,
+    rescale,
+)
+from edgemerge.methods.copies import Copies, copies_memory
 from edgemerge.methods.directions import (
     DIRECTION_KERNELS,
     POWER_STEPS,
@@ -34,7 +45,7 @@ from edgemerge.methods.directions import (
     multiply,
 )
 from edgemerge.methods.method import Described, Method, WorkingMemory, always
-from edgemerge.methods.parameters import LAMBDA, WEIGHT, Parameter
+from edgemerge.methods.parameters import LAMBDA, RANK, WEIGHT
 from edgemerge.native import KernelFile
 from edgemerge.types import Float32, Float64, TensorJob
 
@@ -45,22 +56,30 @@ gram, linear = KernelFile("gram"), KernelFile("linear")
 COMMON = 0.8  # of the rank: the common space of Iso-CTS
 SAME = 1e-6  # eigenvalue of a Gram matrix of unit vectors, of the largest, up to which two are one
 
-RANK = Parameter("rank", "first singular directions of a matrix that are changed", 8.0, "count")
-
 
 # -- TSV-Merge -------------------------------------------------------------------------------------
 
 
 def _tsv(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
-    weights = _weights(stream.job)
+    weights, scale = _weights(stream.job), float(stream.job.settings["lambda"])
     directions = Directions(stream, _tsv_ranks(stream.job))
     directions.find(lambda block: block.experts)
-    grams = _survey(stream, directions, lambda block: block.experts)
+    grams = directions.survey(lambda block: block.experts)
     mixing = _orthogonalise(stream, directions, grams, weights, flat=False)
-    copies = _Copies(stream)
+    copies = Copies(stream)
+
+    def merged(block: Block) -> Float32:
+        change = _add_up(block, weights, copies)
+        _mix(directions, mixing, block.experts, change)
+        return change
+
+    if is_calibrated(stream.job):
+        yield from calibrate(stream, merged, scale, may_grow=False)
+        return
     for block in stream.blocks():
-        change = copies.add(block)
-        yield from _mix(stream, directions, mixing, block, [*block.experts], change)
+        assert block.base is not None
+        linear.add_scaled(merged(block), scale, block.base)
+        yield block, block.base
 
 
 def _tsv_ranks(job: TensorJob) -> list[int]:
@@ -71,38 +90,48 @@ def _tsv_ranks(job: TensorJob) -> list[int]:
 
 
 def _iso_c(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
-    copies = _Copies(stream)
+    copies, weights = Copies(stream), _weights(stream.job)
+
+    def total(block: Block) -> Float32:
+        return _add_up(block, weights, copies)
+
     directions = Directions(stream, [_rank(stream.job)])
-    directions.find(lambda block: [copies.add(block)])
-    grams = _survey(stream, directions, lambda block: [copies.add(block)])
+    directions.find(lambda block: [total(block)])
+    grams = directions.survey(lambda block: [total(block)])
     squares, rotation = eigenvectors(grams)
     directions.turn(rotation, directions.vectors)
     sizes, changes = np.sqrt(squares), np.zeros_like(squares)
     np.divide(_mean(sizes) - sizes, sizes, out=changes, where=sizes > 0.0)
     scale = float(stream.job.settings["lambda"])
-    yield from rescale(stream, directions, copies.add, changes.astype(np.float32), scale)
+    yield from rescale(stream, directions, total, changes.astype(np.float32), scale)
 
 
 def _iso_cts(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
-    copies, weights = _Copies(stream), _weights(stream.job)
+    copies, weights = Copies(stream), _weights(stream.job)
     ranks = _iso_cts_ranks(stream.job)
     directions = Directions(stream, ranks)
-    directions.find(lambda block: [copies.add(block)], [0])
+    directions.find(lambda block: [_add_up(block, weights, copies)], [0])
 
-    def residuals(block: Block) -> list[Float32]:
-        return copies.take_off(block, directions)
+    def residuals(block: Block) -> Float32:
+        own = copies.of(block)
+        for rows in own:
+            directions.take_off(directions.project(0, rows), directions.of(0), rows)
+        return own
 
     directions.find(residuals, range(1, len(ranks)))
 
     def pieces(block: Block) -> list[Float32]:
-        return [copies.add(block), *residuals(block)]
+        return [_add_up(block, weights, copies), *residuals(block)]
 
-    grams = _survey(stream, directions, pieces)
+    grams = directions.survey(pieces)
     factors = np.concatenate([np.ones(1, np.float32), weights])
     mixing = _orthogonalise(stream, directions, grams, factors, flat=True)
     for block in stream.blocks():
+        assert block.base is not None
         change, *own = pieces(block)
-        yield from _mix(stream, directions, mixing, block, [change, *own], change)
+        _mix(directions, mixing, [change, *own], change)
+        linear.add_scaled(change, float(stream.job.settings["lambda"]), block.base)
+        yield block, block.base
 
 
 def _iso_cts_ranks(job: TensorJob) -> list[int]:
@@ -112,52 +141,15 @@ def _iso_cts_ranks(job: TensorJob) -> list[int]:
     return [rank - n_experts * own, *[own] * n_experts]
 
 
-class _Copies:
-    """Working memory for changes of a block that must stay as they are."""
-
-    def __init__(self, stream: BlockStream) -> None:
-        self._weights = _weights(stream.job)
-        n = max(1, stream.job.rows_per_block) * stream.job.n_cols
-        self._sum = stream.take((n,), np.float32).view(np.float32)
-        self._own = stream.take((n * len(self._weights),), np.float32).view(np.float32)
-
-    def add(self, block: Block) -> Float32:
-        """Return the weighted sum of the changes of a block, which stay."""
-        own = self._copy(block)
-        linear.weighted_sum(self._weights, own)
-        total = self._sum[: own.shape[1]]
-        total[:] = own[0]
-        return total
-
-    def take_off(self, block: Block, directions: Directions) -> list[Float32]:
-        """Return the changes of a block without their part along the vectors of the first matrix."""
-        own = self._copy(block)
-        for rows in own:
-            part = directions.transposed(directions.project(0, rows))
-            np.negative(part, out=part)
-            directions.add_vectors(directions.of(0), part, rows)
-        return [*own]
-
-    def _copy(self, block: Block) -> Float32:
-        own = self._own[: block.experts.size].reshape(block.experts.shape)
-        own[:] = block.experts
-        return own
-
-
 # -- what they have in common ----------------------------------------------------------------------
 
 
-def _survey(
-    stream: BlockStream,
-    directions: Directions,
-    matrices: Callable[[Block], Sequence[Float32] | Float32],
-) -> Float64:
-    """Return the Gram matrix of the products of matrices with their vectors, (n_vectors, n_vectors)."""
-    n_vectors = len(directions.vectors)
-    grams = stream.group.row_sum((n_vectors, n_vectors))
-    for block in stream.blocks():
-        directions.add_gram(grams, block, directions.project_all(matrices(block)))
-    return grams.total()
+def _add_up(block: Block, weights: Float32, copies: Copies) -> Float32:
+    """Return the weighted sum of the changes of a block, which stay."""
+    own, total = copies.of(block), copies.zeros(block)
+    linear.weighted_sum(weights, own)
+    total[:] = own[0]
+    return total
 
 
 def _orthogonalise(
@@ -215,21 +207,16 @@ def _inverse_root(matrix: Float64) -> Float64:
 
 
 def _mix(
-    stream: BlockStream,
     directions: Directions,
     mixing: Float64,
-    block: Block,
-    matrices: Sequence[Float32],
+    matrices: Sequence[Float32] | Float32,
     change: Float32,
-) -> Iterator[tuple[Block, Float32]]:
-    """Yield a block of `base + lambda * (change + products @ mixing @ vectors)`."""
-    assert block.base is not None
+) -> None:
+    """Add `products @ mixing @ vectors` to the change of a block."""
     by_rows = directions.transposed(directions.project_all(matrices))
     mixed = np.empty_like(by_rows)
     directions.multiply(by_rows, mixing.astype(np.float32), mixed)
     directions.add_vectors(directions.vectors, mixed, change)
-    linear.add_scaled(change, float(stream.job.settings["lambda"]), block.base)
-    yield block, block.base
 
 
 def _add(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
@@ -254,6 +241,11 @@ def _rank(job: TensorJob) -> int:
 
 # -- records ---------------------------------------------------------------------------------------
 
+_UNDONE = (
+    "svc would set anew the singular values that {} makes equal, and undo it; "
+    "leave svc out, or use it with tsv or task_arithmetic"
+)
+
 
 def _method(
     name: str,
@@ -263,10 +255,12 @@ def _method(
     ranks: Callable[[TensorJob], list[int]],
     *,
     has_own: bool = False,
+    flattens: bool = True,
 ) -> Method:
     """Make a record of what a method does to matrices and of the ranks of its parts.
 
     `has_own`: there are directions of each expert's own, which are searched after the common ones.
+    `flattens`: singular values become their mean, so that a calibration would undo what the method does.
     """
 
     def applies(tensor: Described) -> bool:
@@ -278,20 +272,32 @@ def _method(
         return blocks(stream) if applies(stream.job) else _add(stream)
 
     def passes(tensor: Described) -> int:
-        return (1 + has_own) * POWER_STEPS + 2 if applies(tensor) else 1
+        steps = (1 + has_own) * POWER_STEPS
+        return steps + 2 + calibration_passes(tensor) if applies(tensor) else 1
 
     def memory(job: TensorJob) -> WorkingMemory:
         if not applies(job):
             return WorkingMemory()
         fixed, per_row = direction_memory(job, ranks(job))
-        copies = 4 * job.n_cols * (1 + len(job.experts))
-        return WorkingMemory(fixed + 8 * SUM_LANES, per_row + copies + 4 * sum(ranks(job)))
+        more = calibration_memory(job, copies=False)
+        return WorkingMemory(
+            fixed + 8 * SUM_LANES + more.fixed,
+            per_row + copies_memory(job) + 4 * sum(ranks(job)) + more.per_row,
+        )
+
+    def check(tensor: Described) -> None:
+        if is_calibrated(tensor) and not float(tensor.settings["rank"]):
+            raise RecipeError(
+                f"with rank: 0 {name} only adds, and has nothing for svc to calibrate; "
+                "use task_arithmetic with svc",
+                field="rank",
+            )
 
     return Method(
         name,
         summary,
         source,
-        parameters=(WEIGHT.by_default(1.0), RANK, LAMBDA),
+        parameters=(WEIGHT.by_default(1.0), RANK, LAMBDA, *(() if flattens else (SVC, SVC_RANK))),
         kernels=(
             "linear.subtract",
             "linear.weighted_sum",
@@ -303,6 +309,9 @@ def _method(
         needs_base=True,
         passes=passes,
         memory=memory,
+        check=check,
+        more_kernels=calibrating_kernels,
+        refuses={SVC.name: _UNDONE.format(name)} if flattens else {},
         takes_deltas=always,
     )
 
@@ -314,6 +323,7 @@ SPECTRAL = (
         "arXiv 2412.00081",
         _tsv,
         _tsv_ranks,
+        flattens=False,
     ),
     _method(
         "iso_c",

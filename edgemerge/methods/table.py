@@ -16,6 +16,7 @@ from edgemerge.methods.method import Method
 from edgemerge.methods.nearswap import NEARSWAP
 from edgemerge.methods.parameters import LAMBDA, RAMP, Parameter
 from edgemerge.methods.ram import RAM, RAMPLUS_TL
+from edgemerge.methods.resmerge import RESMERGE
 from edgemerge.methods.sce import SCE
 from edgemerge.methods.slerp import SLERP
 from edgemerge.methods.spectral import SPECTRAL
@@ -36,6 +37,7 @@ METHODS: dict[str, Method] = {
         HIERARCHICAL,
         COVARIANCE,
         *SPECTRAL,
+        RESMERGE,
         SLERP,
         *GRAM_COMBINED,
         ARCEE_FUSION,

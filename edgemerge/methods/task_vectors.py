@@ -6,10 +6,8 @@ A method here is a way to prune task vectors and a way to sum what is left. The 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeAlias
 
 import numpy as np
 
@@ -23,14 +21,15 @@ from edgemerge.methods.blocks import (
     model_weights,
 )
 from edgemerge.methods.calibration import (
-    CALIBRATING,
-    CALIBRATION_PASSES,
     SVC,
     SVC_RANK,
     calibrate,
+    calibrating_kernels,
     calibration_memory,
+    calibration_passes,
     is_calibrated,
 )
+from edgemerge.methods.copies import Adder, Copies
 from edgemerge.methods.method import Described, Method, WorkingMemory
 from edgemerge.methods.parameters import EPSILON, INT8_MASK, LAMBDA, NORMALIZE, RESCALE, WEIGHT
 from edgemerge.methods.pruning import NothingLeft, Pruner
@@ -41,8 +40,6 @@ from edgemerge.types import Float32, Setting, TensorJob
 __all__ = ["TASK_VECTOR_METHODS"]
 
 linear, norms, ties = KernelFile("linear"), KernelFile("norms"), KernelFile("ties")
-
-Adder: TypeAlias = Callable[[float, Float32, Float32], None]
 
 TINY_NORM = 1e-7  # mergekit rescales nothing whose norm is below this
 TINY_WEIGHT = 1e-8
@@ -64,22 +61,30 @@ class TaskVectors:
         pruners, scale = self._survey(stream), float(stream.job.settings["lambda"])
         add = self._adder(stream, pruners)
         if is_calibrated(stream.job):
-            yield from calibrate(stream, _merger(stream, pruners, add), _scales(pruners), scale)
+            copies = Copies(stream)
+
+            def merged(block: Block) -> Float32:
+                _prune(block, pruners)
+                return copies.merge(block, add)
+
+            yield from calibrate(stream, merged, scale, _scales(pruners))
             return
         for block in stream.blocks():
             assert block.base is not None
             _prune(block, pruners)
-            add(scale, block.experts, block.base)
+            add(scale, block, block.experts, block.base)
             yield block, block.base
 
     def _adder(self, stream: BlockStream, pruners: list[Pruner]) -> Adder:
-        """Return what adds pruned task vectors, which it overwrites, to rows: factor, task vectors, rows."""
+        """Return what adds pruned task vectors, or those of each sign's majority, to rows."""
         factors, normalize = self._factors(stream.job), bool(stream.job.settings["normalize"])
         scales = _scales(pruners)
         if not self.elect:
-            return partial(linear.add_deltas, factors, scales)
+            return lambda scale, _, deltas, rows: linear.add_deltas(
+                factors, scales, scale, deltas, rows
+            )
         election = stream.take((3, ELECTION_TILE), np.float32)
-        return lambda scale, deltas, rows: ties.elect(
+        return lambda scale, _, deltas, rows: ties.elect(
             factors, scales, normalize, scale, election, deltas, rows
         )
 
@@ -103,20 +108,17 @@ class TaskVectors:
 
     def passes(self, tensor: Described) -> int:
         """Count the passes: surveys, one for the norms, those of a calibration, one to merge."""
-        calibrating = CALIBRATION_PASSES if is_calibrated(tensor) else 0
+        calibrating = calibration_passes(tensor)
         if not self._prunes(tensor):
             return calibrating + 1
         return self.pruning.n_surveys + int(_matches_norms(tensor)) + calibrating + 1
 
     def memory(self, job: TensorJob) -> WorkingMemory:
         """Count the counters or ranks of the survey, the tile of an election, the norms of a row."""
-        fixed, per_row = (4 * 3 * ELECTION_TILE if self.elect else 0), 0
+        fixed, per_row = calibration_memory(job)
+        fixed += 4 * 3 * ELECTION_TILE if self.elect else 0
         if self._prunes(job):
-            fixed, per_row = fixed + self.pruning.memory(job), 2 * 8
-        if is_calibrated(job):
-            calibration = calibration_memory(job)
-            fixed += calibration.fixed
-            per_row += calibration.per_row + 4 * job.n_cols * (len(job.experts) + 1)
+            fixed, per_row = fixed + self.pruning.memory(job), per_row + 2 * 8
         return WorkingMemory(fixed, per_row)
 
     def takes_deltas(self, tensor: Described) -> bool:
@@ -144,9 +146,8 @@ class TaskVectors:
 
     def more_kernels(self, tensor: Described) -> tuple[str, ...]:
         """Name those that only a calibration calls."""
-        return (
-            ("linear.subtract", "linear.add_deltas", *CALIBRATING) if is_calibrated(tensor) else ()
-        )
+        found = calibrating_kernels(tensor)
+        return ("linear.subtract", "linear.add_deltas", *found) if found else ()
 
 
 def _scales(pruners: list[Pruner]) -> Float32:
@@ -159,25 +160,6 @@ def _prune(block: Block, pruners: list[Pruner]) -> None:
         for pruner, delta in zip(pruners, block.experts, strict=True):
             pruner.prune(block, delta)
         block.is_pruned = True
-
-
-def _merger(stream: BlockStream, pruners: list[Pruner], add: Adder) -> Callable[[Block], Float32]:
-    """Return what makes the merged change of a block, without its base or lambda."""
-    n_experts, n_cols = len(stream.job.experts), stream.job.n_cols
-    n = max(1, stream.job.rows_per_block) * n_cols
-    copies = stream.take((n_experts * n,), np.float32).view(np.float32)
-    change = stream.take((n,), np.float32).view(np.float32)
-
-    def merge(block: Block) -> Float32:
-        _prune(block, pruners)
-        own = copies[: block.experts.size].reshape(block.experts.shape)
-        own[:] = block.experts
-        merged = change[: block.experts.shape[1]]
-        merged[:] = 0
-        add(1.0, own, merged)
-        return merged
-
-    return merge
 
 
 def _matches_norms(tensor: Described) -> bool:

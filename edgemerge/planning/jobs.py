@@ -12,7 +12,6 @@ from edgemerge.formats.architectures import hf_name, layer_index
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.gguf.types import row_bytes
 from edgemerge.methods.method import Method
-from edgemerge.methods.parameters import INT8_MASK
 from edgemerge.planning.compatibility import (
     find_head,
     find_tensor,
@@ -44,7 +43,7 @@ from edgemerge.types import (
     TensorSpec,
 )
 
-__all__ = ["Draft", "draft_jobs", "find_depths", "list_experts", "may_copy", "unused_settings"]
+__all__ = ["Draft", "draft_jobs", "find_depths", "list_experts", "may_copy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,42 +174,6 @@ def find_depths(names: Sequence[str]) -> dict[str, float]:
         else:
             depths[name] = layer / last if last else 1.0
     return depths
-
-
-def unused_settings(recipe: Recipe, method: Method) -> list[str]:
-    """Say which parts of the recipe its method does not use, one sentence each."""
-    of_models = {*method.parameters_of(model=True), INT8_MASK.name}
-    of_merge = of_models | method.parameters_of(model=False).keys()
-    notes = [_unused(method, key, None) for key in recipe.parameters if key not in of_merge]
-    for part in recipe.slices:
-        notes += [_unused(method, key, None) for key in part.parameters if key not in of_merge]
-        for model in list_experts(part, recipe.base_of(part), method):
-            notes += [
-                _unused(method, key, model) for key in model.parameters if key not in of_models
-            ]
-    listed = [model.path for part in recipe.slices for model in part.inputs]
-    uses_base = method.uses_base(recipe.base) or method.merges_base
-    bases = [part.base for part in recipe.slices]
-    has_own_bases = all(part.base is not None for part in recipe.slices)
-    if recipe.base is not None and has_own_bases and recipe.base not in (*listed, *bases):
-        notes.append(
-            f"every slice has a base of its own: {folder_name(recipe.base)} gives the metadata, but its "
-            "weights are not part of the merge"
-        )
-    elif recipe.base is not None and not uses_base and recipe.base not in listed:
-        notes.append(
-            f"{method.name} has no base: {folder_name(recipe.base)} gives the metadata, but its weights "
-            "are not part of the merge"
-        )
-    return notes
-
-
-def _unused(method: Method, key: str, model: ModelInput | None) -> str:
-    if model is None:
-        return f"{method.name} does not use the parameter {key}"
-    if key in method.parameters_of(model=False):
-        return f"{key} belongs to the whole merge, so that of {folder_name(model.path)} is not used"
-    return f"{method.name} does not use the parameter {key} of {folder_name(model.path)}"
 
 
 def _refuse_extra(part: _Part, known: set[str]) -> None:

@@ -38,9 +38,9 @@ from edgemerge.planning.jobs import (
     find_depths,
     list_experts,
     may_copy,
-    unused_settings,
 )
 from edgemerge.planning.llama_check import check_runs
+from edgemerge.planning.settings import unused_settings
 from edgemerge.planning.token_maps import describe_rows, memory_of_rows
 from edgemerge.planning.vocabulary import choose_vocabulary, names_outsider, note_templates
 from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec

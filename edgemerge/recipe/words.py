@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import Any
 
 from edgemerge.finding.cache import folder_name
+from edgemerge.methods.method import Method
 from edgemerge.methods.table import METHODS
 from edgemerge.types import Recipe
 
 __all__ = ["describe_recipe", "describe_stages", "recipe_document"]
 
-DEFAULT, PRESET = " (default)", " (preset)"
+DEFAULT, PRESET, IDLE = " (default)", " (preset)", " (without effect)"
 QUIET = {"int8_mask"}  # without effect
 WORDS = {"base": "the base", "union": "all models"}  # tokenizer_source -> whose
 
@@ -47,10 +48,12 @@ def describe_recipe(document: Mapping[str, Any], transplant: str = "") -> list[s
     common = _table(document.get("parameters"))
     fallback = _table(document.get("defaults"))
     known = {p.name: p.default for p in method.parameters} if method is not None else {}
-    parts = [f"{key} {_rules(rules)}" for key, rules in common.items()]
-    own = {key for part in _slices(document) for model in part for key in model[1]}
+    slices = _slices(document)
+    own = {key for part in slices for model in part for key in model[1]}
+    idle = _idle(method, [common, fallback, *(model[1] for part in slices for model in part)])
+    parts = [f"{key} {_rules(rules)}{IDLE if key in idle else ''}" for key, rules in common.items()]
     for key, value in known.items():
-        if key in common or key in own or key in QUIET:
+        if key in common or key in own or key in QUIET or key in idle:
             continue
         mark = DEFAULT
         if key in fallback:
@@ -71,9 +74,25 @@ def describe_recipe(document: Mapping[str, Any], transplant: str = "") -> list[s
     for part in parts_of_slices if isinstance(parts_of_slices, list | tuple) else ():
         if isinstance(base := _table(part).get("base"), str | PurePath):
             lines.append(f"base of a slice {_name(base)}")
-    for part in _slices(document):
+    for part in slices:
         lines += [f"{label}: {words}" if words else label for label, words in map(_model, part)]
     return list(dict.fromkeys(lines))
+
+
+def _idle(method: Method | None, levels: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Name the parameters whose switch no level turns on."""
+    return {
+        parameter.name
+        for parameter in (method.parameters if method is not None else ())
+        if parameter.needs and not any(_is_on(level.get(parameter.needs)) for level in levels)
+    }
+
+
+def _is_on(rules: object) -> bool:
+    """Tell whether a switch, or any of its rules or steps, is on."""
+    if isinstance(rules, list | tuple):
+        return any(map(_is_on, rules))
+    return _is_on(rules.get("value")) if isinstance(rules, Mapping) else rules in (True, 1)
 
 
 def _describe_mixture(mixture: Mapping[str, Any], seed: object) -> list[str]:

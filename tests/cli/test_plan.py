@@ -48,7 +48,7 @@ def test_plan_prints_a_row_per_kind_of_tensor(run: Run, golden_dir: Path) -> Non
         f"  base   {models}/base\n"
         f"  model  {models}/a\n"
         "  ties: density 0.5, weight 1 (default), normalize on (default), rescale off (default), "
-        "lambda 1 (default), svc off (default), svc_rank 16 (default)\n"
+        "lambda 1 (default), svc off (default)\n"
         "tensor                    shape         from  to    reads       size\n"
         "output.weight             1 x [64, 32]  F32   Q8_0      1   2.12 KiB\n"
         "token_embd.weight         1 x [64, 32]  F32   Q8_0      1   2.12 KiB\n"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgemerge.kernels import fusion, gram, nearswap, ram, sce
+from edgemerge.kernels import fusion, gram, nearswap, ram, scalars, sce
 from tests.kernels.test_gram import KINDS, numbers
 
 Float32 = NDArray[np.float32]
@@ -34,7 +34,7 @@ def test_exp_of_what_is_far_below_zero_is_zero() -> None:
 def test_divergences_are_those_of_long_doubles(kind: str) -> None:
     x, base = (numbers(kind, (3, 70), seed) for seed in (0, 1))
     found = np.full(3, np.nan)
-    fusion.row_divergences(x.ravel(), base.ravel(), 70, np.full(fusion.LANES, np.nan), found)
+    fusion.row_divergences(x.ravel(), base.ravel(), 70, np.full(scalars.LANES, np.nan), found)
 
     def softmax(rows: Float32) -> NDArray[np.longdouble]:
         wide = rows.astype(np.longdouble)

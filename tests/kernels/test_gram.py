@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgemerge.kernels import gram, permute
+from edgemerge.kernels import gram, permute, scalars
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -35,7 +35,7 @@ def grams_of(x: Float32, n_cols: int) -> Float64:
     """The kernel's answer in memory that was full of rubbish."""
     n_models, n = x.shape
     out = np.full((n // n_cols, n_models, n_models), np.nan)
-    gram.row_grams(x, n_cols, np.full(gram.LANES, np.nan), out)
+    gram.row_grams(x, n_cols, np.full(scalars.LANES, np.nan), out)
     return out
 
 
@@ -50,9 +50,9 @@ def test_a_rows_gram_is_summed_in_lanes_and_these_in_halves(
     x = numbers(kind, (n_models, n_rows * n_cols))
     rows = x.reshape(n_models, n_rows, n_cols).astype(np.float64)
     products = np.einsum("ari,bri->rabi", rows, rows)
-    lanes = np.zeros((*products.shape[:-1], -(-n_cols // gram.LANES) * gram.LANES))
+    lanes = np.zeros((*products.shape[:-1], -(-n_cols // scalars.LANES) * scalars.LANES))
     lanes[..., :n_cols] = products
-    lanes = np.cumsum(lanes.reshape(*products.shape[:-1], -1, gram.LANES), axis=-2)[..., -1, :]
+    lanes = np.cumsum(lanes.reshape(*products.shape[:-1], -1, scalars.LANES), axis=-2)[..., -1, :]
     while (half := lanes.shape[-1] // 2) > 0:
         lanes = lanes[..., :half] + lanes[..., half:]
     want = lanes[..., 0]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgemerge.kernels import lora
+from edgemerge.kernels import lora, scalars
 from tests.kernels.test_gram import KINDS, numbers
 
 Float32 = NDArray[np.float32]
@@ -54,6 +54,6 @@ def test_rows_get_the_norm_that_was_trained(n_cols: int) -> None:
     norms = np.sqrt(np.square(x, dtype=np.float64).sum(axis=1)).astype(np.float32)
     factors = np.divide(magnitude, norms, out=np.ones(5, np.float32), where=norms > 0)
     expected = x * factors[:, None]
-    lora.rescale_rows(magnitude, np.full(lora.LANES, np.nan), x)
+    lora.rescale_rows(magnitude, np.full(scalars.LANES, np.nan), x)
     assert np.allclose(x, expected, rtol=2e-7, atol=0)
     assert not x[2].any()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgemerge.kernels import matrix_products, small_matrices
+from edgemerge.kernels import matrix_products, scalars, small_matrices
 from edgemerge.methods.directions import SCRATCH_SHAPE, eigenvectors
 from edgemerge.native import KernelFile
 
@@ -76,7 +76,7 @@ def test_vectors_become_orthonormal_and_those_spanned_zero() -> None:
     vectors[4] = vectors[1] - 3 * vectors[2]
     vectors[5] *= np.float32(1e-6)
     before = vectors.astype(np.float64)
-    lanes = np.empty(matrix_products.LANES)
+    lanes = np.empty(scalars.LANES)
     products.orthonormalise(vectors, lanes)
     keep = [0, 1, 2, 3, 5]
     assert np.all(vectors[4] == 0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgemerge.kernels import dare, della, gram, linear, norms, select, ties
+from edgemerge.kernels import dare, della, gram, linear, norms, scalars, select, ties
 from tests.twins import methods as reference
 
 Float32 = NDArray[np.float32]
@@ -150,7 +150,7 @@ def test_changes_are_added_as_deltas(shape: tuple[int, int], kind: str, count: i
 def test_dots_do_not_depend_on_blocks(shape: tuple[int, int], kind: str) -> None:
     a, b = models(shape, kind, 2)
     dots = np.full((shape[0], 3), np.nan)
-    lanes = np.full(gram.LANES, np.nan)
+    lanes = np.full(scalars.LANES, np.nan)
     gram.row_dots(a, b, shape[1], lanes, dots)
     pairs = [(a, a), (a, b), (b, b)]
     for dot, (x, y) in zip(dots.sum(0), pairs, strict=True):
@@ -166,7 +166,7 @@ def test_dots_do_not_depend_on_blocks(shape: tuple[int, int], kind: str) -> None
 @pytest.mark.parametrize(("shape", "kind"), CASES)
 def test_norms_do_not_depend_on_blocks(shape: tuple[int, int], kind: str) -> None:
     x = numbers(kind, shape[0] * shape[1], 0)
-    found, lanes = np.full((shape[0], 2), np.nan), np.full(norms.LANES, np.nan)
+    found, lanes = np.full((shape[0], 2), np.nan), np.full(scalars.LANES, np.nan)
     norms.row_norms(x, shape[1], 1, lanes, found)
     assert np.isnan(found[:, 0]).all()
     for norm, row in zip(found[:, 1], x.reshape(shape), strict=True):
@@ -180,13 +180,13 @@ def test_norms_do_not_depend_on_blocks(shape: tuple[int, int], kind: str) -> Non
 @pytest.mark.parametrize("n_cols", [1, 31, 32, 33, 100])
 def test_a_norm_is_added_in_lanes_and_these_in_halves(n_cols: int) -> None:
     x = numbers("wide", n_cols, 0)
-    lanes = np.zeros(norms.LANES)
+    lanes = np.zeros(scalars.LANES)
     for i, value in enumerate(x.tolist()):
-        lanes[i % norms.LANES] += abs(value)
+        lanes[i % scalars.LANES] += abs(value)
     while lanes.size > 1:
         lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
     found = np.empty((1, 1))
-    norms.row_norms(x, n_cols, 0, np.empty(norms.LANES), found)
+    norms.row_norms(x, n_cols, 0, np.empty(scalars.LANES), found)
     assert found[0, 0] == lanes[0]
 
 

@@ -24,7 +24,15 @@ from tests.support.small_models import load_gguf, load_hub, to_gguf_rows
 GOLDEN = unpacked("golden")
 RECIPES = sorted(path.stem for path in (GOLDEN / "recipes_f32").glob("*.yml"))
 TOLERANCE = 1e-6  # of a tensor's largest magnitude
-OURS = {"covariance", "hierarchical", "iso_c", "iso_cts", "lines", "tsv"}  # not in mergekit
+OURS = {
+    "covariance",
+    "hierarchical",
+    "iso_c",
+    "iso_cts",
+    "lines",
+    "resmerge",
+    "tsv",
+}  # not in mergekit
 LIKE_ANOTHER = {"della_linear", "breadcrumbs_ties", "passthrough"}  # made of parts that others have
 
 

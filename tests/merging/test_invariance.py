@@ -42,6 +42,10 @@ METHODS: dict[str, tuple[int, dict[str, Any], int]] = {
     "tsv": (2, {"rank": 4}, 4),
     "iso_c": (2, {}, 4),
     "iso_cts": (2, {}, 6),
+    "resmerge": (2, {"rank": 2}, 5),
+    "tsv svc": (2, {"svc": True, "rank": 4}, 7),
+    "sce svc": (2, {"svc": True, "svc_rank": 3, "select_topk": 0.4}, 7),
+    "hierarchical svc": (2, {"svc": True, "svc_rank": 5}, 5),
     "model_stock": (2, {}, 2),
     "nuslerp": (2, {"nuslerp_flatten": False, "nuslerp_row_wise": True}, 2),
     "multislerp": (2, {}, 2),
@@ -73,8 +77,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     return made
 
 
-def recipe_of(method: str, models: list[Path], out_type: str | None = None) -> Recipe:
-    n_experts, parameters, _ = METHODS[method]
+def recipe_of(name: str, models: list[Path], out_type: str | None = None) -> Recipe:
+    n_experts, parameters, _ = METHODS[name]
+    method = name.split()[0]
     weights = (0.6, 0.3)
     experts: list[tuple[str, float | None]] = [
         (str(models[1 + i]), weights[i]) for i in range(n_experts)

@@ -16,7 +16,6 @@ from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.weighted import WEIGHTED_TYPES
 from edgemerge.merging import precompile as precompiling
 from edgemerge.merging.run import merge, plan
-from edgemerge.methods.calibration import CALIBRATING
 from edgemerge.methods.table import METHODS
 from edgemerge.native.signatures import SIGNATURES
 from edgemerge.recipe.recipe import make_recipe
@@ -65,6 +64,10 @@ CASES = [
     Case("slerp", {"t": 0.3}, "hard", neurons=True),
     Case("task_arithmetic"),
     Case("task_arithmetic", {"svc": True}),
+    Case("tsv", {"svc": True}),
+    Case("sce", {"svc": True}),
+    Case("hierarchical", {"svc": True, "scope": "row"}),
+    Case("resmerge"),
     Case("ties", {**HALF, "rescale": True}),
     Case("dare_linear", HALF),
     Case("dare_linear", {**HALF, "rescale": False}, "hard"),
@@ -194,7 +197,8 @@ def test_everything_is_known_to_the_doctor() -> None:
             method, CODECS, written, WEIGHTED_TYPES, aligns=True, adapts=True
         )
     }
-    needed |= {*CALIBRATING, "importance.add_squares"}  # which `imatrix` calls, no merge
+    needed |= {"gram.row_dots"}  # of a calibration alone
+    needed |= {"importance.add_squares"}  # which `imatrix` calls, no merge
     _, total = precompiling.find_missing_of_all()
     listed = {f"{file}.{name}" for file, kernels in SIGNATURES.items() for name in kernels}
     assert total == len(listed)

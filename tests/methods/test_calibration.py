@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edgemerge.errors import RecipeError
 from edgemerge.methods.table import METHODS
-from tests.support.memory_stream import merge_in_memory
+from tests.support.memory_stream import MemoryStream, merge_in_memory
+from tests.twins import elements, singular
 from tests.twins import methods as reference
-from tests.twins import singular
 
 Float32 = NDArray[np.float32]
 METHODS_WITH_SVC = [
@@ -72,7 +73,9 @@ def test_task_arithmetic_equals_its_definition(
 
 
 @pytest.mark.parametrize("options", [{}, {"rescale": True, "normalize": True}])
-@pytest.mark.parametrize("method", [name for name in METHODS_WITH_SVC if reference.PRUNES[name]])
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS_WITH_SVC if reference.PRUNES.get(name)]
+)
 def test_what_is_pruned_is_calibrated(method: str, options: dict[str, Any]) -> None:
     arrays = changes((40, 24), 2)
     got = merge(method, arrays, 7, **options)
@@ -81,6 +84,89 @@ def test_what_is_pruned_is_calibrated(method: str, options: dict[str, Any]) -> N
     kept = pruned(method, arrays, options)
     want = singular.calibrate(merged.values, kept, 16)
     assert np.abs(got - want).max() <= 2e-3 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (3, 10, 16)])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        *(("hierarchical", {"weighting": name}) for name in ("agreement", "stock", "linear")),
+        ("hierarchical", {"scope": "row"}),
+        ("hierarchical", {"weighting": "importance"}),
+        ("sce", {}),
+        ("tsv", {"rank": 3.0}),
+        ("tsv", {"rank": 100.0}),
+    ],
+)
+def test_any_other_merge_is_calibrated(
+    method: str, options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    arrays = changes(shape, 2)
+    scale = {"lambda": 0.8} if "lambda" in METHODS[method].parameters_of(model=False) else {}
+    plain = merge(method, arrays, svc=False, **options)
+    got = merge(method, arrays, 7, svc_rank=6.0, **options, **scale)
+    wide = [x.reshape(-1, shape[-1]).astype(np.float64) for x in (plain, *arrays[1:])]
+    least = 1.0 if method == "tsv" else None
+    want = singular.calibrate(wide[0], wide[1:], 6, least).reshape(shape) * (0.8 if scale else 1)
+    assert np.abs(got - want).max() <= 2e-3 * np.abs(want).max()
+
+
+def test_columns_weighted_by_importance_are_calibrated() -> None:
+    arrays = changes((3, 10, 16), 2)
+    measured = [
+        np.random.default_rng(i).random((3, 16)).astype(np.float32) + np.float32(0.1)
+        for i in range(2)
+    ]
+    models = [(x, {"weight": 1.0}) for x in arrays[1:]]
+    plain, got = (
+        merge_in_memory(
+            "hierarchical",
+            arrays[0],
+            models,
+            {"weighting": "importance", "svc": svc},
+            tensor=NAME,
+            importances=measured,
+        )
+        for svc in (False, True)
+    )
+    wide = [x.reshape(-1, 16).astype(np.float64) for x in (plain, *arrays[1:])]
+    want = singular.calibrate(wide[0], wide[1:], 16).reshape(plain.shape)
+    assert np.abs(got - want).max() <= 2e-3 * np.abs(want).max()
+    assert not np.allclose(got, plain, atol=1e-2)
+
+
+def test_what_sce_selects_is_calibrated() -> None:
+    base, *models = changes((40, 24), 2)
+    given: list[tuple[Float32, dict[str, Any]]] = [(x, {}) for x in models]
+    plain, got = (
+        merge_in_memory(
+            "sce", base, given, {"select_topk": 0.5, "svc": svc}, rows_per_block=9, tensor=NAME
+        )
+        for svc in (False, True)
+    )
+    wide = np.array(models, np.float64)
+    kept = np.where(elements.sce_selected(wide, 0.5), wide, 0.0)
+    want = singular.calibrate(plain.astype(np.float64), [*kept], 16)
+    assert np.abs(got - want).max() <= 2e-3 * np.abs(want).max()
+
+
+def test_tsv_counts_nothing_up() -> None:
+    """Of two experts that respond half, task arithmetic makes the change whole again, and tsv does not."""
+    _, x = changes((30, 20), 1)
+    models = [(x, {"weight": 0.5}), (np.zeros_like(x), {"weight": 0.5})]
+    given = (np.zeros_like(x), models, {"svc": True})
+    most = float(np.abs(x).max())
+    assert merge_in_memory("task_arithmetic", *given, tensor=NAME) == pytest.approx(
+        x, abs=most / 1e5
+    )
+    assert merge_in_memory("tsv", *given, tensor=NAME) == pytest.approx(x / 2, abs=most / 1e3)
+
+
+def test_svc_has_nothing_to_do_where_tsv_has_not() -> None:
+    x = np.ones((4, 4), np.float32)
+    stream = MemoryStream("tsv", x, [(x, {})], {"svc": True, "rank": 0.0}, 9, 0, NAME)
+    with pytest.raises(RecipeError, match="nothing for svc to calibrate; use task_arithmetic"):
+        METHODS["tsv"].check(stream.job)
 
 
 @pytest.mark.parametrize("method", METHODS_WITH_SVC)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,9 +29,11 @@ from tests.support.small_models import load_gguf, stored
 from tests.twins import covariance, directions, elements, singular
 from tests.twins import methods as twins
 from tests.twins.hierarchical import twin as hierarchical_twin
+from tests.twins.resmerge import resmerge
 
 INPUTS = unpacked("golden") / "inputs_f32"
-TWINS = dict.fromkeys(twins.METHODS, twins.merge_tensor) | {"hierarchical": hierarchical_twin}
+TWINS: dict[str, Callable[..., Any]] = dict.fromkeys(twins.METHODS, twins.merge_tensor)
+TWINS |= {"hierarchical": hierarchical_twin, "resmerge": resmerge}
 TWINS |= directions.TWINS | elements.TWINS | covariance.TWINS | singular.TWINS
 
 # -- the records that there are ------------------------------------------------------------------

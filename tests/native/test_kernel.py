@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemerge.kernels import covariance, della, gram, heads, linear, norms, sinkhorn, ties
+from edgemerge.kernels import covariance, della, gram, heads, linear, scalars, sinkhorn, ties
 from edgemerge.methods import blocks
 from edgemerge.methods import covariance as method
 from edgemerge.native import KernelFile, load_kernel
@@ -50,7 +50,7 @@ def test_every_kernel_has_a_signature() -> None:
 def test_constants_of_kernels_that_size_their_scratch() -> None:
     assert blocks.ELECTION_TILE == ties.TILE
     assert blocks.RANK_BINS == della.RADIX
-    assert blocks.SUM_LANES == norms.LANES == gram.LANES
+    assert blocks.SUM_LANES == scalars.LANES
     sizes = (method.TILE, method.ROWS, method.CHUNK)
     assert sizes == (covariance.TILE, covariance.ROWS, covariance.CHUNK)
 
@@ -73,7 +73,7 @@ CASES: list[tuple[Any, str, list[Any]]] = [
         "elect",
         [floats(3), floats(3), True, 0.7, floats(3, ties.TILE), floats(3, 5000), floats(5000)],
     ),
-    (gram, "row_grams", [floats(3, 600), 100, np.zeros(gram.LANES), np.zeros((6, 3, 3))]),
+    (gram, "row_grams", [floats(3, 600), 100, np.zeros(scalars.LANES), np.zeros((6, 3, 3))]),
     (heads, "squared_distances", [floats(7, 16), floats(5, 16), np.zeros((7, 5))]),
     (
         sinkhorn,

@@ -35,11 +35,33 @@ def test_settings_are_said_and_defaults_marked() -> None:
     )
     assert describe_recipe(recipe_document(recipe)) == [
         "ties: density 0.3 for mlp, else 0.5, lambda 0.8, normalize on (default), "
-        "rescale off (default), svc off (default), svc_rank 16 (default), seed 3",
+        "rescale off (default), svc off (default), seed 3",
         "base base.gguf",
         "model a.gguf: weight 0.5",
         "model b.gguf: weight 0.2 to 0.8 over the layers",
     ]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({}, "svc off (default)"),
+        ({"svc_rank": rule(4)}, "svc_rank 4 (without effect), svc off (default)"),
+        ({"svc": rule(False), "svc_rank": rule(4)}, "svc off, svc_rank 4 (without effect)"),
+        ({"svc": rule(True)}, "svc on, svc_rank 16 (default)"),
+        ({"svc": rule(1), "svc_rank": rule(4)}, "svc 1, svc_rank 4"),
+        ({"svc": (Rule(True, "mlp"), Rule(False))}, "svc on for mlp, else off, svc_rank 16"),
+        ({"svc": rule((False, True))}, "svc off to on over the layers, svc_rank 16 (default)"),
+    ],
+)
+def test_what_a_switch_that_is_off_rules_is_not_said(
+    parameters: dict[str, Any], words: str
+) -> None:
+    recipe = Recipe("tsv", Path("b"), (Slice((ModelInput(Path("a")),)),), parameters)
+    said = describe_recipe(recipe_document(recipe))[0]
+    parts = [part for part in said.removeprefix("tsv: ").split(", ") if "svc" in part]
+    assert ", ".join(parts).startswith(words.split(", else")[0])
+    assert ("svc_rank" in said) == ("svc_rank" in words)
 
 
 def test_what_a_recipe_says_of_tokens_is_said() -> None:

@@ -46,6 +46,9 @@ VARIANTS: dict[str, dict[str, Setting]] = {
     "model_stock:rows": {"filter_wise": True},
     "task_arithmetic:svc": {"svc": True},
     "dare_ties:svc": {"svc": True},
+    "hierarchical:svc": {"svc": True},
+    "sce:svc": {"svc": True},
+    "tsv:svc": {"svc": True},
     "nuslerp:rows": {"nuslerp_flatten": False},
     "nuslerp:columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
 }

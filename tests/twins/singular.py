@@ -42,11 +42,15 @@ def first_directions(matrix: Float64, rank: int) -> tuple[Float64, Float64, Floa
     return left.T[real], values[real], (turn @ vectors)[real]
 
 
-def calibrate(merged: Float64, changes: Sequence[Float64], rank: int) -> Float64:
+def calibrate(
+    merged: Float64, changes: Sequence[Float64], rank: int, least: float | None = None
+) -> Float64:
     """Li et al. 2026 (arXiv 2602.05536), for the first directions: how often each is counted divides it.
 
-    Projections are floored at 1 / n, and their mean is weighed by the squares of the experts' responses.
+    Projections are floored at `least`, by default 1 / n, and their mean is weighed by the squares of the
+    experts' responses.
     """
+    least = 1 / len(changes) if least is None else least
     result = merged.copy()
     for u, sigma, v in zip(*first_directions(merged, rank), strict=True):
         responses = [u @ change for change in changes]
@@ -56,7 +60,7 @@ def calibrate(merged: Float64, changes: Sequence[Float64], rank: int) -> Float64
                 sigma * float(v @ response) / square if square else 0.0
                 for response, square in zip(responses, squares, strict=True)
             ]
-            count = np.average(np.maximum(counts, 1 / len(changes)), weights=squares)
+            count = np.average(np.maximum(counts, least), weights=squares)
             result += (1 / count - 1) * sigma * np.outer(u, v)
     return result
 
