@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn  # noqa: TID251
 from torch.nn import functional  # noqa: TID251
 
-WIDTH, N_LAYERS, N_HEADS, N_KV_HEADS, HEAD, HIDDEN, VOCABULARY = 128, 4, 4, 2, 32, 352, 4096
+WIDTH, N_LAYERS, N_HEADS, N_KV_HEADS, HEAD, HIDDEN, VOCABULARY = 64, 4, 4, 2, 16, 176, 4096
 LENGTH, BATCH = 64, 16  # tokens of a row, rows of a step
-PEAK, LEAST, WARMUP, DECAY = 3e-3, 0.05, 40, 0.1  # of the learning rate; weight decay
+PEAK, LEAST, WARMUP, DECAY = 6e-3, 0.05, 30, 0.1  # of the learning rate; weight decay
 EPSILON, THETA = 1e-5, 10000.0
 
 
