@@ -66,6 +66,7 @@ class Pair:
 
 PAIRS = {
     "apart": Pair("two seeds", (1, 2)),
+    "start": Pair("one start, no step in common", (4, 5), start=3),
     "branch": Pair("one start, 30 of 300 steps in common", (4, 5), start=3, shared=30),
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -328,6 +331,19 @@ def test_the_bytes_do_not_depend_on_budget_and_threads(
         linear(files, output, "b", "hidden", memory=memory, threads=threads)
         sums.add(output.read_bytes())
     assert len(sums) == 1
+
+
+def test_the_command_keeps_the_smallest_budget(files: dict[str, Path], tmp_path: Path) -> None:
+    models = [(str(files[name]), None) for name in ("b", "hidden")]
+    with pytest.raises(BudgetError) as caught:
+        plan(make_recipe("linear", models, out_type="F32", align="full"), memory=1 << 20)
+    words = ["merge", "-m", "linear", "--align", "full", "--type", "F32", "--json"]
+    words += [*(path for path, _ in models), "-o", str(tmp_path / "out.gguf")]
+    command = [sys.executable, "-m", "edgemerge", *words, "--memory", str(caught.value.needed)]
+    done = subprocess.run(command, capture_output=True, check=True)
+    report = json.loads(done.stdout)
+    assert report["peak_rss_bytes"] <= caught.value.needed
+    assert "values of hidden.gguf rotated in 4 of 4 layers" in report["notes"]
 
 
 def test_the_recipe_key_and_slices(files: dict[str, Path], tmp_path: Path) -> None:
