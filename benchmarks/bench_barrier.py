@@ -206,7 +206,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         for row in rows:
             if row["pair"] == name:
                 ts = [i / (N_POINTS - 1) for i in range(N_POINTS)]
-                panel.plot(ts, row["losses"], color=colours[row["label"]], label=row["label"])
+                # Wider, as the next line often lies on it.
+                width = 4.0 if row["label"] == "--align off" else 1.5
+                style = {"color": colours[row["label"]], "label": row["label"], "lw": width}
+                panel.plot(ts, row["losses"], **style)
         panel.set_title(PAIRS[name].title)
         panel.set_xlabel("weight of B")
     axes[0][0].set_ylabel("loss, nats per token")
