@@ -7,20 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgemerge.alignment.records import HeadPlan, Skipped
 from edgemerge.cli import request
-from edgemerge.cli.align_tables import (
-    Neurons,
-    Plans,
-    layer_document,
-    neuron_document,
-    print_layers,
-    print_more,
-)
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.terminal import (
     check_picture,
@@ -30,6 +22,9 @@ from edgemerge.cli.terminal import (
     speaks_plainly,
 )
 from edgemerge.types import Source
+
+if TYPE_CHECKING:
+    from edgemerge.cli.align_tables import Neurons, Plans
 
 __all__ = ["align_command"]
 
@@ -82,6 +77,7 @@ def align_command(
     json_: request.Json = False,
 ) -> None:
     """Find the attention heads of model A in model B, layer by layer."""
+    from edgemerge.cli.align_tables import print_layers, print_more
     from edgemerge.formats import open_model
     from edgemerge.merging.precompile import precompile_kernels
     from edgemerge.merging.run import usable_processors
@@ -277,6 +273,7 @@ def _as_json(
     seed: int,
 ) -> dict[str, Any]:
     """Return what was found; of neurons only where they were asked for."""
+    from edgemerge.cli.align_tables import layer_document, neuron_document
     from edgemerge.output.report import peak_rss_bytes
 
     return {
