@@ -293,7 +293,9 @@ def test_align_on_the_command_line(models: dict[str, Models], tmp_path: Path) ->
         assert ("reordered in 4 of 4 layers" in " ".join(result.stdout.split())) == succeeds
     result = CliRunner().invoke(make_app(), [*command, "--align", "maybe"], prog_name="edgemerge")
     assert result.exit_code == 1
-    assert result.stderr == ("edgemerge: alignment is 'maybe'; choose one of hard, soft, full, off\n")
+    assert result.stderr == (
+        "edgemerge: alignment is 'maybe'; choose one of hard, soft, full, off\n"
+    )
 
 
 # -- memory and provenance -----------------------------------------------------------------------------------
