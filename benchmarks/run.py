@@ -9,6 +9,8 @@ benchmarks/run.py 7b                 only when asked for: needs 18 GB of disk
 benchmarks/run.py serve MODEL.gguf   only when asked for, as llama: what is no benchmark's name goes to it
 benchmarks/run.py methods            only when asked for: needs 7 GB of disk
 benchmarks/run.py quality135         only when asked for: downloads a model of 93 MB, needs two adapters
+benchmarks/run.py barrier --torch PYTHON
+                                     only when asked for: trains six small models by a Python with torch
 benchmarks/run.py recipes --peers .venv-peers
                                      only when asked for: public recipes, by mergekit too
 benchmarks/run.py server MODEL.gguf --peers .venv-peers
@@ -29,10 +31,10 @@ from measure import run
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
-PAGES = (DOCS / "benchmarks.md", DOCS / "quality.md", HERE / "SPEED.md")
+PAGES = (DOCS / "benchmarks.md", DOCS / "quality.md", DOCS / "align.md", HERE / "SPEED.md")
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
 ALONE += ["memory", "scaling"]
-WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes", "quality135", "methods")
+WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes", "quality135", "methods", "barrier")
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edgemerge.token_rows import RowMap, TokenRule
 
 __all__ = [
+    "SUMS",
     "BeginPart",
     "FileState",
     "Float32",
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     UInt8 = NDArray[np.uint8]
 else:  # names for annotations: no reason to import NumPy, which `edgemerge --help` does without
     Float32 = Float64 = UInt8 = object
+
+SUMS = ("soft", "full")  # the alignments whose new rows are sums of old ones
 
 Setting: TypeAlias = float | bool | str
 Gradient: TypeAlias = tuple[float, ...]  # interpolated over the layers of a slice
@@ -202,7 +205,7 @@ class Recipe:
     imatrix: Path | None = None  # importance matrix that guides the encoders
     memory: int | None = None  # bytes
     seed: int = 0
-    align: str | None = None  # hard, soft or off; None: the method's own choice
+    align: str | None = None  # hard, soft, full or off; None: the method's own choice
     neurons: bool = False  # match feed-forward neurons too, for models trained apart
     tokenizer_source: str | None = None  # base, union or a path; None: the base's, rows by number
     tokens: Mapping[str, TokenRule] = field(
@@ -219,6 +222,11 @@ class Recipe:
     def title(self) -> str:
         """The method, or mixture."""
         return self.method if self.mixture is None else "mixture"
+
+    @property
+    def matches_neurons(self) -> bool:
+        """Whether neurons are matched: asked for by themselves, or in a full alignment."""
+        return self.neurons or self.align == "full"
 
     def models(self) -> tuple[Path, ...]:
         """Every distinct model in the order of its first mention, the base first."""
@@ -326,10 +334,15 @@ class Plan:
     workers: int
     arena_bytes: int  # of one worker
     needed_bytes: int  # of the budget: the process, headers, and all arenas
-    align: str  # hard, soft or off
+    align: str  # hard, soft, full or off
     alignment_bytes: int  # read to align heads, before the merge
     notes: tuple[str, ...]
     stages: tuple[Plan, ...] = ()  # of the recipe's stages
+
+    @property
+    def reorders(self) -> bool:
+        """Whether heads or neurons of experts are brought into another order."""
+        return self.align != "off" or self.recipe.matches_neurons
 
     @property
     def read_bytes(self) -> int:

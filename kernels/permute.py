@@ -1,4 +1,4 @@
-"""Permutes attention heads along the columns of a block, in place."""
+"""Permutes attention heads along the columns of a block in place, and rotates their values."""
 
 import numpy as np
 from numba import njit
@@ -35,3 +35,58 @@ def mix_columns(indptr_i64, indices_i64, weights_f32, row_f32, x_f32):
             for p in range(first + 1, indptr_i64[j + 1]):
                 total += weights_f32[p] * row_f32[indices_i64[p]]
             row[j] = np.float32(total)
+
+
+@njit(cache=True, nogil=True)
+def rotate_columns(rotations_f32, per_rotation, first, row_f32, x_f32):
+    """Rotate equal parts of every row in place: `new[p] = sum_q R[p, q] * old[q]`, summed in float64.
+
+    Parameters
+    ----------
+    rotations_f32 : (n, length, length) float32
+        R of each KV group
+    per_rotation : int
+        consecutive parts that one R rotates: the query heads of a group, or 1 for a bias
+    first : int
+        column where the first part begins; columns before and after all parts stay
+    row_f32 : (n_cols,) float32
+        overwritten with nothing of use
+    x_f32 : (n_rows * n_cols,) float32
+        block of rows; overwritten
+    """
+    n_cols = row_f32.size
+    length = rotations_f32.shape[1]
+    for start in range(first, x_f32.size, n_cols):
+        at = start
+        for group in range(rotations_f32.shape[0]):
+            for _ in range(per_rotation):
+                for p in range(length):
+                    total = 0.0
+                    for q in range(length):
+                        total += np.float64(rotations_f32[group, p, q]) * np.float64(x_f32[at + q])
+                    row_f32[p] = np.float32(total)
+                for p in range(length):
+                    x_f32[at + p] = row_f32[p]
+                at += length
+
+
+@njit(cache=True, nogil=True)
+def add_rotated_rows(rotation_f32, first_new, first_old, x_f32, out_f32):
+    """Add old rows, one by one in order, to rotated rows: `out[i] += R[first_new + i, first_old + k] * x[k]`.
+
+    Parameters
+    ----------
+    rotation_f32 : (length, length) float32
+        R of a KV group
+    first_new, first_old : int
+        place in the group of the first row of `out_f32` and of `x_f32`
+    x_f32 : (n_old, n_cols) float32
+        some rows of the group
+    out_f32 : (n_new, n_cols) float32
+        running sums, added to
+    """
+    for k in range(x_f32.shape[0]):
+        for i in range(out_f32.shape[0]):
+            weight = rotation_f32[first_new + i, first_old + k]
+            for j in range(x_f32.shape[1]):
+                out_f32[i, j] += weight * x_f32[k, j]

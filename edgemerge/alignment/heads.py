@@ -15,7 +15,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -30,6 +30,7 @@ from edgemerge.alignment.geometry import (
     row_runs,
 )
 from edgemerge.alignment.records import HeadPlan, LayerHeads, Skipped
+from edgemerge.alignment.rotations import find_rotations, rotation_bytes, rotation_sizes
 from edgemerge.alignment.sketch import Sketcher, sketch_bytes, sketched_names
 from edgemerge.alignment.transport import match_heads
 from edgemerge.budget import Arena
@@ -46,6 +47,7 @@ __all__ = [
     "column_mix",
     "column_order",
     "layer_geometry",
+    "rotations_need",
     "row_mix",
     "row_order",
     "row_runs",
@@ -77,6 +79,7 @@ def align_models(
     threads: int = 1,
     layers: Sequence[tuple[int, int]] | None = None,
     on_read: Callable[[int], None] | None = None,
+    rotates: bool = False,
 ) -> list[HeadPlan | Skipped]:
     """Find, for every layer, the permutation of a model's heads that fits a reference best.
 
@@ -94,6 +97,8 @@ def align_models(
         Pairs of layers, the reference's and the other's; else every layer with its namesake.
     on_read : callable, optional
         Called with the bytes of every block read, from any thread; may raise to stop.
+    rotates : bool
+        Find rotations of values too (`edgemerge.alignment.rotations`).
 
     Returns
     -------
@@ -108,7 +113,7 @@ def align_models(
         A tensor holds NaN or infinity.
     """
     pairs = _pair_layers(reference, other, layers)
-    least, _ = _arena_need(pairs)
+    least, _ = _arena_need(pairs, rotates=rotates)
     if least > arena_bytes:
         raise BudgetError(
             f"aligning heads takes {format_size(least)} of working memory, of which there is "
@@ -133,7 +138,10 @@ def align_models(
             return pair
         arena = arenas.get()
         try:
-            return _align_layer(pair, Sketcher(pair.models, seed, arena, arena_bytes, count))
+            found = _align_layer(pair, Sketcher(pair.models, seed, arena, arena_bytes, count))
+            if rotates:
+                found = replace(found, values=find_rotations(pair.models, found, arena, count))
+            return found
         finally:
             arenas.put(arena)
 
@@ -146,9 +154,35 @@ def align_models(
 
 
 def arena_need(
-    reference: Source, other: Source, layers: Sequence[tuple[int, int]] | None = None
+    reference: Source,
+    other: Source,
+    layers: Sequence[tuple[int, int]] | None = None,
+    *,
+    rotates: bool = False,
 ) -> tuple[int, int]:
     """Tell which arenas `align_models` can use; reads no tensor data.
+
+    Parameters
+    ----------
+    reference, other : Source
+        As for `align_models`.
+    layers : sequence of (int, int), optional
+        As for `align_models`.
+    rotates : bool
+        As for `align_models`.
+
+    Returns
+    -------
+    least, useful : int
+        Bytes per thread: with blocks of one row, and where more memory gains nothing.
+    """
+    return _arena_need(_pair_layers(reference, other, layers), rotates=rotates)
+
+
+def rotations_need(
+    reference: Source, other: Source, layers: Sequence[tuple[int, int]] | None = None
+) -> tuple[int, int]:
+    """Count what rotations of values take; reads no tensor data.
 
     Parameters
     ----------
@@ -159,15 +193,22 @@ def arena_need(
 
     Returns
     -------
-    least, useful : int
-        Bytes per thread: with blocks of one row, and where more memory gains nothing.
+    kept, read : int
+        Bytes of memory until the model is merged, and bytes that are read to find them.
     """
-    return _arena_need(_pair_layers(reference, other, layers))
+    pairs = [p for p in _pair_layers(reference, other, layers) if isinstance(p, _Pair)]
+    needs = [rotation_sizes(pair.models) for pair in pairs]
+    return sum(kept for kept, _ in needs), sum(read for _, read in needs)
 
 
-def _arena_need(pairs: Sequence[_Pair | Skipped]) -> tuple[int, int]:
-    needs = [sketch_bytes(pair.models) for pair in pairs if isinstance(pair, _Pair)]
-    return max((n for n, _ in needs), default=0), max((n for _, n in needs), default=0)
+def _arena_need(pairs: Sequence[_Pair | Skipped], *, rotates: bool) -> tuple[int, int]:
+    needs = [(0, 0)]
+    for pair in pairs:
+        if isinstance(pair, _Pair):
+            needs.append(sketch_bytes(pair.models))
+            if rotates:
+                needs.append((rotation_bytes(pair.models),) * 2)
+    return max(least for least, _ in needs), max(useful for _, useful in needs)
 
 
 # -- which layers ------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The order of feed-forward neurons, another choice that leaves a model's function alone.
 
-Rows of gate and up may be permuted with the columns of down. `match_neurons` finds the order that fits a
-reference best (Ainsworth et al. 2023, "Git Re-Basin"). With the residual stream fixed, layers do not depend
+Rows of gate and up may be permuted with the columns of down. With them goes what belongs to single neurons:
+biases of gate and up, and a norm in front of down. `match_neurons` finds the order that fits a reference best
+(Ainsworth et al. 2023, "Git Re-Basin"). With the residual stream fixed, layers do not depend
 on one another, so one assignment per layer is exact and none of that paper's alternation is needed. It
 matters only for models that were trained apart, and is off unless asked for.
 """
@@ -35,6 +36,11 @@ Index: TypeAlias = NDArray[np.int64]
 
 NEURON_SKETCH = 256  # a neuron is one row, not a whole head: 64 would be too noisy
 BLOCK_ROWS = 64  # of a feed-forward tensor
+
+# By name without `blk.N.ffn_`: what is permuted along which axis, and what stays as it is.
+ROWS = {"gate.weight", "up.weight"}
+COLUMNS = {"down.weight", "gate.bias", "up.bias", "sub_norm.weight", "sub_norm.bias"}
+STAYS = {"norm.weight", "norm.bias", "down.bias"}
 TILE = (32, 256)  # of the matrix of costs that is worked on at a time: fits a second-level cache
 
 
@@ -49,14 +55,18 @@ class NeuronPlan:
 
     def row_order(self, name: str, n_rows: int) -> Index | None:
         """Rows of gate and up; a fused tensor of both holds the order twice."""
-        if name not in (f"blk.{self.layer}.ffn_gate.weight", f"blk.{self.layer}.ffn_up.weight"):
-            return None
-        n = len(self.order)
-        return np.concatenate([self.order + part for part in range(0, n_rows, n)])
+        return self._repeat(n_rows) if self._stem(name) in ROWS else None
 
-    def column_order(self, name: str) -> Index | None:
-        """Columns of down."""
-        return self.order if name == f"blk.{self.layer}.ffn_down.weight" else None
+    def column_order(self, name: str, n_cols: int) -> Index | None:
+        """Columns of down, and elements of vectors."""
+        return self._repeat(n_cols) if self._stem(name) in COLUMNS else None
+
+    def _stem(self, name: str) -> str:
+        return name.removeprefix(f"blk.{self.layer}.ffn_")
+
+    def _repeat(self, size: int) -> Index:
+        n = len(self.order)
+        return np.concatenate([self.order + part for part in range(0, size, n)])
 
 
 def match_neurons(
@@ -125,10 +135,12 @@ def _layers(source: Source) -> list[int]:
 
 def _cannot_match(reference: Source, other: Source, layer: int) -> str | None:
     prefix = f"blk.{layer}.ffn_"
-    names = {n for n in other.specs() if n.startswith(prefix) and not n.startswith(f"{prefix}norm")}
-    known = {f"{prefix}{part}.weight" for part in ("gate", "up", "down")}
-    if not names <= known or not {f"{prefix}up.weight", f"{prefix}down.weight"} <= names:
-        return "the layer is not a plain feed-forward layer without biases"
+    stems = {n.removeprefix(prefix) for n in other.specs() if n.startswith(prefix)}
+    if unknown := sorted(stems - ROWS - COLUMNS - STAYS):
+        return f"how ffn_{unknown[0]} depends on neurons is not known"
+    if not {"up.weight", "down.weight"} <= stems:
+        return "the layer has no feed-forward part"
+    names = {f"{prefix}{stem}" for stem in stems - STAYS}
     for name in names:
         ours, theirs = reference.specs().get(name), other.specs()[name]
         if ours is None or ours.shape != theirs.shape:
@@ -136,8 +148,10 @@ def _cannot_match(reference: Source, other: Source, layer: int) -> str | None:
         if ours.dtype not in CODECS or theirs.dtype not in CODECS:
             return f"{name} is stored in no type of weights"
     n = other.specs()[f"{prefix}down.weight"].n_cols
-    if any(other.specs()[name].n_rows % n for name in names if "down" not in name):
-        return f"the rows of up do not belong to {n} neurons"
+    for name in names:
+        spec = other.specs()[name]
+        if (spec.n_rows if name.removeprefix(prefix) in ROWS else spec.n_cols) % n:
+            return f"{name} does not belong to {n} neurons"
     return None
 
 

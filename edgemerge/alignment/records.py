@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from edgemerge.types import Float32
 
-__all__ = ["HeadAxis", "HeadBlocks", "HeadPlan", "LayerHeads", "Mix", "Skipped"]
+__all__ = ["HeadAxis", "HeadBlocks", "HeadPlan", "LayerHeads", "Mix", "Skipped", "ValueRotations"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,19 @@ Mix: TypeAlias = tuple[tuple[tuple[int, float], ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
+class ValueRotations:
+    """How the values of a layer's KV groups are rotated into another model's, after its heads were permuted.
+
+    Costs are squared distances of v and o relative to their norms: 0 equal, 1 unrelated.
+    """
+
+    identity_cost: float  # of leaving values as they are
+    cost: float  # of the best rotations, whether used or not
+    # (n_kv_heads, value_length, value_length), orthogonal: new values are R times the old; None: they stay
+    matrices: Float32 | None = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class HeadPlan:
     """How the heads of one layer of a model are permuted into another model's order.
 
@@ -74,6 +87,8 @@ class HeadPlan:
     soft_groups: Mix
     soft_heads: Mix
     distances: Float32 = field(repr=False, compare=False)  # (n_heads, n_heads), with their k, v
+    # None: not asked for; Skipped: the layer does not allow it
+    values: ValueRotations | Skipped | None = None
 
     @property
     def layer(self) -> int:

@@ -178,6 +178,7 @@ def transport(cost: Float64, n_best: int = SUPPORT) -> Transport:
     excess[rows, indices] = (allowed - duals[0][rows] - duals[1][indices]) / REG
     permutation = assign(excess)
     gap, feasible = _certify(scaled, duals, permutation, np.isfinite(excess))
+    gap = 0.0 if gap <= ROUNDING else gap
     mean_cost = float(scaled[np.arange(n), permutation].mean())
     exact = gap > GAP * mean_cost + ROUNDING or not feasible
     if exact:
@@ -188,7 +189,7 @@ def transport(cost: Float64, n_best: int = SUPPORT) -> Transport:
         indptr,
         indices,
         plan,
-        max(0.0, gap) * top,
+        gap * top,
         confidence,
         iterations,
         converged,

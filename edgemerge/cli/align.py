@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,19 +18,17 @@ from edgemerge.cli.terminal import (
     check_picture,
     plain,
     print_json,
-    print_table,
     progress_bar,
-    span,
     speaks_plainly,
 )
 from edgemerge.types import Source
 
+if TYPE_CHECKING:
+    from edgemerge.cli.align_tables import Neurons, Plans
+
 __all__ = ["align_command"]
 
 LITTLE = 0.8  # mean cost above which two models' heads have hardly anything in common
-MAX_SHOWN = 60  # characters of a permutation in the table
-
-Plans = Sequence[HeadPlan | Skipped]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +61,10 @@ def align_command(
             "--plot", metavar="FILE.png", help="Also draw the distances of all heads, per layer."
         ),
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Also find rotated values and reordered neurons."),
+    ] = False,
     memory: request.Memory = None,
     threads: request.Threads = None,
     seed: Annotated[
@@ -76,6 +77,7 @@ def align_command(
     json_: request.Json = False,
 ) -> None:
     """Find the attention heads of model A in model B, layer by layer."""
+    from edgemerge.cli.align_tables import print_layers, print_more
     from edgemerge.formats import open_model
     from edgemerge.merging.precompile import precompile_kernels
     from edgemerge.merging.run import usable_processors
@@ -93,11 +95,13 @@ def align_command(
         for path in paths:
             sources.append(open_model(path))
         notes = check_models(sources)
-        precompile_kernels("linear", "hard", read=_attention_types(sources), written={"F32"})
+        how = "full" if full else "hard"
+        precompile_kernels("linear", how, read=_attention_types(sources), written={"F32"})
         work = _plan(
-            sources[0], sources[1], budget, threads or usable_processors(), plot is not None
+            sources[0], sources[1], budget, threads or usable_processors(), plot is not None, full
         )
-        plans = _align(sources[0], sources[1], work, seed, quiet=json_)
+        plans = _align(sources[0], sources[1], work, seed, full=full, quiet=json_)
+        neurons = _match(sources[0], sources[1], seed, quiet=json_) if full else None
     finally:
         for source in sources:
             source.close()
@@ -108,7 +112,7 @@ def align_command(
 
         draw_alignment(plans, plot, reference=names[0], model=names[1], verdict=verdict.finding)
     if json_:
-        document = _as_json(paths, plans, verdict, work, seed)
+        document = _as_json(paths, plans, neurons, verdict, work, seed)
         print_json(
             {
                 **document,
@@ -119,7 +123,9 @@ def align_command(
         )
     else:
         print(plain(verdict.sentence))
-        _print(plans, names)
+        print_layers(plans, names)
+        if neurons is not None:
+            print_more(plans, neurons)
         for note in notes:
             print(f"note: {plain(note)}")
         if plot is not None:
@@ -138,10 +144,11 @@ def _attention_types(sources: Sequence[Source]) -> set[str]:
 
 
 def _plan(
-    reference: Source, other: Source, budget: int | None, threads: int, plotted: bool
+    reference: Source, other: Source, budget: int | None, threads: int, plotted: bool, full: bool
 ) -> Work:
     """Divide the budget among workers, or refuse it with the smallest that works."""
-    from edgemerge.alignment.heads import arena_need, layer_geometry
+    from edgemerge.alignment.heads import arena_need, layer_geometry, rotations_need
+    from edgemerge.alignment.neurons import neuron_need
     from edgemerge.alignment.records import LayerHeads
     from edgemerge.alignment.sketch import sketched_names
     from edgemerge.budget import FLOOR_BYTES, MIB, SOLVER_BYTES, WORKER_BYTES
@@ -154,15 +161,18 @@ def _plan(
         (source, heads) for source in (reference, other) for heads in layer_geometry(source)
     ]
     layers = tuple((layer, layer) for layer in sorted({heads.layer for _, heads in geometry}))
-    least, useful = arena_need(reference, other, layers)
+    least, useful = arena_need(reference, other, layers, rotates=full)
+    kept, read_again = rotations_need(reference, other, layers) if full else (0, 0)
     headers = sum(len(raw) for source in (reference, other) for raw in source.metadata().values())
     fixed = FLOOR_BYTES + SOLVER_BYTES + 2 * headers
     if plotted:
         fixed += drawing_bytes(len(layers))
+    fixed += kept
     least += WORKER_BYTES
+    most = max(least, neuron_need(reference, other)) if full else least
     budget = DEFAULT_MEMORY if budget is None else budget
-    if fixed + least > budget:
-        needed = -(-(fixed + least) // MIB)
+    if fixed + most > budget:
+        needed = -(-(fixed + most) // MIB)
         raise BudgetError(
             f"a budget of {format_size(budget)} is too small for this alignment; "
             f"the smallest that works is --memory {needed}MiB",
@@ -177,10 +187,12 @@ def _plan(
         if isinstance(heads, LayerHeads)
         for name in sketched_names(heads)
     )
-    return Work(budget, workers, arena_bytes, layers, read_bytes)
+    return Work(budget, workers, arena_bytes, layers, read_bytes + read_again)
 
 
-def _align(reference: Source, other: Source, work: Work, seed: int, *, quiet: bool) -> Plans:
+def _align(
+    reference: Source, other: Source, work: Work, seed: int, *, full: bool, quiet: bool
+) -> Plans:
     from edgemerge.alignment.heads import align_models
 
     label = f"align {other.path.name}"
@@ -193,7 +205,15 @@ def _align(reference: Source, other: Source, work: Work, seed: int, *, quiet: bo
             threads=work.workers,
             layers=work.layers,
             on_read=_adder(progress, work.read_bytes),
+            rotates=full,
         )
+
+
+def _match(reference: Source, other: Source, seed: int, *, quiet: bool) -> Neurons:
+    from edgemerge.alignment.neurons import match_neurons
+
+    with progress_bar(f"neurons of {other.path.name}", quiet=quiet, unit="layers") as progress:
+        return match_neurons(reference, other, seed=seed, progress=progress)
 
 
 def _adder(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:
@@ -222,9 +242,10 @@ def _names(paths: tuple[Path, Path]) -> tuple[str, str]:
 def _judge(plans: Plans, reference: str, model: str) -> Verdict:
     """Tell in one sentence what the plans mean for a merge."""
     aligned = [plan for plan in plans if isinstance(plan, HeadPlan)]
+    skipped = [plan for plan in plans if isinstance(plan, Skipped)]
     if not aligned:
         finding = "no layer can be aligned"
-        reason = _reason(plans[0]) if plans else "there are none"
+        reason = plain(skipped[0].reason) if skipped else "there are none"
         return Verdict("skipped", finding, f"{finding} ({reason}): a merge leaves heads in place")
     reordered = [plan for plan in aligned if not plan.is_identity]
     costs = [plan.identity_cost if plan.is_identity else plan.cost for plan in aligned]
@@ -243,16 +264,16 @@ def _judge(plans: Plans, reference: str, model: str) -> Verdict:
     )
 
 
-def _reason(plan: HeadPlan | Skipped) -> str:
-    return plain(plan.reason) if isinstance(plan, Skipped) else ""
-
-
-# -- showing it --------------------------------------------------------------------------------------
-
-
 def _as_json(
-    paths: Sequence[Path], plans: Plans, verdict: Verdict, work: Work, seed: int
+    paths: Sequence[Path],
+    plans: Plans,
+    neurons: Neurons | None,
+    verdict: Verdict,
+    work: Work,
+    seed: int,
 ) -> dict[str, Any]:
+    """Return what was found; of neurons only where they were asked for."""
+    from edgemerge.cli.align_tables import layer_document, neuron_document
     from edgemerge.output.report import peak_rss_bytes
 
     return {
@@ -260,108 +281,10 @@ def _as_json(
         "model": str(paths[1]),
         "verdict": verdict.name,
         "summary": verdict.sentence,
-        "layers": [_layer_json(plan) for plan in plans],
+        "layers": [layer_document(plan) for plan in plans],
         "seed": seed,
         "workers": work.workers,
         "budget_bytes": work.budget,
         "peak_rss_bytes": peak_rss_bytes(),
+        **({} if neurons is None else {"neurons": [neuron_document(plan) for plan in neurons]}),
     }
-
-
-def _layer_json(plan: HeadPlan | Skipped) -> dict[str, Any]:
-    if isinstance(plan, Skipped):
-        return {"layer": plan.layer, "skipped": plan.reason}
-    return {
-        "layer": plan.layer,
-        "identity_cost": plan.identity_cost,
-        "cost": plan.cost,
-        "gap": plan.gap,
-        "confidence": plan.confidence,
-        "iterations": plan.iterations,
-        "converged": bool(plan.converged),
-        "exact": bool(plan.exact),
-        "guarded": bool(plan.guarded),
-        "is_identity": plan.is_identity,
-        "kv_groups": list(plan.kv_groups),
-        "heads": list(plan.heads),
-    }
-
-
-def _print(plans: Plans, names: tuple[str, str]) -> None:
-    aligned = [plan for plan in plans if isinstance(plan, HeadPlan)]
-    grouped = any(len(plan.heads) > len(plan.kv_groups) for plan in aligned)
-    what = "group[heads]" if grouped else "heads"
-    print(
-        f"A is {plain(names[0])}, B is {plain(names[1])}; costs with heads in place and matched: "
-        "0 equal, 1 unrelated"
-    )
-    header = (
-        "layer",
-        "in place",
-        "matched",
-        "gap",
-        "confidence",
-        "by",
-        f"B's {what}, in A's order",
-    )
-    print_table(header, list(_rows(plans)), right="layer confidence")
-    if any(_permutation(plan)[1] for plan in aligned):
-        print("... is shortened: --json lists all heads")
-
-
-def _rows(plans: Plans) -> Iterator[tuple[str, ...]]:
-    """Write a row per layer, but one for consecutive layers whose heads stay, with their ranges."""
-    for (_, said), run in groupby(plans, key=_finding):
-        layers = list(run)
-        first, last = layers[0].layer, layers[-1].layer
-        label = f"{first}" if first == last else f"{first} to {last}"
-        aligned = [plan for plan in layers if isinstance(plan, HeadPlan)]
-        if not aligned:
-            yield (label, "-", "-", "-", "-", "-", said)
-            continue
-        yield (
-            label,
-            span([plan.identity_cost for plan in aligned], ".4f"),
-            span([plan.cost for plan in aligned], ".4f"),
-            span([plan.gap for plan in aligned], ".0e"),
-            span([plan.confidence for plan in aligned], ".3f"),
-            _solver(aligned[0]),
-            said,
-        )
-
-
-def _finding(plan: HeadPlan | Skipped) -> tuple[str, str]:
-    """Tell what two layers must have in common to be shown in one row."""
-    if isinstance(plan, Skipped):
-        return "", f"skipped: {_reason(plan)}"
-    alone = "" if plan.is_identity else str(plan.layer)
-    return f"{_solver(plan)}{alone}", _permutation(plan)[0]
-
-
-def _solver(plan: HeadPlan) -> str:
-    return "exact solver" if plan.exact else "sinkhorn" if plan.converged else "sinkhorn, rough"
-
-
-def _permutation(plan: HeadPlan) -> tuple[str, bool]:
-    """Write a permutation for people, and tell whether it was too long for that.
-
-    Heads in brackets belong to one KV group; groups are named where there is more than one head in each.
-    """
-    if plan.guarded:
-        return "in place (reordering gains too little)", False
-    if plan.is_identity:
-        return "in place", False
-    per_group = len(plan.heads) // len(plan.kv_groups)
-    if per_group == 1:
-        return _shorten(" ".join(map(str, plan.heads)))
-    groups = []
-    for i, group in enumerate(plan.kv_groups):
-        heads = plan.heads[i * per_group : (i + 1) * per_group]
-        groups.append(f"{group}[{' '.join(map(str, heads))}]")
-    return _shorten(" ".join(groups))
-
-
-def _shorten(text: str) -> tuple[str, bool]:
-    if len(text) <= MAX_SHOWN:
-        return text, False
-    return text[: text.rindex(" ", 0, MAX_SHOWN - 3)] + " ...", True

@@ -355,11 +355,7 @@ def _print_asked(the_plan: Plan) -> None:
     """Say the settings, defaults marked, and what each model has of its own."""
     from edgemerge.recipe.words import describe_recipe, recipe_document
 
-    settings, *others = describe_recipe(recipe_document(the_plan.recipe))
-    if the_plan.align != "off" and the_plan.recipe.align is None:
-        mark = "," if ": " in settings else ":"
-        settings += f"{mark} heads aligned: {the_plan.align} (default)"
-    for line in (settings, *others):
+    for line in describe_recipe(recipe_document(the_plan.recipe)):
         if ": " in line:
             print(f"  {plain(line)}")
 

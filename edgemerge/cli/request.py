@@ -108,8 +108,8 @@ Align = Annotated[
     typer.Option(
         "--align",
         metavar="HOW",
-        help="hard, soft or off: bring attention heads into the base's order first "
-        "[default: hard for hierarchical, else off].",
+        help="hard, soft, full or off: bring attention heads into the base's order first; full also "
+        "rotates values and matches neurons [default: hard for hierarchical, else off].",
     ),
 ]
 Neurons = Annotated[

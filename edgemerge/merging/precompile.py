@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 ALIGNING = ("heads", "sinkhorn", "permute")  # all kernels of these files
+ROTATING = ("small_matrices.decompose", "small_matrices.multiply")
 AT_ONCE = 8  # kernels that one child of `precompile_all` compiles
 
 
@@ -43,7 +44,7 @@ def precompile(the_plan: Plan) -> None:
             read={dtype for spec in specs for dtype in (spec.dtype, spec.like) if dtype},
             written={job.out.dtype for job in jobs if not job.is_weighted},
             weighed={job.out.dtype for job in jobs if job.is_weighted},
-            neurons=the_plan.recipe.neurons,
+            neurons=the_plan.recipe.matches_neurons,
             adapts=any(spec.like for spec in specs),
             more={name for job in jobs for name in METHODS[job.method].more_kernels(job)},
         )
@@ -81,6 +82,8 @@ def precompile_kernels(
         The compiler failed.
     """
     aligns = align != "off" or neurons
+    if align == "full":
+        more = {*more, *ROTATING}
     names = kernels_of(method, read, written, weighed, aligns=aligns, adapts=adapts)
     compile_missing(names.union(more))
 

@@ -29,7 +29,7 @@ from edgemerge.native import KernelFile
 from edgemerge.output.checksums import RowChecksum
 from edgemerge.output.places import TensorPlace
 from edgemerge.token_rows import ZERO, Run
-from edgemerge.types import Float32, Float64, InputTensor, Plan, Source, TensorJob, UInt8
+from edgemerge.types import SUMS, Float32, Float64, InputTensor, Plan, Source, TensorJob, UInt8
 
 __all__ = ["Permutations", "TensorStream"]
 
@@ -122,10 +122,10 @@ class TensorStream:
                 None if job.rows is None else TokenRowReader(job, self.take, self._decode_stored)
             )
             self._reorderings = self._find_reorderings(permutations, soft=the_plan.align == "soft")
-            # Working memory to permute columns, a row; and to sum heads, another block.
-            aligns = the_plan.align != "off" or the_plan.recipe.neurons
-            self._row = self.take((job.out.n_cols if aligns else 0,), np.float32).view(np.float32)
-            spare = n if the_plan.align == "soft" else 0
+            # Working memory to permute columns, a row; and to sum rows, another block.
+            columns = job.out.n_cols if the_plan.reorders else 0
+            self._row = self.take((columns,), np.float32).view(np.float32)
+            spare = n if the_plan.align in SUMS else 0
             self._spare = self.take((spare,), np.float32).view(np.float32)
 
     def _find_reorderings(self, permutations: Permutations, *, soft: bool) -> dict[int, Reordering]:
@@ -141,7 +141,7 @@ class TensorStream:
                 if isinstance(plan, HeadPlan):
                     reordering = find_reordering(plan, tensor.spec.name, soft=soft)
                 else:
-                    reordering = find_neuron_reordering(plan, tensor.spec.name, tensor.spec.n_rows)
+                    reordering = find_neuron_reordering(plan, tensor.spec)
                 if reordering is not None:
                     reorderings[i] = reordering
         return reorderings
@@ -158,7 +158,7 @@ class TensorStream:
             self._matrices[tensor.imatrix].read(tensor.spec.name, matrix * values.size, values)
         reordering = self._reorderings.get(k + len(self.job.inputs) - len(self.job.experts))
         if reordering is not None:
-            reordering.order_columns(self._row, out_f32.reshape(-1))
+            reordering.order_importances(self._row, out_f32.reshape(-1))
 
     def measure(self) -> Float64:
         """Return what the method measures of the tensor, to be summed over its layer."""

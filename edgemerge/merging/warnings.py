@@ -115,13 +115,12 @@ def _far_or_loud(the_plan: Plan, sources: Sequence[Source]) -> Iterator[str]:
 def _is_comparable(job: TensorJob, the_plan: Plan) -> bool:
     """Tell whether the rows of all inputs belong together, as they are stored."""
     specs = [tensor.spec for tensor in job.inputs]
-    is_aligned = the_plan.align != "off" or the_plan.recipe.neurons
     return (
         len(specs) > 1
         and len(job.out.shape) > 1
         and job.rows is None
         and len({(spec.name, spec.shape) for spec in specs}) == 1
-        and not (is_aligned and any(part in job.name for part in REORDERED))
+        and not (the_plan.reorders and any(part in job.name for part in REORDERED))
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
@@ -21,7 +21,7 @@ import numpy as np
 
 from edgemerge.alignment.heads import SOFT_WARNING, align_models
 from edgemerge.alignment.neurons import NeuronPlan, match_neurons
-from edgemerge.alignment.records import HeadPlan, Skipped
+from edgemerge.alignment.records import HeadPlan, Skipped, ValueRotations
 from edgemerge.budget import Arena
 from edgemerge.errors import Stopped
 from edgemerge.finding.cache import folder_name
@@ -164,7 +164,7 @@ class WorkerPool:
 
     def _find_permutations(self) -> list[str]:
         notes = self._align() if self.plan.align != "off" else []
-        return notes + (self._match_neurons() if self.plan.recipe.neurons else [])
+        return notes + (self._match_neurons() if self.plan.recipe.matches_neurons else [])
 
     def _align(self) -> list[str]:
         """Match every expert's attention heads with those of the base or the first model."""
@@ -184,12 +184,14 @@ class WorkerPool:
                 threads=self.plan.workers,
                 layers=layers,
                 on_read=count,
+                rotates=self.plan.align == "full",
             )
             for (reference_layer, layer), heads in zip(layers, found, strict=True):
                 if isinstance(heads, HeadPlan):
                     at = (left, right, reference_layer, layer)
                     self.permutations.setdefault(at, []).append(heads)
-            notes += _say(folder_name(self.sources[right].path), found)
+            name = folder_name(self.sources[right].path)
+            notes += [*_say(name, found), *_say_of_values(name, found)]
         return notes
 
     def _match_neurons(self) -> list[str]:
@@ -325,11 +327,25 @@ def _say(model: str, found: Sequence[HeadPlan | Skipped]) -> list[str]:
     reordered = sum(not heads.is_identity for heads in plans)
     count = f"{reordered} of {len(plans)} layers"
     notes = [f"attention heads of {model} reordered in {count}"] if plans else []
+    skipped = [heads for heads in found if isinstance(heads, Skipped)]
+    return [*notes, *_say_why(f"heads of {model}", skipped)]
+
+
+def _say_of_values(model: str, found: Sequence[HeadPlan | Skipped]) -> Iterator[str]:
+    """Say the same of values, where these were to be rotated."""
+    values = [heads.values for heads in found if isinstance(heads, HeadPlan) and heads.values]
+    rotations = [turn for turn in values if isinstance(turn, ValueRotations)]
+    if rotations:
+        rotated = sum(turn.matrices is not None for turn in rotations)
+        yield f"values of {model} rotated in {rotated} of {len(rotations)} layers"
+    skipped = [turn for turn in values if isinstance(turn, Skipped)]
+    yield from _say_why(f"values of {model}", skipped)
+
+
+def _say_why(what: str, skipped: Sequence[Skipped]) -> Iterator[str]:
     reasons: dict[str, list[int]] = {}
-    for heads in found:
-        if isinstance(heads, Skipped):
-            reasons.setdefault(heads.reason, []).append(heads.layer)
+    for part in skipped:
+        reasons.setdefault(part.reason, []).append(part.layer)
     for reason, layers in reasons.items():
         where = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
-        notes.append(f"heads of {model} left as they are in {where}: {reason}")
-    return notes
+        yield f"{what} left as they are in {where}: {reason}"

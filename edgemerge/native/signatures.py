@@ -112,6 +112,8 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
     },
     "permute": {
         "mix_columns": "i8[::1], i8[::1], f4[::1], f4[::1], f4[::1]",
+        "rotate_columns": "f4[:,:,::1], i8, i8, f4[::1], f4[::1]",
+        "add_rotated_rows": "f4[:,::1], i8, i8, f4[:,::1], f4[:,::1]",
     },
     "q1_0": {
         "decode_q1_0": "u1[::1], f4[::1]",

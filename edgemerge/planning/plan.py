@@ -43,7 +43,7 @@ from edgemerge.planning.llama_check import check_runs
 from edgemerge.planning.settings import unused_settings
 from edgemerge.planning.token_maps import describe_rows, memory_of_rows
 from edgemerge.planning.vocabulary import choose_vocabulary, names_outsider, note_templates
-from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
+from edgemerge.types import SUMS, Plan, Recipe, Source, TensorJob, TensorSpec
 
 if TYPE_CHECKING:
     from edgemerge.planning.folder import Folder
@@ -132,16 +132,18 @@ def make_plan(
             notes += lacking
             metadata |= importance_metadata(importance)
     align = recipe.align or method.align
-    needs = [_arena_need(job, align, aligns=align != "off" or recipe.neurons) for job in jobs]
+    needs = [
+        _arena_need(job, align, aligns=align != "off" or recipe.matches_neurons) for job in jobs
+    ]
     budget = memory or recipe.memory or DEFAULT_MEMORY
     read = [*sources.values(), *([] if owner in sources.values() else [owner])]
     header_bytes = sum(map(_header_bytes, read))
     header_bytes += sum({id(d.rows): d.rows.n_bytes for d in drafts if d.rows}.values())
     reserved, alignment = _alignment_needs(align, jobs, list(sources.values()))
     neuron_bytes = 0
-    if recipe.neurons:
+    if recipe.matches_neurons:
         _refuse_slices(recipe)
-        reserved = SOLVER_BYTES
+        reserved = max(reserved, SOLVER_BYTES)
         neuron_bytes = _neuron_bytes(jobs, list(sources.values()))
     beside = 2 * header_bytes + reserved + folder_bytes
     reading = sum(source.work_bytes() for source in sources.values())
@@ -171,7 +173,7 @@ def make_plan(
         + beside
         + max(neuron_bytes, workers * (arena_bytes + WORKER_BYTES + reading)),
         align=align if alignment else "off",
-        alignment_bytes=_alignment_bytes(jobs, list(sources.values())) if alignment else 0,
+        alignment_bytes=_alignment_bytes(align, jobs, list(sources.values())) if alignment else 0,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -257,30 +259,36 @@ def _finish(draft: Draft, method: Method, dtype: str, folder: Folder | None) -> 
 def _alignment_needs(
     align: str, jobs: Sequence[TensorJob], sources: Sequence[Source]
 ) -> tuple[int, list[ArenaNeed]]:
-    """Return what aligning heads takes: bytes of libraries, and the needs of a worker's arena."""
+    """Return what aligning heads takes: bytes of libraries and rotations, and the needs of an arena."""
     if align == "off":
         return 0, []
-    from edgemerge.alignment.heads import arena_need  # only alignment pays for the import
+    from edgemerge.alignment.heads import arena_need, rotations_need  # only alignment pays for it
 
-    needs = [
-        ArenaNeed(1, 1, arena_need(sources[left], sources[right], layers)[0], 0, 0, surveyed=False)
-        for (left, right), layers in alignment_pairs(jobs).items()
-    ]
-    return (SOLVER_BYTES if needs else 0), needs
+    needs, kept = [], 0
+    for (left, right), layers in alignment_pairs(jobs).items():
+        pair, rotates = (sources[left], sources[right]), align == "full"
+        least, _ = arena_need(*pair, layers, rotates=rotates)
+        needs.append(ArenaNeed(1, 1, least, 0, 0, surveyed=False))
+        kept += rotations_need(*pair, layers)[0] if rotates else 0
+    return (SOLVER_BYTES + kept if needs else 0), needs
 
 
 def _neuron_bytes(jobs: Sequence[TensorJob], sources: Sequence[Source]) -> int:
     """Return the bytes that matching neurons takes, before the arenas are made."""
-    from edgemerge.alignment.neurons import neuron_need  # only --neurons pays for the import
+    from edgemerge.alignment.neurons import neuron_need  # only who matches them pays for the import
 
     pairs = alignment_pairs(jobs)
     return max((neuron_need(sources[left], sources[right]) for left, right in pairs), default=0)
 
 
-def _alignment_bytes(jobs: Sequence[TensorJob], sources: Sequence[Source]) -> int:
-    """Add up the attention tensors that are read to compare heads."""
+def _alignment_bytes(align: str, jobs: Sequence[TensorJob], sources: Sequence[Source]) -> int:
+    """Add up the attention tensors that are read to compare heads, and again to rotate values."""
+    from edgemerge.alignment.heads import rotations_need
+
     total = 0
     for models, layers in alignment_pairs(jobs).items():
+        if align == "full":
+            total += rotations_need(sources[models[0]], sources[models[1]], layers)[1]
         for pair in layers:
             for model, layer in zip(models, pair, strict=True):
                 stems = tuple(f"blk.{layer}.{stem}." for stem in COMPARED)
@@ -323,7 +331,7 @@ def _arena_need(job: TensorJob, align: str, *, aligns: bool) -> ArenaNeed:
     fixed_of_tokens, per_row_of_tokens = memory_of_rows(job)
     fixed += fixed_of_tokens
     per_row = own.per_row + per_row_of_tokens + max(widest, job.out.row_bytes)
-    per_row += 4 * n_cols if align == "soft" else 0
+    per_row += 4 * n_cols if align in SUMS else 0
     inputs = 4 * n_cols * len(job.inputs)
     # Other tensors of the layer are measured between this one's measurement and its merge.
     surveyed = job.passes > 1 and not method.spans_layer(job)

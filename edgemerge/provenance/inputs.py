@@ -128,7 +128,7 @@ def _match_names(names: Sequence[str], given: Sequence[Path], path: Path) -> dic
 
 def _refuse_aligned(recipe: Recipe, path: Path) -> None:
     align = recipe.align or find_method(recipe.method).align
-    if align != "off" or recipe.neurons:
+    if align != "off" or recipe.matches_neurons:
         raise VerificationError(
             "was aligned before it was merged, and its inputs' checksums are of the rows in their new "
             "order; these can only be had by merging again",

@@ -123,8 +123,8 @@ def make_recipe(
     seed : int
         Of the random methods and of the alignment's sketches.
     align : str, optional
-        hard, soft or off: whether attention heads are brought into the base's order (without a base,
-        the first model's); by default what the method does.
+        hard, soft, full or off: whether attention heads are brought into the base's order (without a
+        base, the first model's), and with full also values and neurons; by default what the method does.
     neurons : bool
         Match feed-forward neurons too; for models trained apart.
     tensor_types : sequence of (pattern, type)

@@ -27,7 +27,7 @@ __all__ += ["is_utf8"]
 MAX_SEED = (1 << 64) - 1  # the file keeps it as u64
 MAX_STRAYS = 10  # of one table that are named one by one
 FORMATS = ("gguf", "hf")
-ALIGNMENTS = ("hard", "soft", "off")
+ALIGNMENTS = ("hard", "soft", "full", "off")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
@@ -37,7 +37,7 @@ def check_alignment(value: str) -> str:
     Raises
     ------
     RecipeError
-        It is none of hard, soft and off.
+        It is none of hard, soft, full and off.
     """
     if value not in ALIGNMENTS:
         raise RecipeError(

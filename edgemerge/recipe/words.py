@@ -64,7 +64,7 @@ def describe_recipe(document: Mapping[str, Any], transplant: str = "") -> list[s
             mark = DEFAULT if _rules(value) == plain else PRESET
         if value is not None:
             parts.append(f"{key} {_rules(value)}{mark}")
-    parts += _switches(document)
+    parts += _switches(document, method)
     lines = [f"{name}: {', '.join(parts)}" if parts else name]
     if transplant:
         lines = [f"transplant: {transplant}"]
@@ -138,10 +138,15 @@ def describe_stages(text: str) -> list[str]:
     ]
 
 
-def _switches(document: Mapping[str, Any]) -> Iterator[str]:
-    if align := document.get("align"):
+def _switches(document: Mapping[str, Any], method: Method | None) -> Iterator[str]:
+    align = document.get("align")
+    if align == "full":
+        yield "heads, values and neurons aligned"
+    elif align:
         yield f"heads aligned: {align}"
-    if document.get("neurons"):
+    elif method is not None and method.align != "off":
+        yield f"heads aligned: {method.align}{DEFAULT}"
+    if document.get("neurons") and align != "full":
         yield "neurons matched"
     if seed := document.get("seed"):
         yield f"seed {seed}"

@@ -170,6 +170,20 @@ def test_skipped_layers_say_why(run: Run) -> None:
     assert rows == [(["0", "to", "1"], False), (["2", "to", "3"], True)]
 
 
+def test_full_tells_of_values_and_neurons_too(run: Run) -> None:
+    found = document(run, "base", "expert-b-permuted", "--full")
+    for layer, neurons in zip(found["layers"], found["neurons"], strict=True):
+        assert layer["values"]["is_identity"]  # only permuted
+        assert layer["values"]["cost"] <= layer["values"]["identity_cost"] < 0.1
+        assert (neurons["is_identity"], len(neurons["order"])) == (True, 512)
+    lines = succeed(run("base", "expert-b-permuted", "--full")).splitlines()
+    assert " ".join(lines[7].split()) == "layer values in place rotated neurons in place matched"
+    assert [len(line.split()) for line in lines[8:]] == [5] * 4
+    plain = document(run, "base", "expert-b-permuted")
+    assert "neurons" not in plain
+    assert "values" not in plain["layers"][0]
+
+
 def test_models_of_the_same_name_are_told_apart(run: Run) -> None:
     Path("x").mkdir()
     Path("x/base").symlink_to(Path("base").resolve())
@@ -178,7 +192,7 @@ def test_models_of_the_same_name_are_told_apart(run: Run) -> None:
 
 
 def test_what_is_long_is_shortened_and_said_so() -> None:
-    from edgemerge.cli.align import _permutation
+    from edgemerge.cli.align_tables import _permutation
     from tests.reports.test_plots import make_plan
 
     order = np.random.default_rng(0).permutation(64).tolist()

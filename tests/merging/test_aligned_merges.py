@@ -274,7 +274,7 @@ def test_other_ways_to_align_are_refused(
     found = models["F16"]
     paths = {"base": found["base"], "a": found["expert-a"], "b": found["expert-b"]}
     (tmp_path / "recipe.yml").write_text(RECIPE.format(method="ties", align=align, **paths))
-    with pytest.raises(RecipeError, match="choose one of hard, soft, off") as caught:
+    with pytest.raises(RecipeError, match="choose one of hard, soft, full, off") as caught:
         load_recipe(tmp_path / "recipe.yml")
     assert caught.value.field == "align"
     assert "\n" not in str(caught.value)
@@ -293,7 +293,9 @@ def test_align_on_the_command_line(models: dict[str, Models], tmp_path: Path) ->
         assert ("reordered in 4 of 4 layers" in " ".join(result.stdout.split())) == succeeds
     result = CliRunner().invoke(make_app(), [*command, "--align", "maybe"], prog_name="edgemerge")
     assert result.exit_code == 1
-    assert result.stderr == ("edgemerge: alignment is 'maybe'; choose one of hard, soft, off\n")
+    assert result.stderr == (
+        "edgemerge: alignment is 'maybe'; choose one of hard, soft, full, off\n"
+    )
 
 
 # -- memory and provenance -----------------------------------------------------------------------------------

@@ -80,6 +80,23 @@ def test_what_a_recipe_says_of_tokens_is_said() -> None:
         assert describe_recipe(recipe_document(replace(recipe, **changes)))[0].endswith(wanted)
 
 
+@pytest.mark.parametrize(
+    ("method", "changes", "wanted"),
+    [
+        ("hierarchical", {}, "heads aligned: hard (default)"),
+        ("hierarchical", {"align": "soft"}, "heads aligned: soft"),
+        ("linear", {"align": "full"}, "heads, values and neurons aligned"),
+        ("linear", {"align": "full", "neurons": True}, "heads, values and neurons aligned"),
+        ("linear", {"neurons": True}, "neurons matched"),
+    ],
+)
+def test_what_was_aligned_is_said(method: str, changes: dict[str, Any], wanted: str) -> None:
+    recipe = Recipe(method, Path("base"), (Slice((ModelInput(Path("a")),)),), **changes)
+    settings = describe_recipe(recipe_document(recipe))[0]
+    assert settings.endswith(wanted)
+    assert settings.count("aligned") + settings.count("matched") == 1
+
+
 def test_slices_name_their_layers() -> None:
     part = Slice((ModelInput(Path("a"), (0, 8)),), {"scale": rule(0.5)})
     recipe = Recipe("passthrough", None, (part, Slice((ModelInput(Path("a"), (4, 12)),))))

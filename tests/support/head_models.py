@@ -123,3 +123,21 @@ def shuffle(
         else:
             moved[name] = x
     return moved
+
+
+def rotate_values(
+    tensors: Mapping[str, Float32], layer: int, n_heads: int, n_kv: int, rng: np.random.Generator
+) -> dict[str, Float32]:
+    """Rotate the values of every group at random, and o back."""
+    turned, prefix = dict(tensors), f"blk.{layer}.attn_"
+    length = len(tensors[f"{prefix}v.weight"]) // n_kv
+    matrices = [np.linalg.qr(rng.standard_normal((length, length)))[0] for _ in range(n_kv)]
+    for name in (f"{prefix}v.weight", f"{prefix}v.bias"):
+        if name in tensors:
+            parts = np.split(tensors[name].astype(np.float64), n_kv)
+            whole = np.concatenate([m @ part for m, part in zip(matrices, parts, strict=True)])
+            turned[name] = whole.astype(np.float32)
+    parts = np.split(tensors[f"{prefix}output.weight"].astype(np.float64), n_heads, axis=1)
+    wide = [part @ matrices[h * n_kv // n_heads].T for h, part in enumerate(parts)]
+    turned[f"{prefix}output.weight"] = np.concatenate(wide, axis=1).astype(np.float32)
+    return turned
