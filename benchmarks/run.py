@@ -28,9 +28,9 @@ from measure import run
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
-PAGES = (DOCS / "benchmarks.md", DOCS / "quality.md", HERE / "SPEED.md")
+PAGES = (DOCS / "benchmarks.md", DOCS / "quality.md", DOCS / "scale.md", HERE / "SPEED.md")
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
-ALONE += ["memory", "scaling"]
+ALONE += ["memory", "scaling", "workers"]
 WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes", "quality135")
 
 

@@ -76,13 +76,14 @@ def read_build() -> LlamaBuild:
     RuntimeFailure
         llama-cpp-python is not installed, or its shared library does not load.
     """
-    api = load_library().api
+    library = load_library()
+    api = library.api
     # "CPU : NEON = 1 | ARM_FMA = 1 | OPENMP = 1 | REPACK = 1 | "
     info = api.llama_print_system_info().decode("utf-8", errors="replace")
     return LlamaBuild(
         version=version("llama-cpp-python"),
         features=tuple(dict.fromkeys(re.findall(r"(\w+) = [1-9]", info))),
-        can_offload=bool(api.llama_supports_gpu_offload()),
+        can_offload=library.has_device(),
         accelerators=_list_accelerators(api.llama_cpp._lib),
         is_debug=_has_assertions(Path(api.__file__).parent / "lib"),
     )
