@@ -19,7 +19,7 @@ from pathlib import Path
 from measure import CACHE, ROOT, Merge, finish, make_gguf, table
 
 sys.path.insert(0, str(ROOT))
-from tools.scale_model import BENCHMARKS, read_methods
+from tools.scale_model import BENCHMARKS, read_method
 
 SHAPE, FILE_TYPE, METHOD = "llama-160m", "Q4_K_M", "task_arithmetic"
 COUNTS = (1, 2, 4)
@@ -64,7 +64,7 @@ def _run(merge: Merge, work: Path, processes: int, workers: int) -> Figures:
     with ThreadPoolExecutor(processes) as pool:
         done = list(pool.map(lambda path: merge.run(path, memory=BUDGET, threads=workers), outputs))
     reports = [report for _, report in done]
-    model = read_methods(BENCHMARKS.read_text(encoding="utf-8"))[METHOD]
+    model = read_method(BENCHMARKS.read_text(encoding="utf-8"))
     billions = reports[0]["elements"] / 1e9
     models = [Path(word.partition("=")[0]) for word in merge.arguments if ".gguf" in word]
     return Figures(

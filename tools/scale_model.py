@@ -24,7 +24,7 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 EXPERT_SIZE = 0.16  # billion parameters of each expert in that page's table
 FIRST_EXPERTS = 2  # in the line against parameters
-MEASURED_WORKERS = 2  # whose peaks that page has
+MEASURED_WORKERS = 2  # where experts vary there
 OPEN_FILES = 1024  # soft limit of a process, as Linux sets it
 BITS = {"Q4_K_M": 4.85, "BF16": 16.0}  # per weight, of a whole file
 
@@ -66,7 +66,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Method:
-    """What a merge by one method takes, in lines.
+    """What a merge by task arithmetic takes, in lines.
 
     Attributes
     ----------
@@ -76,14 +76,15 @@ class Method:
         CPU seconds per billion parameters, of a base and two experts.
     expert : float
         CPU seconds per billion parameters of one more expert.
-    memory, memory_expert : float
-        MiB of a process with two workers, without an expert and for each.
+    memory, memory_worker, memory_expert : float
+        MiB of a process, of each worker, and of each worker for each expert.
     """
 
     start: float
     slope: float
     expert: float
     memory: float
+    memory_worker: float
     memory_expert: float
 
     def cpu(self, billions: float, n_experts: int, n_processes: int = 1) -> float:
@@ -93,7 +94,7 @@ class Method:
 
     def peak(self, n_experts: int, n_workers: int) -> float:
         """MiB of a process; each worker has blocks of all models."""
-        return self.memory + self.memory_expert * n_experts * n_workers / MEASURED_WORKERS
+        return self.memory + n_workers * (self.memory_worker + n_experts * self.memory_expert)
 
 
 @dataclass(frozen=True)
@@ -142,36 +143,33 @@ def lora_size(rank: int, shapes: Sequence[tuple[int, int]], n_layers: int) -> fl
 # -- what benchmarks have measured -------------------------------------------------------------------
 
 
-def read_methods(page: str) -> dict[str, Method]:
-    """Read the lines of docs/benchmarks.md, and fit peaks against experts."""
-    starts = _lines(page, "parameters", "per billion parameters")
-    experts = _lines(page, "experts", "per expert of 160M")
-    peaks = _peaks(page)
-    found = {}
-    for i, name in enumerate(("task_arithmetic", "ties")):
-        start, slope = starts[i]
-        fixed, each = _fit([(n, row[i]) for n, row in peaks])
-        found[name] = Method(start, slope, experts[i][1] / EXPERT_SIZE, fixed, max(each, 0.0))
-    return found
+def read_method(page: str) -> Method:
+    """Read the lines of docs/benchmarks.md, and fit peaks against experts and threads."""
+    start, slope = _line(page, "parameters", "per billion parameters")
+    _, expert = _line(page, "experts", "per expert of 160M")
+    _, by_expert = _fit(_peaks(page, "experts"))
+    by_expert /= MEASURED_WORKERS
+    memory, by_worker = _fit(_peaks(page, "threads"))
+    by_worker -= FIRST_EXPERTS * by_expert
+    return Method(start, slope, expert / EXPERT_SIZE, memory, by_worker, by_expert)
 
 
-def _lines(page: str, axis: str, unit: str) -> list[tuple[float, float]]:
-    row = _row(page, rf"CPU s against {axis}, line")
-    return [(float(a), float(b)) for a, b in re.findall(rf"([\d.]+) \+ ([\d.]+) {unit}", row)]
-
-
-def _row(page: str, begin: str) -> str:
-    found = re.search(rf"^\| {begin} \|.*$", page, re.MULTILINE)
+def _line(page: str, axis: str, unit: str) -> tuple[float, float]:
+    """Start and slope of the line of task arithmetic, which comes first."""
+    found = re.search(
+        rf"^\| CPU s against {axis}, line \| ([\d.]+) \+ ([\d.]+) {unit} \|", page, re.MULTILINE
+    )
     if found is None:
-        raise SystemExit(f"docs/benchmarks.md has no row {begin!r}: run make bench ARGS=scaling")
-    return found[0]
+        raise SystemExit(
+            f"docs/benchmarks.md has no line against {axis}: run make bench ARGS=scaling"
+        )
+    return float(found[1]), float(found[2])
 
 
-def _peaks(page: str) -> list[tuple[int, tuple[float, float]]]:
-    """MiB by number of experts, of both methods."""
-    rows = re.findall(r"^\| experts \| (\d+) \|(.*)\|$", page, re.MULTILINE)
-    cells = [(int(n), [float(cell) for cell in row.split("|")]) for n, row in rows]
-    return [(n, (row[2], row[5])) for n, row in cells]
+def _peaks(page: str, axis: str) -> list[tuple[float, float]]:
+    """MiB of task arithmetic by the number of experts or threads."""
+    rows = re.findall(rf"^\| {axis} \| (\d+) \|(.*)\|$", page, re.MULTILINE)
+    return [(float(n), float(row.split("|")[2])) for n, row in rows]
 
 
 def _fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -314,7 +312,7 @@ def assumptions(rates: Rates) -> str:
 def report(rates: Rates | None = None) -> str:
     """Return what docs/scale.md quotes."""
     rates = rates or Rates()
-    method = read_methods(BENCHMARKS.read_text(encoding="utf-8"))["task_arithmetic"]
+    method = read_method(BENCHMARKS.read_text(encoding="utf-8"))
     return "\n".join(
         (assumptions(rates), merge_table(method, rates), registry_table(method, rates))
     )

@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -16,6 +18,7 @@ from edgemerge.runtime.rpc.backend import load_backend
 
 COMMAND = [sys.executable, "-m", "edgemerge", "rpc-worker", "-t", "1", "--listen"]
 PATIENCE = 60.0  # seconds
+LASTING = 10  # looks at a connection
 
 
 def why_not() -> str:
@@ -54,6 +57,21 @@ class RpcWorker:
     ) -> None:
         self.kill()
         self.process.communicate()
+
+    def wait_until_used(self) -> None:
+        """Wait for a connection that is more than a look whether it is there."""
+        end = time.monotonic() + PATIENCE
+        n_seen = 0
+        while n_seen < LASTING:
+            n_seen = n_seen + 1 if self._is_connected() else 0
+            assert time.monotonic() < end, "nobody came"
+            time.sleep(0.05)
+
+    def _is_connected(self) -> bool:
+        """Whether the kernel has an established (01) connection at its port (proc_net_tcp(5))."""
+        port = f":{int(self.address.rpartition(':')[2]):04X}"
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        return any(row[1].endswith(port) and row[3] == "01" for row in rows)
 
     def pause(self) -> None:
         """Compute nothing more; the connection stays."""

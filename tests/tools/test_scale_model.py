@@ -9,13 +9,15 @@ import pytest
 from tools import scale_model
 from tools.scale_model import Merge, Method, Rates, Registry
 
-METHOD = Method(start=2.0, slope=5.0, expert=0.5, memory=60.0, memory_expert=10.0)
+METHOD = Method(2.0, slope=5.0, expert=0.5, memory=60.0, memory_worker=3.0, memory_expert=10.0)
 MERGE = Merge("", billions=8.0, n_experts=4, n_nodes=2, type_in="BF16", largest=0.5)
 RATES = Rates(node_link=100, server_link=1000, disk=500, hash=1000, cores=4)
 PAGE = """
 | experts | 2 | 0.7 | 1.0 | 80 | 0.9 | 1.4 | 300 |
 | experts | 4 | 0.8 | 1.2 | 100 | 1.4 | 2.2 | 300 |
 | CPU s against parameters, line | 0.24 + 4.85 per billion parameters | 0.22 + 7.16 per billion parameters |
+| threads | 1 | 5.3 | 5.2 | 65 | 7.5 | 7.4 | 491 |
+| threads | 2 | 3.3 | 5.6 | 80 | 4.7 | 8.2 | 496 |
 | CPU s against experts, line | 0.78 + 0.16 per expert of 160M | 0.57 + 0.40 per expert of 160M |
 """
 
@@ -26,8 +28,8 @@ def test_cpu_time_is_a_line_in_parameters_experts_and_processes() -> None:
 
 
 def test_memory_grows_with_experts_and_workers() -> None:
-    assert METHOD.peak(8, n_workers=2) == 60 + 80
-    assert METHOD.peak(8, n_workers=4) == 60 + 160
+    assert METHOD.peak(8, n_workers=1) == 60 + 3 + 80
+    assert METHOD.peak(8, n_workers=4) == 60 + 12 + 320
 
 
 def test_bytes_of_a_merge() -> None:
@@ -70,17 +72,18 @@ def test_an_adapter_has_two_thin_matrices_for_each() -> None:
 
 
 def test_figures_come_from_the_page_of_benchmarks() -> None:
-    methods = scale_model.read_methods(PAGE)
-    found = methods["task_arithmetic"]
+    found = scale_model.read_method(PAGE)
     assert (found.start, found.slope) == (0.24, 4.85)
     assert found.expert == pytest.approx(1.0)
-    assert (found.memory, found.memory_expert) == (60.0, 10.0)
-    assert methods["ties"].memory_expert == 0.0  # it takes the budget, however many experts
+    assert found.memory_expert == 5.0  # 20 MiB for two experts and two workers
+    assert (found.memory, found.memory_worker) == pytest.approx((50.0, 5.0))
+    assert found.peak(2, n_workers=2) == pytest.approx(80.0)
+    assert found.peak(4, n_workers=2) == pytest.approx(100.0)
 
 
 def test_a_page_without_them_is_refused() -> None:
     with pytest.raises(SystemExit, match="run make bench ARGS=scaling"):
-        scale_model.read_methods("")
+        scale_model.read_method("")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -18,6 +19,7 @@ __all__ = ["explain", "read_last_words", "watch"]
 
 _LOST = "edgemerge: "  # begins the last line of a process that ended so
 _CONNECT_SECONDS = 2.0
+_END_SECONDS, _LOOK_SECONDS = 1.0, 0.05
 _STATUS = 1  # of a process that ended with an error of ours
 _Callback = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 _callbacks: list[object] = []  # C keeps the pointer alone
@@ -65,13 +67,22 @@ def explain(message: str, addresses: Sequence[str]) -> str:
     addresses : sequence of str
         `ADDRESS:PORT` of the workers.
     """
-    lost = [address for address in addresses if not _listens(address)]
-    if lost:
-        return f"{_name(lost)} is gone: start it again with edgemerge rpc-worker"
     if "handshake" in message:
         remedy = "install the same llama-cpp-python on all boards"
         return f"{_name(addresses)} speaks another version of ggml's protocol: {remedy}"
+    if lost := _find_lost(addresses):
+        return f"{_name(lost)} is gone: start it again with edgemerge rpc-worker"
     return f"{_name(addresses)} broke the connection: see what it says there, and start it again"
+
+
+def _find_lost(addresses: Sequence[str]) -> list[str]:
+    """Find those that nobody listens at; a process that ends may close that socket last."""
+    end = time.monotonic() + _END_SECONDS
+    lost: list[str] = []
+    while not lost and time.monotonic() < end:
+        lost = [address for address in addresses if not _listens(address)]
+        time.sleep(_LOOK_SECONDS)
+    return lost
 
 
 def _name(addresses: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from edgemerge.runtime.rpc import loss
 from edgemerge.runtime.rpc.loss import explain, read_last_words
 
 CRASHED = "ggml-rpc.cpp:566: Remote RPC server crashed or returned malformed response"
@@ -41,11 +42,20 @@ def test_the_worker_that_is_gone_is_named(listening: str, closed: str) -> None:
     )
 
 
-def test_where_all_listen_all_are_named(listening: str) -> None:
+def test_where_all_listen_all_are_named(listening: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "_END_SECONDS", 0.1)
     assert f"{listening} broke the connection" in explain(CRASHED, [listening])
     handshake = explain("RPC handshake failed for x", [listening])
     assert "another version" in handshake
     assert "the same llama-cpp-python on all boards" in handshake
+
+
+def test_a_worker_that_is_still_ending_is_found(
+    listening: str, closed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([True, True, True, False])  # both twice
+    monkeypatch.setattr(loss, "_listens", lambda address: next(answers))
+    assert f"{closed} is gone" in explain(CRASHED, [listening, closed])
 
 
 def test_last_words_are_the_last_line() -> None:
