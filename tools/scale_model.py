@@ -21,10 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BENCHMARKS, SCALE = DOCS / "benchmarks.md", DOCS / "scale.md"
 EXPERT_SIZE = 0.16  # billion parameters of each expert in that page's table
 FIRST_EXPERTS = 2  # in the line against parameters
 MEASURED_WORKERS = 2  # where experts vary there
+RANK = 16  # of adapters
 OPEN_FILES = 1024  # soft limit of a process, as Linux sets it
 BITS = {"Q4_K_M": 4.85, "BF16": 16.0}  # per weight, of a whole file
 
@@ -127,7 +129,8 @@ class Registry:
     name: str
     n_sites: int
     delta: float  # MB
-    billions: float  # parameters that a delta makes a merge compute
+    billions: float
+    widest: int | None = None  # columns of the widest matrix of an adapter; None for whole models
 
 
 def size(billions: float, file_type: str) -> float:
@@ -147,11 +150,19 @@ def read_method(page: str) -> Method:
     """Read the lines of docs/benchmarks.md, and fit peaks against experts and threads."""
     start, slope = _line(page, "parameters", "per billion parameters")
     _, expert = _line(page, "experts", "per expert of 160M")
-    _, by_expert = _fit(_peaks(page, "experts"))
+    _, by_expert = fit(_peaks(page, "experts"))
     by_expert /= MEASURED_WORKERS
-    memory, by_worker = _fit(_peaks(page, "threads"))
+    memory, by_worker = fit(_peaks(page, "threads"))
     by_worker -= FIRST_EXPERTS * by_expert
     return Method(start, slope, expert / EXPERT_SIZE, memory, by_worker, by_expert)
+
+
+def read_adapter(page: str) -> float:
+    """Read off docs/scale.md the CPU seconds of an adapter of rank 16, per billion parameters."""
+    found = re.search(r"([\d.]+) per adapter and billion parameters", page)
+    if found is None:
+        raise SystemExit("docs/scale.md has no line of adapters: run make bench ARGS=workers")
+    return float(found[1])
 
 
 def _line(page: str, axis: str, unit: str) -> tuple[float, float]:
@@ -172,7 +183,7 @@ def _peaks(page: str, axis: str) -> list[tuple[float, float]]:
     return [(float(n), float(row.split("|")[2])) for n, row in rows]
 
 
-def _fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Fit start and slope by least squares."""
     n = len(points)
     mean_x, mean_y = sum(x for x, _ in points) / n, sum(y for _, y in points) / n
@@ -203,15 +214,23 @@ def merge_total(parts: Mapping[str, float]) -> tuple[float, str]:
     return parts[slowest] + parts["alone"], slowest
 
 
-def registry_parts(job: Registry, method: Method, rates: Rates) -> dict[str, tuple[float, str]]:
+def registry_parts(
+    job: Registry, method: Method, adapter: float, rates: Rates
+) -> dict[str, tuple[float, str]]:
     """How much of each bound a night uses up, 1 for all of it, with the figure in words.
 
     The merge runs after the night, in as many hours.
     """
     sent = job.n_sites * job.delta
     night = rates.night * 3600
-    cpu = method.cpu(job.billions, job.n_sites)
-    peak = method.peak(job.n_sites, rates.cores) * 2**20 / 1e9
+    cpu, mib = method.cpu(job.billions, job.n_sites), method.peak(job.n_sites, rates.cores)
+    if job.widest is not None:  # one model with all of them is converted
+        cpu = method.cpu(job.billions, 0) + job.n_sites * job.billions * adapter
+        kept = (
+            4 * RANK * job.widest / 2**20
+        )  # each worker keeps the widest A (AdaptedModel.work_bytes)
+        mib = method.peak(0, rates.cores) + rates.cores * job.n_sites * kept
+    peak = mib * 2**20 / 1e9
     days = rates.storage * 1e6 / sent
     return {
         "uplink": (sent / rates.uplink / night, seconds(sent / rates.uplink)),
@@ -246,7 +265,7 @@ MISTRAL: tuple[tuple[int, int], ...] = ((4096, 4096), (1024, 4096), (1024, 4096)
 MISTRAL += ((14336, 4096), (14336, 4096), (4096, 14336))
 MISTRAL_7B = 7.24
 REGISTRIES = (
-    Registry("LoRA of rank 16", 1000, lora_size(16, MISTRAL, 32), MISTRAL_7B),
+    Registry("LoRA of rank 16", 1000, lora_size(RANK, MISTRAL, 32), MISTRAL_7B, widest=14336),
     Registry("whole 7B, Q4_K_M", 1000, size(MISTRAL_7B, "Q4_K_M"), MISTRAL_7B),
 )
 
@@ -283,9 +302,9 @@ def merge_table(method: Method, rates: Rates) -> str:
     return table(header, rows)
 
 
-def registry_table(method: Method, rates: Rates) -> str:
+def registry_table(method: Method, adapter: float, rates: Rates) -> str:
     """Return the table of nights, one column each."""
-    found = [registry_parts(job, method, rates) for job in REGISTRIES]
+    found = [registry_parts(job, method, adapter, rates) for job in REGISTRIES]
     header = ["1000 sites, one night", *(job.name for job in REGISTRIES)]
     rows = [["one delta, MB", *(f"{job.delta:,.0f}" for job in REGISTRIES)]]
     rows += [["sent, GB", *(f"{job.n_sites * job.delta / 1e3:,.0f}" for job in REGISTRIES)]]
@@ -313,8 +332,9 @@ def report(rates: Rates | None = None) -> str:
     """Return what docs/scale.md quotes."""
     rates = rates or Rates()
     method = read_method(BENCHMARKS.read_text(encoding="utf-8"))
+    adapter = read_adapter(SCALE.read_text(encoding="utf-8"))
     return "\n".join(
-        (assumptions(rates), merge_table(method, rates), registry_table(method, rates))
+        (assumptions(rates), merge_table(method, rates), registry_table(method, adapter, rates))
     )
 
 

@@ -110,6 +110,8 @@ def eval_command(
         open_gguf(path).close()  # the last one is bad: say so now, not after an hour
     load_library()  # where it is missing, it has no version for the header either
     header = _header(asked, limit, seed, gpu_layers, lora)
+    if workers:  # whose processors may round otherwise
+        header["rpc"] = list(workers)
 
     def load(path: Path) -> Model:
         return loading.load(path, threads, gpu_layers, lora, workers)

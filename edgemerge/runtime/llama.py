@@ -111,7 +111,8 @@ class Model:
         handle = self.api.llama_model_load_from_file(os.fsencode(first), params)
         if not handle:
             raise self.library.load_failure(self.path)
-        keep_alive(self._rpc)
+        if self._rpc:
+            keep_alive(self._rpc)
         return handle
 
     def _load_adapter(self, lora: Lora) -> Any:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,10 +34,14 @@ def why_not() -> str:
 class RpcWorker:
     """A worker on a port of its own; use it in a `with` statement."""
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(self, address: str | None = None, *, before: Sequence[str] = ()) -> None:
         self.address = address or f"127.0.0.1:{_free_port()}"
+        trust = [] if self.address.startswith("127.") else ["--i-trust-this-network"]
         self.process = subprocess.Popen(
-            [*COMMAND, self.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*before, *COMMAND, self.address, *trust],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline()

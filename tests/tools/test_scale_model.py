@@ -55,14 +55,23 @@ def test_the_slowest_part_sets_the_time() -> None:
 def test_what_breaks_first_breaks_at_its_bound() -> None:
     rates = replace(RATES, uplink=10, night=1, storage=100, node_memory=10**6)
     job = Registry("", n_sites=100, delta=90.0, billions=0.001)
-    parts = scale_model.registry_parts(job, METHOD, rates)
+    parts = scale_model.registry_parts(job, METHOD, 0.5, rates)
     assert parts["uplink"] == (9000 / 10 / 3600, "15 min")
     assert parts["open files"][0] == 101 / 1024
     assert parts["kept for 30 days"][1] == "0.3 TB"
     name, n_sites = scale_model.first_to_break(parts, job.n_sites)
     assert (name, n_sites) == ("uplink", 400)
-    at_bound = scale_model.registry_parts(replace(job, n_sites=n_sites), METHOD, rates)
+    at_bound = scale_model.registry_parts(replace(job, n_sites=n_sites), METHOD, 0.5, rates)
     assert at_bound[name][0] == pytest.approx(1.0)
+
+
+def test_adapters_are_added_to_one_model() -> None:
+    job = Registry("", n_sites=1000, delta=84.0, billions=7.0, widest=16384)
+    parts = scale_model.registry_parts(job, METHOD, 0.25, replace(RATES, night=1, node_memory=8))
+    base = 2 + 7 * (5 - 2 * 0.5)  # a model without experts
+    assert parts["merge"][0] == pytest.approx((base + 1000 * 7 * 0.25) / 4 / 3600)
+    mib = 60 + 4 * (3 + 1000 * 1.0)  # 16 rows of 16384 float32 are one MiB
+    assert parts["memory"][0] == pytest.approx(mib * 2**20 / 8e9)
 
 
 def test_an_adapter_has_two_thin_matrices_for_each() -> None:
@@ -81,7 +90,14 @@ def test_figures_come_from_the_page_of_benchmarks() -> None:
     assert found.peak(4, n_workers=2) == pytest.approx(100.0)
 
 
+def test_the_line_of_adapters_is_read() -> None:
+    page = "| CPU s of a conversion | 1.0 | 0.80 + 0.31 per adapter and billion parameters |"
+    assert scale_model.read_adapter(page) == 0.31
+
+
 def test_a_page_without_them_is_refused() -> None:
+    with pytest.raises(SystemExit, match="run make bench ARGS=workers"):
+        scale_model.read_adapter("")
     with pytest.raises(SystemExit, match="run make bench ARGS=scaling"):
         scale_model.read_method("")
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from edgemerge.runtime.library import load_library
+from edgemerge.runtime.rpc.backend import has_backend
 
 __all__ = ["Accelerator", "LlamaBuild", "missing_features", "read_build"]
 
@@ -59,6 +60,8 @@ class LlamaBuild:
         Those it finds here.
     is_debug : bool
         Whether it was built without optimisation: its assertions are still in it.
+    has_rpc : bool
+        Whether models can be split over several boards.
     """
 
     version: str
@@ -66,6 +69,7 @@ class LlamaBuild:
     can_offload: bool
     accelerators: tuple[Accelerator, ...]
     is_debug: bool
+    has_rpc: bool
 
 
 def read_build() -> LlamaBuild:
@@ -86,6 +90,7 @@ def read_build() -> LlamaBuild:
         can_offload=library.has_device(),
         accelerators=_list_accelerators(api.llama_cpp._lib),
         is_debug=_has_assertions(Path(api.__file__).parent / "lib"),
+        has_rpc=has_backend(library),
     )
 
 
