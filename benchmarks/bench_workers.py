@@ -99,7 +99,17 @@ def _adapters(base: Path, expert: Path, work: Path, repeats: int) -> dict[int, f
             shutil.copytree(first, folder, dirs_exist_ok=True)
         source = "+".join([str(base), *(f"0.1*{folder}" for folder in folders)])
         output = work / "adapted.gguf"
-        words = ["convert", source, "-o", output, "--type", FILE_TYPE, "--threads", "1", "--force"]
+        words: list[str | Path] = [
+            "convert",
+            source,
+            "-o",
+            output,
+            "--type",
+            FILE_TYPE,
+            "--threads",
+            "1",
+            "--force",
+        ]
         found[n] = min(run([*EDGEMERGE, *words]).cpu_s for _ in range(1 + repeats))
         output.unlink()
         print(f"  {n} adapters: {found[n]:.2f} CPU s", file=sys.stderr)
