@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv when there is none; a second run
 # finds everything in place. ARGS goes to the command: `make test ARGS='-k gguf -x'`.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix check coverage docs arm64 processors bench bench-peers wheel sbom clean
+.PHONY: help demo test test-matrix check coverage docs arm64 processors bench bench-peers rpc wheel sbom clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -38,6 +38,9 @@ bench: .venv/ready-dev  ## measure everything and rewrite the tables of docs/ an
 
 bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through mergekit, llama.cpp's converter and quantiser; half an hour (ARGS=recipes: public recipes through mergekit; ARGS='server MODEL.gguf': serve beside llama-server)
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),merge) --peers .venv-peers
+
+rpc: .venv/ready-run  ## build ggml's RPC backend beside the installed llama.cpp: models split over several boards
+	tools/llama/build-rpc $(BIN)/python
 
 wheel: .venv/ready-dev  ## build a wheel with kernels compiled for x86-64-v3 and AArch64 (ARGS=native: this machine only)
 	rm -rf build/lib dist/edgemerge-*.whl

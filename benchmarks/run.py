@@ -31,9 +31,15 @@ from measure import run
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
-PAGES = (DOCS / "benchmarks.md", DOCS / "quality.md", DOCS / "align.md", HERE / "SPEED.md")
+PAGES = (
+    DOCS / "benchmarks.md",
+    DOCS / "quality.md",
+    DOCS / "align.md",
+    HERE / "SPEED.md",
+    DOCS / "scale.md",
+)
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
-ALONE += ["memory", "scaling"]
+ALONE += ["memory", "scaling", "workers"]
 WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes", "quality135", "methods", "barrier")
 
 

@@ -20,6 +20,7 @@ from edgemerge.formats.architectures import FAMILIES
 from edgemerge.formats.composite_families import VARIANTS
 from edgemerge.formats.hub.families import READERS
 from edgemerge.methods.documentation import methods_table, parameters_table
+from tools import scale_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -101,6 +102,7 @@ WRITERS: dict[str, Callable[[], str]] = {
     "families": families,
     "methods": methods_table,
     "parameters": parameters_table,
+    "scale": scale_model.report,
     "tree": tree,
 }
 

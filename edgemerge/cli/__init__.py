@@ -17,7 +17,7 @@ import typer
 
 __all__ = ["COMMANDS", "main", "make_app", "settle_process"]
 
-# Command -> its module here, whose function is NAME_command; in the order of --help.
+# Command -> its module here, whose function is NAME_command (with _ for -); in the order of --help.
 COMMANDS = {
     "merge": "merge",
     "plan": "merge",
@@ -34,6 +34,7 @@ COMMANDS = {
     "run": "run",
     "chat": "chat",
     "serve": "serve",
+    "rpc-worker": "rpc_worker",
     "eval": "eval",
     "search": "search",
     "bench": "bench",
@@ -82,7 +83,7 @@ def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
     for name in names:
         module = import_module(f"edgemerge.cli.{COMMANDS[name]}")
         own = getattr(module, "CLASSES", {})
-        command = getattr(module, f"{name}_command")
+        command = getattr(module, f"{name.replace('-', '_')}_command")
         summary = " ".join(
             (command.__doc__ or "").partition("\n\n")[0].split()
         )  # which is else cut off

@@ -85,6 +85,8 @@ def bench_command(
         ),
     ] = None,
     gpu_layers: loading.GpuLayers = None,
+    rpc: loading.Rpc = None,
+    i_trust_this_network: loading.TrustNetwork = False,
     depth: Annotated[
         int,
         typer.Option(
@@ -150,6 +152,7 @@ def bench_command(
         if n_gen == 0:
             raise typer.BadParameter("--plot shows the speed of generation: give -n")
         _check_plot(plot, models, force=force)
+    workers = loading.parse_rpc(rpc, i_trust_this_network)
     finder = make_finder(models_folder, download, quiet=json_)
     models = [finder.find_model(str(model)) for model in models]
     task = _read_quality(quality, limit)
@@ -161,6 +164,7 @@ def bench_command(
         repetitions,
         depth,
         gpu_layers,
+        workers,
     )
     benches = _bench_models(models, settings, task.questions if task else None, output_format)
     name = task.name if task else ""
@@ -197,6 +201,7 @@ def _settings(
     repetitions: int,
     depth: int,
     gpu_layers: int | None,
+    workers: tuple[str, ...],
 ) -> BenchSettings:
     from edgemerge.runtime.bench.bench import BenchSettings
     from edgemerge.runtime.board.device import default_threads
@@ -216,6 +221,7 @@ def _settings(
         repetitions=repetitions,
         depth=depth,
         n_gpu_layers=gpu_layers,
+        rpc=workers,
     )
 
 

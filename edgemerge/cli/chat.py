@@ -56,6 +56,8 @@ def chat_command(
     threads: loading.Threads = None,
     gpu_layers: loading.GpuLayers = None,
     lora: loading.Loras = None,
+    rpc: loading.Rpc = None,
+    i_trust_this_network: loading.TrustNetwork = False,
     models_folder: ModelsFolder = None,
     download: Download = False,
 ) -> None:
@@ -67,7 +69,8 @@ def chat_command(
     from edgemerge.runtime.generate import Session
 
     model = make_finder(models_folder, download).find_model(str(model))
-    with generation.load(model, threads, gpu_layers, lora) as loaded:
+    workers = loading.parse_rpc(rpc, i_trust_this_network)
+    with generation.load(model, threads, gpu_layers, lora, workers) as loaded:
         its_template = _need_template(loaded, template)
         sampling = generation.read_sampling(temperature, top_k, top_p, min_p, repeat_penalty, seed)
         n_ctx = generation.pick_context(loaded, context, CONTEXT)

@@ -196,6 +196,7 @@ def _software(found: Diagnosis) -> Iterator[tuple[str, str]]:
     ]
     idle = "none found" if found.llama.can_offload else "not supported by this build"
     yield "GPU", "; ".join(gpus) or idle
+    yield "boards", "can work together (--rpc)" if found.llama.has_rpc else "no RPC in this build"
 
 
 def _print_fits(found: Diagnosis) -> None:

@@ -72,6 +72,8 @@ def eval_command(
     threads: loading.Threads = None,
     gpu_layers: loading.GpuLayers = None,
     lora: loading.Loras = None,
+    rpc: loading.Rpc = None,
+    i_trust_this_network: loading.TrustNetwork = False,
     json_: request.Json = False,
     csv_: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
     models_folder: ModelsFolder = None,
@@ -92,6 +94,7 @@ def eval_command(
 
     if json_ and csv_:
         raise typer.BadParameter("--json and --csv are two ways to print the same: give one")
+    workers = loading.parse_rpc(rpc, i_trust_this_network)
     require_questions(task, perplexity)
     finder = make_finder(models_folder, download, quiet=json_)
     models = [finder.find_model(str(model)) for model in models]
@@ -107,9 +110,11 @@ def eval_command(
         open_gguf(path).close()  # the last one is bad: say so now, not after an hour
     load_library()  # where it is missing, it has no version for the header either
     header = _header(asked, limit, seed, gpu_layers, lora)
+    if workers:  # whose processors may round otherwise
+        header["rpc"] = list(workers)
 
     def load(path: Path) -> Model:
-        return loading.load(path, threads, gpu_layers, lora)
+        return loading.load(path, threads, gpu_layers, lora, workers)
 
     def bar(label: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
         return progress_bar(label, quiet=json_, unit=unit)

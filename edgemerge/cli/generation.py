@@ -153,14 +153,21 @@ def check_text(text: str, what: str) -> str:
     return text
 
 
-def load(path: Path, threads: int | None, gpu_layers: int | None, loras: list[str] | None) -> Model:
+def load(
+    path: Path,
+    threads: int | None,
+    gpu_layers: int | None,
+    loras: list[str] | None,
+    rpc: tuple[str, ...],
+) -> Model:
     """Load a model; say so where the machine has less than it takes, or than is asked for."""
-    _warn_of_memory(path)
+    if not rpc:  # its weights are the workers'
+        _warn_of_memory(path)
     n_processors = len(os.sched_getaffinity(0))
     if threads is not None and threads > n_processors:
         note(f"{threads} threads share {_count(n_processors, 'processor')}: fewer are faster")
-    model = loading.load(path, threads, gpu_layers, loras)
-    if gpu_layers and not model.api.llama_supports_gpu_offload():
+    model = loading.load(path, threads, gpu_layers, loras, rpc)
+    if gpu_layers and not model.library.has_device():
         note("this llama.cpp was built without GPU support: all layers run on the processor")
     return model
 
@@ -253,10 +260,13 @@ def format_figures(session: Session) -> str:
     ]
     if figures.first_token_seconds is not None:
         parts.append(f"first token after {figures.first_token_seconds:.2f} s")
-    parts.append(
-        f"memory {format_size(read_process().rss)}, of it weights {format_size(buffers.weights)}, "
-        f"KV cache {format_size(buffers.kv)}"
-    )
+    sizes = f"weights {format_size(buffers.weights)}, KV cache {format_size(buffers.kv)}"
+    rss = format_size(read_process().rss)
+    if buffers.device:
+        place = "workers" if session.model.has_workers else "the GPU"
+        parts.append(f"memory {rss}; {sizes}, on {place} {format_size(buffers.device)}")
+    else:
+        parts.append(f"memory {rss}, of it {sizes}")
     if session.sampling.temperature > 0:
         parts.append(f"seed {session.sampling.seed}")
     return "; ".join(parts)

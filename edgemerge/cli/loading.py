@@ -11,7 +11,8 @@ import typer
 if TYPE_CHECKING:
     from edgemerge.runtime.llama import Lora, Model
 
-__all__ = ["MAX_THREADS", "ContextSize", "GpuLayers", "Loras", "Threads", "load", "parse_loras"]
+__all__ = ["MAX_THREADS", "ContextSize", "GpuLayers", "Loras", "Rpc", "Threads", "TrustNetwork"]
+__all__ += ["load", "parse_loras", "parse_rpc"]
 
 MAX_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h; llama.cpp crashes with more
 
@@ -52,6 +53,40 @@ Loras = Annotated[
         "--lora", metavar="FILE[=SCALE]", help="LoRA adapter (GGUF) to add; may be repeated."
     ),
 ]
+Rpc = Annotated[
+    str | None,
+    typer.Option(
+        "--rpc",
+        metavar="HOST:PORT[,...]",
+        help="Compute layers on these workers (edgemerge rpc-worker): all, or as many as -g says.",
+    ),
+]
+TrustNetwork = Annotated[
+    bool,
+    typer.Option(
+        "--i-trust-this-network",
+        help="Let rpc traffic leave this machine, where whoever is between can read and change it.",
+    ),
+]
+
+
+def parse_rpc(text: str | None, trusted: bool) -> tuple[str, ...]:
+    """Read `--rpc`; none without it.
+
+    Raises
+    ------
+    RecipeError
+        As of `read_addresses`.
+    typer.BadParameter
+        The network is trusted and not used (exit code 2).
+    """
+    from edgemerge.runtime.rpc.addresses import read_addresses
+
+    if text is None:
+        if trusted:
+            raise typer.BadParameter("--i-trust-this-network goes with --rpc")
+        return ()
+    return read_addresses(text, is_trusted=trusted)
 
 
 def parse_loras(texts: list[str] | None) -> tuple[Lora, ...]:
@@ -81,7 +116,11 @@ def parse_loras(texts: list[str] | None) -> tuple[Lora, ...]:
 
 
 def load(
-    path: Path, threads: int | None, gpu_layers: int | None, loras: list[str] | None = None
+    path: Path,
+    threads: int | None,
+    gpu_layers: int | None,
+    loras: list[str] | None = None,
+    rpc: tuple[str, ...] = (),
 ) -> Model:
     """Load a model as the options say, heeding Ctrl-C; close it after use."""
     from edgemerge.runtime.llama import Model
@@ -91,4 +130,6 @@ def load(
     adapters = parse_loras(loras)
     open_gguf(path).close()
     with Worker() as worker:
-        return worker.do(Model, path, n_threads=threads, n_gpu_layers=gpu_layers, loras=adapters)
+        return worker.do(
+            Model, path, n_threads=threads, n_gpu_layers=gpu_layers, loras=adapters, rpc=rpc
+        )

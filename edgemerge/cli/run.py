@@ -58,6 +58,8 @@ def run_command(
     threads: loading.Threads = None,
     gpu_layers: loading.GpuLayers = None,
     lora: loading.Loras = None,
+    rpc: loading.Rpc = None,
+    i_trust_this_network: loading.TrustNetwork = False,
     models_folder: ModelsFolder = None,
     download: Download = False,
     json_: request.Json = False,
@@ -77,7 +79,8 @@ def run_command(
         raise RecipeError("the prompt is empty: give the model at least one word to go on from")
     generation.check_text(system, "the system prompt")
     model = make_finder(models_folder, download, quiet=json_).find_model(str(model))
-    with generation.load(model, threads, gpu_layers, lora) as loaded:
+    workers = loading.parse_rpc(rpc, i_trust_this_network)
+    with generation.load(model, threads, gpu_layers, lora, workers) as loaded:
         if not raw:
             text = _as_message(loaded, text, system, template)
         tokens = read_prompt(loaded, text)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgemerge.cli import request
+from edgemerge.cli import loading, request
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.loading import ContextSize, GpuLayers, Loras, Threads, parse_loras
 from edgemerge.cli.terminal import speaks_plainly
@@ -81,6 +81,8 @@ def serve_command(
     threads: Threads = None,
     gpu_layers: GpuLayers = None,
     lora: Loras = None,
+    rpc: loading.Rpc = None,
+    i_trust_this_network: loading.TrustNetwork = False,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, metavar="N", help="Longest answer in tokens.")
     ] = 4096,
@@ -185,6 +187,7 @@ def serve_command(
         n_gpu_layers=gpu_layers,
         loras=parse_loras(lora),
         kv_type=kv_type.value,
+        rpc=loading.parse_rpc(rpc, i_trust_this_network),
         n_sequences=parallel,
         idle_seconds=close_idle,
         queue=queue,
@@ -201,6 +204,8 @@ def serve_command(
         raise typer.BadParameter("--log-prompts goes with --log FILE")
     if options.loras and len(models) > 1:
         raise typer.BadParameter("--lora goes with one model")
+    if options.rpc and len(models) > 1:  # a worker computes for one process
+        raise typer.BadParameter("--rpc goes with one model")
     if install and log is not None:
         raise typer.BadParameter("--install: the service may write no files, so leave out --log")
     if install:
@@ -255,6 +260,7 @@ def _install(options: ServeOptions, directory: Path | None, *, force: bool) -> N
         loras=options.loras,
         public_key=options.public_key,
         gpu=bool(options.n_gpu_layers),
+        rpc=options.rpc,
         api_key=options.key,
         options=_other_arguments(options),
     )

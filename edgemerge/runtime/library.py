@@ -18,6 +18,7 @@ from edgemerge.process import wait_briefly
 __all__ = ["Buffers", "Library", "load_library"]
 
 _LOG_LINES = 20
+_GPU_TYPES = (1, 2)  # enum ggml_backend_dev_type of ggml-backend.h; 2 is an integrated one
 _WARNING, _ERROR = 3, 4  # enum ggml_log_level of ggml.h
 # "llama_kv_cache:        CPU KV buffer size =    45.00 MiB": llama.cpp tells its memory in the log only
 _BUFFER = re.compile(r": +(\S+) +(model|KV|RS|compute|output|LoRA) buffer size = +([0-9.]+) MiB")
@@ -113,6 +114,12 @@ class Library:
     def buffers(self) -> Buffers:
         """Memory that was announced since `start`."""
         return Buffers(dict(self._sizes))
+
+    def has_device(self) -> bool:
+        """Whether ggml knows a GPU or an rpc worker; llama.cpp says yes of any build that has RPC."""
+        ggml = ctypes.CDLL(self.api.llama_cpp._lib._name)  # a handle whose declarations are ours
+        ggml.ggml_backend_dev_by_type.restype = ctypes.c_void_p
+        return any(ggml.ggml_backend_dev_by_type(kind) for kind in _GPU_TYPES)
 
     def failure(self, message: str, remedy: str = "") -> RuntimeFailure:
         """Make an error that carries what llama.cpp said; its first complaint is the cause.

@@ -21,6 +21,7 @@ from edgemerge.runtime.board.device import default_threads
 from edgemerge.runtime.context import Context
 from edgemerge.runtime.library import Buffers, load_library
 from edgemerge.runtime.model_files import check_adapter, check_writes, model_files
+from edgemerge.runtime.rpc.backend import connect, keep_alive
 from edgemerge.runtime.thread_counts import ThreadCounts, find_threads
 
 __all__ = ["Context", "Lora", "Model"]
@@ -51,6 +52,9 @@ class Model:
         Adapters to add to the weights as the model runs.
     encoders : bool
         Whether models are taken too that embed texts and do not continue them.
+    rpc : sequence of str
+        `ADDRESS:PORT` of rpc workers, which compute the layers that else a GPU would; all by default. Where
+        one is lost, this process ends (`rpc.loss`).
 
     Raises
     ------
@@ -68,8 +72,10 @@ class Model:
         n_gpu_layers: int | None = None,
         loras: Sequence[Lora] = (),
         encoders: bool = False,
+        rpc: Sequence[str] = (),
     ) -> None:
         self.path = Path(path)
+        self._rpc = tuple(rpc)
         self.use_threads(n_threads)
         files = model_files(self.path)  # what is missing is said better here than by llama.cpp
         if not encoders:
@@ -78,6 +84,8 @@ class Model:
             check_adapter(lora.path)
         self.library = load_library()
         self.api = self.library.api
+        if rpc:
+            connect(self.library, rpc)
         self.loras: tuple[Lora, ...] = tuple(loras)
         self._handle = self._load(files[0], n_gpu_layers)
         self.adapters = [self._load_adapter(lora) for lora in loras]
@@ -97,12 +105,14 @@ class Model:
     def _load(self, first: Path, n_gpu_layers: int | None) -> Any:
         params = self.api.llama_model_default_params()
         if n_gpu_layers is None:
-            n_gpu_layers = _ALL_LAYERS if self.api.llama_supports_gpu_offload() else 0
+            n_gpu_layers = _ALL_LAYERS if self.library.has_device() else 0
         params.n_gpu_layers = n_gpu_layers
         self.library.start()
         handle = self.api.llama_model_load_from_file(os.fsencode(first), params)
         if not handle:
             raise self.library.load_failure(self.path)
+        if self._rpc:
+            keep_alive(self._rpc)
         return handle
 
     def _load_adapter(self, lora: Lora) -> Any:
@@ -128,7 +138,7 @@ class Model:
 
     def use_threads(self, n_threads: int | None) -> None:
         """Compute with so many threads in contexts made from now on; None: as many as are fastest."""
-        self._measures_threads = n_threads is None
+        self._measures_threads = n_threads is None and not self._rpc  # whose threads are not ours
         n_threads = n_threads or default_threads()
         self.threads = ThreadCounts(n_threads, n_threads)
 
@@ -137,6 +147,11 @@ class Model:
         """Whether it has a running state, as Mamba: sequences can neither share it nor cut it back."""
         recurrent, hybrid = self.api.llama_model_is_recurrent, self.api.llama_model_is_hybrid
         return bool(recurrent(self._handle) or hybrid(self._handle))
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether rpc workers compute layers of it."""
+        return bool(self._rpc)
 
     @property
     def n_threads(self) -> int:

@@ -111,7 +111,7 @@ def test_more_than_the_machine_has_is_told() -> None:
     assert "note: 512 threads share " in result.stderr
     from edgemerge.runtime.library import load_library
 
-    is_on_gpu = load_library().api.llama_supports_gpu_offload()
+    is_on_gpu = load_library().has_device()
     assert ("was built without GPU support" in result.stderr) == (not is_on_gpu)
 
 

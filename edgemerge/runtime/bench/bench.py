@@ -25,6 +25,7 @@ from edgemerge.runtime.bench.speed import Speed, SpeedTest
 from edgemerge.runtime.evaluation.evaluate import Score
 from edgemerge.runtime.evaluation.questions import Question
 from edgemerge.runtime.model_files import model_files
+from edgemerge.runtime.rpc.loss import read_last_words
 
 __all__ = ["BenchSettings", "Measured", "ModelBench", "bench_model"]
 
@@ -50,6 +51,8 @@ class BenchSettings:
         Tokens in the cache before each test.
     n_gpu_layers : int or None
         Layers on the GPU; None for all, where llama.cpp was built for one.
+    rpc : tuple of str
+        `ADDRESS:PORT` of rpc workers that compute the layers.
     """
 
     threads: tuple[int, ...]
@@ -58,6 +61,7 @@ class BenchSettings:
     repetitions: int = 3
     depth: int = 0
     n_gpu_layers: int | None = None
+    rpc: tuple[str, ...] = ()
 
     def tests(self) -> list[SpeedTest]:
         """Tests in the order in which they run: that of llama-bench."""
@@ -145,12 +149,13 @@ def bench_model(
     n_threads = max(settings.threads)
     say("cold load")
     note = drop_cache(model_files(path))
-    cold = _in_child("load", path, say, float, n_threads, settings.n_gpu_layers)
+    where = (n_threads, settings.n_gpu_layers, settings.rpc)
+    cold = _in_child("load", path, say, float, *where)
     measured = _in_child("measure", path, say, Measured, settings)
     score = None
     if questions is not None:
         say(f"{len(questions)} questions")
-        score = _in_child("score", path, say, Score, n_threads, settings.n_gpu_layers, questions)
+        score = _in_child("score", path, say, Score, *where, questions)
     load = LoadTime(measured.load_seconds, None if note else cold, note)
     return ModelBench(path, settings, measured, load, score)
 
@@ -182,6 +187,8 @@ def _in_child(job: str, path: Path, say: Steps, kind: type[T], *arguments: Any) 
             child.stdout.close()
         log.seek(0)
         written = log.read()[-_LOG_BYTES:].decode("utf-8", errors="replace").strip()
+    if message is None and (lost := read_last_words(written)):
+        raise RuntimeFailure(f"{path}: while it was measured, {lost}")
     if message is None:
         raise RuntimeFailure(_death(path, child.returncode), detail=written)
     if message[0] == "failure":

@@ -32,9 +32,11 @@ __all__ = ["main"]
 Say = Callable[..., None]
 
 
-def load(say: Say, path: Path, n_threads: int, n_gpu_layers: int | None) -> float:
+def load(
+    say: Say, path: Path, n_threads: int, n_gpu_layers: int | None, rpc: Sequence[str]
+) -> float:
     """Seconds that loading takes."""
-    model, seconds = load_timed(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    model, seconds = load_timed(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers, rpc=rpc)
     model.close()
     return seconds
 
@@ -46,7 +48,10 @@ def measure(say: Say, path: Path, stated: Mapping[str, Any]) -> Measured:
     say("step", "warm load")
     with ExitStack() as stack:
         model, seconds = load_timed(
-            path, n_threads=max(settings.threads), n_gpu_layers=settings.n_gpu_layers
+            path,
+            n_threads=max(settings.threads),
+            n_gpu_layers=settings.n_gpu_layers,
+            rpc=settings.rpc,
         )
         stack.enter_context(model)
         _check_context(model, settings)
@@ -64,7 +69,7 @@ def measure(say: Say, path: Path, stated: Mapping[str, Any]) -> Measured:
             description=model.description,
             n_params=model.n_params,
             n_bytes=model.n_bytes,
-            backend=_backend(model),
+            backend="RPC" if settings.rpc else _backend(model),
             load_seconds=seconds,
             speeds=tuple(speeds),
             memory=peak.split,
@@ -78,11 +83,12 @@ def score(
     path: Path,
     n_threads: int,
     n_gpu_layers: int | None,
+    rpc: Sequence[str],
     stated: Sequence[Mapping[str, Any]],
 ) -> Score:
     """Accuracy on questions."""
     questions = [rebuild(Question, question) for question in stated]
-    with Model(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as model:
+    with Model(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers, rpc=rpc) as model:
         return evaluate(model, questions)
 
 

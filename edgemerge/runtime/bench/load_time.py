@@ -37,7 +37,11 @@ class LoadTime:
 
 
 def load_timed(
-    path: Path, *, n_threads: int | None = None, n_gpu_layers: int | None = None
+    path: Path,
+    *,
+    n_threads: int | None = None,
+    n_gpu_layers: int | None = None,
+    rpc: Sequence[str] = (),
 ) -> tuple[Model, float]:
     """Load a model and run one token, so that weights which are read only when used count too.
 
@@ -53,7 +57,7 @@ def load_timed(
     """
     load_library()
     start = time.perf_counter()
-    model = Model(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    model = Model(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers, rpc=rpc)
     try:
         with model.context(8, n_batch=8) as context:
             context.decode(model.bos or [0], [0], [(0,)], [True])

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from edgemerge.runtime.library import load_library
+from edgemerge.runtime.rpc.backend import has_backend
 
 __all__ = ["Accelerator", "LlamaBuild", "missing_features", "read_build"]
 
@@ -59,6 +60,8 @@ class LlamaBuild:
         Those it finds here.
     is_debug : bool
         Whether it was built without optimisation: its assertions are still in it.
+    has_rpc : bool
+        Whether models can be split over several boards.
     """
 
     version: str
@@ -66,6 +69,7 @@ class LlamaBuild:
     can_offload: bool
     accelerators: tuple[Accelerator, ...]
     is_debug: bool
+    has_rpc: bool
 
 
 def read_build() -> LlamaBuild:
@@ -76,15 +80,17 @@ def read_build() -> LlamaBuild:
     RuntimeFailure
         llama-cpp-python is not installed, or its shared library does not load.
     """
-    api = load_library().api
+    library = load_library()
+    api = library.api
     # "CPU : NEON = 1 | ARM_FMA = 1 | OPENMP = 1 | REPACK = 1 | "
     info = api.llama_print_system_info().decode("utf-8", errors="replace")
     return LlamaBuild(
         version=version("llama-cpp-python"),
         features=tuple(dict.fromkeys(re.findall(r"(\w+) = [1-9]", info))),
-        can_offload=bool(api.llama_supports_gpu_offload()),
+        can_offload=library.has_device(),
         accelerators=_list_accelerators(api.llama_cpp._lib),
         is_debug=_has_assertions(Path(api.__file__).parent / "lib"),
+        has_rpc=has_backend(library),
     )
 
 

@@ -39,6 +39,8 @@ class EngineOptions:
         Tokens of prompts in one batch, at most.
     n_longest : int or None
         Tokens that one sequence may have, where that is less than `n_ctx`.
+    rpc : tuple of str
+        `ADDRESS:PORT` of rpc workers that compute the layers.
     memory : int or None
         Bytes that the process may take. The cache has fewer tokens where it would take more; None for
         what `n_ctx` needs.
@@ -55,6 +57,7 @@ class EngineOptions:
     n_chunk: int = 256
     n_longest: int | None = None
     memory: int | None = None
+    rpc: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from edgemerge.runtime.engine.messages import (
 )
 from edgemerge.runtime.engine.options import EngineFacts, EngineOptions
 from edgemerge.runtime.engine.wire import Unpacker, pack
+from edgemerge.runtime.rpc.loss import read_last_words
 
 __all__ = ["EngineFailure", "ModelProcess"]
 
@@ -99,8 +100,8 @@ class ModelProcess:
             except EngineFailure as failure:
                 self._child = None
                 raise RuntimeFailure(
-                    f"{self.options.path}: {failure.reason} while it was loaded",
-                    detail=child.last_words,
+                    f"{self.options.path}: while it was loaded, {failure.reason}",
+                    detail="" if child.lost else child.last_words,
                 ) from failure
             except BaseException:
                 self._child = None
@@ -190,6 +191,7 @@ class _Child(asyncio.Protocol):
         self._errors = errors  # what it writes there, as llama.cpp does before it aborts
         self.is_gone = False
         self.last_words = ""
+        self.lost: str | None = None  # what it said of an rpc worker, whose end was its own
         self._waiting: dict[int, asyncio.Queue[Any]] = {}
         self._keys = count(1)
         self._unpacker = Unpacker()
@@ -219,10 +221,15 @@ class _Child(asyncio.Protocol):
         with suppress(subprocess.TimeoutExpired):
             await asyncio.to_thread(self.process.wait, _CLOSE_SECONDS)
         self.last_words = _read_end(self._errors)
-        reason = _explain_end(self.process.poll())
+        self.lost = read_last_words(self.last_words)
+        if self.lost is not None:
+            log.error("%s", self.lost)
         for queue in self._waiting.values():
-            queue.put_nowait(Failed(reason, 503))
+            queue.put_nowait(self._failure())
         self._ended.set()
+
+    def _failure(self) -> Failed:
+        return Failed(self.lost or _explain_end(self.process.poll()), 503)
 
     # -- what the model does
 
@@ -259,7 +266,7 @@ class _Child(asyncio.Protocol):
             key = next(self._keys)
         queue: asyncio.Queue[Any] = asyncio.Queue()
         if self._ended.is_set():
-            queue.put_nowait(Failed(_explain_end(self.process.poll()), 503))
+            queue.put_nowait(self._failure())
         self._waiting[key] = queue
         if self._transport is not None and not self.is_gone:
             self._transport.write(pack((job, key, *asked)))

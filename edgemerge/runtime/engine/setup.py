@@ -82,6 +82,7 @@ def load(options: EngineOptions) -> Loaded:
         n_gpu_layers=options.n_gpu_layers,
         loras=options.loras,
         encoders=True,
+        rpc=options.rpc,
     )
     can_rerank = model.pooling == _RANK
     whole = is_encoder or can_rerank
@@ -174,7 +175,9 @@ class _Maker:
 
     def _size(self, n_ctx: int) -> int:
         with self.make(n_ctx) as probe:
-            return sum(probe.buffers.sizes.values()) + int(KEPT_PART * probe.buffers.kv)
+            remote = probe.buffers.device if self.options.rpc else 0
+            kept = int(KEPT_PART * probe.buffers.kv)
+            return sum(probe.buffers.sizes.values()) - remote + kept
 
 
 def _load_template(model: Model) -> Template | None:

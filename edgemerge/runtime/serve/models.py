@@ -88,6 +88,7 @@ def read_model_file(
     *,
     n_sequences: int = DEFAULT_SEQUENCES,
     kv_type: str = "f16",
+    rpc_layers: int = 0,
 ) -> ModelFile:
     """Read the header of a model to serve.
 
@@ -104,6 +105,8 @@ def read_model_file(
         Requests at a time.
     kv_type : str
         Type of the cache: f16 or q8_0.
+    rpc_layers : int
+        Layers that rpc workers compute.
 
     Raises
     ------
@@ -121,7 +124,7 @@ def read_model_file(
         needs, n_ctx_train = read_needs(source)
         n_ctx = n_ctx or min(n_ctx_train, DEFAULT_CONTEXT)
         facts = path.stat()
-        base, token_bytes = estimate_memory(source, needs, kv_type)
+        base, token_bytes = estimate_memory(source, needs, kv_type, rpc_layers)
         return ModelFile(
             name,
             path,
@@ -154,13 +157,16 @@ def _read_tokenizer(metadata: Mapping[str, bytes]) -> dict[str, str | None]:
     }
 
 
-def estimate_memory(source: GgufModel, needs: Needs, kv_type: str) -> tuple[int, int]:
+def estimate_memory(
+    source: GgufModel, needs: Needs, kv_type: str, rpc_layers: int = 0
+) -> tuple[int, int]:
     """Bytes that a model takes when loaded: at once, and for each token that is kept.
 
     Weights are mapped and count in full: a server that runs reads all of them for every token.
     Scratch is llama.cpp's for a batch: activations, and attention scores in float32. Rows of logits
     are kept twice, as computed and as given out. Beside the cache there are sequences that were copied
-    out of it. The process itself is Python and llama.cpp.
+    out of it. The process itself is Python and llama.cpp. Layers of rpc workers have their weights and
+    their cache there; the table of tokens and what is copied out of the cache stay here.
 
     Parameters
     ----------
@@ -170,12 +176,19 @@ def estimate_memory(source: GgufModel, needs: Needs, kv_type: str) -> tuple[int,
         What its shape says.
     kv_type : str
         Type of the cache.
+    rpc_layers : int
+        Layers that rpc workers compute, the output's among them.
     """
     heads = get_value(source.metadata(), f"{source.architecture}.attention.head_count", 1)
     several = heads[:MAX_LAYERS] if isinstance(heads, Array) else [heads]
     n_heads = max((n for n in several if isinstance(n, int)), default=1)
     table = source.specs().get("token_embd.weight")
     n_vocab = table.shape[0] if table is not None else 0
-    base = needs.weights + _BATCH * 18 * needs.n_ff + 2 * _OUTPUTS * 4 * n_vocab + PROCESS_BYTES
-    kv_bytes = needs.kv_token * _KV_SHARE[kv_type] * (1 + KEPT_PART)
+    n_layers = get_value(source.metadata(), f"{source.architecture}.block_count", 0)
+    n_all = 1 + (n_layers if isinstance(n_layers, int) else 0)
+    part = 1 - min(rpc_layers, n_all) / n_all  # of the layers, computed here
+    table_bytes = table.nbytes if table is not None else 0
+    weights = table_bytes + int(part * (needs.weights - table_bytes))
+    base = weights + _BATCH * 18 * needs.n_ff + 2 * _OUTPUTS * 4 * n_vocab + PROCESS_BYTES
+    kv_bytes = needs.kv_token * _KV_SHARE[kv_type] * (part + KEPT_PART)
     return base, int(kv_bytes) + _BATCH * 4 * n_heads

@@ -57,7 +57,7 @@ class ServeOptions:
         Bytes that the whole process may take; by default 90 % of what is available.
     n_ctx : int or None
         Tokens of context of one request; by default the model's own, up to 4096.
-    n_threads, n_gpu_layers, loras, kv_type
+    n_threads, n_gpu_layers, loras, kv_type, rpc
         As of `EngineOptions`; None for the defaults.
     n_sequences : int or None
         Requests that a model answers at a time.
@@ -94,6 +94,7 @@ class ServeOptions:
     n_gpu_layers: int | None = None
     loras: tuple[Lora, ...] = ()
     kv_type: str = "f16"
+    rpc: tuple[str, ...] = ()
     n_sequences: int | None = None
     idle_seconds: float = 3600.0
     queue: int = 16

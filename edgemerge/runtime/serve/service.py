@@ -10,6 +10,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from edgemerge.process import read_process
+from edgemerge.runtime.doctor.fit import MAX_LAYERS
 from edgemerge.runtime.engine.options import EngineOptions
 from edgemerge.runtime.engine.process import ModelProcess
 from edgemerge.runtime.serve.app import ROUTES, make_app
@@ -169,6 +170,7 @@ class Service:
                 loras=options.loras,
                 kv_type=options.kv_type,
                 memory=file.need,
+                rpc=options.rpc,
             )
         )
         return Loaded(file, process, await process.start())
@@ -180,8 +182,16 @@ class Service:
             options.n_ctx,
             n_sequences=options.n_sequences or DEFAULT_SEQUENCES,
             kv_type=options.kv_type,
+            rpc_layers=_rpc_layers(options),
         )
 
     async def _read_again(self, old: ModelFile) -> ModelFile:
         new = await asyncio.to_thread(self._read, f"{old.name}={old.path}")
         return replace(new, name=old.name).within(self._room)
+
+
+def _rpc_layers(options: ServeOptions) -> int:
+    """Layers that rpc workers compute; more than there are stand for all."""
+    if not options.rpc:
+        return 0
+    return MAX_LAYERS if options.n_gpu_layers is None else options.n_gpu_layers

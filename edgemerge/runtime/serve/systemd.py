@@ -21,6 +21,7 @@ from edgemerge.formats.files import real_path
 from edgemerge.output.file import write_file
 from edgemerge.provenance.signature import signature_path
 from edgemerge.runtime.llama import Lora
+from edgemerge.runtime.rpc.addresses import split
 from edgemerge.runtime.serve.key import check_characters
 
 __all__ = ["Service", "make_unit", "write_unit"]
@@ -60,6 +61,8 @@ class Service:
         Key with which every model must be signed.
     gpu : bool
         Whether layers go to a GPU, whose devices are then open to the service.
+    rpc : sequence of str
+        `ADDRESS:PORT` of rpc workers.
     api_key : str, optional
         Kept in a file of its own that only its owner may read.
     options : sequence of str
@@ -74,6 +77,7 @@ class Service:
     loras: Sequence[Lora] = ()
     public_key: Path | None = None
     gpu: bool = False
+    rpc: Sequence[str] = ()
     api_key: str | None = field(default=None, repr=False)
     options: Sequence[str] = ()
 
@@ -95,10 +99,19 @@ class Service:
             command += ["--memory", str(self.memory)]
         for lora in self.loras:
             command += ["--lora", f"{lora.path.absolute()}={lora.scale}"]
+        if self.rpc:
+            command += ["--rpc", ",".join(self.rpc)]
+        if self.far_workers():
+            command.append("--i-trust-this-network")  # it was given when the unit was made
         if self.public_key is not None:
             command += ["--require-signature", str(self.public_key.absolute())]
         models = [f"{name}={path.absolute()}" for name, path in self.models.items()]
         return [*command, *self.options, "--", *models]
+
+    def far_workers(self) -> list[str]:
+        """Addresses of the rpc workers that are other machines."""
+        hosts = [split(address)[0] for address in self.rpc]
+        return [host for host in hosts if not ipaddress.ip_address(host).is_loopback]
 
     def files(self) -> list[Path]:
         """Name what the service reads: models, adapters, the interpreter and the package."""
@@ -195,6 +208,7 @@ def make_unit(
         "room": str((service.memory or 0) + room),
         "user": user or "",
         "groups": " ".join(groups),
+        "peers": " ".join(["localhost", *service.far_workers()]),
     }
     return _fill(
         values,

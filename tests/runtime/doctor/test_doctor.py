@@ -29,7 +29,9 @@ from edgemerge.runtime.thread_counts import ThreadCounts
 from tests.runtime.board import boards
 from tests.runtime.board.boards import GIB
 
-BUILD = LlamaBuild("0.3.36", ("NEON", "FP16_VA", "DOTPROD", "OPENMP"), False, (), is_debug=False)
+BUILD = LlamaBuild(
+    "0.3.36", ("NEON", "FP16_VA", "DOTPROD", "OPENMP"), False, (), is_debug=False, has_rpc=False
+)
 STORAGE = Storage(Path("/models"), Disk("nvme0n1", "NVMe SSD"), 100 * GIB, 4e8, 8e8)
 
 

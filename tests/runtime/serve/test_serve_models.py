@@ -11,6 +11,7 @@ import pytest
 from edgemerge.errors import BudgetError, FormatError, RecipeError, RuntimeFailure
 from edgemerge.process import read_process
 from edgemerge.runtime.doctor.fit import PROCESS_BYTES
+from edgemerge.runtime.model_files import open_gguf
 from edgemerge.runtime.serve import store as store_module
 from edgemerge.runtime.serve.errors import Refusal
 from edgemerge.runtime.serve.models import ModelFile, read_model_file
@@ -346,3 +347,14 @@ def test_a_lora_is_added(tiny_gguf: Path, tmp_path: Path) -> None:
     with_lora = logprobs(tiny_gguf, "--lora", f"{lora}=2")
     np.testing.assert_allclose(with_lora, logprobs(merged), atol=2e-3)
     assert np.abs(np.subtract(with_lora, logprobs(tiny_gguf))).max() > 0.05
+
+
+def test_layers_of_rpc_workers_take_no_memory_here(tiny_gguf: Path) -> None:
+    here, half, away = (read_model_file(str(tiny_gguf), rpc_layers=n) for n in (0, 1, 1000))
+    assert here.base > half.base > away.base
+    assert here.token_bytes > half.token_bytes > away.token_bytes
+    source = open_gguf(tiny_gguf)
+    table = source.specs()["token_embd.weight"].nbytes
+    weights = sum(spec.nbytes for spec in source.specs().values())
+    source.close()
+    assert here.base - away.base == weights - table

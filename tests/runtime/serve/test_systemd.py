@@ -132,6 +132,15 @@ def test_only_a_local_server_is_cut_off_from_the_network(service: Service) -> No
         assert "After=network-online.target" in unit
 
 
+def test_rpc_workers_can_be_reached(service: Service) -> None:
+    near = replace(service, rpc=("127.0.0.1:50052",))
+    assert setting(make_unit(near, system=True), "IPAddressAllow") == "localhost"
+    assert near.command()[-4:-1] == ["--rpc", "127.0.0.1:50052", "--"]
+    far = replace(service, rpc=("10.8.0.2:50052", "127.0.0.1:50052"))
+    assert setting(make_unit(far, system=True), "IPAddressAllow") == "localhost 10.8.0.2"
+    assert "--i-trust-this-network" in far.command()
+
+
 def test_low_port_gets_its_capability(service: Service) -> None:
     unit = make_unit(replace(service, port=80), system=True)
     assert setting(unit, "AmbientCapabilities") == "CAP_NET_BIND_SERVICE"
