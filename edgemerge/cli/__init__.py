@@ -36,6 +36,7 @@ COMMANDS = {
     "serve": "serve",
     "eval": "eval",
     "search": "search",
+    "worker": "worker",
     "bench": "bench",
     "doctor": "doctor",
     "keygen": "sign",
