@@ -13,7 +13,6 @@ from edgemerge.cluster.connection import Again, Call, Connection, Shared
 from edgemerge.formats.mixture import MixtureSource
 from edgemerge.merging.inputs import find_software, mark_inputs
 from edgemerge.merging.kit import (
-    PIECE_BYTES,
     Kit,
     Made,
     SharedPlace,
@@ -41,6 +40,7 @@ R = TypeVar("R")
 # Of a tensor that is cut: large enough that Dask's few milliseconds for a call do not matter, and small
 # enough that the 45 million elements of a 7B's feed-forward matrix keep six threads busy.
 PIECE_ELEMENTS = 1 << 23
+PIECE_BYTES = 4 << 20  # of an output, that are sent at a time
 
 
 def on_cluster(connection: Connection, places: Places) -> MakeExecutor:
@@ -185,4 +185,5 @@ def _pack(pool: WorkerPool, places: Places, token: str) -> Kit:
             for name, place in own.items()
         },
         software=find_software(),
+        piece_bytes=PIECE_BYTES,
     )

@@ -20,7 +20,8 @@ from uuid import uuid4
 import numpy as np
 
 from edgemerge.alignment.reordering import Permutations
-from edgemerge.errors import ClusterError, EdgemergeError
+from edgemerge.errors import ClusterError, EdgemergeError, FormatError
+from edgemerge.formats.adapters.reference import expand_inputs
 from edgemerge.formats.files import fill_buffers
 from edgemerge.formats.mixture import MixtureSource
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
@@ -33,13 +34,12 @@ from edgemerge.output.shared import Mark, SharedFile
 from edgemerge.planning.memory import fit_plan
 from edgemerge.planning.plan import DEFAULT_MEMORY
 from edgemerge.remote.stand_ins import StandIns
-from edgemerge.types import Float32, Plan, TensorSpec, UInt8
+from edgemerge.types import Float32, Plan, Recipe, TensorSpec, UInt8
 
 if TYPE_CHECKING:
     from distributed import Worker
 
 __all__ = [
-    "PIECE_BYTES",
     "Kit",
     "Made",
     "do_task",
@@ -49,7 +49,6 @@ __all__ = [
     "stop_kit",
 ]
 
-PIECE_BYTES = 4 << 20  # of an output, that are sent at a time; one row at least
 # In memory for each thread: what is made, what waits to be sent, what is being sent.
 PIECES = 4
 
@@ -77,10 +76,10 @@ class Made:
 class Parcel:
     """Rows of one tensor that go to the client: in memory, or many of them in a temporary file."""
 
-    def __init__(self, spec: TensorSpec, task: Task, folder: str) -> None:
+    def __init__(self, spec: TensorSpec, task: Task, most: int, folder: str) -> None:
         self._row_bytes, self._first = spec.row_bytes, task.start
         n_bytes = (task.stop - task.start) * spec.row_bytes
-        self.raw = np.empty(n_bytes, np.uint8) if n_bytes <= _most(spec) else None
+        self.raw = np.empty(n_bytes, np.uint8) if n_bytes <= max(most, spec.row_bytes) else None
         self._file = None
         if self.raw is None:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
@@ -108,10 +107,6 @@ class Parcel:
             self._file.close()
 
 
-def _most(spec: TensorSpec) -> int:
-    return max(PIECE_BYTES, spec.row_bytes)
-
-
 @dataclass(eq=False)
 class Kit:
     """All that tasks of one merge need. It is opened where it is used first, and closed with the last use.
@@ -136,6 +131,8 @@ class Kit:
         Tensors that a worker may write by itself.
     software : mapping of str to str
         Versions, from `find_software`.
+    piece_bytes : int
+        Of rows that are sent at a time; one row at least.
     """
 
     token: str
@@ -147,6 +144,7 @@ class Kit:
     marks: Mapping[Path, Mark]
     places: Mapping[str, SharedPlace]
     software: Mapping[str, str]
+    piece_bytes: int
     _lock: Any = field(default_factory=threading.Lock, init=False)
     _opened: _Opened | None = field(default=None, init=False)
 
@@ -187,6 +185,7 @@ class _Opened:
         kit.stand_ins.take()
         stack.callback(kit.stand_ins.drop)
         recipe = kit.plan.recipe
+        _refuse_missing(recipe)
         sources = [open_input(recipe, path, stack) for path in kit.plan.models]
         for source in sources:
             if isinstance(source, MixtureSource):
@@ -206,7 +205,7 @@ class _Opened:
         writes_all = kit.places.keys() == {job.out.name for job in kit.plan.jobs} and len(
             self.files
         ) == len(kit.marks)
-        beside = 0 if writes_all else PIECES * threads * PIECE_BYTES
+        beside = 0 if writes_all else PIECES * threads * kit.piece_bytes
         the_plan = fit_plan(
             kit.plan, sources, memory=_find_budget(worker), threads=threads, beside=beside
         )
@@ -228,6 +227,15 @@ class _Opened:
         self.stop.set()
         for parcel in self.parcels.values():
             parcel.close()
+
+
+def _refuse_missing(recipe: Recipe) -> None:
+    for path in expand_inputs(recipe.inputs()):
+        if not path.exists():
+            raise FormatError(
+                "is not there; put it where all workers see it under this path, or give an address",
+                path=path,
+            )
 
 
 def check_software(wanted: Mapping[str, str]) -> None:
@@ -295,7 +303,7 @@ def do_task(kit: Kit, task: Task) -> Made:
             place.file.sync_data()  # the journal will say that it is on the medium
             return Made(done, traffic.read)
         spec = kit.plan.jobs[task.number].out
-        parcel = Parcel(spec, task, worker.local_directory)
+        parcel = Parcel(spec, task, kit.piece_bytes, worker.local_directory)
         done = opened.workshop.do(task, parcel, group, traffic)
         made = Made(done, traffic.read, parcel.raw, worker=worker.address)
         if parcel.raw is None:

@@ -96,8 +96,8 @@ class StandIns:
     ----------
     roots : tuple of Path
         Folders that all of it lies in.
-    remote : mapping of Path to (Address, Identity)
-        Files of tensors.
+    remote : mapping of Path to (class, Address, Identity)
+        Files of tensors, and what reads them.
     small : mapping of Path to bytes
         Files that were fetched.
     names : mapping of str to str
@@ -105,16 +105,14 @@ class StandIns:
     """
 
     roots: tuple[Path, ...]
-    remote: Mapping[Path, tuple[Address, Identity]]
+    remote: Mapping[Path, tuple[type[RemoteFile], Address, Identity]]
     small: Mapping[Path, bytes]
     names: Mapping[str, str]
 
     def take(self) -> None:
         """Let the same paths stand for the same files here. Files that are there already stay."""
-        for path, (address, identity) in self.remote.items():
-            from edgemerge.remote.file import RemoteFile
-
-            _files.setdefault(path, RemoteFile(address, identity))
+        for path, (reader, address, identity) in self.remote.items():
+            _files.setdefault(path, reader(address, identity))
             _write(path, b"", identity.n_bytes)
         for path, raw in self.small.items():
             _write(path, raw, len(raw))
@@ -133,7 +131,7 @@ def list_stand_ins() -> StandIns:
     roots = tuple(_folders)
     return StandIns(
         roots,
-        {path: (remote.address, remote.identity) for path, remote in _files.items()},
+        {path: (type(remote), remote.address, remote.identity) for path, remote in _files.items()},
         {
             path: path.read_bytes()
             for root in roots

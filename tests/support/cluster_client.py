@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,24 @@ def hide_files(files: Any) -> dict[Path, Mark]:
 
 def patch(what: dict[str, Any]) -> None:
     edgemerge.cluster.connection.PATIENCE = what.get("patience", 60.0)
+    edgemerge.cluster.connection.CONNECT_SECONDS = what.get("connect_seconds", 10.0)
+    if "pause" in what:  # after each result, to leave time for what a test does meanwhile
+        write = cluster.ClusterExecutor._run
+
+        def run_slowly(self: Any, function: Any, calls: Any, on_result: Any) -> None:
+            def take(*result: Any) -> None:
+                on_result(*result)
+                with Path(what["log"]).open("a") as log:
+                    log.write("one more\n")
+                time.sleep(what["pause"])
+
+            write(self, function, calls, take)
+
+        cluster.ClusterExecutor._run = run_slowly
     if "piece_elements" in what:
         cluster.PIECE_ELEMENTS = what["piece_elements"]
+    if "piece_bytes" in what:
+        cluster.PIECE_BYTES = what["piece_bytes"]
     if "hides" in what:
         cluster.mark_files = hide_files
     if "software" in what:

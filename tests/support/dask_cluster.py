@@ -93,11 +93,9 @@ def start_client(orders: Sequence[dict[str, Any]], **patches: object) -> subproc
     )
 
 
-def merge_by_client(
-    orders: Sequence[dict[str, Any]], timeout: float = 120, **patches: object
-) -> list[dict[str, Any]]:
+def merge_by_client(orders: Sequence[dict[str, Any]], **patches: Any) -> list[dict[str, Any]]:
     """Return what came of each merge: its report, or its error."""
     with start_client(orders, **patches) as client:
-        out, err = client.communicate(timeout=timeout)
+        out, err = client.communicate(timeout=120)
     assert client.returncode == 0, err
     return [json.loads(line) for line in out.splitlines()]
