@@ -7,7 +7,6 @@ loses all. They are handed out again when it is back.
 
 from __future__ import annotations
 
-import pickle
 import queue
 import time
 from collections import Counter, deque
@@ -52,11 +51,11 @@ class Call(Generic[A]):
 class Shared:
     """A value that every worker gets once, however many calls take it.
 
-    The scheduler keeps it pickled, so that a worker that comes later gets it too.
+    The scheduler keeps it, so that a worker that comes later gets it too.
     """
 
     def __init__(self, value: object) -> None:
-        self._raw = pickle.dumps(value)
+        self._value = value
         self._client: Client | None = None
         self._future: Future[Any] | None = None
 
@@ -65,7 +64,7 @@ class Shared:
         if self._future is None or self._client is not client:
             self._client = client
             key = f"share-{uuid4()}"
-            self._future = client.submit(pickle.loads, self._raw, key=key, pure=False)
+            self._future = client.submit(_pass_on, self._value, key=key, pure=False)
         return self._future
 
 
@@ -261,6 +260,10 @@ class Connection:
             else:
                 self._looked, self._seen = 0.0, time.monotonic()
                 return
+
+
+def _pass_on(value: A) -> A:
+    return value
 
 
 def _take(future: Future[Any]) -> Any:
