@@ -31,7 +31,7 @@ DOCS = HERE.parent / "docs"
 PAGES = (DOCS / "benchmarks.md", DOCS / "quality.md", HERE / "SPEED.md")
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
 ALONE += ["memory", "scaling"]
-WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes", "quality135")
+WHEN_ASKED = ("7b", "cluster", "serve", "server", "llama", "recipes", "quality135")
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:
