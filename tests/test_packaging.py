@@ -29,6 +29,7 @@ EXTRAS = {
     "edgemerge/formats/tokenizer/prompts.py": {"run"},
     "edgemerge/reports": {"plot"},
     "edgemerge/runtime": {"run"},
+    "edgemerge/runtime/evaluation/on_cluster.py": {"cluster", "run"},
     "edgemerge/runtime/serve": {"serve", "sign"},
     "edgemerge/searching": {"run", "search"},
     "tests": {"serve", "test"},

@@ -168,6 +168,15 @@ Cluster = Annotated[
         "processes of this machine.",
     ),
 ]
+EvalCluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="ADDRESS",
+        help="Have the workers of a Dask scheduler answer: tcp://HOST:PORT, or local:N for N processes of "
+        "this machine.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Report = Annotated[

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edgemerge.cluster.address import prepare_dask
 from edgemerge.cluster.connection import PATIENCE
 from edgemerge.errors import ClusterError
+
+if TYPE_CHECKING:
+    from distributed import Worker
 
 __all__ = ["run_worker"]
 
@@ -66,10 +71,8 @@ async def _serve(
     host: str | None,
     say: Callable[[str], None],
 ) -> None:
-    from distributed import Worker
-
     while True:
-        worker = Worker(
+        worker = await _find_scheduler(
             address,
             nthreads=threads,
             memory_limit=memory,
@@ -77,12 +80,6 @@ async def _serve(
             host=host,
             dashboard_address="127.0.0.1:0",
         )
-        try:
-            await asyncio.wait_for(worker, PATIENCE)
-        except (OSError, TimeoutError, RuntimeError) as error:
-            raise ClusterError(
-                f"no Dask scheduler answers at {address}; start one with dask scheduler, or check the address"
-            ) from error
         say(f"working for {address} as {worker.address} with {threads} threads")
         try:
             await worker.finished()
@@ -90,3 +87,20 @@ async def _serve(
             with suppress(Exception):
                 await worker.close(timeout=2, nanny=False)
         say(f"lost {address}; looking for it again")
+
+
+async def _find_scheduler(address: str, **settings: Any) -> Worker:
+    """Return a worker that its scheduler knows."""
+    from distributed import Worker
+
+    started = time.monotonic()
+    while True:
+        try:
+            return await Worker(address, **settings)
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() - started > PATIENCE:
+                raise ClusterError(
+                    f"no Dask scheduler answers at {address}; start one with dask scheduler, or check the "
+                    "address"
+                ) from error
+            await asyncio.sleep(1.0)

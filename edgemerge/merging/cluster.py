@@ -73,9 +73,9 @@ class ClusterExecutor:
         workers = connection.workers()
         calls = [Call(None, "open", address) for address in workers]
         self._run(open_kit, calls, lambda _none, _nothing: None)
-        pool.notes.append(
-            f"made by {len(workers)} worker{'s' * (len(workers) > 1)} of {connection.address}"
-        )
+        pool.n_workers = sum(workers.values())
+        processes = f"{len(workers)} process{'es' * (len(workers) > 1)}"
+        pool.notes.append(f"made by {processes} of {connection.address}")
 
     def run(
         self, tasks: Sequence[Task], places: Places, on_done: Callable[[Task, Done], None]

@@ -48,6 +48,7 @@ class Outcome:
     files: tuple[FileReport, ...]
     notes: tuple[str, ...]
     n_resumed: int
+    workers: int
     n_damaged: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
@@ -57,7 +58,7 @@ def finish(the_plan: Plan, paths: Sequence[Path], journal: Path, begin_part: Beg
     """End a run that was cut short when all its files had their names."""
     digest, files = hash_named(paths, journal, begin_part(HASHING))
     note = "an earlier run had finished it, and was stopped before it could say so"
-    return Outcome(digest, files, (note,), n_resumed=len(the_plan.jobs))
+    return Outcome(digest, files, (note,), len(the_plan.jobs), the_plan.workers)
 
 
 def make_tensors(
@@ -99,6 +100,7 @@ def make_tensors(
         files,
         parts.notes + notes,
         n_resumed,
+        pool.n_workers,
         n_damaged,
         pool.traffic.read,
         pool.traffic.written + sum(len(layout.header) for layout in layouts),

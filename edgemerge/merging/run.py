@@ -271,7 +271,7 @@ def _merge_one(
         finished = None if mark is None else read_finished(mark, destination.path, fingerprint)
         if finished is not None:
             note = "an earlier run had finished it"
-            outcome = Outcome(finished, (), (note,), n_resumed=len(the_plan.jobs))
+            outcome = Outcome(finished, (), (note,), len(the_plan.jobs), the_plan.workers)
         elif named is not None:
             outcome = finish(the_plan, named, journal_path(destination.path), begin_part)
         else:
@@ -301,7 +301,7 @@ def _merge_one(
         read_bytes=outcome.read_bytes,
         written_bytes=outcome.written_bytes,
         passes=max((job.passes for job in the_plan.jobs), default=0),
-        workers=the_plan.workers,
+        workers=outcome.workers,
         resumed_tensors=outcome.n_resumed,
         damaged_tensors=outcome.n_damaged,
         sha256=outcome.sha256,

@@ -74,6 +74,8 @@ class WorkerPool:
         For the executor; it counts bytes in `traffic`.
     notes : list of str
         What the user should know of the work.
+    n_workers : int
+        How many tensors are made at a time.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class WorkerPool:
         self.sources = sources
         self.traffic = Traffic()
         self.notes: list[str] = []
+        self.n_workers = the_plan.workers
         self._progress = progress
         self._begin_part = begin_part
         self._is_aligned = permutations is not None

@@ -6,13 +6,16 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edgemerge.formats.gguf.model import GgufModel
 from tests.support.dask_cluster import (
     DaskCluster,
     dask_cluster,
@@ -20,6 +23,7 @@ from tests.support.dask_cluster import (
     merge_by_client,
     start_client,
 )
+from tests.support.file_server import serve_folder
 from tests.support.tiny_gguf import write_tiny_gguf
 
 # One pass, several passes, sums over layers and aligned heads, several tensors in one of a directory.
@@ -111,7 +115,7 @@ def test_a_cluster_makes_the_same_bytes(
     found = merge_by_client(todo, **patches)
     assert [answer.get("error") for answer in found] == [None] * len(CASES)
     assert contents(tmp_path / "out") == alone
-    assert found[0]["notes"][-1] == f"made by 2 workers of {cluster.address}"
+    assert found[0]["notes"][-1] == f"made by 2 processes of {cluster.address}"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +129,27 @@ def test_processes_of_this_machine_make_the_same_bytes(
     found = merge_by_client(orders(names, models, tmp_path / "out", f"local:{n_processes}"))
     assert "error" not in found[0], found
     assert contents(tmp_path / "out") == {"ties.gguf": alone["ties.gguf"]}
+
+
+def test_workers_read_models_at_addresses_by_themselves(
+    models: Path, alone: dict[str, bytes], cluster: DaskCluster, tmp_path: Path
+) -> None:
+    with serve_folder(models) as server:
+        addresses = [f"{server.url}/{n}.gguf=0.5" for n in (1, 2)]
+        words = ["-m", "linear", *addresses, "--type", "Q8_0", "-o", str(tmp_path / "linear.gguf")]
+        command = [sys.executable, "-m", "edgemerge", "merge", *words, "--cluster", cluster.address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert len(set(server.clients)) > 1
+    made, right = read_tensors(tmp_path / "linear.gguf"), alone["linear.gguf"]
+    assert made == right[-len(made) :]
+
+
+def read_tensors(path: Path) -> bytes:
+    """Return what follows the header, which names the models."""
+    with closing(GgufModel(path)) as model:
+        n_bytes = sum(spec.nbytes for spec in model.specs().values())
+    return path.read_bytes()[-n_bytes:]
 
 
 # -- what is lost ------------------------------------------------------------------------------------
