@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,12 @@ def run_on_cluster(
     ClusterError
         There is no worker, or one cannot do the work; the sentence names it.
     """
+    request = replace(  # workers have other folders to work in
+        request,
+        models=tuple(path.absolute() for path in request.models),
+        texts=tuple(path.absolute() for path in request.texts),
+    )
+    loras = tuple(replace(lora, path=lora.path.absolute()) for lora in loras)
     quiz = Shared(make_quiz(request, gpu_layers, loras))
     parts = list(_cut(request, results))
     processors: set[str] = set()
@@ -180,7 +186,9 @@ _loaded = _Loaded()
 
 
 def _check(quiz: Quiz, path: Path) -> None:
-    """Refuse a file that is another one than the client's."""
+    """Refuse a file that is another one than the client's, or is not there."""
+    if not path.exists():
+        raise ClusterError(f"{path} is not there; put it where all workers see it under this path")
     files = model_files(path) if path in quiz.request.models else [path]
     if tuple(map(sha256_of, files)) != tuple(quiz.hashes[path]):
         raise ClusterError(f"{path} is another file there than here; copy it to that machine")
