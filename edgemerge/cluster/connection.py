@@ -8,6 +8,9 @@ loses all. They are handed out again when it is back.
 from __future__ import annotations
 
 import queue
+import subprocess
+import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +33,7 @@ R = TypeVar("R")
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 1.0  # between looks at who is there
 CONNECT_SECONDS = 10.0
+TELL_SECONDS = 2.0
 PATIENCE = 60.0  # seconds without a scheduler, or without a worker
 PER_THREAD = 2  # calls under way: one that is done, one that waits
 MAX_TRIES = 5  # of one call
@@ -77,6 +81,8 @@ class Connection:
         What `--cluster` was given.
     connect : callable
         Makes a client; raises OSError where no scheduler answers.
+    n_expected : int
+        Workers that will come.
 
     Raises
     ------
@@ -84,8 +90,8 @@ class Connection:
         No scheduler answers.
     """
 
-    def __init__(self, address: str, connect: Callable[[], Client]) -> None:
-        self.address = address
+    def __init__(self, address: str, connect: Callable[[], Client], n_expected: int = 1) -> None:
+        self.address, self._n_expected = address, n_expected
         self._connect = connect
         self._threads: dict[str, int] = {}
         self._looked = self._seen = 0.0
@@ -103,7 +109,7 @@ class Connection:
             self._client.close(timeout=2)
 
     def workers(self) -> dict[str, int]:
-        """Return the threads of each worker by its address; waits for the first worker.
+        """Return the threads of each worker by its address; waits for those that will come.
 
         Raises
         ------
@@ -111,18 +117,23 @@ class Connection:
             None comes.
         """
         self._seen = time.monotonic()
-        while not self._look():
+        while not self._look() or len(self._threads) < self._n_expected:
             time.sleep(POLL_SECONDS)
         return dict(self._threads)
 
-    def known(self) -> list[str]:
-        """Return the workers that were there lately."""
-        return list(self._threads)
+    def tell(
+        self, function: Callable[..., None], *arguments: object, worker: str | None = None
+    ) -> None:
+        """Call a quick function on a worker, or on all, if they are there; waits only a little."""
 
-    def tell(self, function: Callable[..., None], *arguments: object, worker: str) -> None:
-        """Call a quick function on a worker, if it is there, without waiting."""
-        with suppress(Exception):
-            self._client.run(function, *arguments, workers=[worker], wait=False)
+        def call() -> None:
+            with suppress(Exception):
+                workers = None if worker is None else [worker]
+                self._client.run(function, *arguments, workers=workers, on_error="ignore")
+
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(TELL_SECONDS)
 
     def ask(self, function: Callable[..., R], *arguments: object, worker: str) -> R:
         """Call a quick function on a worker at once, beside its tasks.
@@ -323,19 +334,34 @@ def open_cluster(address: str, *, memory: int, threads: int) -> Iterator[Connect
     with ExitStack() as stack:
         where: Any = address
         if n_local is not None:
-            where = stack.enter_context(
-                LocalCluster(
-                    n_workers=n_local,
-                    threads_per_worker=max(1, threads // n_local),
-                    memory_limit=memory,
-                    host="127.0.0.1",
-                    dashboard_address=None,
-                )
-            )
+            host = {"host": "127.0.0.1", "dashboard_address": None}
+            where = stack.enter_context(LocalCluster(n_workers=0, **host))
+            words = ["--threads", str(max(1, threads // n_local)), "--memory", str(memory)]
+            for _ in range(n_local):
+                stack.enter_context(_local_worker(where.scheduler_address, words))
 
         def connect() -> Client:
             return Client(where, timeout=CONNECT_SECONDS, set_as_default=False)
 
-        connection = Connection(address, connect)
+        connection = Connection(address, connect, n_local or 1)
         stack.callback(lambda: connection.close())
         yield connection
+
+
+@contextmanager
+def _local_worker(address: str, words: Sequence[str]) -> Iterator[None]:
+    """Start a worker on this machine, and end it; a session of its own keeps the terminal's Ctrl-C away."""
+    command = [sys.executable, "-m", "edgemerge", "worker", address, "--host", "127.0.0.1", *words]
+    nothing = subprocess.DEVNULL
+    child = subprocess.Popen(
+        [*command, "--nice", "0"],
+        stdin=nothing,
+        stdout=nothing,
+        stderr=nothing,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        child.kill()
+        child.wait()

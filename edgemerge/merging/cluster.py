@@ -108,8 +108,7 @@ class ClusterExecutor:
             self._connection.run(function, self._kit, calls, on_result, self._pool.report)
         except BaseException:
             self._pool.traffic.stop.set()
-            for worker in self._connection.known():
-                self._connection.tell(stop_kit, self._token, worker=worker)
+            self._connection.tell(stop_kit, self._token)
             raise
 
     def _write(self, task: Task, made: Made, place: TensorPlace) -> None:
