@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from importlib.util import find_spec
 
 from edgemerge.errors import ClusterError, RecipeError
@@ -73,5 +74,6 @@ def prepare_dask() -> None:
     import distributed  # noqa: F401  (sets the levels of its logs when it is imported)
 
     dask.config.set(SETTINGS)
+    warnings.filterwarnings("ignore", module=r"(?:dask|distributed)\.")
     for name in LOGGERS:  # what matters is said in one sentence of ours
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)

@@ -344,7 +344,9 @@ def open_cluster(address: str, *, memory: int, threads: int) -> Iterator[Connect
             return Client(where, timeout=CONNECT_SECONDS, set_as_default=False)
 
         connection = Connection(address, connect, n_local or 1)
-        stack.callback(lambda: connection.close())
+        stack.callback(connection.close)
+        if n_local is not None:
+            connection.workers()
         yield connection
 
 
