@@ -40,7 +40,17 @@ PAGES = (
 )
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
 ALONE += ["memory", "scaling", "workers"]
-WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes", "quality135", "methods", "barrier")
+WHEN_ASKED = (
+    "7b",
+    "serve",
+    "server",
+    "llama",
+    "recipes",
+    "quality135",
+    "methods",
+    "barrier",
+    "cluster",
+)
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:

@@ -9,6 +9,7 @@
     ├─ BudgetError(needed, budget)    carries the smallest budget that works
     ├─ OutputError(path)              the result cannot be written there
     ├─ VerificationError(path)        the file is not what was written, or not what was signed
+    ├─ ClusterError                   other machines cannot do the work, or not any more
     └─ RuntimeFailure(detail)         llama.cpp refused, or the extra that holds it is missing
 
 Each message is one sentence: what is wrong, where, what to do about it.
@@ -23,6 +24,7 @@ from edgemerge.shown_paths import shown_path
 
 __all__ = [
     "BudgetError",
+    "ClusterError",
     "EdgemergeError",
     "FormatError",
     "MismatchError",
@@ -106,6 +108,10 @@ class VerificationError(EdgemergeError):
     def __init__(self, message: str, *, path: str | PathLike[str]) -> None:
         self.path = Path(path)
         super().__init__(f"{path}: {message}")
+
+
+class ClusterError(EdgemergeError):
+    """The machines of a cluster cannot do the work; the same call may go on later."""
 
 
 class RuntimeFailure(EdgemergeError):

@@ -21,12 +21,15 @@ EXTRAS = {
     "edgemerge/cli/bench.py": {"plot"},
     "edgemerge/cli/merge.py": {"sign"},
     "edgemerge/cli/sign.py": {"sign"},
+    "edgemerge/cluster": {"cluster"},
+    "edgemerge/merging/kit.py": {"cluster"},
     "edgemerge/provenance": {"sign"},
     "edgemerge/finding": {"hub"},
     "edgemerge/formats/hidden_states.py": {"run"},
     "edgemerge/formats/tokenizer/prompts.py": {"run"},
     "edgemerge/reports": {"plot"},
     "edgemerge/runtime": {"run"},
+    "edgemerge/runtime/evaluation/on_cluster.py": {"cluster", "run"},
     "edgemerge/runtime/serve": {"serve", "sign"},
     "edgemerge/searching": {"run", "search"},
     "tests": {"serve", "test"},
@@ -93,7 +96,7 @@ def test_what_a_file_imports_is_declared(path: Path) -> None:
 def test_every_declared_dependency_is_imported() -> None:
     """But for what an extra brings along for llama.cpp's server, which imports it."""
     names = {name for path in FILES for module in imported(path) for name in distributions(module)}
-    assert declared({"run", "serve", "plot", "sign", "hub", "search"}) <= names
+    assert declared({"run", "serve", "plot", "sign", "hub", "search", "cluster"}) <= names
 
 
 def test_the_types_are_the_users_too() -> None:

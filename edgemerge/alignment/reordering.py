@@ -7,9 +7,10 @@ the transport plan. It reads every row that is part of a sum. Rotated values are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +19,17 @@ from edgemerge.alignment.geometry import column_mix, column_order, row_mix, row_
 from edgemerge.alignment.neurons import NeuronPlan
 from edgemerge.alignment.records import HeadPlan, ValueRotations
 from edgemerge.alignment.rotations import value_part
+from edgemerge.formats.architectures import layer_index
 from edgemerge.native import KernelFile
-from edgemerge.types import Float32, TensorSpec
+from edgemerge.types import Float32, InputTensor, TensorSpec
 
-__all__ = ["Reordering", "find_neuron_reordering", "find_reordering"]
+__all__ = ["Permutations", "Reordering", "find_neuron_reordering", "find_reordering"]
+__all__ += ["find_reorderings"]
 
 linear, permute = KernelFile("linear"), KernelFile("permute")
 
+# (reference, model, layer of the reference, layer of the model) -> how heads and neurons are permuted
+Permutations: TypeAlias = dict[tuple[int, int, int, int], list[HeadPlan | NeuronPlan]]
 Index = NDArray[np.int64]
 Sparse = tuple[Index, Index, Float32]  # CSR: indptr, indices, weights
 # first old row, last + 1, new row of the first (None: only a part of some), values to write
@@ -184,6 +189,37 @@ class Reordering:
                     decode(old, old + run.size, None, values)
                     target = out_f32[first : first + run.size].reshape(-1)
                     linear.add_scaled(values, float(weights[entry]), target)
+
+
+def find_reorderings(
+    permutations: Permutations, inputs: Sequence[InputTensor], *, soft: bool
+) -> dict[int, Reordering]:
+    """Find the inputs of an output tensor whose rows or columns are permuted: input number -> reordering.
+
+    Parameters
+    ----------
+    permutations : Permutations
+        Of all layers.
+    inputs : sequence of InputTensor
+        The reference's first.
+    soft : bool
+        As of `find_reordering`.
+    """
+    reorderings: dict[int, Reordering] = {}
+    first = inputs[0]
+    reference = layer_index(first.spec.name)
+    for i, tensor in enumerate(inputs):
+        layer = layer_index(tensor.spec.name)
+        if reference is None or layer is None:
+            continue
+        for plan in permutations.get((first.model, tensor.model, reference, layer), ()):
+            if isinstance(plan, HeadPlan):
+                reordering = find_reordering(plan, tensor.spec.name, soft=soft)
+            else:
+                reordering = find_neuron_reordering(plan, tensor.spec)
+            if reordering is not None:
+                reorderings[i] = reordering
+    return reorderings
 
 
 def find_reordering(plan: HeadPlan, name: str, *, soft: bool) -> Reordering | None:

@@ -37,6 +37,7 @@ COMMANDS = {
     "rpc-worker": "rpc_worker",
     "eval": "eval",
     "search": "search",
+    "worker": "worker",
     "bench": "bench",
     "doctor": "doctor",
     "keygen": "sign",

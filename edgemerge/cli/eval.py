@@ -26,7 +26,7 @@ from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plain
 
 if TYPE_CHECKING:
     from edgemerge.runtime.evaluation.results import Results
-    from edgemerge.runtime.evaluation.suite import Answered, Request
+    from edgemerge.runtime.evaluation.suite import Answered, Bar, Request
     from edgemerge.runtime.llama import Model
 
 __all__ = ["eval_command"]
@@ -74,6 +74,7 @@ def eval_command(
     lora: loading.Loras = None,
     rpc: loading.Rpc = None,
     i_trust_this_network: loading.TrustNetwork = False,
+    cluster: request.EvalCluster = None,
     json_: request.Json = False,
     csv_: Annotated[bool, typer.Option("--csv", help="Print comma-separated values.")] = False,
     models_folder: ModelsFolder = None,
@@ -86,6 +87,7 @@ def eval_command(
     right option scores highest, acc_norm the same per character of the option. Further models are
     compared with the first.
     """
+    from edgemerge.cluster.address import read_cluster
     from edgemerge.formats.files import real_path
     from edgemerge.output.file import check_output
     from edgemerge.runtime.evaluation import suite as evaluation
@@ -95,6 +97,10 @@ def eval_command(
     if json_ and csv_:
         raise typer.BadParameter("--json and --csv are two ways to print the same: give one")
     workers = loading.parse_rpc(rpc, i_trust_this_network)
+    if cluster is not None:
+        if workers:
+            raise typer.BadParameter("--rpc and --cluster both send the work away: give one")
+        read_cluster(cluster)
     require_questions(task, perplexity)
     finder = make_finder(models_folder, download, quiet=json_)
     models = [finder.find_model(str(model)) for model in models]
@@ -120,7 +126,10 @@ def eval_command(
         return progress_bar(label, quiet=json_, unit=unit)
 
     with _open_results(output, header, force=force) as results:
-        evaluation.run(asked, results, load, bar)
+        if cluster is None:
+            evaluation.run(asked, results, load, bar)
+        else:
+            _run_on_cluster(cluster, asked, results, bar, threads, gpu_layers, lora)
         answers, texts = evaluation.answered(asked, results), evaluation.text_scores(asked, results)
         found = evaluation.document(answers, texts)
         rows = zip(found["results"], answers, strict=True)
@@ -133,6 +142,31 @@ def eval_command(
         print_csv(found)
     else:
         print_tables(asked.models, answers, texts)
+
+
+def _run_on_cluster(
+    cluster: str,
+    asked: Request,
+    results: Results,
+    bar: Bar,
+    threads: int | None,
+    gpu_layers: int | None,
+    lora: list[str] | None,
+) -> None:
+    from edgemerge.cluster.connection import open_cluster
+    from edgemerge.merging.run import usable_processors
+    from edgemerge.planning.plan import DEFAULT_MEMORY
+    from edgemerge.runtime.evaluation.on_cluster import run_on_cluster
+
+    adapters = loading.parse_loras(lora)
+    with open_cluster(
+        cluster, memory=DEFAULT_MEMORY, threads=threads or usable_processors()
+    ) as connection:
+        notes = run_on_cluster(
+            asked, results, connection, bar, gpu_layers=gpu_layers, loras=adapters
+        )
+    for note in notes:
+        _say(note)
 
 
 # -- what to score -----------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def merge_command(
     strict: request.Strict = False,
     split: request.Split = None,
     disk: request.Disk = None,
+    cluster: request.Cluster = None,
     models_folder: ModelsFolder = None,
     download: Download = False,
     spill: Spill = None,
@@ -64,6 +65,7 @@ def merge_command(
     no_ask: request.NoAsk = False,
 ) -> None:
     """Merge models into one GGUF file or Hugging Face directory."""
+    from edgemerge.cluster.address import read_cluster
     from edgemerge.formats.files import real_path
     from edgemerge.merging.destination import check_destination
     from edgemerge.output.file import check_output
@@ -72,6 +74,8 @@ def merge_command(
 
     if no_ask and ask:
         raise typer.BadParameter("--ask and --no-ask exclude each other")
+    if cluster is not None:
+        read_cluster(cluster)
     key = None if sign is None else _read_key(sign)  # now, not after an hour's work
 
     recipe = request.read_request(
@@ -120,6 +124,7 @@ def merge_command(
         label=label,
         force=force,
         quiet=json_,
+        cluster=cluster,
     )
     if report is not None:
         write_page(result, report, made_rows(describe_made(result.output)))
@@ -148,6 +153,7 @@ def run_merge(
     label: str,
     force: bool,
     quiet: bool,
+    cluster: str | None = None,
 ) -> MergeReport:
     """Merge under a progress bar, which `quiet` leaves out.
 
@@ -176,6 +182,7 @@ def run_merge(
             progress=progress,
             begin_part=begin_part,
             warn=warn,
+            cluster=cluster,
         )
     return replace(report, notes=tuple(note for note in report.notes if note not in warned))
 

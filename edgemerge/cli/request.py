@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     from edgemerge.finding.finder import Finder
 
 __all__ = ["Base", "Force", "Json", "Memory", "Method", "Models", "Output", "Parameter", "Preset"]
-__all__ += ["Align", "Ask", "Imatrix", "Neurons", "NoAsk", "Report", "Seed", "Sign", "Split"]
+__all__ += [
+    "Align",
+    "Ask",
+    "Cluster",
+    "Imatrix",
+    "Neurons",
+    "NoAsk",
+    "Report",
+    "Seed",
+    "Sign",
+    "Split",
+]
 __all__ += ["Disk", "Strict", "TensorTypes", "Threads", "Type"]
 __all__ += ["Format", "read_request", "read_tensor_types", "split_weight", "with_format"]
 __all__ += ["FactorType", "read_factor_type", "with_output"]
@@ -146,6 +157,24 @@ Disk = Annotated[
         "--disk",
         metavar="SIZE",
         help="Disk that the stages of a recipe may take beside the output [default: what is free].",
+    ),
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="ADDRESS",
+        help="Have the workers of a Dask scheduler make the tensors: tcp://HOST:PORT, or local:N for N "
+        "processes of this machine.",
+    ),
+]
+EvalCluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="ADDRESS",
+        help="Have the workers of a Dask scheduler answer: tcp://HOST:PORT, or local:N for N processes of "
+        "this machine.",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]

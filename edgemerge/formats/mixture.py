@@ -188,6 +188,12 @@ class MixtureSource:
                 stack.sources[number].read_rows(stack.name, first, last, out)
             at += last - first
 
+    def all_gates(self) -> dict[int, Float32]:
+        """Return the gates of each layer, (n_experts, width)."""
+        assert self.gates is not None
+        layers = [layer_index(name) or 0 for name in self._specs if name.endswith(GATE)]
+        return {layer: self.gates(layer) for layer in layers}
+
     def locate(self, name: str, index: int) -> tuple[Source, str, int]:
         """Return the model that an element of a tensor is of, its tensor there and its index in that."""
         stack = self._stacks.get(name)

@@ -11,40 +11,36 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from edgemerge.budget import floor_bytes
-from edgemerge.errors import EdgemergeError
-from edgemerge.formats import open_model
+from edgemerge.errors import RecipeError
 from edgemerge.formats.adapters.reference import model_name
-from edgemerge.formats.mixture import open_mixture
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
-from edgemerge.merging.destination import Destination, check_destination, find_destination
+from edgemerge.merging.destination import check_destination, find_destination
+from edgemerge.merging.making import Inputs, Outcome, finish, make_tensors
 from edgemerge.merging.precompile import precompile
 from edgemerge.merging.stages import merge_stages, note_finished, read_finished
+from edgemerge.merging.tasks import open_input
 from edgemerge.merging.warnings import foresee_warnings
-from edgemerge.output.checksums import TensorResult
 from edgemerge.output.journal import journal_path
-from edgemerge.output.parts import OutputParts, hash_named
-from edgemerge.output.report import FileReport, MergeReport, peak_rss_bytes
-from edgemerge.output.resume import find_fingerprint, verify_earlier
+from edgemerge.output.report import MergeReport, peak_rss_bytes
+from edgemerge.output.resume import find_fingerprint
 from edgemerge.planning.importance import list_matrices
 from edgemerge.planning.mixtures import open_with_gates
-from edgemerge.planning.plan import make_plan
+from edgemerge.planning.plan import DEFAULT_MEMORY, make_plan
 from edgemerge.planning.planned import PlannedSource
 from edgemerge.types import BeginPart, Plan, Progress, Recipe, Source, ignore_parts
 
-if TYPE_CHECKING:  # only a merge that runs imports them
-    from edgemerge.merging.workers import WorkerPool
+if TYPE_CHECKING:  # only a cluster pays for the import
+    from edgemerge.cluster.connection import Connection
 
 __all__ = ["Progress", "merge", "plan", "usable_processors"]
-
-HASHING = "hashing the output"
 
 
 def usable_processors() -> int:
@@ -77,7 +73,7 @@ def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = Non
         with ExitStack() as stack:
             return make_plan(
                 replace(one, stages=()),
-                lambda path: planned.get(path) or _open(one, path, stack),
+                lambda path: planned.get(path) or open_input(one, path, stack),
                 memory=memory,
                 threads=threads or usable_processors(),
                 floor=floor,
@@ -105,6 +101,7 @@ def merge(
     warn: Callable[[str], None] | None = None,
     opened: Mapping[Path, Source] | None = None,
     record: Mapping[str, bytes] | None = None,
+    cluster: str | None = None,
 ) -> MergeReport:
     """Merge models into one GGUF file, a split one, or a Hugging Face directory.
 
@@ -135,6 +132,9 @@ def merge(
         What is read in place of the models of these paths; the caller closes it.
     record : mapping of GGUF key to typed value, optional
         What the metadata says more; with other values no earlier run is continued.
+    cluster : str, optional
+        Address of a Dask scheduler whose workers make the tensors, as tcp://HOST:PORT; or local:N for N
+        processes of this machine, each with the budget. `opened` is not for other processes.
 
     Returns
     -------
@@ -152,31 +152,58 @@ def merge(
     call goes on with them.
     """
     output = Path(output)
+    if cluster is not None and opened:
+        raise RecipeError(
+            "a cluster opens models by their paths; give no open ones", field="opened"
+        )
     check_destination(
         recipe, output, recipe.inputs(), is_split=split_bytes is not None, force=force
     )
-    merge_one = partial(
-        _merge_one, memory=memory, threads=threads, begin_part=begin_part, warn=warn
-    )
-    if not recipe.stages:
-        return merge_one(
-            recipe,
-            output,
-            split_bytes=split_bytes,
-            force=force,
-            progress=progress,
-            given=opened,
-            record=record,
+    with ExitStack() as stack:
+        connection = None
+        if cluster is not None:
+            connection = _connect(cluster, recipe, memory, threads, stack)
+        merge_one = partial(
+            _merge_one,
+            memory=memory,
+            threads=threads,
+            begin_part=begin_part,
+            warn=warn,
+            connection=connection,
         )
-    return merge_stages(
-        plan(recipe, memory=memory, threads=threads),
-        output,
-        merge_one,
-        disk=disk,
-        force=force,
-        split_bytes=split_bytes,
-        progress=progress,
-        begin_part=begin_part,
+        if not recipe.stages:
+            return merge_one(
+                recipe,
+                output,
+                split_bytes=split_bytes,
+                force=force,
+                progress=progress,
+                given=opened,
+                record=record,
+            )
+        return merge_stages(
+            plan(recipe, memory=memory, threads=threads),
+            output,
+            merge_one,
+            disk=disk,
+            force=force,
+            split_bytes=split_bytes,
+            progress=progress,
+            begin_part=begin_part,
+        )
+
+
+def _connect(
+    cluster: str, recipe: Recipe, memory: int | None, threads: int | None, stack: ExitStack
+) -> Connection:
+    from edgemerge.cluster.connection import open_cluster  # only a cluster pays for the import
+
+    return stack.enter_context(
+        open_cluster(
+            cluster,
+            memory=memory or recipe.memory or DEFAULT_MEMORY,
+            threads=threads or usable_processors(),
+        )
     )
 
 
@@ -190,6 +217,7 @@ def _merge_one(
     progress: Progress | None,
     begin_part: BeginPart,
     warn: Callable[[str], None] | None,
+    connection: Connection | None = None,
     split_bytes: int | None = None,
     mark: Path | None = None,
     given: Mapping[Path, Source] | None = None,
@@ -218,7 +246,7 @@ def _merge_one(
                 folder = output.absolute().parent
                 opened[path] = open_with_gates(recipe, recipe.mixture, folder, stack, convert)
             else:
-                opened[path] = (given or {}).get(path) or _open(recipe, path, stack)
+                opened[path] = (given or {}).get(path) or open_input(recipe, path, stack)
             return opened[path]
 
         the_plan = make_plan(
@@ -235,7 +263,7 @@ def _merge_one(
         }
         destination = find_destination(the_plan, opened, output, split_bytes, force=force)
         layouts, paths = destination.lay_out([]), destination.paths()
-        inputs = _Inputs(list(opened.values()), matrices)
+        inputs = Inputs(list(opened.values()), matrices)
         fingerprint = find_fingerprint(
             the_plan, layouts, paths, inputs.sources, list(matrices.values())
         )
@@ -243,9 +271,9 @@ def _merge_one(
         finished = None if mark is None else read_finished(mark, destination.path, fingerprint)
         if finished is not None:
             note = "an earlier run had finished it"
-            outcome = _Outcome(finished, (), (note,), n_resumed=len(the_plan.jobs))
+            outcome = Outcome(finished, (), (note,), len(the_plan.jobs), the_plan.workers)
         elif named is not None:
-            outcome = _finish(the_plan, named, journal_path(destination.path), begin_part)
+            outcome = finish(the_plan, named, journal_path(destination.path), begin_part)
         else:
             precompile(the_plan)
             parts = destination.open(stack, fingerprint)
@@ -253,7 +281,9 @@ def _merge_one(
                 for sentence in (*foresee_warnings(the_plan, inputs.sources), *parts.notes):
                     warn(sentence)
             destination.check()  # again, as the part file now locks others out
-            outcome = _run(the_plan, inputs, parts, destination, progress, begin_part)
+            outcome = make_tensors(
+                the_plan, inputs, parts, destination, progress, begin_part, connection
+            )
         if mark is not None and finished is None:
             note_finished(mark, destination.path, fingerprint, outcome.sha256)
     return MergeReport(
@@ -271,7 +301,7 @@ def _merge_one(
         read_bytes=outcome.read_bytes,
         written_bytes=outcome.written_bytes,
         passes=max((job.passes for job in the_plan.jobs), default=0),
-        workers=the_plan.workers,
+        workers=outcome.workers,
         resumed_tensors=outcome.n_resumed,
         damaged_tensors=outcome.n_damaged,
         sha256=outcome.sha256,
@@ -282,101 +312,8 @@ def _merge_one(
     )
 
 
-class _Inputs(NamedTuple):
-    sources: Sequence[Source]
-    matrices: Mapping[Path, ImportanceMatrix]
-
-    def check_unchanged(self) -> None:
-        for source in self.sources:
-            source.check_unchanged()
-        for matrix in self.matrices.values():
-            matrix.check_unchanged()
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    """What the report says of the run itself."""
-
-    sha256: str
-    files: tuple[FileReport, ...]
-    notes: tuple[str, ...]
-    n_resumed: int
-    n_damaged: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
-
-
-def _finish(
-    the_plan: Plan, paths: Sequence[Path], journal: Path, begin_part: BeginPart
-) -> _Outcome:
-    """End a run that was cut short when all its files had their names."""
-    digest, files = hash_named(paths, journal, begin_part(HASHING))
-    note = "an earlier run had finished it, and was stopped before it could say so"
-    return _Outcome(digest, files, (note,), n_resumed=len(the_plan.jobs))
-
-
-def _run(
-    the_plan: Plan,
-    inputs: _Inputs,
-    parts: OutputParts,
-    destination: Destination,
-    progress: Progress | None,
-    begin_part: BeginPart,
-) -> _Outcome:
-    """Make what no earlier run has finished; seal the files and give them their names."""
-    pool = _new_pool(the_plan, inputs, progress, begin_part)
-    places = destination.places(parts)
-    n_resumed = n_damaged = 0
-    if parts.earlier is not None:
-        checking = begin_part("checking what is finished")
-        jobs = the_plan.jobs
-        n_damaged = verify_earlier(parts.earlier, jobs, places, pool.take_over, checking)
-        n_resumed = len(parts.earlier.results) - n_damaged
-    notes = pool.prepare()
-
-    def note(i: int, result: TensorResult) -> None:
-        parts.note(i, result, the_plan.jobs[i].out.nbytes)
-
-    try:
-        results = pool.run(places, note)
-    except EdgemergeError:
-        inputs.check_unchanged()  # the error may come from a write to a model during the merge
-        raise
-    inputs.check_unchanged()
-    layouts = destination.lay_out(results)
-    for file, layout in zip(parts.files, layouts, strict=True):
-        file.write(layout.header, 0)
-    digest, files = parts.hash(begin_part(HASHING))
-    destination.publish(parts)
-    return _Outcome(
-        digest,
-        files,
-        parts.notes + notes,
-        n_resumed,
-        n_damaged,
-        pool.traffic.read,
-        pool.traffic.written + sum(len(layout.header) for layout in layouts),
-    )
-
-
 def _type_bytes(the_plan: Plan) -> dict[str, int]:
     sizes: Counter[str] = Counter()
     for job in the_plan.jobs:
         sizes[job.out.dtype] += job.out.nbytes
     return dict(sizes.most_common())
-
-
-def _open(recipe: Recipe, path: Path, stack: ExitStack) -> Source:
-    if recipe.mixture is not None:
-        return open_mixture(recipe.mixture, recipe.seed, stack, with_gates=False)
-    source = open_model(path)
-    stack.callback(source.close)
-    return source
-
-
-def _new_pool(
-    the_plan: Plan, inputs: _Inputs, progress: Progress | None, begin_part: BeginPart
-) -> WorkerPool:
-    from edgemerge.merging.workers import WorkerPool
-
-    return WorkerPool(the_plan, inputs.sources, progress, inputs.matrices, begin_part)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemerge.alignment.neurons import NeuronPlan
-from edgemerge.alignment.records import HeadPlan
-from edgemerge.alignment.reordering import Reordering, find_neuron_reordering, find_reordering
+from edgemerge.alignment.reordering import Permutations, find_reorderings
 from edgemerge.budget import Arena
 from edgemerge.errors import FormatError, MismatchError
-from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.mixture import MixtureSource
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.finite import find_non_finite
@@ -27,16 +23,13 @@ from edgemerge.methods.shared_tensor import GroupThread
 from edgemerge.methods.table import METHODS
 from edgemerge.native import KernelFile
 from edgemerge.output.checksums import RowChecksum
-from edgemerge.output.places import TensorPlace
+from edgemerge.output.places import RowWriter
 from edgemerge.token_rows import ZERO, Run
 from edgemerge.types import SUMS, Float32, Float64, InputTensor, Plan, Source, TensorJob, UInt8
 
-__all__ = ["Permutations", "TensorStream"]
+__all__ = ["TensorStream"]
 
 linear, norms = KernelFile("linear"), KernelFile("norms")
-
-# (reference, model, layer of the reference, layer of the model) -> how heads and neurons are permuted
-Permutations: TypeAlias = dict[tuple[int, int, int, int], list[HeadPlan | NeuronPlan]]
 
 # Pages are dropped from the page cache while a tensor is read, not after it. The system then reads the next
 # pages into the same memory. On a virtual machine this halves the processor time of reading.
@@ -68,7 +61,9 @@ class TensorStream:
     matrices : mapping of Path to ImportanceMatrix
         Open; those that the plan uses.
     group : GroupThread
-        The worker's place in the thread group of the tensor.
+        The worker's place in the thread group of the rows.
+    rows : (int, int)
+        First row, and last + 1, that the group makes. A method with sums over the tensor makes all.
     """
 
     def __init__(
@@ -81,12 +76,14 @@ class TensorStream:
         permutations: Permutations,
         matrices: Mapping[Path, ImportanceMatrix],
         group: GroupThread,
+        rows: tuple[int, int],
     ) -> None:
         self.job = job
         self.seed = the_plan.recipe.seed
         self.group = group
         self.layer_sum: Float64 | None = None
         self.part = PartResult(tuple(RowChecksum() for _ in job.inputs), RowChecksum())
+        self._range = rows
         self._sources = sources
         self._arena = arena
         self._traffic = traffic
@@ -98,18 +95,18 @@ class TensorStream:
         self._gives_back = job.passes == 1  # drop pages that are not read again
         self._forgotten = [0] * len(job.inputs)  # rows whose pages were dropped, for each input
         arena.reset()
-        rows = max(1, job.rows_per_block)
+        height = max(1, job.rows_per_block)
         # A TensorSpec computes its row bytes at each call. Keep them, as every block needs them.
         self._row_bytes = [tensor.spec.row_bytes for tensor in job.inputs]
         self._out_row_bytes = job.out.row_bytes
         widest = max(*self._row_bytes, self._out_row_bytes)
-        self._raw = self.take((rows * widest,), np.uint8).view(np.uint8)
+        self._raw = self.take((height * widest,), np.uint8).view(np.uint8)
         if not job.is_byte_copy:
             method = METHODS[job.method]
             self._takes_deltas = method.takes_deltas(job)
             # Otherwise a task vector or the result shows that an input is not finite.
             self._checks_inputs = not (self._takes_deltas or method.keeps_non_finite(job))
-            n = rows * job.out.n_cols
+            n = height * job.out.n_cols
             # Block by block, and in each block all inputs, so that what is used together lies together.
             self._n_places = min(job.n_blocks, job.cached_blocks + 1)
             self._values = self.take((self._n_places, len(job.inputs) * n), np.float32)
@@ -121,30 +118,14 @@ class TensorStream:
             self._token_rows = (
                 None if job.rows is None else TokenRowReader(job, self.take, self._decode_stored)
             )
-            self._reorderings = self._find_reorderings(permutations, soft=the_plan.align == "soft")
+            self._reorderings = find_reorderings(
+                permutations, job.inputs, soft=the_plan.align == "soft"
+            )
             # Working memory to permute columns, a row; and to sum rows, another block.
             columns = job.out.n_cols if the_plan.reorders else 0
             self._row = self.take((columns,), np.float32).view(np.float32)
             spare = n if the_plan.align in SUMS else 0
             self._spare = self.take((spare,), np.float32).view(np.float32)
-
-    def _find_reorderings(self, permutations: Permutations, *, soft: bool) -> dict[int, Reordering]:
-        """Find the inputs whose rows or columns are permuted: input number -> reordering."""
-        reorderings: dict[int, Reordering] = {}
-        first = self.job.inputs[0]
-        reference = layer_index(first.spec.name)
-        for i, tensor in enumerate(self.job.inputs):
-            layer = layer_index(tensor.spec.name)
-            if reference is None or layer is None:
-                continue
-            for plan in permutations.get((first.model, tensor.model, reference, layer), ()):
-                if isinstance(plan, HeadPlan):
-                    reordering = find_reordering(plan, tensor.spec.name, soft=soft)
-                else:
-                    reordering = find_neuron_reordering(plan, tensor.spec)
-                if reordering is not None:
-                    reorderings[i] = reordering
-        return reorderings
 
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
         """Return uninitialised memory from the arena."""
@@ -166,28 +147,28 @@ class TensorStream:
         assert measure is not None
         return measure(self)
 
-    def run(self, place: TensorPlace, layer_sum: Float64 | None = None) -> PartResult:
+    def run(self, writer: RowWriter, layer_sum: Float64 | None = None) -> PartResult:
         """Make this worker's blocks of the tensor, and write them.
 
         Parameters
         ----------
-        place : TensorPlace
-            Where to write to.
+        writer : RowWriter
+            Takes the rows.
         layer_sum : array of float64, optional
             What `measure` returned, summed over the tensor's layer, where the method asks for it.
         """
         if self.job.is_byte_copy:
-            self._copy(place)
+            self._copy(writer)
         else:
             self.layer_sum = layer_sum
-            self._merge(place)
+            self._merge(writer)
         if self.group.finish():
             for tensor in self.job.inputs:
                 self._sources[tensor.model].check_unchanged()
                 self._sources[tensor.model].forget(tensor.spec.name)
         return self.part
 
-    def _copy(self, place: TensorPlace) -> None:
+    def _copy(self, writer: RowWriter) -> None:
         for _, start, stop in self._ranges():
             raw = self._raw[: (stop - start) * self._out_row_bytes]
             runs = [Run(start, stop, 0, start)]
@@ -201,7 +182,7 @@ class TensorStream:
                     continue
                 self._read(0, run.row, run.row + n_rows, run.start, copied)
                 self._check_copy(self.job.experts[0], copied, run.row)
-            self._write(place, start, stop - start, raw)
+            self._write(writer, start, stop - start, raw)
 
     def _check_copy(self, tensor: InputTensor, raw: UInt8, first_row: int) -> None:
         """Refuse NaN and infinity, as decoding does."""
@@ -220,7 +201,7 @@ class TensorStream:
             tensor=name,
         )
 
-    def _merge(self, place: TensorPlace) -> None:
+    def _merge(self, writer: RowWriter) -> None:
         codec = CODECS[self.job.out.dtype]
         for block, values in METHODS[self.job.method].blocks(self):
             self._check_range(block, values)
@@ -232,7 +213,7 @@ class TensorStream:
                 self._encode_weighted(values, raw, row)
             else:
                 codec.encode(values, raw, self._scratch)
-            self._write(place, row, block.n_rows, raw)
+            self._write(writer, row, block.n_rows, raw)
 
     def _undo(self, rows: NDArray[np.float32], row: int) -> None:
         """Make values those that a directory has."""
@@ -264,16 +245,17 @@ class TensorStream:
             )
             at = stop
 
-    def _write(self, place: TensorPlace, start: int, n_rows: int, raw: UInt8) -> None:
-        place.write_rows(start, raw)
+    def _write(self, writer: RowWriter, start: int, n_rows: int, raw: UInt8) -> None:
+        writer.write_rows(start, raw)
         self.part.output.add(start, n_rows, raw)
         self._traffic.add(0, raw.nbytes)
 
     def _ranges(self) -> Iterator[tuple[int, int, int]]:
         """Yield number, first row and last + 1 of this worker's blocks."""
-        n_rows, height = self.job.out.n_rows, self.job.rows_per_block
+        (first, end), height = self._range, self.job.rows_per_block
         for number in self.group.take_blocks():
-            yield number, number * height, min((number + 1) * height, n_rows)
+            start = first + number * height
+            yield number, start, min(start + height, end)
 
     def blocks(self) -> Iterator[Block]:
         """Yield this worker's blocks in row order. Cached blocks are not loaded again."""

@@ -13,12 +13,12 @@ __all__ = ["PartResult", "Traffic", "join_parts"]
 
 
 class Traffic:
-    """Bytes that all workers read and wrote so far, and the event that stops them."""
+    """Bytes that workers read and wrote so far, and the event that stops them, which may be others' too."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop: threading.Event | None = None) -> None:
         self.read = 0
         self.written = 0
-        self.stop = threading.Event()
+        self.stop = stop or threading.Event()
         self._lock = threading.Lock()
 
     def add(self, n_read: int, n_written: int) -> None:

@@ -15,19 +15,19 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
 from edgemerge.alignment.heads import SOFT_WARNING, align_models
 from edgemerge.alignment.neurons import NeuronPlan, match_neurons
 from edgemerge.alignment.records import HeadPlan, Skipped, ValueRotations
-from edgemerge.budget import Arena
+from edgemerge.alignment.reordering import Permutations
 from edgemerge.errors import Stopped
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
-from edgemerge.merging.stream import Permutations, TensorStream
+from edgemerge.merging.tasks import Done, Executor, Task, Workshop
 from edgemerge.merging.traffic import PartResult, Traffic, join_parts
 from edgemerge.methods.shared_tensor import ThreadGroup
 from edgemerge.methods.table import METHODS
@@ -37,11 +37,13 @@ from edgemerge.planning.plan import alignment_pairs
 from edgemerge.remote.stand_ins import stop_reading
 from edgemerge.types import BeginPart, Float64, Plan, Progress, Source, TensorJob, ignore_parts
 
-__all__ = ["WorkerPool"]
+__all__ = ["MakeExecutor", "WorkerPool"]
 
 R = TypeVar("R")
 
 POLL_SECONDS = 0.1
+
+MakeExecutor: TypeAlias = Callable[["WorkerPool"], Executor]
 
 
 class WorkerPool:
@@ -61,11 +63,19 @@ class WorkerPool:
         Called before heads are aligned and before neurons are matched.
     permutations : Permutations, optional
         How heads and neurons are permuted, where an earlier pool of the same models has found it.
+    make_executor : callable, optional
+        Makes what does the tasks of this pool, once `permutations` is known; by default threads do them.
 
     Attributes
     ----------
     permutations : Permutations
         The same, once `prepare` has found it.
+    matrices, sources, traffic
+        For the executor; it counts bytes in `traffic`.
+    notes : list of str
+        What the user should know of the work.
+    n_workers : int
+        How many tensors are made at a time.
     """
 
     def __init__(
@@ -76,20 +86,23 @@ class WorkerPool:
         matrices: Mapping[Path, ImportanceMatrix],
         begin_part: BeginPart = ignore_parts,
         permutations: Permutations | None = None,
+        make_executor: MakeExecutor | None = None,
     ) -> None:
-        self._matrices = matrices
+        self.matrices = matrices
         self.plan = the_plan
         self.sources = sources
         self.traffic = Traffic()
+        self.notes: list[str] = []
+        self.n_workers = the_plan.workers
         self._progress = progress
         self._begin_part = begin_part
         self._is_aligned = permutations is not None
         self.permutations: Permutations = permutations or {}
         self._layer_sums: dict[int, Float64] = {}
         self._results: dict[int, TensorResult] = {}
+        self._make_executor = make_executor or _Threads
         self._taken_over = 0  # bytes read and written by an earlier run
         self._total = the_plan.read_bytes + sum(job.out.nbytes for job in the_plan.jobs)
-        self._arenas: queue.SimpleQueue[Arena] = queue.SimpleQueue()
 
     def take_over(self, i: int, result: TensorResult) -> None:
         """Count a tensor as made by an earlier run. Call this before `prepare`.
@@ -104,19 +117,19 @@ class WorkerPool:
         job = self.plan.jobs[i]
         self._results[i] = result
         self._taken_over += job.out.nbytes + job.read_bytes
-        self._report()
+        self.report()
 
     def prepare(self) -> tuple[str, ...]:
         """Do the work that spans tensors. Return notes for the user."""
         try:
-            notes = [] if self._is_aligned else self._find_permutations()
+            if not self._is_aligned:
+                self.notes += self._find_permutations()
         except BaseException:
             self.traffic.stop.set()
             raise
-        for _ in range(self.plan.workers):
-            self._arenas.put(Arena(self.plan.arena_bytes))
+        self._executor = self._make_executor(self)
         self._measure_layers()
-        return tuple(notes)
+        return tuple(self.notes)
 
     def run(
         self,
@@ -137,28 +150,34 @@ class WorkerPool:
         EdgemergeError
             The first error of a worker. All workers have stopped.
         """
-        numbers = {job.out.name: i for i, job in enumerate(self.plan.jobs)}
-        parts: dict[str, list[PartResult]] = {name: [] for name in numbers}
+        parts: dict[int, list[PartResult]] = {}
         lock = threading.Lock()
 
-        def make(stream: TensorStream) -> None:
-            job = stream.job
-            layer = _measured_layer(job)
-            layer_sum = None if layer is None else self._layer_sums[layer]
-            part = stream.run(places[job.out.name], layer_sum)
+        def note(task: Task, part: Done) -> None:
+            assert isinstance(part, PartResult)
             with lock:
-                parts[job.out.name].append(part)
-                is_finished = len(parts[job.out.name]) == job.workers
+                found = parts.setdefault(task.number, [])
+                n_before = sum(one.output.n_rows for one in found)
+                found.append(part)
+                n_rows = n_before + part.output.n_rows
+                is_finished = n_before < n_rows == self.plan.jobs[task.number].out.n_rows
             if is_finished:
-                i = numbers[job.out.name]
-                self._results[i] = join_parts(parts[job.out.name])
-                on_finished(i, self._results[i])
+                self._results[task.number] = join_parts(found)
+                on_finished(task.number, self._results[task.number])
 
-        self._each(self._jobs_left(), make)
+        tasks = [self._task(i) for i in self._jobs_left()]
+        self._executor.run(tasks, places, note)
         return [self._results[i] for i in range(len(self.plan.jobs))]
 
-    def _jobs_left(self) -> list[TensorJob]:
-        return [job for i, job in enumerate(self.plan.jobs) if i not in self._results]
+    def _task(self, number: int) -> Task:
+        """Return the task to make a tensor, all of its rows."""
+        job = self.plan.jobs[number]
+        layer = _measured_layer(job)
+        layer_sum = None if layer is None else self._layer_sums[layer]
+        return Task(number, 0, job.out.n_rows, layer_sum=layer_sum)
+
+    def _jobs_left(self) -> list[int]:
+        return [i for i in range(len(self.plan.jobs)) if i not in self._results]
 
     # -- what spans tensors ------------------------------------------------------------------------
 
@@ -231,70 +250,81 @@ class WorkerPool:
 
         threading.Thread(target=run, name="edgemerge-match", daemon=True).start()
         while not wait([done], POLL_SECONDS).done:
-            self._report()
+            self.report()
         return done.result()
 
     def _measure_layers(self) -> None:
         """Measure the tensors of each layer, and sum what is found in the order of the jobs."""
-        layers = {_measured_layer(job) for job in self._jobs_left()} - {None}
-        jobs = [job for job in self.plan.jobs if _measured_layer(job) in layers]
+        jobs = self.plan.jobs
+        layers = {_measured_layer(jobs[i]) for i in self._jobs_left()} - {None}
+        found: dict[int, Float64] = {}
+
+        def note(task: Task, measured: Done) -> None:  # the same by each thread of a group
+            assert not isinstance(measured, PartResult)
+            found[task.number] = measured
+
+        numbers = [i for i, job in enumerate(jobs) if _measured_layer(job) in layers]
+        tasks = [Task(i, 0, jobs[i].out.n_rows, measures=True) for i in numbers]
+        self._executor.run(tasks, {}, note)
         sums = self._layer_sums
-        for job, (found, *_) in zip(jobs, self._each(jobs, TensorStream.measure), strict=True):
-            layer = _measured_layer(job)
+        for i in numbers:
+            layer = _measured_layer(jobs[i])
             assert layer is not None
-            sums[layer] = sums[layer] + found if layer in sums else found
+            sums[layer] = sums[layer] + found[i] if layer in sums else found[i]
 
-    # -- workers -----------------------------------------------------------------------------------
+    def report(self) -> None:
+        """Report progress; may raise to stop. What an earlier run finished counts as read and written."""
+        if self._progress is not None:
+            done = self._taken_over + self.traffic.read + self.traffic.written
+            # A worker that takes more blocks than planned reads some of them again.
+            self._progress(min(done, self._total), self._total)
 
-    def _each(self, jobs: Sequence[TensorJob], work: Callable[[TensorStream], R]) -> list[list[R]]:
-        """Do the work on every tensor. Return what each worker of each tensor returned.
 
-        The largest tensors come first, so that none of them is left for one worker at the end. A group
-        always becomes complete: its tasks are neighbours in the queue, and the pool has a thread for each.
-        """
+class _Threads:
+    """Does tasks on threads of this process, the largest first.
 
-        def run(job: TensorJob, group: ThreadGroup) -> R:
-            arena = self._arenas.get()
-            try:
-                stream = TensorStream(
-                    job,
-                    self.sources,
-                    arena,
-                    self.plan,
-                    self.traffic,
-                    self.permutations,
-                    self._matrices,
-                    group.join(),
-                )
-                return work(stream)
-            except BaseException:
-                group.abort()
-                raise
-            finally:
-                self._arenas.put(arena)
+    So none of the largest is left for one worker at the end. A group always becomes complete: its tasks are
+    neighbours in the queue, and the pool has a thread for each.
+    """
 
-        groups = [ThreadGroup(job.workers, job.n_blocks) for job in jobs]
-        order = sorted(range(len(jobs)), key=lambda i: -jobs[i].out.n_elements)
-        with ThreadPoolExecutor(self.plan.workers, "edgemerge") as executor:
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._workshop = Workshop(pool.plan, pool.sources, pool.matrices, pool.permutations)
+
+    def run(
+        self, tasks: Sequence[Task], places: Places, on_done: Callable[[Task, Done], None]
+    ) -> None:
+        """Do all tasks; see `Executor`."""
+        jobs = self._pool.plan.jobs
+        groups = [self._workshop.group(task, jobs[task.number].workers) for task in tasks]
+        order = sorted(range(len(tasks)), key=lambda i: -jobs[tasks[i].number].out.n_elements)
+
+        def work(task: Task, group: ThreadGroup) -> None:
+            place = None if task.measures else places[jobs[task.number].out.name]
+            on_done(task, self._workshop.do(task, place, group, self._pool.traffic))
+
+        with ThreadPoolExecutor(self._pool.plan.workers, "edgemerge") as executor:
             # Submit inside `try`: after an interrupt here, a part of a group would wait for the rest.
             try:
-                futures = {
-                    i: [executor.submit(run, jobs[i], groups[i]) for _ in range(jobs[i].workers)]
-                    for i in order
-                }
-                self._wait([future for part in futures.values() for future in part])
+                self._wait(
+                    [
+                        executor.submit(work, tasks[i], groups[i])
+                        for i in order
+                        for _ in range(groups[i].n_workers)
+                    ]
+                )
             except BaseException:
-                self.traffic.stop.set()
+                self._pool.traffic.stop.set()
                 for group in groups:
                     group.abort()
-                stop_reading(state.path for source in self.sources for state in source.states())
+                models = self._pool.sources
+                stop_reading(state.path for source in models for state in source.states())
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
-        return [[future.result() for future in futures[i]] for i in range(len(jobs))]
 
-    def _wait(self, futures: Sequence[Future[R]]) -> None:
+    def _wait(self, futures: Sequence[Future[None]]) -> None:
         """Wait for all, or raise the first error."""
-        finished: queue.Queue[Future[R]] = queue.Queue()
+        finished: queue.Queue[Future[None]] = queue.Queue()
         for future in futures:
             future.add_done_callback(finished.put)
         left = len(futures)
@@ -305,14 +335,7 @@ class WorkerPool:
                 # Other workers of a group raise Stopped. The error that caused it comes too.
                 if error is not None and not isinstance(error, Stopped):
                     raise error
-            self._report()
-
-    def _report(self) -> None:
-        """Report progress. What an earlier run finished counts as read and written."""
-        if self._progress is not None:
-            done = self._taken_over + self.traffic.read + self.traffic.written
-            # A worker that takes more blocks than planned reads some of them again.
-            self._progress(min(done, self._total), self._total)
+            self._pool.report()
 
 
 def _measured_layer(job: TensorJob) -> int | None:

@@ -43,6 +43,11 @@ class RowChecksum:
 
     runs: list[_Run] = field(default_factory=list)
 
+    @property
+    def n_rows(self) -> int:
+        """Rows that were added."""
+        return sum(run.stop - run.start for run in self.runs)
+
     def add(self, start: int, n_rows: int, raw_u8: UInt8) -> None:
         """Add rows from `start` on. This is cheapest where they continue the rows before."""
         if not self.runs or self.runs[-1].stop != start:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from edgemerge.errors import EdgemergeError, FormatError, OutputError
+from edgemerge.errors import ClusterError, EdgemergeError, FormatError, OutputError
 from edgemerge.formats.files import read_state
 from edgemerge.output.checksums import TensorResult
 from edgemerge.output.file import OutputFile, read_chunks
@@ -285,6 +285,8 @@ def _is_marked(path: Path, mark: FileMark) -> bool:
 
 
 def _may_go_on(error: BaseException) -> bool:
-    """Tell whether a second run may succeed: the first was stopped, or a disk failed."""
+    """Tell whether a second run may succeed: the first was stopped, or a disk or a cluster failed."""
+    if isinstance(error, ClusterError):
+        return True
     is_verdict = isinstance(error, EdgemergeError) and not isinstance(error, OutputError)
     return not is_verdict or isinstance(error.__cause__, OSError)

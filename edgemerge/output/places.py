@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from isal.isal_zlib import crc32
@@ -15,9 +15,16 @@ from edgemerge.formats.hub.layouts import Rows, Start, Written
 from edgemerge.output.file import OutputFile
 from edgemerge.types import TensorSpec, UInt8
 
-__all__ = ["Places", "TensorPlace", "place_in_order"]
+__all__ = ["Places", "RowWriter", "TensorPlace", "place_in_order"]
 
 PIECE = 1 << 20  # bytes that are read back at a time; one row at least
+
+
+class RowWriter(Protocol):
+    """Takes the rows of a tensor that are made."""
+
+    def write_rows(self, start: int, raw_u8: UInt8) -> None:
+        """Write encoded rows from `start` on, which are in GGUF's order; thread-safe."""
 
 
 @dataclass(frozen=True, slots=True)

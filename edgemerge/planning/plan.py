@@ -13,19 +13,13 @@ from edgemerge.budget import (
     SOLVER_BYTES,
     WORKER_BYTES,
     ArenaNeed,
-    aligned,
-    blocks_in_arena,
     divide_budget,
-    rows_in_arena,
     workers_on,
 )
 from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.formats.architectures import layer_index
-from edgemerge.formats.mixture import MixtureSource
-from edgemerge.formats.quants.codec import CODECS, find_codec, row_bytes
+from edgemerge.formats.quants.codec import find_codec, row_bytes
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
-from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH
-from edgemerge.methods.blocks import SUM_LANES
 from edgemerge.methods.linear import PASSTHROUGH
 from edgemerge.methods.method import Method
 from edgemerge.methods.table import find_method
@@ -40,10 +34,11 @@ from edgemerge.planning.jobs import (
     may_copy,
 )
 from edgemerge.planning.llama_check import check_runs
+from edgemerge.planning.memory import cut_blocks, find_need, header_bytes
 from edgemerge.planning.settings import unused_settings
-from edgemerge.planning.token_maps import describe_rows, memory_of_rows
+from edgemerge.planning.token_maps import describe_rows
 from edgemerge.planning.vocabulary import choose_vocabulary, names_outsider, note_templates
-from edgemerge.types import SUMS, Plan, Recipe, Source, TensorJob, TensorSpec
+from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
 
 if TYPE_CHECKING:
     from edgemerge.planning.folder import Folder
@@ -54,7 +49,6 @@ DEFAULT_MEMORY = 512 << 20
 COMPARED = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
 UNSCALED = PASSTHROUGH.defaults(model=True)
 MAX_ELEMENTS = 1 << 32  # of one tensor: the radix select counts in 32 bits
-ARRAYS = 8  # what alignment may add to one arena, in arrays
 
 
 def make_plan(
@@ -132,20 +126,18 @@ def make_plan(
             notes += lacking
             metadata |= importance_metadata(importance)
     align = recipe.align or method.align
-    needs = [
-        _arena_need(job, align, aligns=align != "off" or recipe.matches_neurons) for job in jobs
-    ]
+    needs = [find_need(job, align, aligns=align != "off" or recipe.matches_neurons) for job in jobs]
     budget = memory or recipe.memory or DEFAULT_MEMORY
     read = [*sources.values(), *([] if owner in sources.values() else [owner])]
-    header_bytes = sum(map(_header_bytes, read))
-    header_bytes += sum({id(d.rows): d.rows.n_bytes for d in drafts if d.rows}.values())
+    of_headers = sum(map(header_bytes, read))
+    of_headers += sum({id(d.rows): d.rows.n_bytes for d in drafts if d.rows}.values())
     reserved, alignment = _alignment_needs(align, jobs, list(sources.values()))
     neuron_bytes = 0
     if recipe.matches_neurons:
         _refuse_slices(recipe)
         reserved = max(reserved, SOLVER_BYTES)
         neuron_bytes = _neuron_bytes(jobs, list(sources.values()))
-    beside = 2 * header_bytes + reserved + folder_bytes
+    beside = 2 * of_headers + reserved + folder_bytes
     reading = sum(source.work_bytes() for source in sources.values())
     workers, arena_bytes = divide_budget(
         needs + alignment,
@@ -161,7 +153,7 @@ def make_plan(
         recipe=recipe,
         models=models,
         jobs=tuple(
-            _with_rows(job, need, arena_bytes, workers_on(job.out.n_elements, total, workers))
+            cut_blocks(job, need, arena_bytes, workers_on(job.out.n_elements, total, workers))
             for job, need in zip(jobs, needs, strict=True)
         ),
         metadata=metadata,
@@ -176,12 +168,6 @@ def make_plan(
         alignment_bytes=_alignment_bytes(align, jobs, list(sources.values())) if alignment else 0,
         notes=tuple(dict.fromkeys(notes)),
     )
-
-
-def _header_bytes(source: Source) -> int:
-    if isinstance(source, MixtureSource):
-        return source.held_bytes()
-    return sum(len(value) for value in source.metadata().values())
 
 
 def _describe_tokens(drafts: Sequence[Draft], models: Sequence[Path]) -> Iterator[str]:
@@ -311,36 +297,3 @@ def alignment_pairs(jobs: Sequence[TensorJob]) -> dict[tuple[int, int], list[tup
             if left is not None and right is not None:
                 pairs.setdefault((reference.model, other.model), set()).add((left, right))
     return {models: sorted(layers) for models, layers in pairs.items()}
-
-
-def _arena_need(job: TensorJob, align: str, *, aligns: bool) -> ArenaNeed:
-    """Add up what `TensorStream` and the method will take from the arena for one tensor."""
-    n_cols = job.out.n_cols
-    widest = max(tensor.spec.row_bytes for tensor in (*job.inputs,))
-    if job.is_byte_copy:
-        return ArenaNeed(job.out.n_rows, n_cols, aligned(1) * ARRAYS, widest, 0, surveyed=False)
-    method = find_method(job.method)
-    own = method.memory(job)
-    fixed = own.fixed + aligned(1) * ARRAYS * (1 + len(job.experts)) + 8 * SUM_LANES
-    if job.is_weighted:
-        fixed += 4 * (WEIGHTED_SCRATCH + n_cols)
-    else:
-        fixed += 4 * CODECS[job.out.dtype].scratch_len
-    if aligns:
-        fixed += 4 * n_cols
-    fixed_of_tokens, per_row_of_tokens = memory_of_rows(job)
-    fixed += fixed_of_tokens
-    per_row = own.per_row + per_row_of_tokens + max(widest, job.out.row_bytes)
-    per_row += 4 * n_cols if align in SUMS else 0
-    inputs = 4 * n_cols * len(job.inputs)
-    # Other tensors of the layer are measured between this one's measurement and its merge.
-    surveyed = job.passes > 1 and not method.spans_layer(job)
-    return ArenaNeed(job.out.n_rows, n_cols, fixed, per_row, inputs, surveyed=surveyed)
-
-
-def _with_rows(job: TensorJob, need: ArenaNeed, arena_bytes: int, workers: int) -> TensorJob:
-    rows = rows_in_arena(need, arena_bytes)
-    cached = blocks_in_arena(need, rows, arena_bytes)
-    # A tensor that is cached whole is read once, whatever the number of passes over its blocks.
-    passes = 1 if workers == 1 and cached * rows >= need.n_rows else job.passes
-    return replace(job, rows_per_block=rows, passes=passes, workers=workers, cached_blocks=cached)

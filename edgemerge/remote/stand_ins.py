@@ -11,21 +11,25 @@ import atexit
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemerge.shown_paths import call_path, forget_paths
+from edgemerge.shown_paths import call_path, forget_paths, names_of_paths
 
 if TYPE_CHECKING:  # a merge of files here does without what talks to servers
-    from edgemerge.remote.file import RemoteFile
+    from edgemerge.remote.address import Address
+    from edgemerge.remote.file import Identity, RemoteFile
 
 __all__ = [
+    "StandIns",
     "add_file",
     "find_remote",
     "is_address",
     "is_remote",
+    "list_stand_ins",
     "new_folder",
     "remove_all",
     "stop_reading",
@@ -33,6 +37,7 @@ __all__ = [
 
 _files: dict[Path, RemoteFile] = {}
 _folders: list[Path] = []
+_made: list[Path] = []  # folders that `StandIns.take` made
 _numbers = count()
 # A path's text has one slash less.
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|(?:https?|hf|s3|sftp):/", re.ASCII | re.IGNORECASE)
@@ -79,6 +84,80 @@ def is_remote(path: Path) -> bool:
     """Tell whether a model is read from another machine, or something that is added to it is."""
     text = str(path)
     return any(str(file) in text or str(file.parent) in text for file in _files)
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """What stands for the remote models of one process, to stand for them in another too.
+
+    The addresses have their logins, so that who can read this can read the files.
+
+    Attributes
+    ----------
+    roots : tuple of Path
+        Folders that all of it lies in.
+    remote : mapping of Path to (class, Address, Identity)
+        Files of tensors, and what reads them.
+    small : mapping of Path to bytes
+        Files that were fetched.
+    names : mapping of str to str
+        What paths are called.
+    """
+
+    roots: tuple[Path, ...]
+    remote: Mapping[Path, tuple[type[RemoteFile], Address, Identity]]
+    small: Mapping[Path, bytes]
+    names: Mapping[str, str]
+
+    def take(self) -> None:
+        """Let the same paths stand for the same files here. Files that are there already stay."""
+        for path, (reader, address, identity) in self.remote.items():
+            _files.setdefault(path, reader(address, identity))
+            _write(path, b"", identity.n_bytes)
+        for path, raw in self.small.items():
+            _write(path, raw, len(raw))
+        for known, name in self.names.items():
+            call_path(known, name)
+
+    def drop(self) -> None:
+        """End the connections. What was made on the disk stays until the process ends."""
+        for path in self.remote:
+            if (remote := _files.pop(path, None)) is not None:
+                remote.close()
+
+
+def list_stand_ins() -> StandIns:
+    """Return what stands for the remote models of this process."""
+    roots = tuple(_folders)
+    return StandIns(
+        roots,
+        {path: (type(remote), remote.address, remote.identity) for path, remote in _files.items()},
+        {
+            path: path.read_bytes()
+            for root in roots
+            for path in root.rglob("*")
+            if path.is_file() and not path.is_symlink() and path not in _files
+        },
+        names_of_paths() if roots else {},
+    )
+
+
+def _write(path: Path, raw: bytes, n_bytes: int) -> None:
+    """Make a file at once, unless it is there: other processes may make the same."""
+    if path.exists():
+        return
+    import tempfile
+
+    if not any(path.is_relative_to(root) for root in _made):
+        root = next(parent for parent in reversed(path.parents) if not parent.exists())
+        _made.append(root)
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, made = tempfile.mkstemp(dir=path.parent)
+    with open(fd, "wb") as file:
+        file.write(raw)
+        file.truncate(n_bytes)
+    os.replace(made, path)
 
 
 def stop_reading(paths: Iterable[Path]) -> None:

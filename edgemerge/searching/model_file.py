@@ -15,6 +15,7 @@ from typing import Self
 
 import numpy as np
 
+from edgemerge.alignment.reordering import Permutations
 from edgemerge.budget import floor_bytes
 from edgemerge.formats import open_model
 from edgemerge.formats.architectures import layer_index
@@ -23,7 +24,6 @@ from edgemerge.formats.layout import FileLayout
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.merging.precompile import precompile
 from edgemerge.merging.run import usable_processors
-from edgemerge.merging.stream import Permutations
 from edgemerge.merging.workers import WorkerPool
 from edgemerge.methods.table import METHODS
 from edgemerge.output.file import OutputFile

@@ -165,7 +165,7 @@ def test_a_folder_with_something_else_in_it_is_not_touched(folder: Path) -> None
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], list[str]]:
     """Interrupt the merge whose file has a name; return the list of merges that really ran."""
     ran: list[str] = []
-    run_one = run._run
+    run_one = run.make_tensors  # type: ignore[attr-defined]
 
     def set_stop(name: str | None) -> list[str]:
         def run_or_stop(the_plan: Any, inputs: Any, parts: Any, *args: Any) -> Any:
@@ -175,7 +175,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], list[str]
             ran.append(found)
             return run_one(the_plan, inputs, parts, *args)
 
-        monkeypatch.setattr(run, "_run", run_or_stop)
+        monkeypatch.setattr(run, "make_tensors", run_or_stop)
         ran.clear()
         return ran
 

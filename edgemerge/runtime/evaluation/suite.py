@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,9 +29,12 @@ __all__ = [
     "TextScore",
     "answered",
     "document",
+    "job_of",
     "pairs",
     "question_records",
     "run",
+    "score_task",
+    "score_text",
     "text_scores",
 ]
 
@@ -118,29 +121,64 @@ def run(request: Request, results: Results, load: Callable[[Path], Model], bar: 
 
 
 def _run_task(model: Model, task: Task, n_ctx: int | None, results: Results, show: Show) -> None:
-    job = _job(model.path, task.path, task.name)
+    job = job_of(model.path, task.path, task.name)
     done = results.entries.setdefault(job, {})
     total = len(task.questions)
     show(len(done), total)
-    for finished in score_questions(model, task.questions, n_ctx=n_ctx, skip=frozenset(done)):
-        for index, one in finished.items():
-            results.add(job, index, [one.totals, one.n_tokens, one.cut])
+    for finished in score_task(model, task, n_ctx, frozenset(done)):
+        for index, value in finished:
+            results.add(job, index, value)
         results.flush()
         show(len(done), total)
 
 
 def _run_text(model: Model, text: Path, n_ctx: int, results: Results, show: Show) -> None:
-    job = _job(model.path, text)
+    job = job_of(model.path, text)
     done = results.entries.setdefault(job, {})
     chunks = cut_text(model, text, n_ctx)
     show(len(done), len(chunks))
-    for index, chunk in score_chunks(model, chunks, skip=frozenset(done)):
-        results.add(job, index, [chunk.nll, chunk.nll_squared, chunk.n])
+    for index, value in _score_chunks(model, chunks, frozenset(done)):
+        results.add(job, index, value)
         results.flush()
         show(len(done), len(chunks))
 
 
-def _job(model: Path, *what: Path | str) -> str:
+def score_task(
+    model: Model, task: Task, n_ctx: int | None, skip: Collection[int]
+) -> Iterator[list[tuple[int, Any]]]:
+    """Score a task's questions; yield, batch by batch, what `Results.add` takes of each.
+
+    Parameters
+    ----------
+    model : Model
+        A loaded model.
+    task : Task
+        With the questions.
+    n_ctx : int, optional
+        Tokens of context.
+    skip : collection of int
+        Indices of questions that need no score; a batch may have some of them too.
+    """
+    for finished in score_questions(model, task.questions, n_ctx=n_ctx, skip=skip):
+        yield [(i, [one.totals, one.n_tokens, one.cut]) for i, one in finished.items()]
+
+
+def score_text(
+    model: Model, text: Path, n_ctx: int | None, skip: Collection[int]
+) -> Iterator[tuple[int, Any]]:
+    """Score a text's chunks; yield what `Results.add` takes of each that is not to be skipped."""
+    yield from _score_chunks(model, cut_text(model, text, n_ctx or CHUNK), skip)
+
+
+def _score_chunks(
+    model: Model, chunks: Sequence[Sequence[int]], skip: Collection[int]
+) -> Iterator[tuple[int, Any]]:
+    for index, chunk in score_chunks(model, chunks, skip=skip):
+        yield index, [chunk.nll, chunk.nll_squared, chunk.n]
+
+
+def job_of(model: Path, *what: Path | str) -> str:
+    """Name a model's results on a task (its file and name) or on a text."""
     return " | ".join(
         str(one.resolve() if isinstance(one, Path) else one) for one in (model, *what)
     )
@@ -159,7 +197,7 @@ def answered(request: Request, results: Results) -> list[Answered]:
     marked = []
     for task in request.tasks:
         for model in request.models:
-            entries = results.entries[_job(model, task.path, task.name)]
+            entries = results.entries[job_of(model, task.path, task.name)]
             found = []
             for index in range(len(task.questions)):
                 totals, n_tokens, cut = entries[index]
@@ -185,7 +223,7 @@ def text_scores(request: Request, results: Results) -> list[TextScore]:
             model,
             text,
             perplexity_of(
-                Chunk(*sums) for _, sums in sorted(results.entries[_job(model, text)].items())
+                Chunk(*sums) for _, sums in sorted(results.entries[job_of(model, text)].items())
             ),
         )
         for text in request.texts
