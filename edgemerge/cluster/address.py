@@ -68,7 +68,7 @@ def prepare_dask() -> None:
     ClusterError
         Dask is not installed.
     """
-    if find_spec("distributed") is None:
+    if find_spec("distributed") is None or find_spec("cryptography") is None:
         raise ClusterError(f"a cluster needs Dask's distributed: {EXTRA}")
     import dask
     import distributed  # noqa: F401  (sets the levels of its logs when it is imported)

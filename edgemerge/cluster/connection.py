@@ -7,6 +7,7 @@ loses all. They are handed out again when it is back.
 
 from __future__ import annotations
 
+import os
 import queue
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from edgemerge.errors import ClusterError, EdgemergeError, Stopped
 
 if TYPE_CHECKING:
     from distributed import Client, Future
+    from distributed.security import Security
 
 __all__ = ["Again", "Call", "Connection", "Shared", "open_cluster"]
 
@@ -329,19 +331,29 @@ def open_cluster(address: str, *, memory: int, threads: int) -> Iterator[Connect
     """
     prepare_dask()
     from distributed import Client, LocalCluster
+    from distributed.security import Security
 
     n_local = count_local(address)
     with ExitStack() as stack:
         where: Any = address
+        security = None
         if n_local is not None:
-            host = {"host": "127.0.0.1", "dashboard_address": None}
-            where = stack.enter_context(LocalCluster(n_workers=0, **host))
+            security = Security.temporary()  # this machine may have other users
+            where = stack.enter_context(
+                LocalCluster(
+                    n_workers=0,
+                    security=security,
+                    protocol="tls://",
+                    host="127.0.0.1",
+                    dashboard_address="127.0.0.1:0",
+                )
+            )
             words = ["--threads", str(max(1, threads // n_local)), "--memory", str(memory)]
             for _ in range(n_local):
-                stack.enter_context(_local_worker(where.scheduler_address, words))
+                stack.enter_context(_local_worker(where.scheduler_address, words, security))
 
         def connect() -> Client:
-            return Client(where, timeout=CONNECT_SECONDS, set_as_default=False)
+            return Client(where, timeout=CONNECT_SECONDS, set_as_default=False, security=security)
 
         connection = Connection(address, connect, n_local or 1)
         stack.callback(connection.close)
@@ -351,9 +363,15 @@ def open_cluster(address: str, *, memory: int, threads: int) -> Iterator[Connect
 
 
 @contextmanager
-def _local_worker(address: str, words: Sequence[str]) -> Iterator[None]:
+def _local_worker(address: str, words: Sequence[str], security: Security) -> Iterator[None]:
     """Start a worker on this machine, and end it; a session of its own keeps the terminal's Ctrl-C away."""
     command = [sys.executable, "-m", "edgemerge", "worker", address, "--host", "127.0.0.1", *words]
+    tls = "DASK_DISTRIBUTED__COMM__TLS__"
+    keys = {
+        f"{tls}CA_FILE": security.tls_ca_file,
+        f"{tls}WORKER__CERT": security.tls_worker_cert,
+        f"{tls}WORKER__KEY": security.tls_worker_key,
+    }
     nothing = subprocess.DEVNULL
     child = subprocess.Popen(
         [*command, "--nice", "0"],
@@ -361,6 +379,7 @@ def _local_worker(address: str, words: Sequence[str]) -> Iterator[None]:
         stdout=nothing,
         stderr=nothing,
         start_new_session=True,
+        env={**os.environ, **keys},  # which no other user sees
     )
     try:
         yield

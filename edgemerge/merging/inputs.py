@@ -96,7 +96,7 @@ def check_marks(marks: Sequence[InputMark], sources: Sequence[Source]) -> None:
 
 def _another(path: Path) -> FormatError:
     return FormatError(
-        f"is another file there than here; copy {shown_path(path)} to that machine, or share its folder",
+        f"is another file there than here; copy {shown_path(path)} to that machine, or let it see this one",
         path=path,
     )
 

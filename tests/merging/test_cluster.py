@@ -244,7 +244,7 @@ def test_a_model_that_a_worker_does_not_see_is_refused(
     swaps = {str(there): str(tmp_path / "other") if other else None}
     found = merge_one(tmp_path / "models", tmp_path / "out", cluster.address, swaps=swaps)
     what = (
-        f"is another file there than here; copy {there} to that machine, or share its folder"
+        f"is another file there than here; copy {there} to that machine, or let it see this one"
         if other
         else "is not there; put it where all workers see it under this path, or give an address"
     )
