@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edgemerge.budget import floor_bytes
 from edgemerge.errors import EdgemergeError
-from edgemerge.formats import open_model
+from edgemerge.formats import OpenModels
 from edgemerge.formats.adapters.reference import model_name
 from edgemerge.formats.mixture import open_mixture
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
@@ -75,9 +75,10 @@ def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = Non
 
     def plan_one(one: Recipe) -> Plan:
         with ExitStack() as stack:
+            models = OpenModels(stack)
             return make_plan(
                 replace(one, stages=()),
-                lambda path: planned.get(path) or _open(one, path, stack),
+                lambda path: planned.get(path) or _open(one, path, stack, models),
                 memory=memory,
                 threads=threads or usable_processors(),
                 floor=floor,
@@ -200,6 +201,7 @@ def _merge_one(
     floor = floor_bytes()  # before the models are opened, whose headers the plan counts
     with ExitStack() as stack:
         opened: dict[Path, Source] = {}
+        models = OpenModels(stack)
 
         def convert(model: Recipe, target: Path) -> MergeReport:
             return _merge_one(
@@ -218,7 +220,7 @@ def _merge_one(
                 folder = output.absolute().parent
                 opened[path] = open_with_gates(recipe, recipe.mixture, folder, stack, convert)
             else:
-                opened[path] = (given or {}).get(path) or _open(recipe, path, stack)
+                opened[path] = (given or {}).get(path) or _open(recipe, path, stack, models)
             return opened[path]
 
         the_plan = make_plan(
@@ -366,12 +368,10 @@ def _type_bytes(the_plan: Plan) -> dict[str, int]:
     return dict(sizes.most_common())
 
 
-def _open(recipe: Recipe, path: Path, stack: ExitStack) -> Source:
+def _open(recipe: Recipe, path: Path, stack: ExitStack, models: OpenModels) -> Source:
     if recipe.mixture is not None:
         return open_mixture(recipe.mixture, recipe.seed, stack, with_gates=False)
-    source = open_model(path)
-    stack.callback(source.close)
-    return source
+    return models.open(path)
 
 
 def _new_pool(

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemerge.alignment.neurons import NeuronPlan
-from edgemerge.alignment.records import HeadPlan
-from edgemerge.alignment.reordering import Reordering, find_neuron_reordering, find_reordering
 from edgemerge.budget import Arena
 from edgemerge.errors import FormatError, MismatchError
-from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.mixture import MixtureSource
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.finite import find_non_finite
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH
+from edgemerge.merging.input_rows import Permutations, find_on_base, find_reorderings
 from edgemerge.merging.token_rows import TokenRowReader
 from edgemerge.merging.traffic import PartResult, Traffic
 from edgemerge.methods.blocks import NON_FINITE, Block, least_overflow
@@ -31,12 +27,9 @@ from edgemerge.output.places import TensorPlace
 from edgemerge.token_rows import ZERO, Run
 from edgemerge.types import Float32, Float64, InputTensor, Plan, Source, TensorJob, UInt8
 
-__all__ = ["Permutations", "TensorStream"]
+__all__ = ["TensorStream"]
 
 linear, norms = KernelFile("linear"), KernelFile("norms")
-
-# (reference, model, layer of the reference, layer of the model) -> how heads and neurons are permuted
-Permutations: TypeAlias = dict[tuple[int, int, int, int], list[HeadPlan | NeuronPlan]]
 
 # Pages are dropped from the page cache while a tensor is read, not after it. The system then reads the next
 # pages into the same memory. On a virtual machine this halves the processor time of reading.
@@ -96,6 +89,7 @@ class TensorStream:
         self._cached: dict[int, Block] = {}  # block number -> block, which stays in the arena
         self._is_first_pass = True  # only this pass adds to the checksums of the inputs
         self._gives_back = job.passes == 1  # drop pages that are not read again
+        self._base_rows: Float32 | None = None  # of the block that is filled
         self._forgotten = [0] * len(job.inputs)  # rows whose pages were dropped, for each input
         arena.reset()
         rows = max(1, job.rows_per_block)
@@ -121,30 +115,13 @@ class TensorStream:
             self._token_rows = (
                 None if job.rows is None else TokenRowReader(job, self.take, self._decode_stored)
             )
-            self._reorderings = self._find_reorderings(permutations, soft=the_plan.align == "soft")
+            self._reorderings = find_reorderings(job, permutations, soft=the_plan.align == "soft")
+            self._on_base = find_on_base(job, sources, self._reorderings)
             # Working memory to permute columns, a row; and to sum heads, another block.
             aligns = the_plan.align != "off" or the_plan.recipe.neurons
             self._row = self.take((job.out.n_cols if aligns else 0,), np.float32).view(np.float32)
             spare = n if the_plan.align == "soft" else 0
             self._spare = self.take((spare,), np.float32).view(np.float32)
-
-    def _find_reorderings(self, permutations: Permutations, *, soft: bool) -> dict[int, Reordering]:
-        """Find the inputs whose rows or columns are permuted: input number -> reordering."""
-        reorderings: dict[int, Reordering] = {}
-        first = self.job.inputs[0]
-        reference = layer_index(first.spec.name)
-        for i, tensor in enumerate(self.job.inputs):
-            layer = layer_index(tensor.spec.name)
-            if reference is None or layer is None:
-                continue
-            for plan in permutations.get((first.model, tensor.model, reference, layer), ()):
-                if isinstance(plan, HeadPlan):
-                    reordering = find_reordering(plan, tensor.spec.name, soft=soft)
-                else:
-                    reordering = find_neuron_reordering(plan, tensor.spec.name, tensor.spec.n_rows)
-                if reordering is not None:
-                    reorderings[i] = reordering
-        return reorderings
 
     def take(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[np.generic]:
         """Return uninitialised memory from the arena."""
@@ -311,8 +288,10 @@ class TensorStream:
     def _fill(self, block: Block, start: int, stop: int) -> None:
         """Decode all inputs of a block. Make task vectors of experts where the method takes them."""
         job = self.job
+        self._base_rows = None
         if job.base is not None and block.base is not None:
             self._decode(0, start, stop, start, block.base)
+            self._base_rows = block.base
         first = 0 if job.base is None else 1
         for i, values in enumerate(block.experts, first):
             self._load_expert(i, start, stop, values)
@@ -365,7 +344,10 @@ class TensorStream:
     def _read(self, i_input: int, start: int, stop: int, at: int | None, raw: UInt8) -> None:
         """Read stored rows, which become the output's rows from `at` on; None: a part of a sum."""
         tensor = self.job.inputs[i_input]
-        self._sources[tensor.model].read_rows(tensor.spec.name, start, stop, raw)
+        if self._base_rows is not None and (adapted := self._on_base.get(i_input)):
+            adapted.read_on_base(tensor.spec.name, start, stop, self._base_rows, raw)
+        else:
+            self._sources[tensor.model].read_rows(tensor.spec.name, start, stop, raw)
         self._traffic.add(raw.nbytes, 0)
         if at is not None and self._is_first_pass:
             self.part.inputs[i_input].add(at, stop - start, raw)

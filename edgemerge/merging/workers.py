@@ -27,7 +27,8 @@ from edgemerge.errors import Stopped
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
-from edgemerge.merging.stream import Permutations, TensorStream
+from edgemerge.merging.input_rows import Permutations
+from edgemerge.merging.stream import TensorStream
 from edgemerge.merging.traffic import PartResult, Traffic, join_parts
 from edgemerge.methods.shared_tensor import ThreadGroup
 from edgemerge.methods.table import METHODS

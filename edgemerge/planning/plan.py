@@ -20,6 +20,7 @@ from edgemerge.budget import (
     workers_on,
 )
 from edgemerge.errors import MismatchError, RecipeError
+from edgemerge.formats.adapters.adapted import held_bytes, reading_bytes, without_adapters
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.mixture import MixtureSource
 from edgemerge.formats.quants.codec import CODECS, find_codec, row_bytes
@@ -135,7 +136,7 @@ def make_plan(
     needs = [_arena_need(job, align, aligns=align != "off" or recipe.neurons) for job in jobs]
     budget = memory or recipe.memory or DEFAULT_MEMORY
     read = [*sources.values(), *([] if owner in sources.values() else [owner])]
-    header_bytes = sum(map(_header_bytes, read))
+    header_bytes = _all_header_bytes(read)
     header_bytes += sum({id(d.rows): d.rows.n_bytes for d in drafts if d.rows}.values())
     reserved, alignment = _alignment_needs(align, jobs, list(sources.values()))
     neuron_bytes = 0
@@ -144,7 +145,7 @@ def make_plan(
         reserved = SOLVER_BYTES
         neuron_bytes = _neuron_bytes(jobs, list(sources.values()))
     beside = 2 * header_bytes + reserved + folder_bytes
-    reading = sum(source.work_bytes() for source in sources.values())
+    reading = reading_bytes(list(sources.values()))
     workers, arena_bytes = divide_budget(
         needs + alignment,
         budget,
@@ -174,6 +175,12 @@ def make_plan(
         alignment_bytes=_alignment_bytes(jobs, list(sources.values())) if alignment else 0,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _all_header_bytes(sources: Sequence[Source]) -> int:
+    """Add up what is held of headers: of a base that adapters are added to, once."""
+    distinct = {id(base): base for base in map(without_adapters, sources)}
+    return sum(map(_header_bytes, distinct.values())) + sum(map(held_bytes, sources))
 
 
 def _header_bytes(source: Source) -> int:

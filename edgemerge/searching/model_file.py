@@ -21,9 +21,9 @@ from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.gguf.writer import make_layout
 from edgemerge.formats.layout import FileLayout
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
+from edgemerge.merging.input_rows import Permutations
 from edgemerge.merging.precompile import precompile
 from edgemerge.merging.run import usable_processors
-from edgemerge.merging.stream import Permutations
 from edgemerge.merging.workers import WorkerPool
 from edgemerge.methods.table import METHODS
 from edgemerge.output.file import OutputFile

@@ -39,7 +39,7 @@ def read_adapter(data: bytes, folder: Path) -> None:
         return
     adapter = open_adapter(path, BASE)
     try:
-        model = AdaptedModel(path, BASE, [(adapter, 0.5)])
+        model = AdaptedModel(path, BASE, [(adapter, 0.5)], closes_base=False)
         assert model.work_bytes() >= 0
         for updates in adapter.updates().values():
             for update in updates[:ROWS]:
