@@ -8,6 +8,7 @@ benchmarks/run.py merge --shape zoo  options that run.py does not know go to the
 benchmarks/run.py 7b                 only when asked for: needs 18 GB of disk
 benchmarks/run.py serve MODEL.gguf   only when asked for, as llama: what is no benchmark's name goes to it
 benchmarks/run.py quality135         only when asked for: downloads a model of 93 MB, needs two adapters
+benchmarks/run.py delta              only when asked for: as quality135
 benchmarks/run.py recipes --peers .venv-peers
                                      only when asked for: public recipes, by mergekit too
 benchmarks/run.py server MODEL.gguf --peers .venv-peers
@@ -28,10 +29,10 @@ from measure import run
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
-PAGES = (DOCS / "benchmarks.md", DOCS / "quality.md", HERE / "SPEED.md")
+PAGES = (DOCS / "benchmarks.md", DOCS / "quality.md", DOCS / "delta.md", HERE / "SPEED.md")
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
 ALONE += ["memory", "scaling"]
-WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes", "quality135")
+WHEN_ASKED = ("7b", "serve", "server", "llama", "recipes", "quality135", "delta")
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:
