@@ -40,11 +40,8 @@ def read(reference: str | Path, step: int = 1 << 20) -> dict[str, Float32]:
 def narrow_tensors(seed: int, near: dict[str, Float32] | None = None) -> dict[str, Float32]:
     """Rows of 40, which are no whole blocks of any type but F32; a change as small as 1e-7 in one tensor."""
     rng = np.random.default_rng(seed)
-    shapes = {
-        "token_embd.weight": (31, 40),
-        "blk.0.attn_q.weight": (40, 40),
-        "output_norm.weight": 40,
-    }
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (31, 40)}
+    shapes |= {"blk.0.attn_q.weight": (40, 40), "output_norm.weight": (40,)}
     found = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     if near is None:
         found["blk.0.attn_q.weight"] *= np.float32(1e-7)

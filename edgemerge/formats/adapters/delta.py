@@ -23,7 +23,7 @@ from edgemerge.formats.adapters.updates import Update
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.gguf.model import GgufFile
 from edgemerge.formats.gguf.types import block_size
-from edgemerge.formats.quants.codec import find_codec
+from edgemerge.formats.quants.codec import CODECS
 from edgemerge.types import TensorSpec
 
 __all__ = [
@@ -122,21 +122,20 @@ class DeltaAdapter(GgufAdapter):
         return exponents
 
     def _coded(self, spec: TensorSpec, theirs: TensorSpec, scale: float) -> Update:
-        find_codec(spec)
         length = block_size(spec.dtype)[0]
         in_one_row = (-(-theirs.n_elements // length) * length,)
-        if spec.shape not in (theirs.shape, in_one_row):
+        if spec.dtype not in CODECS or spec.shape not in (theirs.shape, in_one_row):
             raise self._refuse(spec, theirs)
         shape = _rows(theirs)
         return Update(0, shape[0], added=(CodedRows(self._values(spec), shape), scale))
 
     def _sparse(self, stored: list[TensorSpec], theirs: TensorSpec, scale: float) -> Update:
         ends, places, values = stored
-        find_codec(values)
         length = block_size(values.dtype)[0]
         count = places.n_elements
         if (
             (ends.dtype, places.dtype) != SPARSE_TYPES
+            or values.dtype not in CODECS
             or ends.shape != (-(-theirs.n_elements // GROUP),)
             or values.shape != (-(-count // length) * length,)
             or len(places.shape) != 1
