@@ -1,6 +1,6 @@
 """What a delta costs and what it keeps: two real pairs of experts as deltas, and merges of these.
 
-    benchmarks/bench_delta.py [--limit 250] [--pairs small smollm2] [--finished]
+    benchmarks/bench_delta.py [--limit 100] [--pairs small smollm2] [--finished]
 
 The small experts are those of tests/models, the others those of bench_quality135.py. An expert is asked the
 held-out questions of its own domain, a merge (`linear`) those of both and general ones. Finished rows stay in
@@ -29,14 +29,14 @@ sys.path.insert(0, str(ROOT))
 from tests.support.fixtures import unpacked
 
 KEPT = CACHE / "delta.json"
-LIMIT = 250
+LIMITS = {"small": 250, "smollm2": 100}  # questions of each set
 FORMS = {  # row -> options of `edgemerge delta`
     "1 bit": ("--bits", "1"),
     "2 bits": ("--bits", "2"),
     "4 bits": ("--bits", "4"),
-    "95 % of the change": ("--keep", "0.95"),
     "5 % of the elements": ("--sparse", "0.05"),
     "rank 16": ("--rank", "16"),
+    "95 % of the change": ("--keep", "0.95"),
 }
 WHOLE = "whole, bf16"
 LINK = 1e6  # bits per second
@@ -55,13 +55,14 @@ class Pair:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="folder of both adapters")
-    parser.add_argument("--pairs", nargs="+", default=["small", "smollm2"])
-    options = read_options(parser, LIMIT)
+    parser.add_argument("--pairs", nargs="+", default=list(LIMITS), choices=LIMITS)
+    options = read_options(parser, None)
     parts, rows = [], []
     for name in options.pairs:
         with tempfile.TemporaryDirectory() as folder:
             pair = make_pair(name, options.adapters, Path(folder))
-            found = measure(pair, options.limit, only_kept=options.finished)
+            limit = options.limit or LIMITS[name]
+            found = measure(pair, limit, only_kept=options.finished)
         label = "The small experts" if name == "small" else "SmolLM2-135M-Instruct"
         parts.append(f"{label}:\n\n{table(HEADER, [cells(row) for row in found])}")
         rows += [{"pair": name, **row} for row in found]
