@@ -104,6 +104,39 @@ def test_the_base_is_read_once(
     assert rows == {name: n + 1 for name, n in n_rows.items()}  # and a row for the checksum
 
 
+def test_an_unchanged_tensor_is_not_read_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = wide_tensors(0)
+    one = {**base, "blk.0.attn_q.weight": wide_tensors(1, base)["blk.0.attn_q.weight"]}
+    expert = write_gguf(tmp_path / "one.gguf", one)
+    delta = tmp_path / "one.delta.gguf"
+    make_delta(folder / "base.gguf", expert, delta, DeltaSettings(bits=4))
+    made = tmp_path / "made.gguf"
+    text = f"{folder / 'base.gguf'}+{delta}"
+    merge(make_recipe("passthrough", [(text, None)], out_type="F32"), made)
+    rows = Counter[str]()
+    read_rows = GgufFile.read_rows
+
+    def count(self: GgufFile, name: str, start: int, stop: int, out_u8: UInt8) -> None:
+        rows[name] += (stop - start) * (self.path.name == "base.gguf")
+        read_rows(self, name, start, stop, out_u8)
+
+    monkeypatch.setattr(GgufFile, "read_rows", count)
+    for path, out in ((delta, "a.gguf"), (made, "b.gguf")):
+        merge(recipe_of("ties", folder, [str(path), "0.delta.gguf"]), tmp_path / out)
+        if path is delta:
+            found = dict(rows)
+    assert stored(tmp_path / "a.gguf") == stored(tmp_path / "b.gguf")
+    assert found["blk.0.ffn_down.weight"] == 64 + 1  # and a row for the checksum
+    inputs = [
+        folder / "base.gguf",
+        Path(text),
+        Path(f"{folder / 'base.gguf'}+{folder / '0.delta.gguf'}"),
+    ]
+    check_inputs(tmp_path / "a.gguf", inputs)
+
+
 def test_memory_grows_by_what_a_delta_takes_alone(folder: Path) -> None:
     few, many = (
         plan(recipe_of("task_arithmetic", folder, ["0.delta.gguf"] * n), threads=1).needed_bytes

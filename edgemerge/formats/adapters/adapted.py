@@ -19,7 +19,10 @@ class AdaptedSource(Source, Protocol):
     def read_on_base(
         self, name: str, start: int, stop: int, base_f32: Float32, out_u8: UInt8
     ) -> None:
-        """Do as `read_rows`; `base_f32` has these rows of the base, decoded, which are not read again."""
+        """Do as `read_rows` of a tensor that changes; `base_f32` has these rows of the base, decoded."""
+
+    def changes(self, name: str) -> bool:
+        """Tell whether a tensor is another one than the base's."""
 
     def kept_bytes(self) -> int:
         """Bytes of `work_bytes` that stay from one read to the next."""

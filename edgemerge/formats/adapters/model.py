@@ -70,7 +70,10 @@ def open_adapter(path: Path, base: Source) -> Adapter:
                 path=path,
             )
         return PeftAdapter(path, base)
-    file = GgufFile(path)
+    try:
+        file = GgufFile(path)
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror}); check the path", path=path) from None
     return DeltaAdapter(file, base) if is_delta(file) else GgufAdapter(file, base)
 
 
@@ -161,14 +164,15 @@ class AdaptedModel:
         else:
             self.base.read_rows(name, start, stop, out_u8)
 
+    def changes(self, name: str) -> bool:
+        """Tell whether a tensor is another one than the base's."""
+        return name in self._updates
+
     def read_on_base(
         self, name: str, start: int, stop: int, base_f32: Float32, out_u8: UInt8
     ) -> None:
-        """Do as `read_rows`; `base_f32` has these rows of the base, decoded, which are not read again."""
-        if name in self._updates:
-            self._read_changed(name, start, stop, base_f32, out_u8)
-        else:
-            self.base.read_rows(name, start, stop, out_u8)
+        """Do as `read_rows` of a tensor that changes; `base_f32` has these rows of the base, decoded."""
+        self._read_changed(name, start, stop, base_f32, out_u8)
 
     def _read_changed(
         self, name: str, start: int, stop: int, base_f32: Float32 | None, out_u8: UInt8

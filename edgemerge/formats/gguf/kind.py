@@ -18,7 +18,7 @@ _PROJECTOR = (
 _OTHERS = {
     "adapter": "is a LoRA adapter, not a model; give it with its base model, as in BASE+ADAPTER, or "
     "with --lora to run, chat or serve",
-    "delta": "is a delta, not a model; give its base too: --base BASE, or BASE+DELTA in place of the model",
+    "delta": "is a delta, not a model; merge or convert it with its base: --base BASE DELTA, or BASE+DELTA",
     "mmproj": _PROJECTOR,
     "clip": _PROJECTOR,
     "imatrix": "is an importance matrix, not a model; give it with --imatrix, beside a model",

@@ -224,5 +224,7 @@ def test_without_a_base_the_sentence_says_so(folder: Path) -> None:
     from edgemerge.merging.run import plan
     from edgemerge.recipe.recipe import make_recipe
 
-    with pytest.raises(FormatError, match="is a delta, not a model; give its base too"):
+    with pytest.raises(
+        FormatError, match="is a delta, not a model; merge or convert it with its base"
+    ):
         plan(make_recipe("linear", [(str(folder / "coded.gguf"), None)] * 2))
