@@ -129,7 +129,7 @@ def make_delta(
     with ExitStack() as stack:
         models = OpenModels(stack)
         left, right = models.open(Path(base)), models.open(Path(expert))
-        listed, notes = list_changes(left, right)
+        listed, notes = list_changes(left, right, tied_heads=True)
         changes = join_stacks(listed)
         n_workers = count_workers(
             (left, right),

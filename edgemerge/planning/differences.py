@@ -97,7 +97,7 @@ class Change:
 
 
 def list_changes(
-    base: Source, expert: Source, *, by_text: bool = False
+    base: Source, expert: Source, *, by_text: bool = False, tied_heads: bool = False
 ) -> tuple[list[Change], Sequence[str]]:
     """List all matrices and vectors of two models that fit together, and what is to be known of them.
 
@@ -107,6 +107,8 @@ def list_changes(
         Open models.
     by_text : bool
         Whether vocabularies may differ; then matrices of tokens with other shapes are left out.
+    tied_heads : bool
+        Whether the base's head is compared with the expert's embedding, where that is the expert's head.
 
     Raises
     ------
@@ -121,7 +123,8 @@ def list_changes(
             raise missing_tensor(name, expert, base)
     changes: list[Change] = []
     for name in names:
-        if is_constant(name) or (name == OUTPUT and OUTPUT not in expert.specs()):
+        is_tied = name == OUTPUT and OUTPUT not in expert.specs()
+        if is_constant(name) or (is_tied and not tied_heads):
             continue
         specs = find_head(base, name), find_head(expert, name)
         if by_text and name in (EMBEDDING, OUTPUT) and specs[0].shape != specs[1].shape:

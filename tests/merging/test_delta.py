@@ -18,6 +18,7 @@ from edgemerge.merging import delta_pieces
 from edgemerge.merging.delta import BITS, DeltaSettings, make_delta
 from edgemerge.merging.delta_choice import Option, choose
 from edgemerge.planning import differences
+from edgemerge.provenance.inputs import check_inputs
 from tests.merging.test_extraction import tune
 from tests.support.architecture_models import ARCHITECTURES
 from tests.support.small_models import wide_tensors, write_gguf
@@ -198,6 +199,25 @@ def test_a_tensor_that_did_not_change_is_not_stored(tmp_path: Path) -> None:
         assert list(delta.specs()) == ["blk.0.attn_q.weight"]
     with pytest.raises(MismatchError, match="there is no delta"):
         make_delta(left, left, tmp_path / "none.gguf", DeltaSettings(bits=4))
+
+
+@pytest.mark.parametrize("owner", ["base", "expert"])
+def test_one_may_have_a_head_of_its_own(owner: str, tmp_path: Path) -> None:
+    base = wide_tensors(0)
+    tensors = {"base": base, "expert": wide_tensors(1, base)}
+    paths = {}
+    for name, found in tensors.items():
+        if name != owner:
+            del found["output.weight"]
+        paths[name] = write_gguf(tmp_path / f"{name}.gguf", found)
+    delta = tmp_path / "delta.gguf"
+    report = make_delta(paths["base"], paths["expert"], delta, DeltaSettings(bits=8))
+    found = read(f"{paths['base']}+{delta}")
+    expert = read(paths["expert"])
+    head = expert.get("output.weight", expert["token_embd.weight"])
+    assert np.abs(found["output.weight"] - head).max() < 0.1
+    assert report.kept > 0.999
+    check_inputs(delta, list(paths.values()))
 
 
 def test_an_output_is_guarded(pair: Pair, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from edgemerge.types import FileState, Float32, Source, TensorSpec, UInt8
 __all__ = ["AdaptedModel", "Adapter", "open_adapter"]
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
-OBJECTS_BYTES = 400  # Python's objects for one tensor, and a quarter of those for one change
+OBJECTS_BYTES = 400  # Python's objects for one tensor; those for a change are four times as many
 PIECE = 1 << 17  # elements of rows that are changed at a time; one row at least
 
 

@@ -20,6 +20,7 @@ from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.gguf.model import GgufFile
 from edgemerge.formats.gguf.writer import make_layout
 from edgemerge.merging.delta import DeltaSettings, make_delta
+from edgemerge.runtime.model_files import check_adapter, open_gguf
 from edgemerge.types import TensorSpec
 from tests.support.small_models import wide_tensors, write_gguf
 from tests.support.sources import read_all
@@ -218,6 +219,12 @@ def test_a_byte_that_changed_ends_well(folder: Path, form: str, place: int, valu
     with suppress(EdgemergeError), closing(open_model(f"{folder / 'base.gguf'}+{path}")) as source:
         assert source.work_bytes() > 0
         assert all(np.isfinite(x).all() for x in read_all(source).values())
+
+
+def test_llama_cpp_does_not_get_it(folder: Path) -> None:
+    for check in (check_adapter, open_gguf):
+        with pytest.raises(FormatError, match=r"is a delta, .*BASE\+DELTA"):
+            check(folder / "coded.gguf")
 
 
 def test_without_a_base_the_sentence_says_so(folder: Path) -> None:
