@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,11 +31,12 @@ from edgemerge.merging.delta_factors import factor_needs, low_rank_forms
 from edgemerge.merging.delta_forms import WHOLE, Coded, Form, find_largest, work_bytes
 from edgemerge.merging.delta_header import Making, delta_metadata
 from edgemerge.merging.delta_pieces import Measured, TensorOut, losses, measure
-from edgemerge.merging.delta_report import DeltaReport, make_report
+from edgemerge.merging.delta_report import DeltaReport, Effort, make_report
 from edgemerge.merging.matrices import count_workers, decoding_kernels, work_on_all
 from edgemerge.native.store import compile_missing
 from edgemerge.output.file import OutputFile, check_output
 from edgemerge.planning.differences import Change, join_stacks, list_changes
+from edgemerge.planning.plan import DEFAULT_MEMORY
 from edgemerge.sizes import format_size
 from edgemerge.types import Progress
 
@@ -124,7 +126,7 @@ def make_delta(
     FormatError, BudgetError, OutputError
         See `edgemerge.errors`; nothing has been written.
     """
-    floor, path = floor_bytes(), Path(output)
+    started, floor, path = time.monotonic(), floor_bytes(), Path(output)
     check_output(path, (Path(base), Path(expert)), force=force)
     with ExitStack() as stack:
         models = OpenModels(stack)
@@ -152,7 +154,8 @@ def make_delta(
         lost = _write(path, making, forms, work)
         for source in (left, right):
             source.check_unchanged()
-    return make_report(path, making, forms, lost, tuple(dict.fromkeys(notes)))
+    effort = Effort(time.monotonic() - started, n_workers, memory or DEFAULT_MEMORY)
+    return make_report(path, making, forms, lost, effort, tuple(dict.fromkeys(notes)))
 
 
 class _Work:

@@ -10,8 +10,9 @@ from pathlib import Path
 from edgemerge.formats.architectures import layer_index
 from edgemerge.merging.delta_forms import Form
 from edgemerge.merging.delta_header import Making
+from edgemerge.output.report import peak_rss_bytes
 
-__all__ = ["DeltaReport", "KindReport", "make_report"]
+__all__ = ["DeltaReport", "Effort", "KindReport", "make_report"]
 
 BITS_OF_BF16 = 16
 
@@ -45,6 +46,10 @@ class DeltaReport:
     left_out: int  # changed, and not stored
     kept: float  # part of the energy: of the sum of squares of the change
     kinds: tuple[KindReport, ...]
+    seconds: float
+    workers: int
+    budget_bytes: int
+    peak_rss_bytes: int  # of this process
     notes: tuple[str, ...]
 
     @property
@@ -58,8 +63,22 @@ class DeltaReport:
         return BITS_OF_BF16 / self.bits
 
 
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What making a delta took."""
+
+    seconds: float
+    workers: int
+    budget_bytes: int
+
+
 def make_report(
-    path: Path, making: Making, forms: Sequence[Form], lost: Sequence[float], notes: Sequence[str]
+    path: Path,
+    making: Making,
+    forms: Sequence[Form],
+    lost: Sequence[float],
+    effort: Effort,
+    notes: Sequence[str],
 ) -> DeltaReport:
     """Sum up a delta.
 
@@ -73,6 +92,8 @@ def make_report(
         Those of the changes that are stored.
     lost : sequence of float
         The energy that each of them lacks.
+    effort : Effort
+        What it took.
     notes : sequence of str
         What was found of the models.
     """
@@ -102,6 +123,10 @@ def make_report(
         left_out=len(changed) - len(forms),
         kept=max(0.0, 1.0 - gone / energy),
         kinds=tuple(sorted(kinds, key=lambda row: -row.elements)),
+        seconds=effort.seconds,
+        workers=effort.workers,
+        budget_bytes=effort.budget_bytes,
+        peak_rss_bytes=peak_rss_bytes(),
         notes=tuple(notes),
     )
 
