@@ -133,8 +133,8 @@ def _print(found: DeltaReport) -> None:
     counts = [(found.unchanged, "unchanged"), (found.left_out, "left out as too small a change")]
     others = "".join(f", {count} {words}" for count, words in counts if count)
     print(
-        f"  {found.tensors} tensors{others} in {found.seconds:.1f} s with {found.workers} worker{'s' * (found.workers > 1)}, "
-        f"memory {format_size(found.peak_rss_bytes)} at peak of {format_size(found.budget_bytes)}"
+        f"  {found.tensors} tensors{others} in {found.seconds:.1f} s with {found.workers} "
+        f"worker{'s' * (found.workers > 1)}, memory {format_size(found.peak_rss_bytes)} at peak of {format_size(found.budget_bytes)}"
     )
     rows = [
         (
