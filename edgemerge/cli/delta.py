@@ -132,10 +132,10 @@ def _print(found: DeltaReport) -> None:
     print(f"  {100 * found.kept:.4g} % of the change is kept (sum of squares)")
     counts = [(found.unchanged, "unchanged"), (found.left_out, "left out as too small a change")]
     others = "".join(f", {count} {words}" for count, words in counts if count)
-    print(
-        f"  {found.tensors} tensors{others} in {found.seconds:.1f} s with {found.workers} "
-        f"worker{'s' * (found.workers > 1)}, memory {format_size(found.peak_rss_bytes)} at peak of {format_size(found.budget_bytes)}"
-    )
+    workers = f"{found.workers} worker{'s' * (found.workers > 1)}"
+    peak, budget = format_size(found.peak_rss_bytes), format_size(found.budget_bytes)
+    print(f"  {found.tensors} tensors{others} in {found.seconds:.1f} s with {workers}")
+    print(f"  memory {peak} at peak of {budget}")
     rows = [
         (
             kind.kind,
