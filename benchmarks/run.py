@@ -11,6 +11,7 @@ benchmarks/run.py methods            only when asked for: needs 7 GB of disk
 benchmarks/run.py quality135         only when asked for: downloads a model of 93 MB, needs two adapters
 benchmarks/run.py barrier --torch PYTHON
                                      only when asked for: trains six small models by a Python with torch
+benchmarks/run.py delta              only when asked for: as quality135
 benchmarks/run.py recipes --peers .venv-peers
                                      only when asked for: public recipes, by mergekit too
 benchmarks/run.py server MODEL.gguf --peers .venv-peers
@@ -31,26 +32,12 @@ from measure import run
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
-PAGES = (
-    DOCS / "benchmarks.md",
-    DOCS / "quality.md",
-    DOCS / "align.md",
-    HERE / "SPEED.md",
-    DOCS / "scale.md",
-)
+NAMES = ("benchmarks", "quality", "align", "scale", "delta")
+PAGES = [*(DOCS / f"{name}.md" for name in NAMES), HERE / "SPEED.md"]
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
 ALONE += ["memory", "scaling", "workers"]
-WHEN_ASKED = (
-    "7b",
-    "serve",
-    "server",
-    "llama",
-    "recipes",
-    "quality135",
-    "methods",
-    "barrier",
-    "cluster",
-)
+WHEN_ASKED = ["7b", "serve", "server", "llama", "recipes", "quality135", "methods", "barrier"]
+WHEN_ASKED += ["cluster", "delta"]
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:

@@ -30,6 +30,7 @@ COMMANDS = {
     "imatrix": "imatrix",
     "extract": "extract",
     "combine": "combine",
+    "delta": "delta",
     "transplant": "transplant",
     "run": "run",
     "chat": "chat",

@@ -131,11 +131,14 @@ def _print_template(source: Source) -> None:
 
 
 def _print(source: Source, inspection: Inspection, *, with_metadata: bool) -> None:
+    from edgemerge.formats.adapters.delta import DELTA
+    from edgemerge.formats.gguf.metadata import get_value
     from edgemerge.formats.gguf.model import GgufModel
     from edgemerge.planning.losses import foresee_losses
 
     print(f"{plain(inspection.name)}  ({shown_path(source.path)})")
-    for line in _summary(inspection):
+    is_delta = get_value(source.metadata(), "general.type") == DELTA
+    for line in _delta_summary(source, inspection) if is_delta else _summary(inspection):
         print(f"  {plain(line)}")
     print()
     _print_types(inspection)
@@ -145,7 +148,8 @@ def _print(source: Source, inspection: Inspection, *, with_metadata: bool) -> No
         print_table(("key", "value"), [(key, _show(raw)) for key, raw in metadata.items()])
     else:
         print(f"{len(metadata)} keys of metadata: --all lists them")
-    _print_list("What a merge would lose", foresee_losses(source))
+    if not is_delta:
+        _print_list("What a merge would lose", foresee_losses(source))
     if isinstance(source, GgufModel) and source.trailing_bytes:
         print(f"note: {source.trailing_bytes} bytes after the last tensor belong to nothing")
 
@@ -192,6 +196,24 @@ def _summary(found: Inspection) -> list[str]:
     if found.provenance is not None:
         lines.append(_made_by(found.provenance))
     return lines
+
+
+def _delta_summary(source: Source, found: Inspection) -> list[str]:
+    from edgemerge.formats.adapters.delta import KEPT, tensor_name
+    from edgemerge.formats.gguf.metadata import get_value
+    from edgemerge.sizes import format_size
+
+    metadata = source.metadata()
+    base = get_value(metadata, "general.base_model.0.name", "?")
+    changed = len({tensor_name(name) for name in source.specs()})
+    kept = get_value(metadata, KEPT)
+    part = f", {100 * kept:.4g} % of the change kept" if isinstance(kept, float) else ""
+    lines = [
+        f"delta of {base}, {found.architecture}, {changed} changed tensors, "
+        f"{format_size(found.nbytes)}{part}",
+        "in a merge it stands for its expert: give the base with --base, or BASE+DELTA",
+    ]
+    return lines if found.provenance is None else [*lines, _made_by(found.provenance)]
 
 
 def _made_by(provenance: Provenance) -> str:

@@ -14,11 +14,11 @@ from edgemerge.remote.stand_ins import is_address
 from edgemerge.suggestions import suggest_path
 from edgemerge.types import Source
 
-__all__ = ["open_model"]
+__all__ = ["OpenModels", "open_model"]
 
 
 def open_model(path: str | os.PathLike[str]) -> Source:
-    """Open a GGUF file or a Hugging Face directory, or one with adapters: BASE+ADAPTER.
+    """Open a GGUF file or a Hugging Face directory, or one with adapters or deltas: BASE+ADAPTER.
 
     Raises
     ------
@@ -29,7 +29,7 @@ def open_model(path: str | os.PathLike[str]) -> Source:
     """
     path = Path(path)
     if (reference := split_reference(path)) is not None:
-        return _open_adapted(path, reference.base, reference.adapters)
+        return _adapt(path, open_model(reference.base), reference.adapters, closes_base=True)
     if path.is_dir():
         # Not always wanted, and a third of what reading models imports.
         from edgemerge.formats.hub.model import HubModel
@@ -52,19 +52,48 @@ def open_model(path: str | os.PathLike[str]) -> Source:
         raise FormatError(f"cannot be read ({error.strerror}){hint}", path=path) from None
 
 
-def _open_adapted(path: Path, base: Path, uses: Sequence[AdapterUse]) -> Source:
-    """Open a model, and what is added to it."""
+def _adapt(path: Path, base: Source, uses: Sequence[AdapterUse], *, closes_base: bool) -> Source:
+    """Open what is added to an open model."""
     # A merge without adapters does without these.
     from edgemerge.formats.adapters.model import AdaptedModel, open_adapter
 
     with ExitStack() as stack:
-        model = open_model(base)
-        stack.callback(model.close)
+        if closes_base:
+            stack.callback(base.close)
         adapters = []
         for use in uses:
-            adapter = open_adapter(use.path, model)
+            adapter = open_adapter(use.path, base)
             stack.callback(adapter.close)
             adapters.append((adapter, use.weight))
-        adapted = AdaptedModel(path, model, adapters)
+        adapted = AdaptedModel(path, base, adapters, closes_base=closes_base)
         stack.pop_all()
     return adapted
+
+
+class OpenModels:
+    """Models that are opened once: also the one that many adapters or deltas are added to.
+
+    Parameters
+    ----------
+    stack : ExitStack
+        Closes them.
+    """
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._opened: dict[Path, Source] = {}
+
+    def open(self, path: Path) -> Source:
+        """Open a model, or return it where it is open; raises as `open_model`."""
+        found = self._opened.get(path)
+        if found is None:
+            found = self._opened[path] = self._open(path)
+            self._stack.callback(found.close)
+        return found
+
+    def _open(self, path: Path) -> Source:
+        reference = split_reference(path)
+        if reference is None:
+            return open_model(path)
+        base = self.open(reference.base)
+        return _adapt(path, base, reference.adapters, closes_base=False)

@@ -25,11 +25,12 @@ from edgemerge.formats.adapters.layout import (
 )
 from edgemerge.formats.adapters.names import BaseNames
 from edgemerge.formats.adapters.peft import WEIGHTS
-from edgemerge.merging.differences import Change
 from edgemerge.output.file import OutputFile, write_file
-from edgemerge.types import Float32, Source
+from edgemerge.planning.differences import Change
+from edgemerge.types import Float32, Source, UInt8
 
-__all__ = ["AdapterPart", "Extracted", "Spool", "output_paths", "write_adapter", "write_peft"]
+__all__ = ["AdapterPart", "Extracted", "Spool", "encode_part", "factor_parts", "output_paths"]
+__all__ += ["write_adapter", "write_peft"]
 
 EMBEDDING, FRONT = "token_embd.weight", "base_model.model."
 
@@ -143,12 +144,38 @@ def _write(path: Path, layout: AdapterLayout, parts: Sequence[AdapterPart]) -> N
     with OutputFile(path, layout.n_bytes) as file:
         file.write(layout.header, 0)
         for part in parts:
-            values = part.make()
-            assert values.shape == part.tensor.shape
-            stored = np.dtype({"F32": "<f4", "F16": "<f2"}[part.tensor.dtype])
-            raw = np.ascontiguousarray(values).astype(stored, copy=False)
-            file.write(raw.view(np.uint8).reshape(-1), layout.offsets[part.tensor.name])
+            file.write(encode_part(part), layout.offsets[part.tensor.name])
         file.publish()
+
+
+def encode_part(part: AdapterPart) -> UInt8:
+    """Make a tensor of an adapter, as it is stored."""
+    values = part.make()
+    assert values.shape == part.tensor.shape
+    stored = np.dtype({"F32": "<f4", "F16": "<f2"}[part.tensor.dtype])
+    raw = np.ascontiguousarray(values).astype(stored, copy=False)
+    return raw.view(np.uint8).reshape(-1)
+
+
+def factor_parts(
+    base: Source, found: Sequence[Extracted], spool: Spool, dtype: str, alpha: float
+) -> list[AdapterPart]:
+    """Make both factors of one tensor as llama.cpp names them.
+
+    Parameters
+    ----------
+    base : Source
+        What the factors are for.
+    found : sequence of Extracted
+        One matrix, or the experts of one stack, those without a change left out.
+    spool : Spool
+        Where the factors are.
+    dtype : str
+        F32 or F16.
+    alpha : float
+        Of the whole file.
+    """
+    return _Writer(base, spool, dtype, alpha).factors(found)
 
 
 class _Writer:
@@ -195,9 +222,9 @@ class _Writer:
             elif not one.rank:
                 left_out.append(name)
             else:
-                parts += self._gguf_pair(one)
-        for name, experts in stacks.items():
-            parts += self._gguf_stack(name, experts)
+                parts += self.factors([one])
+        for experts in stacks.values():
+            parts += self.factors(experts)
         notes = []
         if left_out:
             notes.append(
@@ -207,6 +234,12 @@ class _Writer:
         if any(part.tensor.name.endswith("_norm.weight") for part in parts):
             notes.append("llama.cpp ignores the norms of an adapter; merging it takes them")
         return parts, notes
+
+    def factors(self, found: Sequence[Extracted]) -> list[AdapterPart]:
+        """Make the factors of one matrix, or of all experts of a stack."""
+        if found[0].change.number is None:
+            return self._gguf_pair(found[0])
+        return self._gguf_stack(found[0].change.name, found)
 
     def _gguf_pair(self, one: Extracted) -> list[AdapterPart]:
         name, (n_rows, n_cols), rank = one.change.name, one.change.shape, one.rank

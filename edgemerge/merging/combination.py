@@ -20,13 +20,13 @@ from edgemerge.errors import BudgetError, MismatchError, RecipeError
 from edgemerge.formats.adapters.layout import ExtractedTensor
 from edgemerge.formats.adapters.pairs import AdapterPairs, Pair
 from edgemerge.merging.adapter_files import AdapterPart, Spool, output_paths, write_peft
-from edgemerge.merging.differences import PIECE
 from edgemerge.merging.elections import KINDS, Rule, merge_rows
 from edgemerge.merging.extraction import check_adapter_output
 from edgemerge.merging.low_rank import factorise, need_bytes
 from edgemerge.merging.matrices import BESIDE
 from edgemerge.native import KernelFile
 from edgemerge.native.store import compile_missing
+from edgemerge.planning.differences import PIECE
 from edgemerge.planning.plan import DEFAULT_MEMORY
 from edgemerge.sizes import format_size
 from edgemerge.types import Float32, Progress

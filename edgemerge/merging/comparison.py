@@ -17,7 +17,6 @@ from edgemerge.budget import floor_bytes
 from edgemerge.errors import MismatchError
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats import open_model
-from edgemerge.merging.differences import PIECE, Change, list_changes
 from edgemerge.merging.figures import Sums, TensorFigures
 from edgemerge.merging.low_rank import factorise, need_bytes
 from edgemerge.merging.matrices import count_workers, decoding_kernels, work_on_all
@@ -26,6 +25,7 @@ from edgemerge.methods.blocks import SUM_LANES
 from edgemerge.methods.grams import GRAM_KERNELS
 from edgemerge.native import KernelFile
 from edgemerge.native.store import compile_missing
+from edgemerge.planning.differences import PIECE, Change, list_changes
 from edgemerge.planning.vocabulary import note_vocabularies
 from edgemerge.types import Float32, Progress, Source
 

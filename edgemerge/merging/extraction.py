@@ -15,14 +15,14 @@ from edgemerge.budget import floor_bytes
 from edgemerge.errors import MismatchError, OutputError
 from edgemerge.formats import open_model
 from edgemerge.merging.adapter_files import Extracted, Spool, output_paths, write_adapter
-from edgemerge.merging.differences import Change, list_changes
 from edgemerge.merging.low_rank import factorise, need_bytes
 from edgemerge.merging.matrices import count_workers, decoding_kernels, work_on_all
 from edgemerge.native.store import compile_missing
 from edgemerge.output.file import check_output
+from edgemerge.planning.differences import Change, list_changes
 from edgemerge.types import Progress
 
-__all__ = ["Extraction", "check_adapter_output", "extract"]
+__all__ = ["Extraction", "Found", "check_adapter_output", "extract", "find_factors"]
 
 DEFAULT_RANK = 16
 ENERGY_RANK = 128  # bound of the rank where a part of the energy is asked for and no rank
@@ -103,7 +103,7 @@ def extract(
         compile_missing(decoding_kernels((left, right)) | {"lora.add_product"})
         with tempfile.TemporaryFile(dir=path.absolute().parent) as file:
             spool = Spool(file)
-            find = partial(_find, spool=spool, rank=bound, energy=energy)
+            find = partial(find_factors, spool=spool, rank=bound, energy=energy)
             sizes = [one.shape[0] * one.shape[-1] for one in changes]
             found = work_on_all(changes, sizes, find, n_workers, progress)
             kept = [one for one, _, _ in found if one is not None]
@@ -154,10 +154,10 @@ Found = tuple[Extracted | None, float, float]
 """What is kept of a change, and the squares that are kept of how many."""
 
 
-def _find(
+def find_factors(
     change: Change, stop: threading.Event, *, spool: Spool, rank: int, energy: float | None
 ) -> Found:
-    """Factorise one change, whose rows are read several times."""
+    """Factorise one change, whose rows are read several times; raises as `Change.pairs`."""
     try:
         return _reduce(change, stop, spool, rank, energy)
     finally:

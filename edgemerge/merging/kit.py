@@ -21,6 +21,7 @@ import numpy as np
 
 from edgemerge.alignment.reordering import Permutations
 from edgemerge.errors import ClusterError, EdgemergeError, FormatError
+from edgemerge.formats import OpenModels
 from edgemerge.formats.adapters.reference import expand_inputs
 from edgemerge.formats.files import fill_buffers
 from edgemerge.formats.mixture import MixtureSource
@@ -186,7 +187,8 @@ class _Opened:
         stack.callback(kit.stand_ins.drop)
         recipe = kit.plan.recipe
         _refuse_missing(recipe)
-        sources = [open_input(recipe, path, stack) for path in kit.plan.models]
+        models = OpenModels(stack)
+        sources = [open_input(recipe, path, stack, models) for path in kit.plan.models]
         for source in sources:
             if isinstance(source, MixtureSource):
                 source.gates = kit.gates.__getitem__

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from edgemerge.budget import floor_bytes
 from edgemerge.errors import RecipeError
+from edgemerge.formats import OpenModels
 from edgemerge.formats.adapters.reference import model_name
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.merging.destination import check_destination, find_destination
@@ -71,9 +72,10 @@ def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = Non
 
     def plan_one(one: Recipe) -> Plan:
         with ExitStack() as stack:
+            models = OpenModels(stack)
             return make_plan(
                 replace(one, stages=()),
-                lambda path: planned.get(path) or open_input(one, path, stack),
+                lambda path: planned.get(path) or open_input(one, path, stack, models),
                 memory=memory,
                 threads=threads or usable_processors(),
                 floor=floor,
@@ -228,6 +230,7 @@ def _merge_one(
     floor = floor_bytes()  # before the models are opened, whose headers the plan counts
     with ExitStack() as stack:
         opened: dict[Path, Source] = {}
+        models = OpenModels(stack)
 
         def convert(model: Recipe, target: Path) -> MergeReport:
             return _merge_one(
@@ -246,7 +249,7 @@ def _merge_one(
                 folder = output.absolute().parent
                 opened[path] = open_with_gates(recipe, recipe.mixture, folder, stack, convert)
             else:
-                opened[path] = (given or {}).get(path) or open_input(recipe, path, stack)
+                opened[path] = (given or {}).get(path) or open_input(recipe, path, stack, models)
             return opened[path]
 
         the_plan = make_plan(

@@ -25,6 +25,7 @@ from edgemerge.sizes import format_size
 from edgemerge.types import BeginPart, Plan, Progress, Recipe
 
 __all__ = ["MergeOne", "merge_stages", "note_finished", "read_finished", "stage_folder"]
+__all__ += ["stage_record"]
 
 RECORD_KEYS = ("recipe", "inputs", "input_crc32")  # of `edgemerge.`, of each stage
 
@@ -160,15 +161,19 @@ def _record(recipe: Recipe, paths: Mapping[Path, Path]) -> dict[str, bytes]:
     stages = []
     for stage, path in zip(recipe.stages, paths.values(), strict=True):
         with closing(open_model(path)) as source:
-            metadata = source.metadata()
-            entry: dict[str, object] = {"name": stage.name}
-            for key in RECORD_KEYS:
-                value = get_value(metadata, f"edgemerge.{key}")
-                entry[key] = list(value) if isinstance(value, Array) else value
-            if isinstance(hub := get_value(metadata, "edgemerge.input_hub"), Array):
-                entry["input_hub"] = list(hub)
-            stages.append(entry)
+            stages.append(stage_record(str(stage.name), source.metadata()))
     return {"edgemerge.stages": encode_value(json.dumps(stages, sort_keys=True), "str")}
+
+
+def stage_record(name: str, metadata: Mapping[str, bytes]) -> dict[str, object]:
+    """Return what a merged file says of its making, as later files say it of a stage."""
+    entry: dict[str, object] = {"name": name}
+    for key in RECORD_KEYS:
+        value = get_value(metadata, f"edgemerge.{key}")
+        entry[key] = list(value) if isinstance(value, Array) else value
+    if isinstance(hub := get_value(metadata, "edgemerge.input_hub"), Array):
+        entry["input_hub"] = list(hub)
+    return entry
 
 
 def _remove(folder: Path, paths: Collection[Path]) -> None:

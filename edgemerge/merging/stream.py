@@ -16,6 +16,7 @@ from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.finite import find_non_finite
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH
+from edgemerge.merging.input_rows import find_on_base
 from edgemerge.merging.token_rows import TokenRowReader
 from edgemerge.merging.traffic import PartResult, Traffic
 from edgemerge.methods.blocks import NON_FINITE, Block, least_overflow
@@ -93,6 +94,7 @@ class TensorStream:
         self._cached: dict[int, Block] = {}  # block number -> block, which stays in the arena
         self._is_first_pass = True  # only this pass adds to the checksums of the inputs
         self._gives_back = job.passes == 1  # drop pages that are not read again
+        self._base_rows: Float32 | None = None  # of the block that is filled
         self._forgotten = [0] * len(job.inputs)  # rows whose pages were dropped, for each input
         arena.reset()
         height = max(1, job.rows_per_block)
@@ -121,6 +123,12 @@ class TensorStream:
             self._reorderings = find_reorderings(
                 permutations, job.inputs, soft=the_plan.align == "soft"
             )
+            self._on_base = find_on_base(job, sources, self._reorderings)
+            self._as_base = {
+                i for i, s in self._on_base.items() if not s.changes(job.inputs[i].spec.name)
+            }
+            read = [0 if i in self._as_base else i for i in range(len(job.inputs))]
+            self.part = PartResult(tuple(self.part.inputs[i] for i in read), self.part.output)
             # Working memory to permute columns, a row; and to sum rows, another block.
             columns = job.out.n_cols if the_plan.reorders else 0
             self._row = self.take((columns,), np.float32).view(np.float32)
@@ -293,8 +301,10 @@ class TensorStream:
     def _fill(self, block: Block, start: int, stop: int) -> None:
         """Decode all inputs of a block. Make task vectors of experts where the method takes them."""
         job = self.job
+        self._base_rows = None
         if job.base is not None and block.base is not None:
             self._decode(0, start, stop, start, block.base)
+            self._base_rows = block.base
         first = 0 if job.base is None else 1
         for i, values in enumerate(block.experts, first):
             self._load_expert(i, start, stop, values)
@@ -338,6 +348,10 @@ class TensorStream:
     ) -> None:
         tensor = self.job.inputs[i_input]
         raw = self._raw[: (stop - start) * self._row_bytes[i_input]]
+        if self._base_rows is not None and i_input in self._as_base:
+            out_f32[:] = self._base_rows
+            self._traffic.add(raw.nbytes, 0)
+            return
         self._read(i_input, start, stop, at, raw)
         CODECS[tensor.spec.dtype].decode(raw, out_f32)
         if self._checks_inputs and _count_overflows(out_f32, NON_FINITE):
@@ -347,7 +361,10 @@ class TensorStream:
     def _read(self, i_input: int, start: int, stop: int, at: int | None, raw: UInt8) -> None:
         """Read stored rows, which become the output's rows from `at` on; None: a part of a sum."""
         tensor = self.job.inputs[i_input]
-        self._sources[tensor.model].read_rows(tensor.spec.name, start, stop, raw)
+        if self._base_rows is not None and (adapted := self._on_base.get(i_input)):
+            adapted.read_on_base(tensor.spec.name, start, stop, self._base_rows, raw)
+        else:
+            self._sources[tensor.model].read_rows(tensor.spec.name, start, stop, raw)
         self._traffic.add(raw.nbytes, 0)
         if at is not None and self._is_first_pass:
             self.part.inputs[i_input].add(at, stop - start, raw)

@@ -11,7 +11,7 @@ from typing import Protocol, TypeAlias
 
 from edgemerge.alignment.reordering import Permutations
 from edgemerge.budget import Arena
-from edgemerge.formats import open_model
+from edgemerge.formats import OpenModels
 from edgemerge.formats.mixture import open_mixture
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.merging.stream import TensorStream
@@ -61,13 +61,11 @@ class Executor(Protocol):
         """
 
 
-def open_input(recipe: Recipe, path: Path, stack: ExitStack) -> Source:
+def open_input(recipe: Recipe, path: Path, stack: ExitStack, models: OpenModels) -> Source:
     """Open a model of a recipe; the stack closes it. A mixture has no gates yet."""
     if recipe.mixture is not None:
         return open_mixture(recipe.mixture, recipe.seed, stack, with_gates=False)
-    source = open_model(path)
-    stack.callback(source.close)
-    return source
+    return models.open(path)
 
 
 class Workshop:

@@ -26,6 +26,11 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
     "della": {
         "drop_by_rank": "u8, u8, i8, f8, f8, b1, u4[::1], f4[::1]",
     },
+    "deltas": {
+        "measure": "f4[::1], f8[::1], f8[::1]",
+        "squared_error": "f4[::1], f4[::1], f8[::1], f8[::1]",
+        "scatter": "i4[::1], i8, i8, u1[::1], f4[::1], f4[::1]",
+    },
     "fp4": {
         "decode_mxfp4": "u1[::1], f4[::1]",
         "decode_nvfp4": "u1[::1], f4[::1]",

@@ -18,7 +18,6 @@ __all__ = [
     "check_scaled_output",
     "find_head",
     "find_tensor",
-    "is_constant",
     "is_scale",
     "layer_settings",
     "missing_tensor",
@@ -49,16 +48,8 @@ TELLING_KEYS = (
 )
 LAYOUT_KEY = "{}.tensor_data_layout"
 KNOWN_LAYOUTS = (None, "Meta AI original pth")
-# Computed from the configuration, not learnt: copied from the base, never merged.
-CONSTANTS = ("rope_freqs", "rope_factors_long", "rope_factors_short", "attn_rot_embd")
 LEARNT_SCALES = ("ffn_gate_inp.scale", "ffn_down_exps.scale")  # in Gemma 4
 UNSCALED = "get these models as F16, BF16 or F32, whose weights have no factors"
-
-
-def is_constant(name: str) -> bool:
-    """Tell whether a tensor is derived from the configuration rather than learnt."""
-    stem = name.rpartition(".")[0]
-    return stem.split(".")[-1] in CONSTANTS
 
 
 def is_scale(name: str, source: Source) -> bool:

@@ -15,8 +15,9 @@ import numpy as np
 
 from edgemerge.errors import RecipeError
 from edgemerge.finding.cache import folder_name
-from edgemerge.formats.adapters.model import without_adapters
+from edgemerge.formats.adapters.adapted import without_adapters
 from edgemerge.formats.architectures import layer_index
+from edgemerge.formats.constants import is_constant
 from edgemerge.formats.files import read_bounded
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.hub.changes import Change
@@ -30,7 +31,6 @@ from edgemerge.formats.hub.stored_names import StoredNames
 from edgemerge.formats.quants.codec import find_codec
 from edgemerge.formats.tokenizer.read import MAX_TOKENIZER_BYTES
 from edgemerge.formats.tokenizer.written_process import write_tokenizer
-from edgemerge.planning.compatibility import is_constant
 from edgemerge.planning.jobs import Draft
 from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT
 from edgemerge.types import Float32, Recipe, Source, TensorSpec

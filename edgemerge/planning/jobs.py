@@ -9,13 +9,13 @@ from pathlib import Path
 from edgemerge.errors import FormatError, MismatchError, RecipeError
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import hf_name, layer_index
+from edgemerge.formats.constants import is_constant
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.gguf.types import row_bytes
 from edgemerge.methods.method import Method
 from edgemerge.planning.compatibility import (
     find_head,
     find_tensor,
-    is_constant,
     is_scale,
     missing_tensor,
     same_scale,

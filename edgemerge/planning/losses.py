@@ -17,6 +17,7 @@ from edgemerge.alignment.records import Skipped
 from edgemerge.errors import EdgemergeError, MismatchError
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats.architectures import FAMILIES, hf_name
+from edgemerge.formats.constants import is_constant
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.llama_rules import find_violations
 from edgemerge.formats.quants.codec import block_size, find_codec
@@ -24,7 +25,6 @@ from edgemerge.formats.quants.filetypes import keep_types
 from edgemerge.planning.compatibility import (
     check_models,
     find_head,
-    is_constant,
     is_scale,
     layer_settings,
     missing_tensor,

@@ -13,6 +13,7 @@ from edgemerge.budget import (
     floor_bytes,
     rows_in_arena,
 )
+from edgemerge.formats.adapters.adapted import held_bytes, reading_bytes, without_adapters
 from edgemerge.formats.mixture import MixtureSource
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH
@@ -26,8 +27,13 @@ __all__ = ["cut_blocks", "find_need", "fit_plan", "header_bytes"]
 ARRAYS = 8  # what alignment may add to one arena, in arrays
 
 
-def header_bytes(source: Source) -> int:
-    """Return what a model's metadata takes while it is open."""
+def header_bytes(sources: Sequence[Source]) -> int:
+    """Add up what models' metadata takes while they are open: a base that adapters are added to, once."""
+    distinct = {id(base): base for base in map(without_adapters, sources)}
+    return sum(map(_header_bytes, distinct.values())) + sum(map(held_bytes, sources))
+
+
+def _header_bytes(source: Source) -> int:
     if isinstance(source, MixtureSource):
         return source.held_bytes()
     return sum(len(value) for value in source.metadata().values())
@@ -102,8 +108,8 @@ def fit_plan(
         needs,
         memory,
         threads,
-        2 * sum(map(header_bytes, sources)) + maps + beside,
-        reading=sum(source.work_bytes() for source in sources),
+        2 * header_bytes(sources) + maps + beside,
+        reading=reading_bytes(sources),
         floor=floor_bytes(),
     )
     cut = [cut_blocks(job, need, arena_bytes, 1) for job, need in zip(jobs, needs, strict=True)]

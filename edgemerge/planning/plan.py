@@ -17,6 +17,7 @@ from edgemerge.budget import (
     workers_on,
 )
 from edgemerge.errors import MismatchError, RecipeError
+from edgemerge.formats.adapters.adapted import reading_bytes
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.quants.codec import find_codec, row_bytes
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
@@ -129,7 +130,7 @@ def make_plan(
     needs = [find_need(job, align, aligns=align != "off" or recipe.matches_neurons) for job in jobs]
     budget = memory or recipe.memory or DEFAULT_MEMORY
     read = [*sources.values(), *([] if owner in sources.values() else [owner])]
-    of_headers = sum(map(header_bytes, read))
+    of_headers = header_bytes(read)
     of_headers += sum({id(d.rows): d.rows.n_bytes for d in drafts if d.rows}.values())
     reserved, alignment = _alignment_needs(align, jobs, list(sources.values()))
     neuron_bytes = 0
@@ -138,7 +139,7 @@ def make_plan(
         reserved = max(reserved, SOLVER_BYTES)
         neuron_bytes = _neuron_bytes(jobs, list(sources.values()))
     beside = 2 * of_headers + reserved + folder_bytes
-    reading = sum(source.work_bytes() for source in sources.values())
+    reading = reading_bytes(list(sources.values()))
     workers, arena_bytes = divide_budget(
         needs + alignment,
         budget,

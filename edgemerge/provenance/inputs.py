@@ -20,11 +20,13 @@ from isal.isal_zlib import crc32
 from edgemerge.errors import VerificationError
 from edgemerge.experts import MIXTURE_PATH, ExpertInput, Mixture
 from edgemerge.formats import open_model
+from edgemerge.formats.adapters.delta import DELTA
 from edgemerge.formats.adapters.reference import model_name
 from edgemerge.formats.inspection import Provenance, read_provenance
 from edgemerge.formats.json_file import parse_object
 from edgemerge.formats.mixture import open_mixture
 from edgemerge.methods.table import find_method
+from edgemerge.planning.differences import join_stacks, list_changes
 from edgemerge.planning.jobs import draft_jobs
 from edgemerge.planning.mixtures import open_with_gates
 from edgemerge.planning.vocabulary import Vocabulary, choose_vocabulary, names_outsider
@@ -80,6 +82,10 @@ def check_inputs(
         provenance = read_provenance(merged.metadata())
         if provenance is None:
             raise VerificationError("has no provenance section, so it names no inputs", path=path)
+        if provenance.method == DELTA:
+            models, found = _check_delta(provenance, given, path, stack, progress)
+            _compare(models, found, provenance, path)
+            return
         recipe = _read_recipe(provenance, given, path)
         _refuse_aligned(recipe, path)
         if recipe.mixture is not None:
@@ -91,14 +97,47 @@ def check_inputs(
         outside = merged if names_outsider(recipe) else None
         vocabulary = choose_vocabulary(recipe, sources, outside)
         found = _checksums(recipe, sources, vocabulary, progress)
+    _compare(recipe.models(), found, provenance, path)
+
+
+def _compare(
+    models: Sequence[Path], found: Sequence[int], provenance: Provenance, path: Path
+) -> None:
     stated = [checksum for _, checksum in provenance.inputs]
-    for model, checksum, wanted in zip(recipe.models(), found, stated, strict=True):
+    for model, checksum, wanted in zip(models, found, stated, strict=True):
         if f"{checksum:08x}" != wanted:
             raise VerificationError(
                 f"is not the input of that name: its tensors have the checksum {checksum:08x}, and "
                 f"{path.name} was made of {wanted}; give the model that was merged",
                 path=model,
             )
+
+
+def _check_delta(
+    provenance: Provenance,
+    given: Sequence[Path],
+    path: Path,
+    stack: ExitStack,
+    progress: Progress | None,
+) -> tuple[list[Path], list[int]]:
+    """Return base and expert of a delta, and their checksums: of all that `list_changes` compares."""
+    names = [name for name, _ in provenance.inputs]
+    if len(names) != 2:
+        raise _unreadable(path)
+    paths = _match_names(names, given, path)
+    models = [paths[name] for name in names]
+    sources = [_open(model, stack) for model in models]
+    changes = join_stacks(list_changes(*sources, tied_heads=True)[0])
+    found, done = [0, 0], 0
+    total = sum(spec.nbytes for change in changes for spec in change.specs)
+    for change in changes:
+        for i, (source, spec) in enumerate(zip(sources, change.specs, strict=True)):
+            checksum = _checksum(source, spec, [(0, spec.n_rows)])
+            found[i] = crc32(checksum.to_bytes(4, "little"), found[i])
+            done += spec.nbytes
+            if progress is not None:
+                progress(done, total)
+    return models, found
 
 
 def _open(path: Path, stack: ExitStack) -> Source:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edgemerge.errors import FormatError, RuntimeFailure
 from edgemerge.formats.gguf.kind import check_is_model
+from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.gguf.model import GgufFile, GgufModel
 from edgemerge.formats.llama_rules import find_violations
 from edgemerge.suggestions import suggest_path
@@ -109,7 +110,7 @@ def check_adapter(path: Path) -> None:
     RuntimeFailure
         There is no such file, or it is a folder.
     FormatError
-        It is no GGUF, is cut off or damaged.
+        It is no GGUF, is cut off or damaged, or a delta.
     """
     if path.is_dir():
         raise RuntimeFailure(
@@ -117,7 +118,12 @@ def check_adapter(path: Path) -> None:
         )
     if not path.is_file():
         raise RuntimeFailure(f"{path}: there is no such file{suggest_path(path)}")
-    GgufFile(path).close()
+    with closing(GgufFile(path)) as file:
+        if get_value(file.metadata, "general.type") == "delta":
+            raise FormatError(
+                "is a delta, which llama.cpp does not add; make a model of it: edgemerge convert BASE+DELTA",
+                path=path,
+            )
 
 
 def _check_file(path: Path) -> None:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from edgemerge.errors import FormatError, MismatchError
-from edgemerge.planning.compatibility import check_models, find_tensor, is_constant, same_shape
+from edgemerge.formats.constants import is_constant
+from edgemerge.planning.compatibility import check_models, find_tensor, same_shape
 from tests.support.fake_source import N_VOCAB, FakeSource, tensor
 
 BASE = FakeSource("/models/base")

@@ -1,4 +1,4 @@
-"""A LoRA adapter: adapter_config.json or the tensors of PEFT, or a GGUF adapter.
+"""A LoRA adapter: adapter_config.json or the tensors of PEFT, or a GGUF adapter or delta.
 
 The input's first line says which: config, weights or gguf. The rest is what the file holds.
 """
@@ -10,11 +10,21 @@ import shutil
 from pathlib import Path
 
 from edgemerge.formats.adapters.model import AdaptedModel, open_adapter
+from edgemerge.types import UInt8
 from tests.support.fake_source import FakeSource
 
 __all__ = ["read_adapter"]
 
-BASE = FakeSource("base", n_layers=1)
+
+class ZeroSource(FakeSource):
+    """A Llama of zeros, of which a delta has the checksum."""
+
+    def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
+        """Fill with zeros."""
+        out_u8[:] = 0
+
+
+BASE = ZeroSource("base", n_layers=1)
 SEED = Path(__file__).resolve().parents[2] / "tests" / "data" / "fuzz" / "adapter" / "weights"
 CONFIG = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "trainable_token_indices": [0, 63]}
 ROWS = 4  # of each update that are read
@@ -39,7 +49,7 @@ def read_adapter(data: bytes, folder: Path) -> None:
         return
     adapter = open_adapter(path, BASE)
     try:
-        model = AdaptedModel(path, BASE, [(adapter, 0.5)])
+        model = AdaptedModel(path, BASE, [(adapter, 0.5)], closes_base=False)
         assert model.work_bytes() >= 0
         for updates in adapter.updates().values():
             for update in updates[:ROWS]:
@@ -47,6 +57,8 @@ def read_adapter(data: bytes, folder: Path) -> None:
                 for factor in (update.replacement, update.magnitude):
                     if factor is not None:
                         factor.read(0, stop)
+                if update.added is not None:
+                    update.added[0].read(0, stop)
                 if update.change is not None:
                     update.change.left.read(0, stop)
                     update.change.right.read(0, min(ROWS, update.change.right.shape[0]))

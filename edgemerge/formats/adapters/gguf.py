@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.adapters.factors import Factor, StoredMatrix
@@ -15,7 +14,7 @@ from edgemerge.formats.gguf.model import GgufFile
 from edgemerge.formats.quants.codec import find_codec
 from edgemerge.types import FileState, Source, TensorSpec
 
-__all__ = ["GgufAdapter", "is_adapter"]
+__all__ = ["ALPHA", "GgufAdapter", "is_adapter"]
 
 ALPHA, INVOCATION = "adapter.lora.alpha", "adapter.alora.invocation_tokens"
 EMBEDDING = "token_embd.weight"
@@ -29,6 +28,13 @@ def is_adapter(file: GgufFile) -> bool:
 class GgufAdapter:
     """A GGUF adapter, fitted to a base.
 
+    Parameters
+    ----------
+    file : GgufFile
+        Open; it is closed with this, also when this fails.
+    base : Source
+        Open.
+
     Raises
     ------
     FormatError
@@ -37,12 +43,12 @@ class GgufAdapter:
         It was made for another base.
     """
 
-    def __init__(self, path: Path, base: Source) -> None:
-        self.path, self._base = path, base
-        self._names = BaseNames(base)
-        self._file = GgufFile(path)
+    def __init__(self, file: GgufFile, base: Source) -> None:
+        self.path, self._base = file.path, base
+        self._file = file
         self._updates: dict[str, list[Update]] = {}
         try:
+            self._names = BaseNames(base)
             self._check_kind()
             self._sort()
         except BaseException:
@@ -59,7 +65,10 @@ class GgufAdapter:
                 "chat or serve with --lora",
                 path=self.path,
             )
-        own = get_value(metadata, "general.architecture")
+        self._check_architecture()
+
+    def _check_architecture(self) -> None:
+        own = get_value(self._file.metadata, "general.architecture")
         if own != self._base.architecture:
             raise MismatchError(
                 f"{self.path} is an adapter of a {own} model and {self._base.path} is a "
@@ -67,9 +76,7 @@ class GgufAdapter:
             )
 
     def _sort(self) -> None:
-        specs = self._file.specs
-        alpha = get_value(self._file.metadata, ALPHA)
-        alpha = float(alpha) if isinstance(alpha, int | float) else 0.0
+        specs, alpha = self._file.specs, self._alpha()
         for name, spec in specs.items():
             home, _, kind = name.rpartition(".")
             if kind == "lora_b" and f"{home}.lora_a" in specs:
@@ -84,6 +91,10 @@ class GgufAdapter:
             self._change(home, spec, specs[f"{home}.lora_b"], alpha)
         if not self._updates:
             raise FormatError("holds no LoRA; get it again", path=self.path)
+
+    def _alpha(self) -> float:
+        alpha = get_value(self._file.metadata, ALPHA)
+        return float(alpha) if isinstance(alpha, int | float) else 0.0
 
     def _replace(self, spec: TensorSpec) -> None:
         """Take a norm, which stands for the base's (mergekit-extract-lora)."""

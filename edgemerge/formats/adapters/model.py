@@ -1,4 +1,4 @@
-"""A model with LoRA adapters added, as a `Source`: rows of the base, and what the adapters add to them.
+"""A model with LoRA adapters or deltas added, as a `Source`: rows of the base, and what is added to them.
 
 The change is never formed as a whole matrix: a block's rows of B times A, added in float32. That is what
 peft's `merge_and_unload` computes in float32, but for the order of additions.
@@ -16,15 +16,18 @@ import numpy as np
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.adapters.config import ADAPTER_CONFIG
+from edgemerge.formats.adapters.delta import DeltaAdapter, is_delta
 from edgemerge.formats.adapters.gguf import GgufAdapter
 from edgemerge.formats.adapters.peft import PeftAdapter
 from edgemerge.formats.adapters.updates import Scratch, Update
+from edgemerge.formats.gguf.model import GgufFile
 from edgemerge.formats.quants.codec import CODECS, find_codec
 from edgemerge.types import FileState, Float32, Source, TensorSpec, UInt8
 
-__all__ = ["AdaptedModel", "Adapter", "open_adapter", "without_adapters"]
+__all__ = ["AdaptedModel", "Adapter", "open_adapter"]
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+OBJECTS_BYTES = 400  # Python's objects for one tensor; those for a change are four times as many
 PIECE = 1 << 17  # elements of rows that are changed at a time; one row at least
 
 
@@ -50,7 +53,7 @@ class Adapter(Protocol):
 
 
 def open_adapter(path: Path, base: Source) -> Adapter:
-    """Open a PEFT directory or a GGUF adapter, and fit it to an open base.
+    """Open a PEFT directory, a GGUF adapter or a delta, and fit it to an open base.
 
     Raises
     ------
@@ -67,7 +70,11 @@ def open_adapter(path: Path, base: Source) -> Adapter:
                 path=path,
             )
         return PeftAdapter(path, base)
-    return GgufAdapter(path, base)
+    try:
+        file = GgufFile(path)
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror}); check the path", path=path) from None
+    return DeltaAdapter(file, base) if is_delta(file) else GgufAdapter(file, base)
 
 
 class AdaptedModel:
@@ -80,14 +87,23 @@ class AdaptedModel:
     path : Path
         What the model is called: see `edgemerge.formats.adapters.reference`.
     base : Source
-        Open; it is closed with this.
+        Open.
     adapters : sequence of (Adapter, float)
-        Open, and by how much the change of each is multiplied.
+        Open, and by how much the change of each is multiplied; closed with this.
+    closes_base : bool
+        Whether the base is closed with this too.
     """
 
-    def __init__(self, path: Path, base: Source, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        base: Source,
+        adapters: Sequence[tuple[Adapter, float]],
+        *,
+        closes_base: bool,
+    ) -> None:
         self.path, self.architecture = path, base.architecture
-        self._base = base
+        self.base, self._closes_base = base, closes_base
         self._adapters = [adapter for adapter, _ in adapters]
         self._updates: dict[str, list[tuple[int, float, Update]]] = {}
         for number, (adapter, weight) in enumerate(adapters):
@@ -113,7 +129,7 @@ class AdaptedModel:
             raise FormatError(
                 "has a factor beside it (NVFP4), which an adapter's change is not made for; get the base "
                 "as F16, BF16 or F32",
-                path=self._base.path,
+                path=self.base.path,
                 tensor=spec.name,
             )
 
@@ -123,14 +139,16 @@ class AdaptedModel:
 
     def metadata(self) -> Mapping[str, bytes]:
         """Return the base's."""
-        return self._base.metadata()
+        return self.base.metadata()
 
     def notes(self) -> Sequence[str]:
         """Return the base's, and the adapters'."""
-        notes = list(self._base.notes())
+        notes = list(self.base.notes())
         for adapter in self._adapters:
             notes += adapter.notes()
-        if EMBEDDING in self._updates and OUTPUT not in self._specs:
+        numbers = {number for number, _, _ in self._updates.get(EMBEDDING, ())}
+        adapters = [self._adapters[number] for number in numbers]
+        if OUTPUT not in self._specs and not all(isinstance(a, DeltaAdapter) for a in adapters):
             notes.append(
                 f"{self.path.name}: the base's head is its embedding, so what changes the one changes "
                 "the other, as in peft's merge_and_unload"
@@ -141,18 +159,35 @@ class AdaptedModel:
 
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` with rows [start, stop): the base's bytes, or float32 of what adapters change."""
-        updates = self._updates.get(name)
-        if updates is None:
-            self._base.read_rows(name, start, stop, out_u8)
-            return
-        spec = self._specs[name]
+        if name in self._updates:
+            self._read_changed(name, start, stop, None, out_u8)
+        else:
+            self.base.read_rows(name, start, stop, out_u8)
+
+    def changes(self, name: str) -> bool:
+        """Tell whether a tensor is another one than the base's."""
+        return name in self._updates
+
+    def read_on_base(
+        self, name: str, start: int, stop: int, base_f32: Float32, out_u8: UInt8
+    ) -> None:
+        """Do as `read_rows` of a tensor that changes; `base_f32` has these rows of the base, decoded."""
+        self._read_changed(name, start, stop, base_f32, out_u8)
+
+    def _read_changed(
+        self, name: str, start: int, stop: int, base_f32: Float32 | None, out_u8: UInt8
+    ) -> None:
+        updates, spec = self._updates[name], self._specs[name]
         assert out_u8.nbytes == (stop - start) * spec.row_bytes
         values = out_u8.view(np.float32).reshape(stop - start, spec.n_cols)
         height = _height(spec)
         for first in range(start, stop, height):
             last = min(stop, first + height)
             piece = values[first - start : last - start]
-            self._read_base(name, first, last, piece)
+            if base_f32 is None:
+                self._read_base(name, first, last, piece)
+            else:
+                piece.reshape(-1)[:] = base_f32[(first - start) * spec.n_cols :][: piece.size]
             if len(spec.shape) > 1:
                 self._change(updates, first, last, piece)
             else:  # a vector is one row; its elements are changed as rows of one column
@@ -160,9 +195,9 @@ class AdaptedModel:
 
     def _read_base(self, name: str, start: int, stop: int, out_f32: Float32) -> None:
         home = self._homes.get(name, name)
-        spec = self._base.specs()[home]
+        spec = self.base.specs()[home]
         raw = np.empty((stop - start) * spec.row_bytes, np.uint8)
-        self._base.read_rows(home, start, stop, raw)
+        self.base.read_rows(home, start, stop, raw)
         CODECS[spec.dtype].decode(raw, out_f32.reshape(-1))
 
     def _change(
@@ -204,38 +239,55 @@ class AdaptedModel:
 
     def work_bytes(self) -> int:
         """Bytes that a thread takes to read, beside what it reads into."""
+        return self.kept_bytes() + self.passing_bytes()
+
+    def kept_bytes(self) -> int:
+        """Return those of them that stay from one read to the next: the last A of each adapter."""
         most = 0
-        for name, updates in self._updates.items():
-            spec = self._specs[name]
-            height = _height(spec)
+        for updates in self._updates.values():
             rights = [0] * len(self._adapters)  # the widest A of each
             for number, _, update in updates:
                 if update.change is not None:
                     right = update.change.right
                     rights[number] = max(rights[number], right.nbytes(right.shape[0]))
+            most = max(most, sum(rights))
+        return most
+
+    def passing_bytes(self) -> int:
+        """Return those of them that a read gives back."""
+        most = 0
+        for name, updates in self._updates.items():
+            spec = self._specs[name]
+            height = _height(spec)
             work = max(update.nbytes(height) for _, _, update in updates)
             copies = 2 * height * spec.row_bytes
-            stored = height * self._base.specs()[self._homes.get(name, name)].row_bytes
-            most = max(most, sum(rights) + work + copies + stored)
+            stored = height * self.base.specs()[self._homes.get(name, name)].row_bytes
+            most = max(most, work + copies + stored)
         return most
+
+    def held_bytes(self) -> int:
+        """Bytes that all threads take to know what is changed, beside the base's header."""
+        count = sum(len(updates) for updates in self._updates.values())
+        return OBJECTS_BYTES * (len(self._specs) + 4 * count)
 
     def forget(self, name: str, n_rows: int | None = None) -> None:
         """Drop pages of the base from the page cache; an adapter's are few."""
-        self._base.forget(self._homes.get(name, name), n_rows)
+        self.base.forget(self._homes.get(name, name), n_rows)
 
     def states(self) -> Sequence[FileState]:
         """Return what the files were when they were opened."""
-        return [*self._base.states(), *(s for adapter in self._adapters for s in adapter.states())]
+        return [*self.base.states(), *(s for adapter in self._adapters for s in adapter.states())]
 
     def check_unchanged(self) -> None:
         """Raise FormatError where a file was written to since it was opened."""
-        self._base.check_unchanged()
+        self.base.check_unchanged()
         for adapter in self._adapters:
             adapter.check_unchanged()
 
     def close(self) -> None:
         """Close the files."""
-        self._base.close()
+        if self._closes_base:
+            self.base.close()
         for adapter in self._adapters:
             adapter.close()
 
@@ -243,8 +295,3 @@ class AdaptedModel:
 def _height(spec: TensorSpec) -> int:
     """Rows of a tensor that are changed at a time."""
     return min(spec.n_rows, max(1, PIECE // max(1, spec.n_cols)))
-
-
-def without_adapters(source: Source) -> Source:
-    """Return the model that adapters were added to, or the model itself where there are none."""
-    return source._base if isinstance(source, AdaptedModel) else source

@@ -1,4 +1,4 @@
-"""How a model with adapters is written: `BASE+ADAPTER`, or `BASE+0.5*ADAPTER+0.3*ADAPTER`.
+"""How a model with adapters or deltas is written: `BASE+ADAPTER`, or `BASE+0.5*ADAPTER+0.3*ADAPTER`.
 
 As a path such a text names nothing that exists. So everything that takes the path of a model takes it.
 """
@@ -24,8 +24,8 @@ __all__ += ["is_adapter", "split_reference", "split_weight"]
 HEAD = 4096  # bytes of a GGUF file, where converters write general.type
 MAX_PLUS = 64  # signs in one text that are tried as the end of a name
 
-# The key and its value as GGUF stores them: a text of seven bytes.
-_TYPE = b"general.type" + struct.pack("<IQ", 8, 7) + b"adapter"
+# The key and its value as GGUF stores them: a text.
+_TYPES = [b"general.type" + struct.pack("<IQ", 8, len(t)) + t for t in (b"adapter", b"delta")]
 _WEIGHT = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\*(.+)", re.ASCII | re.IGNORECASE)
 
 
@@ -87,12 +87,13 @@ def _read_adapters(pieces: list[str]) -> tuple[AdapterUse, ...] | None:
 
 
 def is_adapter(path: Path) -> bool:
-    """Tell whether a path is a LoRA adapter: a directory of PEFT without a model, or a GGUF adapter."""
+    """Tell whether a path is a LoRA adapter or a delta: a directory of PEFT without a model, or a GGUF."""
     if path.is_dir():
         return is_adapter_dir(path)
     try:
         with closing(open_file(path)) as file:
-            return file.is_regular and _TYPE in file.read(HEAD, 0)
+            head = file.read(HEAD, 0) if file.is_regular else b""
+            return any(stated in head for stated in _TYPES)
     except OSError:
         return False
 

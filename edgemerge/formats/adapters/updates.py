@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,11 +11,21 @@ from edgemerge.formats.adapters.factors import Factor
 from edgemerge.native import KernelFile
 from edgemerge.types import Float32
 
-__all__ = ["LowRank", "Scratch", "Update"]
+__all__ = ["LowRank", "Rows", "Scratch", "Update"]
 
 SUMS, LANES = 4096, 32  # of the kernels
 
-lora = KernelFile("lora")
+linear, lora = KernelFile("linear"), KernelFile("lora")
+
+
+class Rows(Protocol):
+    """A matrix that is read by rows."""
+
+    def read(self, start: int, stop: int) -> Float32:
+        """Return rows [start, stop), C-contiguous, as an array of their own."""
+
+    def nbytes(self, n_rows: int) -> int:
+        """Bytes that reading so many rows takes at most."""
 
 
 class LowRank(NamedTuple):
@@ -57,7 +67,9 @@ class Update:
     n_rows: int
     replacement: Factor | None = None  # (n_rows, n_cols): stands for the base's rows
     offset: float = 0.0  # what GGUF adds to it, as to Gemma's norms
-    added: tuple[Factor, float] | None = None  # (n_rows, 1) and a factor: LoRA's own bias
+    added: tuple[Rows, float] | None = (
+        None  # (n_rows, n_cols) and a factor: a delta, LoRA's own bias
+    )
     change: LowRank | None = None
     magnitude: Factor | None = None  # (n_rows, 1): DoRA's norms of the changed rows
 
@@ -89,8 +101,9 @@ class Update:
             if self.offset:
                 out_f32 += np.float32(self.offset)
         if self.added is not None:
-            vector, factor = self.added
-            out_f32 += np.float32(factor * weight) * vector.read(start, stop)
+            matrix, factor = self.added
+            values = matrix.read(start, stop)
+            linear.add_scaled(values.reshape(-1), factor * weight, out_f32.reshape(-1))
         if self.change is not None:
             change = self.change._replace(scale=self.change.scale * weight)
             scratch.add(change, number, start, stop, out_f32)
@@ -100,6 +113,7 @@ class Update:
 
     def nbytes(self, n_rows: int) -> int:
         """Bytes that `apply` takes at most for so many rows, A left out."""
-        parts = [self.replacement, self.added[0] if self.added else None, self.magnitude]
+        parts: list[Rows | None] = [self.replacement, self.magnitude]
+        parts.append(self.added[0] if self.added else None)
         parts.append(self.change.left if self.change else None)
         return sum(part.nbytes(n_rows) for part in parts if part is not None)

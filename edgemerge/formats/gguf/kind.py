@@ -18,6 +18,7 @@ _PROJECTOR = (
 _OTHERS = {
     "adapter": "is a LoRA adapter, not a model; give it with its base model, as in BASE+ADAPTER, or "
     "with --lora to run, chat or serve",
+    "delta": "is a delta, not a model; merge or convert it with its base: --base BASE DELTA, or BASE+DELTA",
     "mmproj": _PROJECTOR,
     "clip": _PROJECTOR,
     "imatrix": "is an importance matrix, not a model; give it with --imatrix, beside a model",
@@ -38,7 +39,7 @@ def check_is_model(path: Path, metadata: Mapping[str, bytes]) -> None:
     Raises
     ------
     FormatError
-        It is an adapter, a projector, an importance matrix or a control vector.
+        It is an adapter, a delta, a projector, an importance matrix or a control vector.
     """
     for key in ("general.type", "general.architecture"):
         sentence = _OTHERS.get(str(get_value(metadata, key)))

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from edgemerge.errors import FormatError, Stopped
+from edgemerge.formats.constants import is_constant
 from edgemerge.formats.quants.codec import CODECS, find_codec
 from edgemerge.planning.compatibility import (
     check_models,
     find_head,
-    is_constant,
     is_scale,
     missing_tensor,
     same_scale,
     same_shape,
 )
 from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT
-from edgemerge.types import Float32, Source, TensorSpec
+from edgemerge.types import Float32, Source, TensorSpec, UInt8
 
-__all__ = ["PIECE", "Change", "list_changes"]
+__all__ = ["PIECE", "Change", "join_stacks", "list_changes"]
 
 PIECE = 1 << 18  # elements of both models that are compared at a time; one row at least
 
@@ -59,16 +59,25 @@ class Change:
         Stopped
             The event is set.
         """
+        for start, left, right in self.stored(stop):
+            yield start, *self.decode(left, right)
+
+    def stored(self, stop: threading.Event) -> Iterator[tuple[int, UInt8, UInt8]]:
+        """Read the same rows of base and expert as they are stored, rows after rows; raises `Stopped`."""
         n_rows, n_cols = self.shape if len(self.shape) > 1 else (1, *self.shape)
         first = 0 if self.number is None else self.number * n_rows
         height = max(1, PIECE // n_cols)
         for start in range(0, n_rows, height):
             if stop.is_set():
                 raise Stopped
-            end = min(n_rows, start + height)
-            left = _read(self.base, self.specs[0], first + start, first + end)
-            right = _read(self.expert, self.specs[1], first + start, first + end)
-            yield start, left, right
+            rows = first + start, first + min(n_rows, start + height)
+            left = _read_stored(self.base, self.specs[0], *rows)
+            yield start, left, _read_stored(self.expert, self.specs[1], *rows)
+
+    def decode(self, left_u8: UInt8, right_u8: UInt8) -> tuple[Float32, Float32]:
+        """Decode rows of base and expert; raises FormatError where one holds NaN or infinity."""
+        left = _decode(self.base, self.specs[0], left_u8)
+        return left, _decode(self.expert, self.specs[1], right_u8)
 
     def forget(self) -> None:
         """Drop what was read from the page cache; a stack of experts after the last of them."""
@@ -88,7 +97,7 @@ class Change:
 
 
 def list_changes(
-    base: Source, expert: Source, *, by_text: bool = False
+    base: Source, expert: Source, *, by_text: bool = False, tied_heads: bool = False
 ) -> tuple[list[Change], Sequence[str]]:
     """List all matrices and vectors of two models that fit together, and what is to be known of them.
 
@@ -98,6 +107,8 @@ def list_changes(
         Open models.
     by_text : bool
         Whether vocabularies may differ; then matrices of tokens with other shapes are left out.
+    tied_heads : bool
+        Whether the base's head is compared with the expert's embedding, where that is the expert's head.
 
     Raises
     ------
@@ -112,7 +123,8 @@ def list_changes(
             raise missing_tensor(name, expert, base)
     changes: list[Change] = []
     for name in names:
-        if is_constant(name) or (name == OUTPUT and OUTPUT not in expert.specs()):
+        is_tied = name == OUTPUT and OUTPUT not in expert.specs()
+        if is_constant(name) or (is_tied and not tied_heads):
             continue
         specs = find_head(base, name), find_head(expert, name)
         if by_text and name in (EMBEDDING, OUTPUT) and specs[0].shape != specs[1].shape:
@@ -135,11 +147,33 @@ def list_changes(
     return changes, notes
 
 
+def join_stacks(changes: Sequence[Change]) -> list[Change]:
+    """Return one change for each tensor: the experts of a stack as one matrix."""
+    return [
+        one if one.number is None else replace(one, shape=_stacked(one.specs[0]), number=None)
+        for one in changes
+        if not one.number
+    ]
+
+
+def _stacked(spec: TensorSpec) -> tuple[int, int]:
+    return spec.n_rows, spec.n_cols
+
+
 def _read(source: Source, spec: TensorSpec, start: int, stop: int) -> Float32:
+    return _decode(source, spec, _read_stored(source, spec, start, stop))
+
+
+def _read_stored(source: Source, spec: TensorSpec, start: int, stop: int) -> UInt8:
     raw = np.empty((stop - start) * spec.row_bytes, np.uint8)
     source.read_rows(spec.name, start, stop, raw)
-    values = np.empty((stop - start, spec.n_cols), np.float32)
-    CODECS[spec.dtype].decode(raw, values.reshape(-1))
+    return raw
+
+
+def _decode(source: Source, spec: TensorSpec, raw_u8: UInt8) -> Float32:
+    n_rows = raw_u8.size // spec.row_bytes
+    values = np.empty((n_rows, spec.n_cols), np.float32)
+    CODECS[spec.dtype].decode(raw_u8, values.reshape(-1))
     if not np.isfinite(values).all():
         raise FormatError(
             "holds NaN or infinity; that model is damaged, get it again",
