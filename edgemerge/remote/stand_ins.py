@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from edgemerge.shown_paths import call_path, forget_paths
 
 if TYPE_CHECKING:  # a merge of files here does without what talks to servers
-    from edgemerge.remote.file import RemoteFile
+    from edgemerge.remote.ranged import RangedFile
 
 __all__ = [
     "add_file",
@@ -31,7 +31,7 @@ __all__ = [
     "stop_reading",
 ]
 
-_files: dict[Path, RemoteFile] = {}
+_files: dict[Path, RangedFile] = {}
 _folders: list[Path] = []
 _numbers = count()
 # A path's text has one slash less.
@@ -61,7 +61,7 @@ def new_folder(inside: str) -> Path:
     return folder
 
 
-def add_file(path: Path, remote: RemoteFile) -> None:
+def add_file(path: Path, remote: RangedFile) -> None:
     """Let a path, where nothing is yet, stand for a remote file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb") as file:
@@ -70,7 +70,7 @@ def add_file(path: Path, remote: RemoteFile) -> None:
     call_path(path, str(remote.address))
 
 
-def find_remote(path: str | os.PathLike[str]) -> RemoteFile | None:
+def find_remote(path: str | os.PathLike[str]) -> RangedFile | None:
     """Return the remote file that a path stands for; None for any other path."""
     return _files.get(Path(path)) if _files else None
 

@@ -22,8 +22,7 @@ from edgemerge import merge, open_model
 from edgemerge.errors import EdgemergeError, FormatError
 from edgemerge.finding.finder import Finder
 from edgemerge.recipe.recipe import load_recipe, make_recipe
-from edgemerge.remote import file as remote_file
-from edgemerge.remote import stand_ins
+from edgemerge.remote import failures, stand_ins
 from tests.support.adapters import KINDS, write_adapter
 from tests.support.architecture_models import ARCHITECTURES
 from tests.support.crashing import write_models
@@ -44,8 +43,8 @@ def _server(
     tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FileServer]:
     """A server of the models, whose clients do not wait long; nothing of them is left."""
-    monkeypatch.setattr(remote_file, "DELAYS", (0.0, 0.01, 0.01))
-    monkeypatch.setattr(remote_file, "FIRST_DELAYS", (0.0, 0.01))
+    monkeypatch.setattr(failures, "DELAYS", (0.0, 0.01, 0.01))
+    monkeypatch.setattr(failures, "FIRST_DELAYS", (0.0, 0.01))
     with serve_folder(tmp_path / "models") as server:
         yield server
         stand_ins.remove_all()
@@ -200,7 +199,7 @@ def test_what_cannot_be_read_is_one_sentence(server: FileServer, models: dict[st
     assert "from one address to the next" in refusal(f"{server.url}/loop.gguf")
     unused = refusal("http://127.0.0.1:9/a.gguf")
     assert unused.startswith("http://127.0.0.1:9/a.gguf: could not be read in 3 tries (Connection")
-    with pytest.raises(EdgemergeError, match="merge, plan, convert and inspect alone"):
+    with pytest.raises(EdgemergeError, match="merge, plan, convert, inspect and verify alone"):
         Finder().find_model(f"{server.url}/a.gguf")
 
 
@@ -228,7 +227,7 @@ def test_a_link_that_ran_out_is_asked_for_anew(
 def test_a_server_is_trusted_by_the_certificate_that_is_named(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_file, "FIRST_DELAYS", ())
+    monkeypatch.setattr(failures, "FIRST_DELAYS", ())
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     wanted = merged([models["a"]], tmp_path / "here.gguf")
