@@ -13,12 +13,12 @@ from tests.support.small_models import wide_tensors, write_gguf
 
 
 def write_large_models(folder: Path) -> list[Path]:
-    """Write two models of 64 MB each."""
+    """Write two models of 32 MB each."""
     paths = []
     for number in range(2):
         tensors = wide_tensors(number)
         tensors["token_embd.weight"] = np.random.default_rng(number).random(
-            (60_000, 256), np.float32
+            (30_000, 256), np.float32
         )
         paths.append(folder / f"large-{number}.gguf")
         write_gguf(paths[-1], tensors)

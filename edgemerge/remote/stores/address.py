@@ -37,8 +37,9 @@ class StoreAddress:
     login: tuple[str, str | None] | None = None  # user and password
 
     def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
         port = "" if self.port is None else f":{self.port}"
-        return f"{self.scheme}://{self.host}{port}{self.path}"
+        return f"{self.scheme}://{host}{port}{self.path}"
 
     def __repr__(self) -> str:
         return f"StoreAddress({self})"
