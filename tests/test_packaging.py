@@ -25,6 +25,7 @@ EXTRAS = {
     "edgemerge/finding": {"hub"},
     "edgemerge/formats/hidden_states.py": {"run"},
     "edgemerge/formats/tokenizer/prompts.py": {"run"},
+    "edgemerge/remote/stores": {"remote"},
     "edgemerge/reports": {"plot"},
     "edgemerge/runtime": {"run"},
     "edgemerge/runtime/serve": {"serve", "sign"},
@@ -34,7 +35,7 @@ EXTRAS = {
 }
 OWN = {"benchmarks", "edgemerge", "kernels", "tests", "tools"}
 # The distribution, where several bring a module of its name or none is installed.
-DISTRIBUTIONS = {"matplotlib": "matplotlib", "ot": "pot", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"botocore": "s3fs", "matplotlib": "matplotlib", "ot": "pot", "yaml": "pyyaml"}
 
 
 def canonical(requirement: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from edgemerge import merge
+from edgemerge.cli import make_app
 from edgemerge.errors import EdgemergeError, FormatError
 from edgemerge.finding.finder import Finder
 from edgemerge.recipe.recipe import make_recipe
@@ -23,7 +26,7 @@ STREAMS = Finder(streams=True)
 LOGIN = ("nurse", "s3cret")
 
 
-class FailingStore(fsspec.AbstractFileSystem):  # type: ignore[misc]
+class FailingStore(fsspec.AbstractFileSystem):  # type: ignore[misc,name-defined]
     """Files of this machine; every `fails_each`th question fails, with the password in its text."""
 
     protocol = "teststore"
@@ -111,6 +114,35 @@ def test_a_merge_has_the_bytes_of_one_from_disk_however_often_the_store_fails(
     assert b"s3cret" not in (tmp_path / "there.gguf").read_bytes()
     there = [f"teststore://store{models_dir}/expert-a"]
     assert merged(there, tmp_path / "folder-there.gguf") == folder
+
+
+def test_plan_says_what_comes_over_the_network(models: dict[str, str]) -> None:
+    there = [f"teststore://nurse:s3cret@store{models[name]}" for name in "ab"]
+    result = CliRunner().invoke(make_app(), ["plan", *there, "-m", "linear", "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.output)
+    assert document["network_bytes"] == document["read_bytes"] > 0
+    assert document["models"] == [f"teststore://store{models[name]}" for name in "ab"]
+    assert "s3cret" not in result.output
+
+
+def test_what_is_spilled_is_not_read_again(
+    store: type[FailingStore], models: dict[str, str], tmp_path: Path
+) -> None:
+    finder = Finder(streams=True, spill=tmp_path)
+    path = finder.find_model(f"teststore://store{models['a']}")
+    remote = stand_ins.find_remote(path)
+    assert remote is not None
+    raw = bytearray(1000)
+    for _ in range(3):
+        remote.fill([memoryview(raw)], 10, (0, 5000))
+        assert raw == Path(models["a"]).read_bytes()[10:1010]
+    n_asked = store.n_asked
+    remote.fill([memoryview(raw)], 10, (0, 5000))
+    assert store.n_asked == n_asked
+    remote.forget(0, 5000)
+    remote.fill([memoryview(raw)], 10, (0, 5000))
+    assert store.n_asked > n_asked
 
 
 def test_what_cannot_be_read_is_one_sentence_without_a_password(

@@ -80,6 +80,16 @@ def test_keys_may_stand_in_the_address_and_are_written_nowhere(
     address = f"s3://{BUCKET}/a.gguf"
     with pytest.raises(EdgemergeError, match=rf"^{address} needs credentials: set AWS_ACCESS_KEY"):
         STREAMS.find_model(address)
+    monkeypatch.setenv("AWS_PROFILE", "nosuch")
+    with pytest.raises(
+        EdgemergeError, match=r"\(The config profile \(nosuch\) could not be found\)"
+    ):
+        STREAMS.find_model(address)
+    monkeypatch.delenv("AWS_PROFILE")
+    monkeypatch.setenv("FSSPEC_S3_ANON", "1")
+    with pytest.raises(EdgemergeError, match=r"may not be read \(403\)"):
+        STREAMS.find_model(address)
+    monkeypatch.delenv("FSSPEC_S3_ANON")
     secret = f"s3://AKIDHIDDEN:hidden%2Fs3cret@{BUCKET}/a.gguf"
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(
