@@ -18,7 +18,7 @@ from edgemerge.remote.address import Address, read_address
 from edgemerge.remote.file import RemoteFile, probe
 from tests.support.crashing import write_models
 from tests.support.file_server import serve_folder
-from tests.support.remote_merges import merge_in_process, write_large_models
+from tests.support.remote_merges import merge_in_process, write_large_models, write_shards
 
 for package in ("s3fs", "moto", "flask_cors"):
     pytest.importorskip(package)
@@ -34,6 +34,7 @@ def _folder(tmp_path_factory: pytest.TempPathFactory, models_dir: Path) -> Path:
     write_models(folder)
     for name in ("expert-a", "expert-b"):
         shutil.copytree(models_dir / name, folder / "sub folder" / name)
+    write_shards(models_dir / "base", folder / "shards")
     write_large_models(folder)
     return folder
 
@@ -65,7 +66,7 @@ def test_a_merge_from_a_bucket_has_the_bytes_of_one_from_disk(folder: Path, tmp_
 
 
 def test_directories_are_read_as_on_this_machine(folder: Path, tmp_path: Path) -> None:
-    names = ["sub folder/expert-a", "sub folder/expert-b"]
+    names = ["sub folder/expert-a", "sub folder/expert-b", "shards"]
     wanted = merged([str(folder / name) for name in names], tmp_path / "here.gguf")
     there = [f"s3://{BUCKET}/{name}" for name in names]
     assert merged(there, tmp_path / "there.gguf") == wanted

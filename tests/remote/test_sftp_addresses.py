@@ -22,7 +22,7 @@ from edgemerge.remote.stores.address import read_store_address
 from edgemerge.remote.stores.file import StoreFile, look
 from edgemerge.remote.stores.link import StoreLink
 from tests.support.crashing import write_models
-from tests.support.remote_merges import merge_in_process, write_large_models
+from tests.support.remote_merges import merge_in_process, write_large_models, write_shards
 
 paramiko = pytest.importorskip("paramiko")
 from tests.support.sftp_server import (  # noqa: E402
@@ -87,12 +87,13 @@ def test_openssh_gives_files_and_directories(
     if command is None:
         pytest.skip("OpenSSH's server is not installed")
     wanted = merged([models["a"], models["b"]], tmp_path / "here.gguf")
-    names = ["expert-a", "expert-b"]
-    folders = merged([str(models_dir / name) for name in names], tmp_path / "folders.gguf")
+    shards = write_shards(models_dir / "base", tmp_path / "shards")
+    folders = [models_dir / "expert-a", shards]
+    wanted_of_folders = merged(list(map(str, folders)), tmp_path / "folders.gguf")
     with serve_sftp(home, command) as server:
         assert merged(at(server, models), tmp_path / "there.gguf") == wanted
-        there = [server.at(models_dir / name) for name in names]
-        assert merged(there, tmp_path / "folders-there.gguf") == folders
+        there = list(map(server.at, folders))
+        assert merged(there, tmp_path / "folders-there.gguf") == wanted_of_folders
         (home / ".ssh" / "id_ecdsa").unlink()
         with pytest.raises(EdgemergeError, match="refuses the login; see that ssh to it works"):
             STREAMS.find_model(server.at(Path(models["a"]), LOGIN))

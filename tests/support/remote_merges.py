@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from edgemerge import merge
+from edgemerge.recipe.recipe import make_recipe
 from tests.support.small_models import wide_tensors, write_gguf
 
 
@@ -23,6 +25,15 @@ def write_large_models(folder: Path) -> list[Path]:
         paths.append(folder / f"large-{number}.gguf")
         write_gguf(paths[-1], tensors)
     return paths
+
+
+def write_shards(model: Path, folder: Path) -> Path:
+    """Write a directory again, in shards and with an index."""
+    recipe = make_recipe("passthrough", [(str(model), None)], out_format="hf")
+    merge(recipe, folder, split_bytes=1_500_000)
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+    assert (folder / "model.safetensors.index.json").is_file()
+    return folder
 
 
 def merge_in_process(models: list[str], output: Path, memory: str) -> dict[str, int | str]:
