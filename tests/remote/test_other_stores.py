@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ftplib
 import json
 import os
 import sys
@@ -36,6 +37,8 @@ class FailingStore(fsspec.AbstractFileSystem):  # type: ignore[misc,name-defined
 
     def __init__(self, username: str = "", password: str = "", **settings: object) -> None:
         super().__init__(**settings)
+        if username == "guest":
+            raise ftplib.error_perm(f"530 {password}")
         if (username, password) not in (LOGIN, ("", "")):
             raise PermissionError(13, "Permission denied")
 
@@ -157,6 +160,7 @@ def test_what_cannot_be_read_is_one_sentence_without_a_password(
     address = f"teststore://nurse:s3cret@store{models['a']}"
     shown = f"teststore://store{models['a']}"
     assert refusal(address.replace("nurse", "other")).endswith("may not be read; check your access")
+    assert refusal(address.replace("nurse", "guest")).endswith("may not be read; check the login")
     assert refusal(f"{address}x.gguf").endswith("x.gguf: is not there; check the address")
     store.fails_each = 1
     assert refusal(address) == (

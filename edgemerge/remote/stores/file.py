@@ -155,6 +155,8 @@ def _passing(error: Exception, address: AnyAddress) -> Exception:
             raise FormatError(str(error), path=str(address)) from None
         case Fault():
             return error
+        case Exception() if type(error).__name__ == "error_perm":  # ftplib's
+            raise FormatError("may not be read; check the login", path=str(address)) from None
         case OSError() if error.strerror or type(error).__module__ in ("builtins", "socket"):
             return error
     return Fault(type(error).__name__)

@@ -61,8 +61,10 @@ class StoreLink:
         Exception
             As the store's package has them; it may pass.
         """
+        store = self._connect()
+        store.invalidate_cache()  # of lists of folders, which some packages keep
         try:
-            found = self._connect().info(path)
+            found = store.info(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except PermissionError:
