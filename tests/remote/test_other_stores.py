@@ -83,7 +83,7 @@ class _File:
 @pytest.fixture(name="store", autouse=True)
 def _store(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FailingStore]]:
     fsspec.register_implementation("teststore", FailingStore, clobber=True)
-    monkeypatch.setattr(failures, "DELAYS", (0.0, 0.01))
+    monkeypatch.setattr(failures, "DELAYS", (0.0, 0.01, 0.01, 0.01, 0.01, 0.01))
     monkeypatch.setattr(failures, "FIRST_DELAYS", (0.0, 0.01))
     monkeypatch.setattr(FailingStore, "fails_each", 0)
     monkeypatch.setattr(FailingStore, "tags", True)

@@ -61,9 +61,9 @@ class StoreLink:
         Exception
             As the store's package has them; it may pass.
         """
-        store = self._connect()
-        store.invalidate_cache()  # of lists of folders, which some packages keep
         try:
+            store = self._connect()
+            store.invalidate_cache()  # of lists of folders, which some packages keep
             found = store.info(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
