@@ -107,7 +107,7 @@ class VerificationError(EdgemergeError):
 
     def __init__(self, message: str, *, path: str | PathLike[str]) -> None:
         self.path = Path(path)
-        super().__init__(f"{path}: {message}")
+        super().__init__(f"{shown_path(path)}: {message}")
 
 
 class ClusterError(EdgemergeError):

@@ -27,6 +27,7 @@ EXTRAS = {
     "edgemerge/finding": {"hub"},
     "edgemerge/formats/hidden_states.py": {"run"},
     "edgemerge/formats/tokenizer/prompts.py": {"run"},
+    "edgemerge/remote/stores": {"remote"},
     "edgemerge/reports": {"plot"},
     "edgemerge/runtime": {"run"},
     "edgemerge/runtime/evaluation/on_cluster.py": {"cluster", "run"},
@@ -37,7 +38,7 @@ EXTRAS = {
 }
 OWN = {"benchmarks", "edgemerge", "kernels", "tests", "tools"}
 # The distribution, where several bring a module of its name or none is installed.
-DISTRIBUTIONS = {"matplotlib": "matplotlib", "ot": "pot", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"botocore": "s3fs", "matplotlib": "matplotlib", "ot": "pot", "yaml": "pyyaml"}
 
 
 def canonical(requirement: str) -> str:

@@ -19,8 +19,8 @@ def convert_command(
     model: Annotated[
         str,
         typer.Argument(
-            help="GGUF file, Hugging Face directory, org/name, or address (https://, hf://); with a LoRA "
-            "adapter, MODEL+ADAPTER."
+            help="GGUF file, Hugging Face directory, org/name, or address (https://, hf://, s3://, sftp://); "
+            "with a LoRA adapter, MODEL+ADAPTER."
         ),
     ],
     output: request.Output,

@@ -29,8 +29,8 @@ def inspect_command(
     model: Annotated[
         str,
         typer.Argument(
-            help="GGUF file, Hugging Face directory, org/name, or address (https://, hf://); with a LoRA "
-            "adapter, MODEL+ADAPTER."
+            help="GGUF file, Hugging Face directory, org/name, or address (https://, hf://, s3://, sftp://); "
+            "with a LoRA adapter, MODEL+ADAPTER."
         ),
     ],
     against: Annotated[

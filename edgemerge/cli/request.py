@@ -36,7 +36,7 @@ Models = Annotated[
     typer.Argument(
         metavar="RECIPE.yml | MODEL[=WEIGHT]...",
         help="One mergekit recipe, or with -m the models: GGUF files, Hugging Face directories, "
-        "org/name[@revision][:TYPE] on the hub, or addresses (https://, hf://); each perhaps "
+        "org/name[@revision][:TYPE] on the hub, or addresses (https://, hf://, s3://, sftp://); each perhaps "
         "with LoRA adapters, as MODEL+ADAPTER.",
         show_default=False,
     ),

@@ -11,6 +11,9 @@ import typer
 from edgemerge.cli import request
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.terminal import plain, print_json, progress_bar, progress_bars, speaks_plainly
+from edgemerge.errors import RecipeError
+from edgemerge.remote.stand_ins import is_address
+from edgemerge.shown_paths import shown_path
 
 if TYPE_CHECKING:
     from edgemerge.formats.inspection import Provenance
@@ -23,9 +26,10 @@ __all__ = ["verify_command"]
 @speaks_plainly
 def verify_command(
     model: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="MODEL", help="Merged GGUF, of a split any part; or merged directory."
+            metavar="MODEL",
+            help="Merged GGUF, of a split any part; or merged directory; or the address of one.",
         ),
     ],
     key: Annotated[
@@ -35,11 +39,12 @@ def verify_command(
         ),
     ] = None,
     inputs: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             "--input",
             metavar="MODEL",
-            help="Also check that it was made of these; give all of its inputs, one --input each.",
+            help="Also check that it was made of these, files or addresses; give all of its inputs, one "
+            "--input each.",
         ),
     ] = None,
     threads: request.Threads = None,
@@ -52,22 +57,27 @@ def verify_command(
     from edgemerge.provenance.inputs import check_inputs
     from edgemerge.provenance.verification import has_provenance, verify_model
 
-    finder = make_finder(models_folder, download, quiet=json_)
-    inputs = [finder.find_model(str(path)) for path in inputs or ()]
-    signed = None if key is None else _check_signature(model, key, quiet=json_)
+    finder = make_finder(models_folder, download, quiet=json_, streams=True)
+    if key is not None and is_address(model):
+        raise RecipeError(
+            "--key checks a file on this machine; download the model and its signature"
+        )
+    path = finder.find_model(model) if is_address(model) else Path(model)
+    given = [finder.find_model(text) for text in inputs or ()]
+    signed = None if key is None else _check_signature(path, key, quiet=json_)
     # Every byte is then known to be right, whatever else cannot be told.
-    if signed is not None and not inputs and not has_provenance(model):
+    if signed is not None and not given and not has_provenance(path):
         _print_signed(signed, as_json=json_)
         return
-    with progress_bars(f"verify {model.name}", quiet=json_) as (progress, begin_part):
-        found = verify_model(model, threads=threads or usable_processors(), progress=progress)
-        if found.is_sound and inputs:
+    with progress_bars(f"verify {path.name}", quiet=json_) as (progress, begin_part):
+        found = verify_model(path, threads=threads or usable_processors(), progress=progress)
+        if found.is_sound and given:
             reading = begin_part("reading the inputs")
-            check_inputs(model, inputs, merge_one=merge, progress=reading)
+            check_inputs(path, given, merge_one=merge, progress=reading)
     if json_:
-        print_json(_as_json(found, signed, checked=bool(inputs)))
+        print_json(_as_json(found, signed, checked=bool(given)))
     elif found.is_sound:
-        _print(found, signed, checked=bool(inputs), is_folder=model.is_dir())
+        _print(found, signed, checked=bool(given), is_folder=path.is_dir())
     found.check()
 
 
@@ -85,7 +95,7 @@ def _as_json(found: Verification, signed: Signed | None, *, checked: bool) -> di
 
     provenance = found.provenance
     return {
-        "files": [str(path) for path in found.files],
+        "files": [shown_path(path) for path in found.files],
         "sound": found.is_sound,
         "tensors": found.tensors,
         "bytes": found.nbytes,
@@ -145,7 +155,9 @@ def _print(found: Verification, signed: Signed | None, *, checked: bool, is_fold
     provenance = found.provenance
     same = ", as the given model's" if checked else ""
     parts = f" in {len(found.files)} files" if len(found.files) > 1 else ""
-    print(f"{found.files[0]}{parts}: all {found.tensors} tensors are as they were written")
+    print(
+        f"{shown_path(found.files[0])}{parts}: all {found.tensors} tensors are as they were written"
+    )
     lines = [
         f"{format_size(found.nbytes)} of tensors, made by edgemerge {provenance.version}, "
         f"seed {provenance.seed}",

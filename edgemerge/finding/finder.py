@@ -126,7 +126,7 @@ class Finder:
 
     def _stream(self, text: str, revision: str | None) -> Path:
         if not self.streams:
-            from edgemerge.remote.address import refuse_address  # and all that reads URLs
+            from edgemerge.remote.any_address import refuse_address  # and all that reads URLs
 
             raise RecipeError(refuse_address(text))
         from edgemerge.finding.streaming import Streamer  # which loads TLS

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from edgemerge.errors import FormatError, OutputError
-from edgemerge.remote.file import RemoteFile
+from edgemerge.remote.ranged import RangedFile
 from edgemerge.types import Progress
 
 __all__ = ["keep_file"]
@@ -24,7 +24,7 @@ PIECE = 1 << 20
 
 
 def keep_file(
-    remote: RemoteFile,
+    remote: RangedFile,
     folder: Path,
     sha256: str | None,
     show_progress: Callable[[str], AbstractContextManager[Progress]],
@@ -33,7 +33,7 @@ def keep_file(
 
     Parameters
     ----------
-    remote : RemoteFile
+    remote : RangedFile
         The file.
     folder : Path
         Of all that is kept.
@@ -88,7 +88,7 @@ def _find(folder: Path, known: Path, sha256: str | None, n_bytes: int) -> Path |
         return None
 
 
-def _fetch(remote: RemoteFile, fd: int, progress: Progress) -> str:
+def _fetch(remote: RangedFile, fd: int, progress: Progress) -> str:
     """Append to a file what it lacks of the remote one, and return the SHA-256 of the whole."""
     n_bytes, digest, at = remote.identity.n_bytes, hashlib.sha256(), 0
     if os.fstat(fd).st_size > n_bytes:

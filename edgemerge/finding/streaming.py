@@ -1,8 +1,9 @@
 """Models on other machines: an address becomes a path that stands for the model, and nothing is stored.
 
 `https://HOST/model.gguf` is a file, `https://HOST/folder` a Hugging Face directory, and
-`hf://ORG/NAME[@REVISION][:TYPE][/FILE.gguf]` a model of the hub at the commit that it has now. Files without
-tensors are fetched into a temporary folder; those with tensors are read as they are wanted.
+`hf://ORG/NAME[@REVISION][:TYPE][/FILE.gguf]` a model of the hub at the commit that it has now. `s3://BUCKET/KEY`,
+`sftp://HOST/PATH` and what else fsspec knows are files and directories too. Files without tensors are fetched
+into a temporary folder; those with tensors are read as they are wanted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from edgemerge.errors import FormatError, RecipeError
@@ -28,10 +30,13 @@ from edgemerge.finding.files import (
 )
 from edgemerge.finding.keeping import keep_file
 from edgemerge.finding.names import HubName, read_hub_name
-from edgemerge.remote.address import Address, read_address
-from edgemerge.remote.file import Identity, RemoteFile, fetch_small, probe
+from edgemerge.remote.address import read_address
+from edgemerge.remote.any_address import AnyAddress, read_any_address
+from edgemerge.remote.file import RemoteFile, fetch_small
+from edgemerge.remote.ranged import Identity, RangedFile
 from edgemerge.remote.spill import Spill
 from edgemerge.remote.stand_ins import add_file, new_folder
+from edgemerge.remote.visits import Visit, visit
 from edgemerge.shown_paths import call_path
 from edgemerge.types import Progress
 
@@ -99,39 +104,38 @@ class Streamer:
         if text.startswith(HUB):
             name, file = _read_hub(text, revision)
             return self._find_repository(name, file)
-        address = read_address(text)
-        if address.path.endswith(".gguf"):
-            return self._find_gguf(address)
-        if is_weights(address.path):
+        address = read_any_address(text)
+        is_gguf = address.path.endswith(".gguf")
+        if not is_gguf and is_weights(address.path):
             raise RecipeError(
                 f"{address} is only the weights of a model; give the address of its folder, which has "
                 f"{CONFIG} too"
             )
-        return self._find_folder(address)
+        with closing(visit(address)) as there:
+            return (self._find_gguf if is_gguf else self._find_folder)(there, address)
 
-    def _find_gguf(self, address: Address) -> Path:
+    def _find_gguf(self, there: Visit, address: AnyAddress) -> Path:
         """Let a file stand for a GGUF, and others for all parts of a split one."""
         folder, name = new_folder("files"), _file_name(address)
         for one in _split_names(name):
-            there = address if one == name else address.beside(one)
-            self._place(folder / one, there, probe(there))
+            part = address if one == name else address.beside(one)
+            self._place(folder / one, partial(there.open_file, part))
         return folder / name
 
-    def _find_folder(self, address: Address) -> Path:
+    def _find_folder(self, there: Visit, address: AnyAddress) -> Path:
         folder = new_folder(_file_name(address))
         call_path(folder, str(address))
         for name in SMALL:
-            fetch_small(address.inside(name), folder / name, MAX_SMALL)
-        there = {path.name for path in folder.iterdir()}
-        if not there & {CONFIG, ADAPTER}:
+            there.fetch_small(address.inside(name), folder / name, MAX_SMALL)
+        found = {path.name for path in folder.iterdir()}
+        if not found & {CONFIG, ADAPTER}:
             raise FormatError(
                 f"is no model folder: it has no {CONFIG}; give the address of a GGUF file or of a "
                 "Hugging Face directory",
                 path=folder,
             )
-        for name in _weights(folder, there):
-            file = address.inside(name)
-            self._place(folder / name, file, probe(file))
+        for name in _weights(folder, found):
+            self._place(folder / name, partial(there.open_file, address.inside(name)))
         return folder
 
     def _find_repository(self, name: HubName, file: str | None) -> Path:
@@ -153,20 +157,20 @@ class Streamer:
                 path
             ):  # a commit does not change; its mirrors may have ETags of their own
                 identity, blob = Identity(by_path[path].n_bytes), by_path[path].blob
-                self._place(folder / path, address, identity, blob if len(blob) == 64 else None)
+                opened = partial(RemoteFile, address, identity)
+                self._place(folder / path, opened, blob if len(blob) == 64 else None)
             else:
                 fetch_small(address, folder / path, MAX_SMALL)
         return folder / files[0] if files[-1].endswith(".gguf") else folder
 
     def _place(
-        self, path: Path, address: Address, identity: Identity, sha256: str | None = None
+        self, path: Path, open_file: Callable[[Spill | None], RangedFile], sha256: str | None = None
     ) -> None:
         """Let a path stand for a file of tensors, or lead to where it is kept."""
         if self.keep is None:
-            spill = None if self.spill is None else Spill(self.spill)
-            add_file(path, RemoteFile(address, identity, spill))
+            add_file(path, open_file(None if self.spill is None else Spill(self.spill)))
             return
-        with closing(RemoteFile(address, identity)) as remote:
+        with closing(open_file(None)) as remote:
             kept = keep_file(remote, self.keep, sha256, self.show_progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(kept.absolute())
@@ -194,7 +198,7 @@ def _weights(folder: Path, there: Collection[str]) -> list[str]:
         return []
 
 
-def _file_name(address: Address) -> str:
+def _file_name(address: AnyAddress) -> str:
     """Return what a file or folder is called here."""
     name = address.name.replace("/", "_").replace("\0", "_").encode()[:200].decode(errors="ignore")
     return address.host if name in ("", ".", "..") else name

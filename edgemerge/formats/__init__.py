@@ -45,7 +45,7 @@ def open_model(path: str | os.PathLike[str]) -> Source:
         return GgufModel(path)
     except OSError as error:
         if is_address(str(path)):
-            from edgemerge.remote.address import refuse_address  # and all that reads URLs
+            from edgemerge.remote.any_address import refuse_address  # and all that reads URLs
 
             raise RecipeError(refuse_address(str(path))) from None
         hint = suggest_path(path) or "; check the path"

@@ -19,7 +19,7 @@ from edgemerge.remote.stand_ins import find_remote
 from edgemerge.types import FileState
 
 if TYPE_CHECKING:  # a merge of files here does without what talks to servers
-    from edgemerge.remote.file import RemoteFile
+    from edgemerge.remote.ranged import RangedFile
 
 __all__ = ["ByteFile", "open_file"]
 
@@ -124,7 +124,7 @@ class _LocalFile:
 class _RemoteFile:
     is_regular = True
 
-    def __init__(self, path: Path, remote: RemoteFile) -> None:
+    def __init__(self, path: Path, remote: RangedFile) -> None:
         self.path, self._remote = path, remote
         remote.start()  # who read it before may have been stopped
         self.work_bytes = remote.work_bytes
@@ -151,7 +151,7 @@ class _RemoteFile:
         self._remote.forget(offset, n_bytes)
 
     def check_unchanged(self) -> None:
-        """Do nothing: every answer of the server was compared."""
+        self._remote.check_unchanged()
 
     def close(self) -> None:
         """Leave the connections to who opens the file again; they end with the process."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from edgemerge.errors import RecipeError
 
-__all__ = ["Address", "read_address", "refuse_address"]
+__all__ = ["SCHEMES", "Address", "read_address"]
 
 SCHEMES = ("http", "https")
 PORTS = {"http": 80, "https": 443}
@@ -26,9 +26,11 @@ class Address:
     path: str  # quoted, begins with a slash
     query: str = ""
     authorization: str | None = None  # the header's value
+    shown: str | None = None  # in its place, where it is another's address with a signature
+    renew: Callable[[], Address] | None = field(default=None, compare=False)  # when that ran out
 
     def __str__(self) -> str:
-        return f"{self.origin}{self.path}"
+        return self.shown or f"{self.origin}{self.path}"
 
     def __repr__(self) -> str:
         return f"Address({self})"
@@ -74,19 +76,6 @@ class Address:
         return there
 
 
-def refuse_address(text: str) -> str:
-    """Say that a command reads no addresses; `text`: also a path that was made of one."""
-    if "://" not in text:
-        text = text.replace(":/", "://", 1)
-    where = f"{text}: " if text.startswith("hf:") else ""
-    with suppress(RecipeError):  # which shows no login
-        where = f"{read_address(text)}: "
-    return (
-        f"{where}an address is read by merge, plan, convert and inspect alone; download the model, and "
-        "give its path"
-    )
-
-
 def read_address(text: str) -> Address:
     """Read an address, with a login where it has one: https://USER:PASSWORD@HOST/PATH.
 
@@ -102,7 +91,7 @@ def read_address(text: str) -> Address:
         scheme, host, port = "", None, None
     if scheme not in SCHEMES or not host:
         what = f"begins with {scheme}://" if scheme else "cannot be read"
-        raise RecipeError(f"an address {what}; give one that begins with https://HOST/ or hf://")
+        raise RecipeError(f"an address {what}; give one that begins with https://HOST/")
     authorization = None
     if parts.username is not None:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"

@@ -6,7 +6,21 @@ import http.client
 import socket
 import ssl
 
-__all__ = ["PASSING", "Fault", "Refusal", "describe", "is_final", "refuse_status"]
+from edgemerge.errors import FormatError
+
+__all__ = [
+    "PASSING",
+    "Fault",
+    "Refusal",
+    "describe",
+    "next_delay",
+    "refuse_status",
+]
+
+# Seconds before each further try; what comes in between begins the list anew. The first is none, as a
+# server closes a connection that was idle for long.
+DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)
+FIRST_DELAYS = (0.0, 0.5, 1.0)  # of a server that was never reached
 
 # What may pass: a lost connection, a restart, a busy server. SSLError and `Fault` are OSErrors.
 PASSING = (OSError, http.client.HTTPException)
@@ -42,7 +56,7 @@ def describe(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def is_final(error: BaseException) -> str | None:
+def _final(error: BaseException) -> str | None:
     """Return what is wrong and the remedy where an error does not pass by itself; else None."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
@@ -69,3 +83,25 @@ def refuse_status(status: int, retry_after: str | None) -> Exception:
         case _:
             what = f"cannot be read, as the server answers {status}; check the address"
     return Refusal(what)
+
+
+def next_delay(error: Exception, tries: int, address: object, *, is_first: bool = False) -> float:
+    """Return how many seconds to wait before another try; `is_first`: no server was reached yet.
+
+    Raises
+    ------
+    FormatError
+        There is none; `path` is the address.
+    """
+    if (final := _final(error)) is not None:
+        raise FormatError(final, path=str(address)) from None
+    delays = FIRST_DELAYS if is_first else DELAYS
+    if tries == len(delays):
+        raise FormatError(
+            f"could not be read in {tries + 1} tries ({describe(error)}); see to the network and give "
+            "the same command again",
+            path=str(address),
+        ) from (
+            error if isinstance(error, OSError) else OSError(str(error))
+        )  # so a merge can go on
+    return max(delays[tries], error.wait if isinstance(error, Fault) else 0.0)

@@ -12,57 +12,30 @@ import http.client
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from edgemerge.errors import FormatError, Stopped
 from edgemerge.remote.address import Address
-from edgemerge.remote.failures import (
-    PASSING,
-    Fault,
-    Refusal,
-    describe,
-    is_final,
-    refuse_status,
-)
+from edgemerge.remote.any_address import AnyAddress
+from edgemerge.remote.failures import PASSING, Fault, Refusal, next_delay, refuse_status
 from edgemerge.remote.link import Link, Route
+from edgemerge.remote.ranged import CHANGED, PIECE, Identity, RangedFile
 from edgemerge.remote.spill import Spill
 
-__all__ = ["Identity", "RemoteFile", "fetch_small", "probe"]
+__all__ = ["RemoteFile", "fetch_small", "probe"]
 
 T = TypeVar("T")
 
-CHANGED = "was changed on the server while it was read; start again"
-
-# Seconds before each further try; what comes in between begins the list anew. The first is none, as a
-# server closes a connection that was idle for long.
-DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0)
-FIRST_DELAYS = (0.0, 0.5, 1.0)  # of a server that was never reached
 STREAMED = 1 << 17  # bytes of a first read after which more of the same is expected
-PIECE = 1 << 18  # bytes that a broken connection may cost
 REACH = 4  # blocks before the wanted one that another thread may be about to read
 PATIENCE = 0.02  # seconds to wait for that
 MAX_LINKS = 8  # of one file
 LINK_BYTES = 192 << 10  # of memory for a connection: TLS, and Python's objects
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)", re.ASCII)
-
-
-class Identity(NamedTuple):
-    """What shows that a file is still the same."""
-
-    n_bytes: int
-    etag: str | None = None
-    date: str | None = None  # Last-Modified
-
-    def differs(self, response: http.client.HTTPResponse) -> bool:
-        """Tell whether an answer is of another file; what it does not state is taken for the same."""
-        etag, date = response.headers.get("ETag"), response.headers.get("Last-Modified")
-        if self.etag and etag:
-            return etag != self.etag
-        return bool(self.date and date and date != self.date)
 
 
 @dataclass(slots=True)
@@ -77,56 +50,54 @@ class _Stream:
     in_order: bool = False  # whether it was read on from where it was
 
 
-class RemoteFile:
-    """A file on a server, which does not change while it is read.
+class RemoteFile(RangedFile):
+    """A file at http:// or https://; see `RangedFile`. Its identity is that of `probe`."""
 
-    Parameters
-    ----------
-    address : Address
-        Of the file.
-    identity : Identity
-        From `probe`, or of a file that cannot change, its size alone.
-    spill : Spill, optional
-        Where what was read is kept to be read again.
-    """
-
-    work_bytes = LINK_BYTES  # of memory that a thread takes to read
+    work_bytes = LINK_BYTES
 
     def __init__(self, address: Address, identity: Identity, spill: Spill | None = None) -> None:
-        self.address, self.identity = address, identity
-        self.received = 0  # bytes
-        self._route = Route(address)
-        self._spill = spill
+        super().__init__(address, identity, spill)
+        self._route = Route(address, works=True)
         self._idle: list[_Stream] = []  # the last used last
         self._busy: list[_Stream] = []
         self._changed = threading.Condition()
-        self._stopped = threading.Event()
 
-    def fill(self, buffers: list[memoryview], offset: int, run: tuple[int, int]) -> None:
-        """Fill buffers one after the other from byte `offset` on.
+    @classmethod
+    def reopen(cls, address: AnyAddress, identity: Identity) -> RemoteFile:
+        """Return the same file, with connections of its own."""
+        assert isinstance(address, Address)
+        return cls(address, identity)
 
-        Parameters
-        ----------
-        buffers : list of memoryview
-            Of bytes.
-        offset : int
-            Where to begin.
-        run : (int, int)
-            First byte, and last + 1, of a run of bytes that are probably read in order.
+    def forget(self, offset: int, n_bytes: int) -> None:
+        """Give back what is kept of a range, and the connections whose answers are of it."""
+        with self._changed:
+            for stream in self._idle:
+                if offset <= stream.at < offset + n_bytes and stream.response is not None:
+                    stream.link.close()
+                    stream.response = None
+        super().forget(offset, n_bytes)
 
-        Raises
-        ------
-        FormatError
-            The bytes cannot be had; `path` is the address.
-        Stopped
-            `stop` was called.
-        """
-        n_bytes = sum(map(len, buffers))
-        if offset + n_bytes > self.identity.n_bytes:
-            raise self._fail("ends before what is read of it; it is damaged, get another")
-        if not n_bytes or (self._spill is not None and self._spill.read(buffers, offset)):
-            return
-        stream = self._take(offset, n_bytes)
+    def check_unchanged(self) -> None:
+        """Do nothing: every answer of the server was compared."""
+
+    def stop(self) -> None:
+        """Make reads raise `Stopped`, those that wait as well as later ones, until `start`."""
+        super().stop()
+        with self._changed:
+            for stream in self._busy:
+                stream.link.cut()
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Close all connections, and give back what is kept."""
+        super().close()
+        with self._changed:
+            for stream in self._idle:
+                stream.link.close()
+            self._idle.clear()
+
+    def _receive_all(self, buffers: list[memoryview], offset: int, run: tuple[int, int]) -> None:
+        stream = self._take(offset, sum(map(len, buffers)))
         try:
             self._read(stream, buffers, run)
         except BaseException:
@@ -138,40 +109,6 @@ class RemoteFile:
                 self._busy.remove(stream)
                 self._idle.append(stream)
                 self._changed.notify_all()
-        if self._spill is not None:
-            self._spill.write(buffers, offset)
-
-    def forget(self, offset: int, n_bytes: int) -> None:
-        """Give back what is kept of a range, and the connections whose answers are of it."""
-        with self._changed:
-            for stream in self._idle:
-                if offset <= stream.at < offset + n_bytes and stream.response is not None:
-                    stream.link.close()
-                    stream.response = None
-        if self._spill is not None:
-            self._spill.forget(offset, n_bytes)
-
-    def start(self) -> None:
-        """Let reads go on after `stop`."""
-        self._stopped.clear()
-
-    def stop(self) -> None:
-        """Make reads raise `Stopped`, those that wait as well as later ones, until `start`."""
-        self._stopped.set()
-        with self._changed:
-            for stream in self._busy:
-                stream.link.cut()
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Close all connections, and give back what is kept."""
-        self.stop()
-        with self._changed:
-            for stream in self._idle:
-                stream.link.close()
-            self._idle.clear()
-        if self._spill is not None:
-            self._spill.close()
 
     # -- streams -------------------------------------------------------------------------------------
 
@@ -231,9 +168,7 @@ class RemoteFile:
                 except PASSING as error:
                     stream.link.close()
                     stream.response = None
-                    if self._stopped.is_set():
-                        raise Stopped from None
-                    self._stopped.wait(_next_delay(error, tries, DELAYS, self.address))
+                    self._wait(error, tries)
                     tries += 1
 
     def _receive(self, stream: _Stream, view: memoryview, run: tuple[int, int]) -> int:
@@ -243,7 +178,6 @@ class RemoteFile:
         n_read = stream.response.readinto(view[: stream.stop - stream.at])
         if n_read == 0:
             raise Fault("the connection was closed in the middle of an answer")
-        self.received += n_read
         stream.at += n_read
         if stream.at == stream.stop:
             stream.response = None
@@ -256,8 +190,8 @@ class RemoteFile:
         last = run[1] if in_order and run[0] <= stream.at < run[1] else stream.goal
         last = min(max(last, stream.goal), self.identity.n_bytes)
         response = stream.link.ask(stream.at, last)
-        is_other = response.status in (200, 206) and self.identity.differs(response)
-        if is_other or response.status in (412, 416):
+        is_other = self.identity.differs(*_marks(response))
+        if (is_other and response.status in (200, 206)) or response.status in (412, 416):
             raise Refusal(CHANGED)
         first, end, n_bytes = _read_range(response)
         if n_bytes != self.identity.n_bytes:
@@ -265,9 +199,6 @@ class RemoteFile:
         if first != stream.at or end > last:
             raise Refusal("comes from a server that sends other bytes than it was asked for")
         stream.response, stream.stop = response, end
-
-    def _fail(self, message: str) -> FormatError:
-        return FormatError(message, path=str(self.address))
 
 
 def probe(address: Address) -> Identity:
@@ -284,9 +215,7 @@ def probe(address: Address) -> Identity:
             raise Refusal("is empty; get another")
         n_bytes = _read_range(response)[2]
         response.read(PIECE)
-        return Identity(
-            n_bytes, response.headers.get("ETag"), response.headers.get("Last-Modified")
-        )
+        return Identity(n_bytes, *_marks(response))
 
     return _ask_once(address, 1, read)
 
@@ -327,25 +256,15 @@ def _ask_once(address: Address, n_bytes: int, read: Callable[[http.client.HTTPRe
                 raise FormatError(str(error), path=str(address)) from None
             except PASSING as error:
                 link.close()
-                time.sleep(_next_delay(error, tries, FIRST_DELAYS, address))
+                time.sleep(next_delay(error, tries, address, is_first=True))
         raise AssertionError
     finally:
         link.close()
 
 
-def _next_delay(error: Exception, tries: int, delays: Sequence[float], address: Address) -> float:
-    """Return how long to wait before another try; raise FormatError where there is none."""
-    if (final := is_final(error)) is not None:
-        raise FormatError(final, path=str(address)) from None
-    if tries == len(delays):
-        raise FormatError(
-            f"could not be read in {tries + 1} tries ({describe(error)}); see to the network and give "
-            "the same command again",
-            path=str(address),
-        ) from (
-            error if isinstance(error, OSError) else OSError(str(error))
-        )  # so a merge can go on
-    return max(delays[tries], error.wait if isinstance(error, Fault) else 0.0)
+def _marks(response: http.client.HTTPResponse) -> tuple[str | None, str | None]:
+    """Return by what an answer says that its file is known: ETag and Last-Modified."""
+    return response.headers.get("ETag"), response.headers.get("Last-Modified")
 
 
 def _read_range(response: http.client.HTTPResponse) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ import http.client
 import os
 import socket
 import ssl
+import threading
 from base64 import b64encode
 from contextlib import suppress
 from functools import cache
@@ -24,15 +25,40 @@ STALE = frozenset({400, 401, 403, 404, 410})  # how a link that ran out is answe
 MAX_DRAINED = 1 << 16  # bytes of an answer that are read so that the connection can go on
 TIMEOUT = 30.0  # seconds without a byte
 # The first that is set counts. OpenSSL itself heeds SSL_CERT_FILE, and SSL_CERT_DIR beside it.
-BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "AWS_CA_BUNDLE")
 
 
 class Route:
-    """Where a file is asked for, and where the server leads on to; all links of a file have one."""
+    """Where a file is asked for, and where the server leads on to; all links of a file have one.
 
-    def __init__(self, address: Address) -> None:
+    Parameters
+    ----------
+    address : Address
+        Of the file.
+    works : bool
+        Whether the server is known to give the file; an address with a signature may then have run out.
+    """
+
+    def __init__(self, address: Address, works: bool = False) -> None:
         self.address = address
         self.current = address
+        self._works = works
+        self._lock = threading.Lock()
+
+    def answered(self, address: Address) -> None:
+        """Remember which address was answered with bytes."""
+        self.current, self._works = address, True
+
+    def renew(self, used: Address) -> bool:
+        """Get another signature in the place of one that ran out; False where that is not the fault."""
+        with self._lock:
+            if self.address is not used:  # another thread was faster
+                return True
+            if used.renew is None or not self._works:
+                return False
+            self.address = self.current = used.renew()
+            self._works = False
+            return True
 
 
 class Link:
@@ -41,12 +67,10 @@ class Link:
     def __init__(self, route: Route) -> None:
         self._route = route
         self._connection: http.client.HTTPConnection | None = None
+        # A server that closes after its answer gives the socket to that alone.
+        self._response: http.client.HTTPResponse | None = None
+        self._socket: socket.socket | None = None
         self._origin = ""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a server was reached before, so that the connection may have been closed meanwhile."""
-        return self._connection is not None and self._connection.sock is not None
 
     def ask(self, start: int, stop: int) -> http.client.HTTPResponse:
         """Ask for bytes [start, stop), and return the answer, whatever its status.
@@ -59,7 +83,8 @@ class Link:
             Redirects lead nowhere.
         """
         route = self._route
-        address, is_fresh = route.current, route.current == route.address
+        first, address = route.address, route.current
+        is_fresh = address == first
         for _ in range(MAX_REDIRECTS):
             response = self._send(address, {"Range": f"bytes={start}-{stop - 1}"})
             location = response.headers.get("Location")
@@ -71,9 +96,13 @@ class Link:
                     raise Refusal(f"leads to another address that is not used: {error}") from None
             elif response.status in STALE and not is_fresh:
                 self._drain(response)
-                address, is_fresh = route.address, True
+                address, is_fresh = first, True
+            elif response.status in STALE and route.renew(first):
+                self._drain(response)
+                first = address = route.address
             else:
-                route.current = address
+                if response.status == 206:
+                    route.answered(address)
                 return response
         raise Refusal("is led from one address to the next without an end; check the address")
 
@@ -91,7 +120,9 @@ class Link:
         agent = f"edgemerge/{version('edgemerge')}"
         headers = {"Accept-Encoding": "identity", "User-Agent": agent, **headers}
         self._connection.request("GET", target, headers=headers)
-        return self._connection.getresponse()
+        self._socket = self._connection.sock
+        self._response = self._connection.getresponse()
+        return self._response
 
     def _drain(self, response: http.client.HTTPResponse) -> None:
         """Read a short answer to its end, or give the connection up."""
@@ -103,14 +134,17 @@ class Link:
         """Close the connection; the next question opens another."""
         if self._connection is not None:
             self._connection.close()
-            self._connection = None
+        if self._response is not None:
+            self._response.close()
+        self._connection = self._response = self._socket = None
 
     def cut(self) -> None:
         """Make a read that waits in another thread end at once."""
         connection = self._connection
-        if connection is not None and connection.sock is not None:
+        opened = self._socket or (connection.sock if connection is not None else None)
+        if opened is not None:
             with suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+                opened.shutdown(socket.SHUT_RDWR)
 
 
 def _connect(address: Address) -> http.client.HTTPConnection:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from edgemerge.shown_paths import call_path, forget_paths, names_of_paths
 
 if TYPE_CHECKING:  # a merge of files here does without what talks to servers
-    from edgemerge.remote.address import Address
-    from edgemerge.remote.file import Identity, RemoteFile
+    from edgemerge.remote.any_address import AnyAddress
+    from edgemerge.remote.ranged import Identity, RangedFile
 
 __all__ = [
     "StandIns",
@@ -35,7 +35,7 @@ __all__ = [
     "stop_reading",
 ]
 
-_files: dict[Path, RemoteFile] = {}
+_files: dict[Path, RangedFile] = {}
 _folders: list[Path] = []
 _made: list[Path] = []  # folders that `StandIns.take` made
 _numbers = count()
@@ -66,7 +66,7 @@ def new_folder(inside: str) -> Path:
     return folder
 
 
-def add_file(path: Path, remote: RemoteFile) -> None:
+def add_file(path: Path, remote: RangedFile) -> None:
     """Let a path, where nothing is yet, stand for a remote file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb") as file:
@@ -75,7 +75,7 @@ def add_file(path: Path, remote: RemoteFile) -> None:
     call_path(path, str(remote.address))
 
 
-def find_remote(path: str | os.PathLike[str]) -> RemoteFile | None:
+def find_remote(path: str | os.PathLike[str]) -> RangedFile | None:
     """Return the remote file that a path stands for; None for any other path."""
     return _files.get(Path(path)) if _files else None
 
@@ -96,7 +96,7 @@ class StandIns:
     ----------
     roots : tuple of Path
         Folders that all of it lies in.
-    remote : mapping of Path to (class, Address, Identity)
+    remote : mapping of Path to (class, AnyAddress, Identity)
         Files of tensors, and what reads them.
     small : mapping of Path to bytes
         Files that were fetched.
@@ -105,14 +105,15 @@ class StandIns:
     """
 
     roots: tuple[Path, ...]
-    remote: Mapping[Path, tuple[type[RemoteFile], Address, Identity]]
+    remote: Mapping[Path, tuple[type[RangedFile], AnyAddress, Identity]]
     small: Mapping[Path, bytes]
     names: Mapping[str, str]
 
     def take(self) -> None:
         """Let the same paths stand for the same files here. Files that are there already stay."""
         for path, (reader, address, identity) in self.remote.items():
-            _files.setdefault(path, reader(address, identity))
+            if path not in _files:
+                _files[path] = reader.reopen(address, identity)
             _write(path, b"", identity.n_bytes)
         for path, raw in self.small.items():
             _write(path, raw, len(raw))

@@ -128,13 +128,40 @@ def test_inspect_shows_an_address_without_its_secrets(server: FileServer) -> Non
     assert "passw0rd" not in refused
 
 
+def test_verify_reads_a_merged_file_and_its_inputs_where_they_are(
+    server: FileServer, tmp_path: Path
+) -> None:
+    out = server.folder / "merged.gguf"
+    run("merge", *(server.folder / f"{name}.gguf" for name in "ab"), "-m", "linear", "-o", out)
+    address = server.url.replace("//", "//user:passw0rd@") + "/{}.gguf?token=s3cret"
+    given = [f"--input={address.format(name)}" for name in "ab"]
+    text = run("verify", address.format("merged"), *given)
+    assert f"{server.url}/merged.gguf: all" in text
+    assert "as the given model's" in text
+    document = json.loads(run("verify", address.format("merged"), *given, "--json"))
+    assert document["files"] == [f"{server.url}/merged.gguf"]
+    assert document["inputs_checked"]
+    with out.open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(bytes(range(90)))
+    stand_ins.remove_all()
+    damaged = run("verify", address.format("merged"), code=1)
+    assert f"{server.url}/merged.gguf: 1 of" in damaged
+    swapped = run("verify", server.folder / "a.gguf", *given, code=1)
+    assert "has no provenance section" in swapped
+    refused = run("verify", address.format("merged"), "--key", tmp_path / "pub.pem", code=1)
+    assert "--key checks a file on this machine" in refused
+    for said in (text, damaged, refused):
+        assert "passw0rd" not in said
+        assert "s3cret" not in said
+
+
 def test_other_commands_name_the_address_and_not_its_secrets(tmp_path: Path) -> None:
     address, out = "http://user:s3cret@127.0.0.1:9/a.gguf?token=s3cret", str(tmp_path / "out")
     for given in (
         ("compare", address, "b"),
         ("extract", address, "b", "-o", out),
-        ("verify", address),
     ):
         text = run(*given, code=1)
-        assert "http://127.0.0.1:9/a.gguf: an address is read by merge, plan, convert and" in text
+        assert "http://127.0.0.1:9/a.gguf: an address is read by merge, plan, convert," in text
         assert "s3cret" not in text

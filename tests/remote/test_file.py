@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgemerge.errors import FormatError, OutputError, Stopped
-from edgemerge.remote import file as remote_file
+from edgemerge.remote import failures
 from edgemerge.remote.address import read_address
 from edgemerge.remote.file import RemoteFile, probe
 from edgemerge.remote.spill import Spill
@@ -99,7 +99,7 @@ def test_single_rows_are_asked_for_alone(server: FileServer, file: RemoteFile, r
 def test_a_lost_connection_goes_on_where_it_was(
     server: FileServer, file: RemoteFile, raw: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_file, "DELAYS", (0.0, 0.01))
+    monkeypatch.setattr(failures, "DELAYS", (0.0, 0.01))
     server.drop_each = 2
     assert read(file, 0, SIZE) == raw
     first, second, *_ = ranges(server)

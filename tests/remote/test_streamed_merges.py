@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import shutil
 import ssl
@@ -13,19 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from edgemerge import merge, open_model
 from edgemerge.errors import EdgemergeError, FormatError
 from edgemerge.finding.finder import Finder
 from edgemerge.recipe.recipe import load_recipe, make_recipe
-from edgemerge.remote import file as remote_file
-from edgemerge.remote import stand_ins
+from edgemerge.remote import failures, stand_ins
 from tests.support.adapters import KINDS, write_adapter
 from tests.support.architecture_models import ARCHITECTURES
+from tests.support.certificates import make_certificate
 from tests.support.crashing import write_models
 from tests.support.file_server import FileServer, serve_folder
 
@@ -44,8 +39,8 @@ def _server(
     tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FileServer]:
     """A server of the models, whose clients do not wait long; nothing of them is left."""
-    monkeypatch.setattr(remote_file, "DELAYS", (0.0, 0.01, 0.01))
-    monkeypatch.setattr(remote_file, "FIRST_DELAYS", (0.0, 0.01))
+    monkeypatch.setattr(failures, "DELAYS", (0.0, 0.01, 0.01))
+    monkeypatch.setattr(failures, "FIRST_DELAYS", (0.0, 0.01))
     with serve_folder(tmp_path / "models") as server:
         yield server
         stand_ins.remove_all()
@@ -200,7 +195,7 @@ def test_what_cannot_be_read_is_one_sentence(server: FileServer, models: dict[st
     assert "from one address to the next" in refusal(f"{server.url}/loop.gguf")
     unused = refusal("http://127.0.0.1:9/a.gguf")
     assert unused.startswith("http://127.0.0.1:9/a.gguf: could not be read in 3 tries (Connection")
-    with pytest.raises(EdgemergeError, match="merge, plan, convert and inspect alone"):
+    with pytest.raises(EdgemergeError, match="merge, plan, convert, inspect and verify alone"):
         Finder().find_model(f"{server.url}/a.gguf")
 
 
@@ -228,11 +223,13 @@ def test_a_link_that_ran_out_is_asked_for_anew(
 def test_a_server_is_trusted_by_the_certificate_that_is_named(
     models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_file, "FIRST_DELAYS", ())
+    monkeypatch.setattr(failures, "FIRST_DELAYS", ())
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     wanted = merged([models["a"]], tmp_path / "here.gguf")
-    bundle, context = make_certificate(tmp_path)
+    bundle, key = make_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(bundle, key)
     with serve_folder(tmp_path / "models", context=context) as server:
         try:
             with pytest.raises(FormatError, match=r"has a certificate that is not trusted \(self-"):
@@ -244,37 +241,6 @@ def test_a_server_is_trusted_by_the_certificate_that_is_named(
                 STREAMS.find_model(f"{server.url}/b.gguf")
         finally:
             stand_ins.remove_all()
-
-
-def make_certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
-    """Return the file of a certificate for localhost, and a server's context with it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    public, private = folder / "certificate.pem", folder / "key.pem"
-    public.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(public, private)
-    return public, context
 
 
 def test_who_stops_a_merge_does_not_wait_for_its_servers(
