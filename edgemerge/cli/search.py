@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edgemerge.recipe.searches import SearchRecipe
     from edgemerge.runtime.evaluation.tasks import Task
     from edgemerge.runtime.llama import Model
+    from edgemerge.searching.examiner import Ask
     from edgemerge.searching.objective import Objective
     from edgemerge.searching.search import Search
 
@@ -106,6 +107,7 @@ def search_command(
     memory: request.Memory = None,
     threads: loading.Threads = None,
     gpu_layers: loading.GpuLayers = None,
+    cluster: request.EvalCluster = None,
     models_folder: ModelsFolder = None,
     download: Download = False,
     strict: request.Strict = False,
@@ -118,6 +120,7 @@ def search_command(
     stopped there. At the end the start and the best trial are asked the held-out questions. After an
     interrupt the same command goes on.
     """
+    from edgemerge.cluster.address import read_cluster
     from edgemerge.output.file import write_file
     from edgemerge.recipe.searches import load_search
     from edgemerge.reports.search import search_page
@@ -128,6 +131,8 @@ def search_command(
     from edgemerge.sizes import parse_duration, parse_size
 
     check_optuna()
+    if cluster is not None:
+        read_cluster(cluster)
     require_questions(task, perplexity)
     limits = Limits(trials, None if time is None else parse_duration(time), patience)
     tasks = read_tasks(task or [], None, [], limit, seed)
@@ -145,8 +150,11 @@ def search_command(
         print(
             f"note: {plain(note)}", file=sys.stderr
         )  # such as of a name that no merge will look at
-    examiner = Examiner(tasks, texts, held_out=held_out, seed=seed, n_ctx=context)
     with ExitStack() as stack:
+        ask = None
+        if cluster is not None:
+            ask = stack.enter_context(_ask_cluster(cluster, threads, gpu_layers))
+        examiner = Examiner(tasks, texts, held_out=held_out, seed=seed, n_ctx=context, ask=ask)
         budget = None if memory is None else parse_size(memory)
         model_file = stack.enter_context(
             ModelFile(
@@ -182,6 +190,23 @@ def search_command(
         print_json(result)
     else:
         print_result(result)
+
+
+@contextmanager
+def _ask_cluster(cluster: str, threads: int | None, gpu_layers: int | None) -> Iterator[Ask]:
+    """Have a cluster answer; tell at the end what the user should know of it."""
+    from edgemerge.cluster.connection import open_cluster
+    from edgemerge.merging.run import usable_processors
+    from edgemerge.planning.plan import DEFAULT_MEMORY
+    from edgemerge.searching.on_cluster import ClusterAsker
+
+    with open_cluster(
+        cluster, memory=DEFAULT_MEMORY, threads=threads or usable_processors()
+    ) as connection:
+        ask = ClusterAsker(connection, gpu_layers)
+        yield ask
+    for note in ask.notes:
+        print(f"note: {plain(note)}", file=sys.stderr)
 
 
 def _loader(threads: int | None, gpu_layers: int | None) -> Any:

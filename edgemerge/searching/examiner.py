@@ -17,7 +17,10 @@ from edgemerge.searching.objective import Figures
 from edgemerge.searching.portions import LEAST, RUNGS, divide, divide_task
 from edgemerge.types import BeginPart
 
-__all__ = ["Answers", "Examiner"]
+__all__ = ["Answers", "Ask", "Examiner", "ask_here"]
+
+Ask = Callable[[Model, Sequence[Task], int | None, BeginPart], Mapping[str, list[Mark]]]
+"""Asks a model tasks, with so many tokens of context; gives the marks of each, by its name."""
 
 
 @dataclass(slots=True)
@@ -62,6 +65,8 @@ class Examiner:
         Of the division.
     n_ctx : int, optional
         Tokens of context, as for `eval`.
+    ask : callable, optional
+        Asks the questions; by default this process does.
 
     Raises
     ------
@@ -77,7 +82,9 @@ class Examiner:
         held_out: float,
         seed: int,
         n_ctx: int | None,
+        ask: Ask | None = None,
     ) -> None:
+        self._ask_tasks = ask or ask_here
         self._texts, self._held_out, self._seed, self._n_ctx = texts, held_out, seed, n_ctx
         divided = [divide_task(task, held_out, seed) for task in tasks]
         self._rungs = [[rungs[i] for rungs, _ in divided] for i in range(len(RUNGS))]
@@ -110,19 +117,11 @@ class Examiner:
         answers: Answers,
         begin_part: BeginPart,
     ) -> None:
-        for task in tasks:
-            show = begin_part(task.name, "questions")
-            answers.marks.setdefault(task.name, []).extend(self._marks(model, task, show))
+        for task, marks in self._ask_tasks(model, tasks, self._n_ctx, begin_part).items():
+            answers.marks.setdefault(task, []).extend(marks)
         for name, path in self._texts.items():
             show = begin_part(name, "chunks")
             answers.chunks.setdefault(name, []).extend(self._chunks(model, name, path, rung, show))
-
-    def _marks(self, model: Model, task: Task, show: Callable[[int, int], None]) -> list[Mark]:
-        found: dict[int, Mark] = {}
-        for finished in score_questions(model, task.questions, n_ctx=self._n_ctx):
-            found |= {i: mark(task.questions[i], one) for i, one in finished.items()}
-            show(len(found), len(task.questions))
-        return [found[i] for i in range(len(task.questions))]
 
     def _chunks(
         self,
@@ -146,3 +145,18 @@ class Examiner:
             found.append(chunk)
             show(i + 1, len(wanted))
         return found
+
+
+def ask_here(
+    model: Model, tasks: Sequence[Task], n_ctx: int | None, begin_part: BeginPart
+) -> dict[str, list[Mark]]:
+    """Ask a model in this process; see `Ask`."""
+    marks = {}
+    for task in tasks:
+        show = begin_part(task.name, "questions")
+        found: dict[int, Mark] = {}
+        for finished in score_questions(model, task.questions, n_ctx=n_ctx):
+            found |= {i: mark(task.questions[i], one) for i, one in finished.items()}
+            show(len(found), len(task.questions))
+        marks[task.name] = [found[i] for i in range(len(task.questions))]
+    return marks

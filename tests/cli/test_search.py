@@ -23,6 +23,7 @@ from edgemerge.cli.search import search_command
 from edgemerge.recipe.recipe import load_recipe
 from edgemerge.searching import trials
 from edgemerge.searching.model_file import ModelFile
+from tests.support.dask_cluster import dask_cluster
 from tests.support.searches import RECIPE, write_search
 
 pytestmark = pytest.mark.llama
@@ -69,6 +70,18 @@ def test_a_search_writes_the_best_recipe_and_a_page(folder: Path) -> None:
         "recipe-best.yml",
         "recipe-best.yml.trials",
     ]
+
+
+def test_a_cluster_makes_the_same_trials(folder: Path) -> None:
+    def trials_of(*words: str) -> Any:
+        found = json.loads(run("--trials", "4", "--json", "-o", *words))
+        for trial in found["trials"]:
+            del trial["seconds"]
+        return found["trials"], found["held_out"]
+
+    alone = trials_of("alone.yml")
+    with dask_cluster(folder, 2) as cluster:
+        assert trials_of("shared.yml", "--cluster", cluster.address) == alone
 
 
 def test_what_no_merge_looks_at_is_noted_before_the_work() -> None:

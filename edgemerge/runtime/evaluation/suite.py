@@ -26,6 +26,7 @@ __all__ = [
     "CHUNK",
     "Answered",
     "Request",
+    "Show",
     "TextScore",
     "answered",
     "document",
