@@ -15,7 +15,7 @@ import edgemerge
 from edgemerge import budget
 from edgemerge.budget import ArenaNeed
 from edgemerge.errors import BudgetError, FormatError, MismatchError
-from edgemerge.planning import plan as planning
+from edgemerge.planning import memory as planning
 from edgemerge.provenance.verification import verify_model
 from edgemerge.types import Recipe
 from tests.support.fixtures import unpacked

@@ -16,7 +16,7 @@ import edgemerge
 from edgemerge import budget
 from edgemerge.budget import ArenaNeed
 from edgemerge.errors import MismatchError, VerificationError
-from edgemerge.planning import plan as planning
+from edgemerge.planning import memory as planning
 from edgemerge.provenance.inputs import check_inputs
 from edgemerge.runtime.llama import Model
 from tests.support.odd_directories import ARCHITECTURES, edit_json
