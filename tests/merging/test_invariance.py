@@ -161,7 +161,9 @@ def test_several_workers_on_one_tensor_do_not_show(
     recipe = recipe_of(method, inputs[kind])
     alone = edgemerge.merge(recipe, tmp_path / "alone.gguf", threads=1)
     monkeypatch.setattr(budget, "TARGET_ELEMENTS", 2 * 256)
-    monkeypatch.setattr(planning, "workers_on", lambda n, _, workers: workers if n > 256 else 1)
+    monkeypatch.setattr(
+        "edgemerge.planning.plan.workers_on", lambda n, _, workers: workers if n > 256 else 1
+    )
     for threads, cached in ((2, 0), (3, 2), (5, 1 << 20)):
         heights["cached"] = cached
         plan = edgemerge.plan(recipe, threads=threads)
@@ -183,7 +185,9 @@ def test_a_damaged_tensor_stops_all_who_share_it(
     tensors[name].ravel()[-1] = np.nan
     models.insert(damaged, write_gguf(tmp_path / "1.gguf", tensors))
     monkeypatch.setattr(budget, "TARGET_ELEMENTS", 2 * 256)
-    monkeypatch.setattr(planning, "workers_on", lambda n, _, workers: workers if n > 256 else 1)
+    monkeypatch.setattr(
+        "edgemerge.planning.plan.workers_on", lambda n, _, workers: workers if n > 256 else 1
+    )
     experts = [(str(path), 0.5) for path in models]
     recipe = edgemerge.make_recipe(
         method,

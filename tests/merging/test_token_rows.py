@@ -124,7 +124,7 @@ def test_block_height_threads_and_budget_do_not_show(
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(planning, "rows_in_arena", capped)
-            patch.setattr(planning, "workers_on", lambda *_, n=n_workers: n)
+            patch.setattr("edgemerge.planning.plan.workers_on", lambda *_, n=n_workers: n)
             out = tmp_path / f"out{i}.gguf"
             edgemerge.merge(recipe, out, memory=memory * MIB, threads=n_workers, force=True)
         made.add(out.read_bytes())
