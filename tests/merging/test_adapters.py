@@ -21,7 +21,7 @@ from edgemerge.errors import FormatError, OutputError, VerificationError
 from edgemerge.formats.adapters import model as adapted
 from edgemerge.merging.extraction import extract
 from edgemerge.merging.run import plan
-from edgemerge.planning import plan as planning
+from edgemerge.planning import memory as planning
 from edgemerge.provenance.inputs import check_inputs
 from tests.support.adapters import KINDS, Kind, pair, tensors_of, write_adapter
 from tests.support.architecture_models import ARCHITECTURES
