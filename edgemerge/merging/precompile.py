@@ -106,7 +106,7 @@ def kernels_of(
         names |= {"linear.add_scaled"}
         names |= {f"{file}.{name}" for file in ALIGNING for name in SIGNATURES[file]}
     if adapts:
-        names |= {f"lora.{name}" for name in SIGNATURES["lora"]}
+        names |= {"deltas.scatter", *(f"lora.{name}" for name in SIGNATURES["lora"])}
     for way, dtypes in (("decode", read), ("encode", written)):
         names |= {f"{CODECS[d].kernels}.{way}_{d.lower()}" for d in dtypes if CODECS[d].kernels}
     return names.union(*map(weighted_kernels, weighed))

@@ -198,6 +198,7 @@ def test_everything_is_known_to_the_doctor() -> None:
         )
     }
     needed |= {"gram.row_dots"}  # of a calibration alone
+    needed |= {"deltas.measure", "deltas.squared_error"}  # which `delta` calls
     needed |= {"importance.add_squares"}  # which `imatrix` calls, no merge
     _, total = precompiling.find_missing_of_all()
     listed = {f"{file}.{name}" for file, kernels in SIGNATURES.items() for name in kernels}
