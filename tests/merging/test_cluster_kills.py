@@ -17,7 +17,7 @@ from tests.support.tiny_gguf import write_tiny_gguf
 
 N_KILLS = 50
 SEED = 19
-PAUSE = 0.04  # seconds after each result: a merge takes some seconds, in which others die
+PAUSE = 0.15  # seconds after each result: a merge takes some seconds, in which others die
 SETTINGS = {"piece_elements": 4096, "piece_bytes": 16384, "pause": PAUSE, "patience": 40.0}
 
 
