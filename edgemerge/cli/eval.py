@@ -153,15 +153,10 @@ def _run_on_cluster(
     gpu_layers: int | None,
     lora: list[str] | None,
 ) -> None:
-    from edgemerge.cluster.connection import open_cluster
-    from edgemerge.merging.run import usable_processors
-    from edgemerge.planning.plan import DEFAULT_MEMORY
     from edgemerge.runtime.evaluation.on_cluster import run_on_cluster
 
     adapters = loading.parse_loras(lora)
-    with open_cluster(
-        cluster, memory=DEFAULT_MEMORY, threads=threads or usable_processors()
-    ) as connection:
+    with loading.open_answering(cluster, threads) as connection:
         notes = run_on_cluster(
             asked, results, connection, bar, gpu_layers=gpu_layers, loras=adapters
         )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from edgemerge.cluster.connection import Connection
     from edgemerge.runtime.llama import Lora, Model
 
 __all__ = ["MAX_THREADS", "ContextSize", "GpuLayers", "Loras", "Rpc", "Threads", "TrustNetwork"]
-__all__ += ["load", "parse_loras", "parse_rpc"]
+__all__ += ["load", "open_answering", "parse_loras", "parse_rpc"]
 
 MAX_THREADS = 512  # GGML_MAX_N_THREADS of ggml.h; llama.cpp crashes with more
 
@@ -133,3 +135,12 @@ def load(
         return worker.do(
             Model, path, n_threads=threads, n_gpu_layers=gpu_layers, loras=adapters, rpc=rpc
         )
+
+
+def open_answering(cluster: str, threads: int | None) -> AbstractContextManager[Connection]:
+    """Connect to the cluster of `--cluster` that is to answer questions, or start one of this machine."""
+    from edgemerge.cluster.connection import open_cluster
+    from edgemerge.merging.run import usable_processors
+    from edgemerge.planning.plan import DEFAULT_MEMORY
+
+    return open_cluster(cluster, memory=DEFAULT_MEMORY, threads=threads or usable_processors())

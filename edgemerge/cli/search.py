@@ -195,14 +195,9 @@ def search_command(
 @contextmanager
 def _ask_cluster(cluster: str, threads: int | None, gpu_layers: int | None) -> Iterator[Ask]:
     """Have a cluster answer; tell at the end what the user should know of it."""
-    from edgemerge.cluster.connection import open_cluster
-    from edgemerge.merging.run import usable_processors
-    from edgemerge.planning.plan import DEFAULT_MEMORY
     from edgemerge.searching.on_cluster import ClusterAsker
 
-    with open_cluster(
-        cluster, memory=DEFAULT_MEMORY, threads=threads or usable_processors()
-    ) as connection:
+    with loading.open_answering(cluster, threads) as connection:
         ask = ClusterAsker(connection, gpu_layers)
         yield ask
     for note in ask.notes:
