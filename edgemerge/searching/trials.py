@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemerge.errors import FormatError, OutputError, RuntimeFailure
-from edgemerge.recipe.searches import Range, Space
+from edgemerge.recipe.searches import Choices, Range, Space
 from edgemerge.searching.objective import Figures
 from edgemerge.types import Setting
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from optuna.trial import Trial as LiveTrial
 
-__all__ = ["Draw", "Trial", "Trials", "check_optuna"]
+__all__ = ["Draw", "Trial", "Trials", "check_optuna", "first_values"]
 
 STUDY = "edgemerge"
-STARTUP = 10  # trials whose values are drawn evenly, the first one aside
+STARTUP = 10  # trials whose values are drawn evenly, after the first ones
 HALVING = 2  # of the trials that reach a rung, one in so many goes on
 HEADER, LOOKS = "header", "looks"
 STEPS = (1, 2, 4)  # of the rungs, as the pruner counts
@@ -254,13 +254,13 @@ class Trials:
     # -- drawing ----------------------------------------------------------------------------------
 
     def draw(self) -> Draw:
-        """Draw the next trial: the start first."""
+        """Draw the next trial: the start first, then the start with each other word."""
         import optuna
 
-        number = len(self._frozen)
+        number, first = len(self._frozen), first_values(self._spaces)
         digest = hashlib.sha256(f"{self._seed} {number}".encode()).digest()
         sampler = optuna.samplers.TPESampler(
-            n_startup_trials=1 + STARTUP,
+            n_startup_trials=len(first) + STARTUP,
             multivariate=True,
             seed=int.from_bytes(digest[:4], "little"),
         )
@@ -269,8 +269,8 @@ class Trials:
         )
         study = optuna.create_study(sampler=sampler, pruner=pruner, direction="maximize")
         study.add_trials(self._frozen)
-        if number == 0:
-            study.enqueue_trial({space.name: space.start for space in self._spaces})
+        if number < len(first):
+            study.enqueue_trial(first[number])
         live = study.ask({space.name: _distribution(space) for space in self._spaces})
         return Draw(study, live, {space.name: live.params[space.name] for space in self._spaces})
 
@@ -284,6 +284,26 @@ class Trials:
     def close(self) -> None:
         """Close the file."""
         self._stack.close()
+
+
+def first_values(spaces: Sequence[Space]) -> list[dict[str, Setting]]:
+    """List the values of the first trials: the start, then the start with each other word.
+
+    A method that the even draws meet once, with poor values, would hardly be drawn again.
+
+    Examples
+    --------
+    >>> first_values([Range("lambda", 0.0, 1.0, False, 0.5), Choices("type", ("Q8_0", "F16"), "Q8_0")])
+    [{'lambda': 0.5, 'type': 'Q8_0'}, {'lambda': 0.5, 'type': 'F16'}]
+    """
+    start = {space.name: space.start for space in spaces}
+    words = [space for space in spaces if isinstance(space, Choices)]
+    return [start] + [
+        start | {space.name: word}
+        for space in words
+        for word in space.options
+        if word != space.start
+    ]
 
 
 def _distribution(space: Space) -> BaseDistribution:

@@ -12,7 +12,7 @@ pytest.importorskip("llama_cpp")
 pytest.importorskip("optuna")
 
 from edgemerge.errors import FormatError, OutputError, RecipeError
-from edgemerge.recipe.searches import load_search
+from edgemerge.recipe.searches import Choices, Range, load_search
 from edgemerge.runtime.evaluation.tasks import read_task
 from edgemerge.runtime.llama import Model
 from edgemerge.searching.examiner import Examiner
@@ -77,6 +77,27 @@ def test_the_start_comes_first_and_limits_end_a_search() -> None:
         assert all(0 <= one.values["models[0].weight"] <= 1 for one in found)  # type: ignore[operator]
         assert search.run(Limits(99, seconds=1e-3), ignore) == "the time is up"
         assert search.run(Limits(99, patience=1), ignore).endswith("no better than the best")
+
+
+def test_each_other_word_is_tried_with_the_values_of_the_start() -> None:
+    spaces = (
+        Range("lambda", 0.0, 2.0, is_log=False, start=1.0),
+        Choices("merge_method", ("ties", "linear", "tsv"), "linear"),
+        Choices("sign", (True, False), True),
+    )
+    with closing(Trials(Path("words.trials"), spaces, {}, 0)) as trials:
+        drawn = []
+        for _ in range(5):
+            draw = trials.draw()
+            trials.keep(draw.finish(1.0, "no such values"))
+            drawn.append((draw.values["merge_method"], draw.values["sign"], draw.values["lambda"]))
+    assert drawn[:4] == [
+        ("linear", True, 1.0),
+        ("ties", True, 1.0),
+        ("tsv", True, 1.0),
+        ("linear", False, 1.0),
+    ]
+    assert drawn[4][2] != 1.0
 
 
 def test_half_of_the_trials_are_stopped_early_but_never_the_start() -> None:

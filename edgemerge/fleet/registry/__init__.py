@@ -1,0 +1,1 @@
+"""A registry that is only files: signed deltas and models, with roles as TUF defines them."""
