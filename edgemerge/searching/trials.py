@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Draw", "Trial", "Trials", "check_optuna", "first_values"]
 
 STUDY = "edgemerge"
-STARTUP = 10  # trials whose values are drawn evenly, after the first ones
+STARTUP = 10  # at least so many trials have values that are drawn evenly, after the first ones
+EACH = 4  # of them at least have one and the same word
 HALVING = 2  # of the trials that reach a rung, one in so many goes on
 HEADER, LOOKS = "header", "looks"
 STEPS = (1, 2, 4)  # of the rungs, as the pruner counts
@@ -258,9 +259,11 @@ class Trials:
         import optuna
 
         number, first = len(self._frozen), first_values(self._spaces)
+        words = [space for space in self._spaces if isinstance(space, Choices)]
+        n_even = max([STARTUP, *(EACH * len(space.options) for space in words)])
         digest = hashlib.sha256(f"{self._seed} {number}".encode()).digest()
         sampler = optuna.samplers.TPESampler(
-            n_startup_trials=len(first) + STARTUP,
+            n_startup_trials=len(first) + n_even,
             multivariate=True,
             seed=int.from_bytes(digest[:4], "little"),
         )
@@ -271,6 +274,10 @@ class Trials:
         study.add_trials(self._frozen)
         if number < len(first):
             study.enqueue_trial(first[number])
+        elif number < len(first) + n_even:  # each word as often as the others
+            study.enqueue_trial(
+                {space.name: space.options[number % len(space.options)] for space in words}
+            )
         live = study.ask({space.name: _distribution(space) for space in self._spaces})
         return Draw(study, live, {space.name: live.params[space.name] for space in self._spaces})
 

@@ -79,7 +79,7 @@ def test_the_start_comes_first_and_limits_end_a_search() -> None:
         assert search.run(Limits(99, patience=1), ignore).endswith("no better than the best")
 
 
-def test_each_other_word_is_tried_with_the_values_of_the_start() -> None:
+def test_each_word_is_tried_with_the_values_of_the_start_and_with_others() -> None:
     spaces = (
         Range("lambda", 0.0, 2.0, is_log=False, start=1.0),
         Choices("merge_method", ("ties", "linear", "tsv"), "linear"),
@@ -87,7 +87,7 @@ def test_each_other_word_is_tried_with_the_values_of_the_start() -> None:
     )
     with closing(Trials(Path("words.trials"), spaces, {}, 0)) as trials:
         drawn = []
-        for _ in range(5):
+        for _ in range(16):
             draw = trials.draw()
             trials.keep(draw.finish(1.0, "no such values"))
             drawn.append((draw.values["merge_method"], draw.values["sign"], draw.values["lambda"]))
@@ -97,7 +97,9 @@ def test_each_other_word_is_tried_with_the_values_of_the_start() -> None:
         ("tsv", True, 1.0),
         ("linear", False, 1.0),
     ]
-    assert drawn[4][2] != 1.0
+    even = drawn[4:]
+    assert len({value for _, _, value in even}) == len(even)
+    assert [word for word, _, _ in even] == ["linear", "tsv", "ties"] * 4  # as often as the others
 
 
 def test_half_of_the_trials_are_stopped_early_but_never_the_start() -> None:
