@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -44,10 +45,17 @@ hypothesis.settings.load_profile("edgemerge")
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled_kernels() -> None:
-    """Compile all kernels by a few children, rather than one by one when a test comes to them."""
+    """Compile all kernels by a few children, rather than one by one when a test comes to them.
+
+    Where several processes share the tests, the first one compiles, and the others find the files.
+    """
     from edgemerge.merging.precompile import precompile_all  # not before NUMBA_CACHE_DIR is set
 
-    precompile_all(lambda done, total: None)
+    lock = Path(os.environ["NUMBA_CACHE_DIR"]) / "tests.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        precompile_all(lambda done, total: None)
 
 
 @pytest.fixture(scope="session", autouse=True)
