@@ -33,7 +33,7 @@ from edgemerge.remote.stand_ins import is_address
 from edgemerge.suggestions import suggest
 from edgemerge.types import Progress
 
-__all__ = ["Entry", "Registry", "require_tuf", "state_folder"]
+__all__ = ["Entry", "Registry", "lock_state", "require_tuf", "state_folder"]
 
 MAX_ROOT = 512_000  # bytes, as python-tuf
 
@@ -82,7 +82,7 @@ class Registry:
 
         trust = read_bounded(self._trust, MAX_ROOT)
         load_root(trust, str(self._trust))
-        with closing(open_carrier(self._address)) as carrier, _locked(self._state):
+        with closing(open_carrier(self._address)) as carrier, lock_state(self._state):
             index = update_index(carrier, trust, self._state, self._now)
             where = carrier.where(f"{METADATA}/{index.targets.version}.targets.json")
         targets = index.targets.targets
@@ -204,8 +204,14 @@ def state_folder(address: str) -> Path:
 
 
 @contextmanager
-def _locked(state: Path) -> Iterator[None]:
-    """Make the folder of what is known, for its owner alone, and be the only one who uses it."""
+def lock_state(state: Path) -> Iterator[None]:
+    """Make the folder of what is known, for its owner alone, and be the only one who uses it.
+
+    Raises
+    ------
+    OutputError
+        It cannot be made.
+    """
     with _writing(state):
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = (state / "lock").open("ab")

@@ -89,8 +89,8 @@ def update_index(
         )
 
 
-def load_root(raw: bytes, path: str) -> Root:
-    """Read root metadata, and check that it is signed by the keys that it names itself.
+def load_root(raw: bytes, path: str, before: Root | None = None) -> Root:
+    """Read root metadata; check that it is signed by the keys that it names, and by those of the one before.
 
     Raises
     ------
@@ -104,14 +104,15 @@ def load_root(raw: bytes, path: str) -> Root:
                 f"is {found.signed.type} metadata; give the registry's root, such as 1.root.json",
                 path=path,
             )
-        found.signed.verify_delegate(Root.type, found.signed_bytes, found.signatures)
+        for root in (found.signed, before or found.signed):
+            root.verify_delegate(Root.type, found.signed_bytes, found.signatures)
     except DeserializationError:
         raise VerificationError(
             "is no root of a registry; give its 1.root.json, from somebody you trust", path=path
         ) from None
     except (exceptions.RepositoryError, ValueError):
         raise VerificationError(
-            "is not signed by the keys that it names; get the root again, from somebody you trust",
+            "is not signed by the keys that it needs; get the root again, from somebody you trust",
             path=path,
         ) from None
     return found.signed
