@@ -172,7 +172,7 @@ def _describe(error: Exception, said: str) -> str:
                 "is past its date: its publisher has not refreshed it, or somebody holds newer files back; "
                 "ask the publisher, and check this machine's clock"
             )
-        case exceptions.BadVersionNumberError() if "must be >=" in said or "got version" in said:
+        case exceptions.BadVersionNumberError() if "must be >=" in said or ".json version" in said:
             return (
                 "is older than what this machine has seen of the registry; somebody replays old files, so "
                 "get the registry from elsewhere"
@@ -191,7 +191,7 @@ def _describe(error: Exception, said: str) -> str:
             return "is not the file that the index names: damaged or forged; get the registry again"
         case exceptions.DownloadLengthMismatchError():
             return (
-                "is larger than the index may be; it is hostile or damaged, get the registry again"
+                "is larger than it may be: damaged, forged or hostile; get the registry again"
             )
         case exceptions.DownloadHTTPError():
             return "is not there; check the registry's address, and that it was copied whole"
