@@ -190,9 +190,7 @@ def _describe(error: Exception, said: str) -> str:
         case exceptions.LengthOrHashMismatchError():
             return "is not the file that the index names: damaged or forged; get the registry again"
         case exceptions.DownloadLengthMismatchError():
-            return (
-                "is larger than it may be: damaged, forged or hostile; get the registry again"
-            )
+            return "is larger than it may be: damaged, forged or hostile; get the registry again"
         case exceptions.DownloadHTTPError():
             return "is not there; check the registry's address, and that it was copied whole"
         case DeserializationError():
