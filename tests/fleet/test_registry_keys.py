@@ -91,7 +91,7 @@ def test_what_a_retired_key_signs_is_refused(site: Site) -> None:
 def test_a_rotation_that_is_killed_is_done_again(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the old key there is a moment when the new root has no index; giving the command again mends it."""
+    """Without the old key the new root has no index for a moment; the same command again mends it."""
     site.reader().refresh()
     place = folders.RegistryFolder._place
 
@@ -131,13 +131,16 @@ def test_a_root_is_renewed_before_it_is_past_its_date(site: Site) -> None:
 
 
 def test_a_publishers_key_is_no_root_key(site: Site) -> None:
-    with pytest.raises(RecipeError, match="may not sign here.* with --root-key"):
+    with pytest.raises(RecipeError, match=r"may not sign here.* with --root-key"):
         rotate(site.at(NOW, "new"), Keys([site.key("publisher")]))
 
 
 @pytest.mark.parametrize(
     ("retired", "words"),
-    [("publisher", "the targets has 0 keys"), ("root", "the root has 0 keys")],
+    [
+        ("publisher", "the role targets would have 0 keys"),
+        ("root", "the role root would have 0 keys"),
+    ],
 )
 def test_a_role_keeps_a_key(retired: str, words: str, site: Site) -> None:
     with pytest.raises(RecipeError, match=words):
@@ -161,7 +164,7 @@ def test_two_keys_may_be_asked_for(tmp_path: Path) -> None:
 
 def test_more_signatures_than_keys_are_not_asked_for(tmp_path: Path) -> None:
     site = Site(tmp_path, makes=False)
-    with pytest.raises(RecipeError, match="2 signatures are asked for, and the targets has 1 keys"):
+    with pytest.raises(RecipeError, match="would have 1 keys, and 2 signatures are asked for"):
         create(site.at(NOW), Keys([site.key("root")], threshold=2))
     assert not site.path.exists()
 

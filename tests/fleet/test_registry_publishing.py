@@ -1,4 +1,4 @@
-"""What is published is what is fetched; versions only rise; no reader sees a mix, whenever a publisher dies."""
+"""What is published is fetched; versions only rise; no reader sees a mix, whenever a publisher dies."""
 
 from __future__ import annotations
 
