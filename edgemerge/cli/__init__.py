@@ -43,6 +43,8 @@ COMMANDS = {
     "doctor": "doctor",
     "keygen": "sign",
     "sign": "sign",
+    "update": "update",
+    "rollback": "rollback",
     "demo": "demo",
 }
 

@@ -10,6 +10,7 @@
     trying.json         what is being done now, so that the next start goes on with it
     settled.json        what the last update came to, and the digest of all that decided it
     inputs/, work/      fetched files; files in the making
+    answers/            what models answered to the questions, so that each is asked once
     lock                locked by the process that changes the folder
 
 Power may go at any moment. A file is written beside its name and renamed, then the folder is synced. The link
@@ -32,7 +33,7 @@ from edgemerge.errors import OutputError, RecipeError
 from edgemerge.formats.json_file import parse_object, read_object
 from edgemerge.output.file import finishing, sync_folder, write_file
 from edgemerge.site.log import append_event, last_events
-from edgemerge.site.record import ModelRecord, read_record
+from edgemerge.site.record import ID_DIGITS, ModelRecord, read_record
 
 __all__ = ["SiteFolder"]
 
@@ -52,7 +53,7 @@ class SiteFolder:
 
     Attributes
     ----------
-    path, current_path, models, inputs, work : Path
+    path, current_path, models, inputs, work, answers : Path
         The folder, the link to the model that serves, and the folders in it.
     """
 
@@ -62,6 +63,7 @@ class SiteFolder:
         self.models = path / "models"
         self.inputs = path / "inputs"
         self.work = path / "work"
+        self.answers = path / "answers"
         self._history, self._log = path / "history", path / "log.jsonl"
         self._trying, self._settled = path / "trying.json", path / "settled.json"
 
@@ -74,7 +76,7 @@ class SiteFolder:
             They cannot be made.
         """
         try:
-            for folder in (self.path, self.models, self.inputs, self.work):
+            for folder in (self.path, self.models, self.inputs, self.work, self.answers):
                 folder.mkdir(exist_ok=True, parents=folder is self.path)
         except OSError as error:
             raise OutputError(f"cannot be made ({error.strerror})", path=self.path) from error
@@ -176,6 +178,8 @@ class SiteFolder:
     def prune(self, keep: int) -> list[str]:
         """Remove all but the newest models; that which serves, and the one before it, always stay.
 
+        Answers of models that are not here go too.
+
         Parameters
         ----------
         keep : int
@@ -194,6 +198,9 @@ class SiteFolder:
         ]
         for name in removed:
             self.drop(name)
+        for path in self.answers.iterdir():
+            if not self.has_model(path.name[:ID_DIGITS]):
+                path.unlink()
         without = [one.id for one in self.records() if not self.has_model(one.id)]
         for name in without[keep:]:
             (self.models / f"{name}.json").unlink()

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgemerge.errors import FormatError
 
-__all__ = ["DECISIONS", "ROLES", "ModelRecord", "Part", "Score", "now", "read_record"]
+__all__ = ["DECISIONS", "ID_DIGITS", "ROLES", "ModelRecord", "Part", "Score", "now", "read_record"]
 
 DECISIONS = ("promoted", "refused", "rolled_back")
 ROLES = ("base", "expert", "delta", "adapter")
