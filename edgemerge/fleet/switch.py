@@ -84,6 +84,7 @@ class Switch:
         """Note what the update came to, and remove what is not needed any more."""
         self._report.outcome, self._report.reason = outcome, reason
         removed = self._folder.prune(self._site.keep)
+        self._folder.clear_work()
         self._folder.append_log(
             {
                 "event": "finished",
@@ -95,6 +96,9 @@ class Switch:
                 "failures": self._report.failures,
             }
         )
+        self._report.finish(
+            self._folder, self._site.reports
+        )  # before it is settled: or power cuts lose it
         self._folder.settle(
             {"digest": trying["digest"], "time": now(), "outcome": outcome, "reason": reason}
             | {"id": trying.get("id")}
@@ -228,5 +232,4 @@ def roll_back_by_hand(
         digest = known[0]["digest"] if known else (folder.settled() or {}).get("digest", "")
         trying = {"digest": digest, "step": "roll_back", "id": current, "reason": reason}
         Switch(site, folder, examiner, server, report).go(trying)
-        report.finish(folder, site.reports)
     return report

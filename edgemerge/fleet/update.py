@@ -8,11 +8,9 @@ there is ended first.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import EdgemergeError, RecipeError, RuntimeFailure
@@ -86,11 +84,11 @@ class Update:
                 self._do()
             except EdgemergeError as error:
                 self._report.outcome, self._report.reason = "failed", str(error)
-                self._folder.append_log({"event": "failed", "reason": str(error)})
+                self._log("failed", reason=str(error))
+                self._report.finish(self._folder, self._site.reports)
             except KeyboardInterrupt as error:
                 error.add_note("the same command goes on from here")
                 raise
-            self._report.finish(self._folder, self._site.reports)
         return self._report
 
     def _do(self) -> None:
@@ -135,7 +133,8 @@ class Update:
         self._report.reason = (
             f"nothing changed since {settled['time']} ({settled['outcome']}: {settled['reason']})"
         )
-        self._folder.append_log({"event": "unchanged", "digest": declared.digest})
+        self._log("unchanged", digest=declared.digest)
+        self._report.finish(self._folder, self._site.reports)
         return True
 
     def _log_start(self, declared: Declared) -> None:
@@ -166,7 +165,7 @@ class Update:
             )
             self._report.bytes_fetched = n_bytes
         declared = declared.with_files(found)
-        record = self._make(declared)
+        record = self._make(declared, trying)
         state = {**trying, "id": record.id}
         if record.id == self._folder.current_id():
             self._switch.end("unchanged", "the merge gives the model that serves", state)
@@ -189,10 +188,12 @@ class Update:
         step = "promote" if verdict.is_promoted else "refuse"
         self._switch.go({**state, "step": step, "reason": verdict.reason})
 
-    def _make(self, declared: Declared) -> ModelRecord:
-        """Merge, and take the result into the folder under its id."""
+    def _make(self, declared: Declared, trying: Mapping[str, Any]) -> ModelRecord:
+        """Merge, and take the result into the folder under its id; or find it there after a power cut."""
+        if "id" in trying and self._folder.has_model(trying["id"]):
+            return self._folder.record(trying["id"])
         output = self._folder.work / f"{declared.digest[:ID_DIGITS]}.gguf"
-        self._clear_work(output)
+        self._folder.clear_work(output.name)  # of merges of other states
         recipe = declared.recipe()
         with self._switch.timed("merge"):
             if output.exists():  # finished before the power went
@@ -221,8 +222,9 @@ class Update:
         if name == self._folder.current_id():
             output.unlink()
             return record
-        self._folder.add(output, record)
         self._log("merged", id=name, sha256=sha256, bytes=record.bytes)
+        self._folder.try_({**trying, "id": name})
+        self._folder.add(output, record)
         return record
 
     def _clear_inputs(self, declared: Declared) -> None:
@@ -231,12 +233,6 @@ class Update:
         for path in self._folder.inputs.iterdir():
             if not path.name.startswith(tuple(names)):
                 path.unlink()
-
-    def _clear_work(self, output: Path) -> None:
-        """Remove what merges of other states left."""
-        for path in self._folder.work.iterdir():
-            if not path.name.startswith(output.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _judge(self, declared: Declared, record: ModelRecord) -> tuple[ModelRecord, Verdict]:
         """Ask the model that serves, or before the first promotion the base, and the new one."""

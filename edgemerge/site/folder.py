@@ -24,6 +24,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -205,6 +206,12 @@ class SiteFolder:
         for name in without[keep:]:
             (self.models / f"{name}.json").unlink()
         return removed
+
+    def clear_work(self, keep: str | None = None) -> None:
+        """Remove files in the making, but for those whose names begin with `keep`."""
+        for path in self.work.iterdir():
+            if keep is None or not path.name.startswith(keep):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     # -- which one serves --------------------------------------------------------------------------
 
