@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgemerge.runtime.evaluation.evaluate import Mark, compare
+from edgemerge.runtime.evaluation.intervals import Z_95, difference_interval
 from edgemerge.runtime.evaluation.perplexity import Chunk, perplexity_of
 from edgemerge.searching.examiner import Answers
 from edgemerge.searching.objective import Objective
 
 __all__ = ["Verdict", "judge", "mean_verdict"]
-
-Z_95 = 1.959964  # standard errors of a 95 % interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +96,10 @@ def _judge_task(
 ) -> Verdict:
     n = len(start)
     found = compare(start, best)
-    changed = found.only_first + found.only_second
-    # Each question counts +1, 0 or -1. An even split of none or few changes would have no error at all:
-    # one more change of each kind is added for it (Agresti and Min, 2005).
-    total = n + 2
-    mean = (found.only_second - found.only_first) / total
-    error = 100 * math.sqrt(((changed + 2) / total - mean**2) / total)
+    ends = difference_interval(n, found.only_first, found.only_second)
     before, after = (100 * sum(one.right for one in marks) / n for marks in (start, best))
     middle = 100 * found.difference
-    low, high = middle - Z_95 * error, middle + Z_95 * error
+    low, high = (100 * end for end in ends)
     is_kept = None if margin is None else low > -margin
     return Verdict(name, n, before, after, middle, low, high, found.p, margin, is_kept)
 
