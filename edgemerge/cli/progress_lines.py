@@ -1,7 +1,7 @@
 """Progress for a program that runs a command: lines of JSON on a file descriptor.
 
-The program names the descriptor in `EDGEMERGE_PROGRESS_FD`. A line is one look at the work, or at the part of it
-that runs now; `unit` null means bytes::
+The program names the descriptor in `EDGEMERGE_PROGRESS_FD`. A line is one look at the work, or at the part
+of it that runs now; `unit` null means bytes::
 
     {"label": "ties -> ward.gguf", "is_part": false, "unit": null, "done": 1048576, "total": 90177536}
 """
@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import typer
 
@@ -84,7 +85,5 @@ class Lines:
         return show
 
     def _write(self, document: dict[str, object]) -> None:
-        try:
+        with suppress(BrokenPipeError):  # nobody reads any more, which is no reason to stop
             os.write(self._descriptor, json.dumps(document).encode() + b"\n")
-        except BrokenPipeError:
-            pass  # nobody reads any more, which is no reason to stop

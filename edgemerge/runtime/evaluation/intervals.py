@@ -12,8 +12,8 @@ Z_95 = 1.959964  # standard errors of a 95 % interval
 def difference_interval(n: int, only_first: int, only_second: int) -> tuple[float, float]:
     """Give the 95 % interval of the difference in accuracy of two models on the same questions.
 
-    Each question counts +1, 0 or -1. An even split of none or few changes would have no error at all: one more
-    change of each kind is added for it (Agresti and Min, 2005).
+    Each question counts +1, 0 or -1. An even split of none or few changes would have no error at all: one
+    more change of each kind is added for it (Agresti and Min, 2005).
 
     Parameters
     ----------

@@ -29,9 +29,7 @@ def compare_tasks(document: Mapping[str, Any], first: str, second: str) -> list[
     """
     rows = []
     for pair in document["comparisons"]:
-        found = {
-            one["model"]: one for one in document["results"] if one["task"] == pair["task"]
-        }
+        found = {one["model"]: one for one in document["results"] if one["task"] == pair["task"]}
         n = found[first]["n"]
         low, high = difference_interval(n, pair["only_first"], pair["only_second"])
         rows.append(
@@ -50,7 +48,8 @@ def compare_tasks(document: Mapping[str, Any], first: str, second: str) -> list[
 
 
 def _right(result: Mapping[str, Any]) -> int:
-    return round(result["acc"] * result["n"])
+    right: int = round(result["acc"] * result["n"])
+    return right
 
 
 def scores_of(rows: Sequence[Mapping[str, Any]], which: int) -> dict[str, Score]:

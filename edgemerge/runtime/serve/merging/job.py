@@ -44,23 +44,31 @@ class Job:
     kind: str
     title: str
     state: str = "running"
-    stage: str = "starting"
+    stage: str = "preparing"
     done: int = 0
     total: int = 0
     unit: str | None = None
     sentence: str = ""
     result: dict[str, Any] | None = None
     began: float = field(default_factory=time.monotonic)
+    looked: float | None = None
     ended: float | None = None
 
     def look(self, line: dict[str, Any]) -> None:
         """Take a line of a command's progress."""
+        self.looked = self.looked or time.monotonic()
         self.stage = str(line["label"])
         self.done, self.total, self.unit = line["done"], line["total"], line["unit"]
 
     def enter(self, stage: str) -> None:
         """Begin a stage of which nothing is counted."""
         self.stage, self.done, self.total, self.unit = stage, 0, 0, None
+
+    @property
+    def counted(self) -> float:
+        """Seconds since the first line of progress."""
+        now = time.monotonic()
+        return round(now - (self.looked or now), 3)
 
     def as_json(self) -> dict[str, Any]:
         """Tell the page."""
@@ -111,9 +119,7 @@ class Jobs:
                 code="job_running",
             )
 
-    def start(
-        self, kind: str, title: str, work: Callable[[Job], Awaitable[dict[str, Any]]]
-    ) -> Job:
+    def start(self, kind: str, title: str, work: Callable[[Job], Awaitable[dict[str, Any]]]) -> Job:
         """Begin a job.
 
         Parameters

@@ -2,8 +2,9 @@
 
     python -I -S low_priority.py PARENT COMMAND...
 
-It gets nice 10, and the disk when nobody else wants it. PARENT is the number of the process that starts this: the
-kernel sends the command SIGTERM when that ends. `child` starts this file by its path, so it imports little.
+It gets nice 10, and the disk when nobody else wants it. PARENT is the number of the process that starts
+this: the kernel sends the command SIGTERM when that ends. `child` starts this file by its path, so it imports
+little.
 """
 
 from __future__ import annotations
