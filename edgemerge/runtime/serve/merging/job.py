@@ -64,6 +64,12 @@ class Job:
         """Begin a stage of which nothing is counted."""
         self.stage, self.done, self.total, self.unit = stage, 0, 0, None
 
+    def end(self) -> None:
+        """Note the end; what came to none by itself was cancelled, perhaps before it began."""
+        self.ended = time.monotonic()
+        if self.state == "running":
+            self.state = "cancelled"
+
     @property
     def counted(self) -> float:
         """Seconds since the first line of progress."""
@@ -137,6 +143,7 @@ class Jobs:
         self.check_free()
         job = self.last = Job(next(self._ids), kind, title)
         self._task = asyncio.create_task(self._run(job, work))
+        self._task.add_done_callback(lambda _task: job.end())
         return job
 
     async def cancel(self, number: int) -> Job:
@@ -164,13 +171,9 @@ class Jobs:
         try:
             job.result = await work(job)
             job.state = "done"
-        except asyncio.CancelledError:
-            job.state = "cancelled"
         except Exception as error:
             job.state, job.sentence = "failed", self._explain(error)
             if isinstance(error, EdgemergeError):
                 log.error("%s", error)
             else:
                 log.error("%s failed", job.title, exc_info=error)
-        finally:
-            job.ended = time.monotonic()

@@ -62,7 +62,7 @@ def add_merging(
 
     @router.get(f"{ADMIN}/models")
     async def models() -> dict[str, Any]:
-        return {"has_key": has_key, **await asyncio.to_thread(shown.read), "job": _job(workshop)}
+        return {"has_key": has_key, **await shown.read(), "job": _job(workshop)}
 
     @router.get(f"{ADMIN}/job")
     async def job() -> dict[str, Any]:

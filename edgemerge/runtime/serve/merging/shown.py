@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -43,10 +44,12 @@ class Shown:
         self._workshop = workshop
         self._known: dict[tuple[Path, int, int], dict[str, Any]] = {}
 
-    def read(self) -> dict[str, Any]:
-        """Tell all of it; it reads files, so not in the event loop."""
+    async def read(self) -> dict[str, Any]:
+        """Tell all of it."""
         states = {state.id: state.state for state in self._models.states()}
-        files = list(self._models)
+        return await asyncio.to_thread(self._read_files, list(self._models), states)
+
+    def _read_files(self, files: list[ModelFile], states: dict[str, str]) -> dict[str, Any]:
         served = [self._serve(file, states[file.name]) for file in files]
         return {"served": served, "site": None if self._workshop is None else self._site()}
 
