@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["record_command"]
 
 MAX_JSON = 256 << 20  # bytes of results; a question takes some 300
-Z_95 = 1.959964  # standard errors of a 95 % interval
 CARD_KEYS = ("license", "author", "organization", "base_model.0.name", "base_model.0.repo_url")
 
 
@@ -245,6 +244,8 @@ def _scores(document: Mapping[str, Any], digests: set[str]) -> Section:
 
 
 def _score_rows(results: Sequence[Any]) -> Iterator[tuple[str, ...]]:
+    from edgemerge.runtime.evaluation.intervals import Z_95
+
     for one in results:
         if not isinstance(one, dict) or not isinstance(one.get("acc"), int | float):
             continue

@@ -35,13 +35,13 @@ class KvType(StrEnum):
 @speaks_plainly
 def serve_command(
     models: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="[NAME=]MODEL...",
             help="GGUF files, or org/name:TYPE; clients call each by its name [default: the file's].",
             show_default=False,
         ),
-    ],
+    ] = None,
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
     ] = "127.0.0.1",
@@ -158,6 +158,24 @@ def serve_command(
             help="Load only models and adapters that were signed with this key.",
         ),
     ] = None,
+    site: Annotated[
+        Path | None,
+        typer.Option(
+            "--site",
+            metavar="DIR",
+            help="Folder of this device: its current model is served in place of the first MODEL, and the "
+            "page's Models tab merges, compares and promotes in it.",
+        ),
+    ] = None,
+    merge_from: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--merge-from",
+            metavar="DIR",
+            help="Folder of GGUF models, deltas and FILE.jsonl of questions that the Models tab may take; "
+            "may be repeated.",
+        ),
+    ] = None,
     install: Annotated[
         bool, typer.Option("--install", help="Write a systemd unit that does this, and end.")
     ] = False,
@@ -176,7 +194,7 @@ def serve_command(
 
     finder = make_finder(models_folder, download)
     options = ServeOptions(
-        models=tuple(_find(text, finder) for text in models),
+        models=_with_site([_find(text, finder) for text in models or ()], site),
         host=host,
         port=port,
         key=_read_key(api_key, api_key_file),
@@ -199,15 +217,20 @@ def serve_command(
         log=log,
         log_prompts=log_prompts,
         public_key=require_signature,
+        site=site,
+        merge_folders=tuple(merge_from or ()),
     )
+    _check_site(options)
     if log_prompts and log is None:
         raise typer.BadParameter("--log-prompts goes with --log FILE")
-    if options.loras and len(models) > 1:
+    if options.loras and len(options.models) > 1:
         raise typer.BadParameter("--lora goes with one model")
-    if options.rpc and len(models) > 1:  # a worker computes for one process
+    if options.rpc and len(options.models) > 1:  # a worker computes for one process
         raise typer.BadParameter("--rpc goes with one model")
-    if install and log is not None:
-        raise typer.BadParameter("--install: the service may write no files, so leave out --log")
+    if install and (log is not None or site is not None):
+        raise typer.BadParameter(
+            "--install: the service may write no files, so leave out --log and --site"
+        )
     if install:
         _install(options, unit_dir, force=force)
         return
@@ -221,6 +244,38 @@ def _find(text: str, finder: Finder) -> str:
     if equals and not Path(text).exists():
         return f"{name}={finder.find_model(model)}"
     return str(finder.find_model(text))
+
+
+def _with_site(models: list[str], site: Path | None) -> tuple[str, ...]:
+    """Let the current model of a device's folder take the place of the first, and its name."""
+    from edgemerge.site.folder import SiteFolder
+
+    current = None if site is None else SiteFolder(site).current_path
+    if site is None or current is None or not current.exists():
+        if not models:
+            raise typer.BadParameter(
+                "give a MODEL"
+                if site is None
+                else f"--site {site} has no current model yet; give the MODEL to begin with"
+            )
+        return tuple(models)
+    name, equals, _ = models[0].partition("=") if models else ("", "", "")
+    if not equals or (models and Path(models[0]).exists()):
+        name = Path(models[0]).stem if models else site.resolve().name
+    return (f"{name}={current}", *models[1:])
+
+
+def _check_site(options: ServeOptions) -> None:
+    if options.merge_folders and options.site is None:
+        raise typer.BadParameter("--merge-from goes with --site DIR, where merges go")
+    if options.site is not None and options.public_key is not None:
+        raise typer.BadParameter(
+            "--require-signature serves signed files only, and what --site merges is not signed: "
+            "leave out one"
+        )
+    for folder in options.merge_folders:
+        if not folder.is_dir():
+            raise typer.BadParameter(f"--merge-from {folder}: there is no such folder")
 
 
 def _read_key(key: str | None, file: Path | None) -> str | None:

@@ -202,7 +202,17 @@ def progress_bar(
 def progress_bars(
     label: str, *, quiet: bool = False, unit: str | None = None
 ) -> Iterator[tuple[Progress, BeginPart]]:
-    """Do the same for work in several parts; yields also what shows a bar for a part."""
+    """Do the same for work in several parts; yields also what shows a bar for a part.
+
+    A program that runs the command may ask for lines instead (`edgemerge.cli.progress_lines`).
+    """
+    from edgemerge.cli.progress_lines import Lines, take_descriptor
+
+    descriptor = take_descriptor()
+    if descriptor is not None:
+        lines = Lines(descriptor, label, unit, check_stop)
+        yield lines.whole, lines.begin
+        return
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield check_stop, lambda _label, _unit=None: check_stop
         return

@@ -48,7 +48,12 @@ gram, linear = KernelFile("gram"), KernelFile("linear")
 
 SVC = Parameter("svc", "count what experts have in common once, not once for each", False, "switch")
 SVC_RANK = Parameter(
-    "svc_rank", "directions of a matrix that `svc` looks at", 16.0, "count", needs="svc"
+    "svc_rank",
+    "directions of a matrix that `svc` looks at",
+    16.0,
+    "count",
+    needs="svc",
+    span=(1.0, 64.0),
 )
 
 

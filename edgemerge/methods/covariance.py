@@ -151,7 +151,12 @@ COVARIANCE = Method(
     "arXiv 2503.08099, 2603.02945 and 2604.01329",
     parameters=(
         WEIGHT.by_default(1.0),
-        Parameter("ridge", "what is added to a covariance, in parts of its mean variance", 0.1),
+        Parameter(
+            "ridge",
+            "what is added to a covariance, in parts of its mean variance",
+            0.1,
+            span=(0.0, 1.0),
+        ),
         Parameter(
             "columns",
             "columns whose covariance is taken together; 0 for all, which takes much longer",

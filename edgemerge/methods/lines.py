@@ -36,8 +36,8 @@ LINES = Method(
     "Wang et al. 2024, arXiv 2410.17146",
     parameters=(
         WEIGHT.by_default(1.0),
-        Parameter("alpha", "factor of the merged change in the first layer", 0.5),
-        Parameter("beta", "how much larger it is in the last layer", 0.5),
+        Parameter("alpha", "factor of the merged change in the first layer", 0.5, span=(0.0, 2.0)),
+        Parameter("beta", "how much larger it is in the last layer", 0.5, span=(0.0, 2.0)),
     ),
     kernels=(ADDING,),
     blocks=_scaled_by_depth,

@@ -27,7 +27,11 @@ NEARSWAP = Method(
     "nearswap",
     "take weights of one model where they are near the base's, less of those far off",
     "alchemonaut, mergekit",
-    parameters=(Parameter("t", "difference up to which the model's weight is taken whole"),),
+    parameters=(
+        Parameter(
+            "t", "difference up to which the model's weight is taken whole", span=(0.0, 0.01)
+        ),
+    ),
     kernels=("nearswap.swap_near",),
     blocks=_swap,
     needs_base=True,

@@ -57,6 +57,9 @@ class Parameter:
         Whether each model has its own value. Otherwise the merge has one.
     needs : str
         Name of the switch without which it has no effect; empty: there is none.
+    span : (float, float), optional
+        Usual least and largest value, which a slider shows; other values are allowed. None: all that is
+        allowed of a fraction, and no slider for any other kind.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Parameter:
     words: tuple[str, ...] = ()
     of_model: bool = False
     needs: str = ""
+    span: tuple[float, float] | None = None
 
     def by_default(self, value: Setting) -> Parameter:
         """Return the same parameter with another default."""
@@ -105,7 +109,7 @@ class Parameter:
         )
 
 
-WEIGHT = Parameter("weight", "factor of a model", of_model=True)
+WEIGHT = Parameter("weight", "factor of a model", of_model=True, span=(0.0, 2.0))
 DENSITY = Parameter("density", "fraction of entries to keep", 1.0, "fraction", of_model=True)
 GAMMA = Parameter(
     "gamma", "fraction of entries to drop as the largest", 0.01, "fraction", of_model=True
@@ -116,7 +120,7 @@ EPSILON = Parameter(
 SAME_BELOW = Parameter(  # a name that DELLA gives another meaning
     "epsilon", "change of an element up to which a model counts as not having changed it", 1e-5
 )
-SCALE = Parameter("scale", "factor of the tensor", 1.0, of_model=True)
+SCALE = Parameter("scale", "factor of the tensor", 1.0, of_model=True, span=(0.0, 2.0))
 NORMALIZE = Parameter("normalize", "divide by the sum of the weights", False, "switch")
 RESCALE = Parameter(
     "rescale",
@@ -126,7 +130,9 @@ RESCALE = Parameter(
     "switch",
     ("l1", "expectation"),
 )
-LAMBDA = Parameter("lambda", "factor of the merged change", 1.0)
+LAMBDA = Parameter("lambda", "factor of the merged change", 1.0, span=(0.0, 2.0))
 RAMP = (0.6, 1.2)  # lambda of the first and the last layer in the preset `ramp`
-RANK = Parameter("rank", "first singular directions of a matrix that are changed", 8.0, "count")
+RANK = Parameter(
+    "rank", "first singular directions of a matrix that are changed", 8.0, "count", span=(1.0, 64.0)
+)
 INT8_MASK = Parameter("int8_mask", "accepted, and without effect", False, "switch")

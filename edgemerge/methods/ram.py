@@ -75,8 +75,13 @@ RAMPLUS_TL = Method(
     "the same, and what only one model changed is enlarged",
     "arXiv 2601.13572",
     parameters=(
-        Parameter("r", "how much it is enlarged for each shared change to one of its own", 0.1),
-        Parameter("alpha", "most of these ratios that counts", 0.2),
+        Parameter(
+            "r",
+            "how much it is enlarged for each shared change to one of its own",
+            0.1,
+            span=(0.0, 1.0),
+        ),
+        Parameter("alpha", "most of these ratios that counts", 0.2, span=(0.0, 1.0)),
         SAME_BELOW,
     ),
     kernels=("linear.subtract", "ram.count_changes", "ram.add_changes"),

@@ -224,7 +224,10 @@ RESMERGE = Method(
     parameters=(
         RANK.by_default(1.0),
         Parameter(
-            "rho", "norm of the first directions where models agree, in parts of the rest's", 0.2
+            "rho",
+            "norm of the first directions where models agree, in parts of the rest's",
+            0.2,
+            span=(0.0, 1.0),
         ),
         LAMBDA,
     ),

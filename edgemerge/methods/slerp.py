@@ -63,7 +63,7 @@ SLERP = Method(
     "slerp",
     "spherical interpolation from the base (t = 0) to one model (t = 1)",
     "Shoemake 1985",
-    parameters=(Parameter("t", "place between the base (0) and the model (1)"),),
+    parameters=(Parameter("t", "place between the base (0) and the model (1)", span=(0.0, 1.0)),),
     kernels=("gram.row_dots", "gram.add_rows", "linear.weighted_sum", "linear.add_scaled"),
     blocks=_interpolate,
     needs_base=True,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         Ed25519PublicKey,
     )
 
-__all__ = ["Signed", "check_signature", "sign_model", "signature_path"]
+__all__ = ["Signed", "check_signature", "read_signer", "sign_model", "signature_path"]
 
 DOMAIN = "edgemerge signature 1"
 CHUNK = 1 << 20
@@ -210,6 +210,21 @@ def check_signature(
             path=next(changed, files[0]),
         )
     return Signed(target, wanted, digests)
+
+
+def read_signer(path: str | os.PathLike[str]) -> str | None:
+    """Name the key that a model's signature says it is by, None where there is none; nothing is checked.
+
+    Raises
+    ------
+    FormatError
+        The path names no file.
+    """
+    target = signature_path(path)
+    if not target.is_file():
+        return None
+    match = _FORM.fullmatch(read_bounded(target, MAX_BYTES).decode("ascii", "replace"))
+    return None if match is None else match["key"]
 
 
 def _lines(digests: Sequence[_Digest]) -> str:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from edgemerge.runtime.evaluation.evaluate import Mark, compare
+from edgemerge.runtime.evaluation.intervals import Z_95, difference_interval
 from edgemerge.runtime.evaluation.perplexity import Chunk
 
-__all__ = ["Z_95", "Difference", "differ_in_marks", "differ_in_perplexity", "standard_errors"]
-
-Z_95 = 1.959964  # standard errors of a 95 % interval
+__all__ = ["Difference", "differ_in_marks", "differ_in_perplexity", "standard_errors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +48,10 @@ def differ_in_marks(
         At least one.
     n_errors : float
         Standard errors from the middle to each end of the interval.
-
-    Notes
-    -----
-    Each question counts +1, 0 or -1. An even split of none or few changes would have no error at all: one
-    more change of each kind is added for it (Agresti and Min, 2005).
     """
     found = compare(first, second)
-    changed = found.only_first + found.only_second
-    total = len(first) + 2
-    mean = (found.only_second - found.only_first) / total
-    half = n_errors * 100 * math.sqrt(((changed + 2) / total - mean**2) / total)
-    middle = 100 * found.difference
-    return Difference(middle, middle - half, middle + half, found.p)
+    low, high = difference_interval(len(first), found.only_first, found.only_second, n_errors)
+    return Difference(100 * found.difference, 100 * low, 100 * high, found.p)
 
 
 def differ_in_perplexity(

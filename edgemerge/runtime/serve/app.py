@@ -15,9 +15,12 @@ from edgemerge.runtime.serve.chat import add_chat
 from edgemerge.runtime.serve.completions import add_completions
 from edgemerge.runtime.serve.embeddings import add_embeddings
 from edgemerge.runtime.serve.errors import Refusal, explain
+from edgemerge.runtime.serve.merging.routes import add_merging
+from edgemerge.runtime.serve.merging.shown import Shown
+from edgemerge.runtime.serve.merging.workshop import Workshop
 from edgemerge.runtime.serve.models import ModelFile
 from edgemerge.runtime.serve.reload import Reloader, add_reload
-from edgemerge.runtime.serve.requests import MODEL_ROUTES, RELOAD
+from edgemerge.runtime.serve.requests import ADMIN, CHANGE_ROUTES, MODEL_ROUTES, RELOAD
 from edgemerge.runtime.serve.responses import add_responses
 from edgemerge.runtime.serve.tokens import add_tokens
 from edgemerge.runtime.serve.turns import Turns
@@ -25,7 +28,11 @@ from edgemerge.runtime.serve.turns import Turns
 __all__ = ["ROUTES", "make_app"]
 
 ROUTES = frozenset(
-    {*MODEL_ROUTES, RELOAD, "/", "/health", "/metrics", "/v1/models", "/tokenizer_info"}
+    {
+        *(*MODEL_ROUTES, RELOAD, *CHANGE_ROUTES),
+        *("/", "/health", "/metrics", "/v1/models", "/tokenizer_info"),
+        *(f"{ADMIN}/{name}" for name in ("models", "job", "methods")),
+    }
 )
 
 _TYPES = {
@@ -44,7 +51,9 @@ _PAGE_HEADERS = {
 }
 
 
-def make_app(turns: Turns, reloader: Reloader) -> FastAPI:
+def make_app(
+    turns: Turns, reloader: Reloader, shown: Shown, workshop: Workshop | None, *, has_key: bool
+) -> FastAPI:
     """Put the app together; `gate.Gate` has to stand in front of it.
 
     Parameters
@@ -53,12 +62,15 @@ def make_app(turns: Turns, reloader: Reloader) -> FastAPI:
         What gives requests a model.
     reloader : Reloader
         What replaces one.
+    shown, workshop, has_key
+        As of `add_merging`.
     """
     app = FastAPI(title="edgemerge", docs_url=None, redoc_url=None, openapi_url=None)
     router = APIRouter()
     for add in (add_chat, add_completions, add_responses, add_embeddings, add_tokens):
         add(router, turns)
     add_reload(router, reloader, turns.models)
+    add_merging(router, shown, workshop, has_key=has_key)
     _add_status(router, turns)
     _add_page(router)
     app.include_router(router)

@@ -15,7 +15,7 @@ from edgemerge.runtime.serve.active_request import Run, current_run
 from edgemerge.runtime.serve.errors import Refusal, explain
 from edgemerge.runtime.serve.options import Limits
 from edgemerge.runtime.serve.request_log import RequestLog
-from edgemerge.runtime.serve.requests import MODEL_ROUTES, RELOAD
+from edgemerge.runtime.serve.requests import CHANGE_ROUTES, MODEL_ROUTES, RELOAD
 from edgemerge.runtime.serve.status import Status
 
 __all__ = ["Access", "Gate"]
@@ -139,8 +139,12 @@ class Gate:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > _HEADER_BYTES:
                 raise Refusal(431, f"the headers are larger than {_HEADER_BYTES} bytes")
             self._access.check(path, headers)
-            if is_post and not (uses_model or path == RELOAD):
+            if is_post and not (uses_model or path == RELOAD or path in CHANGE_ROUTES):
                 raise Refusal(404, "Not Found")
+            if path in CHANGE_ROUTES and self._access.key is None:
+                raise Refusal(
+                    403, "nothing is changed here while the server has no key", code="no_key"
+                )
             if is_post:
                 await self._serve(scope, receive, answer, run)
             else:

@@ -81,6 +81,10 @@ class ServeOptions:
         Whether what people wrote is written down too.
     public_key : Path or None
         Key with which every model and adapter must be signed.
+    site : Path or None
+        Folder of the device (`edgemerge.site.folder`), whose current model is the first of `models`.
+    merge_folders : tuple of Path
+        Other folders whose files the page may merge and ask.
     """
 
     models: tuple[str, ...]
@@ -106,6 +110,8 @@ class ServeOptions:
     log: Path | None = None
     log_prompts: bool = False
     public_key: Path | None = None
+    site: Path | None = None
+    merge_folders: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
@@ -59,9 +61,45 @@ class Reloader:
         Refusal
             409 where the new one is not taken; the old one goes on answering. As of `ModelStore.start`.
         """
+        file = self._models.resolve(name)
+        return await self.replace(name, file.path, lambda: None, then=file.path)
+
+    async def replace(
+        self, name: str, path: Path, note: Callable[[], object], *, then: Path
+    ) -> dict[str, Any]:
+        """Let another file answer in the place of a model.
+
+        Parameters
+        ----------
+        name : str
+            The model's.
+        path : Path
+            The file.
+        note : function
+            Called when the file has been loaded and has answered, before requests come to it; where it
+            raises, the old one stays.
+        then : Path
+            What stands for the file from then on, as a link to it does.
+
+        Returns
+        -------
+        dict
+            As of `reload`.
+
+        Raises
+        ------
+        Refusal
+            As of `reload`.
+        """
         async with self._turn:
             before = next(state for state in self._models.states() if state.id == name)
-            new = await self._load(self._models.resolve(name))
+            new = await self._load(replace(self._models.resolve(name), path=path))
+            try:
+                await asyncio.to_thread(note)
+            except BaseException:
+                await self._drop(new)
+                raise
+            new.file = replace(new.file, path=then)
             self._models.adopt(new)
         log.info("%s is reloaded", name)
         now = new.facts.fingerprint
@@ -88,10 +126,13 @@ class Reloader:
             if (fault := await self._find_fault(new)) is not None:
                 raise _refusal(old, fault)
         except BaseException:
-            await new.process.close()
-            self._models.changed()
+            await self._drop(new)
             raise
         return new
+
+    async def _drop(self, new: Loaded) -> None:
+        await new.process.close()
+        self._models.changed()
 
     async def _find_fault(self, new: Loaded) -> str | None:
         """Ask the new model what `merge` asks after a merge; what the old one did too is no fault."""

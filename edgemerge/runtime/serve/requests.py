@@ -10,10 +10,24 @@ from edgemerge.runtime.engine.messages import Sampling
 from edgemerge.runtime.serve.errors import Refusal
 
 __all__ = ["CHAT", "COMPLETIONS", "EMBEDDINGS", "MODEL_ROUTES", "RELOAD", "RERANK", "RESPONSES"]
-__all__ += ["Body", "Generating", "Inputs", "StreamOptions", "split_inputs"]
+__all__ += [
+    "ADMIN",
+    "CHANGE_ROUTES",
+    "Body",
+    "Generating",
+    "Inputs",
+    "StreamOptions",
+    "split_inputs",
+]
 
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
-EMBEDDINGS, RERANK, RELOAD = "/v1/embeddings", "/v1/rerank", "/admin/reload"
+EMBEDDINGS, RERANK = "/v1/embeddings", "/v1/rerank"
+ADMIN = "/admin"
+RELOAD = f"{ADMIN}/reload"
+# POST routes that change the device's folder, or what is served of it: there must be a key
+CHANGE_ROUTES = tuple(
+    f"{ADMIN}/{name}" for name in ("plan", "merge", "compare", "cancel", "promote", "rollback")
+)
 # POST routes that use a model, and therefore wait for their turn
 MODEL_ROUTES = (COMPLETIONS, CHAT, RESPONSES, EMBEDDINGS, RERANK, "/tokenize", "/detokenize")
 

@@ -15,6 +15,8 @@ from edgemerge.runtime.engine.options import EngineOptions
 from edgemerge.runtime.engine.process import ModelProcess
 from edgemerge.runtime.serve.app import ROUTES, make_app
 from edgemerge.runtime.serve.gate import Access, Gate
+from edgemerge.runtime.serve.merging.shown import Shown
+from edgemerge.runtime.serve.merging.workshop import Workshop
 from edgemerge.runtime.serve.models import (
     DEFAULT_SEQUENCES,
     ModelFile,
@@ -29,6 +31,7 @@ from edgemerge.runtime.serve.signed import SignedLoader
 from edgemerge.runtime.serve.status import Status
 from edgemerge.runtime.serve.store import Loaded, ModelStore
 from edgemerge.runtime.serve.turns import Turns
+from edgemerge.site.folder import SiteFolder
 
 __all__ = ["Service"]
 
@@ -72,6 +75,7 @@ class Service:
         logs_prompts = options.log is not None and options.log_prompts
         self._status = Status(self.models, self._queue, logs_prompts=logs_prompts)
         self._reloader = Reloader(self.models, self._read_again)
+        self._workshop = self._open_workshop()
         self._log: RequestLog | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -94,7 +98,13 @@ class Service:
         """Make the app; `app` puts the gate in front of it."""
         limits = self._options.limits
         turns = Turns(self.models, self._queue, self._status, limits, self._log)
-        return make_app(turns, self._reloader)
+        shown = Shown(
+            self.models,
+            checks_signatures=self._options.public_key is not None,
+            workshop=self._workshop,
+        )
+        has_key = self._options.key is not None
+        return make_app(turns, self._reloader, shown, self._workshop, has_key=has_key)
 
     def app(self, hosts: frozenset[str]) -> Gate:
         """Make what answers; `hosts` are the names that it may be asked for, none for any."""
@@ -145,6 +155,8 @@ class Service:
 
     async def finish(self) -> None:
         """End all processes."""
+        if self._workshop is not None:
+            await self._workshop.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -154,6 +166,14 @@ class Service:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _open_workshop(self) -> Workshop | None:
+        options = self._options
+        if options.site is None:
+            return None
+        return Workshop(
+            SiteFolder(options.site), options.merge_folders, self.models, self._reloader
+        )
 
     # -- models
 

@@ -100,6 +100,7 @@ class ModelStore:
         self.budget = budget
         self.default = files[0].name
         self.changed: Callable[[], None] = lambda: None  # called when there may be more room
+        self.reserved = 0  # bytes of the budget that work beside the models has
         self._start = start
         self._floor = floor
         self._slots = {file.name: _Slot(file) for file in files}
@@ -128,6 +129,11 @@ class ModelStore:
     def loaded(self) -> tuple[str, ...]:
         """Names of those in memory."""
         return tuple(name for name, slot in self._slots.items() if slot.loaded is not None)
+
+    @property
+    def taken(self) -> int:
+        """Bytes that the server may take with the models that are in memory, or about to be."""
+        return self._floor + self._taken()
 
     @property
     def pids(self) -> list[int]:
@@ -314,10 +320,10 @@ class ModelStore:
             await self._close(oldest)
 
     def _taken(self) -> int:
-        """Bytes of all that is in memory, or about to be."""
+        """Bytes of all that is in memory, or about to be, and of what is reserved."""
         now = [slot.file for slot in self._slots.values() if slot.loaded is not None]
         now += [*self._starting, *(old.file for old in self._retired)]
-        return sum(file.need for file in now)
+        return self.reserved + sum(file.need for file in now)
 
     def _in_use(self) -> int:
         """Bytes of what is in memory and cannot be closed, and of what requests are about to load."""

@@ -21,8 +21,18 @@ export const setKey = (key) => sessionStorage.setItem(KEY, key);
 
 /** Names of the models on the server; the signal, if any, ends the wait for them. */
 export async function listModels(signal) {
-  const response = await ask("/v1/models", { signal });
-  return (await response.json()).data.map((model) => String(model.id));
+  return (await readJson("/v1/models", signal)).data.map((model) => String(model.id));
+}
+
+/** What a GET route says. */
+export async function readJson(path, signal = null) {
+  return (await ask(path, { signal })).json();
+}
+
+/** What a POST route says to a document. */
+export async function sendJson(path, document) {
+  const headers = { "Content-Type": "application/json" };
+  return (await ask(path, { method: "POST", headers, body: JSON.stringify(document) })).json();
 }
 
 /** What /health says, also while the server is stopping and answers 503. */

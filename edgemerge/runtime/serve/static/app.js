@@ -2,14 +2,15 @@
 // model or the server enters the page as text nodes only, never as markup.
 
 import { Refusal, hasKey, listModels, setKey, streamChat } from "./api.js";
+import { $, make } from "./dom.js";
 import { look, watch } from "./figures.js";
 import { render } from "./markdown.js";
+import { followTabs } from "./tabs.js";
 
 const STORE = "edgemerge.conversation";
 const WIDE = "(min-width: 60rem)"; // where style.css puts the panels beside the conversation
 const DEFAULTS = { messages: [], model: "", system: "", temperature: 0.7, limit: 512 };
 
-const $ = (id) => document.getElementById(id);
 // A message is {role, content}; an answer also has model, note, and cut where it did not end by itself.
 const state = { ...DEFAULTS, ...JSON.parse(sessionStorage.getItem(STORE) ?? "{}") };
 let running = null; // AbortController of the answer being written
@@ -18,19 +19,13 @@ const save = () => sessionStorage.setItem(STORE, JSON.stringify(state));
 
 // -- what is shown
 
-function element(tag, name, text = "") {
-  const node = document.createElement(tag);
-  node.className = name;
-  node.textContent = text;
-  return node;
-}
-
 function showMessage(message) {
-  const article = element("article", message.role);
-  const text = element("div", "text");
+  const article = make("article", { className: message.role });
+  const text = make("div", { className: "text" });
   text.append(message.role === "user" ? message.content : render(message.content));
-  const note = element("p", "note", message.note);
-  article.append(element("p", "who", message.role === "user" ? "You" : message.model), text, note);
+  const note = make("p", { className: "note" }, message.note ?? "");
+  const who = message.role === "user" ? "You" : message.model;
+  article.append(make("p", { className: "who" }, who), text, note);
   $("log").append(article);
   return { article, text, note };
 }
@@ -195,8 +190,10 @@ $("unlock").addEventListener("submit", async (event) => {
   setKey($("key").value.trim());
   $("key").value = "";
   if (!await loadModels()) return;
-  $("text").focus();
+  document.dispatchEvent(new Event("unlocked"));
   look();
+  if ($("chat").hidden) return;
+  $("text").focus();
   askAgain();
 });
 
@@ -287,6 +284,7 @@ $("limit").value = state.limit;
 $("figures").open = $("settings").open = matchMedia(WIDE).matches;
 showConversation();
 addEventListener("pagehide", save);
+followTabs();
 watch({
   async up() {
     const wasDown = !$("offline").hidden;

@@ -1,6 +1,8 @@
 // The panel of live figures: /health every two seconds, while somebody looks.
 
 import { Refusal, readHealth } from "./api.js";
+import { $ } from "./dom.js";
+import { duration, number, size } from "./words.js";
 
 const PERIOD = 2000; // ms between two looks
 const SAMPLES = 60; // two minutes of them
@@ -8,7 +10,6 @@ const WIDTH = 120, HEIGHT = 32; // of a sparkline, in its own units
 const SVG = "http://www.w3.org/2000/svg";
 
 const history = { speed: [], first: [], memory: [], temperature: [] };
-const $ = (id) => document.getElementById(id);
 let timer = 0;
 let looking = false;
 let report = { up() {}, down() {} };
@@ -130,21 +131,4 @@ function shape(kind, points) {
   const node = document.createElementNS(SVG, kind);
   node.setAttribute("points", points);
   return node;
-}
-
-function number(value, digits) {
-  return typeof value === "number" ? value.toFixed(digits) : "–";
-}
-
-function size(bytes) {
-  const units = ["bytes", "KiB", "MiB", "GiB"];
-  let i = 0;
-  while (i < 3 && bytes >= 1000) [bytes, i] = [bytes / 1024, i + 1];
-  return [bytes.toFixed(i === 3 ? 2 : 0), units[i]];
-}
-
-function duration(seconds) {
-  if (seconds < 120) return `${Math.floor(seconds)} s`;
-  if (seconds < 7200) return `${Math.floor(seconds / 60)} min`;
-  return seconds < 172800 ? `${Math.floor(seconds / 3600)} h` : `${Math.floor(seconds / 86400)} days`;
 }
