@@ -23,7 +23,7 @@ FOLDERS = ("edgemerge", "kernels", "tools", "tests", "benchmarks")
 MAX_LINES = 400
 COMPILERS = {"njit", "jit", "vectorize", "guvectorize", "cfunc", "stencil"}
 HEAVY = {"numpy", "numba", "llvmlite", "llama_cpp", "gguf", "matplotlib", "scipy", "ot"}
-HEAVY |= {"jinja2", "fastapi", "optuna", "pydantic", "uvicorn", "dask", "distributed"}
+HEAVY |= {"jinja2", "optuna", "pydantic", "uvicorn", "dask", "distributed"}
 
 
 def python_files() -> list[Path]:

@@ -20,6 +20,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from edgemerge.control_group import memory_limits
 from edgemerge.errors import RuntimeFailure
 from edgemerge.native.image import BadImage, Image
 from edgemerge.native.names import KERNELS, image_name
@@ -111,6 +112,7 @@ def _run_compiler(folder: Path, names: list[str]) -> None:
     _check_version()
     log.info("compiling %d kernels, once", len(names))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = min([memory, *(limit for _, limit in memory_limits())])
     n_children = 2 if len(names) > 3 and (os.cpu_count() or 1) > 1 and memory >= 1 << 30 else 1
     by_cost = slow_first(names)
     children: list[subprocess.Popen[str]] = []

@@ -25,7 +25,9 @@ def refuse(*arguments: str) -> str:
     return result.stderr.removeprefix("edgemerge: ").rstrip("\n")
 
 
-@pytest.mark.parametrize("link", [Path, Path.hardlink_to, Path.symlink_to], ids=["path", "hard", "soft"])
+@pytest.mark.parametrize(
+    "link", [Path, Path.hardlink_to, Path.symlink_to], ids=["path", "hard", "soft"]
+)
 def test_no_input_of_any_kind_is_overwritten(folder: Path, link: Any) -> None:
     """`--imatrix X -o X --force` replaced X by the merge."""
     create_keys("key")

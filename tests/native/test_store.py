@@ -222,3 +222,11 @@ def test_the_children_are_this_python(cache: Path, monkeypatch: pytest.MonkeyPat
     if len(shares) == 2:  # the slow ones one each
         assert [share[0] for share in shares] == many[:2]
     assert children.n_ended == 1 + len(shares)
+
+
+def test_little_memory_takes_one_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    children = Children()
+    monkeypatch.setattr(subprocess, "Popen", children)
+    monkeypatch.setattr(store, "memory_limits", lambda: iter([(cache, 450 << 20)]))
+    store.compile_missing(["q4_k.encode_q4_k", "q6_k.encode_q6_k", NAME, "ties.elect"])
+    assert len(children.commands) == 1

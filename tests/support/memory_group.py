@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -11,22 +12,29 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from unittest import SkipTest
 
-import pytest
+from edgemerge.control_group import group_folders
 
-from edgemerge.runtime.board.cgroup import group_folders
-
-__all__ = ["MemoryGroup"]
+__all__ = ["MemoryGroup", "NoGroup"]
 
 # File of the limit -> files that also have to be set, so that nothing is swapped out instead.
 LIMITS = {
     "memory.max": {"memory.swap.max": "0"},
     "memory.limit_in_bytes": {"memory.swappiness": "0"},
 }
+PEAKS = ("memory.peak", "memory.max_usage_in_bytes")
+# What of memory.stat the kernel cannot drop; version 1 counts the kernel's own in a file of its own.
+UNDROPPABLE = ("anon", "shmem", "kernel"), ("total_rss", "total_shmem")
+_numbers = itertools.count()
+
+
+class NoGroup(SkipTest):
+    """No group can be made on this machine; a test that meets this is skipped, and says so."""
 
 
 class MemoryGroup:
-    """Used as a context manager; the test is skipped, and says so, where no group can be made.
+    """Used as a context manager; raises NoGroup where no group can be made.
 
     Parameters
     ----------
@@ -46,21 +54,36 @@ class MemoryGroup:
                 (self.folder / name).write_text(value)
         return self
 
+    def join(self) -> None:
+        """Put this process into the group; for `preexec_fn`."""
+        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+
     def run(self, command: Sequence[str | Path], **environment: str) -> subprocess.CompletedProcess:
         """Run a command in the group, from its first instruction on."""
-
-        def join() -> None:
-            (self.folder / "cgroup.procs").write_text(str(os.getpid()))
-
         return subprocess.run(
             command,
             capture_output=True,
             text=True,
             timeout=120,
             check=False,
-            preexec_fn=join,
+            preexec_fn=self.join,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **environment},
         )
+
+    def processes(self) -> list[int]:
+        """Return the numbers of the group's processes."""
+        return [int(word) for word in (self.folder / "cgroup.procs").read_text().split()]
+
+    def peak(self) -> int:
+        """Return the most bytes that the group ever had, page cache included."""
+        return max(_read_number(self.folder / name) for name in PEAKS)
+
+    def undroppable(self) -> int:
+        """Return the bytes that the kernel could not take back now: no pages of files."""
+        stat = dict(re.findall(r"^(\w+) (\d+)$", (self.folder / "memory.stat").read_text(), re.M))
+        of_kernel = _read_number(self.folder / "memory.kmem.usage_in_bytes")
+        (names,) = [names for names in UNDROPPABLE if names[0] in stat]
+        return of_kernel + sum(int(stat.get(name, 0)) for name in names)
 
     def kills(self) -> int:
         """How many processes the kernel has killed for want of memory."""
@@ -83,13 +106,18 @@ class MemoryGroup:
             time.sleep(0.02)
 
 
+def _read_number(path: Path) -> int:
+    """Return the number in a file, or 0 where this version of the groups has no such file."""
+    return int(path.read_text()) if path.exists() else 0
+
+
 def _make_folder() -> Path:
     """Make a group as near to ours as may be: version 2 allows none below one that has processes."""
     for above in group_folders(Path("/"), "memory"):
-        folder = above / f"edgemerge-test-{os.getpid()}"
+        folder = above / f"edgemerge-test-{os.getpid()}-{next(_numbers)}"
         with suppress(OSError):
             folder.mkdir()
             if any((folder / name).exists() for name in LIMITS):
                 return folder
             folder.rmdir()
-    pytest.skip("NOT TESTED under a hard cap: no memory control group can be made here")
+    raise NoGroup("NOT TESTED under a hard cap: no memory control group can be made here")

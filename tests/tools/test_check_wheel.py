@@ -24,7 +24,9 @@ def test_a_wheel_with_everything_passes(tmp_path: Path) -> None:
     assert check_wheel.main(write(tmp_path / "w.whl", check_wheel.expected_files() | NOTICES)) == 0
 
 
-@pytest.mark.parametrize("lost", ["edgemerge/py.typed", "edgemerge/kernels/ties.py", *sorted(NOTICES)])
+@pytest.mark.parametrize(
+    "lost", ["edgemerge/py.typed", "edgemerge/kernels/ties.py", *sorted(NOTICES)]
+)
 def test_a_wheel_that_lacks_something_is_refused(
     lost: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

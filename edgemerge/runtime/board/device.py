@@ -20,8 +20,8 @@ from edgemerge.runtime.board.processor import (
     processor_fields,
     read_max_hz,
 )
-from edgemerge.runtime.board.sysfs import read_text
 from edgemerge.runtime.board.thermals import Throttling, read_temperature, read_throttling
+from edgemerge.sysfs import read_text
 
 __all__ = ["Board", "Memory", "PowerMeter", "Swap", "Throttling"]
 __all__ += ["default_threads", "open_power_meter", "read_board", "read_memory"]

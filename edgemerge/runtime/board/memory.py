@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgemerge.runtime.board.cgroup import group_folders
+from edgemerge.control_group import memory_limits
 from edgemerge.runtime.board.storage import find_disk, kind_of_disk
-from edgemerge.runtime.board.sysfs import read_int, read_text
+from edgemerge.sysfs import read_int, read_text
 
 __all__ = ["Memory", "Swap", "read_memory", "read_swaps"]
 
@@ -60,10 +60,9 @@ def read_memory(root: Path = Path("/")) -> Memory:
     fields = _numbers(root / "proc/meminfo")  # "MemTotal:       24684096 kB"
     total, available = fields.get("MemTotal:", 0) * 1024, fields.get("MemAvailable:", 0) * 1024
     limited = False
-    for folder in group_folders(root, "memory"):
-        limit = read_int(folder / "memory.max") or read_int(folder / "memory.limit_in_bytes")
-        if limit is None or limit >= (total or limit + 1):
-            continue  # no limit is the word max in version 2, and close to 2**63 in version 1
+    for folder, limit in memory_limits(root):
+        if limit >= (total or limit + 1):
+            continue
         used = read_int(folder / "memory.current") or read_int(folder / "memory.usage_in_bytes")
         stat = _numbers(folder / "memory.stat")
         # the page cache counts as used, and is given back when memory is short

@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from edgemerge.runtime.serve.chat import add_chat
 from edgemerge.runtime.serve.completions import add_completions
@@ -22,6 +22,7 @@ from edgemerge.runtime.serve.models import ModelFile
 from edgemerge.runtime.serve.reload import Reloader, add_reload
 from edgemerge.runtime.serve.requests import ADMIN, CHANGE_ROUTES, MODEL_ROUTES, RELOAD
 from edgemerge.runtime.serve.responses import add_responses
+from edgemerge.runtime.serve.routes import Routes
 from edgemerge.runtime.serve.tokens import add_tokens
 from edgemerge.runtime.serve.turns import Turns
 
@@ -53,7 +54,7 @@ _PAGE_HEADERS = {
 
 def make_app(
     turns: Turns, reloader: Reloader, shown: Shown, workshop: Workshop | None, *, has_key: bool
-) -> FastAPI:
+) -> Starlette:
     """Put the app together; `gate.Gate` has to stand in front of it.
 
     Parameters
@@ -65,18 +66,15 @@ def make_app(
     shown, workshop, has_key
         As of `add_merging`.
     """
-    app = FastAPI(title="edgemerge", docs_url=None, redoc_url=None, openapi_url=None)
-    router = APIRouter()
+    routes = Routes()
     for add in (add_chat, add_completions, add_responses, add_embeddings, add_tokens):
-        add(router, turns)
-    add_reload(router, reloader, turns.models)
-    add_merging(router, shown, workshop, has_key=has_key)
-    _add_status(router, turns)
-    _add_page(router)
-    app.include_router(router)
-    for error in (Refusal, HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(error, _refuse)
-    return app
+        add(routes, turns)
+    add_reload(routes, reloader, turns.models)
+    add_merging(routes, shown, workshop, has_key=has_key)
+    _add_status(routes, turns)
+    _add_page(routes)
+    handlers = dict.fromkeys((Refusal, HTTPException, Exception), _refuse)
+    return Starlette(routes=routes.list, exception_handlers=handlers)
 
 
 async def _refuse(_request: Request, error: Exception) -> JSONResponse:
@@ -84,27 +82,27 @@ async def _refuse(_request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(refusal.content, status_code=refusal.status, headers=refusal.headers)
 
 
-def _add_status(router: APIRouter, turns: Turns) -> None:
+def _add_status(routes: Routes, turns: Turns) -> None:
     status, models = turns.status, turns.models
 
-    @router.get("/health")
+    @routes.get("/health")
     async def health(request: Request) -> JSONResponse:
         told = status.full() if request.scope["has_key"] else status.brief()
         headers = {"cache-control": "no-store"}
         code = 200 if told["status"] == "ok" else 503
         return JSONResponse(told, status_code=code, headers=headers)
 
-    @router.get("/metrics")
-    async def metrics() -> Response:
+    @routes.get("/metrics")
+    async def metrics(_request: Request) -> Response:
         return Response(status.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    @router.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
+    @routes.get("/v1/models")
+    async def list_models(_request: Request) -> dict[str, Any]:
         return {"object": "list", "data": [_describe(file) for file in models]}
 
-    @router.get("/v1/models/{name:path}")
-    async def retrieve_model(name: str) -> dict[str, Any]:
-        return _describe(models.resolve(name))
+    @routes.get("/v1/models/{name:path}")
+    async def retrieve_model(request: Request) -> dict[str, Any]:
+        return _describe(models.resolve(request.path_params["name"]))
 
 
 def _describe(file: ModelFile) -> dict[str, Any]:
@@ -117,7 +115,7 @@ def _describe(file: ModelFile) -> dict[str, Any]:
     }
 
 
-def _add_page(router: APIRouter) -> None:
+def _add_page(routes: Routes) -> None:
     """Serve the web page, from wherever the package is installed."""
     folder = resources.files("edgemerge.runtime.serve") / "static"
     files = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
@@ -128,10 +126,10 @@ def _add_page(router: APIRouter) -> None:
         media_type = _TYPES.get(name[name.rfind(".") :], "application/octet-stream")
         return Response(files[name], media_type=media_type, headers=_PAGE_HEADERS)
 
-    @router.get("/")
-    async def page() -> Response:
+    @routes.get("/")
+    async def page(_request: Request) -> Response:
         return send("index.html")
 
-    @router.get("/static/{name}")
-    async def static(name: str) -> Response:
-        return send(name)
+    @routes.get("/static/{name}")
+    async def static(request: Request) -> Response:
+        return send(request.path_params["name"])

@@ -7,7 +7,6 @@ import json
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import APIRouter
 from pydantic import BaseModel, Field, StrictInt, field_validator, model_validator
 
 from edgemerge.runtime.engine.messages import Chat, Ended, Generation, Piece
@@ -16,6 +15,7 @@ from edgemerge.runtime.serve.events import Answer, Documents, head, stream, usag
 from edgemerge.runtime.serve.formats import ResponseFormat, format_grammar
 from edgemerge.runtime.serve.models import ModelFile
 from edgemerge.runtime.serve.requests import CHAT, MAX_ALTERNATIVES, Generating
+from edgemerge.runtime.serve.routes import Routes
 from edgemerge.runtime.serve.scores import write_chat_logprobs
 from edgemerge.runtime.serve.tools import (
     Tool,
@@ -173,10 +173,10 @@ def _add_to_system(messages: list[dict[str, Any]], text: str) -> None:
         messages.insert(0, {"role": "system", "content": text})
 
 
-def add_chat(router: APIRouter, turns: Turns) -> None:
+def add_chat(routes: Routes, turns: Turns) -> None:
     """Add the route."""
 
-    @router.post(CHAT)
+    @routes.post(CHAT, ChatRequest)
     async def create_chat_completion(body: ChatRequest) -> Any:
         grammar = await chat_grammar(body, turns.models.resolve(body.model))
         if body.stream:

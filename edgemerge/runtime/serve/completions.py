@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar
 
-from fastapi import APIRouter
 from pydantic import Field, StrictInt, model_validator
 
 from edgemerge.runtime.engine.messages import Ended, Generation, Piece, TokenScore
@@ -18,6 +17,7 @@ from edgemerge.runtime.serve.requests import (
     Inputs,
     split_inputs,
 )
+from edgemerge.runtime.serve.routes import Routes
 from edgemerge.runtime.serve.scores import write_logprobs
 from edgemerge.runtime.serve.turns import Turn, Turns
 
@@ -60,10 +60,10 @@ class CompletionRequest(Generating):
         return split_inputs(self.prompt)
 
 
-def add_completions(router: APIRouter, turns: Turns) -> None:
+def add_completions(routes: Routes, turns: Turns) -> None:
     """Add the route."""
 
-    @router.post(COMPLETIONS)
+    @routes.post(COMPLETIONS, CompletionRequest)
     async def create_completions(body: CompletionRequest) -> Any:
         if body.stream:
             return await stream(_stream(turns, body))

@@ -6,11 +6,11 @@ import base64
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from fastapi import APIRouter
 from pydantic import BaseModel, Field, StrictInt
 
 from edgemerge.runtime.serve.errors import Refusal
 from edgemerge.runtime.serve.requests import EMBEDDINGS, RERANK, Body, Inputs, split_inputs
+from edgemerge.runtime.serve.routes import Routes
 from edgemerge.runtime.serve.turns import Turns
 
 __all__ = ["add_embeddings"]
@@ -45,10 +45,10 @@ class RerankRequest(Body):
     return_documents: bool = False
 
 
-def add_embeddings(router: APIRouter, turns: Turns) -> None:
+def add_embeddings(routes: Routes, turns: Turns) -> None:
     """Add the routes."""
 
-    @router.post(EMBEDDINGS)
+    @routes.post(EMBEDDINGS, EmbeddingRequest)
     async def create_embeddings(body: EmbeddingRequest) -> Any:
         if not 0 < len(body.inputs) <= _MAX_INPUTS:
             raise Refusal(400, f"input: 1 to {_MAX_INPUTS} texts")
@@ -63,7 +63,7 @@ def add_embeddings(router: APIRouter, turns: Turns) -> None:
             name = turn.loaded.file.name
             return {"object": "list", "data": data, "model": name, "usage": used}
 
-    @router.post(RERANK)
+    @routes.post(RERANK, RerankRequest)
     async def rerank(body: RerankRequest) -> Any:
         texts = [item if isinstance(item, str) else item.text for item in body.documents]
         async with turns.turn(body) as turn:

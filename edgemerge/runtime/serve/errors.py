@@ -11,7 +11,7 @@ from typing import Any
 from edgemerge.errors import EdgemergeError
 from edgemerge.runtime.engine.process import EngineFailure
 
-__all__ = ["BUSY", "INVALID", "SERVER", "Refusal", "explain", "stopping"]
+__all__ = ["BUSY", "INVALID", "SERVER", "Refusal", "explain", "stopping", "wrong_field"]
 
 log = logging.getLogger(__name__)
 
@@ -90,15 +90,12 @@ def explain(error: BaseException) -> Refusal:
     error : exception
         Whatever came out of a route or of a model's process.
     """
-    from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
 
     if isinstance(error, Refusal):
         return error
     if isinstance(error, HTTPException):
         return Refusal(error.status_code, str(error.detail))
-    if isinstance(error, RequestValidationError):
-        return Refusal(400, _wrong_field(error.errors()))
     if isinstance(error, EngineFailure):
         return _explain_engine(error)
     log.error("request failed", exc_info=error)
@@ -121,8 +118,8 @@ def _explain_engine(failure: EngineFailure) -> Refusal:
     return Refusal(failure.status, reason, kind=INVALID if failure.status < 500 else SERVER)
 
 
-def _wrong_field(problems: Sequence[Mapping[str, Any]]) -> str:
-    """Make one sentence of pydantic's complaints.
+def wrong_field(problems: Sequence[Mapping[str, Any]]) -> str:
+    """Make one sentence of pydantic's complaints, as `ValidationError.errors` gives them.
 
     Where a field may be one of several types, each type has its own: those of the type that came
     closest tell what is meant.
@@ -132,7 +129,7 @@ def _wrong_field(problems: Sequence[Mapping[str, Any]]) -> str:
         types = tuple(str(part) for part in problem["loc"] if not _is_field(part))
         by_type.setdefault(types, []).append(problem)
     closest = min(by_type.values(), key=len)[0]
-    where = ".".join(str(part) for part in closest["loc"] if _is_field(part) and part != "body")
+    where = ".".join(str(part) for part in closest["loc"] if _is_field(part))
     message = str(closest["msg"]).removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
 

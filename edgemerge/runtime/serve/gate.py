@@ -169,7 +169,7 @@ class Gate:
         body = await _read_body(receive, self._limits)
         token = current_run.set(run)
         try:
-            app = self._app(_as_json(scope, len(body)), _replay(body), answer.send)
+            app = self._app(scope, _replay(body), answer.send)
             run.task = asyncio.ensure_future(app)
         finally:
             current_run.reset(token)
@@ -205,13 +205,6 @@ def _replay(body: bytes) -> Receive:
         return messages.pop()
 
     return receive
-
-
-def _as_json(scope: MutableMapping[str, Any], length: int) -> MutableMapping[str, Any]:
-    """Call the body JSON, whatever the client called it."""
-    kept = [(k, v) for k, v in scope["headers"] if k not in (b"content-length", b"content-type")]
-    added = [(b"content-length", str(length).encode()), (b"content-type", b"application/json")]
-    return {**scope, "headers": [*kept, *added]}
 
 
 async def _read_body(receive: Receive, limits: Limits) -> bytes:

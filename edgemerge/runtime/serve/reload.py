@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter
-
 from edgemerge.errors import EdgemergeError, VerificationError
 from edgemerge.runtime.engine.messages import Chat, Ended, Generation, Piece, Sampling
 from edgemerge.runtime.engine.process import EngineFailure
 from edgemerge.runtime.serve.errors import SERVER, Refusal
 from edgemerge.runtime.serve.models import ModelFile
 from edgemerge.runtime.serve.requests import RELOAD, Body
+from edgemerge.runtime.serve.routes import Routes
 from edgemerge.runtime.serve.store import Loaded, ModelStore
 from edgemerge.runtime.smoke import MAX_TOKENS, QUESTIONS, SECONDS
 
@@ -197,10 +196,10 @@ def _refusal(file: ModelFile, why: str, error: EdgemergeError | None = None) -> 
     )
 
 
-def add_reload(router: APIRouter, reloader: Reloader, models: ModelStore) -> None:
+def add_reload(routes: Routes, reloader: Reloader, models: ModelStore) -> None:
     """Add the route."""
 
-    @router.post(RELOAD)
+    @routes.post(RELOAD, ReloadRequest)
     async def reload(body: ReloadRequest) -> dict[str, Any]:
         names = [models.resolve(body.model).name] if body.model else models.loaded
         return {"models": [await reloader.reload(name) for name in names]}

@@ -7,13 +7,13 @@ import uuid
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import APIRouter
 from pydantic import BaseModel, Field, StrictInt
 
 from edgemerge.runtime.engine.messages import Piece
 from edgemerge.runtime.serve.chat import ChatRequest, Message, chat_generations, chat_grammar
 from edgemerge.runtime.serve.events import Answer, Documents, stream, usage
 from edgemerge.runtime.serve.requests import RESPONSES, Generating
+from edgemerge.runtime.serve.routes import Routes
 from edgemerge.runtime.serve.turns import Turn, Turns
 
 __all__ = ["add_responses"]
@@ -64,10 +64,10 @@ class ResponsesRequest(Generating):
         )
 
 
-def add_responses(router: APIRouter, turns: Turns) -> None:
+def add_responses(routes: Routes, turns: Turns) -> None:
     """Add the route."""
 
-    @router.post(RESPONSES)
+    @routes.post(RESPONSES, ResponsesRequest)
     async def create_response(body: ResponsesRequest) -> Any:
         chat = body.as_chat()
         grammar = await chat_grammar(chat, turns.models.resolve(body.model))

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from edgemerge.process import read_process
 from edgemerge.runtime.doctor.fit import MAX_LAYERS
@@ -94,7 +94,7 @@ class Service:
         if self._log is not None:
             self._log.close()
 
-    def routes(self) -> FastAPI:
+    def routes(self) -> Starlette:
         """Make the app; `app` puts the gate in front of it."""
         limits = self._options.limits
         turns = Turns(self.models, self._queue, self._status, limits, self._log)

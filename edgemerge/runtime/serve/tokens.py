@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter
 from pydantic import Field, StrictInt
+from starlette.requests import Request
 
 from edgemerge.runtime.serve.requests import Body
+from edgemerge.runtime.serve.routes import Routes
 from edgemerge.runtime.serve.turns import Turns
 
 __all__ = ["add_tokens"]
@@ -28,10 +29,10 @@ class DetokenizeRequest(Body):
     tokens: Annotated[list[StrictInt], Field(max_length=_MAX_TOKENS)]
 
 
-def add_tokens(router: APIRouter, turns: Turns) -> None:
+def add_tokens(routes: Routes, turns: Turns) -> None:
     """Add the routes."""
 
-    @router.post("/tokenize")
+    @routes.post("/tokenize", TokenizeRequest)
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         async with turns.turn(body) as turn:
             add_special = body.add_special_tokens
@@ -39,11 +40,11 @@ def add_tokens(router: APIRouter, turns: Turns) -> None:
             n_ctx = turn.loaded.facts.n_ctx
             return {"tokens": tokens, "count": len(tokens), "max_model_len": n_ctx}
 
-    @router.post("/detokenize")
+    @routes.post("/detokenize", DetokenizeRequest)
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         async with turns.turn(body) as turn:
             return {"prompt": await turn.loaded.process.detokenize(body.tokens)}
 
-    @router.get("/tokenizer_info")
-    async def tokenizer_info() -> dict[str, Any]:
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info(_request: Request) -> dict[str, Any]:
         return {**turns.models.resolve(None).tokenizer}

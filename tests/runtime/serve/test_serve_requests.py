@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
-from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from edgemerge.runtime.engine.process import EngineFailure
 from edgemerge.runtime.serve.chat import ChatRequest
 from edgemerge.runtime.serve.completions import CompletionRequest
-from edgemerge.runtime.serve.errors import Refusal, explain
+from edgemerge.runtime.serve.errors import Refusal, explain, wrong_field
 from edgemerge.runtime.serve.gate import Access
 from edgemerge.runtime.serve.options import Limits
 from edgemerge.runtime.serve.requests import Generating
@@ -115,10 +115,7 @@ def test_what_it_does_not_do_is_said(
 ) -> None:
     with pytest.raises(ValidationError) as caught:
         kind.model_validate(request_)
-    refusal = explain(RequestValidationError(caught.value.errors()))
-    assert refusal.status == 400
-    with pytest.raises(Refusal, match=message):
-        raise refusal
+    assert re.search(message, wrong_field(caught.value.errors()))
 
 
 def test_a_response_is_a_chat() -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
-from fastapi import APIRouter
+from starlette.requests import Request
 
 from edgemerge.errors import EdgemergeError
 from edgemerge.runtime.serve.errors import Refusal
@@ -19,6 +19,7 @@ from edgemerge.runtime.serve.merging.choices import (
 from edgemerge.runtime.serve.merging.shown import Shown
 from edgemerge.runtime.serve.merging.workshop import Workshop
 from edgemerge.runtime.serve.requests import ADMIN, Body
+from edgemerge.runtime.serve.routes import Routes
 
 __all__ = ["add_merging"]
 
@@ -43,14 +44,12 @@ class CancelRequest(Body):
     job: int
 
 
-def add_merging(
-    router: APIRouter, shown: Shown, workshop: Workshop | None, *, has_key: bool
-) -> None:
+def add_merging(routes: Routes, shown: Shown, workshop: Workshop | None, *, has_key: bool) -> None:
     """Add the routes; without a folder there is nothing to change.
 
     Parameters
     ----------
-    router : APIRouter
+    routes : Routes
         What gets them.
     shown : Shown
         What tells how everything is.
@@ -60,20 +59,20 @@ def add_merging(
         Whether clients need a key, without which nothing may be changed.
     """
 
-    @router.get(f"{ADMIN}/models")
-    async def models() -> dict[str, Any]:
+    @routes.get(f"{ADMIN}/models")
+    async def models(_request: Request) -> dict[str, Any]:
         return {"has_key": has_key, **await shown.read(), "job": _job(workshop)}
 
-    @router.get(f"{ADMIN}/job")
-    async def job() -> dict[str, Any]:
+    @routes.get(f"{ADMIN}/job")
+    async def job(_request: Request) -> dict[str, Any]:
         return {"job": _job(workshop)}
 
-    @router.get(f"{ADMIN}/methods")
-    async def methods() -> dict[str, Any]:
+    @routes.get(f"{ADMIN}/methods")
+    async def methods(_request: Request) -> dict[str, Any]:
         return describe_methods()
 
     if workshop is not None:
-        _add_changes(router, workshop)
+        _add_changes(routes, workshop)
 
 
 def _job(workshop: Workshop | None) -> dict[str, Any] | None:
@@ -81,7 +80,7 @@ def _job(workshop: Workshop | None) -> dict[str, Any] | None:
     return None if last is None else last.as_json()
 
 
-def _add_changes(router: APIRouter, workshop: Workshop) -> None:
+def _add_changes(routes: Routes, workshop: Workshop) -> None:
     async def plainly(work: Awaitable[T]) -> T:
         """Say what the folder or a file is wrong with."""
         try:
@@ -91,11 +90,11 @@ def _add_changes(router: APIRouter, workshop: Workshop) -> None:
         except (EdgemergeError, OSError) as error:
             raise Refusal(409, workshop.explain(error), code="not_possible") from None
 
-    @router.post(f"{ADMIN}/plan")
+    @routes.post(f"{ADMIN}/plan", PlanRequest)
     async def plan(body: PlanRequest) -> dict[str, Any]:
         return await plainly(workshop.plan(body))
 
-    @router.post(f"{ADMIN}/merge")
+    @routes.post(f"{ADMIN}/merge", MergeRequest)
     async def merge(body: MergeRequest) -> dict[str, Any]:
         async def begin() -> dict[str, Any]:
             workshop.check_name(body.name)
@@ -104,21 +103,21 @@ def _add_changes(router: APIRouter, workshop: Workshop) -> None:
 
         return {"job": await plainly(begin())}
 
-    @router.post(f"{ADMIN}/compare")
+    @routes.post(f"{ADMIN}/compare", CompareRequest)
     async def compare(body: CompareRequest) -> dict[str, Any]:
         async def begin() -> dict[str, Any]:
             return workshop.compare(body.model, body.questions).as_json()
 
         return {"job": await plainly(begin())}
 
-    @router.post(f"{ADMIN}/cancel")
+    @routes.post(f"{ADMIN}/cancel", CancelRequest)
     async def cancel(body: CancelRequest) -> dict[str, Any]:
         return {"job": (await workshop.jobs.cancel(body.job)).as_json()}
 
-    @router.post(f"{ADMIN}/promote")
+    @routes.post(f"{ADMIN}/promote", ModelRequest)
     async def promote(body: ModelRequest) -> dict[str, Any]:
         return await plainly(workshop.promote(body.model))
 
-    @router.post(f"{ADMIN}/rollback")
-    async def roll_back() -> dict[str, Any]:
+    @routes.post(f"{ADMIN}/rollback", Body)
+    async def roll_back(_body: Body) -> dict[str, Any]:
         return await plainly(workshop.roll_back())

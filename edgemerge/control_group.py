@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from edgemerge.runtime.board.sysfs import read_text
+from edgemerge.sysfs import read_int, read_text
 
-__all__ = ["group_folders"]
+__all__ = ["group_folders", "memory_limits"]
 
 
 def group_folders(root: Path, controller: str) -> list[Path]:
@@ -33,3 +34,13 @@ def group_folders(root: Path, controller: str) -> list[Path]:
         path = PurePosixPath(group)
         found += [top / str(part).lstrip("/") for part in (path, *path.parents)]
     return [folder for folder in found if folder.is_dir()]
+
+
+def memory_limits(root: Path = Path("/")) -> Iterator[tuple[Path, int]]:
+    """Yield each group that holds for this process and limits memory: its folder and the limit in bytes."""
+    for folder in group_folders(root, "memory"):
+        limit = read_int(folder / "memory.max") or read_int(folder / "memory.limit_in_bytes")
+        if (
+            limit is not None
+        ):  # no limit is the word max in version 2, and close to 2**63 in version 1
+            yield folder, limit
