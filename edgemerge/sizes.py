@@ -12,7 +12,7 @@ _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UNITS |= {f"{unit}IB": n for unit, n in _UNITS.items() if unit in "KMGT" and unit}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
-_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}
+_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
 
 LEAST_PLAIN = 4096  # a number without a unit below it was meant to have one
 
@@ -55,24 +55,28 @@ def format_count(n: int) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Parse a time in seconds: `90s`, `30m`, `1.5h`.
+    """Parse a time in seconds: `90s`, `30m`, `1.5h`, `2d`.
 
     Raises
     ------
     RecipeError
         It is no time, or has no unit.
     """
-    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(s|m|min|h)\s*", text, re.ASCII)
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(s|m|min|h|d)\s*", text, re.ASCII)
     if match is None or float(match[1]) == 0:
-        raise RecipeError(f"{text[:60]!r} is no time; write it like 90s, 30m or 1.5h", field="time")
+        raise RecipeError(
+            f"{text[:60]!r} is no time; write it like 90s, 30m, 1.5h or 2d", field="time"
+        )
     return float(match[1]) * _SECONDS[match[2]]
 
 
 def format_duration(seconds: float) -> str:
-    """Write a time for people: 42 s, 3 min 20 s, 1 h 05 min."""
+    """Write a time for people: 42 s, 3 min 20 s, 1 h 05 min, 2 d 01 h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    if whole < 2 * 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600:02} h"

@@ -15,7 +15,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from edgemerge.cli import COMMANDS, make_app
+import typer.main
+
+from edgemerge.cli import make_app
 from edgemerge.formats.architectures import FAMILIES
 from edgemerge.formats.composite_families import VARIANTS
 from edgemerge.formats.hub.families import READERS
@@ -28,7 +30,17 @@ BLOCK = re.compile(r"(<!-- docs:(\w+) -->\n).*?(<!-- /docs -->)", re.DOTALL)
 # The order of a merge; then what serves the wings, what runs models, and what people see.
 WINGS: tuple[str, ...]
 WINGS = ("recipe", "methods", "alignment", "planning", "output", "merging", "provenance", "reports")
-WINGS += ("formats", "finding", "remote", "cluster", "native", "runtime", "searching", "cli")
+WINGS += (
+    "formats",
+    "finding",
+    "remote",
+    "cluster",
+    "native",
+    "runtime",
+    "searching",
+    "fleet",
+    "cli",
+)
 
 
 def help_text(command: str) -> str:
@@ -36,13 +48,22 @@ def help_text(command: str) -> str:
     from typer.testing import CliRunner
 
     os.environ["COLUMNS"] = "80"
-    result = CliRunner().invoke(make_app(), [command, "--help"], prog_name="edgemerge")
+    words = [*command.split(), "--help"]
+    result = CliRunner().invoke(make_app(), words, prog_name="edgemerge")
     return "\n".join(line.rstrip() for line in result.stdout.strip().splitlines())
+
+
+def command_names() -> list[str]:
+    """Return all commands, those of a group after it, as `fleet status`."""
+    names = []
+    for name, command in typer.main.get_group(make_app()).commands.items():
+        names += [name, *(f"{name} {inner}" for inner in getattr(command, "commands", ()))]
+    return names
 
 
 def commands() -> str:
     """Return a section per command."""
-    sections = (f"## {name}\n\n```\n{help_text(name)}\n```\n" for name in COMMANDS)
+    sections = (f"## {name}\n\n```\n{help_text(name)}\n```\n" for name in command_names())
     return "\n" + "\n".join(sections) + "\n"
 
 

@@ -1,6 +1,7 @@
 """The command line: parse, call the library, print; only here is printed and an exit code picked.
 
-Exit codes: 0 done; 1 an error of ours, one sentence on stderr; 2 usage; 130 interrupted, 143 terminated.
+Exit codes: 0 done; 1 an error of ours, one sentence on stderr; 2 usage; 3 `fleet status` found a device that
+needs somebody; 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ import gc
 import io
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 __all__ = ["COMMANDS", "main", "make_app", "settle_process"]
 
-# Command -> its module here, whose function is NAME_command (with _ for -); in the order of --help.
+# Command -> its module here, whose function is NAME_command (with _ for -), or whose GROUP has commands of
+# its own; in the order of --help.
 COMMANDS = {
     "merge": "merge",
     "plan": "merge",
@@ -47,6 +49,7 @@ COMMANDS = {
     "fetch": "fetch",
     "update": "update",
     "rollback": "rollback",
+    "fleet": "fleet",
     "demo": "demo",
 }
 
@@ -76,6 +79,24 @@ def settle_process() -> None:
 
 def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
     """Make the command line of some commands: reading the options of all takes longer than most of them."""
+    app = _make_group(
+        "Merge fine-tuned language models on the device, inside a memory budget, into one GGUF.",
+        _root,
+    )
+    for name in names:
+        module = import_module(f"edgemerge.cli.{COMMANDS[name]}")
+        if hasattr(module, "GROUP"):
+            inner = _make_group((module.__doc__ or "").partition(": ")[2], lambda: None)
+            for inner_name, command in module.GROUP.items():
+                _add(inner, inner_name, command, None)
+            app.add_typer(inner, name=name)
+            continue
+        own = getattr(module, "CLASSES", {})
+        _add(app, name, getattr(module, f"{name.replace('-', '_')}_command"), own.get(name))
+    return app
+
+
+def _make_group(help_text: str, callback: Callable[..., None]) -> typer.Typer:
     app = typer.Typer(
         name="edgemerge",
         no_args_is_help=True,
@@ -83,18 +104,17 @@ def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
-        help="Merge fine-tuned language models on the device, inside a memory budget, into one GGUF.",
+        help=help_text,
     )
-    app.callback()(_root)
-    for name in names:
-        module = import_module(f"edgemerge.cli.{COMMANDS[name]}")
-        own = getattr(module, "CLASSES", {})
-        command = getattr(module, f"{name.replace('-', '_')}_command")
-        summary = " ".join(
-            (command.__doc__ or "").partition("\n\n")[0].split()
-        )  # which is else cut off
-        app.command(name, cls=own.get(name), short_help=summary)(command)
+    app.callback()(callback)
     return app
+
+
+def _add(app: typer.Typer, name: str, command: Callable[..., None], own: Any) -> None:
+    summary = " ".join(
+        (command.__doc__ or "").partition("\n\n")[0].split()
+    )  # which is else cut off
+    app.command(name, cls=own, short_help=summary)(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import typer
 
 from edgemerge.errors import EdgemergeError, RuntimeFailure
+from edgemerge.plain_text import plain
 from edgemerge.suggestions import suggest_path
 from edgemerge.types import BeginPart, Progress
 
@@ -144,11 +145,6 @@ def print_json(document: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout, and nothing else there."""
     is_utf8 = sys.stdout is not None and (sys.stdout.encoding or "").lower() == "utf-8"
     print(json.dumps(document, ensure_ascii=not is_utf8, allow_nan=False, indent=2))
-
-
-def plain(text: str) -> str:
-    """Keep a stranger's text from moving the cursor."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "") -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from edgemerge.alignment.records import HeadPlan, Skipped
 from edgemerge.errors import RuntimeFailure
 from edgemerge.output.file import write_file
+from edgemerge.plain_text import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -368,8 +369,7 @@ def _write(
 
 def wrap(text: str, pixels: float, style: tuple[float, int, float]) -> list[str]:
     """Break text into lines that are hardly wider than so many pixels."""
-    plain = "".join(c if c.isprintable() else " " for c in text)
-    return textwrap.wrap(plain, max(8, int(pixels / style[2])), break_on_hyphens=False)
+    return textwrap.wrap(plain(text), max(8, int(pixels / style[2])), break_on_hyphens=False)
 
 
 def _points(pixels: float) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgemerge.plain_text import plain
 from edgemerge.reports.plots import BORDER, DPI, INK, PAPER, SOFT, save_figure
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def _draw_labels(axes: Axes, points: Sequence[BenchPoint], x: list[float], y: li
 
 
 def _label(point: BenchPoint) -> str:
-    name = "".join(c if c.isprintable() else " " for c in point.name)
+    name = plain(point.name)
     name = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
     return name if point.acc is None else f"{name}  {100 * point.acc:.1f} %"
 

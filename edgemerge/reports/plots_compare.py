@@ -12,6 +12,7 @@ import numpy as np
 
 from edgemerge.merging.comparison import Comparison
 from edgemerge.merging.figures import TensorFigures
+from edgemerge.plain_text import plain
 from edgemerge.reports.plots import (
     BORDER,
     DPI,
@@ -147,7 +148,7 @@ def _draw_map(
     step = -(-len(layers) // LABELS) or 1
     shown = range(0, len(layers), step)
     axes.set_xticks([0, *(i + 1 for i in shown)], ["-", *(str(layers[i]) for i in shown)])
-    names = ["".join(c if c.isprintable() else " " for c in kind)[:32] for kind in kinds]
+    names = [plain(kind)[:32] for kind in kinds]
     axes.set_yticks(range(len(kinds)), names, parse_math=False)
     axes.tick_params(labelsize=6.5, labelcolor=SOFT, color=BORDER, length=2, pad=2, width=0.6)
     axes.spines[:].set(color=BORDER, linewidth=0.6)

@@ -166,7 +166,7 @@ def test_options_that_make_no_sense_are_usage_errors(arguments: tuple[str, ...],
 
 
 def test_a_time_needs_a_unit() -> None:
-    assert "'30' is no time; write it like 90s, 30m or 1.5h" in fail(
+    assert "'30' is no time; write it like 90s, 30m, 1.5h or 2d" in fail(
         "recipe.yml", *TASK, "--time", "30"
     )
 

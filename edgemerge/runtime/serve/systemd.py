@@ -19,6 +19,7 @@ from pathlib import Path
 from edgemerge.errors import OutputError, RecipeError
 from edgemerge.formats.files import real_path
 from edgemerge.output.file import write_file
+from edgemerge.plain_text import plain
 from edgemerge.provenance.signature import signature_path
 from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.rpc.addresses import split
@@ -257,7 +258,7 @@ def _report(
 
 def escape(text: str) -> str:
     """Text without what systemd replaces: %-specifiers, and line ends."""
-    return "".join(c if c.isprintable() else " " for c in text).replace("%", "%%")
+    return plain(text).replace("%", "%%")
 
 
 def quote(word: str) -> str:
