@@ -8,10 +8,11 @@ set(CMAKE_INSTALL_RPATH "$ORIGIN")
 
 # A wheel has no links: with versions in their names, each library would lie in it three times, and Python and
 # libllama would load two copies of ggml, each with backends of its own.
-function(unversion)
+function(adapt_targets)
   foreach(target llama ggml ggml-base)
     set_property(TARGET ${target} PROPERTY VERSION)
     set_property(TARGET ${target} PROPERTY SOVERSION)
   endforeach()
+  set_property(TARGET ggml-rpc PROPERTY UNITY_BUILD OFF) # its files have variables of the same name
 endfunction()
-cmake_language(DEFER DIRECTORY "${CMAKE_SOURCE_DIR}" CALL unversion)
+cmake_language(DEFER DIRECTORY "${CMAKE_SOURCE_DIR}" CALL adapt_targets)
