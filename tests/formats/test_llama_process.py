@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.formats import llama_process
 from edgemerge.formats.llama_process import load_backends
 
 API = SimpleNamespace(
@@ -40,7 +39,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Load the backends of a stand-in and return it."""
 
     def load(ggml: Ggml) -> Ggml:
-        monkeypatch.setattr(llama_process.ctypes, "CDLL", lambda path: ggml)
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: ggml)
         load_backends(API)
         return ggml
 
