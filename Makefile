@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv when there is none; a second run
 # finds everything in place. ARGS goes to the command: `make test ARGS='-k gguf -x'`.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix check coverage docs arm64 processors bench bench-peers rpc wheel sbom clean
+.PHONY: help demo test test-matrix check coverage docs arm64 processors bench bench-peers rpc wheel wheels board sbom clean
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -42,12 +42,19 @@ bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through merge
 rpc: .venv/ready-run  ## build ggml's RPC backend beside the installed llama.cpp: models split over several boards
 	tools/llama/build-rpc $(BIN)/python
 
-wheel: .venv/ready-dev  ## build a wheel with kernels compiled for x86-64-v3 and AArch64 (ARGS=native: this machine only)
+wheel: .venv/ready-dev  ## build a wheel with kernels compiled for five kinds of x86-64 and AArch64 (ARGS=native: this machine's kind only)
 	rm -rf build/lib dist/edgemerge-*.whl
 	$(BIN)/python -m tools.prebuild
 	if [ "$(ARGS)" != native ]; then tools/arm64 --prebuild; fi
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 	rm -rf edgemerge/native/prebuilt
+
+wheels: .venv/ready-dev  ## gather wheels for boards in dist/wheels, with hashes and lists of parts (ARGS='aarch64-3.11' picks targets)
+	$(MAKE) wheel ARGS=
+	tools/wheels $(ARGS)
+
+board: .venv/ready-dev  ## install from dist/wheels on an emulated board without compiler and network; merge, run, serve there (ARGS=cortex-a72)
+	tools/board $(ARGS)
 
 sbom: wheel  ## build the wheel, and beside it the list of all that is in a release (CycloneDX)
 	tools/sbom

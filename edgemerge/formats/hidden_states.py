@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edgemerge.formats.llama_process import ask_llama
+from edgemerge.formats.llama_process import ask_llama, load_backends
 from edgemerge.types import Float32
 
 __all__ = ["last_states"]
@@ -57,6 +57,7 @@ def _answer(path: str) -> None:
     import llama_cpp as api
     from llama_cpp._ggml import libggml
 
+    load_backends(api)
     prompts, n_layers, n_embd = json.load(sys.stdin)
     states = np.zeros((len(prompts), n_layers - 1, n_embd), np.float32)
     number = 0

@@ -1,20 +1,23 @@
 """llama.cpp in a process of its own, for what is asked of it while a merge is prepared.
 
-It takes more memory than a merge's budget may have, and is gone before the merge begins.
+It takes more memory than a merge's budget may have, and is gone before the merge begins. What such a process
+and one that runs models need alike stands here, too: `load_backends`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from edgemerge.errors import RecipeError, RuntimeFailure
 from edgemerge.process import wait_briefly
 
-__all__ = ["ask_llama"]
+__all__ = ["ask_llama", "load_backends"]
 
 
 def ask_llama(module: str, model: Path, question: bytes, *, what: str, shown: Path) -> bytes:
@@ -67,3 +70,35 @@ def ask_llama(module: str, model: Path, question: bytes, *, what: str, shown: Pa
             detail=done.stderr.decode(errors="replace").strip()[-2000:],
         )
     return done.stdout
+
+
+def load_backends(api: Any) -> None:
+    """Load ggml's backends where they are files beside libllama, which looks for them elsewhere.
+
+    A wheel for many processors has them (`tools/llama/build-portable`). ggml takes the best for this processor.
+    Where they are built in, nothing is done.
+
+    Parameters
+    ----------
+    api : module
+        `llama_cpp`.
+
+    Raises
+    ------
+    RuntimeFailure
+        None of them is for this processor.
+    """
+    path = api.llama_cpp._lib._name
+    ggml = ctypes.CDLL(path)  # a handle whose declarations are ours
+    ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    if ggml.ggml_backend_reg_count():
+        return
+    folder = Path(path).parent
+    ggml.ggml_backend_load_all_from_path.restype = None
+    ggml.ggml_backend_load_all_from_path(ctypes.c_char_p(os.fsencode(folder)))
+    if not ggml.ggml_backend_dev_count():
+        raise RuntimeFailure(
+            f"{folder} has no code of llama.cpp for this processor: install it again with "
+            "pip install --force-reinstall --no-cache-dir 'edgemerge[run]'"
+        )

@@ -1,8 +1,8 @@
 """Where the machine code of kernels lies, and the child process that compiles what is missing.
 
-An image is looked for among those that a wheel brings (`prebuilt`), then in the folders where this machine
-keeps its own. What is found nowhere is compiled by `edgemerge.native.compiler` in a process of its own:
-LLVM's and Numba's memory, well over 100 MB, are never those of a merge.
+An image is looked for among those that a wheel brings (`prebuilt`, `processors`), then in the folders where
+this machine keeps its own. What is found nowhere is compiled by `edgemerge.native.compiler` in a process of
+its own: LLVM's and Numba's memory, well over 100 MB, are never those of a merge.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from edgemerge.control_group import memory_limits
 from edgemerge.errors import RuntimeFailure
 from edgemerge.native.image import BadImage, Image
 from edgemerge.native.names import KERNELS, image_name
+from edgemerge.native.processors import fitting_variants, processor_features
 
 __all__ = ["compile_here", "compile_missing", "find_missing", "load_image", "slow_first"]
 
@@ -31,9 +32,6 @@ log = logging.getLogger(__name__)
 
 PREBUILT = Path(__file__).parent / "prebuilt"
 SLOW = ("encode", "search", "write", "drop_by")  # how kernels begin that take long to compile
-# What x86-64-v3 adds to x86-64, as /proc/cpuinfo names it, and what all of its processors have besides:
-# wheels bring code for it.
-X86_64_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "pclmulqdq"}
 
 # Minor versions whose code passes tests/native and tests/kernels; pyproject.toml has the same bounds.
 TESTED_NUMBA = ("0.68",)
@@ -182,8 +180,8 @@ def _find(file: str, name: str) -> Image | None:
 
 def _prebuilt_folders() -> Iterator[Path]:
     machine = platform.machine()
-    if machine == "aarch64" or (machine == "x86_64" and _processor_features() >= X86_64_V3):
-        yield PREBUILT / machine
+    for variant in fitting_variants(machine, processor_features()):
+        yield PREBUILT / machine / variant.name
 
 
 def _own_folders() -> list[Path]:
@@ -210,15 +208,5 @@ def _toolchain() -> str:
     """Hash what else decides the machine code: compiler and processor."""
     parts = [platform.machine(), version("numba"), version("llvmlite")]
     parts += [os.environ.get(f"NUMBA_CPU_{part}", "") for part in ("NAME", "FEATURES")]
-    parts += sorted(_processor_features())
+    parts += sorted(processor_features())
     return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
-
-
-@cache
-def _processor_features() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return frozenset()
-    stated = (line for line in lines if line.lower().startswith(("flags", "features")))
-    return frozenset(next(stated, "").partition(":")[2].split())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.formats.llama_process import load_backends
 from edgemerge.process import wait_briefly
 
 __all__ = ["Buffers", "Library", "load_library"]
@@ -168,7 +169,8 @@ def load_library() -> Library:
     Raises
     ------
     RuntimeFailure
-        llama-cpp-python is not installed, or its shared library does not load.
+        llama-cpp-python is not installed, or its shared library does not load, or has no code for this
+        processor.
     """
     wait_briefly(os.environ)
     # Where llama.cpp aborts all the same, it would start a debugger and fill the terminal.
@@ -198,5 +200,6 @@ def load_library() -> Library:
 
     callback = llama_cpp.llama_log_callback(keep)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    load_backends(llama_cpp)
     llama_cpp.llama_backend_init()
     return Library(llama_cpp, log, callback, sizes)

@@ -17,6 +17,7 @@ from edgemerge.errors import RuntimeFailure
 from edgemerge.native import compiler, names, store
 from edgemerge.native.kernel import Kernel
 from edgemerge.native.probe import SIGNATURE
+from edgemerge.native.processors import VARIANTS
 
 NAME = "linear.subtract"
 
@@ -101,19 +102,30 @@ def test_another_source_or_processor_is_another_image(
 def test_a_wheels_images_come_first(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the best processor that this one is; where none is there, a child compiles."""
     store.compile_missing([NAME])
-    path = image_path(cache)
-    prebuilt = tmp_path / "prebuilt" / platform.machine()
-    prebuilt.mkdir(parents=True)
-    path.rename(prebuilt / path.name)
-    assert store.find_missing([NAME]) == [NAME]
+    image = image_path(cache)
+    best, *others = VARIANTS[platform.machine()]
+    variants = (best, *others)
+    folders = {v.name: tmp_path / "prebuilt" / platform.machine() / v.name for v in variants}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
     monkeypatch.setattr(store, "PREBUILT", tmp_path / "prebuilt")
-    monkeypatch.setattr(store, "_processor_features", lambda: frozenset(store.X86_64_V3))
+    monkeypatch.setattr(store, "processor_features", lambda: best.needs)
+    kept = image.rename(folders[best.name] / image.name)
     assert store.find_missing([NAME]) == []
     assert subtract_ones() == [-1, 0, 1, 2]
-    if platform.machine() == "x86_64":  # an older processor must not run them
-        monkeypatch.setattr(store, "_processor_features", lambda: frozenset({"avx"}))
-        assert store.find_missing([NAME]) == [NAME]
+
+    monkeypatch.setattr(store, "processor_features", lambda: others[0].needs)
+    assert store.find_missing([NAME]) == [NAME]  # an older processor must not run them
+    kept = kept.rename(folders[others[0].name] / image.name)
+    assert store.find_missing([NAME]) == []
+    monkeypatch.setattr(store, "processor_features", lambda: best.needs)
+    assert store.find_missing([NAME]) == []  # the next lower ones run, too
+
+    kept.unlink()
+    assert store.find_missing([NAME]) == [NAME]
+    assert subtract_ones() == [-1, 0, 1, 2]
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(

@@ -13,7 +13,7 @@ from typing import Any
 from edgemerge.formats.gguf.metadata import encode_value, get_value
 from edgemerge.formats.gguf.writer import make_layout
 from edgemerge.formats.json_file import read_object
-from edgemerge.formats.llama_process import ask_llama
+from edgemerge.formats.llama_process import ask_llama, load_backends
 
 __all__ = ["tokenize"]
 
@@ -93,6 +93,7 @@ def _answer(path: str) -> None:
     """Read texts from stdin; write a list of token ids for each."""
     import llama_cpp as api
 
+    load_backends(api)
     parameters: Any = api.llama_model_default_params()
     parameters.vocab_only = True
     model = api.llama_model_load_from_file(path.encode(), parameters)

@@ -1,0 +1,100 @@
+"""The lists of wheels that offline installations are checked against, and the script that installs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tools.list_wheels import requirements
+
+INSTALL = Path(__file__).resolve().parents[2] / "tools" / "install.sh"
+VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+TARGET = f"{os.uname().machine}-{VERSION}"
+COMMAND = "import sys\n\n\ndef main():\n    print('0.0.1', sys.argv[1:])\n"
+
+
+def make_wheel(folder: Path) -> Path:
+    """A wheel of the name that `install.sh` installs, with a command that prints its arguments."""
+    path = folder / "edgemerge-0.0.1-py3-none-any.whl"
+    info = "edgemerge-0.0.1.dist-info"
+    files = {
+        "edgemerge.py": COMMAND,
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: edgemerge\nVersion: 0.0.1\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": "[console_scripts]\nedgemerge = edgemerge:main\n",
+    }
+    record = "".join(f"{name},,\n" for name in (*files, f"{info}/RECORD"))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(name, text)
+    return path
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    """A folder as `tools/wheels` makes it, for this Python."""
+    folder = tmp_path / "a folder of wheels"
+    folder.mkdir()
+    make_wheel(folder)
+    (folder / f"{TARGET}.txt").write_text("\n".join(requirements(folder)) + "\n")
+    (folder / "install.sh").write_bytes(INSTALL.read_bytes())
+    return folder
+
+
+def install(wheels: Path, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    bin_folder = home / "python"
+    bin_folder.mkdir(parents=True, exist_ok=True)
+    if not (link := bin_folder / f"python{VERSION}").is_symlink():
+        link.symlink_to(getattr(sys, "_base_executable", sys.executable))
+    return subprocess.run(
+        ["sh", str(wheels / "install.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"HOME": str(home), "PATH": f"{bin_folder}:/usr/bin:/bin"},
+    )
+
+
+def test_a_list_has_names_versions_and_hashes(tmp_path: Path) -> None:
+    wheel = make_wheel(tmp_path)
+    other = tmp_path / "Some_Thing.x-2.0-cp311-cp311-manylinux_2_28_aarch64.whl"
+    other.write_bytes(b"wheel")
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (other, wheel)]
+    assert requirements(tmp_path) == [
+        f"some-thing.x==2.0 --hash=sha256:{digests[0]}",
+        f"edgemerge==0.0.1 --hash=sha256:{digests[1]}",
+    ]
+
+
+def test_install_from_the_folder_alone(wheels: Path, tmp_path: Path) -> None:
+    """Then a wheel that was changed is refused, and the installation stays as it is."""
+    home = tmp_path / "home"
+    done = install(wheels, home)
+    assert done.returncode == 0, done.stderr
+    assert f"for {os.uname().machine} and Python {VERSION}" in done.stdout
+    command = home / ".local" / "bin" / "edgemerge"
+    assert command.resolve() == home / ".local/share/edgemerge/bin/edgemerge"
+    assert subprocess.check_output([command, "a"], text=True) == "0.0.1 ['a']\n"
+
+    with zipfile.ZipFile(wheels / "edgemerge-0.0.1-py3-none-any.whl", "a") as archive:
+        archive.writestr("other.py", "")
+    done = install(wheels, home)
+    assert done.returncode == 1
+    assert "DO NOT MATCH THE HASHES" in done.stderr
+    assert subprocess.check_output([command, "b"], text=True) == "0.0.1 ['b']\n"
+
+
+def test_what_cannot_be_installed_is_one_sentence(wheels: Path, tmp_path: Path) -> None:
+    (wheels / f"{TARGET}.txt").rename(wheels / "riscv64-3.11.txt")
+    done = install(wheels, tmp_path / "home")
+    assert done.returncode == 1
+    assert "no Python here has wheels" in done.stderr
+    assert "riscv64-3.11" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert install(wheels, tmp_path / "home", "--here").stderr.startswith("install.sh: usage: ")

@@ -1,0 +1,50 @@
+#!/bin/sh
+# Install edgemerge from the folder of wheels that this file lies in: no network, no compiler, no root.
+#
+#   sh install.sh [--into FOLDER]
+#
+# It makes an environment in FOLDER (default ~/.local/share/edgemerge) and a link to the command in
+# ~/.local/bin. Each wheel is checked against its hash. The same command updates an installation.
+set -eu
+
+wheels=$(cd "$(dirname "$0")" && pwd)
+into=${XDG_DATA_HOME:-$HOME/.local/share}/edgemerge
+
+fail() {
+  echo "install.sh: $*" >&2
+  exit 1
+}
+
+case $#,${1-} in
+  0,) ;;
+  2,--into) into=$2 ;;
+  *) fail "usage: sh install.sh [--into FOLDER]" ;;
+esac
+
+machine=$(uname -m)
+list=
+for python in python3.13 python3.12 python3.11 python3; do
+  version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
+  if [ -e "$wheels/$machine-$version.txt" ]; then
+    list=$wheels/$machine-$version.txt
+    break
+  fi
+done
+if [ -z "$list" ]; then
+  here=$(cd "$wheels" && echo ./*.txt)
+  fail "no Python here has wheels in $wheels for $machine, which is for: $here"
+fi
+"$python" -c 'import ensurepip, venv' 2>/dev/null ||
+  fail "$python has no module venv: run apt install python$version-venv as root first"
+
+echo "installing edgemerge for $machine and Python $version into $into"
+"$python" -m venv "$into"
+"$into/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --find-links "$wheels" \
+  --require-hashes -r "$list"
+mkdir -p "$HOME/.local/bin"
+ln -sf "$into/bin/edgemerge" "$HOME/.local/bin/edgemerge"
+"$into/bin/edgemerge" --version
+case :$PATH: in
+  *":$HOME/.local/bin:"*) ;;
+  *) echo "now put $HOME/.local/bin on your PATH, or call $into/bin/edgemerge" ;;
+esac
