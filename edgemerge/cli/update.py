@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from edgemerge.cli.terminal import plain, print_json, print_table, progress_bars
 from edgemerge.types import Progress
 
 if TYPE_CHECKING:
+    from edgemerge.fleet.registry.client import Registry
     from edgemerge.fleet.report import Report
     from edgemerge.fleet.server import Server
     from edgemerge.fleet.site_file import Site
@@ -84,7 +86,7 @@ def _update(site: Site, *, again: bool, quiet: bool) -> Report:
     os.nice(max(0, NICE - os.nice(0)))  # beside the model that serves
     folder = SiteFolder(site.folder)
     folder.make()
-    hashes = FileHashes(folder.path / "hashes.json")
+    hashes = FileHashes(folder.hashes)
     examiner = LlamaExaminer(site, folder, hashes)
     bars: dict[str, Progress] = {}
     with progress_bars("", quiet=quiet) as (_, begin_part):
@@ -99,7 +101,7 @@ def _update(site: Site, *, again: bool, quiet: bool) -> Report:
             examiner,
             hashes,
             server=open_server(site),
-            registry=None,
+            registry=_open_registry(site, folder.registry),
             show=show,
             again=again,
         )
@@ -111,6 +113,14 @@ def open_server(site: Site) -> Server | None:
     from edgemerge.fleet.server import Server
 
     return None if site.serve is None else Server(site.serve)
+
+
+def _open_registry(site: Site, state: Path) -> Registry | None:
+    from edgemerge.fleet.registry.client import Registry
+
+    if site.registry is None:
+        return None
+    return Registry(site.registry.address, site.registry.trust, state)
 
 
 def print_report(report: Report, *, as_json: bool) -> None:
@@ -139,7 +149,8 @@ def _foresee(site: Site, *, as_json: bool) -> None:
     from edgemerge.fleet.foresight import foresee
     from edgemerge.sizes import format_size
 
-    told = foresee(site, None)
+    with TemporaryDirectory() as state:  # what is seen of the registry is not kept
+        told = foresee(site, _open_registry(site, Path(state)))
     if as_json:
         print_json(told)
         return

@@ -37,12 +37,13 @@ def foresee(site: Site, registry: Registry[Any] | None) -> dict[str, Any]:
         What is declared is not possible.
     """
     folder = SiteFolder(site.folder)
+    hashes = FileHashes(folder.hashes)  # nothing is written
     found: list[Ingredient] = []
     if site.merge.recipe is None:
         if registry is not None:
             registry.refresh()
-        found = find_all(site, FileHashes(None), registry)
-    declared = declare(site, found, FileHashes(None))
+        found = find_all(site, hashes, registry)
+    declared = declare(site, found, hashes)
     settled, trying = folder.settled(), folder.trying()
     does = "merges"
     if trying is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from edgemerge.errors import FormatError
+from edgemerge.errors import FormatError, OutputError
 from edgemerge.fleet.site_file import Site, Wanted
 from edgemerge.formats.adapters.reference import is_adapter
 from edgemerge.formats.gguf.metadata import get_value
@@ -203,9 +203,25 @@ def fetch_all(
             assert registry is not None
             if not (folder.inputs / one.entry.file_name).exists():
                 n_bytes += one.n_bytes
-            one = replace(one, path=registry.fetch(one.entry, folder.inputs, progress))
+            one = replace(one, path=_fetch(one.entry, registry, folder.inputs, progress))
         here.append(one)
     return here, n_bytes
+
+
+def _fetch(
+    entry: Entry,
+    registry: Registry[Any],
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> Path:
+    """Fetch a file; one of its name that is damaged is fetched again."""
+    try:
+        return registry.fetch(entry, folder, progress)
+    except OutputError:
+        if not (folder / entry.file_name).is_file():
+            raise
+        (folder / entry.file_name).unlink()
+        return registry.fetch(entry, folder, progress)
 
 
 def _find(

@@ -9,7 +9,7 @@ it answers the smoke question, and it is not slower than the bound.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from edgemerge.fleet.site_file import Rule
@@ -25,6 +25,7 @@ from edgemerge.runtime.smoke import Answer
 from edgemerge.site.record import Score
 
 __all__ = ["Answers", "Finding", "Talk", "Verdict", "decide", "find_fault"]
+__all__ += ["is_slower"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,11 @@ class Talk:
 
     answer: Answer
     speed: float | None
+
+    def at_best(self, other: Talk) -> Talk:
+        """Return the same with the higher speed of both."""
+        speeds = [one for one in (self.speed, other.speed) if one is not None]
+        return replace(self, speed=max(speeds, default=None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +160,11 @@ def find_fault(answer: Answer, expect: str | None) -> str | None:
     return "it repeats itself when it is asked the smoke question" if answer.loops else None
 
 
+def is_slower(rule: Rule, old: Talk, new: Talk) -> bool:
+    """Tell whether the new model wrote more slowly than the rule allows."""
+    return bool(old.speed and new.speed and new.speed * rule.slowdown < old.speed)
+
+
 def _judge_task(
     name: str, rule: Rule, old: Sequence[Mark], new: Sequence[Mark], found: Difference
 ) -> Finding:
@@ -220,7 +231,7 @@ def _judge_speed(rule: Rule, old: Talk, new: Talk) -> Finding:
     if old.speed is None or new.speed is None:
         return Finding("speed", True, "speed: not measured")
     says = f"speed: {old.speed:.3g} and {new.speed:.3g} tokens/s"
-    passes = new.speed * rule.slowdown >= old.speed
+    passes = not is_slower(rule, old, new)
     if not passes:
         says += f", more than {rule.slowdown:g} times slower"
     return Finding("speed", passes, says, {"old": old.speed, "new": new.speed})

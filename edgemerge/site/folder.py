@@ -11,6 +11,8 @@
     settled.json        what the last update came to, and the digest of all that decided it
     inputs/, work/      fetched files; files in the making
     answers/            what models answered to the questions, so that each is asked once
+    registry/           what was seen of the registry, so that it cannot be set back
+    hashes.json         of the files that the site names, so that each is read once
     lock                locked by the process that changes the folder
 
 Power may go at any moment. A file is written beside its name and renamed, then the folder is synced. The link
@@ -54,7 +56,7 @@ class SiteFolder:
 
     Attributes
     ----------
-    path, current_path, models, inputs, work, answers : Path
+    path, current_path, models, inputs, work, answers, registry, hashes : Path
         The folder, the link to the model that serves, and the folders in it.
     """
 
@@ -65,6 +67,7 @@ class SiteFolder:
         self.inputs = path / "inputs"
         self.work = path / "work"
         self.answers = path / "answers"
+        self.registry, self.hashes = path / "registry", path / "hashes.json"
         self._history, self._log = path / "history", path / "log.jsonl"
         self._trying, self._settled = path / "trying.json", path / "settled.json"
 

@@ -157,8 +157,8 @@ def test_what_cannot_be_read_is_not_published(site: Site, tmp_path: Path) -> Non
 
 
 def test_figures_are_those_of_one_model(site: Site, tmp_path: Path) -> None:
-    row = {"model": "/home/me/a.gguf", "task": "disease", "n": 250, "acc": 0.8, "loss": 0.61}
-    text = {"model": "/home/me/a.gguf", "text": "/home/me/t.txt", "perplexity": 4.5, "n_tokens": 99}
+    row = {"model": "/models/a.gguf", "task": "disease", "n": 250, "acc": 0.8, "loss": 0.61}
+    text = {"model": "/models/a.gguf", "text": "/models/t.txt", "perplexity": 4.5, "n_tokens": 99}
     path = tmp_path / "eval.json"
     path.write_text(json.dumps({"results": [row], "perplexity": [text], "comparisons": []}))
     scores = read_scores(path)
@@ -167,7 +167,7 @@ def test_figures_are_those_of_one_model(site: Site, tmp_path: Path) -> None:
     file = write_delta(site.folder / "file.gguf")
     publish(site.at(NOW), file, Asked("lab", "1", scores=scores), ignore)
     assert site.reader().find("lab").scores == scores
-    assert "home" not in (site.path / "metadata" / "3.targets.json").read_text()
+    assert "/models" not in (site.path / "metadata" / "3.targets.json").read_text()
 
 
 @pytest.mark.parametrize(

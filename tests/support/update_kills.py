@@ -21,7 +21,15 @@ from typing import Any
 
 from tests.support.places import ROOT
 
-CALLS = ("replace", "unlink", "symlink", "mkdir", "fsync", "fdatasync", "ftruncate")
+CALLS: tuple[str, ...] = (
+    "replace",
+    "unlink",
+    "symlink",
+    "mkdir",
+    "fsync",
+    "fdatasync",
+    "ftruncate",
+)
 CALLS += ("posix_fallocate", "pwrite", "write")
 
 

@@ -109,7 +109,7 @@ def worse(model: Path) -> Mapping[str, int]:
 def update(path: Path, examiner: KnowingExaminer, **options: Any) -> Report:
     """Run one update of a SITE.yml."""
     site = read_site(path)
-    hashes = FileHashes(site.folder / "hashes.json" if site.folder.exists() else None)
+    hashes = FileHashes(SiteFolder(site.folder).hashes if site.folder.exists() else None)
     return Update(site, examiner, hashes, **options).run()
 
 
