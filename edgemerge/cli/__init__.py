@@ -43,6 +43,8 @@ COMMANDS = {
     "doctor": "doctor",
     "keygen": "sign",
     "sign": "sign",
+    "publish": "publish",
+    "fetch": "fetch",
     "demo": "demo",
 }
 
