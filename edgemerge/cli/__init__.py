@@ -45,6 +45,8 @@ COMMANDS = {
     "sign": "sign",
     "publish": "publish",
     "fetch": "fetch",
+    "update": "update",
+    "rollback": "rollback",
     "demo": "demo",
 }
 
