@@ -69,7 +69,7 @@ class Device:
     def update(self) -> dict[str, Any]:
         """Update it; return its report, and what came over its link and how long it took."""
         before, began = self.host.received(), time.monotonic()
-        words = [*EDGEMERGE, "update", self.folder / "SITE.yml", "--json"]
+        words: list[str | Path] = [*EDGEMERGE, "update", self.folder / "SITE.yml", "--json"]
         found = run(self.host.command(words)).output
         report: dict[str, Any] = json.loads(found[found.index("{") :])
         seconds = time.monotonic() - began
@@ -140,7 +140,7 @@ class Registry:
     def _publish(self, domain: str, version: str, expert: Path) -> None:
         delta = self._work / f"{domain}-{version}.delta.gguf"
         self._run("delta", self._pair.base, expert, "-o", delta, "--bits", BITS)
-        words = ["--name", domain, "--version", version, "--base", self._pair.base]
+        words: list[str | Path] = ["--name", domain, "--version", version, "--base", self._pair.base]
         self._run("publish", self.folder, delta, *words, *self._key())
 
     def _key(self) -> list[str | Path]:
@@ -162,7 +162,7 @@ def web_server(host: Host, folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def model_server(device: Device) -> Iterator[None]:
     """Let a device serve its models, as it does all the time."""
-    words = [*EDGEMERGE, "serve", device.folder / "base.gguf", "--site", device.folder]
+    words: list[str | Path] = [*EDGEMERGE, "serve", device.folder / "base.gguf", "--site", device.folder]
     words += ["--port", str(SERVE_PORT), "--api-key-file", device.folder / "key"]
     with started(device.host.command(words), device.folder / "serve.log"):
         health = f"http://127.0.0.1:{SERVE_PORT}/health"
@@ -236,8 +236,8 @@ def score(model: Path, questions: Mapping[str, Path]) -> dict[str, float]:
     """Ask a model all questions; return the percent of right answers to each set."""
     words = [word for name, path in questions.items() for word in ("--task", f"{name}={path}")]
     found = run([*EDGEMERGE, "eval", str(model), *words, "--json"]).output
-    report = json.loads(found[found.index("{") :])
-    return {name: 100 * report["tasks"][name]["acc"] for name in questions}
+    results = json.loads(found[found.index("{") :])["results"]
+    return {one["task"]: 100 * one["acc"] for one in results}
 
 
 def percents(record: Mapping[str, Any]) -> dict[str, float]:
