@@ -12,8 +12,8 @@ help:  ## list the targets
 demo: .venv/ready-run  ## merge small real models, score them, compare what they answer, offline
 	$(BIN)/edgemerge demo $(ARGS)
 
-test: .venv/ready-dev  ## run all tests but those marked slow (ARGS='-m slow' runs these)
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+test: .venv/ready-dev  ## run all tests but those marked slow, by two processes (ARGS='-m slow' runs these, ARGS='-n 0' by one)
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile $(ARGS)
 
 test-matrix:  ## run all tests on every Python here, and with the lowest versions of what is needed
 	tools/matrix $(ARGS)
