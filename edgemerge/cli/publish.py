@@ -199,6 +199,8 @@ def publish_command(
     else:
         document = _change(folder, remove)
     document |= {"registry": str(registry), "expires": folder.until.isoformat()}
+    if folder.root_until is not None:
+        document["root_expires"] = folder.root_until.isoformat()
     if json_:
         print_json(document)
     else:
@@ -208,19 +210,13 @@ def publish_command(
 def _make_root(folder: RegistryFolder, keys: Keys, *, init: bool) -> dict[str, Any]:
     from edgemerge.fleet.registry.roots import create, rotate
 
-    if init:
-        return {
-            "did": "init",
-            "root": str(create(folder, keys)),
-            "root_expires": _until(folder, keys),
-        }
-    root = rotate(folder, keys)
-    path = folder.metadata / f"{root.version}.root.json"
-    return {"did": "rotate", "root": str(path), "root_expires": _until(folder, keys)}
-
-
-def _until(folder: RegistryFolder, keys: Keys) -> str:
-    return (folder.now + keys.lasts).isoformat()
+    path = create(folder, keys) if init else rotate(folder, keys)
+    until = folder.now + keys.lasts
+    return {
+        "did": "init" if init else "rotate",
+        "root": str(path),
+        "root_expires": until.isoformat(),
+    }
 
 
 def _publish(
@@ -294,3 +290,8 @@ def _print(document: dict[str, Any]) -> None:
         case "refresh":
             print(f"{registry}  signed anew")
     print(f"  readers take the index until {until}; before that, publish --refresh")
+    if document["root_expires"] < document["expires"]:
+        root_until = document["root_expires"][:10]
+        print(
+            f"note: readers take the root until {root_until} alone; renew it with publish --rotate"
+        )

@@ -104,6 +104,8 @@ def test_the_life_of_a_registry() -> None:
     assert "may not sign here" in run("publish registry --refresh --key publisher.pem", code=1)
     assert run_json("publish registry --refresh --key new.pem")["did"] == "refresh"
     assert run_json(f"{fetch} ward")["version"] == "1"
+    said = run("publish registry --refresh --key new.pem --expires 900d")
+    assert "note: readers take the root until " in said
 
 
 def test_an_attack_is_one_sentence() -> None:
