@@ -266,7 +266,7 @@ def fetch_rest(address: Address, file: BinaryIO, n_bytes: int, progress: Progres
     FormatError
         It cannot be had, or has another size.
     """
-    link, response, tries = Link(Route(address)), None, 0
+    link, response, tries, is_first = Link(Route(address)), None, 0, True
     at = furthest = file.seek(0, os.SEEK_END)
     try:
         while at < n_bytes:
@@ -282,9 +282,10 @@ def fetch_rest(address: Address, file: BinaryIO, n_bytes: int, progress: Progres
             except PASSING as error:
                 link.close()
                 response = None
-                time.sleep(next_delay(error, tries, address))
+                time.sleep(next_delay(error, tries, address, is_first=is_first))
                 tries += 1
                 continue
+            is_first = False
             file.seek(at)
             file.truncate()  # where all of it comes again
             file.write(raw)

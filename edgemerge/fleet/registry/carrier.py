@@ -57,7 +57,8 @@ def open_carrier(address: str) -> Carrier:
         raise RecipeError(
             f"{address}: a registry is read from a folder, http(s)://, s3:// or sftp://; give one of these"
         )
-    return _Remote(address)
+    host = address.partition("://")[2]
+    return _Remote(address if "/" in host else f"{address}/")  # as of a bucket alone
 
 
 class _Folder:

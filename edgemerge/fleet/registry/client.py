@@ -26,7 +26,6 @@ from edgemerge.fleet.registry.entries import (
     target_path,
     version_key,
 )
-from edgemerge.formats.files import read_bounded
 from edgemerge.output.file import finishing, sync_folder
 from edgemerge.remote.any_address import read_any_address
 from edgemerge.remote.stand_ins import is_address
@@ -34,8 +33,6 @@ from edgemerge.suggestions import suggest
 from edgemerge.types import Progress
 
 __all__ = ["Entry", "Registry", "lock_state", "require_tuf", "state_folder"]
-
-MAX_ROOT = 512_000  # bytes, as python-tuf
 
 
 class Registry:
@@ -78,10 +75,9 @@ class Registry:
         OutputError
             What was verified cannot be kept.
         """
-        from edgemerge.fleet.registry.verified import METADATA, load_root, update_index
+        from edgemerge.fleet.registry.verified import METADATA, read_trust, update_index
 
-        trust = read_bounded(self._trust, MAX_ROOT)
-        load_root(trust, str(self._trust))
+        trust = read_trust(self._trust)
         with closing(open_carrier(self._address)) as carrier, lock_state(self._state):
             index = update_index(carrier, trust, self._state, self._now)
             where = carrier.where(f"{METADATA}/{index.targets.version}.targets.json")

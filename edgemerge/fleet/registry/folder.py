@@ -24,7 +24,14 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, T, Targets, Tim
 from edgemerge.errors import OutputError, RecipeError, VerificationError
 from edgemerge.fleet.registry.carrier import open_carrier
 from edgemerge.fleet.registry.client import lock_state, state_folder
-from edgemerge.fleet.registry.verified import MAX_INDEX, METADATA, TARGETS, load_root, update_index
+from edgemerge.fleet.registry.verified import (
+    MAX_INDEX,
+    METADATA,
+    TARGETS,
+    load_root,
+    read_trust,
+    update_index,
+)
 from edgemerge.formats.files import read_bounded
 from edgemerge.output.file import finishing, write_file
 from edgemerge.remote.stand_ins import is_address
@@ -214,12 +221,10 @@ class RegistryFolder:
     def _read_trust(self) -> bytes:
         """Return the root to begin with: what the user names, what was seen first, else what is there."""
         if self._trust is not None:
-            return read_bounded(self._trust, MAX_INDEX)
+            return read_trust(self._trust)
         known = self._state / "trust.json"
         if not known.is_file():
-            first = self.metadata / "1.root.json"
-            raw = read_bounded(first, MAX_INDEX)
-            load_root(raw, str(first))
+            raw = read_trust(self.metadata / "1.root.json")
             with finishing(known):
                 self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_file(known, raw)

@@ -51,7 +51,8 @@ def set_keys(root: Root, role: str, keys: Sequence[Key], threshold: int) -> None
     named = {key.keyid: key for key in keys}
     if len(named) < threshold:
         raise RecipeError(
-            f"{threshold} signatures are asked for, and the {role} has {len(named)} keys; name more of them"
+            f"the role {role} would have {len(named)} keys, and {threshold} signatures are asked for; name "
+            "more keys"
         )
     for old in set(root.roles[role].keyids) - named.keys():
         root.revoke_key(old, role)

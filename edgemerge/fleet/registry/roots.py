@@ -57,9 +57,10 @@ def create(folder: RegistryFolder, keys: Keys) -> Path:
     if folder.signers:
         check_signers(root, Targets.type, folder.signers, "--key")
     try:
-        home.mkdir(parents=True)
+        folder.path.mkdir(exist_ok=True)
+        home.mkdir()
     except OSError as error:
-        raise OutputError(f"cannot be made ({error.strerror})", path=home) from error
+        raise OutputError(f"cannot be made ({error.strerror})", path=folder.path) from error
     folder.forget()
     path = home / "1.root.json"
     write_file(path, sign(root, keys.roots))

@@ -17,13 +17,16 @@ from tuf.api.metadata import Metadata, Root, Signed, Snapshot, Targets, Timestam
 from tuf.api.serialization import DeserializationError
 from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
-from edgemerge.errors import OutputError, VerificationError
+from edgemerge.errors import FormatError, OutputError, VerificationError
 from edgemerge.fleet.registry.carrier import Carrier
+from edgemerge.formats.files import read_bounded
+from edgemerge.suggestions import suggest_path
 
-__all__ = ["MAX_INDEX", "METADATA", "TARGETS", "Index", "load_root", "update_index"]
+__all__ = ["MAX_INDEX", "METADATA", "TARGETS", "Index", "load_root", "read_trust", "update_index"]
 
 METADATA, TARGETS = "metadata", "targets"  # folders of a registry
 MAX_INDEX = 5_000_000  # bytes of its largest file of metadata
+MAX_ROOT = 512_000
 T = TypeVar("T", bound=Signed)
 
 
@@ -75,7 +78,7 @@ def update_index(
             str(state),
             METADATA,
             fetcher=fetcher,
-            config=UpdaterConfig(targets_max_length=MAX_INDEX),
+            config=UpdaterConfig(root_max_length=MAX_ROOT, targets_max_length=MAX_INDEX),
             bootstrap=trust,
         )
         if now is not None:  # python-tuf has no public name for it
@@ -87,6 +90,24 @@ def update_index(
             _load(state, Snapshot),
             _load(state, Targets),
         )
+
+
+def read_trust(path: Path) -> bytes:
+    """Read the root that a user names, and check that it is one.
+
+    Raises
+    ------
+    FormatError
+        It cannot be read.
+    VerificationError
+        As of `load_root`.
+    """
+    if not path.is_file():  # a named pipe must not hang us
+        hint = suggest_path(path) or "; give the registry's 1.root.json"
+        raise FormatError(f"there is no such file{hint}", path=path)
+    raw = read_bounded(path, MAX_ROOT)
+    load_root(raw, str(path))
+    return raw
 
 
 def load_root(raw: bytes, path: str, before: Root | None = None) -> Root:
@@ -172,7 +193,7 @@ def _describe(error: Exception, said: str) -> str:
                 "is past its date: its publisher has not refreshed it, or somebody holds newer files back; "
                 "ask the publisher, and check this machine's clock"
             )
-        case exceptions.BadVersionNumberError() if "must be >=" in said or "got version" in said:
+        case exceptions.BadVersionNumberError() if "must be >=" in said or ".json version" in said:
             return (
                 "is older than what this machine has seen of the registry; somebody replays old files, so "
                 "get the registry from elsewhere"
@@ -190,9 +211,7 @@ def _describe(error: Exception, said: str) -> str:
         case exceptions.LengthOrHashMismatchError():
             return "is not the file that the index names: damaged or forged; get the registry again"
         case exceptions.DownloadLengthMismatchError():
-            return (
-                "is larger than the index may be; it is hostile or damaged, get the registry again"
-            )
+            return "is larger than it may be: damaged, forged or hostile; get the registry again"
         case exceptions.DownloadHTTPError():
             return "is not there; check the registry's address, and that it was copied whole"
         case DeserializationError():
