@@ -23,8 +23,8 @@ RELOAD, CHAT, COMPLETIONS, HEALTH = (
     "/v1/completions",
     "/health",
 )
-MAX_TOKENS = 48  # of a smoke answer
-ASK_SECONDS = 20.0
+MAX_TOKENS = 24  # of a smoke answer
+ASK_SECONDS = 60.0  # a slow board writes a token in two seconds
 RELOAD_SECONDS = 600.0  # a large model on a slow card
 MAX_BYTES = 1 << 20
 BUSY = (429, 503)

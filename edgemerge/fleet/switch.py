@@ -149,6 +149,9 @@ class Switch:
 
     def _watch(self, trying: Trying) -> None:
         path = self._folder.model_path(trying["id"])
+        if path.stem != self._folder.current_id():
+            self.end("unchanged", "another model was chosen while the update was cut off", trying)
+            return
         with self.timed("watch"):
             fault = self.reload()
             if fault is None:

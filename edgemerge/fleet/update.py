@@ -85,7 +85,7 @@ class Update:
             try:
                 self._folder.finish()
                 self._do()
-            except EdgemergeError as error:
+            except (EdgemergeError, OSError) as error:
                 self._report.outcome, self._report.reason = "failed", str(error)
                 self._log("failed", reason=str(error))
                 self._report.finish(self._folder, self._site.reports)
@@ -101,7 +101,7 @@ class Update:
             self._switch.go(trying)
             return
         declared = self._declare()
-        if self._is_settled(declared):
+        if trying is None and self._is_settled(declared):
             return
         if trying is None or trying["digest"] != declared.digest:
             trying = {"digest": declared.digest, "step": "merge", "started": now()}

@@ -30,6 +30,8 @@ WAITS = {
     "record eval",
     "record bench",
     "publish scores",
+    "update site",
+    "rollback site",
 }  # as of `<(command)`
 MADE = ("folder", "dangling", "loop", "pipe", "socket", "empty", "text.png")
 SECONDS = 120

@@ -155,6 +155,24 @@ def test_a_roll_back_by_hand(device: Path) -> None:
     assert update(device, examiner).outcome == "unchanged"
 
 
+def test_another_model_that_was_chosen_meanwhile_stays(device: Path) -> None:
+    first = update(device, KnowingExaminer(better)).current
+    assert first is not None
+    folder = folder_of(device)
+    folder.try_({"digest": "0", "step": "watch", "id": "f" * 16, "reason": "", "baseline": None})
+    report = update(device, KnowingExaminer(better))
+    assert (report.outcome, report.current) == ("unchanged", first)
+    assert folder.trying() is None
+
+
+def test_what_is_done_again_goes_on_after_a_power_cut(device: Path) -> None:
+    update(device, KnowingExaminer(worse))
+    settled = folder_of(device).settled()
+    assert settled is not None
+    folder_of(device).try_({"digest": settled["digest"], "step": "merge", "started": ""})
+    assert update(device, KnowingExaminer(better)).outcome == "promoted"
+
+
 def test_the_report_of_a_run(device: Path) -> None:
     write_site(device.parent, reports="reports")
     report = update(device, KnowingExaminer(better))

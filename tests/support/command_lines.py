@@ -111,6 +111,8 @@ PATH_OPTIONS: Mapping[str, Sequence[str]] = {
     "publish trust": ("publish", "registry", "--refresh", "--trust", "{}", *SIGNED),
     "fetch registry": ("fetch", "{}", "absent", "--trust", ROOT, "--state", "state"),
     "fetch trust": ("fetch", "registry", "absent", "--trust", "{}", "--state", "state"),
+    "update site": ("update", "{}", "--dry-run"),
+    "rollback site": ("rollback", "{}"),
     "demo models": ("demo", "--models", "{}", "-o", "demo"),
     "demo adapters": ("demo", "--model", "smollm2", "--adapters", "{}", "--models", "folder"),
     "demo output": ("demo", "-o", "{}", "--models", "folder"),

@@ -38,7 +38,7 @@ def write_device(folder: Path, **changes: Any) -> Path:
     return write_site(folder, **changes)
 
 
-def write_site(folder: Path, **changes: Any) -> Path:
+def write_site(home: Path, **changes: Any) -> Path:
     """Write SITE.yml alone."""
     document: dict[str, Any] = {
         "device": "ward-3",
@@ -50,7 +50,7 @@ def write_site(folder: Path, **changes: Any) -> Path:
         "promote": {"watch": 0},
     }
     document = {key: value for key, value in (document | changes).items() if value is not None}
-    path = folder / "SITE.yml"
+    path = home / "SITE.yml"
     path.write_text(yaml.safe_dump(document))
     return path
 
