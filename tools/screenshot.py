@@ -2,6 +2,10 @@
 """Show the page of `edgemerge serve` to Chromium, let a model answer, and keep the picture.
 
     tools/screenshot.py model.gguf --out benchmarks/figures/serve.png
+    tools/screenshot.py base.gguf --merge-from FOLDER --out docs/models-tab.png
+
+With --merge-from it merges the models of a folder on the Models tab, compares the result, and keeps a picture
+of that.
 
 Needs playwright (`pip install playwright`) and Chromium (`apt install chromium`, or $CHROMIUM).
 """
@@ -11,12 +15,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
@@ -29,6 +35,7 @@ QUESTIONS = [
     "Why should people drink enough water?",
 ]
 PAUSE_MS = 15_000  # between two questions: the curves of the panel need time to grow
+COLOURS = 48  # of the picture of the Models tab: it has no more that differ
 ANSWER_MS = 180_000  # a small board is slow
 
 
@@ -38,11 +45,12 @@ def launch_chromium(driver: Any) -> Any:
 
 
 @contextmanager
-def running_server(*arguments: str) -> Iterator[str]:
+def running_server(*arguments: str, key: str | None = None) -> Iterator[str]:
     """Run `edgemerge serve` with these arguments until the block ends; gives its address."""
     command = [sys.executable, "-m", "edgemerge", "serve", *arguments]
+    environment = os.environ if key is None else {**os.environ, "EDGEMERGE_API_KEY": key}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as server:
         try:
             yield _read_address(server)
@@ -83,14 +91,58 @@ def take_picture(url: str, out: Path) -> None:
         browser.close()
 
 
+def take_models_picture(url: str, key: str, out: Path) -> None:
+    """Merge on the Models tab, compare, plan the next merge, and write the tab as it looks then."""
+    from PIL import Image
+    from playwright.sync_api import expect, sync_playwright
+
+    with sync_playwright() as driver:
+        browser = launch_chromium(driver)
+        page = browser.new_page(viewport={"width": 720, "height": 1500})
+        page.goto(f"{url}#/models")
+        page.get_by_label("This server asks for a key.").fill(key)
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", name="Merge", exact=True)).to_be_visible()
+        boxes = page.locator(".models input[type=checkbox]")
+        for box in boxes.all():
+            box.check()
+        page.get_by_label("Type of the output").select_option("Q8_0")
+        page.get_by_label("Name of the result").fill("Ward 1")
+        page.get_by_role("button", name="Show the plan").click()
+        page.get_by_role("button", name="Merge", exact=True).click(timeout=ANSWER_MS)
+        done = page.locator(".work .hint")
+        expect(done).to_contain_text("Done after", timeout=ANSWER_MS)
+        page.get_by_role("button", name="Compare: Ward 1").click()
+        expect(done).to_contain_text("questions", timeout=ANSWER_MS)
+        expect(done).to_contain_text("Done after", timeout=ANSWER_MS)
+        page.get_by_role("button", name="Show the plan").click()
+        expect(page.locator(".plan dl")).to_be_visible(timeout=ANSWER_MS)
+        page.get_by_role("heading", name="In this device's folder").evaluate(
+            "node => node.scrollIntoView()"
+        )
+        page.screenshot(path=out)
+        browser.close()
+    with Image.open(out) as picture:
+        picture.quantize(COLOURS).save(out, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="+", help="GGUF files to serve")
     parser.add_argument("--memory", default="1GiB", help="budget of the server")
+    parser.add_argument("--merge-from", help="folder of models and questions for the Models tab")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/figures/serve.png"))
     options = parser.parse_args()
-    with running_server(*options.model, "--port", "0", "--memory", options.memory) as url:
-        take_picture(url, options.out)
+    arguments = [*options.model, "--port", "0", "--memory", options.memory]
+    if options.merge_from is None:
+        with running_server(*arguments) as url:
+            take_picture(url, options.out)
+        return
+    key = secrets.token_hex(24)
+    with TemporaryDirectory() as site:
+        arguments += ["--site", site, "--merge-from", options.merge_from]
+        with running_server(*arguments, key=key) as url:
+            take_models_picture(url, key, options.out)
 
 
 if __name__ == "__main__":

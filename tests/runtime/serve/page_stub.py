@@ -41,6 +41,10 @@ class PageStub:
         Seconds that the list of models takes.
     requests : list of dict
         Bodies of the questions.
+    admin : dict
+        Answers under /admin/ by path; a pair has the status too.
+    changes : list of (str, dict)
+        Path and body of each request to change something there.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -58,6 +62,8 @@ class PageStub:
             "sequences": 8,
         }
         self.requests: list[dict[str, Any]] = []
+        self.admin: dict[str, Any] = {}
+        self.changes: list[tuple[str, dict[str, Any]]] = []
         self.looks = 0  # at /health
         self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self._server.daemon_threads = True
@@ -106,12 +112,18 @@ class PageStub:
                     return self._send_json(200, health)
                 if not self._is_known():
                     return self._refuse()
+                if self.path in stub.admin:
+                    return self._answer_admin()
                 time.sleep(stub.listing)
                 return self._send_json(200, {"data": [{"id": name} for name in stub.models]})
 
             def do_POST(self) -> None:
                 length = int(self.headers["Content-Length"])
-                stub.requests.append(json.loads(self.rfile.read(length)))
+                body = json.loads(self.rfile.read(length))
+                if self.path.startswith("/admin/"):
+                    stub.changes.append((self.path, body))
+                    return self._answer_admin() if self._is_known() else self._refuse()
+                stub.requests.append(body)
                 if not self._is_known():
                     return self._refuse()
                 if stub.refusal is not None:
@@ -134,6 +146,11 @@ class PageStub:
                         return
                     time.sleep(stub.pause)
                 self.wfile.write(b"data: [DONE]\r\n\r\n")
+
+            def _answer_admin(self) -> None:
+                answer = stub.admin.get(self.path, {})
+                status, body = answer if isinstance(answer, tuple) else (200, answer)
+                self._send_json(status, body if status == 200 else {"error": body})
 
             def _is_known(self) -> bool:
                 sent = self.headers.get("Authorization")

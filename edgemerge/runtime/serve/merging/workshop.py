@@ -40,6 +40,8 @@ __all__ = ["Workshop"]
 
 _WORK = "page-"  # what folders of the page's merges in `work` begin with
 _MAX_QUESTIONS = 16  # files for one comparison
+# what the page shows of `plan --json`
+_PLANNED = "file_type read_bytes written_bytes passes needed_bytes budget_bytes notes"
 
 
 class Workshop:
@@ -71,6 +73,7 @@ class Workshop:
         self.offers = Offers([*folders, site.inputs, site.models])
         self.jobs = Jobs(self.explain)
         self._reloader = reloader
+        self._planning = asyncio.Lock()
         site.make()
         for left in site.work.glob(f"{_WORK}*"):  # by a server that was ended at once
             shutil.rmtree(left, ignore_errors=True)
@@ -100,18 +103,16 @@ class Workshop:
         """
         self.jobs.check_free()
         wanted = await asyncio.to_thread(read_request, asked, self.offers)
-        with self._folder() as folder:
-            options = self._write_recipe(wanted, folder)
-            try:
-                plan = await run_command(["plan", *options])
-            except EdgemergeError as error:
-                raise Refusal(400, self.explain(error), code="not_possible") from None
-        pace = await asyncio.to_thread(estimate_seconds, self.site, wanted, plan["read_bytes"])
-        kept = (
-            "file_type tensors elements read_bytes written_bytes passes needed_bytes budget_bytes"
-        )
+        async with self._planning:
+            with tempfile.TemporaryDirectory(prefix="edgemerge-") as folder:
+                options = _write_recipe(wanted, Path(folder), self._merge_memory())
+                try:
+                    plan = await run_command(["plan", *options])
+                except EdgemergeError as error:
+                    raise Refusal(400, self.explain(error), code="not_possible") from None
+            pace = await asyncio.to_thread(estimate_seconds, self.site, wanted, plan["read_bytes"])
         free = shutil.disk_usage(self.site.path).free
-        return {key: plan[key] for key in (*kept.split(), "notes")} | {"free_bytes": free} | pace
+        return {key: plan[key] for key in _PLANNED.split()} | {"free_bytes": free} | pace
 
     def merge(self, asked: MergeRequest, wanted: Wanted) -> Job:
         """Begin a merge.
@@ -126,8 +127,9 @@ class Workshop:
     async def _merge(self, name: str, wanted: Wanted, job: Job) -> dict[str, Any]:
         with self.site.locked(), self._folder() as folder:
             made = folder / f"{name}.gguf"
-            options = self._write_recipe(wanted, folder)
-            with reserved(self.models, self._merge_memory()):
+            memory = self._merge_memory()
+            options = _write_recipe(wanted, folder, memory)
+            with reserved(self.models, memory):
                 report = await run_command(["merge", *options, "-o", str(made)], job.look)
                 # without what the first merge of a machine compiles
                 report["seconds"] = job.counted
@@ -143,14 +145,9 @@ class Workshop:
         told = {key: report[key] for key in kept}
         return {"model": record.id, "is_known": is_known, **told}
 
-    def _write_recipe(self, wanted: Wanted, folder: Path) -> list[str]:
-        """Write the recipe, and give the arguments of `plan` and `merge`."""
-        path = folder / "recipe.yml"
-        path.write_text(json.dumps(wanted.recipe()), encoding="utf-8")  # JSON is YAML
-        return [str(path), "--memory", str(self._merge_memory()), *wanted.options()]
-
     def _merge_memory(self) -> int:
-        return min(DEFAULT_MEMORY, free_room(self.models))
+        """Bytes that a merge gets; where they do not suffice, it says how many do."""
+        return max(1 << 20, min(DEFAULT_MEMORY, free_room(self.models)))
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
@@ -303,6 +300,13 @@ class Workshop:
 def shown_name(record: ModelRecord) -> str:
     """Name of a model for people: the one that it was given, else its id."""
     return str(record.settings.get("name") or record.id)
+
+
+def _write_recipe(wanted: Wanted, folder: Path, memory: int) -> list[str]:
+    """Write the recipe, and give the arguments of `plan` and `merge`."""
+    path = folder / "recipe.yml"
+    path.write_text(json.dumps(wanted.recipe()), encoding="utf-8")  # JSON is YAML
+    return [str(path), "--memory", str(memory), *wanted.options()]
 
 
 async def _list_parts(wanted: Wanted) -> tuple[Part, ...]:

@@ -185,6 +185,7 @@ function askForKey() {
   $("key").focus();
 }
 
+document.addEventListener("locked", askForKey);
 $("unlock").addEventListener("submit", async (event) => {
   event.preventDefault();
   setKey($("key").value.trim());

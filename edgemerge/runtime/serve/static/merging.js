@@ -210,7 +210,7 @@ function row(file, parameters) {
   }
   input.addEventListener("change", () => { own.hidden = !input.checked; });
   const label = make(
-    "label", { className: "check" }, input, ` ${file.name} `,
+    "label", { className: "check" }, input, make("span", {}, `${file.name} `),
     make("span", { className: "hint" }, `${kind}${inBytes(file.bytes)}`),
   );
   return { input, settings, node: make("div", { className: "model" }, label, own) };

@@ -59,10 +59,8 @@ function tell(sentence) {
 
 function fail(error) {
   if (!(error instanceof Refusal)) throw error;
-  if (error.status === 401) {
-    $("unlock").hidden = false;
-    $("key").focus();
-  } else if (error.status) tell(error.message); // silence is told by the banner
+  if (error.status === 401) document.dispatchEvent(new Event("locked"));
+  else if (error.status) tell(error.message); // silence is told by the banner
 }
 
 /** Do something that changes the server, with its button shut meanwhile. */
@@ -215,7 +213,7 @@ function questionBoxes(questions) {
       else chosen.delete(file.key);
       for (const node of box.querySelectorAll("[data-needs=questions]")) node.disabled = !chosen.size;
     });
-    return make("label", { className: "check" }, input, ` ${file.name}`);
+    return make("label", { className: "check" }, input, make("span", {}, file.name));
   });
   return make("fieldset", { className: "row" }, make("legend", {}, "Questions to compare with"), ...boxes);
 }
