@@ -42,10 +42,9 @@ bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through merge
 rpc: .venv/ready-run  ## build ggml's RPC backend beside the installed llama.cpp: models split over several boards
 	tools/llama/build-rpc $(BIN)/python
 
-wheel: .venv/ready-dev  ## build a wheel with kernels compiled for five kinds of x86-64 and AArch64 (ARGS=native: this machine's kind only)
+wheel: .venv/ready-dev  ## build a wheel with kernels compiled for five kinds of x86-64 and AArch64 (ARGS=x86_64: for these only)
 	rm -rf build/lib dist/edgemerge-*.whl
-	$(BIN)/python -m tools.prebuild
-	if [ "$(ARGS)" != native ]; then tools/arm64 --prebuild; fi
+	$(BIN)/python -m tools.prebuild $(ARGS)
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 	rm -rf edgemerge/native/prebuilt
 

@@ -75,7 +75,7 @@ def ask_llama(module: str, model: Path, question: bytes, *, what: str, shown: Pa
 def load_backends(api: Any) -> None:
     """Load ggml's backends where they are files beside libllama, which looks for them elsewhere.
 
-    A wheel for many processors has them (`tools/llama/build-portable`). ggml takes the best for this processor.
+    A wheel for many processors has them (`tools/llama/build-portable`), and ggml takes the best for this one.
     Where they are built in, nothing is done.
 
     Parameters
