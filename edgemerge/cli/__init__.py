@@ -20,7 +20,7 @@ __all__ = ["COMMANDS", "main", "make_app", "settle_process"]
 # Command -> its module here, whose function is NAME_command (with _ for -); in the order of --help.
 COMMANDS = {
     "merge": "merge",
-    "plan": "merge",
+    "plan": "plan",
     "inspect": "inspect",
     "verify": "verify",
     "record": "record",
