@@ -22,7 +22,7 @@ __all__ = ["COMMANDS", "main", "make_app", "settle_process"]
 # its own; in the order of --help.
 COMMANDS = {
     "merge": "merge",
-    "plan": "merge",
+    "plan": "plan",
     "inspect": "inspect",
     "verify": "verify",
     "record": "record",

@@ -13,6 +13,7 @@ from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.terminal import check_stop, plain, print_json, print_table, speaks_plainly
 
 if TYPE_CHECKING:
+    from edgemerge.planning.prediction import Rates
     from edgemerge.runtime.board.storage import Storage
     from edgemerge.runtime.doctor.diagnosis import Diagnosis
     from edgemerge.runtime.doctor.fit import ModelFit
@@ -37,6 +38,13 @@ def doctor_command(
         bool,
         typer.Option("--compile", help="Compile all merge kernels now; minutes on a small board."),
     ] = False,
+    bench: Annotated[
+        bool,
+        typer.Option(
+            "--bench",
+            help="Measure for five seconds how fast this machine merges; plan then predicts times.",
+        ),
+    ] = False,
     models_folder: ModelsFolder = None,
     download: Download = False,
     json_: request.Json = False,
@@ -49,6 +57,7 @@ def doctor_command(
         raise typer.BadParameter(f"--storage {storage} is no folder")
     if compile_:
         _compile()
+    rates = _measure(storage) if bench else None
     if model is not None:
         model = make_finder(models_folder, download, quiet=json_).find_model(str(model))
     diagnosis = examine(storage.absolute(), model)
@@ -58,9 +67,13 @@ def doctor_command(
     if json_:
         document = diagnosis.as_json()
         document["serve"] = None if served is None else _serve_json(served)
+        document["rates"] = None if rates is None else rates.as_json()
         print_json(document)
     else:
         _print(diagnosis, served)
+        if rates is not None:
+            print()
+            _print_section("merging", _merging(rates))
 
 
 def _compile() -> None:
@@ -78,6 +91,24 @@ def _compile() -> None:
             print(f"\rcompiling kernels: {done} of {total}", end=end, file=sys.stderr, flush=True)
 
     precompile_all(show)
+
+
+def _measure(storage: Path) -> Rates:
+    from edgemerge.runtime.doctor.rates import measure_rates
+
+    return measure_rates(storage.absolute())
+
+
+def _merging(rates: Rates) -> Iterator[tuple[str, str]]:
+    from edgemerge.sizes import format_size
+
+    times = (("decode", rates.decode), ("encode", rates.encode), ("merge", rates.merge))
+    shown = ", ".join(f"{name} {factor:.1f}" for name, factor in times)
+    yield "a core", f"{shown} times as long as the core of the reference (benchmarks/SPEED.md)"
+    yield "Python", f"{rates.python:.1f} times as long to start"
+    yield "memory", f"{format_size(int(rates.copied))}/s copied by one core"
+    yield "SHA-256", f"{format_size(int(rates.hashed))}/s"
+    yield "kept", "edgemerge plan predicts times from this"
 
 
 def _serve_json(served: ModelFile) -> dict[str, int]:

@@ -16,7 +16,15 @@ LIMIT = 450 << 20  # of a Pi Zero 2 W; benchmarks/bench_boards.py has a whole li
 def test_a_merge_and_an_answer(tmp_path: Path) -> None:
     models, output = unpacked("models"), tmp_path / "merged.gguf"
     experts = [models / name for name in ("expert-a", "expert-b")]
-    flags = ["-m", "task_arithmetic", "--base", models / "base", "--type", "Q4_K_M", "--json"]
+    flags: list[str | Path] = [
+        "-m",
+        "task_arithmetic",
+        "--base",
+        models / "base",
+        "--type",
+        "Q4_K_M",
+        "--json",
+    ]
     with MemoryGroup(LIMIT) as group:
         merged = group.run([*PROGRAM, "merge", *flags, *experts, "-o", output])
         assert merged.returncode == 0, merged.stderr
