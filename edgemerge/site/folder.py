@@ -182,7 +182,7 @@ class SiteFolder:
     def prune(self, keep: int) -> list[str]:
         """Remove all but the newest models; that which serves, and the one before it, always stay.
 
-        Answers of models that are not here go too.
+        Answers of models that are not here go too; before the first promotion, those of the base stay.
 
         Parameters
         ----------
@@ -203,7 +203,7 @@ class SiteFolder:
         for name in removed:
             self.drop(name)
         for path in self.answers.iterdir():
-            if not self.has_model(path.name[:ID_DIGITS]):
+            if history and not self.has_model(path.name[:ID_DIGITS]):
                 path.unlink()
         without = [one.id for one in self.records() if not self.has_model(one.id)]
         for name in without[keep:]:
