@@ -32,11 +32,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgemerge.errors import OutputError, RecipeError
+from edgemerge.errors import FormatError, OutputError, RecipeError
 from edgemerge.formats.json_file import parse_object, read_object
 from edgemerge.output.file import finishing, sync_folder, write_file
 from edgemerge.site.log import append_event, last_events
-from edgemerge.site.record import ID_DIGITS, ModelRecord, read_record
+from edgemerge.site.record import ID_DIGITS, ModelRecord, read_record, record_of_file
 
 __all__ = ["SiteFolder"]
 
@@ -124,14 +124,11 @@ class SiteFolder:
             return None
 
     def records(self) -> list[ModelRecord]:
-        """Return the records of all models, the newest first.
-
-        Raises
-        ------
-        FormatError
-            One is damaged.
-        """
-        found = [self.record(path.stem) for path in self.models.glob("*.json")]
+        """Return the records of all models, the newest first; one that a bad card damaged is left out."""
+        found = []
+        for path in self.models.glob("*.json"):
+            with contextlib.suppress(FormatError):
+                found.append(self.record(path.stem))
         return sorted(found, key=lambda one: (one.made, one.id), reverse=True)
 
     def record(self, name: str) -> ModelRecord:
@@ -182,7 +179,7 @@ class SiteFolder:
     def prune(self, keep: int) -> list[str]:
         """Remove all but the newest models; that which serves, and the one before it, always stay.
 
-        Answers of models that are not here go too.
+        Answers of models that are not here go too; before the first promotion, those of the base stay.
 
         Parameters
         ----------
@@ -203,11 +200,13 @@ class SiteFolder:
         for name in removed:
             self.drop(name)
         for path in self.answers.iterdir():
-            if not self.has_model(path.name[:ID_DIGITS]):
+            if history and not self.has_model(path.name[:ID_DIGITS]):
                 path.unlink()
-        without = [one.id for one in self.records() if not self.has_model(one.id)]
-        for name in without[keep:]:
-            (self.models / f"{name}.json").unlink()
+        known = [one.id for one in self.records()]
+        without = [name for name in known if not self.has_model(name)][:keep]
+        for path in sorted(self.models.glob("*.json")):
+            if path.stem not in without and not self.has_model(path.stem):
+                path.unlink()
         return removed
 
     def clear_work(self, keep: str | None = None) -> None:
@@ -236,7 +235,8 @@ class SiteFolder:
         """Return the id of the model that `roll_back` would return to, None where there is none."""
         current = self.current_id()
         names = [name for name in self.history() if name != current and self.has_model(name)]
-        sound = [name for name in names if self.record(name).decision != "rolled_back"]
+        decisions = {one.id: one.decision for one in self.records()}
+        sound = [name for name in names if decisions.get(name, "rolled_back") != "rolled_back"]
         return sound[-1] if sound else None
 
     def promote(self, name: str, reason: str) -> None:
@@ -294,10 +294,27 @@ class SiteFolder:
         return before
 
     def finish(self) -> None:
-        """End a roll back that a power cut came into. Call it first after `locked`."""
-        current = self.current()
+        """End a roll back that a power cut came into. Call it first after `locked`.
+
+        A model that serves and whose record is damaged gets another one, so that updates go on.
+        """
+        try:
+            current = self.current()
+        except FormatError:
+            self._write_record_anew(str(self.current_id()))
+            return
         if current is not None and current.decision == "rolled_back" and self.previous():
             self.roll_back(current.reason)
+
+    def _write_record_anew(self, name: str) -> None:
+        record = record_of_file(self.model_path(name), self.path)
+        if record.id != name:
+            raise FormatError(
+                "is damaged, and so is its record; remove both, and run edgemerge update --again",
+                path=self.model_path(name),
+            )
+        self.write_record(record)
+        self.append_log({"event": "repaired", "id": name, "reason": record.reason})
 
     def _point_to(self, name: str) -> None:
         link = self.path / f"{CURRENT}.new"
@@ -364,4 +381,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         raw = path.read_bytes()
     except FileNotFoundError:
         return None
-    return parse_object(raw, path)
+    try:
+        return parse_object(raw, path)
+    except FormatError:  # of a card that fails: it is done again
+        return None

@@ -18,10 +18,10 @@ FINE = Talk(Answer("m", "?", "Paris."), 10.0)
 
 
 def judge(rule: Rule, old: Mapping[str, int], new: Mapping[str, int], n: int = 1000) -> Verdict:
-    answers = [
+    before, after = (
         Answers({name: marks(right, n) for name, right in one.items()}) for one in (old, new)
-    ]
-    return decide(rule, *answers, FINE, FINE)
+    )
+    return decide(rule, before, after, FINE, FINE)
 
 
 def test_a_gain_without_a_loss_is_promoted() -> None:

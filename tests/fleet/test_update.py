@@ -79,6 +79,10 @@ def test_a_worse_model_is_refused_and_its_file_goes(device: Path) -> None:
     folder = folder_of(device)
     assert list(folder.models.glob("*.gguf")) == []
     assert [one.decision for one in folder.records()] == ["refused"]
+    answers = folder.answers / f"{'b' * 16}-0.json"
+    answers.touch()  # the base's
+    assert update(device, KnowingExaminer(worse), again=True).outcome == "refused"
+    assert answers.exists()
     assert update(device, KnowingExaminer(better)).outcome == "unchanged"
     assert update(device, KnowingExaminer(better), again=True).outcome == "promoted"
 
