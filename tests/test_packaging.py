@@ -25,6 +25,7 @@ EXTRAS = {
     "edgemerge/merging/kit.py": {"cluster"},
     "edgemerge/provenance": {"sign"},
     "edgemerge/finding": {"hub"},
+    "edgemerge/fleet/registry": {"fleet"},
     "edgemerge/formats/hidden_states.py": {"run"},
     "edgemerge/formats/tokenizer/prompts.py": {"run"},
     "edgemerge/remote/stores": {"remote"},
@@ -97,7 +98,7 @@ def test_what_a_file_imports_is_declared(path: Path) -> None:
 def test_every_declared_dependency_is_imported() -> None:
     """But for what an extra brings along for llama.cpp's server, which imports it."""
     names = {name for path in FILES for module in imported(path) for name in distributions(module)}
-    assert declared({"run", "serve", "plot", "sign", "hub", "search", "cluster"}) <= names
+    assert declared({"run", "serve", "plot", "sign", "hub", "search", "cluster", "fleet"}) <= names
 
 
 def test_the_types_are_the_users_too() -> None:

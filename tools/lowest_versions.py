@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("run", "serve", "plot", "sign", "hub", "search")  # the extras of users
+NAMES = ("run", "serve", "plot", "sign", "hub", "search", "fleet")  # the extras of users
 
 
 def constraints(pyproject: Path) -> list[str]:

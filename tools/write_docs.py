@@ -28,7 +28,8 @@ BLOCK = re.compile(r"(<!-- docs:(\w+) -->\n).*?(<!-- /docs -->)", re.DOTALL)
 # The order of a merge; then what serves the wings, what runs models, and what people see.
 WINGS: tuple[str, ...]
 WINGS = ("recipe", "methods", "alignment", "planning", "output", "merging", "provenance", "reports")
-WINGS += ("formats", "finding", "remote", "cluster", "native", "runtime", "searching", "cli")
+WINGS += ("formats", "finding", "remote", "cluster", "native", "runtime", "searching", "site")
+WINGS += ("fleet", "cli")
 
 
 def help_text(command: str) -> str:

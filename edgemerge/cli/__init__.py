@@ -43,6 +43,10 @@ COMMANDS = {
     "doctor": "doctor",
     "keygen": "sign",
     "sign": "sign",
+    "publish": "publish",
+    "fetch": "fetch",
+    "update": "update",
+    "rollback": "rollback",
     "demo": "demo",
 }
 

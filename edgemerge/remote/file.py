@@ -9,6 +9,7 @@ into the buffers that it is for.
 from __future__ import annotations
 
 import http.client
+import os
 import re
 import threading
 import time
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from edgemerge.errors import FormatError, Stopped
 from edgemerge.remote.address import Address
@@ -25,8 +26,9 @@ from edgemerge.remote.failures import PASSING, Fault, Refusal, next_delay, refus
 from edgemerge.remote.link import Link, Route
 from edgemerge.remote.ranged import CHANGED, PIECE, Identity, RangedFile
 from edgemerge.remote.spill import Spill
+from edgemerge.types import Progress
 
-__all__ = ["RemoteFile", "fetch_small", "probe"]
+__all__ = ["RemoteFile", "fetch_rest", "fetch_small", "probe"]
 
 T = TypeVar("T")
 
@@ -243,6 +245,72 @@ def fetch_small(address: Address, path: Path, max_bytes: int) -> None:
                     raise Refusal(f"{what}; get another")
 
     _ask_once(address, max_bytes + 1, read)
+
+
+def fetch_rest(address: Address, file: BinaryIO, n_bytes: int, progress: Progress) -> None:
+    """Append to a file what it lacks of one on a server, or all of it where that sends no ranges.
+
+    Parameters
+    ----------
+    address : Address
+        Of the file.
+    file : file
+        Open to read and write; what is in it is taken for the first bytes of the other.
+    n_bytes : int
+        Size of the whole; no more is ever written.
+    progress : callable
+        Called with bytes done and `n_bytes`.
+
+    Raises
+    ------
+    FormatError
+        It cannot be had, or has another size.
+    """
+    link, response, tries, is_first = Link(Route(address)), None, 0, True
+    at = furthest = file.seek(0, os.SEEK_END)
+    try:
+        while at < n_bytes:
+            try:
+                if response is None:
+                    response = link.ask(at, n_bytes)
+                    at = _place_answer(response, at, n_bytes)
+                raw = response.read(min(PIECE, n_bytes - at))
+                if not raw:
+                    raise Fault("the connection was closed in the middle of an answer")
+            except Refusal as error:
+                raise FormatError(str(error), path=str(address)) from None
+            except PASSING as error:
+                link.close()
+                response = None
+                time.sleep(next_delay(error, tries, address, is_first=is_first))
+                tries += 1
+                continue
+            is_first = False
+            file.seek(at)
+            file.truncate()  # where all of it comes again
+            file.write(raw)
+            at += len(raw)
+            if at > furthest:
+                furthest, tries = at, 0
+            progress(at, n_bytes)
+    finally:
+        link.close()
+
+
+def _place_answer(response: http.client.HTTPResponse, at: int, n_bytes: int) -> int:
+    """Return the byte with which an answer begins: the one asked for, or the first; check the size."""
+    if response.status == 200:
+        at, stated = 0, response.headers.get("Content-Length")
+        found = int(stated) if stated and stated.isdecimal() else n_bytes
+    else:
+        if response.status == 416:
+            raise Refusal(f"is shorter than the {n_bytes} bytes that it should have; get it again")
+        first, _, found = _read_range(response)
+        if first != at:
+            raise Refusal("comes from a server that sends other bytes than it was asked for")
+    if found != n_bytes:
+        raise Refusal(f"has {found} bytes and should have {n_bytes}; it is damaged, or another")
+    return at
 
 
 def _ask_once(address: Address, n_bytes: int, read: Callable[[http.client.HTTPResponse], T]) -> T:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from edgemerge.remote.address import Address
 from edgemerge.remote.any_address import AnyAddress
-from edgemerge.remote.file import RemoteFile, fetch_small, probe
+from edgemerge.remote.file import RemoteFile, fetch_rest, fetch_small, probe
 from edgemerge.remote.ranged import RangedFile
 from edgemerge.remote.spill import Spill
 from edgemerge.remote.stores.address import S3, StoreAddress
+from edgemerge.types import Progress
 
 __all__ = ["Visit", "visit"]
 
@@ -26,6 +27,11 @@ class Visit(Protocol):
 
     def fetch_small(self, address: AnyAddress, path: Path, max_bytes: int) -> None:
         """Fetch a file as a whole, if it is there."""
+
+    def fetch_rest(
+        self, address: AnyAddress, file: BinaryIO, n_bytes: int, progress: Progress
+    ) -> None:
+        """Append to a file what it lacks of one of a known size."""
 
     def close(self) -> None:
         """End the visit."""
@@ -55,6 +61,12 @@ class _Http:
         assert isinstance(address, Address)
         fetch_small(address, path, max_bytes)
 
+    def fetch_rest(
+        self, address: AnyAddress, file: BinaryIO, n_bytes: int, progress: Progress
+    ) -> None:
+        assert isinstance(address, Address)
+        fetch_rest(address, file, n_bytes, progress)
+
     def close(self) -> None:
         pass
 
@@ -72,6 +84,11 @@ class _S3(_Http):
 
     def fetch_small(self, address: AnyAddress, path: Path, max_bytes: int) -> None:
         super().fetch_small(self._sign(address), path, max_bytes)
+
+    def fetch_rest(
+        self, address: AnyAddress, file: BinaryIO, n_bytes: int, progress: Progress
+    ) -> None:
+        super().fetch_rest(self._sign(address), file, n_bytes, progress)
 
     def _sign(self, address: AnyAddress) -> Address:
         assert isinstance(address, StoreAddress)
@@ -95,6 +112,12 @@ class _Store:
     def fetch_small(self, address: AnyAddress, path: Path, max_bytes: int) -> None:
         assert isinstance(address, StoreAddress)
         self._file.fetch_small(self._link, address, path, max_bytes)
+
+    def fetch_rest(
+        self, address: AnyAddress, file: BinaryIO, n_bytes: int, progress: Progress
+    ) -> None:
+        assert isinstance(address, StoreAddress)
+        self._file.fetch_rest(self._link, address, file, n_bytes, progress)
 
     def close(self) -> None:
         """Leave the connection to the files; it ends with them."""

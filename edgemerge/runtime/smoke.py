@@ -44,6 +44,8 @@ class Answer:
         Whether it repeated itself.
     problem : str or None
         Why there is no answer.
+    speed : float or None
+        Tokens per second after the first; None where there was only one.
     """
 
     model: str
@@ -51,6 +53,7 @@ class Answer:
     text: str = ""
     loops: bool = False
     problem: str | None = None
+    speed: float | None = None
 
 
 def ask_aside(models: Sequence[Path], questions: Sequence[str]) -> list[Answer]:
@@ -118,7 +121,8 @@ def _ask(path: Path, questions: Sequence[str]) -> list[Answer]:
                         if time.monotonic() > end:
                             break
                     loops = talk.figures.end is End.LOOP
-                    answers.append(Answer(str(path), question, said, loops))
+                    speed = talk.figures.rate
+                    answers.append(Answer(str(path), question, said, loops, speed=speed))
     except EdgemergeError as error:
         left = questions[len(answers) :]
         answers += [Answer(str(path), question, problem=str(error)) for question in left]

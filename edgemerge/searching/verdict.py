@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from edgemerge.runtime.evaluation.evaluate import Mark, compare
-from edgemerge.runtime.evaluation.intervals import Z_95, difference_interval
+from edgemerge.runtime.evaluation.evaluate import Mark
+from edgemerge.runtime.evaluation.intervals import Z_95
+from edgemerge.runtime.evaluation.paired import differ_in_marks, differ_in_perplexity
 from edgemerge.runtime.evaluation.perplexity import Chunk, perplexity_of
 from edgemerge.searching.examiner import Answers
 from edgemerge.searching.objective import Objective
@@ -94,38 +95,37 @@ def mean_verdict(verdicts: Sequence[Verdict], weights: Mapping[str, float]) -> V
 def _judge_task(
     name: str, start: Sequence[Mark], best: Sequence[Mark], margin: float | None
 ) -> Verdict:
-    n = len(start)
-    found = compare(start, best)
-    ends = difference_interval(n, found.only_first, found.only_second)
-    before, after = (100 * sum(one.right for one in marks) / n for marks in (start, best))
-    middle = 100 * found.difference
-    low, high = (100 * end for end in ends)
-    is_kept = None if margin is None else low > -margin
-    return Verdict(name, n, before, after, middle, low, high, found.p, margin, is_kept)
+    found = differ_in_marks(start, best)
+    before, after = (100 * sum(one.right for one in marks) / len(marks) for marks in (start, best))
+    is_kept = None if margin is None else found.low > -margin
+    return Verdict(
+        name,
+        len(start),
+        before,
+        after,
+        found.middle,
+        found.low,
+        found.high,
+        found.p,
+        margin,
+        is_kept,
+    )
 
 
 def _judge_text(
     name: str, start: Sequence[Chunk], best: Sequence[Chunk], margin: float | None
 ) -> Verdict:
-    """Compare perplexities by the log-likelihoods of the same chunks."""
-    differences = [b.nll / b.n - a.nll / a.n for a, b in zip(start, best, strict=True)]
-    n = len(differences)
-    middle = sum(differences) / n
-    spread = math.sqrt(sum((one - middle) ** 2 for one in differences) / max(1, n - 1))
-    half = Z_95 * spread / math.sqrt(n)
-    difference, low, high = (
-        100 * math.expm1(value) for value in (middle, middle - half, middle + half)
-    )
+    found = differ_in_perplexity(start, best)
     first, second = perplexity_of(start), perplexity_of(best)
     return Verdict(
         name,
         first.n_tokens,
         first.value,
         second.value,
-        difference,
-        low,
-        high,
+        found.middle,
+        found.low,
+        found.high,
         margin=margin,
-        is_kept=None if margin is None else high < margin,
+        is_kept=None if margin is None else found.high < margin,
         is_text=True,
     )

@@ -10,6 +10,9 @@
     trying.json         what is being done now, so that the next start goes on with it
     settled.json        what the last update came to, and the digest of all that decided it
     inputs/, work/      fetched files; files in the making
+    answers/            what models answered to the questions, so that each is asked once
+    registry/           what was seen of the registry, so that it cannot be set back
+    hashes.json         of the files that the site names, so that each is read once
     lock                locked by the process that changes the folder
 
 Power may go at any moment. A file is written beside its name and renamed, then the folder is synced. The link
@@ -23,16 +26,17 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgemerge.errors import OutputError, RecipeError
+from edgemerge.errors import FormatError, OutputError, RecipeError
 from edgemerge.formats.json_file import parse_object, read_object
 from edgemerge.output.file import finishing, sync_folder, write_file
 from edgemerge.site.log import append_event, last_events
-from edgemerge.site.record import ModelRecord, read_record
+from edgemerge.site.record import ID_DIGITS, ModelRecord, read_record, record_of_file
 
 __all__ = ["SiteFolder"]
 
@@ -52,7 +56,7 @@ class SiteFolder:
 
     Attributes
     ----------
-    path, current_path, models, inputs, work : Path
+    path, current_path, models, inputs, work, answers, registry, hashes : Path
         The folder, the link to the model that serves, and the folders in it.
     """
 
@@ -62,6 +66,8 @@ class SiteFolder:
         self.models = path / "models"
         self.inputs = path / "inputs"
         self.work = path / "work"
+        self.answers = path / "answers"
+        self.registry, self.hashes = path / "registry", path / "hashes.json"
         self._history, self._log = path / "history", path / "log.jsonl"
         self._trying, self._settled = path / "trying.json", path / "settled.json"
 
@@ -74,7 +80,7 @@ class SiteFolder:
             They cannot be made.
         """
         try:
-            for folder in (self.path, self.models, self.inputs, self.work):
+            for folder in (self.path, self.models, self.inputs, self.work, self.answers):
                 folder.mkdir(exist_ok=True, parents=folder is self.path)
         except OSError as error:
             raise OutputError(f"cannot be made ({error.strerror})", path=self.path) from error
@@ -118,14 +124,11 @@ class SiteFolder:
             return None
 
     def records(self) -> list[ModelRecord]:
-        """Return the records of all models, the newest first.
-
-        Raises
-        ------
-        FormatError
-            One is damaged.
-        """
-        found = [self.record(path.stem) for path in self.models.glob("*.json")]
+        """Return the records of all models, the newest first; one that a bad card damaged is left out."""
+        found = []
+        for path in self.models.glob("*.json"):
+            with contextlib.suppress(FormatError):
+                found.append(self.record(path.stem))
         return sorted(found, key=lambda one: (one.made, one.id), reverse=True)
 
     def record(self, name: str) -> ModelRecord:
@@ -176,6 +179,8 @@ class SiteFolder:
     def prune(self, keep: int) -> list[str]:
         """Remove all but the newest models; that which serves, and the one before it, always stay.
 
+        Answers of models that are not here go too; before the first promotion, those of the base stay.
+
         Parameters
         ----------
         keep : int
@@ -194,10 +199,21 @@ class SiteFolder:
         ]
         for name in removed:
             self.drop(name)
-        without = [one.id for one in self.records() if not self.has_model(one.id)]
-        for name in without[keep:]:
-            (self.models / f"{name}.json").unlink()
+        for path in self.answers.iterdir():
+            if history and not self.has_model(path.name[:ID_DIGITS]):
+                path.unlink()
+        known = [one.id for one in self.records()]
+        without = [name for name in known if not self.has_model(name)][:keep]
+        for path in sorted(self.models.glob("*.json")):
+            if path.stem not in without and not self.has_model(path.stem):
+                path.unlink()
         return removed
+
+    def clear_work(self, keep: str | None = None) -> None:
+        """Remove files in the making, but for those whose names begin with `keep`."""
+        for path in self.work.iterdir():
+            if keep is None or not path.name.startswith(keep):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     # -- which one serves --------------------------------------------------------------------------
 
@@ -219,7 +235,8 @@ class SiteFolder:
         """Return the id of the model that `roll_back` would return to, None where there is none."""
         current = self.current_id()
         names = [name for name in self.history() if name != current and self.has_model(name)]
-        sound = [name for name in names if self.record(name).decision != "rolled_back"]
+        decisions = {one.id: one.decision for one in self.records()}
+        sound = [name for name in names if decisions.get(name, "rolled_back") != "rolled_back"]
         return sound[-1] if sound else None
 
     def promote(self, name: str, reason: str) -> None:
@@ -277,10 +294,27 @@ class SiteFolder:
         return before
 
     def finish(self) -> None:
-        """End a roll back that a power cut came into. Call it first after `locked`."""
-        current = self.current()
+        """End a roll back that a power cut came into. Call it first after `locked`.
+
+        A model that serves and whose record is damaged gets another one, so that updates go on.
+        """
+        try:
+            current = self.current()
+        except FormatError:
+            self._write_record_anew(str(self.current_id()))
+            return
         if current is not None and current.decision == "rolled_back" and self.previous():
             self.roll_back(current.reason)
+
+    def _write_record_anew(self, name: str) -> None:
+        record = record_of_file(self.model_path(name), self.path)
+        if record.id != name:
+            raise FormatError(
+                "is damaged, and so is its record; remove both, and run edgemerge update --again",
+                path=self.model_path(name),
+            )
+        self.write_record(record)
+        self.append_log({"event": "repaired", "id": name, "reason": record.reason})
 
     def _point_to(self, name: str) -> None:
         link = self.path / f"{CURRENT}.new"
@@ -347,4 +381,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         raw = path.read_bytes()
     except FileNotFoundError:
         return None
-    return parse_object(raw, path)
+    try:
+        return parse_object(raw, path)
+    except FormatError:  # of a card that fails: it is done again
+        return None

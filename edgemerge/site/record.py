@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -10,7 +11,8 @@ from typing import Any
 
 from edgemerge.errors import FormatError
 
-__all__ = ["DECISIONS", "ROLES", "ModelRecord", "Part", "Score", "now", "read_record"]
+__all__ = ["DECISIONS", "ID_DIGITS", "ROLES", "ModelRecord", "Part", "Score", "now", "read_record"]
+__all__ += ["record_of_file"]
 
 DECISIONS = ("promoted", "refused", "rolled_back")
 ROLES = ("base", "expert", "delta", "adapter")
@@ -106,6 +108,32 @@ class ModelRecord:
 def now() -> str:
     """Return the time in UTC as records and logs have it: `2026-11-29T12:50:07Z`."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def record_of_file(model: Path, folder: Path) -> ModelRecord:
+    """Make a record of what a file alone tells, for a model that serves and whose record is damaged.
+
+    Parameters
+    ----------
+    model : Path
+        The file.
+    folder : Path
+        The site's.
+    """
+    with model.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return ModelRecord(
+        id=sha256[:ID_DIGITS],
+        file=str(model.relative_to(folder)),
+        sha256=sha256,
+        bytes=model.stat().st_size,
+        made=now(),
+        made_of=(),
+        method="unknown",
+        settings={},
+        decision="promoted",
+        reason="its record was damaged, and is written anew",
+    )
 
 
 def read_record(document: Mapping[str, Any], path: Path) -> ModelRecord:

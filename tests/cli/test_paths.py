@@ -29,6 +29,9 @@ WAITS = {
     "bench recipe",
     "record eval",
     "record bench",
+    "publish scores",
+    "update site",
+    "rollback site",
 }  # as of `<(command)`
 MADE = ("folder", "dangling", "loop", "pipe", "socket", "empty", "text.png")
 SECONDS = 120
@@ -47,6 +50,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "keygen own",
         "extract tiny.gguf expert.gguf --rank 1 -o adapter",
         "merge -m linear tiny.gguf expert.gguf -o merged.gguf",
+        "publish registry --init --root-key own.pem --key own.pem --state state",
     ):
         outcome = run_aside(line.split(), folder)
         assert outcome.code == 0, outcome
@@ -200,7 +204,7 @@ FILES = (
     *("questions.jsonl", "own.pem", "own.pub.pem", "out.gguf"),
 )
 # What would work for as long as it is asked to, or read for ever: serving, and settings that wait.
-LEFT_OUT = {"--host", "--port", "--help", "--install", "--yes", "--models"}
+LEFT_OUT = {"--host", "--port", "--help", "--install", "--yes", "--models", "--state"}
 
 
 def _options() -> dict[str, list[Any]]:

@@ -180,6 +180,25 @@ def test_a_damaged_record_is_named(site: SiteFolder) -> None:
         site.record(name)
 
 
+def test_what_a_bad_card_damages_does_not_stop_a_device(site: SiteFolder) -> None:
+    one, two = add(site, "1"), add(site, "22")
+    site.promote(one, "better")
+    site.promote(two, "better")
+    for name in (one, two):
+        (site.models / f"{name}.json").write_text("{")
+    (site.path / "trying.json").write_text("{")
+    assert site.trying() is None
+    assert site.records() == []
+    site.finish()
+    assert site.current() == site.record(two)
+    assert site.record(two).reason.startswith("its record was damaged")
+    assert [one["event"] for one in site.last_log(9)] == ["promoted", "promoted", "repaired"]
+    site.model_path(two).write_text("23")
+    (site.models / f"{two}.json").write_text("{")
+    with pytest.raises(FormatError, match="is damaged, and so is its record"):
+        site.finish()
+
+
 def test_a_torn_last_line_is_cut_off_and_said(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     append_event(path, {"event": "one"})

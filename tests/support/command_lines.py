@@ -18,6 +18,8 @@ __all__ = ["ODD_PATHS", "PATH_OPTIONS", "Outcome", "make_odd_paths", "run_aside"
 
 SECONDS = 60  # until a command that hangs is killed
 LONG = "n" * 300
+SIGNED = ("--key", "own.pem", "--state", "state")
+ROOT = "registry/metadata/1.root.json"
 
 # Command -> a line that works but for the slot `{}` -> where a path goes.
 PATH_OPTIONS: Mapping[str, Sequence[str]] = {
@@ -95,6 +97,22 @@ PATH_OPTIONS: Mapping[str, Sequence[str]] = {
     "keygen name": ("keygen", "{}"),
     "sign model": ("sign", "{}", "--key", "own.pem"),
     "sign key": ("sign", "tiny.gguf", "--key", "{}"),
+    "publish registry": (*("publish", "{}", "tiny.gguf", "--name", "a", "--version", "9"), *SIGNED),
+    "publish file": (*("publish", "registry", "{}", "--name", "a", "--version", "9"), *SIGNED),
+    "publish base": (
+        *("publish", "registry", "tiny.gguf", "--name", "a", "--version", "9", "--base", "{}"),
+        *SIGNED,
+    ),
+    "publish scores": (
+        *("publish", "registry", "tiny.gguf", "--name", "a", "--version", "9", "--scores", "{}"),
+        *SIGNED,
+    ),
+    "publish key": ("publish", "registry", "--refresh", "--key", "{}", "--state", "state"),
+    "publish trust": ("publish", "registry", "--refresh", "--trust", "{}", *SIGNED),
+    "fetch registry": ("fetch", "{}", "absent", "--trust", ROOT, "--state", "state"),
+    "fetch trust": ("fetch", "registry", "absent", "--trust", "{}", "--state", "state"),
+    "update site": ("update", "{}", "--dry-run"),
+    "rollback site": ("rollback", "{}"),
     "demo models": ("demo", "--models", "{}", "-o", "demo"),
     "demo adapters": ("demo", "--model", "smollm2", "--adapters", "{}", "--models", "folder"),
     "demo output": ("demo", "-o", "{}", "--models", "folder"),

@@ -28,7 +28,7 @@ class FileServer:
     url: str = ""
     ranges: bool = True
     etags: bool = True
-    drop_each: int = 0  # every n-th answer of a range ends after `LENGTH` bytes
+    drop_each: int = 0  # every n-th answer of a range, or without ranges, ends after `LENGTH` bytes
     redirects: dict[str, str] = field(default_factory=dict)  # path -> where it leads
     login: str | None = None  # value of Authorization that is needed
     refuse: Callable[[str, int], int | None] = lambda path, number: None
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": etag} if owner.etags else {}
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted or "")
         if match is None or not owner.ranges:
-            self._answer(200, raw, headers)
+            self._answer(200, raw, headers, 0 if owner.ranges else number)
             return
         start, stop = int(match[1]), min(len(raw), int(match[2]) + 1)
         if start >= len(raw):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from edgemerge.errors import EdgemergeError, FormatError, Stopped
 from edgemerge.remote.any_address import AnyAddress
@@ -15,8 +16,9 @@ from edgemerge.remote.ranged import CHANGED, PIECE, Identity, RangedFile
 from edgemerge.remote.spill import Spill
 from edgemerge.remote.stores.address import StoreAddress
 from edgemerge.remote.stores.link import AHEAD, StoreLink
+from edgemerge.types import Progress
 
-__all__ = ["StoreFile", "fetch_small", "look"]
+__all__ = ["StoreFile", "fetch_rest", "fetch_small", "look"]
 
 T = TypeVar("T")
 
@@ -131,6 +133,32 @@ def fetch_small(link: StoreLink, address: StoreAddress, path: Path, max_bytes: i
     StoreFile(address, found, None, link).fill([memoryview(raw)], 0, (0, 0))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(raw)
+
+
+def fetch_rest(
+    link: StoreLink, address: StoreAddress, file: BinaryIO, n_bytes: int, progress: Progress
+) -> None:
+    """Append to a file what it lacks of one in a store; see `edgemerge.remote.file.fetch_rest`.
+
+    Raises
+    ------
+    FormatError
+        It cannot be had, or has another size.
+    RecipeError
+        As of `look`.
+    """
+    found = look(link, address)
+    if found.n_bytes != n_bytes:
+        what = f"has {found.n_bytes} bytes and should have {n_bytes}; it is damaged, or another"
+        raise FormatError(what, path=str(address))
+    remote, at = StoreFile(address, found, None, link), file.seek(0, os.SEEK_END)
+    buffer = memoryview(bytearray(min(PIECE, n_bytes)))
+    while at < n_bytes:
+        piece = buffer[: n_bytes - at]
+        remote.fill([piece], at, (at, n_bytes))
+        file.write(piece)
+        at += len(piece)
+        progress(at, n_bytes)
 
 
 def _ask_first(address: StoreAddress, link: StoreLink, ask: Callable[[], T]) -> T:

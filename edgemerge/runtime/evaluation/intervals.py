@@ -9,8 +9,10 @@ __all__ = ["Z_95", "difference_interval"]
 Z_95 = 1.959964  # standard errors of a 95 % interval
 
 
-def difference_interval(n: int, only_first: int, only_second: int) -> tuple[float, float]:
-    """Give the 95 % interval of the difference in accuracy of two models on the same questions.
+def difference_interval(
+    n: int, only_first: int, only_second: int, n_errors: float = Z_95
+) -> tuple[float, float]:
+    """Give the interval of the difference in accuracy of two models on the same questions.
 
     Each question counts +1, 0 or -1. An even split of none or few changes would have no error at all: one
     more change of each kind is added for it (Agresti and Min, 2005).
@@ -21,6 +23,8 @@ def difference_interval(n: int, only_first: int, only_second: int) -> tuple[floa
         Questions, at least 1.
     only_first, only_second : int
         Those that one of the models has right and the other wrong.
+    n_errors : float
+        Standard errors from the middle to each end of the interval.
 
     Returns
     -------
@@ -31,4 +35,4 @@ def difference_interval(n: int, only_first: int, only_second: int) -> tuple[floa
     mean = (only_second - only_first) / total
     error = math.sqrt(((only_first + only_second + 2) / total - mean**2) / total)
     middle = (only_second - only_first) / n
-    return middle - Z_95 * error, middle + Z_95 * error
+    return middle - n_errors * error, middle + n_errors * error

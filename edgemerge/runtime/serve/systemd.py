@@ -24,7 +24,7 @@ from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.rpc.addresses import split
 from edgemerge.runtime.serve.key import check_characters
 
-__all__ = ["Service", "make_unit", "write_unit"]
+__all__ = ["Service", "escape", "make_unit", "quote", "write_unit"]
 
 NAME = "edgemerge.service"
 KEY_NAME = "edgemerge.env"
@@ -200,10 +200,10 @@ def make_unit(
     groups = [name for name in _GPU_GROUPS if _has_group(name)]
     folders = dict.fromkeys(path.absolute().parent for path in service.models.values())
     values = {
-        "names": _escape(", ".join(service.models)),
-        "folders": " ".join(_quote(str(folder)) for folder in folders),
-        "command": " ".join(_quote(word) for word in service.command()),
-        "key_file": "" if key_file is None else _escape(str(key_file.absolute())),
+        "names": escape(", ".join(service.models)),
+        "folders": " ".join(quote(str(folder)) for folder in folders),
+        "command": " ".join(quote(word) for word in service.command()),
+        "key_file": "" if key_file is None else escape(str(key_file.absolute())),
         "stop": f"{service.grace + _STOP_MARGIN:g}",
         "room": str((service.memory or 0) + room),
         "user": user or "",
@@ -255,12 +255,12 @@ def _report(
         yield "  loginctl enable-linger"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Text without what systemd replaces: %-specifiers, and line ends."""
     return "".join(c if c.isprintable() else " " for c in text).replace("%", "%%")
 
 
-def _quote(word: str) -> str:
+def quote(word: str) -> str:
     """Quote a word of a command line or a list, as systemd.syntax(7) and systemd.service(5) say."""
     word = word.replace("%", "%%")
     if re.fullmatch(r"[\w@%+=:,./-]+", word, re.ASCII):

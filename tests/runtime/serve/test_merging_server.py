@@ -238,7 +238,12 @@ def test_nothing_changes_without_the_key(key: str | None, tmp_path: Path) -> Non
             server.key = None
             for path in ("models", "job", "methods"):
                 assert server.get(f"/admin/{path}").status == 401
-        assert {path.name for path in site.path.iterdir()} == {"models", "inputs", "work"}
+        assert {path.name for path in site.path.iterdir()} == {
+            "models",
+            "inputs",
+            "work",
+            "answers",
+        }
 
 
 def test_without_a_folder_the_tab_only_tells(tmp_path: Path) -> None:

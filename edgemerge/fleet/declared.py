@@ -1,0 +1,155 @@
+"""What SITE.yml comes to with the files of now: the inputs, the recipe, and a digest of all that decides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgemerge.errors import RecipeError
+from edgemerge.fleet.ingredients import FileHashes, Ingredient
+from edgemerge.fleet.site_file import Site
+from edgemerge.recipe.recipe import load_recipe, make_recipe
+from edgemerge.recipe.words import recipe_document
+from edgemerge.site.record import Part
+from edgemerge.types import Recipe
+
+__all__ = ["Declared", "declare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """A site's state, resolved.
+
+    Attributes
+    ----------
+    site : Site
+        The file.
+    found : tuple of Ingredient
+        Base and experts, the base first; those of a recipe.
+    digest : str
+        Of all that decides what an update comes to, but for the model that serves.
+    """
+
+    site: Site
+    found: tuple[Ingredient, ...]
+    digest: str
+
+    @property
+    def base(self) -> Ingredient | None:
+        """The base, if there is one."""
+        return next((one for one in self.found if one.role == "base"), None)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the record of the model says that it was made of."""
+        return tuple(one.as_part() for one in self.found)
+
+    @property
+    def signed_by(self) -> str | None:
+        """The keys that published the inputs, None where all of them are paths."""
+        keys = dict.fromkeys(one.publisher for one in self.found if one.publisher)
+        return " ".join(keys) or None
+
+    def versions(self) -> dict[str, str]:
+        """Return the version of each input by its name; of a path, the start of its hash."""
+        return {one.name: one.version or one.sha256[:16] for one in self.found}
+
+    def method(self) -> str:
+        """Name the method."""
+        return self.site.merge.method or self.recipe().title
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the site says of the merge, in plain types."""
+        merge = self.site.merge
+        if merge.recipe is not None:
+            return {"recipe": merge.recipe.name}
+        said = {
+            **merge.parameters,
+            "type": merge.out_type,
+            "seed": merge.seed or None,
+            "align": merge.align,
+            "imatrix": None if merge.imatrix is None else merge.imatrix.name,
+            "weights": {one.name: one.weight for one in self.found if one.weight is not None}
+            or None,
+        }
+        return {key: value for key, value in said.items() if value is not None}
+
+    def with_files(self, found: Sequence[Ingredient]) -> Declared:
+        """Return the same with inputs that were fetched."""
+        return replace(self, found=tuple(found))
+
+    def recipe(self) -> Recipe:
+        """Build the recipe of the merge; all inputs must be here.
+
+        Raises
+        ------
+        RecipeError
+            It asks for what is not possible.
+        """
+        merge = self.site.merge
+        if merge.recipe is not None:
+            return load_recipe(merge.recipe, strict=True)
+        base = self.base
+        assert base is not None
+        try:
+            return make_recipe(
+                merge.method,
+                [(str(one.path), one.weight) for one in self.found if one is not base],
+                base=str(base.path),
+                parameters=merge.parameters,
+                out_type=merge.out_type,
+                seed=merge.seed,
+                align=merge.align,
+                imatrix=None if merge.imatrix is None else str(merge.imatrix),
+            )
+        except RecipeError as error:
+            raise RecipeError(str(error), path=self.site.path, field=error.field) from None
+
+
+def declare(site: Site, found: Sequence[Ingredient], hashes: FileHashes) -> Declared:
+    """Resolve a site.
+
+    Parameters
+    ----------
+    site : Site
+        The file.
+    found : sequence of Ingredient
+        From `edgemerge.fleet.ingredients.find_all`; none where the site names a recipe.
+    hashes : FileHashes
+        Of files of this machine.
+
+    Raises
+    ------
+    EdgemergeError
+        A file cannot be read, or the recipe asks for what is not possible.
+    """
+    from importlib.metadata import version
+
+    merge = site.merge
+    document: Mapping[str, Any] = {}
+    if merge.recipe is not None:
+        recipe = load_recipe(merge.recipe, strict=True)
+        found = [_of_recipe(path, recipe, hashes) for path in recipe.inputs()]
+        document = recipe_document(recipe)
+    decides = {
+        "edgemerge": version("edgemerge"),
+        "inputs": [(asdict(one.as_part()), one.weight) for one in found],
+        "merge": {**asdict(merge), "memory": None, "imatrix": None, "recipe": None},
+        "imatrix": None if merge.imatrix is None else hashes.of(merge.imatrix),
+        "recipe": document,
+        "questions": {name: hashes.of(path) for name, path in site.questions.items()},
+        "texts": {name: hashes.of(path) for name, path in site.texts.items()},
+        "rule": asdict(site.rule),
+    }
+    text = json.dumps(decides, sort_keys=True, default=str)
+    return Declared(site, tuple(found), hashlib.sha256(text.encode()).hexdigest())
+
+
+def _of_recipe(path: Path, recipe: Recipe, hashes: FileHashes) -> Ingredient:
+    n_bytes = path.stat().st_size if path.is_file() else 0
+    role = "base" if path == recipe.base else "expert"
+    return Ingredient(path.name, "", path, hashes.of(path), n_bytes, role)

@@ -1,0 +1,92 @@
+"""What one update tells of itself, and the file of it that the fleet's status reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgemerge.errors import OutputError
+from edgemerge.output.file import write_file
+from edgemerge.site.folder import SiteFolder
+from edgemerge.site.record import ModelRecord, now
+
+__all__ = ["Report"]
+
+GOOD = ("promoted", "refused", "unchanged")
+
+
+@dataclass(slots=True)
+class Report:
+    """One update, or one roll back.
+
+    Attributes
+    ----------
+    device : str
+        The site's name.
+    outcome : str
+        promoted, refused, unchanged, rolled_back or failed.
+    reason : str
+        Why, in a sentence.
+    current, tried : ModelRecord or None
+        The model that serves now, and the one that was tried.
+    previous : str or None
+        Id of the model that a roll back would return to.
+    seconds : mapping of str to float
+        By step.
+    bytes_fetched : int
+        From the registry.
+    versions : mapping of str to str
+        Of the inputs, by name.
+    failures : list of str
+        What went wrong beside it, in sentences.
+    """
+
+    device: str
+    outcome: str = "failed"
+    reason: str = ""
+    current: ModelRecord | None = None
+    tried: ModelRecord | None = None
+    previous: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_fetched: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nobody has to look at the device."""
+        return self.outcome in GOOD
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain types, as the fleet's status reads them."""
+        from importlib.metadata import version
+
+        return {
+            "edgemerge_report": 1,
+            "device": self.device,
+            "time": now(),
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "current": None if self.current is None else self.current.as_json(),
+            "tried": None if self.tried is None else self.tried.as_json(),
+            "previous": self.previous,
+            "seconds": {step: round(value, 3) for step, value in self.seconds.items()},
+            "bytes_fetched": self.bytes_fetched,
+            "versions": dict(self.versions),
+            "edgemerge": version("edgemerge"),
+            "failures": list(self.failures),
+        }
+
+    def finish(self, folder: SiteFolder, reports: Path | None) -> None:
+        """Note which model serves now, and write DEVICE.json; where that fails, the report says so itself."""
+        self.current, self.previous = folder.current(), folder.previous()
+        if reports is None:
+            return
+        path = reports / f"{self.device}.json"
+        try:
+            write_file(path, json.dumps(self.as_json(), ensure_ascii=False, indent=1).encode())
+        except OutputError as error:
+            self.failures.append(f"the report was not written: {error}")

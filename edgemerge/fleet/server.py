@@ -1,0 +1,170 @@
+"""The device's `edgemerge serve`, as an update sees it: reload, a question, and how its models are."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgemerge.errors import RuntimeFailure
+from edgemerge.fleet.site_file import ServerPlace, read_key
+
+__all__ = ["Reply", "Server", "ServerRefusal", "ServerSilence"]
+
+# As in edgemerge.runtime.serve.requests, whose import needs the extra of the server.
+RELOAD, CHAT, COMPLETIONS, HEALTH = (
+    "/admin/reload",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/health",
+)
+MAX_TOKENS = 24  # of a smoke answer
+ASK_SECONDS = 60.0  # a slow board writes a token in two seconds
+RELOAD_SECONDS = 600.0  # a large model on a slow card
+MAX_BYTES = 1 << 20
+BUSY = (429, 503)
+
+
+class ServerSilence(RuntimeFailure):
+    """Nothing answers at the server's address."""
+
+
+class ServerRefusal(RuntimeFailure):
+    """The server answers with an error; `status` is HTTP's number, `code` the server's word."""
+
+    def __init__(self, message: str, status: int, code: str) -> None:
+        self.status, self.code = status, code
+        super().__init__(message)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it only has too much to do."""
+        return self.status in BUSY and self.code != "model_unavailable"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer to a question, and the tokens per second of the whole request."""
+
+    text: str
+    speed: float | None
+
+
+class Server:
+    """A running server.
+
+    Parameters
+    ----------
+    place : ServerPlace
+        Where it is.
+
+    Raises
+    ------
+    RecipeError
+        The key cannot stand in a header.
+    """
+
+    def __init__(self, place: ServerPlace) -> None:
+        self._place = place
+        self._key = read_key(place)
+
+    @property
+    def address(self) -> str:
+        """Where it is."""
+        return self._place.address
+
+    def reload(self) -> None:
+        """Let the file of now answer; requests that run end with the old one.
+
+        Raises
+        ------
+        ServerSilence, ServerRefusal
+            It is not there, or does not take the file; the old one goes on.
+        """
+        named = {} if self._place.model is None else {"model": self._place.model}
+        self._send(RELOAD, named, RELOAD_SECONDS)
+
+    def ask(self, question: str, *, is_chat: bool) -> Reply:
+        """Ask the model that serves, at temperature 0.
+
+        Raises
+        ------
+        ServerSilence, ServerRefusal
+            It is not there, or does not answer.
+        """
+        wanted: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0}
+        if self._place.model is not None:
+            wanted["model"] = self._place.model
+        if is_chat:
+            wanted["messages"] = [{"role": "user", "content": question}]
+        else:
+            wanted["prompt"] = question
+        started = time.monotonic()
+        told = self._send(CHAT if is_chat else COMPLETIONS, wanted, ASK_SECONDS)
+        seconds = time.monotonic() - started
+        try:
+            choice = told["choices"][0]
+            text = choice["message"]["content"] if is_chat else choice["text"]
+            n_tokens = int(told["usage"]["completion_tokens"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise ServerRefusal(f"{self.address} is no edgemerge server", 200, "odd") from error
+        return Reply(str(text or ""), n_tokens / seconds if n_tokens else None)
+
+    def crashes(self) -> int:
+        """Count how often the process of a model ended by itself, since the server started.
+
+        Raises
+        ------
+        ServerSilence, ServerRefusal
+            It is not there, or tells nothing without a key.
+        """
+        models = self._send(HEALTH, None, ASK_SECONDS, takes=(503,)).get("models", ())
+        wanted = self._place.model
+        return sum(int(one["crashes"]) for one in models if wanted in (None, one["id"]))
+
+    def _send(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None,
+        seconds: float,
+        takes: tuple[int, ...] = (),
+    ) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        raw = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, raw, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=seconds) as answer:
+                return self._parse(answer.read(MAX_BYTES))
+        except urllib.error.HTTPError as error:
+            with error:
+                told = self._parse(error.read(MAX_BYTES))
+            if error.code in takes:
+                return told
+            raise self._refusal(told, error.code) from None
+        except (OSError, http.client.HTTPException) as error:
+            why = getattr(error, "reason", error)
+            raise ServerSilence(f"no server answers at {self.address} ({why})") from None
+
+    def _parse(self, raw: bytes) -> dict[str, Any]:
+        try:
+            told = json.loads(raw)
+        except ValueError:
+            told = None
+        if not isinstance(told, dict):
+            raise ServerRefusal(f"{self.address} is no edgemerge server", 0, "odd")
+        return told
+
+    def _refusal(self, told: Mapping[str, Any], status: int) -> ServerRefusal:
+        error = told.get("error")
+        error = error if isinstance(error, dict) else {}
+        message = str(error.get("message", "no reason"))[:300]
+        return ServerRefusal(
+            f"the server says: {message} ({status})", status, str(error.get("code"))
+        )

@@ -1,0 +1,238 @@
+"""The steps that change which model serves. Each is noted before it is done, and can be done again.
+
+::
+
+    refuse      write down why, remove the file
+    promote     switch the link
+    watch       let the server reload, and watch what it does
+    roll_back   switch the link back, let the server reload
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+from edgemerge.errors import OutputError
+from edgemerge.fleet.examination import Examiner
+from edgemerge.fleet.report import Report
+from edgemerge.fleet.server import Server, ServerRefusal, ServerSilence
+from edgemerge.fleet.site_file import Site
+from edgemerge.fleet.watch import Baseline, measure_server, watch_file, watch_server
+from edgemerge.site.folder import SiteFolder
+from edgemerge.site.record import now
+
+__all__ = ["Switch", "roll_back_by_hand"]
+
+Trying = Mapping[str, Any]
+NO_SERVER = "no server was there to reload: it takes the model of now when it starts"
+
+
+class Switch:
+    """The late steps of an update.
+
+    Parameters
+    ----------
+    site : Site
+        With the rule.
+    folder : SiteFolder
+        Locked.
+    examiner : Examiner
+        Asks the model where no server does.
+    server : Server or None
+        The device's.
+    report : Report
+        Told what happens.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        folder: SiteFolder,
+        examiner: Examiner,
+        server: Server | None,
+        report: Report,
+    ) -> None:
+        self._site, self._folder, self._examiner = site, folder, examiner
+        self._server, self._report = server, report
+        self._steps: Mapping[str, Callable[[Trying], None]] = {
+            "refuse": self._refuse,
+            "promote": self._promote,
+            "watch": self._watch,
+            "roll_back": self._roll_back,
+        }
+
+    def is_late(self, trying: Trying | None) -> bool:
+        """Tell whether what was being done is one of these steps."""
+        return trying is not None and trying["step"] in self._steps
+
+    def go(self, trying: Trying) -> None:
+        """Note a step, do it, and what follows it.
+
+        Raises
+        ------
+        OutputError
+            The disk refused.
+        """
+        self._folder.try_(trying)
+        self._steps[trying["step"]](trying)
+
+    def end(self, outcome: str, reason: str, trying: Trying) -> None:
+        """Note what the update came to, and remove what is not needed any more."""
+        self._report.outcome, self._report.reason = outcome, reason
+        removed = self._folder.prune(self._site.keep)
+        self._folder.clear_work()
+        self._folder.append_log(
+            {
+                "event": "finished",
+                "outcome": outcome,
+                "reason": reason,
+                "id": trying.get("id"),
+                "serves": self._folder.current_id(),
+                "removed": removed,
+                "failures": self._report.failures,
+            }
+        )
+        self._report.finish(
+            self._folder, self._site.reports
+        )  # before it is settled: or power cuts lose it
+        self._folder.settle(
+            {"digest": trying["digest"], "time": now(), "outcome": outcome, "reason": reason}
+            | {"id": trying.get("id")}
+        )
+
+    def measure(self) -> Baseline | None:
+        """Look at the server before its model is replaced; None where there is none."""
+        current = self._folder.current_id()
+        if self._server is None or current is None:
+            return None
+        try:
+            return measure_server(self._server, self._folder.current_path, self._site.rule)
+        except (ServerSilence, ServerRefusal) as error:
+            self._report.failures.append(str(error))
+            return None
+
+    def reload(self) -> str | None:
+        """Let the server take the file of now; return why it does not. Without a server, nothing happens."""
+        if self._server is None:
+            return None
+        try:
+            self._server.reload()
+        except ServerSilence:
+            self._report.failures.append(NO_SERVER)
+        except ServerRefusal as refusal:
+            return str(refusal)
+        return None
+
+    # -- the steps ---------------------------------------------------------------------------------
+
+    def _refuse(self, trying: Trying) -> None:
+        name, reason = trying["id"], trying["reason"]
+        record = replace(self._folder.record(name), decision="refused", reason=reason)
+        self._folder.write_record(record)
+        if name not in self._folder.history():
+            self._folder.drop(name)
+        self._report.tried = record
+        self.end("refused", reason, trying)
+
+    def _promote(self, trying: Trying) -> None:
+        baseline = trying.get("baseline")
+        if baseline is None and (found := self.measure()) is not None:
+            baseline = asdict(found)
+        trying = {**trying, "baseline": baseline}
+        self._folder.try_(trying)
+        self._folder.promote(trying["id"], trying["reason"])
+        self.go({**trying, "step": "watch"})
+
+    def _watch(self, trying: Trying) -> None:
+        path = self._folder.model_path(trying["id"])
+        if path.stem != self._folder.current_id():
+            self.end("unchanged", "another model was chosen while the update was cut off", trying)
+            return
+        with self.timed("watch"):
+            fault = self.reload()
+            if fault is None:
+                fault = self._find_fault(trying)
+        self._report.tried = self._folder.record(trying["id"])
+        if fault is None:
+            self._folder.append_log({"event": "watched", "id": path.stem, "found": "nothing amiss"})
+            self.end("promoted", trying["reason"], trying)
+        elif self._folder.previous() is None:
+            reason = f"{fault}; there is no earlier model to roll back to"
+            self.end("failed", reason, trying)
+        else:
+            self.go({**trying, "step": "roll_back", "reason": fault})
+
+    def _find_fault(self, trying: Trying) -> str | None:
+        path, rule = self._folder.model_path(trying["id"]), self._site.rule
+        before = trying["baseline"]
+        if self._server is not None:
+            try:
+                crashes = self._server.crashes()
+            except (ServerSilence, ServerRefusal):
+                pass
+            else:
+                speed = None if before is None else before["speed"]
+                known = crashes if before is None else min(crashes, before["crashes"])
+                return watch_server(self._server, path, rule, Baseline(known, speed))
+        return watch_file(self._examiner, path, rule)
+
+    def _roll_back(self, trying: Trying) -> None:
+        with self.timed("roll_back"):
+            self._folder.roll_back(trying["reason"], trying["id"])
+            fault = self.reload()
+        if fault is not None:
+            self._report.failures.append(f"the server did not take the earlier model: {fault}")
+        self._report.tried = self._folder.record(trying["id"])
+        self.end("rolled_back", trying["reason"], trying)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Add the seconds of a step to the report."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = self._report.seconds.get(step, 0.0) + time.monotonic() - started
+            self._report.seconds[step] = spent
+
+
+def roll_back_by_hand(
+    site: Site, examiner: Examiner, server: Server | None, *, reason: str, by: str
+) -> Report:
+    """Let the model before serve again, because somebody says so.
+
+    Parameters
+    ----------
+    site : Site
+        Of the device.
+    examiner, server
+        As of `Switch`.
+    reason, by : str
+        Why, and who says so; for the log.
+
+    Raises
+    ------
+    OutputError
+        There is no model to roll back to, or an update is at work.
+    """
+    folder, report = SiteFolder(site.folder), Report(site.device)
+    if not folder.current_path.exists():
+        raise OutputError("has no model that serves; run edgemerge update first", path=folder.path)
+    with folder.locked():
+        folder.finish()
+        current, before = folder.current_id(), folder.previous()
+        if before is None:
+            raise OutputError("has no earlier model to roll back to", path=folder.path)
+        folder.append_log({"event": "asked", "for": "roll_back", "by": by, "reason": reason})
+        # What was settled, or being settled, of this model stays so: the next update does not try it again.
+        known = [
+            one for one in (folder.trying(), folder.settled()) if one and one.get("id") == current
+        ]
+        digest = known[0]["digest"] if known else (folder.settled() or {}).get("digest", "")
+        trying = {"digest": digest, "step": "roll_back", "id": current, "reason": reason}
+        Switch(site, folder, examiner, server, report).go(trying)
+    return report

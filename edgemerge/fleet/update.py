@@ -1,0 +1,277 @@
+"""The update of a device, up to the decision. Power may go at any moment: the next start goes on.
+
+Read top-down. `find` asks the registry, `fetch` gets the files, `merge` makes the new model beside the one
+that serves, `ask` puts the questions to both. What was finished is found again: fetched files, the tensors of
+a merge, answers. From the decision on, `edgemerge.fleet.switch` does the rest. An update that was cut off
+there is ended first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edgemerge.errors import EdgemergeError, RecipeError, RuntimeFailure
+from edgemerge.fleet.declared import Declared, declare
+from edgemerge.fleet.examination import Crash, Examiner
+from edgemerge.fleet.ingredients import FileHashes, Ingredient, Registry, fetch_all, find_all
+from edgemerge.fleet.promotion import Talk, Verdict, decide, is_slower
+from edgemerge.fleet.report import Report
+from edgemerge.fleet.server import Server
+from edgemerge.fleet.site_file import Site
+from edgemerge.fleet.switch import Switch
+from edgemerge.merging.run import merge
+from edgemerge.site.folder import SiteFolder
+from edgemerge.site.record import ID_DIGITS, ModelRecord, now
+
+__all__ = ["Update"]
+
+MORE_MEASUREMENTS = 3  # of speed, before a model is called slow
+
+Show = Callable[[str, int, int], None]
+
+
+class Update:
+    """One update of a device.
+
+    Parameters
+    ----------
+    site : Site
+        What is declared.
+    examiner : Examiner
+        Asks models.
+    hashes : FileHashes
+        Of files of this machine.
+    server : Server or None
+        The device's, where it has one.
+    registry : Registry or None
+        Of the site's experts.
+    show : callable
+        Told what is being done, how much of it is done, and how much there is in all; may raise to stop.
+    again : bool
+        Do it even if nothing changed since the last update.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        examiner: Examiner,
+        hashes: FileHashes,
+        *,
+        server: Server | None = None,
+        registry: Registry[Any] | None = None,
+        show: Show = lambda _what, _done, _total: None,
+        again: bool = False,
+    ) -> None:
+        self._site, self._examiner, self._hashes = site, examiner, hashes
+        self._registry, self._show, self._again = registry, show, again
+        self._folder = SiteFolder(site.folder)
+        self._report = Report(site.device)
+        self._switch = Switch(site, self._folder, examiner, server, self._report)
+
+    def run(self) -> Report:
+        """Bring the device to what is declared, as far as the rule allows; say what came of it.
+
+        Raises
+        ------
+        OutputError
+            The folder cannot be made, or another update is at work there.
+        """
+        self._folder.make()
+        with self._folder.locked():
+            try:
+                self._folder.finish()
+                self._do()
+            except (EdgemergeError, OSError) as error:
+                self._report.outcome, self._report.reason = "failed", str(error)
+                self._log("failed", reason=str(error))
+                self._report.finish(self._folder, self._site.reports)
+            except KeyboardInterrupt as error:
+                error.add_note("the same command goes on from here")
+                raise
+        return self._report
+
+    def _do(self) -> None:
+        trying = self._folder.trying()
+        if trying is not None and self._switch.is_late(trying):
+            self._log("resumed", step=trying["step"], id=trying["id"])
+            self._switch.go(trying)
+            return
+        declared = self._declare()
+        if trying is None and self._is_settled(declared):
+            return
+        if trying is None or trying["digest"] != declared.digest:
+            trying = {"digest": declared.digest, "step": "merge", "started": now()}
+            self._log_start(declared)
+            self._folder.try_(trying)
+        else:
+            self._log("resumed", step=trying["step"])
+        self._make_and_judge(declared, trying)
+
+    # -- before the merge --------------------------------------------------------------------------
+
+    def _declare(self) -> Declared:
+        with self._switch.timed("find"):
+            found: list[Ingredient] = []
+            if self._site.merge.recipe is None:
+                if self._registry is not None:
+                    self._registry.refresh()
+                found = find_all(self._site, self._hashes, self._registry)
+            declared = declare(self._site, found, self._hashes)
+            self._hashes.keep()
+        self._report.versions = declared.versions()
+        return declared
+
+    def _is_settled(self, declared: Declared) -> bool:
+        """Whether the last update was of the same state, so that this one would come to the same."""
+        settled = self._folder.settled()
+        if self._again or settled is None or settled["digest"] != declared.digest:
+            return False
+        if settled["outcome"] == "promoted" and not self._folder.current_path.is_file():
+            return False
+        self._report.outcome = "unchanged"
+        self._report.reason = (
+            f"nothing changed since {settled['time']} ({settled['outcome']}: {settled['reason']})"
+        )
+        self._log("unchanged", digest=declared.digest)
+        self._report.finish(self._folder, self._site.reports)
+        return True
+
+    def _log_start(self, declared: Declared) -> None:
+        self._log(
+            "started",
+            device=self._site.device,
+            site=str(self._site.path),
+            digest=declared.digest,
+            made_of=[asdict(part) for part in declared.parts],
+            method=self._site.merge.method or "recipe",
+            settings=declared.settings(),
+            serves=self._folder.current_id(),
+        )
+
+    def _log(self, event: str, **facts: Any) -> None:
+        self._folder.append_log({"event": event, **facts})
+
+    def _progress(self, what: str) -> Callable[[int, int], None]:
+        return partial(self._show, what)
+
+    # -- the merge and the questions ---------------------------------------------------------------
+
+    def _make_and_judge(self, declared: Declared, trying: Mapping[str, Any]) -> None:
+        self._clear_inputs(declared)
+        with self._switch.timed("fetch"):
+            found, n_bytes = fetch_all(
+                declared.found, self._registry, self._folder, self._progress("fetching")
+            )
+            self._report.bytes_fetched = n_bytes
+        declared = declared.with_files(found)
+        record = self._make(declared, trying)
+        state = {**trying, "id": record.id}
+        if record.id == self._folder.current_id():
+            self._switch.end("unchanged", "the merge gives the model that serves", state)
+            return
+        self._report.tried = record
+        try:
+            record, verdict = self._judge(declared, record)
+        except Crash as error:
+            self._switch.go({**state, "step": "refuse", "reason": str(error)})
+            return
+        self._folder.write_record(record)
+        self._log(
+            "decided",
+            id=record.id,
+            against=self._folder.current_id() or "base",
+            promoted=verdict.is_promoted,
+            reason=verdict.reason,
+            findings=verdict.as_json(),
+        )
+        step = "promote" if verdict.is_promoted else "refuse"
+        self._switch.go({**state, "step": step, "reason": verdict.reason})
+
+    def _make(self, declared: Declared, trying: Mapping[str, Any]) -> ModelRecord:
+        """Merge, and take the result into the folder under its id; or find it there after a power cut."""
+        if "id" in trying and self._folder.has_model(trying["id"]):
+            return self._folder.record(trying["id"])
+        output = self._folder.work / f"{declared.digest[:ID_DIGITS]}.gguf"
+        self._folder.clear_work(output.name)  # of merges of other states
+        recipe = declared.recipe()
+        with self._switch.timed("merge"):
+            if output.exists():  # finished before the power went
+                sha256 = FileHashes(None).of(output, self._progress("hashing"))
+            else:
+                report = merge(
+                    recipe,
+                    output,
+                    memory=self._site.merge.memory,
+                    threads=self._site.threads,
+                    progress=self._progress("merging"),
+                )
+                sha256 = report.sha256
+        name = sha256[:ID_DIGITS]
+        record = ModelRecord(
+            id=name,
+            file=str(self._folder.model_path(name).relative_to(self._folder.path)),
+            sha256=sha256,
+            bytes=output.stat().st_size,
+            made=now(),
+            made_of=declared.parts,
+            method=recipe.title,
+            settings=declared.settings(),
+            signed_by=declared.signed_by,
+        )
+        if name == self._folder.current_id():
+            output.unlink()
+            return record
+        self._log("merged", id=name, sha256=sha256, bytes=record.bytes)
+        self._folder.try_({**trying, "id": name})
+        self._folder.add(output, record)
+        return record
+
+    def _clear_inputs(self, declared: Declared) -> None:
+        """Remove what was fetched for other states."""
+        names = [one.entry.file_name for one in declared.found if one.entry is not None]
+        for path in self._folder.inputs.iterdir():
+            if not path.name.startswith(tuple(names)):
+                path.unlink()
+
+    def _judge(self, declared: Declared, record: ModelRecord) -> tuple[ModelRecord, Verdict]:
+        """Ask the model that serves, or before the first promotion the base, and the new one."""
+        current = self._folder.current()
+        if current is not None:
+            old_path, old_sha256 = self._folder.model_path(current.id), current.sha256
+        else:
+            base = declared.base
+            if base is None or base.path is None:
+                raise RecipeError(
+                    "has no base to compare the first model with; name one", path=self._site.path
+                )
+            old_path, old_sha256 = base.path, base.sha256
+        new_path = self._folder.model_path(record.id)
+        with self._switch.timed("ask"):
+            try:
+                old = self._examiner.ask_all(old_path, old_sha256, self._show)
+            except Crash as error:
+                raise RuntimeFailure(str(error)) from error  # no reason to refuse the new one
+            new = self._examiner.ask_all(new_path, record.sha256, self._show)
+            old_talk, new_talk = self._talk_to_both(old_path, new_path)
+        verdict = decide(self._site.rule, old, new, old_talk, new_talk)
+        record = replace(
+            record,
+            scores=new.scores(),
+            perplexities=new.perplexities(),
+            speed=new_talk.speed,
+        )
+        return record, verdict
+
+    def _talk_to_both(self, old: Path, new: Path) -> tuple[Talk, Talk]:
+        """Ask both the smoke question; where the new one seems too slow, measure again."""
+        talks = [self._examiner.talk(path) for path in (old, new)]
+        for _ in range(MORE_MEASUREMENTS):
+            if not is_slower(self._site.rule, *talks):
+                break
+            again = [self._examiner.talk(path) for path in (old, new)]
+            talks = [one.at_best(other) for one, other in zip(talks, again, strict=True)]
+        return talks[0], talks[1]

@@ -1,0 +1,76 @@
+"""Two models on the same questions or the same text: by how much they differ, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from edgemerge.runtime.evaluation.evaluate import Mark, compare
+from edgemerge.runtime.evaluation.intervals import Z_95, difference_interval
+from edgemerge.runtime.evaluation.perplexity import Chunk
+
+__all__ = ["Difference", "differ_in_marks", "differ_in_perplexity", "standard_errors"]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What the second model has more than the first.
+
+    Attributes
+    ----------
+    middle, low, high : float
+        Percentage points of right answers, or percent of perplexity; and their interval.
+    p : float or None
+        McNemar's, of right answers.
+    """
+
+    middle: float
+    low: float
+    high: float
+    p: float | None = None
+
+
+def standard_errors(confidence: float) -> float:
+    """Return how many standard errors an interval reaches to each side: 1.96 for 0.95."""
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def differ_in_marks(
+    first: Sequence[Mark], second: Sequence[Mark], n_errors: float = Z_95
+) -> Difference:
+    """Compare right answers to the same questions.
+
+    Parameters
+    ----------
+    first, second : (n,) sequence of Mark
+        At least one.
+    n_errors : float
+        Standard errors from the middle to each end of the interval.
+    """
+    found = compare(first, second)
+    low, high = difference_interval(len(first), found.only_first, found.only_second, n_errors)
+    return Difference(100 * found.difference, 100 * low, 100 * high, found.p)
+
+
+def differ_in_perplexity(
+    first: Sequence[Chunk], second: Sequence[Chunk], n_errors: float = Z_95
+) -> Difference:
+    """Compare perplexities by the log-likelihoods of the same chunks.
+
+    Parameters
+    ----------
+    first, second : (n,) sequence of Chunk
+        At least one.
+    n_errors : float
+        Standard errors from the middle to each end of the interval.
+    """
+    differences = [b.nll / b.n - a.nll / a.n for a, b in zip(first, second, strict=True)]
+    n = len(differences)
+    middle = sum(differences) / n
+    spread = math.sqrt(sum((one - middle) ** 2 for one in differences) / max(1, n - 1))
+    half = n_errors * spread / math.sqrt(n)
+    return Difference(
+        *(100 * math.expm1(value) for value in (middle, middle - half, middle + half))
+    )
