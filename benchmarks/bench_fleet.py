@@ -140,7 +140,14 @@ class Registry:
     def _publish(self, domain: str, version: str, expert: Path) -> None:
         delta = self._work / f"{domain}-{version}.delta.gguf"
         self._run("delta", self._pair.base, expert, "-o", delta, "--bits", BITS)
-        words: list[str | Path] = ["--name", domain, "--version", version, "--base", self._pair.base]
+        words: list[str | Path] = [
+            "--name",
+            domain,
+            "--version",
+            version,
+            "--base",
+            self._pair.base,
+        ]
         self._run("publish", self.folder, delta, *words, *self._key())
 
     def _key(self) -> list[str | Path]:
@@ -162,7 +169,13 @@ def web_server(host: Host, folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def model_server(device: Device) -> Iterator[None]:
     """Let a device serve its models, as it does all the time."""
-    words: list[str | Path] = [*EDGEMERGE, "serve", device.folder / "base.gguf", "--site", device.folder]
+    words: list[str | Path] = [
+        *EDGEMERGE,
+        "serve",
+        device.folder / "base.gguf",
+        "--site",
+        device.folder,
+    ]
     words += ["--port", str(SERVE_PORT), "--api-key-file", device.folder / "key"]
     with started(device.host.command(words), device.folder / "serve.log"):
         health = f"http://127.0.0.1:{SERVE_PORT}/health"

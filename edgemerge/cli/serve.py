@@ -248,21 +248,16 @@ def _find(text: str, finder: Finder) -> str:
 
 def _with_site(models: list[str], site: Path | None) -> tuple[str, ...]:
     """Let the current model of a device's folder take the place of the first, and its name."""
+    from edgemerge.runtime.serve.models import split_name
     from edgemerge.site.folder import SiteFolder
 
-    current = None if site is None else SiteFolder(site).current_path
-    if site is None or current is None or not current.exists():
-        if not models:
-            raise typer.BadParameter(
-                "give a MODEL"
-                if site is None
-                else f"--site {site} has no current model yet; give the MODEL to begin with"
-            )
-        return tuple(models)
-    name, equals, _ = models[0].partition("=") if models else ("", "", "")
-    if not equals or (models and Path(models[0]).exists()):
-        name = Path(models[0]).stem if models else site.resolve().name
-    return (f"{name}={current}", *models[1:])
+    if site is None or not SiteFolder(site).current_path.exists():
+        if models:
+            return tuple(models)
+        missing = "" if site is None else f"--site {site} has no current model yet; "
+        raise typer.BadParameter(f"{missing}give a MODEL to begin with")
+    name = split_name(models[0])[0] if models else site.resolve().name
+    return (f"{name}={SiteFolder(site).current_path}", *models[1:])
 
 
 def _check_site(options: ServeOptions) -> None:

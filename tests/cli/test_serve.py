@@ -12,8 +12,10 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from edgemerge.cli.serve import serve_command
+from edgemerge.cli.serve import _with_site, serve_command
+from edgemerge.site.folder import SiteFolder
 from tests.support.serving import COMMAND, Serving
+from tests.support.talking import run
 from tests.support.tiny_gguf import write_tiny_gguf
 
 pytestmark = pytest.mark.llama
@@ -156,3 +158,36 @@ def test_install_writes_a_unit_with_the_same_options(
     monkeypatch.delenv("EDGEMERGE_API_KEY")
     assert install("--force", "--host", "127.0.0.1").exit_code == 0
     assert not (tmp_path / "edgemerge.env").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "give a MODEL to begin with"),
+        (["--site", "site"], "has no current model yet; give a MODEL to begin with"),
+        (["MODEL", "--merge-from", "."], "--merge-from goes with --site DIR"),
+        (["MODEL", "--site", "site", "--merge-from", "none"], "there is no such folder"),
+        (["MODEL", "--site", "site", "--require-signature", "PUB"], "is not signed: leave out one"),
+        (["MODEL", "--site", "site", "--install"], "leave out --log and --site"),
+    ],
+)
+def test_a_devices_folder_goes_with_what_it_can(
+    gguf: Path, arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("serve", *(str(gguf) if word == "MODEL" else word for word in arguments))
+    assert done.exit_code == 2
+    assert sentence in " ".join(done.stderr.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("models", "name"), [([], "ward-7"), (["a/b.gguf"], "b"), (["x=b.gguf", "c.gguf"], "x")]
+)
+def test_the_current_model_of_a_folder_takes_the_first_place(
+    models: list[str], name: str, tmp_path: Path
+) -> None:
+    site = SiteFolder(tmp_path / "ward-7")
+    site.make()
+    site.current_path.write_text("")
+    assert _with_site(models, site.path) == (f"{name}={site.current_path}", *models[1:])

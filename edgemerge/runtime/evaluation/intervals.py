@@ -24,7 +24,7 @@ def difference_interval(
     only_first, only_second : int
         Those that one of the models has right and the other wrong.
     n_errors : float
-        Standard errors from the middle to each end.
+        Standard errors from the middle to each end of the interval.
 
     Returns
     -------

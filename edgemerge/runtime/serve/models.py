@@ -13,7 +13,8 @@ from edgemerge.runtime.doctor.fit import MAX_LAYERS, PROCESS_BYTES, Needs, read_
 from edgemerge.runtime.engine.options import KEPT_PART
 from edgemerge.runtime.model_files import open_gguf
 
-__all__ = ["DEFAULT_SEQUENCES", "ModelFile", "estimate_memory", "read_model_file", "usable_memory"]
+__all__ = ["DEFAULT_SEQUENCES", "ModelFile", "estimate_memory", "read_model_file", "split_name"]
+__all__ += ["usable_memory"]
 
 DEFAULT_CONTEXT = 4096  # tokens, where the model was trained for as many
 DEFAULT_SEQUENCES = 8
@@ -115,10 +116,7 @@ def read_model_file(
     RuntimeFailure
         It is a folder, or is not there.
     """
-    name, equals, rest = text.partition("=")
-    path = Path(rest if equals and not Path(text).exists() else text)
-    if path == Path(text):
-        name = path.stem
+    name, path = split_name(text)
     source = open_gguf(path)
     try:
         needs, n_ctx_train = read_needs(source)
@@ -139,6 +137,14 @@ def read_model_file(
         )
     finally:
         source.close()
+
+
+def split_name(text: str) -> tuple[str, Path]:
+    """Split `NAME=FILE`; without a name, the model has that of its file."""
+    name, equals, rest = text.partition("=")
+    if equals and not Path(text).exists():
+        return name, Path(rest)
+    return Path(text).stem, Path(text)
 
 
 def _read_tokenizer(metadata: Mapping[str, bytes]) -> dict[str, str | None]:

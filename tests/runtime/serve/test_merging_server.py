@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +46,34 @@ def serve(folder: Path, site: Path, *more: object, key: str | None = KEY) -> Ser
 
 
 def wait_for_job(server: Serving) -> dict[str, Any]:
-    end = time.monotonic() + PATIENCE
-    while (job := server.get("/admin/job").json["job"])["state"] == "running":
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    told: dict[str, Any] = job
-    return told
+    wait_until(lambda: server.get("/admin/job").json["job"]["state"] != "running")
+    job: dict[str, Any] = server.get("/admin/job").json["job"]
+    return job
 
 
 def fingerprint(server: Serving) -> Any:
     return server.health()["models"][0]["fingerprint"]
 
 
+def leave_after_asking(server: Serving, path: str, document: object) -> None:
+    """Send a request, and hang up before its answer."""
+    body = json.dumps(document).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head.encode() + body)
+        time.sleep(0.3)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def make_record(file: Path, site: SiteFolder) -> str:
     """Put a file into a folder as if something had merged it; return its id."""
-    import hashlib
-
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     copy = site.work / "copy"
     shutil.copy(file, copy)
@@ -163,12 +178,8 @@ def test_a_cancelled_merge_leaves_nothing(folder: Path, tmp_path: Path) -> None:
         time.sleep(0.5)
         server.process.kill()
         server.wait()
-    end = time.monotonic() + PATIENCE
-    while True:  # the child ends by itself, and with it the lock
-        assert time.monotonic() < end
-        if not any("page-" in line for line in command_lines()):
-            break
-        time.sleep(0.05)
+    # the child ends by itself
+    wait_until(lambda: not any(str(site.work) in line for line in command_lines()))
     with serve(folder, site.path, folder / "base.gguf"):
         assert [*site.work.iterdir(), *site.models.iterdir()] == []
 
@@ -198,8 +209,12 @@ def test_what_answers_badly_is_not_promoted(folder: Path, tmp_path: Path) -> Non
             answer = server.post("/admin/promote", {"model": other})
             assert (answer.status, "another update" in answer.error["message"]) == (409, True)
         assert server.post("/admin/promote", {"model": "0" * 16}).status == 404
-        assert server.post("/admin/promote", {"model": other}).status == 200
-        assert site.current_id() == other
+        leave_after_asking(server, "/admin/promote", {"model": other})
+        wait_until(lambda: site.current_id() == other and fingerprint(server) != before)
+        (site.models / f"{broken}.json").write_text("{}")
+        answer = server.get("/admin/models")
+        assert (answer.status, f"{broken}.json" in answer.error["message"]) == (409, True)
+        assert str(tmp_path) not in answer.error["message"]
 
 
 CHANGES = ("plan", "merge", "compare", "cancel", "promote", "rollback")
@@ -223,7 +238,12 @@ def test_nothing_changes_without_the_key(key: str | None, tmp_path: Path) -> Non
             server.key = None
             for path in ("models", "job", "methods"):
                 assert server.get(f"/admin/{path}").status == 401
-        assert {path.name for path in site.path.iterdir()} == {"models", "inputs", "work"}
+        assert {path.name for path in site.path.iterdir()} == {
+            "models",
+            "inputs",
+            "work",
+            "answers",
+        }
 
 
 def test_without_a_folder_the_tab_only_tells(tmp_path: Path) -> None:

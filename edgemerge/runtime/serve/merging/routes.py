@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -61,7 +62,8 @@ def add_merging(routes: Routes, shown: Shown, workshop: Workshop | None, *, has_
 
     @routes.get(f"{ADMIN}/models")
     async def models(_request: Request) -> dict[str, Any]:
-        return {"has_key": has_key, **await shown.read(), "job": _job(workshop)}
+        told = await _plainly(shown.read(), workshop)
+        return {"has_key": has_key, **told, "job": _job(workshop)}
 
     @routes.get(f"{ADMIN}/job")
     async def job(_request: Request) -> dict[str, Any]:
@@ -80,15 +82,20 @@ def _job(workshop: Workshop | None) -> dict[str, Any] | None:
     return None if last is None else last.as_json()
 
 
-def _add_changes(routes: Routes, workshop: Workshop) -> None:
-    async def plainly(work: Awaitable[T]) -> T:
-        """Say what the folder or a file is wrong with."""
-        try:
-            return await work
-        except Refusal:
+async def _plainly(work: Awaitable[T], workshop: Workshop | None) -> T:
+    """Say what is wrong with the folder or a file of it."""
+    try:
+        return await work
+    except Refusal:
+        raise
+    except (EdgemergeError, OSError) as error:
+        if workshop is None:
             raise
-        except (EdgemergeError, OSError) as error:
-            raise Refusal(409, workshop.explain(error), code="not_possible") from None
+        raise Refusal(409, workshop.explain(error), code="not_possible") from None
+
+
+def _add_changes(routes: Routes, workshop: Workshop) -> None:
+    plainly = partial(_plainly, workshop=workshop)
 
     @routes.post(f"{ADMIN}/plan", PlanRequest)
     async def plan(body: PlanRequest) -> dict[str, Any]:

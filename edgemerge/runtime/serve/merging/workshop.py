@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -74,13 +74,15 @@ class Workshop:
         self.jobs = Jobs(self.explain)
         self._reloader = reloader
         self._planning = asyncio.Lock()
+        self._switches: set[asyncio.Task[dict[str, Any]]] = set()
         site.make()
         for left in site.work.glob(f"{_WORK}*"):  # by a server that was ended at once
             shutil.rmtree(left, ignore_errors=True)
 
     async def close(self) -> None:
-        """End what runs."""
+        """End what runs; a switch that has begun is finished."""
         await self.jobs.close()
+        await asyncio.gather(*self._switches, return_exceptions=True)
 
     def explain(self, error: Exception) -> str:
         """Say what went wrong, files by their names alone."""
@@ -225,13 +227,7 @@ class Workshop:
         Refusal
             404 where it is not here; 409 where it is not taken, or another process changes the folder.
         """
-        record = self.record(model)
-        reason = f"chosen on the page{_told_scores(record)}"
-        with self._locked():
-            if self.site.current_id() is None:
-                start = self.models.resolve(self.name).path
-                await adopt_start(self.site, start, self._folder)
-            return await self._switch(model, partial(self.site.promote, model, reason))
+        return await self._finish(self._promote(model))
 
     async def roll_back(self) -> dict[str, Any]:
         """Let the model before answer again.
@@ -241,6 +237,25 @@ class Workshop:
         Refusal
             409 where there is none, or as of `promote`.
         """
+        return await self._finish(self._roll_back())
+
+    async def _finish(self, switch: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+        """Go on when the client leaves: else the folder and the server could tell of different models."""
+        task = asyncio.create_task(switch)
+        self._switches.add(task)
+        task.add_done_callback(self._switches.discard)
+        return await asyncio.shield(task)
+
+    async def _promote(self, model: str) -> dict[str, Any]:
+        record = self.record(model)
+        reason = f"chosen on the page{_told_scores(record)}"
+        with self._locked():
+            if self.site.current_id() is None:
+                start = self.models.resolve(self.name).path
+                await adopt_start(self.site, start, self._folder)
+            return await self._switch(model, partial(self.site.promote, model, reason))
+
+    async def _roll_back(self) -> dict[str, Any]:
         with self._locked():
             before = self.site.previous()
             if before is None:
