@@ -27,7 +27,6 @@ EXPERT_SIZE = 0.16  # billion parameters of each expert in that page's table
 FIRST_EXPERTS = 2  # in the line against parameters
 MEASURED_WORKERS = 2  # where experts vary there
 RANK = 16  # of adapters
-OPEN_FILES = 1024  # soft limit of a process, as Linux sets it
 BITS = {"Q4_K_M": 4.85, "BF16": 16.0}  # per weight, of a whole file
 
 
@@ -238,7 +237,6 @@ def registry_parts(
         "checks": (sent / rates.hash / night, f"{seconds(sent / rates.hash)} of CPU"),
         "merge": (cpu / rates.cores / night, f"{seconds(cpu)} of CPU"),
         "memory": (peak / rates.node_memory, f"{peak:.1f} GB"),
-        "open files": ((job.n_sites + 1) / OPEN_FILES, f"{job.n_sites + 1:,}"),
         "kept for 30 days": (30 / days, f"{30 * sent / 1e6:,.1f} TB"),
     }
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from edgemerge.formats.files import (
-    check_unchanged,
-    fill_buffers,
-    forget_range,
-    read_state,
-    was_cached,
-)
+from edgemerge.errors import FormatError
+from edgemerge.formats.descriptors import READ_FILES
+from edgemerge.formats.files import check_unchanged, fill_buffers, forget_range, was_cached
 from edgemerge.remote.stand_ins import find_remote
 from edgemerge.types import FileState
 
@@ -88,18 +83,18 @@ class _LocalFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # O_NONBLOCK: a named pipe in the place of a model must not hang us.
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._file = READ_FILES.open(path)
+        self.is_regular, self.state = self._file.is_regular, self._file.state
         try:
-            self.is_regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
-            self.state = read_state(self._fd, path)
-            self._stays_cached = self.is_regular and was_cached(self._fd)
+            with READ_FILES.reading(self._file) as fd:
+                self._stays_cached = self.is_regular and was_cached(fd)
         except BaseException:
-            os.close(self._fd)
+            READ_FILES.close(self._file)
             raise
 
     def read(self, n_bytes: int, offset: int) -> bytes:
-        return os.pread(self._fd, n_bytes, offset)
+        with READ_FILES.reading(self._file) as fd:
+            return os.pread(fd, n_bytes, offset)
 
     def fill(
         self,
@@ -108,17 +103,29 @@ class _LocalFile:
         tensor: str | None,
         run: tuple[int, int] | None = None,
     ) -> None:
-        fill_buffers(self._fd, buffers, offset, self.path, tensor)
+        try:
+            with READ_FILES.reading(self._file) as fd:
+                fill_buffers(fd, buffers, offset, self.path, tensor)
+        except (
+            OSError
+        ) as error:  # of many files, those that were not read for long are opened again
+            raise FormatError(
+                f"cannot be opened again ({error.strerror}); see that it stays there and start again",
+                path=self.path,
+                tensor=tensor,
+            ) from error
 
     def forget(self, offset: int, n_bytes: int) -> None:
         if not self._stays_cached:  # who put it there may want it again
-            forget_range(self._fd, offset, n_bytes)
+            with READ_FILES.reading(self._file) as fd:
+                forget_range(fd, offset, n_bytes)
 
     def check_unchanged(self) -> None:
-        check_unchanged(self._fd, self.state)
+        with READ_FILES.reading(self._file) as fd:
+            check_unchanged(fd, self.state)
 
     def close(self) -> None:
-        os.close(self._fd)
+        READ_FILES.close(self._file)
 
 
 class _RemoteFile:

@@ -31,7 +31,7 @@ from edgemerge.planning.plan import DEFAULT_MEMORY
 from edgemerge.sizes import format_size
 from edgemerge.types import Float32, Progress
 
-__all__ = ["COMBINATIONS", "Combination", "combine"]
+__all__ = ["COMBINATIONS", "OF_CHANGES", "Combination", "combine"]
 
 OF_CHANGES = {"svd": "linear"} | {f"{kind}_svd": kind for kind in KINDS[1:]}
 COMBINATIONS = ("cat", *KINDS, *OF_CHANGES)

@@ -83,7 +83,8 @@ class TensorStream:
         self.seed = the_plan.recipe.seed
         self.group = group
         self.layer_sum: Float64 | None = None
-        self.part = PartResult(tuple(RowChecksum() for _ in job.inputs), RowChecksum())
+        self._inputs = job.inputs  # which a job makes anew at each call
+        self.part = PartResult(tuple(RowChecksum() for _ in self._inputs), RowChecksum())
         self._range = rows
         self._sources = sources
         self._arena = arena
@@ -95,11 +96,11 @@ class TensorStream:
         self._is_first_pass = True  # only this pass adds to the checksums of the inputs
         self._gives_back = job.passes == 1  # drop pages that are not read again
         self._base_rows: Float32 | None = None  # of the block that is filled
-        self._forgotten = [0] * len(job.inputs)  # rows whose pages were dropped, for each input
+        self._forgotten = [0] * len(self._inputs)  # rows whose pages were dropped, for each input
         arena.reset()
         height = max(1, job.rows_per_block)
         # A TensorSpec computes its row bytes at each call. Keep them, as every block needs them.
-        self._row_bytes = [tensor.spec.row_bytes for tensor in job.inputs]
+        self._row_bytes = [tensor.spec.row_bytes for tensor in self._inputs]
         self._out_row_bytes = job.out.row_bytes
         widest = max(*self._row_bytes, self._out_row_bytes)
         self._raw = self.take((height * widest,), np.uint8).view(np.uint8)
@@ -111,7 +112,7 @@ class TensorStream:
             n = height * job.out.n_cols
             # Block by block, and in each block all inputs, so that what is used together lies together.
             self._n_places = min(job.n_blocks, job.cached_blocks + 1)
-            self._values = self.take((self._n_places, len(job.inputs) * n), np.float32)
+            self._values = self.take((self._n_places, len(self._inputs) * n), np.float32)
             self._n_overflows = np.zeros(1, np.int64)
             scratch = WEIGHTED_SCRATCH if job.is_weighted else CODECS[job.out.dtype].scratch_len
             self._scratch = self.take((scratch,), np.float32).view(np.float32)
@@ -121,13 +122,13 @@ class TensorStream:
                 None if job.rows is None else TokenRowReader(job, self.take, self._decode_stored)
             )
             self._reorderings = find_reorderings(
-                permutations, job.inputs, soft=the_plan.align == "soft"
+                permutations, self._inputs, soft=the_plan.align == "soft"
             )
             self._on_base = find_on_base(job, sources, self._reorderings)
             self._as_base = {
-                i for i, s in self._on_base.items() if not s.changes(job.inputs[i].spec.name)
+                i for i, s in self._on_base.items() if not s.changes(self._inputs[i].spec.name)
             }
-            read = [0 if i in self._as_base else i for i in range(len(job.inputs))]
+            read = [0 if i in self._as_base else i for i in range(len(self._inputs))]
             self.part = PartResult(tuple(self.part.inputs[i] for i in read), self.part.output)
             # Working memory to permute columns, a row; and to sum rows, another block.
             columns = job.out.n_cols if the_plan.reorders else 0
@@ -145,7 +146,7 @@ class TensorStream:
         assert tensor.imatrix is not None
         for matrix, values in enumerate(out_f32):
             self._matrices[tensor.imatrix].read(tensor.spec.name, matrix * values.size, values)
-        reordering = self._reorderings.get(k + len(self.job.inputs) - len(self.job.experts))
+        reordering = self._reorderings.get(k + len(self._inputs) - len(self.job.experts))
         if reordering is not None:
             reordering.order_importances(self._row, out_f32.reshape(-1))
 
@@ -171,7 +172,7 @@ class TensorStream:
             self.layer_sum = layer_sum
             self._merge(writer)
         if self.group.finish():
-            for tensor in self.job.inputs:
+            for tensor in self._inputs:
                 self._sources[tensor.model].check_unchanged()
                 self._sources[tensor.model].forget(tensor.spec.name)
         return self.part
@@ -292,7 +293,7 @@ class TensorStream:
         job = self.job
         n = (stop - start) * job.out.n_cols
         place = self._values[min(len(self._cached), self._n_places - 1)]
-        values = place[: len(job.inputs) * n].reshape(len(job.inputs), n).view(np.float32)
+        values = place[: len(self._inputs) * n].reshape(len(self._inputs), n).view(np.float32)
         base, experts = (values[0], values[1:]) if job.base else (None, values)
         block = Block(number, start * job.out.n_cols, job.out.n_cols, base, experts)
         self._fill(block, start, stop)
@@ -346,7 +347,7 @@ class TensorStream:
     def _decode_stored(
         self, i_input: int, start: int, stop: int, at: int | None, out_f32: Float32
     ) -> None:
-        tensor = self.job.inputs[i_input]
+        tensor = self._inputs[i_input]
         raw = self._raw[: (stop - start) * self._row_bytes[i_input]]
         if self._base_rows is not None and i_input in self._as_base:
             out_f32[:] = self._base_rows
@@ -360,7 +361,7 @@ class TensorStream:
 
     def _read(self, i_input: int, start: int, stop: int, at: int | None, raw: UInt8) -> None:
         """Read stored rows, which become the output's rows from `at` on; None: a part of a sum."""
-        tensor = self.job.inputs[i_input]
+        tensor = self._inputs[i_input]
         if self._base_rows is not None and (adapted := self._on_base.get(i_input)):
             adapted.read_on_base(tensor.spec.name, start, stop, self._base_rows, raw)
         else:

@@ -220,6 +220,7 @@ class _Part:
         self.reference = sources[self.models[0].path]
         ranges = [self._range(model) for model in self.models]
         self.starts = [start for start, _ in ranges]
+        self._known_settings: dict[str, dict[str, Setting]] = {}
         self.n_layers = ranges[0][1] - ranges[0][0]
         self.positions = [
             offset / (self.n_layers - 1) if self.n_layers > 1 else 1.0
@@ -340,7 +341,8 @@ class _Part:
             if value is None:
                 raise RecipeError(_missing(self.method, key, model, tensor, levels), field=key)
             settings[key] = parameter.check(value)
-        return settings
+        # A thousand models have the same for each of hundreds of tensors.
+        return self._known_settings.setdefault(repr(settings), settings)
 
 
 def _missing(

@@ -30,7 +30,7 @@ ARRAYS = 8  # what alignment may add to one arena, in arrays
 def header_bytes(sources: Sequence[Source]) -> int:
     """Add up what models' metadata takes while they are open: a base that adapters are added to, once."""
     distinct = {id(base): base for base in map(without_adapters, sources)}
-    return sum(map(_header_bytes, distinct.values())) + sum(map(held_bytes, sources))
+    return sum(map(_header_bytes, distinct.values())) + held_bytes(sources)
 
 
 def _header_bytes(source: Source) -> int:

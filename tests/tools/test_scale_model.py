@@ -57,7 +57,6 @@ def test_what_breaks_first_breaks_at_its_bound() -> None:
     job = Registry("", n_sites=100, delta=90.0, billions=0.001)
     parts = scale_model.registry_parts(job, METHOD, 0.5, rates)
     assert parts["uplink"] == (9000 / 10 / 3600, "15 min")
-    assert parts["open files"][0] == 101 / 1024
     assert parts["kept for 30 days"][1] == "0.3 TB"
     name, n_sites = scale_model.first_to_break(parts, job.n_sites)
     assert (name, n_sites) == ("uplink", 400)

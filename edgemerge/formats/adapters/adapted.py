@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from edgemerge.types import Float32, Source, UInt8
@@ -30,8 +30,8 @@ class AdaptedSource(Source, Protocol):
     def passing_bytes(self) -> int:
         """Bytes of `work_bytes` that a read gives back."""
 
-    def held_bytes(self) -> int:
-        """Bytes that all threads take to know what is changed, beside the base's header."""
+    def held_parts(self) -> Mapping[int, int]:
+        """Bytes that all threads take to know what is changed, by the identity of what takes them."""
 
 
 def without_adapters(source: Source) -> Source:
@@ -48,6 +48,10 @@ def reading_bytes(sources: Sequence[Source]) -> int:
     return others + kept + passing
 
 
-def held_bytes(source: Source) -> int:
-    """Return the bytes that adapters take in memory, for all threads."""
-    return source.held_bytes() if isinstance(source, AdaptedSource) else 0
+def held_bytes(sources: Iterable[Source]) -> int:
+    """Return the bytes that adapters take in memory, for all threads; what they have alike counts once."""
+    parts: dict[int, int] = {}
+    for source in sources:
+        if isinstance(source, AdaptedSource):
+            parts |= source.held_parts()
+    return sum(parts.values())

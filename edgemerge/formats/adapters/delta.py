@@ -13,17 +13,20 @@ have scales that binary16 can hold.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.adapters.base_sample import sample_checksum
 from edgemerge.formats.adapters.delta_values import GROUP, CodedRows, SparseRows, StoredValues
-from edgemerge.formats.adapters.gguf import GgufAdapter
+from edgemerge.formats.adapters.gguf import OBJECTS_BYTES, GgufAdapter
 from edgemerge.formats.adapters.updates import Update
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.gguf.model import GgufFile
 from edgemerge.formats.gguf.types import block_size
 from edgemerge.formats.quants.codec import CODECS
+from edgemerge.formats.shared_tables import share_table
 from edgemerge.types import TensorSpec
 
 __all__ = [
@@ -44,6 +47,7 @@ EXPONENTS, SAMPLE, KEPT = "delta.exponents", "delta.base_sample_crc32", "delta.k
 SPARSE = ("sparse_end", "sparse_at", "sparse_value")
 SPARSE_TYPES = ("I32", "I8")
 LARGEST_EXPONENT = 126  # of float32, one less
+OWN_BYTES = 8_000  # Python's objects for a delta whose tables another has too
 
 
 def is_delta(file: GgufFile) -> bool:
@@ -85,30 +89,50 @@ class DeltaAdapter(GgufAdapter):
             )
 
     def _sort(self) -> None:
+        names = dict.fromkeys(map(tensor_name, self._file.specs))
+        self._numbers = share_table({name: i for i, name in enumerate(names)})
+        self._powers = array("b", self._exponents(len(names)))
+        self._factors: dict[str, list[Update]] = {}
+        for name in names:
+            updates = self._make_updates(name)
+            if updates[0].change is not None:  # a thread knows its last A by the object
+                self._factors[name] = updates
+
+    def updates(self) -> Mapping[str, Sequence[Update]]:
+        """List what it changes, by GGUF name; made when it is asked for, as a merge may have a thousand."""
+        return _DeltaUpdates(self._numbers, self._find_updates)
+
+    def held_parts(self) -> Mapping[int, int]:
+        """Count the file's table of tensors, which deltas have alike, and its own part."""
+        kept = 4 * OBJECTS_BYTES * len(self._factors)
+        tables = 2 * OBJECTS_BYTES * len(self._file.specs)
+        texts = sum(map(len, self._file.metadata.values()))
+        return {id(self): OWN_BYTES + texts + kept, id(self._file.specs): tables}
+
+    def _find_updates(self, name: str) -> Sequence[Update]:
+        return self._factors.get(name) or self._make_updates(name)
+
+    def _make_updates(self, name: str) -> list[Update]:
         specs = self._file.specs
-        parts: dict[str, list[TensorSpec]] = {}
-        for spec in specs.values():
-            parts.setdefault(tensor_name(spec.name), []).append(spec)
-        exponents = self._exponents(len(parts))
-        for (name, found), exponent in zip(parts.items(), exponents, strict=True):
-            theirs = self._names.spec(name)
-            if theirs is None:
-                raise self._refuse(found[0], None)
-            by_kind = {spec.name.removeprefix(name).removeprefix("."): spec for spec in found}
-            scale = 2.0**exponent
-            if by_kind.keys() == {""}:
-                self._updates[name] = [self._coded(by_kind[""], theirs, scale)]
-            elif by_kind.keys() == {"lora_a", "lora_b"}:
-                self._change(name, by_kind["lora_a"], by_kind["lora_b"], self._alpha())
-            elif by_kind.keys() == set(SPARSE):
-                stored = [by_kind[kind] for kind in SPARSE]
-                self._updates[name] = [self._sparse(stored, theirs, scale)]
-            else:
-                raise FormatError(
-                    "lacks a part of its change, or has one too many; get the delta again",
-                    path=self.path,
-                    tensor=name,
-                )
+        theirs = self._names.spec(name)
+        stored = {kind: specs.get(f"{name}.{kind}") for kind in (*SPARSE, "lora_a", "lora_b")}
+        by_kind = {"": specs.get(name)} | stored
+        found = {kind: spec for kind, spec in by_kind.items() if spec is not None}
+        if theirs is None:
+            raise self._refuse(next(iter(found.values())), None)
+        scale = 2.0 ** self._powers[self._numbers[name]]
+        if found.keys() == {""}:
+            return [self._coded(found[""], theirs, scale)]
+        if found.keys() == {"lora_a", "lora_b"}:
+            self._change(name, found["lora_a"], found["lora_b"], self._alpha())
+            return self._updates.pop(name)
+        if found.keys() == set(SPARSE):
+            return [self._sparse([found[kind] for kind in SPARSE], theirs, scale)]
+        raise FormatError(
+            "lacks a part of its change, or has one too many; get the delta again",
+            path=self.path,
+            tensor=name,
+        )
 
     def _exponents(self, count: int) -> list[int]:
         stated = get_value(self._file.metadata, EXPONENTS)
@@ -153,6 +177,27 @@ class DeltaAdapter(GgufAdapter):
 
     def _values(self, spec: TensorSpec) -> StoredValues:
         return StoredValues(spec, self.path, partial(self._file.read_bytes, spec.name))
+
+
+class _DeltaUpdates(Mapping[str, Sequence[Update]]):
+    """What a delta changes, by GGUF name."""
+
+    def __init__(self, names: Mapping[str, int], find: Callable[[str], Sequence[Update]]) -> None:
+        self._names, self._find = names, find
+
+    def __getitem__(self, name: str) -> Sequence[Update]:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._find(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
 
 def _rows(spec: TensorSpec) -> tuple[int, int]:

@@ -14,7 +14,9 @@ from edgemerge.formats.gguf.model import GgufFile
 from edgemerge.formats.quants.codec import find_codec
 from edgemerge.types import FileState, Source, TensorSpec
 
-__all__ = ["ALPHA", "GgufAdapter", "is_adapter"]
+__all__ = ["ALPHA", "OBJECTS_BYTES", "GgufAdapter", "count_objects", "is_adapter"]
+
+OBJECTS_BYTES = 400  # Python's objects for one tensor; those for a change are four times as many
 
 ALPHA, INVOCATION = "adapter.lora.alpha", "adapter.alora.invocation_tokens"
 EMBEDDING = "token_embd.weight"
@@ -158,6 +160,10 @@ class GgufAdapter:
         """List what it changes, by GGUF name."""
         return self._updates
 
+    def held_parts(self) -> Mapping[int, int]:
+        """Return bytes in memory by the identity of what takes them."""
+        return {id(self): count_objects(self._updates)}
+
     def notes(self) -> Sequence[str]:
         """Say nothing: all of it is used."""
         return ()
@@ -173,6 +179,11 @@ class GgufAdapter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def count_objects(updates: Mapping[str, Sequence[Update]]) -> int:
+    """Return the bytes that Python's objects for changes take."""
+    return 4 * OBJECTS_BYTES * sum(map(len, updates.values()))
 
 
 def _scale(alpha: float, rank: int) -> float:

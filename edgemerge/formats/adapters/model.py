@@ -7,7 +7,7 @@ peft's `merge_and_unload` computes in float32, but for the order of additions.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -17,17 +17,18 @@ import numpy as np
 from edgemerge.errors import FormatError
 from edgemerge.formats.adapters.config import ADAPTER_CONFIG
 from edgemerge.formats.adapters.delta import DeltaAdapter, is_delta
-from edgemerge.formats.adapters.gguf import GgufAdapter
+from edgemerge.formats.adapters.gguf import OBJECTS_BYTES, GgufAdapter
 from edgemerge.formats.adapters.peft import PeftAdapter
 from edgemerge.formats.adapters.updates import Scratch, Update
 from edgemerge.formats.gguf.model import GgufFile
 from edgemerge.formats.quants.codec import CODECS, find_codec
+from edgemerge.formats.shared_tables import share_table
 from edgemerge.types import FileState, Float32, Source, TensorSpec, UInt8
 
 __all__ = ["AdaptedModel", "Adapter", "open_adapter"]
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
-OBJECTS_BYTES = 400  # Python's objects for one tensor; those for a change are four times as many
+PLANNED_BYTES = 160  # what a plan and its results have of one tensor of one model
 PIECE = 1 << 17  # elements of rows that are changed at a time; one row at least
 
 
@@ -38,6 +39,9 @@ class Adapter(Protocol):
 
     def updates(self) -> Mapping[str, Sequence[Update]]:
         """List what it changes, by GGUF name."""
+
+    def held_parts(self) -> Mapping[int, int]:
+        """Return bytes in memory by the identity of what takes them: what several have alike counts once."""
 
     def notes(self) -> Sequence[str]:
         """Say what of the adapter is not used; one sentence each."""
@@ -105,27 +109,25 @@ class AdaptedModel:
         self.path, self.architecture = path, base.architecture
         self.base, self._closes_base = base, closes_base
         self._adapters = [adapter for adapter, _ in adapters]
-        self._updates: dict[str, list[tuple[int, float, Update]]] = {}
-        for number, (adapter, weight) in enumerate(adapters):
-            for name, updates in adapter.updates().items():
-                found = self._updates.setdefault(name, [])
-                found += [(number, weight, update) for update in updates]
+        self._weights = [weight for _, weight in adapters]
+        changed = dict.fromkeys(name for adapter in self._adapters for name in adapter.updates())
         self._homes: dict[str, str] = {}  # a head of its own, where the base's is its embedding
-        self._specs = dict(base.specs())
-        for name in self._updates:
-            if name == OUTPUT and name not in self._specs:
+        specs = dict(base.specs())
+        for name in changed:
+            if name == OUTPUT and name not in specs:
                 self._homes[name] = EMBEDDING
-            spec = self._specs[self._homes.get(name, name)]
+            spec = specs[self._homes.get(name, name)]
             self._refuse_factor(spec)
             find_codec(spec)
             like = spec.like or spec.dtype
             nbytes = 4 * spec.n_elements
-            self._specs[name] = replace(spec, name=name, dtype="F32", nbytes=nbytes, like=like)
+            specs[name] = replace(spec, name=name, dtype="F32", nbytes=nbytes, like=like)
+        self._specs = share_table(specs)
         self._threads = threading.local()
 
     def _refuse_factor(self, spec: TensorSpec) -> None:
         """Refuse a weight by whose factor llama.cpp multiplies it, the change of an adapter with it."""
-        if f"{spec.name.removesuffix('.weight')}.scale" in self._specs:
+        if f"{spec.name.removesuffix('.weight')}.scale" in self.base.specs():
             raise FormatError(
                 "has a factor beside it (NVFP4), which an adapter's change is not made for; get the base "
                 "as F16, BF16 or F32",
@@ -146,8 +148,7 @@ class AdaptedModel:
         notes = list(self.base.notes())
         for adapter in self._adapters:
             notes += adapter.notes()
-        numbers = {number for number, _, _ in self._updates.get(EMBEDDING, ())}
-        adapters = [self._adapters[number] for number in numbers]
+        adapters = [adapter for adapter in self._adapters if EMBEDDING in adapter.updates()]
         if OUTPUT not in self._specs and not all(isinstance(a, DeltaAdapter) for a in adapters):
             notes.append(
                 f"{self.path.name}: the base's head is its embedding, so what changes the one changes "
@@ -159,14 +160,26 @@ class AdaptedModel:
 
     def read_rows(self, name: str, start: int, stop: int, out_u8: UInt8) -> None:
         """Fill `out_u8` with rows [start, stop): the base's bytes, or float32 of what adapters change."""
-        if name in self._updates:
+        if self.changes(name):
             self._read_changed(name, start, stop, None, out_u8)
         else:
             self.base.read_rows(name, start, stop, out_u8)
 
     def changes(self, name: str) -> bool:
         """Tell whether a tensor is another one than the base's."""
-        return name in self._updates
+        return any(name in adapter.updates() for adapter in self._adapters)
+
+    def _updates_of(self, name: str) -> list[tuple[int, float, Update]]:
+        """List the updates of a tensor, each with the number and the weight of its adapter."""
+        return [
+            (number, self._weights[number], update)
+            for number, adapter in enumerate(self._adapters)
+            for update in adapter.updates().get(name, ())
+        ]
+
+    def _all_updates(self) -> Iterator[tuple[str, list[tuple[int, float, Update]]]]:
+        names = dict.fromkeys(name for adapter in self._adapters for name in adapter.updates())
+        return ((name, self._updates_of(name)) for name in names)
 
     def read_on_base(
         self, name: str, start: int, stop: int, base_f32: Float32, out_u8: UInt8
@@ -177,7 +190,7 @@ class AdaptedModel:
     def _read_changed(
         self, name: str, start: int, stop: int, base_f32: Float32 | None, out_u8: UInt8
     ) -> None:
-        updates, spec = self._updates[name], self._specs[name]
+        updates, spec = self._updates_of(name), self._specs[name]
         assert out_u8.nbytes == (stop - start) * spec.row_bytes
         values = out_u8.view(np.float32).reshape(stop - start, spec.n_cols)
         height = _height(spec)
@@ -244,7 +257,7 @@ class AdaptedModel:
     def kept_bytes(self) -> int:
         """Return those of them that stay from one read to the next: the last A of each adapter."""
         most = 0
-        for updates in self._updates.values():
+        for _, updates in self._all_updates():
             rights = [0] * len(self._adapters)  # the widest A of each
             for number, _, update in updates:
                 if update.change is not None:
@@ -256,7 +269,7 @@ class AdaptedModel:
     def passing_bytes(self) -> int:
         """Return those of them that a read gives back."""
         most = 0
-        for name, updates in self._updates.items():
+        for name, updates in self._all_updates():
             spec = self._specs[name]
             height = _height(spec)
             work = max(update.nbytes(height) for _, _, update in updates)
@@ -265,10 +278,13 @@ class AdaptedModel:
             most = max(most, work + copies + stored)
         return most
 
-    def held_bytes(self) -> int:
-        """Bytes that all threads take to know what is changed, beside the base's header."""
-        count = sum(len(updates) for updates in self._updates.values())
-        return OBJECTS_BYTES * (len(self._specs) + 4 * count)
+    def held_parts(self) -> Mapping[int, int]:
+        """Bytes that all threads take to know what is changed, by the identity of what takes them."""
+        n = len(self._specs)
+        parts = {id(self): PLANNED_BYTES * n, id(self._specs): OBJECTS_BYTES * n}
+        for adapter in self._adapters:
+            parts |= adapter.held_parts()
+        return parts
 
     def forget(self, name: str, n_rows: int | None = None) -> None:
         """Drop pages of the base from the page cache; an adapter's are few."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.adapters.config import ADAPTER_CONFIG, AdapterConfig
 from edgemerge.formats.adapters.factors import Factor, FactorFile, StoredMatrix
+from edgemerge.formats.adapters.gguf import count_objects
 from edgemerge.formats.adapters.names import BaseNames, Target
 from edgemerge.formats.adapters.updates import LowRank, Update
 from edgemerge.formats.hub.names import is_unused, name_some, own_name
@@ -301,6 +302,10 @@ class PeftAdapter:
         )
 
     # -- as an `Adapter` -------------------------------------------------------------------------
+
+    def held_parts(self) -> Mapping[int, int]:
+        """Return bytes in memory by the identity of what takes them."""
+        return {id(self): count_objects(self._updates)}
 
     def updates(self) -> Mapping[str, Sequence[Update]]:
         """List what it changes, by GGUF name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -36,12 +37,21 @@ class LowRank(NamedTuple):
     scale: float
 
 
-class Scratch:
-    """One thread's memory: the last A of each adapter, which all blocks of a tensor use."""
+class _Sums(threading.local):
+    """What the kernels of one thread add up in, for all models: a merge may have a thousand of them."""
 
     def __init__(self) -> None:
-        self._sums = np.empty(SUMS, np.float32)
-        self._lanes = np.empty(LANES, np.float64)
+        self.columns = np.empty(SUMS, np.float32)
+        self.lanes = np.empty(LANES, np.float64)
+
+
+_sums = _Sums()
+
+
+class Scratch:
+    """One thread's memory for a model: the last A of each adapter, which all blocks of a tensor use."""
+
+    def __init__(self) -> None:
         self._right: dict[int, tuple[Factor, Float32]] = {}
 
     def add(self, change: LowRank, number: int, start: int, stop: int, out_f32: Float32) -> None:
@@ -52,11 +62,11 @@ class Scratch:
             right = change.right.read(0, change.right.shape[0])
             self._right[number] = change.right, right
         left = change.left.read(start, stop)
-        lora.add_product(left, right, change.scale, self._sums, out_f32)
+        lora.add_product(left, right, change.scale, _sums.columns, out_f32)
 
     def rescale(self, magnitude_f32: Float32, out_f32: Float32) -> None:
         """Give rows the norms that DoRA trained."""
-        lora.rescale_rows(magnitude_f32, self._lanes, out_f32)
+        lora.rescale_rows(magnitude_f32, _sums.lanes, out_f32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from edgemerge.formats.gguf.split import (
     find_parts,
     sibling_parts,
 )
+from edgemerge.formats.shared_tables import share_table
 from edgemerge.types import FileState, TensorSpec, UInt8
 
 __all__ = ["GgufFile", "GgufModel", "parts_of"]
@@ -40,7 +41,8 @@ class GgufFile:
             if not self._file.is_regular:
                 raise FormatError("is not a regular file; give a GGUF file", path=self.path)
             header = HeaderParser(self._file)
-            self.metadata, self.specs, self._offsets = header.parse()
+            self.metadata, specs, offsets = header.parse()
+            self.specs, self._offsets = share_table(specs), share_table(offsets)
             self.trailing_bytes = header.trailing_bytes
             end = self.state.n_bytes - self.trailing_bytes
             self.holds_another = self._file.read(len(MAGIC), end) == MAGIC

@@ -1,0 +1,70 @@
+"""The example for Flower: adapters of clients become one, and in Flower's simulation they learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgemerge.errors import BudgetError, RecipeError
+from edgemerge.types import Float32
+from tools.flower.aggregation import aggregate, find_fault, peft_config
+
+STEM = "base_model.model.model.layers.0.self_attn.q_proj"
+A, B = f"{STEM}.lora_A.weight", f"{STEM}.lora_B.weight"
+CONFIG = peft_config(2, 4, ["q_proj"])  # a scale of 2
+
+
+def update(seed: int, rank: int = 2) -> dict[str, Float32]:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(rank, 6)), rng.normal(size=(5, rank))
+    return {A: a.astype(np.float32), B: b.astype(np.float32)}
+
+
+def change(arrays: dict[str, Float32]) -> Float32:
+    return 2 * arrays[B] @ arrays[A]
+
+
+def test_svd_is_the_best_adapter_of_the_mean_change() -> None:
+    updates = [update(0), update(1), update(2)]
+    merged = aggregate(updates, [10, 20, 70], CONFIG, how="svd")
+    assert {name: values.shape for name, values in merged.items()} == {A: (2, 6), B: (5, 2)}
+    mean = sum(w * change(one) for w, one in zip((0.1, 0.2, 0.7), updates, strict=True))
+    left, sizes, right = np.linalg.svd(mean)
+    np.testing.assert_allclose(change(merged), (left[:, :2] * sizes[:2]) @ right[:2], atol=2e-5)
+
+
+def test_clients_that_agree_get_what_they_sent() -> None:
+    for how in ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"):
+        merged = aggregate([update(0)] * 3, [5, 5, 5], CONFIG, how=how, density=1.0)
+        np.testing.assert_allclose(change(merged), change(update(0)), atol=2e-5)
+
+
+def test_what_does_not_combine_changes_is_refused() -> None:
+    for how in ("cat", "linear", "ties"):
+        with pytest.raises(RecipeError, match="give one of svd"):
+            aggregate([update(0)], [1], CONFIG, how=how)
+
+
+def test_the_budget_bounds_it() -> None:
+    with pytest.raises(BudgetError):
+        aggregate([update(0)], [1], CONFIG, memory=1 << 20)
+
+
+def test_a_client_with_other_arrays_is_found() -> None:
+    sent = update(0)
+    assert find_fault(update(1), sent) is None
+    assert find_fault({A: sent[A]}, sent) == "has other arrays than were sent"
+    assert "of [3, 6], not [2, 6]" in str(find_fault(update(1, rank=3), sent))
+    assert "as float64" in str(find_fault({A: sent[A].astype(np.float64), B: sent[B]}, sent))
+    assert "not finite" in str(find_fault({A: sent[A] * np.float32(np.nan), B: sent[B]}, sent))
+
+
+@pytest.mark.slow
+def test_the_simulation_learns() -> None:
+    pytest.importorskip("flwr")
+    pytest.importorskip("ray")
+    from tools.flower.simulation import simulate
+
+    errors = simulate("svd", rounds=2, clients=2)
+    assert len(errors) == 3
+    assert errors[2] < errors[1] < errors[0] / 2
