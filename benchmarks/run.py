@@ -12,6 +12,8 @@ benchmarks/run.py quality135         only when asked for: downloads a model of 9
 benchmarks/run.py barrier --torch PYTHON
                                      only when asked for: trains six small models by a Python with torch
 benchmarks/run.py delta              only when asked for: as quality135
+benchmarks/run.py boards card prediction
+                                     only when asked for: small boards; needs root and control groups
 benchmarks/run.py recipes --peers .venv-peers
                                      only when asked for: public recipes, by mergekit too
 benchmarks/run.py server MODEL.gguf --peers .venv-peers
@@ -32,12 +34,12 @@ from measure import run
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
-NAMES = ("benchmarks", "quality", "align", "scale", "delta")
+NAMES = ("benchmarks", "quality", "align", "scale", "delta", "boards")
 PAGES = [*(DOCS / f"{name}.md" for name in NAMES), HERE / "SPEED.md"]
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
 ALONE += ["memory", "scaling", "workers"]
 WHEN_ASKED = ["7b", "serve", "server", "llama", "recipes", "quality135", "methods", "barrier"]
-WHEN_ASKED += ["cluster", "delta"]
+WHEN_ASKED += ["cluster", "delta", "boards", "card", "prediction"]
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:
