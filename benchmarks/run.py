@@ -13,6 +13,8 @@ benchmarks/run.py barrier --torch PYTHON
                                      only when asked for: trains six small models by a Python with torch
 benchmarks/run.py delta              only when asked for: as quality135
 benchmarks/run.py fleet              only when asked for: as quality135, and needs root for network namespaces
+benchmarks/run.py boards card prediction
+                                     only when asked for: small boards; needs root and control groups
 benchmarks/run.py recipes --peers .venv-peers
                                      only when asked for: public recipes, by mergekit too
 benchmarks/run.py server MODEL.gguf --peers .venv-peers
@@ -33,12 +35,12 @@ from measure import run
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
-NAMES = ("benchmarks", "quality", "align", "scale", "delta", "fleet")
+NAMES = ("benchmarks", "quality", "align", "scale", "delta", "fleet", "boards")
 PAGES = [*(DOCS / f"{name}.md" for name in NAMES), HERE / "SPEED.md"]
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
 ALONE += ["memory", "scaling", "workers"]
 WHEN_ASKED = ["7b", "serve", "server", "llama", "recipes", "quality135", "methods", "barrier"]
-WHEN_ASKED += ["cluster", "delta", "fleet"]
+WHEN_ASKED += ["cluster", "delta", "fleet", "boards", "card", "prediction"]
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:

@@ -7,16 +7,32 @@ there the caller is told that it cannot be had. Needs root.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 BYTES_PER_SECOND = 20_000_000
 WRITES_PER_SECOND = 250
+SECTOR = 512  # bytes, of the kernel's counts
 THROTTLE = Path("/sys/fs/cgroup/blkio")
+
+
+@dataclass(frozen=True)
+class Card:
+    """A mounted card."""
+
+    folder: Path
+    device: str  # loop0
+
+    def written_bytes(self) -> int:
+        """Bytes that it was given to write so far, when all is written back."""
+        os.sync()
+        return int((Path("/sys/block") / self.device / "stat").read_text().split()[6]) * SECTOR
 
 
 class NoCard(Exception):
@@ -24,8 +40,8 @@ class NoCard(Exception):
 
 
 @contextmanager
-def slow_card(n_bytes: int, folder: Path, *, throttled: bool = True) -> Iterator[Path]:
-    """Give the folder of a mounted card of so many bytes, whose image lies in `folder`; all is removed.
+def slow_card(n_bytes: int, folder: Path, *, throttled: bool = True) -> Iterator[Card]:
+    """Give a mounted card of so many bytes, whose image lies in `folder`; all is removed.
 
     Raises
     ------
@@ -45,7 +61,7 @@ def slow_card(n_bytes: int, folder: Path, *, throttled: bool = True) -> Iterator
         _run("mount", device, mount)
         if throttled:
             _limit(device, BYTES_PER_SECOND, WRITES_PER_SECOND)
-        yield mount
+        yield Card(mount, Path(device).name)
     finally:
         if device:
             if throttled:

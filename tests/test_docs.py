@@ -28,7 +28,10 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 CHANGELOG = ROOT / "CHANGELOG.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 SPEED = ROOT / "benchmarks" / "SPEED.md"
-BENCHMARKS = [SPEED, *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "quality", "delta"))]
+BENCHMARKS = [
+    SPEED,
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "quality", "delta", "boards")),
+]
 FENCE = re.compile(r"^```.*?^```\n", re.MULTILINE | re.DOTALL)
 MAX_BYTES = 8192
 MAX_WORDS = 25  # of a sentence

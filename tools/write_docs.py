@@ -22,6 +22,8 @@ from edgemerge.formats.architectures import FAMILIES
 from edgemerge.formats.composite_families import VARIANTS
 from edgemerge.formats.hub.families import READERS
 from edgemerge.methods.documentation import methods_table, parameters_table
+from edgemerge.planning.boards import BOARDS, SOURCES
+from edgemerge.sizes import format_size
 from tools import scale_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,7 +111,21 @@ def _is_of(variant: str, model_type: str) -> bool:
     return variant.startswith(f"{model_type}+")
 
 
+def boards() -> str:
+    """Return a row per board that `plan --board` knows."""
+    header = ["`--board`", "board", "cores", "memory", "a core's time", "memory copied"]
+    header += ["storage read, written", "from"]
+    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    for name, rates in BOARDS.items():
+        cells = [f"`{name}`", rates.name, str(rates.cores), format_size(rates.memory)]
+        cells += [f"{rates.encode:g}x", f"{rates.copied / 1e9:g} GB/s"]
+        cells += [f"{rates.read / 1e6:g}, {rates.written / 1e6:g} MB/s", SOURCES[name]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 WRITERS: dict[str, Callable[[], str]] = {
+    "boards": boards,
     "commands": commands,
     "families": families,
     "methods": methods_table,
