@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter
+from pydantic import StrictBool
 
 from edgemerge.errors import EdgemergeError, VerificationError
 from edgemerge.runtime.engine.messages import Chat, Ended, Generation, Piece, Sampling
@@ -25,7 +26,9 @@ log = logging.getLogger(__name__)
 
 
 class ReloadRequest(Body):
-    """Which model; by default all."""
+    """Which model, by default all; and whether it must answer a question first."""
+
+    ask: StrictBool = True
 
 
 class Reloader:
@@ -46,8 +49,16 @@ class Reloader:
         self._read = read
         self._turn = asyncio.Lock()
 
-    async def reload(self, name: str) -> dict[str, Any]:
+    async def reload(self, name: str, *, asks: bool = True) -> dict[str, Any]:
         """Let a model's file of now answer; requests that run end with the old one.
+
+        Parameters
+        ----------
+        name : str
+            The model's.
+        asks : bool
+            Refuse a file that answers a simple question worse than the old one. To go back to a model
+            that is known, nothing is asked.
 
         Returns
         -------
@@ -61,7 +72,7 @@ class Reloader:
         """
         async with self._turn:
             before = next(state for state in self._models.states() if state.id == name)
-            new = await self._load(self._models.resolve(name))
+            new = await self._load(self._models.resolve(name), asks=asks)
             self._models.adopt(new)
         log.info("%s is reloaded", name)
         now = new.facts.fingerprint
@@ -75,7 +86,7 @@ class Reloader:
             except Refusal as refusal:
                 log.error("%s", refusal)
 
-    async def _load(self, old: ModelFile) -> Loaded:
+    async def _load(self, old: ModelFile, *, asks: bool) -> Loaded:
         try:
             new = await self._models.start(await self._read(old))
         except VerificationError as error:
@@ -85,7 +96,7 @@ class Reloader:
         except EdgemergeError as error:
             raise _refusal(old, "it does not load", error) from None
         try:
-            if (fault := await self._find_fault(new)) is not None:
+            if asks and (fault := await self._find_fault(new)) is not None:
                 raise _refusal(old, fault)
         except BaseException:
             await new.process.close()
@@ -162,4 +173,4 @@ def add_reload(router: APIRouter, reloader: Reloader, models: ModelStore) -> Non
     @router.post(RELOAD)
     async def reload(body: ReloadRequest) -> dict[str, Any]:
         names = [models.resolve(body.model).name] if body.model else models.loaded
-        return {"models": [await reloader.reload(name) for name in names]}
+        return {"models": [await reloader.reload(name, asks=body.ask) for name in names]}
