@@ -261,12 +261,16 @@ class Workshop:
             if before is None:
                 raise Refusal(409, "there is no earlier model to go back to")
             reason = "taken back on the page"
-            return await self._switch(before, partial(self.site.roll_back, reason))
+            return await self._switch(before, partial(self.site.roll_back, reason), asks=False)
 
-    async def _switch(self, model: str, note: Any) -> dict[str, Any]:
+    async def _switch(self, model: str, note: Any, *, asks: bool = True) -> dict[str, Any]:
         """Load the file of an id; `note` writes the switch down when it answers well."""
         return await self._reloader.replace(
-            self.name, self.site.model_path(model), note, then=self.site.current_path
+            self.name,
+            self.site.model_path(model),
+            note,
+            then=self.site.current_path,
+            asks=asks,
         )
 
     @contextmanager
