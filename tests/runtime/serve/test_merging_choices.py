@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from edgemerge.cli.tasks import read_tasks
 from edgemerge.merging.run import plan
 from edgemerge.methods.table import METHODS
 from edgemerge.recipe.recipe import load_recipe
@@ -22,7 +23,8 @@ from edgemerge.runtime.serve.merging.choices import (
     describe_methods,
     read_request,
 )
-from edgemerge.runtime.serve.merging.offers import Offers
+from edgemerge.runtime.serve.merging.compared import name_tasks
+from edgemerge.runtime.serve.merging.offers import Offer, Offers
 from tests.support.site_models import make_merge_folder
 
 Document = dict[str, Any]
@@ -179,3 +181,18 @@ def test_values_keep_their_kind(offers: Offers) -> None:
 def test_a_name_is_plain(name: str) -> None:
     with pytest.raises(ValidationError):
         MergeRequest.model_validate({"method": "ties", "models": [taken("x")], "name": name})
+
+
+def test_questions_of_a_comparison_have_names_that_eval_takes(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.jsonl" for i in range(5)]
+    names = ("a=b", "ward", "ward", "mmlu", "ward")
+    offers = [
+        Offer("", name, path, "questions", 0) for name, path in zip(names, paths, strict=True)
+    ]
+    named = name_tasks(offers)
+    assert list(named) == ["a-b", "ward", "ward 2", "mmlu 2", "ward 3"]
+    assert list(named.values()) == paths
+    texts = [f"{name}={path}" for name, path in named.items()]
+    for path in paths:
+        path.write_text('{"question": "x", "options": ["a", "b"], "answer": 0}\n')
+    assert [task.name for task in read_tasks(texts, None, [], None, 0)] == list(named)

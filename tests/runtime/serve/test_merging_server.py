@@ -212,9 +212,8 @@ def test_what_answers_badly_is_not_promoted(folder: Path, tmp_path: Path) -> Non
         leave_after_asking(server, "/admin/promote", {"model": other})
         wait_until(lambda: site.current_id() == other and fingerprint(server) != before)
         (site.models / f"{broken}.json").write_text("{}")
-        answer = server.get("/admin/models")
-        assert (answer.status, f"{broken}.json" in answer.error["message"]) == (409, True)
-        assert str(tmp_path) not in answer.error["message"]
+        told = server.get("/admin/models").json["site"]
+        assert {one["name"] for one in told["models"]} == {"base", "expert-a"}
 
 
 CHANGES = ("plan", "merge", "compare", "cancel", "promote", "rollback")

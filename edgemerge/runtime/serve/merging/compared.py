@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from edgemerge.runtime.evaluation.intervals import difference_interval
+from edgemerge.runtime.evaluation.questions import FORMATS
+from edgemerge.runtime.serve.merging.offers import Offer
 from edgemerge.site.record import Score
 
-__all__ = ["compare_tasks", "scores_of"]
+__all__ = ["compare_tasks", "name_tasks", "scores_of"]
+
+
+def name_tasks(files: Sequence[Offer]) -> dict[str, Path]:
+    """Give each file of questions a name for `edgemerge eval`: none twice, none that means a benchmark."""
+    named: dict[str, Path] = {}
+    for file in files:
+        name = file.name.replace("=", "-")
+        number = 2 if name in named or name in FORMATS else 1
+        while number > 1 and f"{name} {number}" in named:
+            number += 1
+        named[name if number == 1 else f"{name} {number}"] = file.path
+    return named
 
 
 def compare_tasks(document: Mapping[str, Any], first: str, second: str) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from edgemerge.runtime.serve.errors import BUSY, SERVER, Refusal
 from edgemerge.runtime.serve.merging.adopting import adopt_start
 from edgemerge.runtime.serve.merging.child import digest_files, run_command
 from edgemerge.runtime.serve.merging.choices import MergeRequest, PlanRequest, Wanted, read_request
-from edgemerge.runtime.serve.merging.compared import compare_tasks, scores_of
+from edgemerge.runtime.serve.merging.compared import compare_tasks, name_tasks, scores_of
 from edgemerge.runtime.serve.merging.job import Job, Jobs
 from edgemerge.runtime.serve.merging.offers import Offers
 from edgemerge.runtime.serve.merging.pace import estimate_seconds
@@ -177,7 +177,7 @@ class Workshop:
             raise Refusal(400, f"choose 1 to {_MAX_QUESTIONS} files of questions")
         files = [self.offers.take(key, ("questions",)) for key in dict.fromkeys(questions)]
         title = f"{shown_name(record)} and the model that serves"
-        tasks = {offer.name: offer.path for offer in files}
+        tasks = name_tasks(files)
         return self.jobs.start("compare", title, partial(self._compare, model, tasks))
 
     async def _compare(self, model: str, tasks: dict[str, Path], job: Job) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class Workshop:
         threads = max(1, len(os.sched_getaffinity(0)) // 2)
         options = ["--ctx", str(file.n_ctx), "--threads", str(threads)]
         for name, path in tasks.items():
-            options += ["--task", f"{name}={path}"]
+            options.append(f"--task={name}={path}")
         with reserved(self.models, file.need):
             document = await run_command(["eval", str(first), str(second), *options], job.look)
         rows = compare_tasks(document, str(first), str(second))

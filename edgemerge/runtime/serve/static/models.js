@@ -161,7 +161,7 @@ function modelCard(model, mayChange, questions) {
   const serves = model.id === all.site.current;
   const buttons = [];
   if (mayChange && serves && all.site.previous) {
-    const name = all.site.names[all.site.previous];
+    const name = all.site.names[all.site.previous] ?? all.site.previous;
     buttons.push(button(`Roll back to ${name}`, (node) => change(node, "/admin/rollback", {})));
   }
   if (mayChange && !serves) {
