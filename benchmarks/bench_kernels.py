@@ -17,29 +17,26 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from charts import COLOURS, INK, SOFT, new_figure, save
 from measure import machine, table
+from merge_calls import N_MODELS, merge_calls
 from numpy.typing import NDArray
 
 from edgemerge.budget import Arena
 from edgemerge.formats.gguf.types import GGML_TYPES
 from edgemerge.formats.quants.codec import CODECS, Codec
-from edgemerge.methods.blocks import ELECTION_TILE, RANK_BINS, SUM_LANES
-from edgemerge.native import KernelFile
+from edgemerge.native import load_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.support import ggml_oracle
 
-dare, della, gram, linear = (KernelFile(name) for name in ("dare", "della", "gram", "linear"))
-norms, select, ties = (KernelFile(name) for name in ("norms", "select", "ties"))
-
 FIGURE = Path(__file__).with_name("figures") / "kernels.png"
 N_ROWS, N_COLS = 256, 4096
 N = N_ROWS * N_COLS
-N_MODELS = 3
 REPEATS = 7
 SHORT = 0.02  # seconds; what takes less is repeated more often
 
@@ -140,65 +137,23 @@ def gguf_works(
 
 
 def merge_works() -> dict[str, tuple[Work, int]]:
-    """What merges call most, and the bytes that it reads and writes.
-
-    Numbers stay what they are, or near: kernels that overwrite their input have weights of one, or
-    little to add.
-    """
-    rng = np.random.default_rng(1)
-    models = rng.standard_normal((N_MODELS, N)).astype(np.float32)
-    changes, votes, base = models.copy(), models.copy(), models[0].copy()
-    x, y, z = models[1].copy(), models[2].copy(), models[2].copy()
-    high, low = np.zeros(2**15, np.uint32), np.zeros(2**16, np.uint32)
-    ones, third = np.ones(N_MODELS, np.float32), np.full(N_MODELS, 1 / N_MODELS, np.float32)
-    tiles, tied = np.empty((3, ELECTION_TILE), np.float32), np.empty(2, np.int64)
-    ranks = np.empty(5 * N_COLS + RANK_BINS + 1, np.uint32)
-    lanes, sums, dots = np.empty(SUM_LANES), np.empty((N_ROWS, 1)), np.empty((N_ROWS, 3))
-    grams, count = np.empty((N_ROWS, N_MODELS, N_MODELS)), np.empty(1, np.int64)
-    factors = np.full((N_ROWS, N_MODELS), 1 / N_MODELS, np.float32)
-    middle, largest = int(np.float32(0.7).view(np.int32)), int(np.float32(9).view(np.int32))
-    key, nothing = np.uint64(12345), np.uint64(2**24)  # is dropped
-    all_models, one = models.nbytes, x.nbytes
+    """What merges call most, and the bytes that it reads and writes."""
+    calls = merge_calls(N_ROWS, N_COLS)
+    works: dict[str, tuple[Work, int]] = {
+        name: (partial(load_kernel(*name.split(".")), *call.arguments), call.n_bytes)
+        for name, call in calls.items()
+    }
+    dropping = "della.drop_by_rank"
+    drop, n_bytes = works[dropping]
+    z = calls[dropping].arguments[-1]
+    source = z.copy()
 
     def drop_by_rank() -> None:
-        np.copyto(z, x)
-        della.drop_by_rank(key, key, N_COLS, 0.5, 0.1, False, ranks, z)
+        np.copyto(z, source)
+        drop()
 
-    return {
-        "linear.weighted_sum": (
-            lambda: linear.weighted_sum(third, models),
-            all_models + one,
-        ),
-        "linear.add_changes": (
-            lambda: linear.add_changes(third, 0.01, changes, 0x7F800000, count, base),
-            all_models + 3 * one,
-        ),
-        "gram.combine_rows": (
-            lambda: gram.combine_rows(factors, N_COLS, models),
-            all_models + one,
-        ),
-        "linear.add_deltas": (
-            lambda: linear.add_deltas(third, ones, 0.01, changes, base),
-            all_models + 3 * one,
-        ),
-        "ties.elect": (
-            lambda: ties.elect(ones, ones, True, 0.0, tiles, votes, base),
-            2 * all_models + 2 * one,
-        ),
-        "select.count_high": (lambda: select.count_high(x, high), one),
-        "select.count_low": (lambda: select.count_low(x, middle >> 16, low), one),
-        "select.count_ties": (lambda: select.count_ties(middle, largest, x, tied), one),
-        "select.keep_between": (lambda: select.keep_between(0, largest, y), 2 * one),
-        "dare.drop_random": (lambda: dare.drop_random(key, key, nothing, y), 2 * one),
-        "della.drop_by_rank": (
-            drop_by_rank,
-            4 * one,
-        ),
-        "norms.row_norms": (lambda: norms.row_norms(x, N_COLS, 0, lanes, sums), one),
-        "norms.count_overflows": (lambda: norms.count_overflows(x, 0x7F800000, count), one),
-        "gram.row_dots": (lambda: gram.row_dots(x, y, N_COLS, lanes, dots), 2 * one),
-        "gram.row_grams": (lambda: gram.row_grams(models, N_COLS, lanes, grams), all_models),
-    }
+    works[dropping] = (drop_by_rank, n_bytes + 2 * z.nbytes)
+    return works
 
 
 def merge_figures() -> list[Row]:

@@ -1,11 +1,14 @@
 """F16 and BF16, the two 16-bit floats of ggml, as uint16 bit patterns.
 
-Written with integers and exact float32 products only: Numba has no float16, and LLVM's own
-conversion calls a routine that is missing on x86 cores without F16C, where Numba then crashes.
+AArch64 has instructions that convert halves. Elsewhere integers and exact float32 products do it: Numba has
+no float16, and LLVM's own conversion calls a routine that is missing on x86 cores without F16C, where Numba
+then crashes.
 """
 
 import numpy as np
 from numba import njit
+
+from edgemerge.kernels.arm64 import is_arm64, to_half, widen_half
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -19,6 +22,10 @@ def decode_f16(bits_u16, out_f32):
     out_f32 : (n,) float32
         written
     """
+    if is_arm64():
+        for i in range(bits_u16.size):
+            out_f32[i] = widen_half(bits_u16[i])
+        return
     for i in range(bits_u16.size):
         bits = np.uint32(bits_u16[i])
         sign = np.uint32((bits & 0x8000) << 16)
@@ -42,6 +49,10 @@ def encode_f16(x_f32, out_u16):
     out_u16 : (n,) uint16
         written; bit patterns
     """
+    if is_arm64():
+        for i in range(x_f32.size):
+            out_u16[i] = to_half(x_f32[i])
+        return
     for i in range(x_f32.size):
         bits = np.uint32(np.float32(x_f32[i]).view(np.uint32))
         magnitude = np.uint32(bits & 0x7FFFFFFF)

@@ -19,12 +19,25 @@ def subtract(base_f32, x_f32, n_overflows_i64):
     n_overflows_i64 : (1,) int64
         written: differences that are infinite or no number, which cost nothing to count here
     """
-    bits = x_f32.view(np.uint32)
+    n = x_f32.size
     count = 0
-    for i in range(x_f32.size):
-        x_f32[i] -= base_f32[i]
-        count += np.int64((bits[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
+    for start in range(0, n, TILE):
+        stop = min(start + TILE, n)
+        count += _subtract(base_f32[start:stop], x_f32[start:stop])
     n_overflows_i64[0] = count
+
+
+@njit(cache=True, nogil=True)
+def _subtract(base, x):
+    # Counts in 32 bits, as wide as the numbers: a tile has fewer. What is stored is not loaded again, which
+    # would be an order that LLVM has to keep.
+    count = np.int32(0)
+    for i in range(x.size):
+        difference = np.float32(x[i] - base[i])
+        bits = np.float32(difference).view(np.uint32) & np.uint32(0x7F800000)
+        count = np.int32(count + np.int32(bits == np.uint32(0x7F800000)))
+        x[i] = difference
+    return count
 
 
 @njit(cache=True, nogil=True)

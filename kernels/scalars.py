@@ -3,6 +3,8 @@
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.arm64 import is_arm64, to_half, widen_half
+
 LANES = (
     32  # partial sums of a row: several vectors, so that no addition waits for the one before it
 )
@@ -12,6 +14,8 @@ LANES = (
 def half_to_float(low, high):
     """Widen the binary16 of two bytes, the lower first; its two branches are explained in half.py."""
     bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
+    if is_arm64():
+        return widen_half(np.uint16(bits))
     magnitude = np.uint32(bits & 0x7FFF)
     normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
     normal = np.float32(normal * np.float32(2.0**-112))
@@ -23,6 +27,8 @@ def half_to_float(low, high):
 @njit(cache=True, nogil=True, error_model="numpy")
 def float_to_half(x):
     """Round a float32 to the bits of a binary16, as encode_f16 of half.py does."""
+    if is_arm64():
+        return np.uint32(to_half(x))
     bits = np.uint32(np.float32(x).view(np.uint32))
     magnitude = np.uint32(bits & 0x7FFFFFFF)
     value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
@@ -63,9 +69,11 @@ def dot(left, right, lanes):
     for k in range(LANES):
         lanes[k] = 0.0
     for i in range(0, whole, LANES):
-        a = left[i : i + LANES]  # slices, whose indices LLVM sees not to be negative
+        # Slices, whose indices LLVM sees not to be negative, and a length that it does not know: else it
+        # unrolls the loop before it tries to vectorise, and finds nothing on NEON.
+        a = left[i : i + LANES]
         b = right[i : i + LANES]
-        for k in range(LANES):
+        for k in range(lanes.size):
             lanes[k] += np.float64(a[k]) * np.float64(b[k])
     a = left[whole:]
     b = right[whole:]

@@ -42,12 +42,14 @@ def elect(weights_f32, scales_f32, normalize, scale, scratch_f32, delta_f32, bas
         divisor = scratch_f32[2, :size]
         for k in range(n_models):
             _vote(weights_f32[k], scales_f32[k], k == 0, delta_f32[k, start : start + size], vote)
-        if normalize:
-            for k in range(n_models):
-                delta = delta_f32[k, start : start + size]
-                _add_weights(weights_f32[k], k == 0, vote, delta, divisor)
+        for i in range(size):
+            vote[i] = _sign(vote[i])
         for k in range(n_models):
-            _add_agreeing(k == 0, vote, delta_f32[k, start : start + size], total)
+            delta = delta_f32[k, start : start + size]
+            if normalize:
+                _add_weighted(weights_f32[k], k == 0, vote, delta, total, divisor)
+            else:
+                _add_agreeing(k == 0, vote, delta, total)
         if normalize:
             for i in range(size):
                 by = divisor[i] if abs(divisor[i]) >= np.float32(1e-8) else np.float32(1.0)
@@ -66,8 +68,8 @@ def _elect_of_two(weights, scales, normalize, factor, delta, base):
     for i in range(base.size):
         d_0 = np.float32(w_0 * np.float32(s_0 * first[i]))
         d_1 = np.float32(w_1 * np.float32(s_1 * second[i]))
-        vote = np.float32(d_0 + d_1)
-        has_0, has_1 = _agrees(d_0, vote), _agrees(d_1, vote)
+        sign = _sign(np.float32(d_0 + d_1))
+        has_0, has_1 = _agrees(d_0, sign), _agrees(d_1, sign)
         total = np.float32((d_0 if has_0 else zero) + (d_1 if has_1 else zero))
         if normalize:
             divisor = np.float32((w_0 if has_0 else zero) + (w_1 if has_1 else zero))
@@ -90,25 +92,36 @@ def _vote(weight, scale, is_first, delta, vote):
 
 
 @njit(cache=True, nogil=True)
-def _agrees(delta, vote):
-    return (delta > np.float32(0.0)) if vote >= np.float32(0.0) else (delta < np.float32(0.0))
+def _sign(vote):
+    return np.float32(1.0) if vote >= np.float32(0.0) else np.float32(-1.0)
 
 
 @njit(cache=True, nogil=True)
-def _add_weights(weight, is_first, vote, delta, divisor):
-    if is_first:
-        for i in range(vote.size):
-            divisor[i] = weight if _agrees(delta[i], vote[i]) else np.float32(0.0)
-    else:
-        for i in range(vote.size):
-            divisor[i] += weight if _agrees(delta[i], vote[i]) else np.float32(0.0)
+def _agrees(delta, sign):
+    # One product and one comparison: two comparisons and a choice take NEON six times as many instructions.
+    return np.float32(sign * delta) > np.float32(0.0)
 
 
 @njit(cache=True, nogil=True)
-def _add_agreeing(is_first, vote, delta, total):
+def _add_weighted(weight, is_first, signs, delta, total, divisor):
+    zero = np.float32(0.0)
     if is_first:
-        for i in range(vote.size):
-            total[i] = delta[i] if _agrees(delta[i], vote[i]) else np.float32(0.0)
+        for i in range(signs.size):
+            agrees = _agrees(delta[i], signs[i])
+            total[i] = delta[i] if agrees else zero
+            divisor[i] = weight if agrees else zero
     else:
-        for i in range(vote.size):
-            total[i] += delta[i] if _agrees(delta[i], vote[i]) else np.float32(0.0)
+        for i in range(signs.size):
+            agrees = _agrees(delta[i], signs[i])
+            total[i] += delta[i] if agrees else zero
+            divisor[i] += weight if agrees else zero
+
+
+@njit(cache=True, nogil=True)
+def _add_agreeing(is_first, signs, delta, total):
+    if is_first:
+        for i in range(signs.size):
+            total[i] = delta[i] if _agrees(delta[i], signs[i]) else np.float32(0.0)
+    else:
+        for i in range(signs.size):
+            total[i] += delta[i] if _agrees(delta[i], signs[i]) else np.float32(0.0)
