@@ -48,7 +48,7 @@ class Variant:
 
 
 # Best first. LLVM uses half of AVX-512's width for x86-64-v4, which pays on the first processors that had it.
-# Those with VBMI2 are faster with whole vectors (`compiler`), and the others run x86-64-v3's code as fast.
+# Those with VBMI2 are faster with whole vectors (`compiler`); the others take the code of x86-64-v3.
 VARIANTS = {
     "x86_64": (
         Variant("x86-64-v4", "x86-64-v4", "+pclmul,-prefer-256-bit", _V4 | {"avx512_vbmi2"}),
