@@ -50,7 +50,6 @@ def merges(work: Path) -> dict[str, tuple[Merge, list[Path]]]:
             [base, *adapters],
         ),
         "3 of 1.1B, task_arithmetic": (Merge.of("task_arithmetic", big, "Q4_K_M"), big),
-        "3 of 1.1B, ties": (Merge.of("ties", big, "Q4_K_M", {"density": 0.5}), big),
     }
 
 
