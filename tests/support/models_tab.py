@@ -18,7 +18,7 @@ TASK = {
     "p": 0.0022,
 }
 WORSE = TASK | {"task": "general", "difference": -0.1, "low": -0.16, "high": -0.04, "p": 0.0001}
-UNSURE = TASK | {"task": "dose", "difference": 0.0, "low": -0.06, "high": 0.06, "p": 1.0}
+UNSURE = TASK | {"task": "dose", "low": 0.003, "high": 0.2, "p": 0.065}
 
 
 def record(number: str, name: str, **more: Any) -> dict[str, Any]:

@@ -25,7 +25,8 @@ export function showComparison(compared, names) {
   );
 }
 
+/** A difference is sure where both the interval and the test, which is exact, say so. */
 function verdict(task) {
-  if (task.low > 0) return "better";
-  return task.high < 0 ? "worse" : "no sure difference";
+  if (task.p >= 0.05 || (task.low <= 0 && task.high >= 0)) return "no sure difference";
+  return task.low > 0 ? "better" : "worse";
 }

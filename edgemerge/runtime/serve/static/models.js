@@ -22,7 +22,7 @@ const parts = {
 const work = new Work({ ended: refresh, failed: fail });
 const chosen = new Set(); // keys of the questions to compare with
 const seen = new Set(); // and of all that were to be chosen so far
-box.append(parts.notice, work.node, parts.served, parts.models, parts.merging, parts.log);
+box.replaceChildren(parts.notice, work.node, parts.served, parts.models, parts.merging, parts.log);
 
 export function open() {
   if (isOpen) return;

@@ -25,7 +25,12 @@ async function show() {
   if (isModels) $("workshop").before($("unlock"));
   else $("composer").before($("unlock"));
   if (!isModels && !page) return;
-  page ??= await import("./models.js");
+  try {
+    page ??= await import("./models.js");
+  } catch { // the server went away meanwhile, or this page does
+    $("workshop").textContent = "The server does not answer; go to Chat and come back to try again.";
+    return;
+  }
   if (location.hash === MODELS) page.open();
   else page.close();
 }
