@@ -22,7 +22,7 @@ from measure import CACHE, EDGEMERGE, ROOT, finish, run, table
 
 from edgemerge.finding.packaged import SMOLLM2, fetch_packaged, find_packaged
 
-SPARING = ["--lazy-unpickle", "--low-cpu-memory", "--num-threads", "1", "--random-seed", "0"]
+SPARING = ["--lazy-unpickle", "--num-threads", "1", "--random-seed", "0"]
 TITLES = {"512": "SmolLM2 and two experts", "2048": "three of 1.1B"}
 
 

@@ -40,7 +40,7 @@ PAGES = [*(DOCS / f"{name}.md" for name in NAMES), HERE / "SPEED.md"]
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
 ALONE += ["memory", "scaling", "workers"]
 WHEN_ASKED = ["7b", "serve", "server", "llama", "recipes", "quality135", "methods", "barrier"]
-WHEN_ASKED += ["cluster", "delta", "fleet", "boards", "card", "prediction"]
+WHEN_ASKED += ["cluster", "delta", "fleet", "boards", "card", "limits", "prediction"]
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:
