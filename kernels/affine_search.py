@@ -51,12 +51,55 @@ def scale_and_minimum(packed, j):
     """
     # The upper two bits of the last four stand above the first four.
     if j < 4:
-        scale = packed[j] & 63
-        minimum = packed[j + 4] & 63
+        scale = np.int32(packed[j] & 63)
+        minimum = np.int32(packed[j + 4] & 63)
     else:
-        scale = packed[j + 4] & 15 | packed[j - 4] >> 6 << 4
-        minimum = packed[j + 4] >> 4 | packed[j] >> 6 << 4
-    return np.float32(np.int32(scale)), np.float32(np.int32(minimum))
+        scale = np.int32(packed[j + 4] & 15 | packed[j - 4] >> 6 << 4)
+        minimum = np.int32(packed[j + 4] >> 4 | packed[j] >> 6 << 4)
+    return np.float32(scale), np.float32(minimum)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def all_scales_and_minima(head):
+    """Return d, dmin, and what `scale_and_minimum` gives of all sub-blocks, packed four to a word.
+
+    Parameters
+    ----------
+    head : (>= 16,) uint8
+        of a block: d, dmin, scales and minima
+
+    Returns
+    -------
+    d, dmin : float32
+    scales, minima : uint32
+        of sub-blocks 0 to 3, a byte each
+    more_scales, more_minima : uint32
+        of sub-blocks 4 to 7
+    """
+    first, second, third = _word(head[4:8]), _word(head[8:12]), _word(head[12:16])
+    scales = np.uint32(first & np.uint32(0x3F3F3F3F))
+    minima = np.uint32(second & np.uint32(0x3F3F3F3F))
+    upper = np.uint32(np.uint32(first >> np.uint32(2)) & np.uint32(0x30303030))
+    more_scales = np.uint32(np.uint32(third & np.uint32(0x0F0F0F0F)) | upper)
+    upper = np.uint32(np.uint32(second >> np.uint32(2)) & np.uint32(0x30303030))
+    lower = np.uint32(np.uint32(third >> np.uint32(4)) & np.uint32(0x0F0F0F0F))
+    more_minima = np.uint32(lower | upper)
+    d, dmin = half_to_float(head[0], head[1]), half_to_float(head[2], head[3])
+    return d, dmin, scales, minima, more_scales, more_minima
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _word(four):
+    low = np.uint32(np.uint32(four[0]) | np.uint32(np.uint32(four[1]) << np.uint32(8)))
+    high = np.uint32(np.uint32(four[2]) | np.uint32(np.uint32(four[3]) << np.uint32(8)))
+    return np.uint32(low | np.uint32(high << np.uint32(16)))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def times_byte(d, word, j):
+    """Return d times byte j of a word, as float32."""
+    byte = np.uint32(np.uint32(word >> np.uint32(8 * j)) & np.uint32(255))
+    return np.float32(d * np.float32(np.int32(byte)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -102,7 +145,7 @@ def _level(v, top):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _regular_level(v, top):
     # The same for 0 <= v < LIMIT, without leaving float.
-    level = np.float32(np.float32(v + np.float32(12582912.0)) - np.float32(12582912.0))
+    level = np.float32(np.rint(v))
     return level if level < top else top
 
 
@@ -160,12 +203,12 @@ def _project(tile, weights, quants, state, divisor, top):
         state[SUM_L2 + lane] = np.float32(0.0)
         state[SUM_XL + lane] = np.float32(0.0)
         n_regular = np.int32(n_regular + np.int32(_is_regular(state, lane)))
-    for i in range(0, 32, 8):
+    for i in range(0, 32, 4):  # of eight a turn the 16 registers of AVX2 spill
         for lane in range(LANES):
             sum_l = state[SUM_L + lane]
             sum_l2 = state[SUM_L2 + lane]
             sum_xl = state[SUM_XL + lane]
-            for k in range(8):
+            for k in range(4):
                 x = tile[(i + k) * LANES + lane]
                 w = weights[(i + k) * LANES + lane]
                 smallest = state[SMALLEST + lane]
@@ -254,19 +297,33 @@ def keep_better(state, is_first):
     Parameters
     ----------
     state : (17 * LANES,) float32
-        the best fit is overwritten where the candidate is better
+        the best fit is overwritten where the candidate is better, SUM_L everywhere
     is_first : bool
         whether there is no fit yet
     """
+    # By masks that are read back from a row which is free by now. Where a row chooses between itself
+    # and another LLVM stores under a mask, which takes AMD's processors with AVX2 a dozen cycles.
     for lane in range(LANES):
         better = is_first or state[NEW_ERROR + lane] < state[ERROR + lane]
-        smallest = state[SMALLEST + lane]
-        inverse = state[INVERSE + lane]
-        state[FIT_INVERSE + lane] = inverse if better else state[FIT_INVERSE + lane]
-        state[FIT_MIN + lane] = smallest if better else state[FIT_MIN + lane]
-        state[SMALLEST + lane] = state[NEW_MIN + lane] if better else smallest
-        state[SCALE + lane] = state[NEW_SCALE + lane] if better else state[SCALE + lane]
+        mask = np.int32(-np.int32(better))
+        state[SUM_L + lane] = np.int32(mask).view(np.float32)
         state[ERROR + lane] = state[NEW_ERROR + lane] if better else state[ERROR + lane]
+    for lane in range(LANES):
+        mask = state[SUM_L + lane]
+        smallest = state[SMALLEST + lane]
+        state[FIT_INVERSE + lane] = _choose(mask, state[INVERSE + lane], state[FIT_INVERSE + lane])
+        state[FIT_MIN + lane] = _choose(mask, smallest, state[FIT_MIN + lane])
+        state[SMALLEST + lane] = _choose(mask, state[NEW_MIN + lane], smallest)
+        state[SCALE + lane] = _choose(mask, state[NEW_SCALE + lane], state[SCALE + lane])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _choose(mask, x, y):
+    # x where the mask's bits are set, else y.
+    mask_bits = np.float32(mask).view(np.int32)
+    x_bits = np.int32(np.float32(x).view(np.int32) & mask_bits)
+    y_bits = np.int32(np.float32(y).view(np.int32) & ~mask_bits)
+    return np.int32(x_bits | y_bits).view(np.float32)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -62,11 +62,24 @@ def encode_q4_1(x_f32, out_u8):
         x = x_f32[32 * i : 32 * i + 32]
         block = out_u8[20 * i : 20 * i + 20]
         quants = block[4:]
-        smallest = x[0]
-        largest = x[0]
-        for j in range(1, 32):
-            smallest = x[j] if x[j] < smallest else smallest
-            largest = x[j] if x[j] > largest else largest
+        # As integers of the same order, as LLVM vectorises no float minimum.
+        low_key = np.int32(0x7FFFFFFF)
+        high_key = np.int32(-0x80000000)
+        for j in range(x.size):
+            key = np.float32(x[j]).view(np.int32)
+            key = np.int32(key ^ np.int32(np.int32(key >> 31) & np.int32(0x7FFFFFFF)))
+            low_key = min(low_key, key)
+            high_key = max(high_key, key)
+        low_key = np.int32(low_key ^ np.int32(np.int32(low_key >> 31) & np.int32(0x7FFFFFFF)))
+        high_key = np.int32(high_key ^ np.int32(np.int32(high_key >> 31) & np.int32(0x7FFFFFFF)))
+        smallest = np.int32(low_key).view(np.float32)
+        largest = np.int32(high_key).view(np.float32)
+        if smallest == 0 or largest == 0:  # of zeros with both signs ggml takes the first
+            smallest = x[0]
+            largest = x[0]
+            for j in range(1, 32):
+                smallest = x[j] if x[j] < smallest else smallest
+                largest = x[j] if x[j] > largest else largest
         d = np.float32((largest - smallest) / np.float32(15.0))
         scale = np.float32(np.float32(1.0) / d) if d != 0 else np.float32(0.0)
         half = float_to_half(d)

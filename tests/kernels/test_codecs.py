@@ -168,6 +168,17 @@ def test_any_block_encodes_as_its_twin(name: str, x: NDArray[np.float32]) -> Non
     assert got.tolist() == want.tolist()
 
 
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_1"])
+@pytest.mark.parametrize("zeros", [(0.0, -0.0), (-0.0, 0.0)])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_of_zeros_with_both_signs_the_first_is_the_extreme(
+    name: str, zeros: tuple[float, float], sign: float
+) -> None:
+    x = sign * np.tile(np.arange(1, 33, dtype=np.float32), 8)
+    x[5::32], x[20::32] = zeros
+    assert encode(CODECS[name], x).tolist() == twin("encode", name)(x).tolist()
+
+
 @pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "Q5_K"])
 def test_sub_blocks_of_almost_one_value_are_the_twins(name: str) -> None:
     """The spread of what the search takes for a minimum may vanish, and the quants with it."""
