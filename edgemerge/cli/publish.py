@@ -140,9 +140,13 @@ def publish_command(
         ),
     ] = None,
     root_expires: Annotated[
-        str,
-        typer.Option("--root-expires", metavar="DAYS", help="How long readers take the root."),
-    ] = "730d",
+        str | None,
+        typer.Option(
+            "--root-expires",
+            metavar="DAYS",
+            help="With --init or --rotate: how long readers take the root [default: 730d].",
+        ),
+    ] = None,
     trust: Annotated[
         Path | None,
         typer.Option(
@@ -164,16 +168,28 @@ def publish_command(
         "--remove": remove,
         "FILE": file,
     }
+    of_file: dict[str, Any] = {"--name": name, "--version": version, "--licence": licence}
+    of_file |= {"--base": base, "--scores": scores}
+    of_roots: dict[str, Any] = {
+        "--root-key": root_key,
+        "--publisher": publisher,
+        "--refresher": refresher,
+    }
+    of_roots |= {"--threshold": threshold, "--root-threshold": root_threshold}
+    of_roots |= {"--root-expires": root_expires}
     given = [word for word, value in asks.items() if value]
     if len(given) != 1:
         raise typer.BadParameter(f"give one of {', '.join(asks)}")
+    _check_belongs(of_file, "FILE", given)
+    _check_belongs(of_roots, "--init and --rotate", given)
+    _check_belongs({"--new-root-key": new_root_key, "--retire": retire}, "--rotate", given)
     if file is not None and (name is None or version is None):
         raise typer.BadParameter("give --name and --version of the file")
-    if (init or rotate) != bool(root_key):
-        raise typer.BadParameter("--root-key belongs to --init and --rotate")
+    if (init or rotate) and not root_key:
+        raise typer.BadParameter("give the --root-key")
     if not key and not init:
         raise typer.BadParameter("give the publisher's --key")
-    lasts, root_lasts = _days(expires, "--expires"), _days(root_expires, "--root-expires")
+    lasts, root_lasts = _days(expires, "--expires"), _days(root_expires or "730d", "--root-expires")
     require_tuf()
     from edgemerge.fleet.registry.folder import RegistryFolder
     from edgemerge.fleet.registry.keys import read_publishers, read_signers
@@ -199,28 +215,31 @@ def publish_command(
     else:
         document = _change(folder, remove)
     document |= {"registry": str(registry), "expires": folder.until.isoformat()}
+    if folder.root_until is not None:
+        document["root_expires"] = folder.root_until.isoformat()
     if json_:
         print_json(document)
     else:
         _print(document)
 
 
+def _check_belongs(options: dict[str, Any], to: str, given: list[str]) -> None:
+    """Refuse options that would be without effect."""
+    for option, value in options.items():
+        if value is not None and given[0] not in to:
+            raise typer.BadParameter(f"{option} belongs to {to}")
+
+
 def _make_root(folder: RegistryFolder, keys: Keys, *, init: bool) -> dict[str, Any]:
     from edgemerge.fleet.registry.roots import create, rotate
 
-    if init:
-        return {
-            "did": "init",
-            "root": str(create(folder, keys)),
-            "root_expires": _until(folder, keys),
-        }
-    root = rotate(folder, keys)
-    path = folder.metadata / f"{root.version}.root.json"
-    return {"did": "rotate", "root": str(path), "root_expires": _until(folder, keys)}
-
-
-def _until(folder: RegistryFolder, keys: Keys) -> str:
-    return (folder.now + keys.lasts).isoformat()
+    path = create(folder, keys) if init else rotate(folder, keys)
+    until = folder.now + keys.lasts
+    return {
+        "did": "init" if init else "rotate",
+        "root": str(path),
+        "root_expires": until.isoformat(),
+    }
 
 
 def _publish(
@@ -294,3 +313,8 @@ def _print(document: dict[str, Any]) -> None:
         case "refresh":
             print(f"{registry}  signed anew")
     print(f"  readers take the index until {until}; before that, publish --refresh")
+    if document["root_expires"] < document["expires"]:
+        root_until = document["root_expires"][:10]
+        print(
+            f"note: readers take the root until {root_until} alone; renew it with publish --rotate"
+        )

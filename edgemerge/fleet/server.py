@@ -78,8 +78,13 @@ class Server:
         """Where it is."""
         return self._place.address
 
-    def reload(self) -> None:
+    def reload(self, *, asks: bool = True) -> None:
         """Let the file of now answer; requests that run end with the old one.
+
+        Parameters
+        ----------
+        asks : bool
+            Whether the server refuses a file that answers a simple question worse than the old one.
 
         Raises
         ------
@@ -87,7 +92,7 @@ class Server:
             It is not there, or does not take the file; the old one goes on.
         """
         named = {} if self._place.model is None else {"model": self._place.model}
-        self._send(RELOAD, named, RELOAD_SECONDS)
+        self._send(RELOAD, {**named, "ask": asks}, RELOAD_SECONDS)
 
     def ask(self, question: str, *, is_chat: bool) -> Reply:
         """Ask the model that serves, at temperature 0.

@@ -115,12 +115,12 @@ class Switch:
             self._report.failures.append(str(error))
             return None
 
-    def reload(self) -> str | None:
+    def reload(self, *, asks: bool) -> str | None:
         """Let the server take the file of now; return why it does not. Without a server, nothing happens."""
         if self._server is None:
             return None
         try:
-            self._server.reload()
+            self._server.reload(asks=asks)
         except ServerSilence:
             self._report.failures.append(NO_SERVER)
         except ServerRefusal as refusal:
@@ -153,7 +153,7 @@ class Switch:
             self.end("unchanged", "another model was chosen while the update was cut off", trying)
             return
         with self.timed("watch"):
-            fault = self.reload()
+            fault = self.reload(asks=True)
             if fault is None:
                 fault = self._find_fault(trying)
         self._report.tried = self._folder.record(trying["id"])
@@ -183,7 +183,7 @@ class Switch:
     def _roll_back(self, trying: Trying) -> None:
         with self.timed("roll_back"):
             self._folder.roll_back(trying["reason"], trying["id"])
-            fault = self.reload()
+            fault = self.reload(asks=False)  # it served before, so it is taken as it is
         if fault is not None:
             self._report.failures.append(f"the server did not take the earlier model: {fault}")
         self._report.tried = self._folder.record(trying["id"])

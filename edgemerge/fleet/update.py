@@ -133,9 +133,8 @@ class Update:
         if settled["outcome"] == "promoted" and not self._folder.current_path.is_file():
             return False
         self._report.outcome = "unchanged"
-        self._report.reason = (
-            f"nothing changed since {settled['time']} ({settled['outcome']}: {settled['reason']})"
-        )
+        then = f"then {settled['outcome']}: {settled['reason']}"
+        self._report.reason = f"nothing changed since {settled['time']}; {then}"
         self._log("unchanged", digest=declared.digest)
         self._report.finish(self._folder, self._site.reports)
         return True

@@ -104,6 +104,23 @@ def test_the_life_of_a_registry() -> None:
     assert "may not sign here" in run("publish registry --refresh --key publisher.pem", code=1)
     assert run_json("publish registry --refresh --key new.pem")["did"] == "refresh"
     assert run_json(f"{fetch} ward")["version"] == "1"
+    said = run("publish registry --refresh --key new.pem --expires 900d")
+    assert "note: readers take the root until " in said
+
+
+def test_an_interrupted_fetch_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgemerge.fleet.registry import carrier
+
+    run("publish registry a.gguf --name ward --key publisher.pem --version 1")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(carrier, "_read", interrupt)
+    said = run("fetch registry ward -o got --trust root.json", code=130)
+    assert said == (
+        "edgemerge: interrupted; what came is kept; give the same command again, which goes on\n"
+    )
 
 
 def test_an_attack_is_one_sentence() -> None:
@@ -123,10 +140,13 @@ def test_an_attack_is_one_sentence() -> None:
         ("publish registry a.gguf --refresh --key publisher.pem", "give one of --init, --refresh"),
         ("publish registry a.gguf --key publisher.pem", "give --name and --version"),
         ("publish registry a.gguf --name a --version 1", "give the publisher's --key"),
+        ("publish registry --init --key publisher.pem", "give the --root-key"),
+        ("publish registry --refresh --key publisher.pem --name a", "--name belongs to FILE"),
         (
-            "publish registry --init --key publisher.pem",
-            "--root-key belongs to --init and --rotate",
+            "publish registry --refresh --key publisher.pem --retire a",
+            "--retire belongs to --rotate",
         ),
+        ("publish x --init --root-key root.pem --retire a", "--retire belongs to --rotate"),
         (
             "publish registry --refresh --root-key root.pem --key publisher.pem",
             "--root-key belongs to",

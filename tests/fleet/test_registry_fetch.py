@@ -20,7 +20,7 @@ from edgemerge.fleet.registry.client import state_folder
 from edgemerge.remote import failures
 from edgemerge.types import Progress
 from tests.support.file_server import FileServer, serve_folder
-from tests.support.registries import Site, ignore
+from tests.support.registries import NOW, Site, ignore
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,23 @@ def test_a_registry_on_a_web_server_is_read(
     got = there.fetch(there.find("ward"), tmp_path, ignore)
     assert got.read_bytes() == content(site)
     assert list(tmp_path.iterdir()) == [got]
+
+
+def test_python_tufs_own_client_reads_it(site: Site, server: FileServer, tmp_path: Path) -> None:
+    from tuf.ngclient import Updater
+
+    (tmp_path / "metadata").mkdir()
+    updater = Updater(
+        str(tmp_path / "metadata"),
+        f"{server.url}/metadata",
+        str(tmp_path),
+        f"{server.url}/targets",
+        bootstrap=site.root.read_bytes(),
+    )
+    updater._trusted_set.reference_time = NOW
+    found = updater.get_targetinfo("ward/1/ward-1.delta.gguf")
+    assert found is not None
+    assert Path(updater.download_target(found)).read_bytes() == content(site)
 
 
 def test_a_connection_that_breaks_goes_on(site: Site, server: FileServer, tmp_path: Path) -> None:

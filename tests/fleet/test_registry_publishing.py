@@ -191,6 +191,18 @@ def test_what_are_no_figures_is_refused(
 # -- writing -----------------------------------------------------------------------------------------
 
 
+def test_a_publisher_that_is_interrupted_leaves_nothing(site: Site) -> None:
+    def interrupt(_done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(site.path.rglob("*"))
+    file = write_delta(site.folder / "file.gguf")
+    for name in ("ward", "lab"):
+        with pytest.raises(KeyboardInterrupt):
+            publish(site.at(NOW), file, Asked(name, "2"), interrupt)
+        assert sorted(site.path.rglob("*")) == before
+
+
 def test_two_publishers_do_not_write_at_once(site: Site) -> None:
     with (site.path / ".publishing").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -10,6 +10,7 @@ from tools.fuzz.directory import read_directory
 from tools.fuzz.gguf_file import read_gguf
 from tools.fuzz.imatrix_file import read_imatrix
 from tools.fuzz.recipe import read_recipe
+from tools.fuzz.registry import read_registry
 from tools.fuzz.safetensors_file import read_safetensors
 
 __all__ = ["TARGETS"]
@@ -22,4 +23,5 @@ TARGETS: dict[str, Callable[[bytes, Path], None]] = {
     "directory": read_directory,
     "recipe": read_recipe,
     "adapter": read_adapter,
+    "registry": read_registry,
 }

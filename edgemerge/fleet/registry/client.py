@@ -155,7 +155,7 @@ class Registry:
         part = _part_of(target, entry)
         with closing(open_carrier(self._address)) as carrier, _open_part(part, target) as file:
             resumed = file.seek(0, os.SEEK_END) > 0
-            with _writing(target):
+            with _writing(target), _noting():
                 carrier.fetch_rest(asked, file, entry.n_bytes, progress)
                 if resumed and not _is_right(file, entry):  # what lay there may be damaged
                     file.truncate(0)
@@ -264,6 +264,16 @@ def _lock(file: BufferedRandom, part: Path, target: Path) -> bool:
         raise OutputError("another fetch is at work; wait for that one", path=target) from None
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def _noting() -> Iterator[None]:
+    """Tell who is interrupted that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.add_note("what came is kept; give the same command again, which goes on")
+        raise
 
 
 @contextmanager

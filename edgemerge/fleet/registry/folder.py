@@ -72,6 +72,11 @@ class RegistryFolder:
     now : datetime, optional
         With a zone, in place of the clock.
 
+    Attributes
+    ----------
+    root_until : datetime or None
+        How long readers take the root, as it was read last.
+
     Raises
     ------
     RecipeError
@@ -98,6 +103,7 @@ class RegistryFolder:
         self._state = state or state_folder(str(path))
         self.now = (now or datetime.now(UTC)).astimezone(UTC).replace(microsecond=0)
         self.until = self.now + lasts
+        self.root_until: datetime | None = None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -132,10 +138,13 @@ class RegistryFolder:
             It is not what this machine knows.
         """
         trust = self._read_trust()
-        if not self._has_index():
+        if self._has_index():
+            draft = self._update(trust, self._state, None)
+        else:
             root = load_root(trust, str(self.metadata))
-            return Draft(root, Targets(), Targets(), (0, 0, 0))
-        return self._update(trust, self._state, None)
+            draft = Draft(root, Targets(), Targets(), (0, 0, 0))
+        self.root_until = draft.root.expires
+        return draft
 
     def read_before(self, last: int) -> Draft:
         """Read an index that is still signed under the root before the last, which that one verifies.

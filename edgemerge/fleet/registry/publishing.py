@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def _copy(
     called = file_name(asked.name, asked.version, offer.kind)
     home = folder.targets / asked.name / asked.version
     part = home / f"{called}.part"
-    with finishing(part):
+    with finishing(part), _without_remains(part):
         home.mkdir(parents=True, exist_ok=True)
         n_bytes, sha256 = _copy_bytes(file, part, progress)
         if read_offer(part, asked.base) != offer:
@@ -187,6 +188,18 @@ def _copy(
         folder.signers[0].public_key.keyid,
         folder.now.isoformat(),
     )
+
+
+@contextlib.contextmanager
+def _without_remains(part: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # folders with other versions stay
+            part.unlink(missing_ok=True)
+            part.parent.rmdir()
+            part.parent.parent.rmdir()
+        raise
 
 
 def _copy_bytes(file: Path, part: Path, progress: Progress) -> tuple[int, str]:

@@ -70,8 +70,10 @@ def create(folder: RegistryFolder, keys: Keys) -> Path:
     return path
 
 
-def rotate(folder: RegistryFolder, keys: Keys) -> Root:
+def rotate(folder: RegistryFolder, keys: Keys) -> Path:
     """Change keys, or how long the root lasts; the index is signed by the new keys at once.
+
+    Returns the new root's path.
 
     Where enough of the old keys sign too, no reader is refused at any moment.
 
@@ -92,7 +94,7 @@ def rotate(folder: RegistryFolder, keys: Keys) -> Root:
         check_signers(root, Targets.type, _able(root, Targets.type, folder.signers), "--key")
         made = f"{root.version}.root.json", sign(root, signers)
         folder.write(draft, made, root_first=not _can_sign(old, folder.signers))
-    return root
+    return folder.metadata / made[0]
 
 
 def _read(folder: RegistryFolder) -> Draft:

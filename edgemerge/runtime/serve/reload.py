@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
+from pydantic import StrictBool
 
 from edgemerge.errors import EdgemergeError, VerificationError
 from edgemerge.runtime.engine.messages import Chat, Ended, Generation, Piece, Sampling
@@ -27,7 +28,9 @@ log = logging.getLogger(__name__)
 
 
 class ReloadRequest(Body):
-    """Which model; by default all."""
+    """Which model, by default all; and whether it must answer a question first."""
+
+    ask: StrictBool = True
 
 
 class Reloader:
@@ -48,8 +51,16 @@ class Reloader:
         self._read = read
         self._turn = asyncio.Lock()
 
-    async def reload(self, name: str) -> dict[str, Any]:
+    async def reload(self, name: str, *, asks: bool = True) -> dict[str, Any]:
         """Let a model's file of now answer; requests that run end with the old one.
+
+        Parameters
+        ----------
+        name : str
+            The model's.
+        asks : bool
+            Refuse a file that answers a simple question worse than the old one. To go back to a model
+            that is known, nothing is asked.
 
         Returns
         -------
@@ -62,10 +73,16 @@ class Reloader:
             409 where the new one is not taken; the old one goes on answering. As of `ModelStore.start`.
         """
         file = self._models.resolve(name)
-        return await self.replace(name, file.path, lambda: None, then=file.path)
+        return await self.replace(name, file.path, lambda: None, then=file.path, asks=asks)
 
     async def replace(
-        self, name: str, path: Path, note: Callable[[], object], *, then: Path
+        self,
+        name: str,
+        path: Path,
+        note: Callable[[], object],
+        *,
+        then: Path,
+        asks: bool = True,
     ) -> dict[str, Any]:
         """Let another file answer in the place of a model.
 
@@ -80,6 +97,8 @@ class Reloader:
             raises, the old one stays.
         then : Path
             What stands for the file from then on, as a link to it does.
+        asks : bool
+            As of `reload`.
 
         Returns
         -------
@@ -93,7 +112,8 @@ class Reloader:
         """
         async with self._turn:
             before = next(state for state in self._models.states() if state.id == name)
-            new = await self._load(replace(self._models.resolve(name), path=path))
+            file = replace(self._models.resolve(name), path=path)
+            new = await self._load(file, asks=asks)
             try:
                 await asyncio.to_thread(note)
             except BaseException:
@@ -113,7 +133,7 @@ class Reloader:
             except Refusal as refusal:
                 log.error("%s", refusal)
 
-    async def _load(self, old: ModelFile) -> Loaded:
+    async def _load(self, old: ModelFile, *, asks: bool) -> Loaded:
         try:
             new = await self._models.start(await self._read(old))
         except VerificationError as error:
@@ -123,7 +143,7 @@ class Reloader:
         except EdgemergeError as error:
             raise _refusal(old, "it does not load", error) from None
         try:
-            if (fault := await self._find_fault(new)) is not None:
+            if asks and (fault := await self._find_fault(new)) is not None:
                 raise _refusal(old, fault)
         except BaseException:
             await self._drop(new)
@@ -203,4 +223,4 @@ def add_reload(router: APIRouter, reloader: Reloader, models: ModelStore) -> Non
     @router.post(RELOAD)
     async def reload(body: ReloadRequest) -> dict[str, Any]:
         names = [models.resolve(body.model).name] if body.model else models.loaded
-        return {"models": [await reloader.reload(name) for name in names]}
+        return {"models": [await reloader.reload(name, asks=body.ask) for name in names]}

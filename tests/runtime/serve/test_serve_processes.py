@@ -196,6 +196,8 @@ def test_what_has_no_answer_is_not_taken(tmp_path: Path) -> None:
         assert "simple question" in answer.error["message"]
         assert fingerprint(server) == before
         assert len(children(server)) == 1
+        assert server.post("/admin/reload", {"ask": False}).status == 200  # back to what is known
+        assert fingerprint(server) != before
 
 
 def test_what_is_not_signed_is_not_taken(ward: Path, models_dir: Path, tmp_path: Path) -> None:
