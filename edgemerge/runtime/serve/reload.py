@@ -112,7 +112,8 @@ class Reloader:
         """
         async with self._turn:
             before = next(state for state in self._models.states() if state.id == name)
-            new = await self._load(replace(self._models.resolve(name), path=path), asks=asks)
+            file = replace(self._models.resolve(name), path=path)
+            new = await self._load(file, asks=asks)
             try:
                 await asyncio.to_thread(note)
             except BaseException:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from edgemerge.site.folder import SiteFolder
@@ -214,6 +215,22 @@ def test_what_answers_badly_is_not_promoted(folder: Path, tmp_path: Path) -> Non
         (site.models / f"{broken}.json").write_text("{}")
         told = server.get("/admin/models").json["site"]
         assert {one["name"] for one in told["models"]} == {"base", "expert-a"}
+
+
+def test_the_model_before_need_not_answer_well(folder: Path, tmp_path: Path) -> None:
+    silent = write_tiny_gguf(tmp_path / "silent.gguf")
+    reader: Any = gguf.GGUFReader(silent, "r+")
+    for tensor in reader.tensors:
+        tensor.data[...] = 0
+    del reader
+    site = SiteFolder(tmp_path / "site")
+    with serve(folder, site.path, silent) as server:
+        before = fingerprint(server)
+        other = make_record(folder / "expert-a.gguf", site)
+        assert server.post("/admin/promote", {"model": other}).status == 200
+        assert server.post("/admin/rollback", {}).status == 200
+        assert fingerprint(server) == before
+        assert site.record(other).decision == "rolled_back"
 
 
 CHANGES = ("plan", "merge", "compare", "cancel", "promote", "rollback")

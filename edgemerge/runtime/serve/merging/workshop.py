@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -253,7 +253,7 @@ class Workshop:
             if self.site.current_id() is None:
                 start = self.models.resolve(self.name).path
                 await adopt_start(self.site, start, self._folder)
-            return await self._switch(model, partial(self.site.promote, model, reason))
+            return await self._switch(model, partial(self.site.promote, model, reason), asks=True)
 
     async def _roll_back(self) -> dict[str, Any]:
         with self._locked():
@@ -263,15 +263,12 @@ class Workshop:
             reason = "taken back on the page"
             return await self._switch(before, partial(self.site.roll_back, reason), asks=False)
 
-    async def _switch(self, model: str, note: Any, *, asks: bool = True) -> dict[str, Any]:
-        """Load the file of an id; `note` writes the switch down when it answers well."""
-        return await self._reloader.replace(
-            self.name,
-            self.site.model_path(model),
-            note,
-            then=self.site.current_path,
-            asks=asks,
-        )
+    async def _switch(
+        self, model: str, note: Callable[[], object], *, asks: bool
+    ) -> dict[str, Any]:
+        """Load the file of an id; `note` writes the switch down when it has loaded, and answers well."""
+        path, then = self.site.model_path(model), self.site.current_path
+        return await self._reloader.replace(self.name, path, note, then=then, asks=asks)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
