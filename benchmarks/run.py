@@ -14,6 +14,7 @@ benchmarks/run.py barrier --torch PYTHON
 benchmarks/run.py delta              only when asked for: as quality135
 benchmarks/run.py recipes --peers .venv-peers
                                      only when asked for: public recipes, by mergekit too
+benchmarks/run.py arm                only when asked for: needs a cross compiler, llvm-mca and Unicorn (ARM.md)
 benchmarks/run.py server MODEL.gguf --peers .venv-peers
                                      only when asked for: serve beside llama-server
 """
@@ -33,11 +34,11 @@ from measure import run
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 NAMES = ("benchmarks", "quality", "align", "scale", "delta")
-PAGES = [*(DOCS / f"{name}.md" for name in NAMES), HERE / "SPEED.md"]
+PAGES = [*(DOCS / f"{name}.md" for name in NAMES), HERE / "SPEED.md", HERE / "ARM.md"]
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
 ALONE += ["memory", "scaling", "workers"]
 WHEN_ASKED = ["7b", "serve", "server", "llama", "recipes", "quality135", "methods", "barrier"]
-WHEN_ASKED += ["cluster", "delta"]
+WHEN_ASKED += ["cluster", "delta", "arm"]
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:
