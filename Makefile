@@ -33,7 +33,7 @@ arm64: .venv/bin/python  ## compare the bytes of codecs and merges with an emula
 processors: .venv/ready-dev  ## run the tests of codecs, kernels and methods as on older x86-64 processors
 	$(BIN)/python -m tools.processors $(ARGS)
 
-bench: .venv/ready-dev  ## measure everything and rewrite the tables of docs/ and benchmarks/ (ARGS picks, as 'merge quality'; 7b, serve, llama, methods and quality135 only when asked for)
+bench: .venv/ready-dev  ## measure everything and rewrite the tables of docs/ and benchmarks/ (ARGS picks, as 'merge quality'; 7b, serve, llama, methods, quality135 and arm only when asked for)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through mergekit, llama.cpp's converter and quantiser; half an hour (ARGS=recipes: public recipes through mergekit; ARGS='server MODEL.gguf': serve beside llama-server)

@@ -17,6 +17,7 @@ benchmarks/run.py boards card prediction
                                      only when asked for: small boards; needs root and control groups
 benchmarks/run.py recipes --peers .venv-peers
                                      only when asked for: public recipes, by mergekit too
+benchmarks/run.py arm                only when asked for: needs a cross compiler, llvm-mca and Unicorn (ARM.md)
 benchmarks/run.py server MODEL.gguf --peers .venv-peers
                                      only when asked for: serve beside llama-server
 """
@@ -36,11 +37,11 @@ from measure import run
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 NAMES = ("benchmarks", "quality", "align", "scale", "delta", "fleet", "boards")
-PAGES = [*(DOCS / f"{name}.md" for name in NAMES), HERE / "SPEED.md"]
+PAGES = [*(DOCS / f"{name}.md" for name in NAMES), HERE / "SPEED.md", HERE / "ARM.md"]
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
 ALONE += ["memory", "scaling", "workers"]
 WHEN_ASKED = ["7b", "serve", "server", "llama", "recipes", "quality135", "methods", "barrier"]
-WHEN_ASKED += ["cluster", "delta", "fleet", "boards", "card", "limits", "prediction"]
+WHEN_ASKED += ["cluster", "delta", "fleet", "boards", "card", "limits", "prediction", "arm"]
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:

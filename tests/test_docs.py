@@ -28,10 +28,9 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 CHANGELOG = ROOT / "CHANGELOG.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 SPEED = ROOT / "benchmarks" / "SPEED.md"
-BENCHMARKS = [
-    SPEED,
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "quality", "delta", "boards")),
-]
+ARM = ROOT / "benchmarks" / "ARM.md"
+MEASURED = ("benchmarks", "quality", "delta", "boards")
+BENCHMARKS = [SPEED, ARM, *(ROOT / "docs" / f"{name}.md" for name in MEASURED)]
 FENCE = re.compile(r"^```.*?^```\n", re.MULTILINE | re.DOTALL)
 MAX_BYTES = 8192
 MAX_WORDS = 25  # of a sentence
@@ -131,7 +130,7 @@ def prose(page: Path) -> list[str]:
     return sentences(re.sub(quoted, "", read(page), flags=re.DOTALL))
 
 
-@pytest.mark.parametrize("page", [*PAGES, CHANGELOG], ids=name)
+@pytest.mark.parametrize("page", [*PAGES, ARM, CHANGELOG], ids=name)
 def test_sentences_are_short(page: Path) -> None:
     assert [s for s in prose(page) if len(s.split()) >= MAX_WORDS] == []
     assert statistics.median(len(s.split()) for s in prose(page)) < MAX_MEDIAN
@@ -239,7 +238,7 @@ def test_the_readmes_commands_print_what_it_shows(
 # -- links and paths ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", [*PAGES, SPEED, CHANGELOG], ids=name)
+@pytest.mark.parametrize("page", [*PAGES, SPEED, ARM, CHANGELOG], ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", FENCE.sub("", read(page)))
     inside = [target for target in targets if "://" not in target]
