@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from edgemerge.cli import make_app
+from edgemerge.runtime.doctor import rates
 
 Run = Callable[..., Result]
 
@@ -26,6 +27,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden_dir: Path) -> Ru
     """Run a command in a folder that has the golden models under their names."""
     for name in MODELS:
         (tmp_path / name).symlink_to(golden_dir / "inputs_f32" / name)
+    monkeypatch.setattr(rates, "_path", lambda: tmp_path / "rates.json")  # nobody measured here
     monkeypatch.chdir(tmp_path)
 
     def run_command(*arguments: str) -> Result:
