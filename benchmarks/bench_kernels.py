@@ -1,6 +1,6 @@
 """Kernels, one core: elements and bytes per CPU second, beside ggml's C, gguf-py and memcpy in the same run.
 
-    benchmarks/bench_kernels.py [--types Q4_K,IQ2_S] [--figure PNG]
+    benchmarks/bench_kernels.py [--types Q4_K,IQ2_S] [--codecs-only] [--figure PNG]
 
 ggml is the library inside llama-cpp-python, called through ctypes (tests/support/ggml_oracle.py).
 Codecs take rows of normal numbers; types that are only read decode random bytes. All that is compared takes
@@ -258,13 +258,14 @@ def draw(codecs: list[Row], merges: list[Row], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", help="these codecs only; draws nothing")
+    parser.add_argument("--codecs-only", action="store_true", help="no kernels of merges, no chart")
     parser.add_argument("--figure", type=Path, default=FIGURE)
     options = parser.parse_args()
     np.seterr(all="ignore")  # gguf-py, of the infinite scales that random bytes have
     names = options.types.split(",") if options.types else list(CODECS)
     codecs = [codec_figures(name, CODECS[name]) for name in names]
-    merges = merge_figures()
-    if not options.types:
+    merges = [] if options.codecs_only else merge_figures()
+    if not options.types and merges:
         draw(codecs, merges, options.figure)
     print(render(codecs, merges))
     rows = {"codecs": codecs, "merges": merges}

@@ -177,12 +177,19 @@ def machine() -> dict[str, str]:
     ).stdout.strip()
     return {
         "cpu": cpu,
+        "vectors": f"{_vector_bits(info)} bits",
         "cores": str(len(os.sched_getaffinity(0))),
         "python": platform.python_version(),
         "numba": version("numba"),
         "edgemerge": version("edgemerge"),
         "commit": commit,
     }
+
+
+def _vector_bits(info: Path) -> int:
+    """Width of the vectors that kernels are compiled for here."""
+    words = set(info.read_text().split()) if info.exists() else set()
+    return 512 if "avx512vl" in words else 256 if "avx2" in words else 128
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

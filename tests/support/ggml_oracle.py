@@ -7,6 +7,7 @@ which would load the whole of llama.cpp.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from functools import cache
 from importlib.util import find_spec
@@ -35,12 +36,8 @@ class TypeTraits(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    """The shared library, with the signatures that are used here."""
-    spec = find_spec("llama_cpp")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("llama_cpp")
-    folder = Path(spec.submodule_search_locations[0]) / "lib"
-    lib = ctypes.CDLL(str(folder / _NAMES.get(sys.platform, "libggml-base.so")))
+    """The shared library, with the signatures that are used here; EDGEMERGE_GGML names another build."""
+    lib = ctypes.CDLL(os.environ.get("EDGEMERGE_GGML") or str(_installed()))
     lib.ggml_get_type_traits.restype = ctypes.POINTER(TypeTraits)
     lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
@@ -50,6 +47,14 @@ def library() -> ctypes.CDLL:
         ctypes.c_void_p,  # importance matrix
     ]
     return lib
+
+
+def _installed() -> Path:
+    spec = find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("llama_cpp")
+    folder = Path(spec.submodule_search_locations[0]) / "lib"
+    return folder / _NAMES.get(sys.platform, "libggml-base.so")
 
 
 def traits(kind: int) -> TypeTraits:
