@@ -29,7 +29,11 @@ CHANGELOG = ROOT / "CHANGELOG.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 SPEED = ROOT / "benchmarks" / "SPEED.md"
 ARM = ROOT / "benchmarks" / "ARM.md"
-BENCHMARKS = [SPEED, ARM, *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "quality", "delta"))]
+BENCHMARKS = [
+    SPEED,
+    ARM,
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "quality", "delta")),
+]
 FENCE = re.compile(r"^```.*?^```\n", re.MULTILINE | re.DOTALL)
 MAX_BYTES = 8192
 MAX_WORDS = 25  # of a sentence

@@ -1,4 +1,4 @@
-"""The benchmark of Arm: what its emulator computes and counts, of code compiled for AArch64 on any machine."""
+"""The benchmark of Arm: what its emulator computes and counts, of code that is compiled for AArch64."""
 
 from __future__ import annotations
 
