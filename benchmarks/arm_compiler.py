@@ -67,8 +67,8 @@ def pretend_to_be_arm() -> None:
     JITCodeLibrary._finalize_specific = emit_object
     JITCodeLibrary.get_pointer_to_function = no_pointer
     JITCPUCodegen.set_env = lambda *_: None
-    # A cache would take the objects of what was loaded.
-    setattr(Dispatcher, "enable_caching", lambda _: None)  # noqa: B010 (mypy)
+    dispatcher: Any = Dispatcher
+    dispatcher.enable_caching = lambda _: None  # a cache takes the objects of what was loaded
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ benchmarks/run.py boards card prediction
                                      only when asked for: small boards; needs root and control groups
 benchmarks/run.py recipes --peers .venv-peers
                                      only when asked for: public recipes, by mergekit too
-benchmarks/run.py arm                only when asked for: needs a cross compiler, llvm-mca and Unicorn (ARM.md)
+benchmarks/run.py arm                only when asked for: needs a cross compiler and llvm-mca (ARM.md)
 benchmarks/run.py server MODEL.gguf --peers .venv-peers
                                      only when asked for: serve beside llama-server
 """

@@ -1,4 +1,4 @@
-"""The benchmark of Arm: what its emulator computes and counts, of code compiled for AArch64 on any machine."""
+"""The benchmark of Arm: what its emulator computes and counts, of code that is compiled for AArch64."""
 
 from __future__ import annotations
 
@@ -75,8 +75,7 @@ def test_windows_are_spaced_over_what_was_executed() -> None:
     loop = placed(emulator, LESS_1, BACK_IF_NOT_0, RETURN)
     words = prediction.sample(emulator, emulator.call(loop, [100_000]))
     assert len(words) == prediction.WINDOWS * prediction.WINDOW
-    assert words[-1] == struct.pack("<I", RETURN)
-    assert set(words[:-1]) == {struct.pack("<I", word) for word in (LESS_1, BACK_IF_NOT_0)}
+    assert set(words) == {struct.pack("<I", word) for word in (LESS_1, BACK_IF_NOT_0)}
 
 
 @pytest.mark.parametrize(
