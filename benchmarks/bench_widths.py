@@ -28,7 +28,7 @@ WAYS = ("encode", "decode")
 
 def measure(level: str, folder: Path, types: str | None) -> list[dict[str, Any]]:
     """Return the rows that bench_kernels.py finds for codecs at one level."""
-    words = [sys.executable, HERE / "bench_kernels.py", "--codecs-only"]
+    words: list[str | Path] = [sys.executable, HERE / "bench_kernels.py", "--codecs-only"]
     words += ["--types", types] if types else []
     stand_in = {} if level == levels_here()[-1] else _stand_in(level, folder)
     cost = run(words, stand_in, shows_progress=True)
