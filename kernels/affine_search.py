@@ -60,49 +60,6 @@ def scale_and_minimum(packed, j):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def all_scales_and_minima(head):
-    """Return d, dmin, and what `scale_and_minimum` gives of all sub-blocks, packed four to a word.
-
-    Parameters
-    ----------
-    head : (>= 16,) uint8
-        of a block: d, dmin, scales and minima
-
-    Returns
-    -------
-    d, dmin : float32
-    scales, minima : uint32
-        of sub-blocks 0 to 3, a byte each
-    more_scales, more_minima : uint32
-        of sub-blocks 4 to 7
-    """
-    first, second, third = _word(head[4:8]), _word(head[8:12]), _word(head[12:16])
-    scales = np.uint32(first & np.uint32(0x3F3F3F3F))
-    minima = np.uint32(second & np.uint32(0x3F3F3F3F))
-    upper = np.uint32(np.uint32(first >> np.uint32(2)) & np.uint32(0x30303030))
-    more_scales = np.uint32(np.uint32(third & np.uint32(0x0F0F0F0F)) | upper)
-    upper = np.uint32(np.uint32(second >> np.uint32(2)) & np.uint32(0x30303030))
-    lower = np.uint32(np.uint32(third >> np.uint32(4)) & np.uint32(0x0F0F0F0F))
-    more_minima = np.uint32(lower | upper)
-    d, dmin = half_to_float(head[0], head[1]), half_to_float(head[2], head[3])
-    return d, dmin, scales, minima, more_scales, more_minima
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _word(four):
-    low = np.uint32(np.uint32(four[0]) | np.uint32(np.uint32(four[1]) << np.uint32(8)))
-    high = np.uint32(np.uint32(four[2]) | np.uint32(np.uint32(four[3]) << np.uint32(8)))
-    return np.uint32(low | np.uint32(high << np.uint32(16)))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def times_byte(d, word, j):
-    """Return d times byte j of a word, as float32."""
-    byte = np.uint32(np.uint32(word >> np.uint32(8 * j)) & np.uint32(255))
-    return np.float32(d * np.float32(np.int32(byte)))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def search_tile(x, first, n_lanes, top, n_steps, first_step, scratch):
     """Find scale and minimum of sub-blocks beside each other.
 

@@ -16,12 +16,11 @@ from edgemerge.kernels.affine_search import (
     LANES,
     SCRATCH_LEN,
     STATE,
-    all_scales_and_minima,
     find_levels,
     search_tile,
-    times_byte,
     write_head,
 )
+from edgemerge.kernels.scalars import all_scales_and_minima, times_byte
 
 TOP = np.float32(15)  # largest quant
 STEPS = 21  # candidate scales of the search
