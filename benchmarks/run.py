@@ -11,7 +11,6 @@ benchmarks/run.py methods            only when asked for: needs 7 GB of disk
 benchmarks/run.py quality135         only when asked for: downloads a model of 93 MB, needs two adapters
 benchmarks/run.py barrier --torch PYTHON
                                      only when asked for: trains six small models by a Python with torch
-benchmarks/run.py widths             only when asked for: codecs at every vector width, builds ggml
 benchmarks/run.py delta              only when asked for: as quality135
 benchmarks/run.py recipes --peers .venv-peers
                                      only when asked for: public recipes, by mergekit too
@@ -38,7 +37,7 @@ PAGES = [*(DOCS / f"{name}.md" for name in NAMES), HERE / "SPEED.md"]
 ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start", "profile"]
 ALONE += ["memory", "scaling", "workers"]
 WHEN_ASKED = ["7b", "serve", "server", "llama", "recipes", "quality135", "methods", "barrier"]
-WHEN_ASKED += ["cluster", "delta", "widths"]
+WHEN_ASKED += ["cluster", "delta"]
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:
