@@ -11,7 +11,6 @@ benchmarks/run.py methods            only when asked for: needs 7 GB of disk
 benchmarks/run.py quality135         only when asked for: downloads a model of 93 MB, needs two adapters
 benchmarks/run.py barrier --torch PYTHON
                                      only when asked for: trains six small models by a Python with torch
-benchmarks/run.py widths             only when asked for: codecs at every vector width, builds ggml
 benchmarks/run.py delta              only when asked for: as quality135
 benchmarks/run.py fleet              only when asked for: as quality135, and needs root for network namespaces
 benchmarks/run.py boards card prediction
@@ -43,7 +42,6 @@ ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start
 ALONE += ["memory", "scaling", "workers"]
 WHEN_ASKED = ["7b", "serve", "server", "llama", "recipes", "quality135", "methods", "barrier"]
 WHEN_ASKED += ["cluster", "delta", "fleet", "boards", "card", "limits", "prediction", "arm"]
-WHEN_ASKED += ["widths"]
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:
