@@ -50,7 +50,7 @@ experts: [{{name: disease}}, {{name: substance}}]
 merge: {{method: covariance, type: Q8_0, memory: 384MiB}}
 questions: {questions}
 promote:
-  margin: {{general: 8}}
+  margin: {{general: 12}}
   better: [disease, substance]
   watch: 5
 serve: {{address: "http://127.0.0.1:{serve_port}", key: key}}
@@ -88,6 +88,7 @@ def main() -> None:
         work = Path(name)
         pair = make_pair(options.pair, options.adapters, work)
         registry = Registry(work, pair)
+        (work / "reports").mkdir()
         made = stack.enter_context(hosts({PUBLISHER: None, **LINKS}))
         stack.enter_context(web_server(made[PUBLISHER], registry.folder))
         questions = write_questions(work, options.limit)

@@ -18,6 +18,7 @@ plot = []
 sign = [{sign}]
 hub = []
 search = []
+fleet = []
 dev = ["ruff>=0.11"]
 """
 
