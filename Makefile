@@ -42,7 +42,7 @@ bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through merge
 rpc: .venv/ready-run  ## build ggml's RPC backend beside the installed llama.cpp: models split over several boards
 	tools/llama/build-rpc $(BIN)/python
 
-wheel: .venv/ready-dev  ## build a wheel with kernels compiled for five kinds of x86-64 and AArch64 (ARGS=x86_64: for these only)
+wheel: .venv/ready-dev  ## build a wheel with kernels compiled for five kinds of x86-64 and AArch64 (ARGS=x86_64: for these only; ARGS=native: for this one)
 	rm -rf build/lib dist/edgemerge-*.whl
 	$(BIN)/python -m tools.prebuild $(ARGS)
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .

@@ -2,10 +2,8 @@
 
     benchmarks/arm_compiler.py FOLDER PROCESSOR FILE.KERNEL ...
 
-Numba compiles for the machine it runs on; here it is told that this one is an Arm. It then loads nothing of
-what it compiled. LLVM still turns each function into an object, as when it is loaded: that changes the
-function's intermediate code, which others inline. So the images are those of a board, byte for byte, but
-for the path of Numba in the texts of errors that kernels never raise.
+The images are those of a board, byte for byte, but for the path of Numba in the texts of errors that kernels
+never raise (tools/foreign_numba.py).
 """
 
 from __future__ import annotations
@@ -15,12 +13,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from measure import ROOT
 
 from edgemerge.native.image import Image
 from edgemerge.native.names import image_name
 
-TRIPLE = "aarch64-unknown-linux-gnu"
+sys.path.insert(0, str(ROOT))
+from tools.foreign_numba import compile_for
+
 GENERIC = "generic"  # what wheels bring images for (tools/prebuild.py)
 
 
@@ -39,36 +40,12 @@ def images(folder: Path, processor: str, names: Sequence[str]) -> dict[str, Imag
 
 def main(folder: Path, names: Sequence[str]) -> None:
     """Compile into a folder, in a process of its own: Numba stays changed."""
-    pretend_to_be_arm()
+    compile_for("aarch64")
     from edgemerge.native.compiler import compile_image
 
     for full_name in names:
         file, name = full_name.split(".")
         (folder / image_name(file, name)).write_bytes(compile_image(file, name).to_bytes())
-
-
-def pretend_to_be_arm() -> None:
-    """Let Numba compile for AArch64, and run nothing of it."""
-    import llvmlite.binding as llvm
-
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    llvm.get_process_triple = lambda: TRIPLE
-    from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
-    from numba.core.dispatcher import Dispatcher
-
-    def emit_object(library: Any) -> None:
-        library._codegen._tm.emit_object(library._final_module)
-
-    def no_pointer(library: Any, name: str) -> int:
-        library._ensure_finalized()
-        return 1
-
-    JITCodeLibrary._finalize_specific = emit_object
-    JITCodeLibrary.get_pointer_to_function = no_pointer
-    JITCPUCodegen.set_env = lambda *_: None
-    dispatcher: Any = Dispatcher
-    dispatcher.enable_caching = lambda _: None  # a cache takes the objects of what was loaded
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compiled into the kernels that call it: binary16, rounding as ggml does, sums of one order, packed scales."""
+"""Compiled into the kernels that call it: binary16, ggml's rounding, sums of one order, packed scales."""
 
 import numpy as np
 from numba import njit

@@ -2,6 +2,7 @@
 """Compile all kernels for every processor that a wheel is for, into edgemerge/native/prebuilt.
 
     python -m tools.prebuild [MACHINE ...]    x86_64 and aarch64 unless said
+    python -m tools.prebuild native           for this processor alone
 
 `edgemerge/native/processors.py` lists the variants of each. A wheel with these images compiles nothing where
 it is installed; a processor older than all of them compiles for itself. What was compiled once is kept in
@@ -32,9 +33,13 @@ KEPT = Path(os.environ.get("EDGEMERGE_PREBUILT") or USER / "edgemerge" / "prebui
 
 
 def main(machines: list[str]) -> None:
-    for machine in machines or VARIANTS:
+    wanted = {machine: VARIANTS[machine] for machine in machines or VARIANTS if machine != "native"}
+    if "native" in machines:
+        machine = platform.machine()
+        wanted[machine] = tuple(fitting_variants(machine, processor_features())[:1])
+    for machine, variants in wanted.items():
         shutil.rmtree(PREBUILT / machine, ignore_errors=True)
-        for variant in VARIANTS[machine]:
+        for variant in variants:
             copy_images(machine, variant, PREBUILT / machine / variant.name)
 
 
