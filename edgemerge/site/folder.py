@@ -179,6 +179,8 @@ class SiteFolder:
     def prune(self, keep: int) -> list[str]:
         """Remove all but the newest models; that which serves, and the one before it, always stay.
 
+        Models that nobody has decided about stay too: somebody made them on the page.
+
         Answers of models that are not here go too; before the first promotion, those of the base stay.
 
         Parameters
@@ -193,7 +195,8 @@ class SiteFolder:
         """
         history = self.history()
         latest = list(dict.fromkeys(reversed(history)))
-        stay = {*latest[: max(2, keep)]}
+        undecided = [one.id for one in self.records() if one.decision is None]
+        stay = {*latest[: max(2, keep)], *undecided}
         removed = [
             path.stem for path in sorted(self.models.glob("*.gguf")) if path.stem not in stay
         ]

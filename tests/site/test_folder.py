@@ -94,9 +94,9 @@ def test_pruning_leaves_what_serves_and_the_one_before(site: SiteFolder) -> None
     names = [add(site, "x" * i) for i in range(1, 6)]
     for name in names[:4]:
         site.promote(name, "better")
-    assert set(site.prune(1)) == {*names[:2], names[4]}
-    assert [name for name in names if site.has_model(name)] == names[2:4]
-    assert len(site.records()) == 3
+    assert set(site.prune(1)) == set(names[:2])  # nobody has decided about the last one
+    assert [name for name in names if site.has_model(name)] == names[2:]
+    assert len(site.records()) == 4
     with pytest.raises(RecipeError, match="serves"):
         site.drop(names[3])
 
