@@ -289,6 +289,7 @@ def draw(
     draw_groups(sent, names, series, COLOURS[:2], "MiB over the link")
     answers = {name: [scores[model][name] for model in scores] for name in MEDICAL}
     draw_groups(known, list(scores), answers, COLOURS[2:], "right answers, %")
+    figure.get_layout_engine().set(rect=(0, 0.1, 1, 0.9))  # the legends stand below
     save(figure, PICTURE)
 
 
@@ -311,7 +312,10 @@ def draw_groups(
     panel.grid(axis="y", visible=False)
     panel.spines["left"].set_visible(False)
     panel.tick_params(axis="y", length=0)
-    panel.legend(loc="lower right", frameon=False)
+    legend = panel.legend(
+        loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False, borderaxespad=0
+    )
+    legend.set_in_layout(False)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What AArch64 does in one instruction and other processors may not: converting halves.
 
 Compiled into the kernels that call it. LLVM makes instructions of these on every AArch64. On x86-64 it may
-call routines instead, which kernels must not need: so a kernel asks `is_arm64`, and has another way.
+call routines instead, which kernels must not need: so a kernel asks `is_arm64`, and has another way. There
+the conversions are compiled too, as functions that nobody calls, and give zero.
 The plain Python functions say what the compiled ones compute.
 """
 
@@ -27,10 +28,14 @@ def narrow_half(x):
     return np.float32(x).astype(np.float16).view(np.uint16)
 
 
+def _targets_arm64(builder):
+    return builder.module.triple.startswith("aarch64")
+
+
 @intrinsic
 def _is_arm64(typing_context):
     def generate(context, builder, signature, arguments):
-        return ir.Constant(ir.IntType(1), builder.module.triple.startswith("aarch64"))
+        return ir.Constant(ir.IntType(1), _targets_arm64(builder))
 
     return types.boolean(), generate
 
@@ -38,6 +43,8 @@ def _is_arm64(typing_context):
 @intrinsic
 def _widen_half(typing_context, bits):
     def generate(context, builder, signature, arguments):
+        if not _targets_arm64(builder):
+            return ir.Constant(ir.FloatType(), 0.0)
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(types.uint16), generate
@@ -46,6 +53,8 @@ def _widen_half(typing_context, bits):
 @intrinsic
 def _narrow_half(typing_context, x):
     def generate(context, builder, signature, arguments):
+        if not _targets_arm64(builder):
+            return ir.Constant(ir.IntType(16), 0)
         return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
 
     return types.uint16(types.float32), generate
