@@ -178,8 +178,8 @@ def test_a_model_that_crashes_once_it_serves_is_rolled_back(device: Path) -> Non
         assert report["outcome"] == "rolled_back", report
         assert "llama.cpp ended" in report["reason"] or "does not answer" in report["reason"]
         assert (folder_of(device).current_id(), fingerprint(server)) == (serves, old)
-        assert {status for _, status in statuses} == {200, 503}
-        last_503 = max(when for when, status in statuses if status == 503)
+        assert {status for _, status in statuses} <= {200, 503}  # a quick restart may show no 503
+        last_503 = max((when for when, status in statuses if status == 503), default=0.0)
         assert any(status == 200 for when, status in statuses if when > last_503)
     assert report["seconds"]["watch"] + report["seconds"]["roll_back"] < 30
     events = [one["event"] for one in read_events(folder_of(device).path / "log.jsonl")]
