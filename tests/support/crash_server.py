@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.support.forking import answer_in_fork
+
 if TYPE_CHECKING:
     from edgemerge.output.report import MergeReport
 
@@ -174,21 +176,7 @@ def serve() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 merge_by(order, Path(folder))
             loaded.add(kernels)
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                answer = run(order)
-            except BaseException as error:
-                answer = {"error": str(error), "kind": type(error).__name__}
-            os.write(writer, json.dumps(answer).encode())
-            os._exit(0)
-        os.close(writer)
-        with open(reader, "rb") as pipe:
-            said = pipe.read()
-        _, status = os.waitpid(child, 0)
-        answer = json.loads(said) if said else {"signal": os.WTERMSIG(status)}
-        print(json.dumps(answer), flush=True)
+        answer_in_fork(order, run)
 
 
 if __name__ == "__main__":

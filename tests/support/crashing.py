@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tests.support.crash_server import ATTIC, FOLDER
-from tests.support.places import ROOT
+from tests.support.forking import ForkingServer, forking_server
 from tests.support.small_models import wide_tensors, write_gguf
 
 SECTOR = 512
@@ -26,7 +23,7 @@ SECTOR = 512
 class Crasher:
     """The other end of `tests.support.crash_server`."""
 
-    process: subprocess.Popen[str]
+    server: ForkingServer
     n_runs: int = field(default=0)
 
     def run(
@@ -50,33 +47,15 @@ class Crasher:
             "side": side,
             "records": records,
         }
-        pipe_in, pipe_out = self._pipes()
-        pipe_in.write(json.dumps(order) + "\n")
-        pipe_in.flush()
-        answer: dict[str, Any] = json.loads(pipe_out.readline())
+        answer = self.server.ask(order)
         assert "error" not in answer or "kind" in answer
         return answer
-
-    def _pipes(self) -> tuple[IO[str], IO[str]]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        return self.process.stdin, self.process.stdout
 
 
 @contextmanager
 def crash_server() -> Iterator[Crasher]:
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # a fork has one thread only
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.support.crash_server"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-    ) as process:
-        yield Crasher(process)
-        assert process.stdin is not None
-        process.stdin.close()
+    with forking_server("tests.support.crash_server") as server:
+        yield Crasher(server)
 
 
 @dataclass

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.places import ROOT
+from tests.support.forking import ForkingServer, answer_in_fork, forking_server
 
 CALLS: tuple[str, ...] = (
     "replace",
@@ -37,33 +36,17 @@ CALLS += ("posix_fallocate", "pwrite", "write")
 class Killer:
     """The other end of the process."""
 
-    process: subprocess.Popen[str]
+    server: ForkingServer
 
     def run(self, site: Path, at: int = 0, side: str = "before") -> dict[str, Any]:
         """Update a site, and end at a call; 0: at none."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        order = {"site": str(site), "at": at, "side": side}
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return answer
+        return self.server.ask({"site": str(site), "at": at, "side": side})
 
 
 @contextmanager
 def kill_server() -> Iterator[Killer]:
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # a fork has one thread only
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.support.update_kills"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-    ) as process:
-        yield Killer(process)
-        assert process.stdin is not None
-        process.stdin.close()
+    with forking_server("tests.support.update_kills") as server:
+        yield Killer(server)
 
 
 class Tripwire:
@@ -124,22 +107,7 @@ def serve() -> None:
     with tempfile.TemporaryDirectory() as folder:  # the kernels are loaded once for all forks
         update(write_device(Path(folder)), KnowingExaminer(better))
     for line in sys.stdin:
-        order = json.loads(line)
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                answer = run(order)
-            except BaseException as error:
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            os.write(writer, json.dumps(answer).encode())
-            os._exit(0)
-        os.close(writer)
-        with open(reader, "rb") as pipe:
-            said = pipe.read()
-        _, status = os.waitpid(child, 0)
-        answer = json.loads(said) if said else {"signal": os.WTERMSIG(status)}
-        print(json.dumps(answer), flush=True)
+        answer_in_fork(json.loads(line), run)
 
 
 if __name__ == "__main__":
