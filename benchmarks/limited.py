@@ -20,7 +20,7 @@ from pathlib import Path
 from measure import ROOT
 
 sys.path.insert(0, str(ROOT))
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 from tests.support.memory_group import MemoryGroup
 
 INTERVAL = 0.01  # seconds between two looks

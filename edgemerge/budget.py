@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.errors import BudgetError
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 from edgemerge.sizes import format_size
 
 __all__ = [

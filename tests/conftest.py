@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from edgemerge.machine.process import ProcessMemory
 from edgemerge.native.signatures import SHARED
-from edgemerge.process import ProcessMemory
 from tests.support.fixtures import unpacked
 
 if TYPE_CHECKING:

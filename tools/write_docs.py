@@ -33,7 +33,7 @@ BLOCK = re.compile(r"(<!-- docs:(\w+) -->\n).*?(<!-- /docs -->)", re.DOTALL)
 WINGS: tuple[str, ...]
 WINGS = ("recipe", "methods", "alignment", "planning", "output", "merging", "provenance", "reports")
 WINGS += ("formats", "finding", "remote", "cluster", "native", "runtime", "searching", "site")
-WINGS += ("fleet", "cli")
+WINGS += ("fleet", "machine", "cli")
 
 
 def help_text(command: str) -> str:

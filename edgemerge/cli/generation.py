@@ -249,7 +249,7 @@ def clear_line() -> None:
 
 def format_figures(session: Session) -> str:
     """Write speed, memory and seed of the last text in one line."""
-    from edgemerge.process import read_process
+    from edgemerge.machine.process import read_process
     from edgemerge.sizes import format_size
 
     figures, buffers = session.figures, session.context.buffers
@@ -294,7 +294,7 @@ def tell_end(session: Session) -> None:
 
 def figures_as_json(session: Session) -> dict[str, Any]:
     """Speed and memory of the last text; seconds, bytes."""
-    from edgemerge.process import read_process
+    from edgemerge.machine.process import read_process
 
     figures, buffers = session.figures, session.context.buffers
     return {

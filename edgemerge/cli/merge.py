@@ -190,8 +190,8 @@ def print_warning(sentence: str) -> None:
 
 def _say_if_scarce(budget: int | None) -> None:
     """Say so where the machine, or the control group, has less memory to give than the merge may take."""
+    from edgemerge.machine.process import read_process
     from edgemerge.planning.plan import DEFAULT_MEMORY
-    from edgemerge.process import read_process
     from edgemerge.runtime.board.memory import read_memory
     from edgemerge.sizes import format_size
 

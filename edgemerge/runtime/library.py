@@ -14,7 +14,7 @@ from typing import Any
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.formats.llama_process import load_backends
-from edgemerge.process import wait_briefly
+from edgemerge.machine.process import wait_briefly
 
 __all__ = ["Buffers", "Library", "load_library"]
 

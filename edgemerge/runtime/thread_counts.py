@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from edgemerge.errors import OutputError, RuntimeFailure
+from edgemerge.machine.caches import users_cache
 from edgemerge.output.file import write_file
 from edgemerge.runtime.board.processor import processor_fields
 
@@ -135,8 +135,7 @@ def _fastest(candidates: list[int], run: Callable[[int], float]) -> tuple[int, f
 
 
 def _path() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "edgemerge" / "threads.json"
+    return users_cache() / "threads.json"
 
 
 def _read() -> dict[str, dict[str, Any]]:

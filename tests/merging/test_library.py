@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgemerge import budget
-from edgemerge.process import ProcessMemory
+from edgemerge.machine.process import ProcessMemory
 from tests.support.fixtures import unpacked
 from tests.support.places import ROOT
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from edgemerge.formats import open_model
 from edgemerge.formats.hub.safetensors import read_header
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 
 READERS: dict[str, Callable[[str], object]] = {
     "gguf": lambda path: open_model(path).close(),

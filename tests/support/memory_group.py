@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 from unittest import SkipTest
 
-from edgemerge.control_group import group_folders
+from edgemerge.machine.control_group import group_folders
 
 __all__ = ["MemoryGroup", "NoGroup"]
 

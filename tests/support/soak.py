@@ -11,8 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from edgemerge.machine.process import read_process
 from edgemerge.merging.run import merge
-from edgemerge.process import read_process
 from edgemerge.recipe.recipe import make_recipe
 
 METHODS = {

@@ -26,6 +26,7 @@ from edgemerge.fleet.registry.entries import (
     target_path,
     version_key,
 )
+from edgemerge.machine.caches import users_cache
 from edgemerge.output.file import finishing, sync_folder
 from edgemerge.remote.any_address import read_any_address
 from edgemerge.remote.stand_ins import is_address
@@ -195,8 +196,7 @@ def state_folder(address: str) -> Path:
     shown = shown.rstrip("/")
     digest = hashlib.sha256(shown.encode(errors="surrogateescape")).hexdigest()[:16]
     word = re.sub(r"[^A-Za-z0-9.-]+", "-", shown.rpartition("/")[2])[:40]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "edgemerge" / "registries" / f"{word}-{digest}"
+    return users_cache() / "registries" / f"{word}-{digest}"
 
 
 @contextmanager

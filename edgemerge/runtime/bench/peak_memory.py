@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 from edgemerge.runtime.library import Buffers
 
 __all__ = ["MemorySplit", "PeakMemory", "mapped_bytes"]

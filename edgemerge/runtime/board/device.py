@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgemerge.machine.sysfs import read_text
 from edgemerge.runtime.board.memory import Memory, Swap, read_memory, read_swaps
 from edgemerge.runtime.board.power import PowerMeter, open_power_meter
 from edgemerge.runtime.board.processor import (
@@ -21,7 +22,6 @@ from edgemerge.runtime.board.processor import (
     read_max_hz,
 )
 from edgemerge.runtime.board.thermals import Throttling, read_temperature, read_throttling
-from edgemerge.sysfs import read_text
 
 __all__ = ["Board", "Memory", "PowerMeter", "Swap", "Throttling"]
 __all__ += ["default_threads", "open_power_meter", "read_board", "read_memory"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgemerge.control_group import memory_limits
+from edgemerge.machine.control_group import memory_limits
+from edgemerge.machine.sysfs import read_int, read_text
 from edgemerge.runtime.board.storage import find_disk, kind_of_disk
-from edgemerge.sysfs import read_int, read_text
 
 __all__ = ["Memory", "Swap", "read_memory", "read_swaps"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from edgemerge.sysfs import read_int, read_text, run_tool
+from edgemerge.machine.sysfs import read_int, read_text, run_tool
 
 __all__ = ["PowerMeter", "open_power_meter"]
 

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from edgemerge.control_group import group_folders
-from edgemerge.sysfs import read_int, read_text
+from edgemerge.machine.control_group import group_folders
+from edgemerge.machine.sysfs import read_int, read_text
 
 __all__ = ["count_cores", "default_threads", "online_processors", "processor_fields"]
 __all__ += ["keeps_clock_low", "read_max_hz"]

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgemerge.sysfs import read_int, read_text
+from edgemerge.machine.sysfs import read_int, read_text
 
 __all__ = ["Disk", "Storage", "find_disk", "kind_of_disk", "measure_storage"]
 

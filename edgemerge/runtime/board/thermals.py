@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgemerge.sysfs import read_int, read_text, run_tool
+from edgemerge.machine.sysfs import read_int, read_text, run_tool
 
 __all__ = ["Throttling", "read_temperature", "read_throttling"]
 

@@ -21,6 +21,7 @@ import numpy as np
 from edgemerge.budget import Arena
 from edgemerge.errors import OutputError
 from edgemerge.formats.quants.codec import CODECS
+from edgemerge.machine.caches import users_cache
 from edgemerge.methods.blocks import ELECTION_TILE
 from edgemerge.native import load_kernel
 from edgemerge.native.store import compile_missing
@@ -171,5 +172,4 @@ def _machine() -> str:
 
 
 def _path() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "edgemerge" / "rates.json"
+    return users_cache() / "rates.json"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgemerge.errors import FormatError, RuntimeFailure
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 from edgemerge.runtime.board.device import default_threads
 from edgemerge.runtime.engine.options import KEPT_PART, EngineFacts, EngineOptions
 from edgemerge.runtime.engine.slots import Slots

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 from edgemerge.runtime.doctor.fit import MAX_LAYERS
 from edgemerge.runtime.engine.options import EngineOptions
 from edgemerge.runtime.engine.process import ModelProcess

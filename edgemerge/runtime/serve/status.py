@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 from edgemerge.runtime.board.device import read_memory, read_temperature, read_throttling
 from edgemerge.runtime.serve.active_request import Run
 from edgemerge.runtime.serve.metrics import Gauge, Metrics

@@ -11,7 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 from edgemerge.runtime.bench.bench import BenchSettings, Measured
 from edgemerge.runtime.bench.messages import read_message, rebuild
 from edgemerge.runtime.bench.peak_memory import MemorySplit, PeakMemory, mapped_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 from edgemerge.runtime.board import device
 from edgemerge.runtime.board.storage import find_disk, measure_storage
 from tests.runtime.board import boards

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 from edgemerge.runtime.engine.answer import Answer
 from edgemerge.runtime.engine.draw import BadGrammar
 from edgemerge.runtime.engine.messages import Ended, Failed, Generation, Sampling

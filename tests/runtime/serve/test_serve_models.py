@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgemerge.errors import BudgetError, FormatError, RecipeError, RuntimeFailure
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 from edgemerge.runtime.doctor.fit import PROCESS_BYTES
 from edgemerge.runtime.model_files import open_gguf
 from edgemerge.runtime.serve import store as store_module

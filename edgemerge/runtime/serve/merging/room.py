@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from edgemerge.process import read_process
+from edgemerge.machine.process import read_process
 from edgemerge.runtime.board.device import read_memory
 from edgemerge.runtime.serve.store import ModelStore
 

@@ -1,6 +1,6 @@
 """Tests of what is said of processes."""
 
-from edgemerge.process import wait_briefly
+from edgemerge.machine.process import wait_briefly
 
 
 def test_threads_wait_briefly() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from edgemerge.sysfs import read_int, read_text
+from edgemerge.machine.sysfs import read_int, read_text
 
 __all__ = ["group_folders", "memory_limits"]
 

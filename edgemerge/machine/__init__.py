@@ -1,0 +1,1 @@
+"""What this machine tells of itself, and where its user keeps what can be made again."""
