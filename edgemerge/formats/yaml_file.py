@@ -64,6 +64,12 @@ class _BoundedLoader(yaml.SafeLoader):
         self._n_nodes: dict[int, int] = {}  # id of a finished node -> nodes in it, aliases in full
         self._depth = 0
 
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        # The scanner reads up to 1024 characters before the nodes that compose_node counts.
+        if self.flow_level >= MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
     def compose_document(self) -> Any:
         self._n_nodes.clear()
         return super().compose_document()
