@@ -39,22 +39,23 @@ def decode_q4_k(raw_u8, out_f32):
         written
     """
     for i in range(raw_u8.size // 144):
-        block = raw_u8[144 * i : 144 * i + 144]
-        d, dmin, scales, minima, more_scales, more_minima = all_scales_and_minima(block)
-        for half in range(2):  # four sub-blocks at once, whose eight numbers stay in registers
-            if half == 1:
-                scales, minima = more_scales, more_minima
-            step0, offset0 = times_byte(d, scales, 0), times_byte(dmin, minima, 0)
-            step1, offset1 = times_byte(d, scales, 1), times_byte(dmin, minima, 1)
-            step2, offset2 = times_byte(d, scales, 2), times_byte(dmin, minima, 2)
-            step3, offset3 = times_byte(d, scales, 3), times_byte(dmin, minima, 3)
-            quants = block[16 + 64 * half : 80 + 64 * half]
-            y = out_f32[256 * i + 128 * half : 256 * i + 128 * half + 128]
-            for k in range(32):
-                y[k] = step0 * np.float32(np.int32(quants[k] & 15)) - offset0
-                y[32 + k] = step1 * np.float32(np.int32(quants[k] >> 4)) - offset1
-                y[64 + k] = step2 * np.float32(np.int32(quants[32 + k] & 15)) - offset2
-                y[96 + k] = step3 * np.float32(np.int32(quants[32 + k] >> 4)) - offset3
+        at, out = np.uint64(144) * np.uint64(i), np.uint64(256) * np.uint64(i)
+        d, dmin, scales, minima = all_scales_and_minima(raw_u8, at)
+        for j in range(4):
+            quants, y = at + np.uint64(16 + 32 * j), out + np.uint64(64 * j)
+            step, offset = times_byte(d, scales, 2 * j), times_byte(dmin, minima, 2 * j)
+            # The upper four bits are left 16 times too large, which a power of two takes back exactly.
+            high_step = np.float32(times_byte(d, scales, 2 * j + 1) * np.float32(1 / 16))
+            high_offset = times_byte(dmin, minima, 2 * j + 1)
+            for k in range(
+                np.uint64(32)
+            ):  # two sub-blocks at once: the cache's lines are written in order
+                byte = raw_u8[quants + k]
+                low, high = np.uint8(byte & np.uint8(0x0F)), np.uint8(byte & np.uint8(0xF0))
+                out_f32[y + k] = step * np.float32(np.int32(low)) - offset
+                out_f32[y + np.uint64(32) + k] = (
+                    high_step * np.float32(np.int32(high)) - high_offset
+                )
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -40,41 +40,28 @@ def decode_q5_k(raw_u8, out_f32):
         written
     """
     for i in range(raw_u8.size // 176):
-        block = raw_u8[176 * i : 176 * i + 176]
-        d, dmin, scales, minima, more_scales, more_minima = all_scales_and_minima(block)
-        fifth = block[16:48]
-        for half in range(2):  # four sub-blocks at once, whose eight numbers stay in registers
-            if half == 1:
-                scales, minima = more_scales, more_minima
-            step0, offset0 = times_byte(d, scales, 0), times_byte(dmin, minima, 0)
-            step1, offset1 = times_byte(d, scales, 1), times_byte(dmin, minima, 1)
-            step2, offset2 = times_byte(d, scales, 2), times_byte(dmin, minima, 2)
-            step3, offset3 = times_byte(d, scales, 3), times_byte(dmin, minima, 3)
-            quants = block[48 + 64 * half : 112 + 64 * half]
-            y = out_f32[256 * i + 128 * half : 256 * i + 128 * half + 128]
-            for k in range(32):
-                bits = np.uint8(fifth[k] >> np.uint8(4 * half))
-                y[k] = step0 * _low_quant(quants[k], bits, 0) - offset0
-                y[32 + k] = step1 * _high_quant(quants[k], bits, 1) - offset1
-                y[64 + k] = step2 * _low_quant(quants[32 + k], bits, 2) - offset2
-                y[96 + k] = step3 * _high_quant(quants[32 + k], bits, 3) - offset3
+        at, out = np.uint64(176) * np.uint64(i), np.uint64(256) * np.uint64(i)
+        fifth = at + np.uint64(16)
+        d, dmin, scales, minima = all_scales_and_minima(raw_u8, at)
+        for j in range(4):
+            quants, y = at + np.uint64(48 + 32 * j), out + np.uint64(64 * j)
+            low_mask, high_mask = np.uint8(1 << 2 * j), np.uint8(2 << 2 * j)
+            step, offset = times_byte(d, scales, 2 * j), times_byte(dmin, minima, 2 * j)
+            high_step = times_byte(d, scales, 2 * j + 1)
+            high_offset = times_byte(dmin, minima, 2 * j + 1)
+            for k in range(np.uint64(32)):  # two sub-blocks at once, as in decode_q4_k
+                byte, bits = raw_u8[quants + k], raw_u8[fifth + k]
+                low = _join(np.uint8(byte & np.uint8(15)), np.uint8(bits & low_mask))
+                high = _join(np.uint8(byte >> np.uint8(4)), np.uint8(bits & high_mask))
+                out_f32[y + k] = step * low - offset
+                out_f32[y + np.uint64(32) + k] = high_step * high - high_offset
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _low_quant(byte, fifth, j):
-    return _join(np.uint8(byte & np.uint8(15)), fifth, j)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _high_quant(byte, fifth, j):
-    return _join(np.uint8(byte >> np.uint8(4)), fifth, j)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _join(four_bits, fifth, j):
+def _join(four_bits, fifth):
     # Every step in bytes: LLVM would take 64 bits for those in between, and a vector has eight times fewer.
-    bit = np.uint8(np.uint8(fifth >> np.uint8(j)) & np.uint8(1))
-    return np.float32(np.int32(np.uint8(four_bits | np.uint8(bit << np.uint8(4)))))
+    bit = np.uint8(16) if fifth != np.uint8(0) else np.uint8(0)
+    return np.float32(np.int32(np.uint8(four_bits | bit)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -83,43 +83,49 @@ def dot(left, right, lanes):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def all_scales_and_minima(head):
+def all_scales_and_minima(raw, at):
     """Return d, dmin, and all scales and minima of a block of Q4_K or Q5_K.
 
     Parameters
     ----------
-    head : (>= 16,) uint8
-        of a block: d, dmin, scales and minima
+    raw : (n,) uint8
+        blocks
+    at : uint64
+        where the block starts, with these; an unsigned number needs no test for what counts from the end
 
     Returns
     -------
     d, dmin : float32
-    scales, minima : uint32
-        of sub-blocks 0 to 3, a byte each
-    more_scales, more_minima : uint32
-        of sub-blocks 4 to 7
+    scales, minima : uint64
+        of the eight sub-blocks, a byte each
     """
-    first, second, third = _word(head[4:8]), _word(head[8:12]), _word(head[12:16])
-    scales = np.uint32(first & np.uint32(0x3F3F3F3F))
-    minima = np.uint32(second & np.uint32(0x3F3F3F3F))
+    d = half_to_float(raw[at], raw[at + np.uint64(1)])
+    dmin = half_to_float(raw[at + np.uint64(2)], raw[at + np.uint64(3)])
+    first, second = _word(raw, at + np.uint64(4)), _word(raw, at + np.uint64(8))
+    third = _word(raw, at + np.uint64(12))
     upper = np.uint32(np.uint32(first >> np.uint32(2)) & np.uint32(0x30303030))
     more_scales = np.uint32(np.uint32(third & np.uint32(0x0F0F0F0F)) | upper)
     upper = np.uint32(np.uint32(second >> np.uint32(2)) & np.uint32(0x30303030))
     lower = np.uint32(np.uint32(third >> np.uint32(4)) & np.uint32(0x0F0F0F0F))
-    more_minima = np.uint32(lower | upper)
-    d, dmin = half_to_float(head[0], head[1]), half_to_float(head[2], head[3])
-    return d, dmin, scales, minima, more_scales, more_minima
+    scales = _eight_bytes(np.uint32(first & np.uint32(0x3F3F3F3F)), more_scales)
+    minima = _eight_bytes(np.uint32(second & np.uint32(0x3F3F3F3F)), np.uint32(lower | upper))
+    return d, dmin, scales, minima
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _word(four):
-    low = np.uint32(np.uint32(four[0]) | np.uint32(np.uint32(four[1]) << np.uint32(8)))
-    high = np.uint32(np.uint32(four[2]) | np.uint32(np.uint32(four[3]) << np.uint32(8)))
-    return np.uint32(low | np.uint32(high << np.uint32(16)))
+def _word(raw, at):
+    low = np.uint32(np.uint32(raw[at]) | np.uint32(raw[at + np.uint64(1)]) << np.uint32(8))
+    high = np.uint32(raw[at + np.uint64(2)]) | np.uint32(raw[at + np.uint64(3)]) << np.uint32(8)
+    return np.uint32(low | np.uint32(np.uint32(high) << np.uint32(16)))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _eight_bytes(low, high):
+    return np.uint64(np.uint64(low) | np.uint64(np.uint64(high) << np.uint64(32)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def times_byte(d, word, j):
-    """Return d times byte j of a word, as float32."""
-    byte = np.uint32(np.uint32(word >> np.uint32(8 * j)) & np.uint32(255))
+    """Return d times byte j of a uint64, as float32."""
+    byte = np.uint64(np.uint64(word >> np.uint64(8 * j)) & np.uint64(255))
     return np.float32(d * np.float32(np.int32(byte)))

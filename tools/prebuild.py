@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Compile all kernels for every processor that a wheel is for, into edgemerge/native/prebuilt.
 
-    python -m tools.prebuild [MACHINE ...]    x86_64 and aarch64 unless said
-    python -m tools.prebuild native           for this processor alone
+    python -m tools.prebuild [MACHINE[/VARIANT] ...]       x86_64 and aarch64 unless said
+    python -m tools.prebuild native                        for this processor alone
+    python -m tools.prebuild --into FOLDER aarch64/armv8.0
 
 `edgemerge/native/processors.py` lists the variants of each. A wheel with these images compiles nothing where
 it is installed; a processor older than all of them compiles for itself. What was compiled once is kept in
@@ -11,11 +12,11 @@ $EDGEMERGE_PREBUILT (default ~/.cache/edgemerge/prebuilt).
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import time
 from functools import partial
@@ -32,15 +33,32 @@ USER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 KEPT = Path(os.environ.get("EDGEMERGE_PREBUILT") or USER / "edgemerge" / "prebuilt")
 
 
-def main(machines: list[str]) -> None:
-    wanted = {machine: VARIANTS[machine] for machine in machines or VARIANTS if machine != "native"}
-    if "native" in machines:
-        machine = platform.machine()
-        wanted[machine] = tuple(fitting_variants(machine, processor_features())[:1])
-    for machine, variants in wanted.items():
-        shutil.rmtree(PREBUILT / machine, ignore_errors=True)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("wanted", nargs="*", metavar="MACHINE[/VARIANT]")
+    parser.add_argument("--into", type=Path, default=PREBUILT, metavar="FOLDER")
+    options = parser.parse_args()
+    for machine, variants in wanted_variants(options.wanted).items():
+        shutil.rmtree(options.into / machine, ignore_errors=True)
         for variant in variants:
-            copy_images(machine, variant, PREBUILT / machine / variant.name)
+            copy_images(machine, variant, options.into / machine / variant.name)
+
+
+def wanted_variants(wanted: list[str]) -> dict[str, list[Variant]]:
+    """List the variants of each machine that the command line names."""
+    found: dict[str, list[Variant]] = {}
+    for word in wanted or VARIANTS:
+        if word == "native":
+            machine = platform.machine()
+            variants = fitting_variants(machine, processor_features())[:1]
+        else:
+            machine, _, name = word.partition("/")
+            variants = [v for v in VARIANTS.get(machine, ()) if name in ("", v.name)]
+        if not variants:
+            known = [f"{machine}/{v.name}" for machine, all_ in VARIANTS.items() for v in all_]
+            raise SystemExit(f"tools.prebuild: {word} is none of native, {', '.join(known)}")
+        found.setdefault(machine, []).extend(variants)
+    return found
 
 
 def copy_images(machine: str, variant: Variant, folder: Path) -> None:
@@ -87,4 +105,4 @@ def _compile(machine: str, variant: Variant, folder: Path, full_name: str) -> No
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
