@@ -18,6 +18,7 @@ benchmarks/run.py boards card prediction
 benchmarks/run.py recipes --peers .venv-peers
                                      only when asked for: public recipes, by mergekit too
 benchmarks/run.py arm                only when asked for: needs a cross compiler and llvm-mca (ARM.md)
+benchmarks/run.py widths             only when asked for: builds ggml for older processors, needs cmake
 benchmarks/run.py server MODEL.gguf --peers .venv-peers
                                      only when asked for: serve beside llama-server
 """
@@ -42,6 +43,7 @@ ALONE = ["kernels", "align", "merge", "requant", "quality", "importance", "start
 ALONE += ["memory", "scaling", "workers"]
 WHEN_ASKED = ["7b", "serve", "server", "llama", "recipes", "quality135", "methods", "barrier"]
 WHEN_ASKED += ["cluster", "delta", "fleet", "boards", "card", "limits", "prediction", "arm"]
+WHEN_ASKED += ["widths"]
 
 
 def rewrite(name: str, table: str, about: dict[str, str]) -> None:
