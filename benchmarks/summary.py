@@ -9,6 +9,7 @@ docs/benchmarks.md or docs/quality.md, and the last column says which.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,13 @@ def render() -> str:
             _source(SPEED, "serve", serve),
         ],
     ]
-    machines = {
-        f"{block.about['cpu']} with {block.about['cores']} cores, Python {block.about['python']}"
-        for block in (merge, big, serve, quality)
-    }
+    machines = {_machine(block.about) for block in (merge, big, serve, quality)}
     return f"{table(header, rows)}\n\nMeasured on {'; '.join(sorted(machines))}. No board was measured."
+
+
+def _machine(about: Mapping[str, str]) -> str:
+    width = f"vectors of {about['vectors']}, " if "vectors" in about else ""  # older stamps lack it
+    return f"{about['cpu']} with {about['cores']} cores, {width}Python {about['python']}"
 
 
 def _source(page: Path, name: str, block: Block) -> str:
