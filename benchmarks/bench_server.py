@@ -35,6 +35,7 @@ PLACES, CONTEXT = 16, 8192
 START_SECONDS = 60
 SIDES = ("ours", "parted", "unified")
 COPYING = "1, a copy"
+ALONE_OFTEN = 4  # a single answer takes half a second, which other programs disturb by 7 %
 TEXT = (
     "The heart pumps blood through the vessels of the body. Valves between its chambers keep the blood "
     "flowing in one direction. When a valve does not close well, blood leaks back, and the heart has to work "
@@ -125,15 +126,16 @@ def ask_together(port: int, prompts: list[str], max_tokens: int, seen: Seen) -> 
 
 
 def compare(ports: dict[str, int], options: argparse.Namespace) -> list[dict[str, str | float]]:
-    """Take turns, each first in every other round; one row for each kind of load."""
+    """Take turns, each first in every third; one row for each kind of load."""
     numbers = iter(range(10_000))
     for port in ports.values():  # the first requests fill buffers
         ask_together(port, ["Hello", "Good morning"], 8, Seen())
     kinds = [*map(str, options.clients), COPYING]
     seen = {kind: {side: Seen() for side in SIDES} for kind in kinds}
-    for turn in range(options.rounds):
-        for kind in kinds:
+    for kind in kinds * options.rounds:
+        for _ in range(ALONE_OFTEN if kind in ("1", COPYING) else 1):
             prompts = make_prompts(kind, numbers)
+            turn = len(seen[kind]["ours"].rates)
             for i in range(len(SIDES)):
                 side = SIDES[(turn + i) % len(SIDES)]
                 ask_together(ports[side], prompts, options.tokens, seen[kind][side])
