@@ -237,7 +237,7 @@ def test_the_models_end_is_not_said(engine: Bench) -> None:
 def reference_scores(engine: Bench, tokens: list[int]) -> list[float]:
     model, n = engine.loaded.model, len(tokens)
     with model.context(CONTEXT, n_batch=n, n_outputs=n) as context:
-        logits = context.decode(tokens, range(n), [(0,)] * n, [True] * n).astype(np.float64)
+        logits = context.decode(tokens, [True] * n).astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
     found = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     return [float(found[i, token]) for i, token in enumerate(tokens[1:])]
