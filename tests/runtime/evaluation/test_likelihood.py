@@ -164,7 +164,7 @@ def test_an_option_that_adds_nothing_is_refused(
 
 
 def test_log_likelihoods_keep_double_precision() -> None:
-    logits = np.float32([[10.1, -3.3, 0.7], [0.1, 0.2, 0.3]])
+    logits = np.array([[10.1, -3.3, 0.7], [0.1, 0.2, 0.3]], np.float32)
     exact = logits.astype(np.float64)
     expected = exact - np.log(np.exp(exact).sum(axis=1, keepdims=True))
     found = module.log_likelihoods(logits, [0, 0, 1], [1, 2, 0])
