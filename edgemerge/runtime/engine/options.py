@@ -80,13 +80,9 @@ class EngineFacts:
         Whether it orders texts by a question.
     fingerprint : str
         Other weights have another one.
-    threads : tuple of (int, int)
-        Threads that generate, and threads that read prompts.
     memory : dict of str to int
         Bytes of `weights`, `kv`, `compute` and `output`, as llama.cpp says; and of `kept`, what sequences
         that are not in use may take at most.
-    n_pool : int
-        Tokens of the cache, which all answers use together.
     """
 
     n_ctx: int
@@ -96,6 +92,4 @@ class EngineFacts:
     reads_whole: bool
     can_rerank: bool
     fingerprint: str
-    threads: tuple[int, int]
     memory: dict[str, int] = field(default_factory=dict)
-    n_pool: int = 0

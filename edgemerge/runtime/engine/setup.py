@@ -111,14 +111,12 @@ def load(options: EngineOptions) -> Loaded:
     facts = EngineFacts(
         # llama.cpp rounds a small context up; a text has no more positions than the model was trained with
         n_ctx=min(n_ctx, model.n_ctx_train or n_ctx, options.n_longest or n_ctx),
-        n_pool=context.n_ctx,
         n_sequences=options.n_sequences,
         n_vocab=model.n_vocab,
         has_template=template is not None,
         reads_whole=is_encoder,
         can_rerank=can_rerank,
         fingerprint=_fingerprint([*files, *(lora.path for lora in options.loras)]),
-        threads=(model.threads.generate, model.threads.prompt),
         memory={
             "weights": buffers.weights,
             "kv": buffers.kv,

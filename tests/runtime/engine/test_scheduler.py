@@ -266,13 +266,7 @@ def test_only_a_prompt_is_scored(engine: Bench) -> None:
     assert told.prompt_scores is not None
     assert [score.token for score in told.prompt_scores] == [5, 6, 7]
     assert told.prompt_scores[0].logprob is None
-    assert told.ended is not None
-    assert told.ended == Ended(
-        "length",
-        0,
-        told.ended.prompt_seconds,
-        told.ended.step_seconds,
-    )
+    assert told.ended == Ended("length", 0)
     assert told.text == ""
 
 
@@ -323,6 +317,6 @@ def test_the_cache_grows_no_further_than_memory_allows(tiny_gguf: Path) -> None:
     for memory in (sizes[8192], sizes[512] // 2):
         with bench(tiny_gguf, n_ctx=100_000, memory=base + memory) as engine:
             facts = engine.loaded.facts
-            assert facts.n_pool >= 512
+            assert engine.loaded.context.n_ctx >= 512
             assert sum(facts.memory.values()) <= max(memory, sizes[512]) * 1.2
             assert engine.ask("the answer", 8).text
