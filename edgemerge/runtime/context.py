@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.batch import Batch, Computing, DecodeError
+from edgemerge.runtime.closing import Closing
 from edgemerge.runtime.library import Buffers
 from edgemerge.types import Float32
 
@@ -39,7 +39,7 @@ class ScaledAdapter(Protocol):
         """Factor of what it adds."""
 
 
-class Context:
+class Context(Closing):
     """Sequences under computation; use it in a `with` statement. Made by `Model.context`."""
 
     def __init__(self, model: LoadedModel, handle: Any) -> None:
@@ -49,17 +49,6 @@ class Context:
         self.n_ctx: int = model.api.llama_n_ctx(handle)
         self.buffers: Buffers = model.buffers | model.library.buffers()
         self._add_loras()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the context."""
