@@ -271,8 +271,9 @@ def _model(model: ModelFit, available: int, served: ModelFile | None) -> Iterato
             f"it takes {format_size(model.bytes)} and {free} are free: take a smaller type or model",
         )
     if served is not None and model.n_ctx:
+        why = ", as many as fit" if served.is_short else ""
         yield (
             "serve",
             f"{served.n_sequences} requests at a time (--parallel), {served.n_ctx} tokens for one (--ctx), "
-            f"{served.n_cache} for all: {format_size(served.need)}",
+            f"{served.n_cache} for all{why}: {format_size(served.need)}",
         )

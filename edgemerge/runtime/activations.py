@@ -84,10 +84,8 @@ def measure_importances(
             context.clear()
             for start in range(0, n_ctx, n_batch):
                 tokens = chunk[start : start + n_batch]
-                positions = range(start, start + len(tokens))
                 # Logits of all: else llama.cpp leaves most tokens out of the last layer.
-                n = len(tokens)
-                worker.do(context.decode, tokens, positions, [(0,)] * n, [True] * n)
+                worker.do(context.decode, tokens, [True] * len(tokens), position=start)
                 if collector.error is not None:
                     raise collector.error
         progress(len(chunks), len(chunks))

@@ -5,26 +5,22 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
-
-import numpy as np
+from typing import Any, Protocol
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.runtime.library import Buffers, Library
+from edgemerge.runtime.batch import Batch, Computing, DecodeError
+from edgemerge.runtime.closing import Closing
+from edgemerge.runtime.library import Buffers
 from edgemerge.types import Float32
 
 __all__ = ["Context"]
 
 
-class LoadedModel(Protocol):
+class LoadedModel(Computing, Protocol):
     """What a context needs of a model (`edgemerge.runtime.llama.Model`)."""
 
     path: Path
-    api: Any
-    library: Library
     buffers: Buffers
-    n_vocab: int
 
     @property
     def adapters(self) -> Sequence[Any]:
@@ -43,7 +39,7 @@ class ScaledAdapter(Protocol):
         """Factor of what it adds."""
 
 
-class Context:
+class Context(Closing):
     """Sequences under computation; use it in a `with` statement. Made by `Model.context`."""
 
     def __init__(self, model: LoadedModel, handle: Any) -> None:
@@ -53,17 +49,6 @@ class Context:
         self.n_ctx: int = model.api.llama_n_ctx(handle)
         self.buffers: Buffers = model.buffers | model.library.buffers()
         self._add_loras()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the context."""
@@ -109,55 +94,48 @@ class Context:
             self.close()
             raise self.model.library.failure(f"{self.model.path}: the LoRA adapters do not fit")
 
+    def batch(self, size: int) -> Batch:
+        """Make a batch of so many tokens at most, to be filled and run again and again."""
+        return Batch(self.model, self.handle, size)
+
+    def run(self, batch: Batch) -> None:
+        """Compute a batch.
+
+        Raises
+        ------
+        RuntimeFailure
+            llama.cpp failed; it names the model's file.
+        """
+        try:
+            batch.run()
+        except DecodeError as error:
+            raise RuntimeFailure(f"{self.model.path}: {error}", detail=error.detail) from error
+
     def decode(
-        self,
-        tokens: Sequence[int],
-        positions: Sequence[int],
-        sequences: Sequence[tuple[int, ...]],
-        wanted: Sequence[bool],
+        self, tokens: Sequence[int], wanted: Sequence[bool], *, position: int = 0
     ) -> Float32:
-        """Run tokens through the model.
+        """Run tokens of one sequence through the model.
 
         Parameters
         ----------
-        tokens, positions : (n,) int
-            Token ids, and the place of each in its sequence.
-        sequences : (n,) tuples of int
-            The sequences that each token is part of.
+        tokens : (n,) int
+            Ids.
         wanted : (n,) bool
             The tokens whose logits are wanted.
+        position : int
+            Of the first token in the sequence.
 
         Returns
         -------
         (sum of wanted, n_vocab) float32
             A view that holds until the next call.
-        """
-        n_tokens = len(tokens)
-        token = np.array(tokens, dtype=np.int32)
-        position = np.array(positions, dtype=np.int32)
-        output = np.array(wanted, dtype=np.int8)
-        n_ids = np.array([len(ids) for ids in sequences], dtype=np.int32)
-        ids = np.array([one for several in sequences for one in several], dtype=np.int32)
-        starts = np.cumsum(n_ids, dtype=np.uint64) - n_ids.astype(np.uint64)
-        id_pointers = np.uint64(ids.ctypes.data) + starts * np.uint64(ids.itemsize)
 
-        int32_p = ctypes.POINTER(ctypes.c_int32)
-        batch = self._api.llama_batch(
-            n_tokens=n_tokens,
-            token=token.ctypes.data_as(int32_p),
-            pos=position.ctypes.data_as(int32_p),
-            n_seq_id=n_ids.ctypes.data_as(int32_p),
-            seq_id=id_pointers.ctypes.data_as(ctypes.POINTER(int32_p)),
-            logits=output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )
-        self.model.library.start()
-        status = self._api.llama_decode(self.handle, batch)
-        if status != 0:
-            raise self.model.library.failure(
-                f"{self.model.path}: llama.cpp failed on {n_tokens} tokens with status {status}"
-            )
-        rows = int(output.sum())
-        if rows == 0:
-            return np.empty((0, self.model.n_vocab), dtype=np.float32)
-        logits = self._api.llama_get_logits(self.handle)
-        return np.ctypeslib.as_array(logits, shape=(rows, self.model.n_vocab))
+        Raises
+        ------
+        RuntimeFailure
+            llama.cpp failed.
+        """
+        batch = self.batch(len(tokens))
+        batch.add_all(tokens, position, 0, output=wanted)
+        self.run(batch)
+        return batch.all_logits()

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from time import perf_counter
-from types import TracebackType
-from typing import Self
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.runtime.closing import Closing
 from edgemerge.runtime.engine.answer import Answer
 from edgemerge.runtime.engine.drafts import MOST
 from edgemerge.runtime.engine.draw import Sampler
@@ -83,7 +82,7 @@ class Figures:
         return self.n_steps / self.step_seconds if self.step_seconds else None
 
 
-class Session:
+class Session(Closing):
     """One sequence of tokens and what was computed of it; use it in a `with` statement.
 
     Parameters
@@ -117,17 +116,6 @@ class Session:
             model, self.context, self._slots, n_chunk=_BATCH, n_rows=1 + MOST
         )
         self._sampler = Sampler(model, sampling)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the context, when nothing computes in it any more."""

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from edgemerge.runtime.board.device import default_threads
+from edgemerge.runtime.closing import Closing
 from edgemerge.runtime.context import Context
 from edgemerge.runtime.library import Buffers, load_library
 from edgemerge.runtime.model_files import check_adapter, check_writes, model_files
@@ -37,7 +37,7 @@ class Lora:
     scale: float = 1.0
 
 
-class Model:
+class Model(Closing):
     """A model that llama.cpp has loaded; use it in a `with` statement.
 
     Parameters
@@ -124,17 +124,6 @@ class Model:
             self.close()
             raise failure
         return adapter
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def use_threads(self, n_threads: int | None) -> None:
         """Compute with so many threads in contexts made from now on; None: as many as are fastest."""

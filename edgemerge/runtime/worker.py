@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from types import TracebackType
-from typing import ParamSpec, Self, TypeVar
+from typing import ParamSpec, TypeVar
+
+from edgemerge.runtime.closing import Closing
 
 __all__ = ["Worker"]
 
@@ -19,7 +20,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Worker:
+class Worker(Closing):
     """One thread that does one thing after the other; use it in a `with` statement.
 
     Attributes
@@ -31,17 +32,6 @@ class Worker:
     def __init__(self) -> None:
         self.is_stopped = False
         self._thread = ThreadPoolExecutor(1, "llama.cpp")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop what still runs, and wait for its end."""

@@ -76,7 +76,7 @@ def logits(path: Path) -> Float32:
         tokens = model.bos + model.tokenize("Question: which group does anaemia belong to?")
         n = len(tokens)
         with model.context(n, n_batch=n, n_outputs=n, exact=True) as context:
-            return context.decode(tokens, range(n), [(0,)] * n, [True] * n).copy()
+            return context.decode(tokens, [True] * n).copy()
 
 
 def test_a_shuffled_model_comes_back_exactly(files: dict[str, Path], tmp_path: Path) -> None:

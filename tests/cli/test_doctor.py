@@ -89,6 +89,15 @@ def test_a_model_and_another_storage(run: Run, tmp_path: Path) -> None:
     assert row(output, "fits").startswith("with all 256 tokens of context: ")
     assert row(output, "serve").startswith("8 requests at a time (--parallel), 256 tokens for one")
     assert f"{tmp_path}/disk" in row(output, "storage")
+    assert "-  serve reads prompts 256 tokens at a time: " in output
+
+
+def test_what_serve_keeps_where_memory_is_short(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_tiny_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr("edgemerge.runtime.serve.models.usable_memory", lambda floor: floor)
+    assert "256 for all, as many as fit: " in row(run("--model", str(model)).stdout, "serve")
 
 
 @pytest.mark.usefixtures("on_a_pi")

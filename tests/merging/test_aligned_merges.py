@@ -74,7 +74,7 @@ def logits(path: Path, text: str) -> Float32:
         tokens = model.bos + model.tokenize(text)
         n = len(tokens)
         with model.context(n, n_batch=n, n_outputs=n, exact=True) as context:
-            return context.decode(tokens, range(n), [(0,)] * n, [True] * n).copy()
+            return context.decode(tokens, [True] * n).copy()
 
 
 @pytest.mark.llama

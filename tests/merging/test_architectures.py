@@ -36,7 +36,7 @@ def last_logits(path: Path, name: str) -> np.ndarray:
         Model(path, n_threads=1) as model,
         model.context(128, n_batch=64, exact=True) as context,
     ):
-        return context.decode(tokens, range(len(tokens)), [(0,)] * len(tokens), wanted).copy()
+        return context.decode(tokens, wanted).copy()
 
 
 def test_two_models_and_their_base(name: str, tmp_path: Path) -> None:

@@ -153,9 +153,7 @@ def test_llama_cpp_runs_a_gguf_adapter(tmp_path: Path) -> None:
             tokens = loaded.bos + loaded.tokenize("the answer")
             wanted = [False] * (len(tokens) - 1) + [True]
             with loaded.context(64, n_batch=64, exact=True) as context:
-                decoded: Float32 = context.decode(
-                    tokens, range(len(tokens)), [(0,)] * len(tokens), wanted
-                )[0].copy()
+                decoded: Float32 = context.decode(tokens, wanted)[0].copy()
                 return decoded
 
     adapted = logits(base, runtime.Lora(tmp_path / "adapter.gguf"))

@@ -234,7 +234,7 @@ def test_equal_experts_answer_as_the_dense_model(name: str, tmp_path: Path) -> N
         Model(made, n_threads=1) as model,
         model.context(128, n_batch=64, exact=True) as context,
     ):
-        found = context.decode(tokens, range(len(tokens)), [(0,)] * len(tokens), wanted)
+        found = context.decode(tokens, wanted)
         np.testing.assert_allclose(found[0], logits(name, "plain")[-1], rtol=0, atol=1e-3)
 
 

@@ -143,7 +143,7 @@ def test_options_score_as_each_by_itself(kind: str, kinds: dict[str, list[Path]]
                 n = len(tokens)
                 wanted = [i >= n - len(ending) for i in range(n)]
                 with model.context(n, n_batch=n, n_outputs=len(ending), exact=True) as context:
-                    logits = context.decode(tokens, range(n), [(0,)] * n, wanted)
+                    logits = context.decode(tokens, wanted)
                     alone = log_likelihoods(logits, range(len(ending)), ending).sum()
                 assert total == pytest.approx(float(alone), abs=1e-3)
 

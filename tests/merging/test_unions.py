@@ -99,7 +99,7 @@ def test_rows_are_mergekits_and_ids_are_transformers(
         assert model.tokenize(TEXTS[kind], special=True) == [places[i] for i in wanted["ids"]]
         with model.context(32, n_batch=32, n_outputs=1) as context:
             last_tokens = [0, len(tokens) - 1]
-            found = context.decode(last_tokens, range(2), [(0,)] * 2, [False, True])
+            found = context.decode(last_tokens, [False, True])
             assert np.isfinite(found).all()
     check_inputs(out, [folder / name for name in report.models])
 

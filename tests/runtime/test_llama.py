@@ -48,7 +48,7 @@ def last_logits(model: Model, text: str = "the answer") -> np.ndarray:
     tokens = model.bos + model.tokenize(text)
     wanted = [False] * (len(tokens) - 1) + [True]
     with model.context(64, n_batch=64, exact=True) as context:
-        return context.decode(tokens, range(len(tokens)), [(0,)] * len(tokens), wanted)[0].copy()
+        return context.decode(tokens, wanted)[0].copy()
 
 
 def test_a_model_tells_what_it_is(tiny_gguf: Path) -> None:
@@ -95,9 +95,9 @@ def test_a_context_forgets_its_end_and_computes_it_again(tiny_gguf: Path) -> Non
         tokens = model.bos + model.tokenize("the answer of the")
         n = len(tokens)
         wanted = [False] * (n - 1) + [True]
-        before = context.decode(tokens, range(n), [(0,)] * n, wanted).copy()
+        before = context.decode(tokens, wanted).copy()
         context.truncate(n - 2)
-        after = context.decode(tokens[-2:], (n - 2, n - 1), [(0,)] * 2, [False, True])
+        after = context.decode(tokens[-2:], [False, True], position=n - 2)
         np.testing.assert_allclose(after, before, atol=1e-5)
 
 

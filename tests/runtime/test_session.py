@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.runtime.engine.batch import Aborted
+from edgemerge.runtime.batch import Aborted
 from edgemerge.runtime.engine.draw import MAX_SEED
 from edgemerge.runtime.engine.messages import Sampling
 from edgemerge.runtime.generate import End, Session, read_prompt
@@ -137,7 +137,7 @@ def test_ctrl_c_stops_what_computes(
                 break
         time.sleep(0.1)
         ended.append(session._worker.is_stopped)
-        raise Aborted
+        raise Aborted("it was told to stop")
 
     monkeypatch.setattr(session._scheduler._batch, "run", compute)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -155,7 +155,7 @@ def test_ctrl_c_stops_what_computes(
 def test_llama_cpp_asks_whether_to_stop(model: Model, session: Session) -> None:
     session._worker.is_stopped = True
     with pytest.raises(RuntimeFailure, match="with status 2"):
-        session.context.decode([5], [0], [(0,)], [True])
+        session.context.decode([5], [True])
     text = "".join(session.generate(read_prompt(model, "the answer"), 6))
     assert text == fresh(model, "the answer", 6)
 

@@ -17,14 +17,12 @@ def make_facts(**facts: Any) -> EngineFacts:
     """What a small model says of itself."""
     usual: dict[str, Any] = {
         "n_ctx": 64,
-        "n_pool": 64,
         "n_sequences": 2,
         "n_vocab": 300,
         "has_template": True,
         "reads_whole": False,
         "can_rerank": False,
         "fingerprint": "fp_0",
-        "threads": (1, 1),
     }
     return EngineFacts(**(usual | facts))
 

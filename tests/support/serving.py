@@ -35,7 +35,7 @@ SLOWLY = [
     "    for i in range(wanted.max_tokens):\n"
     "        await asyncio.sleep(0.02)\n"
     "        yield Piece(f' {i}', 1)\n"
-    "    yield Ended('length', wanted.max_tokens, 0.1, 0.1)\n"
+    "    yield Ended('length', wanted.max_tokens)\n"
     "ModelProcess.generate = slowly\n"
     "sys.argv = ['edgemerge', 'serve', *sys.argv[1:]]\n"
     "main()",

@@ -26,7 +26,7 @@ SLOWLY = [
     "import time\n"
     "from edgemerge.cli import main\n"
     "from edgemerge.runtime import llama\n"
-    "from edgemerge.runtime.engine.batch import Batch\n"
+    "from edgemerge.runtime.batch import Batch\n"
     "run = Batch.run\n"
     "Batch.run = lambda self: time.sleep(0.02) or run(self)\n"
     "llama.Model.piece = lambda self, token: b'word '\n"

@@ -60,7 +60,7 @@ def load_timed(
     model = Model(path, n_threads=n_threads, n_gpu_layers=n_gpu_layers, rpc=rpc)
     try:
         with model.context(8, n_batch=8) as context:
-            context.decode(model.bos or [0], [0], [(0,)], [True])
+            context.decode(model.bos or [0], [True])
     except BaseException:
         model.close()
         raise

@@ -2,12 +2,12 @@
 
 As in llama.cpp's tools/llama-bench: a fresh context per test, one run to warm up, an empty cache before each
 repetition, random tokens after the beginning-of-text token, logits for the last token of a prompt and for
-each generated one. So a rate here can be compared with one of llama-bench.
+each generated one. No token is drawn, as an answer's would be. So a rate here can be compared with one of
+llama-bench.
 """
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -183,6 +183,8 @@ class _Runs:
         self.context = context
         self.test = test
         self.meter = meter
+        self.batch = context.batch(N_BATCH)
+        self.n_past = 0
         self.random = np.random.default_rng(0)
         self.samples_ns: list[int] = []
         self.latencies_ns: list[int] = []
@@ -199,6 +201,7 @@ class _Runs:
     def repeat(self) -> None:
         """Time one repetition; what goes before it, the tokens and the depth, is not timed."""
         self.context.clear()
+        self.n_past = 0
         if self.test.depth:
             self._read(self._draw(self.test.depth))
         tokens = self._draw(self.test.n_tokens)
@@ -234,20 +237,12 @@ class _Runs:
         return [after - before for before, after in pairwise(times)]
 
     def _decode(self, tokens: Tokens) -> None:
-        """Run tokens after those in the cache, with logits for the last one.
-
-        `Context.decode` takes what scoring needs, which costs a twentieth of a millisecond to lay out: too
-        much to be timed along with the token of a small model.
-        """
-        api = self.model.api
-        pointer = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        status = api.llama_decode(
-            self.context.handle, api.llama_batch_get_one(pointer, len(tokens))
-        )
-        if status != 0:
-            raise self.model.library.failure(
-                f"{self.model.path}: llama.cpp failed on {len(tokens)} tokens with status {status}"
-            )
+        """Run tokens after those in the cache, with logits for the last one."""
+        self.batch.clear()
+        start = self.batch.add_all(tokens, self.n_past, 0, output=False)
+        self.batch.want(start + len(tokens) - 1)
+        self.context.run(self.batch)
+        self.n_past += len(tokens)
 
 
 def _with_more_prompts(timed: Speed, runs: _Runs) -> Speed:

@@ -14,10 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from edgemerge.machine.sysfs import read_int, read_text, run_tool
+from edgemerge.runtime.closing import Closing
 
 __all__ = ["PowerMeter", "open_power_meter"]
 
@@ -25,7 +25,7 @@ _INTERVAL = 0.1  # seconds between samples
 _SHORTEST = 0.01  # seconds: a shorter span tells nothing of power
 
 
-class PowerMeter:
+class PowerMeter(Closing):
     """Energy and power of the board; use it in a `with` statement. Made by `open_power_meter`.
 
     Attributes
@@ -53,17 +53,6 @@ class PowerMeter:
         self._at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="edgemerge-power", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop sampling; `joules` and `watts` keep their last values."""

@@ -10,6 +10,8 @@ from edgemerge.runtime.board.device import Board, Memory, Swap, Throttling
 from edgemerge.runtime.board.storage import Storage
 from edgemerge.runtime.doctor.build import LlamaBuild, missing_features
 from edgemerge.runtime.doctor.fit import Fit
+from edgemerge.runtime.engine.options import CHUNK
+from edgemerge.runtime.serve.models import DEFAULT_CONTEXT, DEFAULT_SEQUENCES
 from edgemerge.runtime.thread_counts import ThreadCounts
 from edgemerge.sizes import format_size
 
@@ -57,6 +59,15 @@ def advise(memory: Memory, fits: Sequence[Fit], counts: ThreadCounts | None) -> 
             f"answers are fastest with {_threads(counts.generate)} and prompts with "
             f"{_threads(counts.prompt)}, as measured here: these are the defaults, -t N sets both"
         )
+    yield (
+        f"serve answers {DEFAULT_SEQUENCES} requests at a time (--parallel), each with up to "
+        f"{DEFAULT_CONTEXT} tokens (--ctx); together they keep half as many, since most are shorter, "
+        "and fewer where memory is short"
+    )
+    yield (
+        f"serve reads prompts {CHUNK} tokens at a time: answers beside them wait no longer, and smaller "
+        "parts were not faster where they were tried"
+    )
     budget = merge_budget(memory)
     if budget is None:
         yield (

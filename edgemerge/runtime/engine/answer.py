@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from time import perf_counter
-
 from edgemerge.runtime.engine.drafts import Drafts
 from edgemerge.runtime.engine.draw import Sampler
 from edgemerge.runtime.engine.messages import Begun, Ended, Generation, Piece, TokenScore
@@ -72,7 +70,6 @@ class Answer:
         self._loop = LoopWatch()
         self._n_pending = 0  # tokens whose text was not given yet
         self._pending: list[TokenScore] = []
-        self._started = self._first = 0.0
         self._is_begun = False
         self._owns_sampler = sampler is None
         self.sampler = Sampler(model, wanted.sampling) if sampler is None else sampler
@@ -114,13 +111,10 @@ class Answer:
         if self._is_begun:
             return None
         self._is_begun = True
-        self._started = self._first = perf_counter()
         return Begun(self.n_prompt, n_reused)
 
     def note_prompt(self) -> Ended | None:
         """Note that the prompt is computed; the end, where nothing is to be drawn."""
-        if len(self.tokens) == self.n_prompt:
-            self._first = perf_counter()
         return self._end("length") if self._limit < 1 else None
 
     def push(self, token: int, score: TokenScore | None) -> list[Piece | Ended]:
@@ -173,11 +167,4 @@ class Answer:
         return [self._take(text)] if text else []
 
     def _end(self, reason: str, score: TokenScore | None = None) -> Ended:
-        now = perf_counter()
-        return Ended(
-            reason,
-            len(self.tokens) - self.n_prompt,
-            self._first - self._started,
-            now - self._first,
-            score,
-        )
+        return Ended(reason, len(self.tokens) - self.n_prompt, score)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemerge.runtime.batch import DecodeError, PoolFull
 from edgemerge.runtime.context import Context
-from edgemerge.runtime.engine.batch import Batch, DecodeError, PoolFull
 from edgemerge.runtime.engine.messages import Failed
 from edgemerge.runtime.engine.slots import Slots
 from edgemerge.runtime.llama import Model
@@ -94,7 +94,7 @@ class Embedder:
         self._slots = slots
         self._free = list(sequences)
         self._whole = whole
-        self._batch = Batch(context, n_rows)
+        self._batch = context.batch(n_rows)
         self._width = model.n_embd_out  # LFM2's is not n_embd
         self._pooling = model.pooling
         self._waiting: deque[_Text] = deque()

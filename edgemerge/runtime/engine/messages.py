@@ -133,16 +133,12 @@ class Ended:
         `stop` (the model or a stop text ended it), `length`, or `loop` (it repeated itself).
     n_generated : int
         Tokens that were drawn, without the one that ends a text.
-    prompt_seconds, step_seconds : float
-        Time of the prompt, and of all that was drawn.
     end_score : TokenScore or None
         Of the token that ended the text, where scores were wanted and there is one.
     """
 
     reason: str
     n_generated: int
-    prompt_seconds: float
-    step_seconds: float
     end_score: TokenScore | None = None
 
 

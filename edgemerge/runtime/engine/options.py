@@ -7,8 +7,11 @@ from pathlib import Path
 
 from edgemerge.runtime.llama import Lora
 
-__all__ = ["KEPT_PART", "KV_TYPES", "EngineFacts", "EngineOptions"]
+__all__ = ["CHUNK", "KEPT_PART", "KV_TYPES", "ROWS", "EngineFacts", "EngineOptions"]
 
+CHUNK = 256  # tokens of prompts in one batch
+# Of logits in one batch, beside those that are drawn; one has a megabyte for 256 000 tokens.
+ROWS = 32
 KEPT_PART = 0.5  # of the cache's bytes, as many again for sequences that may be wanted again
 KV_TYPES = ("f16", "q8_0")  # of the cache's keys and values
 
@@ -54,7 +57,7 @@ class EngineOptions:
     loras: tuple[Lora, ...] = ()
     kv_type: str = "f16"
     flash: bool | None = None
-    n_chunk: int = 256
+    n_chunk: int = CHUNK
     n_longest: int | None = None
     memory: int | None = None
     rpc: tuple[str, ...] = ()
@@ -80,13 +83,9 @@ class EngineFacts:
         Whether it orders texts by a question.
     fingerprint : str
         Other weights have another one.
-    threads : tuple of (int, int)
-        Threads that generate, and threads that read prompts.
     memory : dict of str to int
         Bytes of `weights`, `kv`, `compute` and `output`, as llama.cpp says; and of `kept`, what sequences
         that are not in use may take at most.
-    n_pool : int
-        Tokens of the cache, which all answers use together.
     """
 
     n_ctx: int
@@ -96,6 +95,4 @@ class EngineFacts:
     reads_whole: bool
     can_rerank: bool
     fingerprint: str
-    threads: tuple[int, int]
     memory: dict[str, int] = field(default_factory=dict)
-    n_pool: int = 0

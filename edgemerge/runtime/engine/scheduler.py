@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Iterator
 from time import perf_counter
 
+from edgemerge.runtime.batch import Aborted, DecodeError, PoolFull
 from edgemerge.runtime.context import Context
 from edgemerge.runtime.engine.answer import Answer
-from edgemerge.runtime.engine.batch import Aborted, Batch, DecodeError, PoolFull
 from edgemerge.runtime.engine.drafts import MOST
 from edgemerge.runtime.engine.messages import Begun, Ended, Failed, Piece, PromptScored, TokenScore
 from edgemerge.runtime.engine.scores import score_token
@@ -61,7 +61,7 @@ class Scheduler:
         self._slots = slots
         self._n_chunk = n_chunk
         self._n_rows = n_rows
-        self._batch = Batch(context, max(n_chunk, MOST) + slots.n_active)
+        self._batch = context.batch(max(n_chunk, MOST) + slots.n_active)
         self._waiting: deque[Answer] = deque()
         self._active: list[Answer] = []  # in the order in which they began
         self._is_crowded = False  # one had to wait again: no other begins before one ends

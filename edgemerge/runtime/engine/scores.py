@@ -9,9 +9,15 @@ import numpy as np
 from edgemerge.runtime.engine.messages import TokenScore
 from edgemerge.types import Float32
 
-__all__ = ["score_token"]
+__all__ = ["log_total", "score_token"]
 
 _IMPOSSIBLE = -9999.0  # OpenAI's stand-in for minus infinity, which JSON has not
+
+
+def log_total(logits: Float32) -> float:
+    """Logarithm of the sum of exp(logits), (n_vocab,) float32, in float64: log-softmax is a logit less it."""
+    top = float(logits.max())
+    return top + float(np.log(np.exp(logits.astype(np.float64) - top).sum()))
 
 
 def score_token(
@@ -30,8 +36,7 @@ def score_token(
     piece : function
         Bytes of a token.
     """
-    top = float(logits.max())
-    total = top + float(np.log(np.exp(logits.astype(np.float64) - top).sum()))
+    total = log_total(logits)
 
     def logprob(i: int) -> float:
         return max(float(logits[i]) - total, _IMPOSSIBLE)

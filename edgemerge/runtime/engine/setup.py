@@ -11,18 +11,15 @@ from pathlib import Path
 from edgemerge.errors import FormatError, RuntimeFailure
 from edgemerge.machine.process import read_process
 from edgemerge.runtime.board.device import default_threads
-from edgemerge.runtime.engine.options import KEPT_PART, EngineFacts, EngineOptions
+from edgemerge.runtime.engine.options import KEPT_PART, ROWS, EngineFacts, EngineOptions
 from edgemerge.runtime.engine.slots import Slots
 from edgemerge.runtime.engine.store import Store
 from edgemerge.runtime.llama import Context, Model
 from edgemerge.runtime.model_files import open_gguf, reads_whole
 from edgemerge.runtime.template import Template, load_template
 
-__all__ = ["ROWS", "Loaded", "load"]
+__all__ = ["Loaded", "load"]
 
-ROWS = (
-    32  # of logits in one batch, beside those that are drawn; one has a megabyte for 256 000 tokens
-)
 _LONGEST_PAIR = 1024  # tokens: each has a row of logits, which for 150 000 tokens is 600 KB
 _LEAST = 512  # tokens of a context: less is no use, whatever the memory
 _RANK = "4"  # enum llama_pooling_type of llama.h, as text of metadata
@@ -111,14 +108,12 @@ def load(options: EngineOptions) -> Loaded:
     facts = EngineFacts(
         # llama.cpp rounds a small context up; a text has no more positions than the model was trained with
         n_ctx=min(n_ctx, model.n_ctx_train or n_ctx, options.n_longest or n_ctx),
-        n_pool=context.n_ctx,
         n_sequences=options.n_sequences,
         n_vocab=model.n_vocab,
         has_template=template is not None,
         reads_whole=is_encoder,
         can_rerank=can_rerank,
         fingerprint=_fingerprint([*files, *(lora.path for lora in options.loras)]),
-        threads=(model.threads.generate, model.threads.prompt),
         memory={
             "weights": buffers.weights,
             "kv": buffers.kv,

@@ -44,11 +44,6 @@ class AnswerText:
         """Give what was kept back; a character that was cut off becomes U+FFFD."""
         return self._kept + self._characters.decode(b"", final=True)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is kept back: neither characters nor bytes of one."""
-        return not self._kept and not self._characters.getstate()[0]
-
     def _n_unsure(self, text: str) -> int:
         """Length of the longest end of a text that begins a stop text."""
         lengths = range(min(self._longest, len(text)), 0, -1)

@@ -16,6 +16,7 @@ from itertools import takewhile
 import numpy as np
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.runtime.engine.scores import log_total
 from edgemerge.runtime.evaluation.questions import Question
 from edgemerge.runtime.llama import Context, Model
 from edgemerge.types import Float32, Float64
@@ -189,10 +190,8 @@ def log_likelihoods(logits: Float32, rows: Sequence[int], tokens: Sequence[int])
     norms: dict[int, float] = {}
     for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
         if row not in norms:  # row by row: a double copy of all rows would be the largest buffer
-            exact = logits[row].astype(np.float64)
-            peak = exact.max()
-            norms[row] = peak + np.log(np.exp(exact - peak).sum())
-        result[i] = logits[row, token] - norms[row]
+            norms[row] = log_total(logits[row])
+        result[i] = float(logits[row, token]) - norms[row]
     return result
 
 
@@ -300,35 +299,28 @@ def _run_pass(
 
 def _feed_prefix(context: Context, prefix: Sequence[int], n_batch: int, n_sequences: int) -> None:
     """Compute the tokens that all sequences begin with."""
-    every = tuple(range(n_sequences))
+    part = context.batch(n_batch)
     for start in range(0, len(prefix), n_batch):
-        part = prefix[start : start + n_batch]
-        positions = range(start, start + len(part))
-        context.decode(part, positions, [every] * len(part), [False] * len(part))
+        part.clear()
+        tokens = prefix[start : start + n_batch]
+        part.add_all(tokens, start, 0, n_sequences=n_sequences, output=False)
+        context.run(part)
 
 
 def _run(context: Context, batch: Sequence[_Group], n_prefix: int) -> list[list[tuple[float, int]]]:
-    """Log-likelihood and number of tokens of each ending of each group, from one decode."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    sequences: list[tuple[int, ...]] = []
-    wanted: list[bool] = []
-    n_sequences = 0
+    """Log-likelihood and number of tokens of each ending of each group, computed together."""
+    inputs = context.batch(sum(group.n_tokens for group in batch))
+    first = 0  # sequence of a group
     for group in batch:
-        shared = tuple(range(n_sequences, n_sequences + group.n_sequences))
-        n_sequences += len(shared)
-        n_prompt = len(group.prompt)
-        tokens += group.prompt
-        positions += range(n_prefix, n_prefix + n_prompt)
-        sequences += [shared] * n_prompt
-        wanted += [False] * (n_prompt - 1) + [True]
+        n_prompt, n_sequences = len(group.prompt), group.n_sequences
+        start = inputs.add_all(group.prompt, n_prefix, first, n_sequences=n_sequences, output=False)
+        inputs.want(start + n_prompt - 1)
         long = [ending[:-1] for ending in group.endings if len(ending) > 1]
-        for sequence, inputs in zip(shared, long, strict=False):  # no long one: the prompt's own
-            tokens += inputs
-            positions += range(n_prefix + n_prompt, n_prefix + n_prompt + len(inputs))
-            sequences += [(sequence,)] * len(inputs)
-            wanted += [True] * len(inputs)
-    logits = context.decode(tokens, positions, sequences, wanted)
+        for sequence, tokens in enumerate(long, first):
+            inputs.add_all(tokens, n_prefix + n_prompt, sequence, output=True)
+        first += n_sequences
+    context.run(inputs)
+    logits = inputs.all_logits()
     result = []
     row = 0
     for group in batch:

@@ -122,8 +122,7 @@ def score_chunks(
     """
     n_ctx = len(chunks[0])
     first = n_ctx // 2
-    positions, sequences = range(n_ctx), [(0,)] * n_ctx
-    wanted = [position >= first for position in positions]
+    wanted = [position >= first for position in range(n_ctx)]
     # A chunk in one go, by llama.cpp's default attention and not `exact`: what people compare with was
     # made by llama-perplexity. On one text Gemma-3-270M had 6.856 this way, as there, 6.847 with the
     # second half in parts that take less memory, 6.885 in float32 throughout.
@@ -132,7 +131,7 @@ def score_chunks(
             if index in skip:
                 continue
             context.clear()
-            logits = context.decode(chunk, positions, sequences, wanted)
+            logits = context.decode(chunk, wanted)
             after = chunk[first + 1 :]
             values = log_likelihoods(logits, range(len(after)), after)
             yield index, Chunk(-float(values.sum()), float((values**2).sum()), len(values))

@@ -14,12 +14,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from edgemerge.errors import OutputError
 from edgemerge.formats.files import refuse_device
 from edgemerge.output.file import write_file
+from edgemerge.runtime.closing import Closing
 from edgemerge.runtime.model_files import model_files
 
 __all__ = ["Results", "ResultsFile", "identify", "sha256_of"]
@@ -58,7 +58,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Results:
+class Results(Closing):
     """What has been scored so far, in memory; use it in a `with` statement.
 
     Attributes
@@ -96,17 +96,6 @@ class Results:
 
     def close(self) -> None:
         """Close what is open."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class ResultsFile(Results):

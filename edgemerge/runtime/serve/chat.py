@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, StrictInt, field_validator, model_validat
 
 from edgemerge.runtime.engine.messages import Chat, Ended, Generation, Piece
 from edgemerge.runtime.serve.errors import Refusal
-from edgemerge.runtime.serve.events import Answer, Documents, head, stream, usage
+from edgemerge.runtime.serve.events import Answer, Documents, answer_all, head, stream, usage
 from edgemerge.runtime.serve.formats import ResponseFormat, format_grammar
 from edgemerge.runtime.serve.models import ModelFile
 from edgemerge.runtime.serve.requests import CHAT, MAX_ALTERNATIVES, Generating
@@ -183,10 +183,7 @@ def add_chat(routes: Routes, turns: Turns) -> None:
             return await stream(_stream(turns, body, grammar))
         async with turns.turn(body) as turn:
             limit = turns.limits.tokens(body.max_tokens)
-            wanted = chat_generations(body, turn, limit, grammar)
-            answers = [Answer() for _ in wanted]
-            async for i, event in turn.answer(wanted):
-                answers[i].add(event)
+            answers = await answer_all(turn, chat_generations(body, turn, limit, grammar))
             return {
                 **head("chat.completion", "chatcmpl", turn),
                 "choices": [_choice(body, answer, i) for i, answer in enumerate(answers)],
@@ -222,6 +219,11 @@ async def _stream(turns: Turns, body: ChatRequest, grammar: str) -> Documents:
             choice = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None, **more}
             return {**start, "choices": [choice]}
 
+        def said(i: int, text: str) -> dict[str, Any]:
+            scores = kept[i].scores
+            logprobs = write_chat_logprobs(scores) if scores else None
+            return chunk(i, {"content": text}, logprobs=logprobs)
+
         async with aclosing(turn.answer(wanted)) as events:
             async for i, event in events:
                 if not answers[i].n_prompt and not isinstance(event, Ended):
@@ -231,15 +233,12 @@ async def _stream(turns: Turns, body: ChatRequest, grammar: str) -> Documents:
                     kept[i].add(event)
                     if body.tools and may_be_call(kept[i].text):
                         continue
-                    logprobs = write_chat_logprobs(kept[i].scores) if kept[i].scores else None
-                    yield chunk(i, {"content": kept[i].text}, logprobs=logprobs)
+                    yield said(i, kept[i].text)
                     kept[i] = Answer()
                 elif isinstance(event, Ended):
                     text, calls = find_calls(kept[i].text, body.tool_names)
                     if text:
-                        scores = kept[i].scores
-                        logprobs = write_chat_logprobs(scores) if scores else None
-                        yield chunk(i, {"content": text}, logprobs=logprobs)
+                        yield said(i, text)
                     if calls:
                         numbered = [{"index": k, **call} for k, call in enumerate(calls)]
                         yield chunk(i, {"tool_calls": numbered})

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, StrictInt, model_validator
 
 from edgemerge.runtime.engine.messages import Ended, Generation, Piece, TokenScore
-from edgemerge.runtime.serve.events import Answer, Documents, head, stream, usage
+from edgemerge.runtime.serve.events import Answer, Documents, answer_all, head, stream, usage
 from edgemerge.runtime.serve.options import Limits
 from edgemerge.runtime.serve.requests import (
     COMPLETIONS,
@@ -68,10 +68,7 @@ def add_completions(routes: Routes, turns: Turns) -> None:
         if body.stream:
             return await stream(_stream(turns, body))
         async with turns.turn(body) as turn:
-            wanted = _wanted(body, turn, turns.limits)
-            answers = [Answer() for _ in wanted]
-            async for i, event in turn.answer(wanted):
-                answers[i].add(event)
+            answers = await answer_all(turn, _wanted(body, turn, turns.limits))
             said = [await _text_of(turn, prompt) for prompt in body.prompts]
             choices = [
                 _choice(body, answer, i, said[i // body.n]) for i, answer in enumerate(answers)

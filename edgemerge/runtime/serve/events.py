@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.responses import Response
 
-from edgemerge.runtime.engine.messages import Begun, Ended, Piece, PromptScored, TokenScore
+from edgemerge.runtime.engine.messages import (
+    Begun,
+    Ended,
+    Generation,
+    Piece,
+    PromptScored,
+    TokenScore,
+)
 from edgemerge.runtime.serve.errors import explain
 from edgemerge.runtime.serve.turns import Event, Turn
 
-__all__ = ["Answer", "Documents", "EventStream", "head", "stream", "usage"]
+__all__ = ["Answer", "Documents", "EventStream", "answer_all", "head", "stream", "usage"]
 
 Documents = AsyncGenerator[dict[str, Any] | str, None]
 
@@ -51,6 +58,14 @@ class Answer:
     def reason(self) -> str:
         """OpenAI's `finish_reason`; an answer that repeated itself was cut off too."""
         return "stop" if self.end is not None and self.end.reason == "stop" else "length"
+
+
+async def answer_all(turn: Turn, wanted: Sequence[Generation]) -> list[Answer]:
+    """Compute answers to their ends."""
+    answers = [Answer() for _ in wanted]
+    async for i, event in turn.answer(wanted):
+        answers[i].add(event)
+    return answers
 
 
 def head(kind: str, prefix: str, turn: Turn) -> dict[str, Any]:

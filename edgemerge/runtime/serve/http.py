@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
@@ -107,9 +107,6 @@ class Handlers(Protocol):
     async def prepare(self) -> None:
         """Do what has to be done before requests are taken; what it raises ends the server."""
 
-    def on_start(self) -> None:
-        """Note that requests are taken."""
-
     def refuse(self) -> None:
         """Let no request begin any more."""
 
@@ -127,6 +124,7 @@ def run_server(
     app: Any,
     listener: socket.socket,
     handlers: Handlers,
+    on_start: Callable[[], None],
     *,
     grace: float,
     max_connections: int,
@@ -144,6 +142,8 @@ def run_server(
         From `open_socket`.
     handlers : Handlers
         What is called.
+    on_start : function
+        Called when requests are taken.
     grace : float
         Seconds that running answers get after the signal. A second signal ends them at once.
     max_connections : int
@@ -164,17 +164,23 @@ def run_server(
         server_header=False,
         proxy_headers=False,
     )
-    asyncio.run(_run(_Server(config), listener, handlers, grace))
+    asyncio.run(_run(_Server(config), listener, handlers, on_start, grace))
 
 
-async def _run(server: _Server, listener: socket.socket, handlers: Handlers, grace: float) -> None:
+async def _run(
+    server: _Server,
+    listener: socket.socket,
+    handlers: Handlers,
+    on_start: Callable[[], None],
+    grace: float,
+) -> None:
     try:
         await handlers.prepare()
         with _signals(server, handlers, grace):
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             while not server.started and not serving.done():
                 await asyncio.sleep(0.01)
-            handlers.on_start()
+            on_start()
             await serving
     finally:
         await handlers.finish()

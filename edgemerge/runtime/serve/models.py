@@ -10,16 +10,14 @@ from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.runtime.board.device import read_memory
 from edgemerge.runtime.doctor.fit import MAX_LAYERS, PROCESS_BYTES, Needs, read_needs
-from edgemerge.runtime.engine.options import KEPT_PART
+from edgemerge.runtime.engine.options import CHUNK, KEPT_PART, ROWS
 from edgemerge.runtime.model_files import open_gguf
 
-__all__ = ["DEFAULT_SEQUENCES", "ModelFile", "estimate_memory", "read_model_file", "split_name"]
+__all__ = ["DEFAULT_CONTEXT", "DEFAULT_SEQUENCES", "ModelFile", "read_model_file", "split_name"]
 __all__ += ["usable_memory"]
 
 DEFAULT_CONTEXT = 4096  # tokens, where the model was trained for as many
 DEFAULT_SEQUENCES = 8
-_BATCH = 256  # tokens of a prompt that the engine computes at a time
-_OUTPUTS = 40  # rows of logits of a batch; a row has a megabyte where the vocabulary is 256 000
 _USED_PART = 0.9  # of the memory that is available, where no budget is given
 _KV_SHARE = {"f16": 1.0, "q8_0": 34 / 64}  # q8_0 has 34 bytes for 32 values
 
@@ -63,6 +61,11 @@ class ModelFile:
     token_bytes: int = 0
     n_cache: int = 0
     n_sequences: int = 1
+
+    @property
+    def is_short(self) -> bool:
+        """Whether memory holds fewer tokens than it would keep."""
+        return self.n_cache < _kept_tokens(self.n_ctx, self.n_sequences)
 
     @property
     def need(self) -> int:
@@ -122,7 +125,7 @@ def read_model_file(
         needs, n_ctx_train = read_needs(source)
         n_ctx = n_ctx or min(n_ctx_train, DEFAULT_CONTEXT)
         facts = path.stat()
-        base, token_bytes = estimate_memory(source, needs, kv_type, rpc_layers)
+        base, token_bytes = _estimate_memory(source, needs, n_sequences, kv_type, rpc_layers)
         return ModelFile(
             name,
             path,
@@ -132,11 +135,15 @@ def read_model_file(
             _read_tokenizer(source.metadata()),
             int(facts.st_mtime),
             token_bytes,
-            max(n_ctx, n_ctx * n_sequences // 2),
+            _kept_tokens(n_ctx, n_sequences),
             n_sequences,
         )
     finally:
         source.close()
+
+
+def _kept_tokens(n_ctx: int, n_sequences: int) -> int:
+    return max(n_ctx, n_ctx * n_sequences // 2)
 
 
 def split_name(text: str) -> tuple[str, Path]:
@@ -163,8 +170,8 @@ def _read_tokenizer(metadata: Mapping[str, bytes]) -> dict[str, str | None]:
     }
 
 
-def estimate_memory(
-    source: GgufModel, needs: Needs, kv_type: str, rpc_layers: int = 0
+def _estimate_memory(
+    source: GgufModel, needs: Needs, n_sequences: int, kv_type: str, rpc_layers: int
 ) -> tuple[int, int]:
     """Bytes that a model takes when loaded: at once, and for each token that is kept.
 
@@ -180,6 +187,8 @@ def estimate_memory(
         The open file.
     needs : Needs
         What its shape says.
+    n_sequences : int
+        Requests at a time.
     kv_type : str
         Type of the cache.
     rpc_layers : int
@@ -195,6 +204,7 @@ def estimate_memory(
     part = 1 - min(rpc_layers, n_all) / n_all  # of the layers, computed here
     table_bytes = table.nbytes if table is not None else 0
     weights = table_bytes + int(part * (needs.weights - table_bytes))
-    base = weights + _BATCH * 18 * needs.n_ff + 2 * _OUTPUTS * 4 * n_vocab + PROCESS_BYTES
+    base = weights + CHUNK * 18 * needs.n_ff + PROCESS_BYTES
+    base += 2 * (n_sequences + ROWS) * 4 * n_vocab
     kv_bytes = needs.kv_token * _KV_SHARE[kv_type] * (part + KEPT_PART)
-    return base, int(kv_bytes) + _BATCH * 4 * n_heads
+    return base, int(kv_bytes) + CHUNK * 4 * n_heads

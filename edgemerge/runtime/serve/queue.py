@@ -87,25 +87,15 @@ class Queue:
             return
         if self.waiting > self.limit:
             self._line.remove(turn)
-            raise Refusal(
-                429,
-                f"the server is busy: {self.waiting} requests are waiting",
-                kind=BUSY,
-                code="queue_full",
-                retry_after=self._retry_after(),
-            )
+            why = f"the server is busy: {self.waiting} requests are waiting"
+            raise self._busy(429, why, "queue_full")
         try:
             async with asyncio.timeout(self.timeout):
                 await turn.came
         except TimeoutError:
             self._give_up(turn)
-            raise Refusal(
-                503,
-                f"the server was busy for {self.timeout:g} s",
-                kind=BUSY,
-                code="queue_timeout",
-                retry_after=self._retry_after(),
-            ) from None
+            why = f"the server was busy for {self.timeout:g} s"
+            raise self._busy(503, why, "queue_timeout") from None
         except BaseException:
             self._give_up(turn)
             raise
@@ -156,7 +146,8 @@ class Queue:
         elif turn.came.done() and not turn.came.cancelled() and turn.came.exception() is None:
             self.leave(turn.model)  # the turn came in the same moment
 
-    def _retry_after(self) -> int:
-        """Seconds until the next request in the queue may begin."""
+    def _busy(self, status: int, why: str, code: str) -> Refusal:
+        """Refuse, and say in how many seconds the next request in the queue may begin."""
         wait = self._mean_seconds * (self.waiting + 1) / 2 / max(self.running, 1)
-        return max(1, min(_LONGEST_RETRY, math.ceil(wait)))
+        seconds = max(1, min(_LONGEST_RETRY, math.ceil(wait)))
+        return Refusal(status, why, kind=BUSY, code=code, retry_after=seconds)

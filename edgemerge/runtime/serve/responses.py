@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, StrictInt
 
 from edgemerge.runtime.engine.messages import Piece
 from edgemerge.runtime.serve.chat import ChatRequest, Message, chat_generations, chat_grammar
-from edgemerge.runtime.serve.events import Answer, Documents, stream, usage
+from edgemerge.runtime.serve.events import Answer, Documents, answer_all, stream, usage
 from edgemerge.runtime.serve.requests import RESPONSES, Generating
 from edgemerge.runtime.serve.routes import Routes
 from edgemerge.runtime.serve.turns import Turn, Turns
@@ -53,7 +53,8 @@ class ResponsesRequest(Generating):
         form = self.text.format
         if form is not None and form.get("type") == "json_schema":
             form = {"type": "json_schema", "json_schema": form}
-        fields = self.model_dump(include=set(Generating.model_fields), exclude_unset=True)
+        names = set(Generating.model_fields) - {"n"}  # a response is one answer
+        fields = self.model_dump(include=names, exclude_unset=True)
         return ChatRequest.model_validate(
             {
                 **fields,
@@ -74,10 +75,8 @@ def add_responses(routes: Routes, turns: Turns) -> None:
         if body.stream:
             return await stream(_stream(turns, body, chat, grammar))
         async with turns.turn(body) as turn:
-            answer = Answer()
             limit = turns.limits.tokens(chat.max_tokens)
-            async for _, event in turn.answer(chat_generations(chat, turn, limit, grammar)):
-                answer.add(event)
+            (answer,) = await answer_all(turn, chat_generations(chat, turn, limit, grammar))
             return _finish(_begin(body, turn), _message("completed", answer.text), answer, turn)
 
 

@@ -58,11 +58,11 @@ def serve(options: ServeOptions, on_start: Callable[[Started], None]) -> None:
             stack.callback(service.close_log)
         hosts = options.hosts | _LOOPBACK_NAMES if is_local else frozenset()
         url = _url(options.host, listener)
-        service.started = lambda: on_start(service.describe(url))
         run_server(
             service.app(hosts),
             listener,
             service,
+            lambda: on_start(service.describe(url)),
             grace=options.grace,
             max_connections=_CONNECTIONS + options.queue,
             log_requests=options.log_requests,

@@ -44,11 +44,6 @@ class Service:
     options : ServeOptions
         What to serve.
 
-    Attributes
-    ----------
-    started : function
-        Called when requests are taken.
-
     Raises
     ------
     RecipeError, FormatError, RuntimeFailure, BudgetError, VerificationError
@@ -57,7 +52,6 @@ class Service:
 
     def __init__(self, options: ServeOptions) -> None:
         self._options = options
-        self.started: Callable[[], None] = lambda: None
         load: Callable[[ModelFile], Awaitable[Loaded]] = self._load
         files = [self._read(text) for text in options.models]
         if options.public_key is not None:
@@ -135,10 +129,6 @@ class Service:
         """
         self.models.adopt(await self.models.start(self.models.resolve(None)))
         self._do(self.models.watch(self._options.idle_seconds))
-
-    def on_start(self) -> None:
-        """Note that requests are taken."""
-        self.started()
 
     def refuse(self) -> None:
         """Let no request begin any more."""

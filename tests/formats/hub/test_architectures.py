@@ -104,7 +104,7 @@ def test_logits_are_those_of_transformers(
         Model(target, n_threads=1) as loaded,
         loaded.context(128, n_batch=64, n_outputs=len(shown), exact=True) as context,
     ):
-        found = context.decode(tokens, range(len(tokens)), [(0,)] * len(tokens), wanted)
+        found = context.decode(tokens, wanted)
         np.testing.assert_allclose(found, logits(name, variant), rtol=0, atol=1e-3)
 
 

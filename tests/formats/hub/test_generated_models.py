@@ -129,7 +129,7 @@ def test_logits_are_those_of_transformers(
         loaded.context(128, n_batch=64, n_outputs=len(shown), exact=True) as context,
     ):
         wanted = [i in shown for i in range(len(tokens))]
-        found = context.decode(tokens, range(len(tokens)), [(0,)] * len(tokens), wanted)
+        found = context.decode(tokens, wanted)
         for logits, values in zip(found, shown.values(), strict=True):
             np.testing.assert_allclose(logits[: len(values)], values, rtol=0, atol=1e-3)
 
@@ -389,5 +389,5 @@ def test_experts_merge_quantise_and_run(name: str, method: str, tmp_path: Path) 
         loaded.context(64, n_batch=32, n_outputs=28) as context,
     ):
         tokens = FACTS[name]["tokens"]
-        found = context.decode(tokens, range(len(tokens)), [(0,)] * len(tokens), [True] * 28)
+        found = context.decode(tokens, [True] * 28)
         assert np.isfinite(found).all()

@@ -22,7 +22,7 @@ def last_logits(folder: Path, target: Path, tokens: list[int]) -> np.ndarray:
     ):
         n = len(tokens)
         wanted = [i == n - 1 for i in range(n)]
-        return context.decode(tokens, range(n), [(0,)] * n, wanted)[0].copy()
+        return context.decode(tokens, wanted)[0].copy()
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if HEADS[name]["converter"]])

@@ -40,15 +40,16 @@ def contexts(monkeypatch: pytest.MonkeyPatch, model: Model) -> list[Context]:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch, model: Model) -> list[list[int]]:
-    """The tokens of each call of llama_decode from here on."""
+    """The tokens of each call of llama_decode from here on; the last one alone has logits."""
     seen: list[list[int]] = []
-    get_one = model.api.llama_batch_get_one
+    decode = model.api.llama_decode
 
-    def keep(pointer: ctypes.Array[ctypes.c_int32], n: int) -> object:
-        seen.append(pointer[:n])
-        return get_one(pointer, n)
+    def keep(context: object, batch: Any) -> object:
+        assert batch.logits[: batch.n_tokens] == [0] * (batch.n_tokens - 1) + [1]
+        seen.append(batch.token[: batch.n_tokens])
+        return decode(context, batch)
 
-    monkeypatch.setattr(model.api, "llama_batch_get_one", keep)
+    monkeypatch.setattr(model.api, "llama_decode", keep)
     return seen
 
 

@@ -140,12 +140,18 @@ def test_budget_of_a_merge(available: int, budget: int | None) -> None:
 
 def test_advice_names_the_largest_of_each_type() -> None:
     memory = Memory(4 * GIB, 3 * GIB, 0, 0)
-    largest, slow, threads, merging = advise(memory, fit.fit_examples(3 * GIB), ThreadCounts(1, 4))
+    largest, slow, threads, slots, prompts, merging = advise(
+        memory, fit.fit_examples(3 * GIB), ThreadCounts(1, 4)
+    )
     assert largest == (
         "the largest models that fit: Llama-3.2-3B in Q4_K_M (2.45 GiB), "
         "Qwen2.5-1.5B in Q8_0 (1.78 GiB), Llama-3.2-1B in F16 (2.56 GiB)"
     )
     assert "slow" in slow
+    assert slots.startswith(
+        "serve answers 8 requests at a time (--parallel), each with up to 4096 tokens (--ctx); "
+    )
+    assert prompts.startswith("serve reads prompts 256 tokens at a time: ")
     assert (threads, merging) == (
         "answers are fastest with 1 thread and prompts with 4 threads, as measured here: "
         "these are the defaults, -t N sets both",
@@ -155,7 +161,7 @@ def test_advice_names_the_largest_of_each_type() -> None:
 
 def test_advice_where_nothing_fits() -> None:
     memory = Memory(GIB, 100 * MIB, 0, 0)
-    nothing, _, merging = advise(memory, fit.fit_examples(memory.available), None)
+    nothing, *_, merging = advise(memory, fit.fit_examples(memory.available), None)
     assert nothing.startswith("no model of the table fits")
     assert merging == "a merge needs about 124 MiB and 100 MiB are free: stop other programs first"
 

@@ -27,12 +27,12 @@ MESSAGES = [
     Begun(3, 1),
     PromptScored([SCORE]),
     Piece("日本", 2, [SCORE]),
-    Ended("stop", 3, 0.5, 1.5, SCORE),
+    Ended("stop", 3, SCORE),
     Failed("no", 503),
     Generation(CHAT, 5, Sampling(bias=((1, 2.0), (3, -100.0)), seed=4), ("END", "\n")),
     Generation([1, 2], 0, n_alternatives=2, scores_prompt=True),
     EngineOptions(Path("a.gguf"), loras=(Lora(Path("b.gguf"), 0.5),), memory=5),
-    EngineFacts(1, 2, 3, True, False, False, "fp", (1, 2), {"kv": 1}, 4),
+    EngineFacts(1, 2, 3, True, False, False, "fp", {"kv": 1}),
 ]
 
 

@@ -161,3 +161,11 @@ def test_an_option_that_adds_nothing_is_refused(
         monkeypatch.setattr(model, "tokenize", lambda text: [3] * 5)
         with pytest.raises(RuntimeFailure, match="the option 'a' adds no token to 'the'"):
             option_likelihoods(model, [Question("the", ("a", "b"), 0)])
+
+
+def test_log_likelihoods_keep_double_precision() -> None:
+    logits = np.array([[10.1, -3.3, 0.7], [0.1, 0.2, 0.3]], np.float32)
+    exact = logits.astype(np.float64)
+    expected = exact - np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    found = module.log_likelihoods(logits, [0, 0, 1], [1, 2, 0])
+    np.testing.assert_allclose(found, expected[[0, 0, 1], [1, 2, 0]], rtol=1e-14)

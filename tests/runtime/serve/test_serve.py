@@ -94,7 +94,7 @@ def reference_logprobs(gguf: Path, text: str) -> list[float]:
         tokens = model.bos + model.tokenize(text)
         n = len(tokens)
         with model.context(n, n_batch=n, n_outputs=n, exact=True) as context:
-            logits = context.decode(tokens, range(n), [(0,)] * n, [True] * n).astype(np.float64)
+            logits = context.decode(tokens, [True] * n).astype(np.float64)
     logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
     return [float(logits[i, token]) for i, token in enumerate(tokens[1:])]
 

@@ -30,16 +30,11 @@ async def say_hello(scope: dict[str, Any], receive: Any, send: Any) -> None:
 class Noted:
     """What the server calls, in order."""
 
-    def __init__(self, on_start: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         self.calls: list[str] = []
-        self._on_start = on_start
 
     async def prepare(self) -> None:
         self.calls.append("prepare")
-
-    def on_start(self) -> None:
-        self.calls.append("on_start")
-        self._on_start()
 
     def refuse(self) -> None:
         self.calls.append("refuse")
@@ -71,7 +66,8 @@ def serve_while(client: Callable[[int], None]) -> list[str]:
         run_server(
             say_hello,
             listener,
-            handlers := Noted(thread.start),
+            handlers := Noted(),
+            thread.start,
             grace=5.0,
             max_connections=10,
             log_requests=False,
@@ -126,7 +122,7 @@ def test_a_port_is_taken_once() -> None:
 
 def test_signals_are_handed_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    assert serve_while(lambda port: None) == ["prepare", "on_start", "refuse", "finish"]
+    assert serve_while(lambda port: None) == ["prepare", "refuse", "finish"]
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -135,4 +131,4 @@ def test_sighup_reloads_and_ends_nothing() -> None:
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(0.2)
 
-    assert serve_while(client) == ["prepare", "on_start", "reload", "refuse", "finish"]
+    assert serve_while(client) == ["prepare", "reload", "refuse", "finish"]

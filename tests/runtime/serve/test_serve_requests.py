@@ -131,6 +131,7 @@ def test_a_response_is_a_chat() -> None:
     said = [(message.role, message.content) for message in found.messages]
     assert said == [("system", "Be brief."), ("user", "hello"), ("assistant", "hi")]
     assert (found.max_tokens, found.temperature) == (7, 0.0)
+    assert ResponsesRequest.model_validate({**asked, "n": 2}).as_chat().n == 1  # a response is one
     assert found.response_format is not None
     assert found.response_format.type == "json_schema"
 

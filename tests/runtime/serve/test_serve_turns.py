@@ -35,7 +35,7 @@ class Writer(FakeProcess):
             if wanted.prompt == "bad":
                 raise EngineFailure("no such word", 400)
             yield Piece(str(wanted.prompt), 1)
-            yield Ended("stop", 1, 0.0, 0.0)
+            yield Ended("stop", 1)
         finally:
             self.running -= 1
 
