@@ -103,6 +103,7 @@ class Update:
         declared = self._declare()
         if trying is None and self._is_settled(declared):
             return
+        self._switch.check_server()
         if trying is None or trying["digest"] != declared.digest:
             trying = {"digest": declared.digest, "step": "merge", "started": now()}
             self._log_start(declared)
