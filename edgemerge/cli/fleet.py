@@ -53,7 +53,7 @@ def status_command(
         print_json(as_json(status))
     else:
         print_status(status)
-    if status.needy:
+    if status.needs_somebody:
         raise typer.Exit(NEEDS_SOMEBODY)
 
 

@@ -85,7 +85,6 @@ def _update(site: Site, *, again: bool, quiet: bool) -> Report:
     load_library()  # where it is missing: say so now, not after the merge
     os.nice(max(0, NICE - os.nice(0)))  # beside the model that serves
     folder = SiteFolder(site.folder)
-    folder.make()
     hashes = FileHashes(folder.hashes)
     examiner = LlamaExaminer(site, folder, hashes)
     bars: dict[str, Progress] = {}

@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from edgemerge.fleet.declared import Declared, declare
+from edgemerge.fleet.feasible import check_feasible
 from edgemerge.fleet.ingredients import FileHashes, Ingredient, Registry, find_all
 from edgemerge.fleet.site_file import Site
 from edgemerge.merging.run import plan
-from edgemerge.runtime.evaluation.tasks import read_task
 from edgemerge.site.folder import SiteFolder
 
 __all__ = ["foresee"]
@@ -44,6 +44,7 @@ def foresee(site: Site, registry: Registry[Any] | None) -> dict[str, Any]:
             registry.refresh()
         found = find_all(site, hashes, registry)
     declared = declare(site, found, hashes)
+    questions = check_feasible(site, declared.found, serves=folder.current_id() is not None)
     settled, trying = folder.settled(), folder.trying()
     does = "merges"
     if trying is not None:
@@ -66,9 +67,7 @@ def foresee(site: Site, registry: Registry[Any] | None) -> dict[str, Any]:
         "method": site.merge.method or "recipe",
         "settings": declared.settings(),
         "merge": _foresee_merge(declared, folder) if all(here) else None,
-        "questions": {
-            name: len(read_task(name, path).questions) for name, path in site.questions.items()
-        },
+        "questions": questions,
         "texts": list(site.texts),
     }
 

@@ -38,10 +38,14 @@ from edgemerge.output.file import finishing, sync_folder, write_file
 from edgemerge.site.log import append_event, last_events
 from edgemerge.site.record import ID_DIGITS, ModelRecord, read_record, record_of_file
 
-__all__ = ["SiteFolder"]
+__all__ = ["Busy", "SiteFolder"]
 
 CURRENT = "current.gguf"
 RECENT = 50  # lines of the log among which the last switch is looked for
+
+
+class Busy(OutputError):
+    """Another process changes the folder."""
 
 
 class SiteFolder:
@@ -83,7 +87,10 @@ class SiteFolder:
             for folder in (self.path, self.models, self.inputs, self.work, self.answers):
                 folder.mkdir(exist_ok=True, parents=folder is self.path)
         except OSError as error:
-            raise OutputError(f"cannot be made ({error.strerror})", path=self.path) from error
+            raise OutputError(
+                f"cannot be made ({error.strerror}); name a folder on a disk that can be written to",
+                path=self.path,
+            ) from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -91,14 +98,24 @@ class SiteFolder:
 
         Raises
         ------
-        OutputError
+        Busy
             Another process has the lock.
+        OutputError
+            The disk takes no changes.
         """
-        with (self.path / "lock").open("w") as file:
+        path = self.path / "lock"
+        try:
+            file = path.open("w")
+        except OSError as error:
+            raise OutputError(
+                f"cannot be written ({error.strerror}); see to its disk, or to who owns it",
+                path=path,
+            ) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise OutputError(
+                raise Busy(
                     "another update is at work there; wait for that one", path=self.path
                 ) from error
             yield

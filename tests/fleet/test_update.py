@@ -13,6 +13,7 @@ import pytest
 from edgemerge.errors import FormatError, OutputError
 from edgemerge.fleet.site_file import read_site
 from edgemerge.fleet.switch import roll_back_by_hand
+from edgemerge.site.folder import Busy
 from edgemerge.site.log import read_events
 from edgemerge.site.record import Score
 from tests.support.updates import (
@@ -184,12 +185,10 @@ def test_the_report_of_a_run(device: Path) -> None:
     (device.parent / "reports").mkdir()
     update(device, KnowingExaminer(better))
     told = json.loads((device.parent / "reports" / "ward-3.json").read_text())
-    keys = (
-        "edgemerge_report device time outcome reason current tried previous seconds bytes_fetched"
-    )
-    assert list(told) == f"{keys} versions edgemerge failures".split()
+    keys = "edgemerge_report device time outcome reason settled current tried previous seconds"
+    assert list(told) == f"{keys} bytes_fetched versions edgemerge failures".split()
     assert told["outcome"] == "unchanged"
-    assert told["current"]["decision"] == "promoted"
+    assert told["settled"]["outcome"] == told["current"]["decision"] == "promoted"
     assert (
         told["versions"]["a.gguf"]
         == folder_of(device).record(told["current"]["id"]).made_of[1].sha256[:16]
@@ -207,6 +206,29 @@ def test_what_cannot_be_merged_fails_and_leaves_what_serves(device: Path) -> Non
     assert events(device)[-1] == "failed"
     write_site(device.parent)
     assert update(device, KnowingExaminer(better)).outcome == "unchanged"
+
+
+@pytest.mark.parametrize("broken", ["lock", "log.jsonl"])
+def test_a_disk_that_takes_no_changes_is_reported(device: Path, broken: str) -> None:
+    first = update(device, KnowingExaminer(better)).current
+    (device.parent / "reports").mkdir()
+    (folder_of(device).path / broken).unlink()
+    (folder_of(device).path / broken).mkdir()  # a folder cannot be written to, by root either
+    write_site(device.parent, reports="reports", experts=[{"path": "b.gguf"}])
+    report = update(device, KnowingExaminer(better))
+    told = json.loads((device.parent / "reports" / "ward-3.json").read_text())
+    assert told["outcome"] == report.outcome == "failed"
+    assert broken in told["reason"]
+    assert report.current == first
+
+
+def test_two_updates_at_once(device: Path) -> None:
+    update(device, KnowingExaminer(better))
+    (device.parent / "reports").mkdir()
+    write_site(device.parent, reports="reports")
+    with folder_of(device).locked(), pytest.raises(Busy, match="another update is at work there"):
+        update(device, KnowingExaminer(better))
+    assert list((device.parent / "reports").iterdir()) == []  # the other one writes it
 
 
 def test_a_recipe_names_the_models_itself(device: Path) -> None:
@@ -316,6 +338,17 @@ def test_the_newest_of_a_registry_is_fetched(device: Path) -> None:
         "b.gguf",
         "base.gguf",
     ]
+    registry.entries["disease", "3"] = entry("disease", "3", "a.gguf")
+    assert second.current is not None
+    known = second.current.id
+
+    def forgetful(model: Path) -> Mapping[str, int]:
+        return {"disease": 150, "general": 100 if model.stem == known else 40}
+
+    for outcome in ("refused", "unchanged"):  # what serves is made of the second still
+        report = update(device, KnowingExaminer(forgetful), registry=registry)
+        assert report.outcome == outcome
+        assert report.versions == {"tiny": "1", "disease": "2"}
     registry.is_down = True
     assert update(device, examiner, registry=registry).outcome == "failed"
     assert folder_of(device).current() == second.current
