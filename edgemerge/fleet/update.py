@@ -276,11 +276,12 @@ class Update:
         return record, verdict
 
     def _talk_to_both(self, old: Path, new: Path) -> tuple[Talk, Talk]:
-        """Ask both the smoke question; where the new one seems too slow, measure again."""
-        talks = [self._examiner.talk(path) for path in (old, new)]
-        for _ in range(MORE_MEASUREMENTS):
+        """Ask both the smoke question, one after the other; the new one is slow if it is slow each time.
+
+        What else the device does at that moment can halve a speed, and a refusal is for good.
+        """
+        for _ in range(1 + MORE_MEASUREMENTS):
+            talks = self._examiner.talk(old), self._examiner.talk(new)
             if not is_slower(self._site.rule, *talks):
                 break
-            again = [self._examiner.talk(path) for path in (old, new)]
-            talks = [one.at_best(other) for one, other in zip(talks, again, strict=True)]
-        return talks[0], talks[1]
+        return talks

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgemerge.errors import FormatError, OutputError
+from edgemerge.fleet.promotion import Talk
 from edgemerge.fleet.site_file import read_site
 from edgemerge.fleet.switch import roll_back_by_hand
 from edgemerge.site.folder import Busy
@@ -115,6 +116,22 @@ def test_a_slow_model_is_refused(device: Path) -> None:
     report = update(device, examiner)
     assert report.outcome == "refused"
     assert report.reason == "speed: 160 and 100 tokens/s, more than 1.5 times slower"
+
+
+def test_a_busy_moment_makes_no_model_slow(device: Path) -> None:
+    measured = iter([1978.0, 562.0, 657.0, 562.0])  # of the old and the new one in turn
+
+    class Hurried(KnowingExaminer):
+        def talk(self, model: Path) -> Talk:
+            return replace(super().talk(model), speed=next(measured, 600.0))
+
+    report = update(device, Hurried(better))
+    assert report.outcome == "promoted"
+    assert "speed: 657 and 562 tokens/s" in report.reason
+    measured = iter([1978.4, 562.0] * 4)
+    write_site(device.parent, experts=[{"path": "b.gguf"}], promote={"watch": 0, "better": []})
+    report = update(device, Hurried(better))
+    assert report.reason == "speed: 1978 and 562 tokens/s, more than 1.5 times slower"
 
 
 def test_a_model_that_fails_after_its_promotion_is_rolled_back(device: Path) -> None:
