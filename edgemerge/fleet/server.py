@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.fleet.site_file import ServerPlace, read_key
+from edgemerge.fleet.site_file import ServerPlace
+from edgemerge.runtime.serve.key import check_characters
 from edgemerge.suggestions import suggest
 
 __all__ = ["Reply", "Server", "ServerRefusal", "ServerSilence"]
@@ -78,7 +79,7 @@ class Server:
 
     def __init__(self, place: ServerPlace) -> None:
         self._place = place
-        self._key = read_key(place)
+        self._key = _read_key(place)
 
     @property
     def address(self) -> str:
@@ -205,3 +206,18 @@ class Server:
         return ServerRefusal(
             f"the server says: {message} ({status})", status, str(error.get("code"))
         )
+
+
+def _read_key(place: ServerPlace) -> str | None:
+    """Read the server's key.
+
+    Raises
+    ------
+    RecipeError
+        It cannot stand in a header.
+    """
+    if place.key is None:
+        return None
+    key = place.key.read_text(encoding="ascii", errors="replace").strip()
+    check_characters(key)
+    return key

@@ -145,6 +145,8 @@ class Update:
         self._report.outcome, self._report.settled = "unchanged", settled
         then = f"then {settled['outcome'].replace('_', ' ')}: {settled['reason']}"
         self._report.reason = f"nothing changed since {settled['time']}; {then}"
+        if settled["outcome"] == "promoted" and settled.get("id") != self._folder.current_id():
+            self._report.reason += "; by hand, another model was put in its place"
         self._log("unchanged", digest=declared.digest)
         self._report.finish(self._folder, self._site.reports)
         return True

@@ -239,13 +239,13 @@ class SiteFolder:
 
     def history(self) -> list[str]:
         """Return ids in the order of their promotion; the last one serves."""
+        current = self.current_id()
+        if current is None:
+            return []
         try:
             names = self._history.read_text(encoding="ascii").split()
         except FileNotFoundError:
             names = []
-        current = self.current_id()
-        if current is None:
-            return []
         if current not in names:
             return [current]
         end = len(names) - names[::-1].index(current)

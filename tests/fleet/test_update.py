@@ -187,6 +187,17 @@ def test_another_model_that_was_chosen_meanwhile_stays(device: Path) -> None:
     assert folder.trying() is None
 
 
+def test_another_model_that_was_promoted_by_hand_is_told_of(device: Path) -> None:
+    first = update(device, KnowingExaminer(better)).current
+    write_site(device.parent, experts=[{"path": "b.gguf"}], promote={"watch": 0, "better": []})
+    update(device, KnowingExaminer(better))
+    assert first is not None
+    folder_of(device).promote(first.id, "on the page")
+    report = update(device, KnowingExaminer(better))
+    assert (report.outcome, report.current) == ("unchanged", folder_of(device).current())
+    assert report.reason.endswith("by hand, another model was put in its place")
+
+
 def test_what_is_done_again_goes_on_after_a_power_cut(device: Path) -> None:
     update(device, KnowingExaminer(worse))
     settled = folder_of(device).settled()

@@ -81,7 +81,7 @@ def run(path: Path, told: Told, expert: str = "a", **place: str) -> Report:
         path.parent,
         experts=[{"path": f"{expert}.gguf"}],
         serve={"address": told.url, **place},
-        promote={"watch": 0, "better": []},
+        promote={"watch": 0, "better": [], "slowdown": 100},
     )
     server = Server(read_site(path).serve)  # type: ignore[arg-type]
     return update(path, KnowingExaminer(better), server=server)
