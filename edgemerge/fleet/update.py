@@ -25,7 +25,8 @@ from edgemerge.fleet.server import Server
 from edgemerge.fleet.site_file import Site
 from edgemerge.fleet.switch import Switch
 from edgemerge.merging.run import merge
-from edgemerge.site.folder import Busy, SiteFolder
+from edgemerge.site.folder import SiteFolder
+from edgemerge.site.lock import Busy
 from edgemerge.site.record import ID_DIGITS, ModelRecord, now
 
 __all__ = ["Update"]

@@ -23,11 +23,10 @@ a promotion that did not happen, or of one that was taken back, and count for no
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,17 +34,14 @@ from typing import Any
 from edgemerge.errors import FormatError, OutputError, RecipeError
 from edgemerge.formats.json_file import parse_object, read_object
 from edgemerge.output.file import finishing, sync_folder, write_file
+from edgemerge.site.lock import lock_folder
 from edgemerge.site.log import append_event, last_events
 from edgemerge.site.record import ID_DIGITS, ModelRecord, read_record, record_of_file
 
-__all__ = ["Busy", "SiteFolder"]
+__all__ = ["SiteFolder"]
 
 CURRENT = "current.gguf"
 RECENT = 50  # lines of the log among which the last switch is looked for
-
-
-class Busy(OutputError):
-    """Another process changes the folder."""
 
 
 class SiteFolder:
@@ -92,33 +88,9 @@ class SiteFolder:
                 path=self.path,
             ) from error
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Be the one process that changes the folder; a lock ends with its process.
-
-        Raises
-        ------
-        Busy
-            Another process has the lock.
-        OutputError
-            The disk takes no changes.
-        """
-        path = self.path / "lock"
-        try:
-            file = path.open("w")
-        except OSError as error:
-            raise OutputError(
-                f"cannot be written ({error.strerror}); see to its disk, or to who owns it",
-                path=path,
-            ) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise Busy(
-                    "another update is at work there; wait for that one", path=self.path
-                ) from error
-            yield
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Be the one process that changes the folder; see `edgemerge.site.lock.lock_folder`."""
+        return lock_folder(self.path)
 
     # -- models ------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from edgemerge.errors import FormatError, OutputError
 from edgemerge.fleet.promotion import Talk
 from edgemerge.fleet.site_file import read_site
 from edgemerge.fleet.switch import roll_back_by_hand
-from edgemerge.site.folder import Busy
+from edgemerge.site.lock import Busy
 from edgemerge.site.log import read_events
 from edgemerge.site.record import Score
 from tests.support.updates import (
