@@ -42,6 +42,8 @@ class Report:
         Of an update that found nothing changed: what the one before came to: `outcome`, `time`, `reason`.
     failures : list of str
         What went wrong beside it, in sentences.
+    server_differs : bool
+        Whether a running server still serves another model than the folder says.
     """
 
     device: str
@@ -54,6 +56,7 @@ class Report:
     bytes_fetched: int = 0
     settled: Mapping[str, Any] | None = None
     failures: list[str] = field(default_factory=list)
+    server_differs: bool = False
 
     @property
     def is_good(self) -> bool:

@@ -205,6 +205,7 @@ class Switch:
             self._folder.roll_back(trying["reason"], trying["id"])
             fault = self.reload(asks=False)  # it served before, so it is taken as it is
         if fault is not None:
+            self._report.server_differs = True
             self._report.failures.append(f"the server did not take the earlier model: {fault}")
         self._report.tried = self._folder.record(trying["id"])
         self.end("rolled_back", trying["reason"], trying)

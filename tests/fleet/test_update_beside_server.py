@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from edgemerge.cli import make_app
 from edgemerge.fleet.report import Report
 from edgemerge.fleet.server import Server
 from edgemerge.fleet.site_file import read_site
@@ -128,6 +130,18 @@ def test_a_server_that_refuses_the_model_itself_has_it_rolled_back(
     report = run(device, told, "b")
     assert (report.outcome, report.current) == ("rolled_back", first)
     assert folder_of(device).current() == first
+
+
+def test_a_roll_back_that_the_server_does_not_take_fails(device: Path, told: Told) -> None:
+    first = run(device, told).current
+    run(device, told, "b")
+    taken, told.reload = told.reload, (401, {"error": {"message": "the API key is wrong"}})
+    result = CliRunner().invoke(make_app(), ["rollback", str(device)])
+    assert result.exit_code == 1
+    assert "the server did not take the earlier model" in result.stderr
+    assert folder_of(device).current() == first  # which serves after a restart
+    told.reload = taken
+    assert run(device, told).outcome == "unchanged"
 
 
 def test_a_server_of_something_else_is_told(device: Path, told: Told) -> None:
