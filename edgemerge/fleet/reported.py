@@ -299,11 +299,9 @@ class _Object:
         return value
 
     def _names(self, key: str) -> list[str]:
-        names = list(self._object(key))
-        if len(names) > MAX_ITEMS or any(len(name) > MAX_NAME for name in names):
-            raise self.error(
-                key, f"an object of at most {MAX_ITEMS} names of {MAX_NAME} characters"
-            )
+        names = list(self._object(key))[:MAX_ITEMS]
+        if any(len(name) > MAX_NAME for name in names):
+            raise self.error(key, f"an object with names of at most {MAX_NAME} characters")
         return names
 
     def _object(self, key: str) -> dict[str, Any]:
