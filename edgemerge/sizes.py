@@ -6,7 +6,8 @@ import re
 
 from edgemerge.errors import RecipeError
 
-__all__ = ["format_count", "format_duration", "format_size", "parse_duration", "parse_size"]
+__all__ = ["format_count", "format_duration", "format_rate", "format_size", "parse_duration"]
+__all__ += ["parse_size"]
 
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UNITS |= {f"{unit}IB": n for unit, n in _UNITS.items() if unit in "KMGT" and unit}
@@ -52,6 +53,11 @@ def format_size(n_bytes: float) -> str:
 def format_count(n: int) -> str:
     """Write a number of parameters for people: 317.2 M, 22.7 K."""
     return f"{n / 1e6:,.1f} M" if n >= 1e6 else f"{n / 1e3:,.1f} K"
+
+
+def format_rate(per_second: float) -> str:
+    """Write a speed for people, with three digits or all before the point: 7.51, 48.2, 978, 2619."""
+    return f"{per_second:.3g}" if per_second < 999.5 else f"{per_second:.0f}"
 
 
 def parse_duration(text: str) -> float:

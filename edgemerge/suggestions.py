@@ -34,5 +34,7 @@ def suggest_path(path: str | os.PathLike[str]) -> str:
             names = [entry.name for entry, _ in zip(entries, range(MAX_NAMES), strict=False)]
     except (OSError, ValueError):
         return ""
+    if path.name in names:  # it is there, and of the wrong kind
+        return ""
     close = difflib.get_close_matches(path.name, sorted(names), n=1, cutoff=0.75)
     return f"; did you mean {str(path.with_name(close[0]))!r}?" if close else ""

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from edgemerge.cli import request
-from edgemerge.cli.terminal import print_json, speaks_plainly
+from edgemerge.cli.terminal import plain, print_json, speaks_plainly
 
 __all__ = ["GROUP"]
 
@@ -53,8 +53,32 @@ def status_command(
         print_json(as_json(status))
     else:
         print_status(status)
-    if status.needy:
+    if status.needs_somebody:
         raise typer.Exit(NEEDS_SOMEBODY)
 
 
-GROUP = {"status": status_command}
+@speaks_plainly
+def log_command(
+    log: Annotated[
+        Path, typer.Argument(metavar="LOG", help="A device's log.jsonl, or the folder it lies in.")
+    ],
+) -> None:
+    """Show what a device did and why, and check that no line of its log was changed or taken out."""
+    from edgemerge.errors import FormatError
+    from edgemerge.site.log import read_events
+
+    path = log / "log.jsonl" if log.is_dir() else log
+    if not path.is_file():
+        raise FormatError("there is no such log; give a device's log.jsonl", path=path)
+    n_lines = 0
+    for event in read_events(path):
+        n_lines += 1
+        model, why = (str(event.get(key) or "") for key in ("id", "reason"))
+        what = " ".join(str(event.get(key, "")) for key in ("time", "event"))
+        print(plain(f"{what:<32} {model:<16} {why or event.get('found', '')}").rstrip())
+    print(
+        f"{plain(str(path))}: no line of {n_lines} was changed, and none taken out before the last"
+    )
+
+
+GROUP = {"status": status_command, "log": log_command}

@@ -31,7 +31,7 @@ def as_json(status: FleetStatus) -> dict[str, Any]:
         "folder": str(status.folder),
         "time": status.time.isoformat(timespec="seconds"),
         "stale_seconds": status.stale_after,
-        "needs_somebody": bool(status.needy),
+        "needs_somebody": status.needs_somebody,
         "outcomes": dict(status.outcomes()),
         "versions": [
             {"name": name, "version": version, "devices": n}
@@ -66,6 +66,7 @@ def _device_json(one: DeviceStatus) -> dict[str, Any]:
         "age_seconds": round(one.age),
         "outcome": report.outcome,
         "reason": report.reason,
+        "settled": None if report.settled is None else asdict(report.settled),
         "current": _model_json(report.current),
         "tried": _model_json(report.tried),
         "previous": report.previous,
@@ -86,7 +87,7 @@ def _model_json(model: ReportedModel | None) -> dict[str, Any] | None:
 def print_status(status: FleetStatus) -> None:
     """Print one line for each device, then what they have in common."""
     if not status.devices:
-        print(f"{plain(str(status.folder))}: no report is there")
+        print(f"{plain(str(status.folder))}: no report is there; see that it is the right folder")
         return
     print_table(HEADER, [_line(one) for one in status.devices])
     print()
@@ -116,7 +117,8 @@ def _line(one: DeviceStatus) -> tuple[str, ...]:
 
 def _news(report: DeviceReport | None) -> str:
     """Say why a device kept its model; what is as it should be needs no words."""
-    return report.reason if report is not None and report.outcome == "refused" else ""
+    last = report and (report.settled or report)
+    return last.reason if last and last.outcome == "refused" else ""
 
 
 def _age(one: DeviceStatus) -> str:
@@ -156,7 +158,7 @@ def page_sections(status: FleetStatus) -> list[Section]:
     from edgemerge.reports.record import Section
 
     when = f"Read {status.time:%Y-%m-%d %H:%M} UTC of {status.folder}."
-    said = [(_summary(status) + ".", not status.needy), (plain(when), None)]
+    said = [(_summary(status) + ".", not status.needs_somebody), (plain(when), None)]
     sections = [Section("Summary", said)]
     if status.needy:
         rows = [(one.name, "; ".join(one.needs)) for one in status.needy]

@@ -24,6 +24,7 @@ def rollback_command(
 ) -> None:
     """Let the model that served before serve again, at once, and note who said so.
 
+    It exits with 1 where a running server does not take that model; restart the server then.
     The next update does not try the same model again, unless something in SITE.yml or its files changes.
     """
     from edgemerge.fleet.examination import LlamaExaminer
@@ -38,3 +39,5 @@ def rollback_command(
         declared, examiner, open_server(declared), reason=reason, by=getpass.getuser()
     )
     print_report(report, as_json=json_)
+    if report.server_differs:
+        raise typer.Exit(1)

@@ -85,7 +85,6 @@ def _update(site: Site, *, again: bool, quiet: bool) -> Report:
     load_library()  # where it is missing: say so now, not after the merge
     os.nice(max(0, NICE - os.nice(0)))  # beside the model that serves
     folder = SiteFolder(site.folder)
-    folder.make()
     hashes = FileHashes(folder.hashes)
     examiner = LlamaExaminer(site, folder, hashes)
     bars: dict[str, Progress] = {}
@@ -131,7 +130,8 @@ def print_report(report: Report, *, as_json: bool) -> None:
         print_json(report.as_json())
         return
     print(f"{report.device}: {report.outcome.replace('_', ' ')}")
-    for sentence in report.reason.split("; "):
+    # A verdict is a list of findings, a failure is one sentence.
+    for sentence in [report.reason] if report.outcome == "failed" else report.reason.split("; "):
         print(f"  {plain(sentence)}")
     if report.current is not None:
         print(f"  serves {report.current.id}: {_describe(report.current.as_json())}")
@@ -150,7 +150,9 @@ def _foresee(site: Site, *, as_json: bool) -> None:
     from edgemerge.sizes import format_size
 
     with TemporaryDirectory() as state:  # what is seen of the registry is not kept
-        told = foresee(site, _open_registry(site, Path(state)))
+        told = foresee(site, _open_registry(site, Path(state)), open_server(site))
+    for note in told["notes"]:
+        print(f"note: {plain(note)}", file=sys.stderr)
     if as_json:
         print_json(told)
         return
@@ -183,3 +185,4 @@ def _foresee(site: Site, *, as_json: bool) -> None:
             f"{format_size(told['merge']['needed_bytes'])} of memory"
         )
     print(f"to fetch: {format_size(told['fetch_bytes'])}")
+    print(f"folder: {plain(str(site.folder))}, where {told['serves'] or 'no model yet'} serves")

@@ -54,10 +54,6 @@ class Declared:
         keys = dict.fromkeys(one.publisher for one in self.found if one.publisher)
         return " ".join(keys) or None
 
-    def versions(self) -> dict[str, str]:
-        """Return the version of each input by its name; of a path, the start of its hash."""
-        return {one.name: one.version or one.sha256[:16] for one in self.found}
-
     def method(self) -> str:
         """Name the method."""
         return self.site.merge.method or self.recipe().title

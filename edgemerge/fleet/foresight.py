@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 from edgemerge.fleet.declared import Declared, declare
+from edgemerge.fleet.feasible import check_feasible
 from edgemerge.fleet.ingredients import FileHashes, Ingredient, Registry, find_all
+from edgemerge.fleet.server import Server, ServerSilence
 from edgemerge.fleet.site_file import Site
 from edgemerge.merging.run import plan
-from edgemerge.runtime.evaluation.tasks import read_task
 from edgemerge.site.folder import SiteFolder
 
 __all__ = ["foresee"]
 
 
-def foresee(site: Site, registry: Registry[Any] | None) -> dict[str, Any]:
+def foresee(
+    site: Site, registry: Registry[Any] | None, server: Server | None = None
+) -> dict[str, Any]:
     """Say what an update would do now; only the registry's signed lists are fetched.
 
     Parameters
@@ -24,12 +28,14 @@ def foresee(site: Site, registry: Registry[Any] | None) -> dict[str, Any]:
         What is declared.
     registry : Registry or None
         Of its experts.
+    server : Server or None
+        The device's.
 
     Returns
     -------
     dict
         Plain types: `does` (unchanged, goes_on or merges), `serves`, `inputs`, `fetch_bytes`, `merge`
-        (None while inputs are to be fetched) and `questions`.
+        (None while inputs are to be fetched), `questions`, and `notes` of what the update would complain of.
 
     Raises
     ------
@@ -44,6 +50,7 @@ def foresee(site: Site, registry: Registry[Any] | None) -> dict[str, Any]:
             registry.refresh()
         found = find_all(site, hashes, registry)
     declared = declare(site, found, hashes)
+    questions = check_feasible(site, declared.found, serves=folder.current_id() is not None)
     settled, trying = folder.settled(), folder.trying()
     does = "merges"
     if trying is not None:
@@ -66,11 +73,20 @@ def foresee(site: Site, registry: Registry[Any] | None) -> dict[str, Any]:
         "method": site.merge.method or "recipe",
         "settings": declared.settings(),
         "merge": _foresee_merge(declared, folder) if all(here) else None,
-        "questions": {
-            name: len(read_task(name, path).questions) for name, path in site.questions.items()
-        },
+        "questions": questions,
         "texts": list(site.texts),
+        "notes": list(_notes(site, server)),
     }
+
+
+def _notes(site: Site, server: Server | None) -> Iterator[str]:
+    if site.reports is not None and not site.reports.is_dir():
+        yield f"{site.reports}: is no folder, so no report will be written; make it"
+    if server is not None:
+        try:
+            server.check()
+        except ServerSilence as silence:
+            yield f"{silence}; the model will be watched in a process of its own"
 
 
 def _is_here(one: Ingredient, folder: SiteFolder) -> bool:

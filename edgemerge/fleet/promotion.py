@@ -9,7 +9,7 @@ it answers the smoke question, and it is not slower than the bound.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edgemerge.fleet.site_file import Rule
@@ -23,6 +23,7 @@ from edgemerge.runtime.evaluation.paired import (
 from edgemerge.runtime.evaluation.perplexity import Chunk, perplexity_of
 from edgemerge.runtime.smoke import Answer
 from edgemerge.site.record import Score
+from edgemerge.sizes import format_rate
 
 __all__ = ["Answers", "Finding", "Talk", "Verdict", "decide", "find_fault"]
 __all__ += ["is_slower"]
@@ -69,11 +70,6 @@ class Talk:
 
     answer: Answer
     speed: float | None
-
-    def at_best(self, other: Talk) -> Talk:
-        """Return the same with the higher speed of both."""
-        speeds = [one for one in (self.speed, other.speed) if one is not None]
-        return replace(self, speed=max(speeds, default=None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +226,7 @@ def _is_better(found: Difference, level: float) -> bool:
 def _judge_speed(rule: Rule, old: Talk, new: Talk) -> Finding:
     if old.speed is None or new.speed is None:
         return Finding("speed", True, "speed: not measured")
-    says = f"speed: {old.speed:.3g} and {new.speed:.3g} tokens/s"
+    says = f"speed: {format_rate(old.speed)} and {format_rate(new.speed)} tokens/s"
     passes = not is_slower(rule, old, new)
     if not passes:
         says += f", more than {rule.slowdown:g} times slower"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgemerge.errors import OutputError
+from edgemerge.errors import FormatError, OutputError
 from edgemerge.output.file import write_file
 from edgemerge.site.folder import SiteFolder
 from edgemerge.site.record import ModelRecord, now
@@ -38,10 +38,12 @@ class Report:
         By step.
     bytes_fetched : int
         From the registry.
-    versions : mapping of str to str
-        Of the inputs, by name.
+    settled : mapping or None
+        Of an update that found nothing changed: what the one before came to: `outcome`, `time`, `reason`.
     failures : list of str
         What went wrong beside it, in sentences.
+    server_differs : bool
+        Whether a running server still serves another model than the folder says.
     """
 
     device: str
@@ -52,13 +54,19 @@ class Report:
     previous: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_fetched: int = 0
-    versions: Mapping[str, str] = field(default_factory=dict)
+    settled: Mapping[str, Any] | None = None
     failures: list[str] = field(default_factory=list)
+    server_differs: bool = False
 
     @property
     def is_good(self) -> bool:
         """Whether nobody has to look at the device."""
         return self.outcome in GOOD
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Version by name of all that the model was made of that serves now."""
+        return {} if self.current is None else self.current.versions()
 
     def as_json(self) -> dict[str, Any]:
         """Return plain types, as the fleet's status reads them."""
@@ -70,19 +78,25 @@ class Report:
             "time": now(),
             "outcome": self.outcome,
             "reason": self.reason,
+            "settled": None
+            if self.settled is None
+            else {key: self.settled[key] for key in ("outcome", "time", "reason")},
             "current": None if self.current is None else self.current.as_json(),
             "tried": None if self.tried is None else self.tried.as_json(),
             "previous": self.previous,
             "seconds": {step: round(value, 3) for step, value in self.seconds.items()},
             "bytes_fetched": self.bytes_fetched,
-            "versions": dict(self.versions),
+            "versions": self.versions,
             "edgemerge": version("edgemerge"),
             "failures": list(self.failures),
         }
 
     def finish(self, folder: SiteFolder, reports: Path | None) -> None:
         """Note which model serves now, and write DEVICE.json; where that fails, the report says so itself."""
-        self.current, self.previous = folder.current(), folder.previous()
+        try:
+            self.current, self.previous = folder.current(), folder.previous()
+        except FormatError as error:
+            self.failures.append(str(error))
         if reports is None:
             return
         path = reports / f"{self.device}.json"

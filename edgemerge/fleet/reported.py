@@ -14,7 +14,8 @@ from edgemerge.errors import FormatError
 from edgemerge.formats.json_file import parse_object
 from edgemerge.plain_text import plain
 
-__all__ = ["OUTCOMES", "DeviceReport", "ReportedModel", "TaskScore", "read_report"]
+__all__ = ["OUTCOMES", "DeviceReport", "ReportedModel", "Settled", "TaskScore"]
+__all__ += ["read_report"]
 
 REPORT_VERSION = 1
 OUTCOMES = ("promoted", "unchanged", "refused", "rolled_back", "failed")
@@ -70,6 +71,14 @@ class ReportedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Settled:
+    """What an earlier update came to, one of `OUTCOMES`, and why."""
+
+    outcome: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceReport:
     """What a device tells of its last update; every text in it is plain and short.
 
@@ -83,6 +92,8 @@ class DeviceReport:
         One of `OUTCOMES`.
     reason : str
         Why, in a sentence.
+    settled : Settled or None
+        Where nothing changed: what the update before came to.
     current, tried : ReportedModel or None
         What is served now, and what was tried in this update.
     previous : str or None
@@ -92,7 +103,7 @@ class DeviceReport:
     bytes_fetched : int
         That came over the network.
     versions : mapping of str to str
-        Of what was published, by name.
+        Of what the current model was made of, by name.
     edgemerge : str
         The program's version.
     failures : tuple of str
@@ -103,6 +114,7 @@ class DeviceReport:
     time: datetime
     outcome: str
     reason: str
+    settled: Settled | None
     current: ReportedModel | None
     tried: ReportedModel | None
     previous: str | None
@@ -127,9 +139,6 @@ def read_report(path: Path) -> DeviceReport:
             f"is a report of version {version}; this edgemerge reads {REPORT_VERSION}, update one of both",
             path=path,
         )
-    outcome = values.text("outcome")
-    if outcome not in OUTCOMES:
-        raise values.error("outcome", f"one of {', '.join(OUTCOMES)}")
     device = values.text("device")
     if device != plain(path.stem):
         raise FormatError(
@@ -140,8 +149,9 @@ def read_report(path: Path) -> DeviceReport:
     return DeviceReport(
         device=device,
         time=values.time("time"),
-        outcome=outcome,
+        outcome=values.outcome(),
         reason=values.sentence("reason"),
+        settled=_settled(values.part("settled")),
         current=_model(values.part("current")),
         tried=_model(values.part("tried")),
         previous=values.text_or_none("previous"),
@@ -184,6 +194,10 @@ def _model(values: _Object | None) -> ReportedModel | None:
     )
 
 
+def _settled(values: _Object | None) -> Settled | None:
+    return None if values is None else Settled(values.outcome(), values.sentence("reason"))
+
+
 def _score(values: _Object) -> TaskScore:
     n = values.number("n", MAX_COUNT)
     right = values.number("right", n)
@@ -208,6 +222,13 @@ class _Object:
         if not isinstance(value, str) or len(value) > MAX_NAME:
             raise self.error(key, f"a text of at most {MAX_NAME} characters")
         return plain(value)
+
+    def outcome(self) -> str:
+        """Return what an update came to, one of `OUTCOMES`."""
+        outcome = self.text("outcome")
+        if outcome not in OUTCOMES:
+            raise self.error("outcome", f"one of {', '.join(OUTCOMES)}")
+        return outcome
 
     def text_or_none(self, key: str) -> str | None:
         """Return the same, or None for null."""
@@ -278,11 +299,9 @@ class _Object:
         return value
 
     def _names(self, key: str) -> list[str]:
-        names = list(self._object(key))
-        if len(names) > MAX_ITEMS or any(len(name) > MAX_NAME for name in names):
-            raise self.error(
-                key, f"an object of at most {MAX_ITEMS} names of {MAX_NAME} characters"
-            )
+        names = list(self._object(key))[:MAX_ITEMS]
+        if any(len(name) > MAX_NAME for name in names):
+            raise self.error(key, f"an object with names of at most {MAX_NAME} characters")
         return names
 
     def _object(self, key: str) -> dict[str, Any]:

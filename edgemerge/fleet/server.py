@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.fleet.site_file import ServerPlace, read_key
+from edgemerge.fleet.site_file import ServerPlace
+from edgemerge.runtime.serve.key import check_characters
+from edgemerge.suggestions import suggest
 
 __all__ = ["Reply", "Server", "ServerRefusal", "ServerSilence"]
 
@@ -28,6 +30,7 @@ ASK_SECONDS = 60.0  # a slow board writes a token in two seconds
 RELOAD_SECONDS = 600.0  # a large model on a slow card
 MAX_BYTES = 1 << 20
 BUSY = (429, 503)
+NOT_OURS = (401, 403, 404)  # of a wrong key, of another server, of a model that it does not have
 
 
 class ServerSilence(RuntimeFailure):
@@ -45,6 +48,11 @@ class ServerRefusal(RuntimeFailure):
     def is_busy(self) -> bool:
         """Whether it only has too much to do."""
         return self.status in BUSY and self.code != "model_unavailable"
+
+    @property
+    def blames_site(self) -> bool:
+        """Whether SITE.yml names the wrong server, key or model: then no model is at fault."""
+        return self.status in NOT_OURS or self.code == "odd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +79,37 @@ class Server:
 
     def __init__(self, place: ServerPlace) -> None:
         self._place = place
-        self._key = read_key(place)
+        self._key = _read_key(place)
 
     @property
     def address(self) -> str:
         """Where it is."""
         return self._place.address
+
+    def check(self) -> None:
+        """See that the server takes the key, and has the model that the site names.
+
+        Raises
+        ------
+        ServerSilence, ServerRefusal
+            It is not there; or it is another server, or wants another key or name.
+        """
+        told = self._send(HEALTH, None, ASK_SECONDS, takes=(503,))
+        models = told.get("models")
+        if not isinstance(models, list):
+            raise ServerRefusal(
+                f"the server at {self.address} does not take the key; correct serve.key of SITE.yml",
+                401,
+                "invalid_api_key",
+            )
+        names = [str(one["id"]) for one in models]
+        if (wanted := self._place.model) is not None and wanted not in names:
+            raise ServerRefusal(
+                f"the server at {self.address} has no model {wanted!r}; correct serve.model of SITE.yml: "
+                f"{suggest(wanted, names)}",
+                404,
+                "model_not_found",
+            )
 
     def reload(self, *, asks: bool = True) -> None:
         """Let the file of now answer; requests that run end with the old one.
@@ -173,3 +206,18 @@ class Server:
         return ServerRefusal(
             f"the server says: {message} ({status})", status, str(error.get("code"))
         )
+
+
+def _read_key(place: ServerPlace) -> str | None:
+    """Read the server's key.
+
+    Raises
+    ------
+    RecipeError
+        It cannot stand in a header.
+    """
+    if place.key is None:
+        return None
+    key = place.key.read_text(encoding="ascii", errors="replace").strip()
+    check_characters(key)
+    return key

@@ -19,12 +19,10 @@ from edgemerge.formats.yaml_file import read_documents
 from edgemerge.methods.table import METHODS
 from edgemerge.recipe.values import ValueReader, brief
 from edgemerge.remote.stand_ins import is_address
-from edgemerge.runtime.serve.key import check_characters
 from edgemerge.sizes import parse_size
 from edgemerge.suggestions import suggest, suggest_path
 
-__all__ = ["Merge", "RegistryPlace", "Rule", "ServerPlace", "Site", "Wanted", "read_key"]
-__all__ += ["read_site"]
+__all__ = ["Merge", "RegistryPlace", "Rule", "ServerPlace", "Site", "Wanted", "read_site"]
 
 NEWEST = "newest"
 DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
@@ -246,6 +244,9 @@ class _SiteReader:
         return base, tuple(experts)
 
     def wanted(self, value: Any, where: str, *, has_registry: bool) -> Wanted:
+        if isinstance(value, str):
+            said = brief(value)
+            self.fail(f"{where} is {said}; write {{path: {value[:80]}}}, or {{name: NAME}}", where)
         known = ("path", "name", "version", "weight")
         table = self.table(value, known if where != "base" else known[:3], where)
         weight = table.get("weight")
@@ -257,7 +258,11 @@ class _SiteReader:
             return Wanted(self.existing(table["path"], f"{where}.path"), weight=weight)
         name = self.values.text(table, "name", f"{where}.name")
         if not has_registry:
-            self.fail(f"{where} is {name!r} of a registry; name one, or give a path", where)
+            self.fail(
+                f"{where} is {name!r} of a registry, and the file names none; add registry with address and "
+                "trust, or give a path",
+                where,
+            )
         return Wanted(None, name, self.version(table.get("version", NEWEST), where), weight)
 
     def version(self, value: Any, where: str) -> str | None:
@@ -365,6 +370,8 @@ class _SiteReader:
         return {name: self.file(one, f"{where}.{name}") for name, one in table.items()}
 
     def place(self, value: Any, where: str) -> Path:
+        if value is None:
+            self.fail(f"{where} is missing; give a path", where)
         if not isinstance(value, str) or not value or "\0" in value:
             self.fail(f"{where} is {brief(value)}; give a path", where)
         return self.path.parent / value
@@ -381,18 +388,3 @@ class _SiteReader:
         if not path.is_file():
             self.fail(f"{where}: {str(path)!r} is no file", where)
         return path
-
-
-def read_key(place: ServerPlace) -> str | None:
-    """Read the server's key.
-
-    Raises
-    ------
-    RecipeError
-        It cannot stand in a header.
-    """
-    if place.key is None:
-        return None
-    key = place.key.read_text(encoding="ascii", errors="replace").strip()
-    check_characters(key)
-    return key

@@ -17,6 +17,7 @@ from edgemerge.sizes import format_duration
 __all__ = ["DeviceStatus", "FleetStatus", "ScoreSpan", "read_status"]
 
 MAX_REPORTS = 5000  # of a folder
+BAD = ("failed", "rolled_back")
 CLOCK_SLACK = timedelta(minutes=5)  # that a device's clock may be ahead
 
 
@@ -82,6 +83,11 @@ class FleetStatus:
         """Return the devices that somebody has to look at."""
         return tuple(one for one in self.devices if one.needs)
 
+    @property
+    def needs_somebody(self) -> bool:
+        """Whether somebody has to look. Without any report too: the folder may be the wrong one."""
+        return bool(self.needy) or not self.devices
+
     def outcomes(self) -> Mapping[str, int]:
         """Count the outcomes of the last updates."""
         return Counter(report.outcome for report in self._reports())
@@ -104,7 +110,7 @@ class FleetStatus:
         """Return what went wrong and the devices that tell of it, frequent first."""
         found: dict[str, list[str]] = {}
         for one in self.devices:
-            for failure in dict.fromkeys(one.report.failures if one.report else ()):
+            for failure in dict.fromkeys(_failures(one.report) if one.report else ()):
                 found.setdefault(failure, []).append(one.name)
         by_number = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
         return [(failure, tuple(names)) for failure, names in by_number]
@@ -165,10 +171,20 @@ def _read_device(path: Path, stale_after: float, now: datetime) -> DeviceStatus:
     return DeviceStatus(name, report, age, tuple(_needs(report, age, stale_after)))
 
 
+def _failures(report: DeviceReport) -> Iterator[str]:
+    if report.outcome == "failed":
+        yield report.reason
+    yield from report.failures
+
+
 def _needs(report: DeviceReport, age: float, stale_after: float) -> Iterator[str]:
-    """Say why somebody has to look. A model that was refused is none: that is what the trial is for."""
-    if report.outcome in ("failed", "rolled_back"):
-        yield f"{report.outcome.replace('_', ' ')}: {report.reason}"
+    """Say why somebody has to look. A model that was refused is none: that is what the trial is for.
+
+    Where nothing changed since, the update before counts: a device does not mend itself by waiting.
+    """
+    last = report.settled or report
+    if last.outcome in BAD:
+        yield f"{last.outcome.replace('_', ' ')}: {last.reason}"
     yield from (failure for failure in report.failures if failure != report.reason)
     if report.current is None:
         yield "has no model to serve"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -104,6 +104,18 @@ class Switch:
             | {"id": trying.get("id")}
         )
 
+    def check_server(self) -> None:
+        """See that the server can be told of a new model, before one is made. It may be switched off.
+
+        Raises
+        ------
+        ServerRefusal
+            SITE.yml names another server, key or model.
+        """
+        if self._server is not None:
+            with suppress(ServerSilence):
+                self._server.check()
+
     def measure(self) -> Baseline | None:
         """Look at the server before its model is replaced; None where there is none."""
         current = self._folder.current_id()
@@ -116,7 +128,13 @@ class Switch:
             return None
 
     def reload(self, *, asks: bool) -> str | None:
-        """Let the server take the file of now; return why it does not. Without a server, nothing happens."""
+        """Let the server take the file of now; return why it does not. Without a server, nothing happens.
+
+        Raises
+        ------
+        ServerRefusal
+            With `asks`: SITE.yml names another server, key or model, so the file is not at fault.
+        """
         if self._server is None:
             return None
         try:
@@ -124,6 +142,8 @@ class Switch:
         except ServerSilence:
             self._report.failures.append(NO_SERVER)
         except ServerRefusal as refusal:
+            if asks and refusal.blames_site:
+                raise
             return str(refusal)
         return None
 
@@ -185,6 +205,7 @@ class Switch:
             self._folder.roll_back(trying["reason"], trying["id"])
             fault = self.reload(asks=False)  # it served before, so it is taken as it is
         if fault is not None:
+            self._report.server_differs = True
             self._report.failures.append(f"the server did not take the earlier model: {fault}")
         self._report.tried = self._folder.record(trying["id"])
         self.end("rolled_back", trying["reason"], trying)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 
 from edgemerge.fleet.site_file import Site
@@ -57,6 +58,7 @@ WantedBy=timers.target
 """
 LAST = """\
 # Write both files, then:
+#   mkdir -p {folders}
 #   systemctl daemon-reload
 #   systemctl enable --now edgemerge-update.timer
 """
@@ -78,4 +80,5 @@ def make_units(site: Site) -> str:
         command=" ".join(map(quote, command)),
         folders=" ".join(quote(os.path.abspath(folder)) for folder in folders),
     )
-    return f"{service}\n{TIMER}\n{LAST}"
+    last = LAST.format(folders=" ".join(shlex.quote(os.path.abspath(one)) for one in folders))
+    return f"{service}\n{TIMER}\n{last}"

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgemerge.errors import EdgemergeError, RecipeError, RuntimeFailure
+from edgemerge.errors import EdgemergeError, OutputError, RecipeError, RuntimeFailure
 from edgemerge.fleet.declared import Declared, declare
 from edgemerge.fleet.examination import Crash, Examiner
+from edgemerge.fleet.feasible import check_feasible
 from edgemerge.fleet.ingredients import FileHashes, Ingredient, Registry, fetch_all, find_all
 from edgemerge.fleet.promotion import Talk, Verdict, decide, is_slower
 from edgemerge.fleet.report import Report
@@ -25,6 +26,7 @@ from edgemerge.fleet.site_file import Site
 from edgemerge.fleet.switch import Switch
 from edgemerge.merging.run import merge
 from edgemerge.site.folder import SiteFolder
+from edgemerge.site.lock import Busy
 from edgemerge.site.record import ID_DIGITS, ModelRecord, now
 
 __all__ = ["Update"]
@@ -77,22 +79,30 @@ class Update:
 
         Raises
         ------
-        OutputError
-            The folder cannot be made, or another update is at work there.
+        Busy
+            Another update is at work there.
         """
-        self._folder.make()
-        with self._folder.locked():
-            try:
+        try:
+            self._folder.make()
+            with self._folder.locked():
                 self._folder.finish()
                 self._do()
-            except (EdgemergeError, OSError) as error:
-                self._report.outcome, self._report.reason = "failed", str(error)
-                self._log("failed", reason=str(error))
-                self._report.finish(self._folder, self._site.reports)
-            except KeyboardInterrupt as error:
-                error.add_note("the same command goes on from here")
-                raise
+        except Busy:
+            raise
+        except (EdgemergeError, OSError) as error:
+            self._fail(str(error))
+        except KeyboardInterrupt as error:
+            error.add_note("the same command goes on from here")
+            raise
         return self._report
+
+    def _fail(self, reason: str) -> None:
+        self._report.outcome, self._report.reason = "failed", reason
+        try:
+            self._log("failed", reason=reason)
+        except OutputError as error:  # the report may go to another disk
+            self._report.failures.append(str(error))
+        self._report.finish(self._folder, self._site.reports)
 
     def _do(self) -> None:
         trying = self._folder.trying()
@@ -103,6 +113,8 @@ class Update:
         declared = self._declare()
         if trying is None and self._is_settled(declared):
             return
+        check_feasible(self._site, declared.found, serves=self._folder.current_id() is not None)
+        self._switch.check_server()
         if trying is None or trying["digest"] != declared.digest:
             trying = {"digest": declared.digest, "step": "merge", "started": now()}
             self._log_start(declared)
@@ -122,7 +134,6 @@ class Update:
                 found = find_all(self._site, self._hashes, self._registry)
             declared = declare(self._site, found, self._hashes)
             self._hashes.keep()
-        self._report.versions = declared.versions()
         return declared
 
     def _is_settled(self, declared: Declared) -> bool:
@@ -132,9 +143,11 @@ class Update:
             return False
         if settled["outcome"] == "promoted" and not self._folder.current_path.is_file():
             return False
-        self._report.outcome = "unchanged"
-        then = f"then {settled['outcome']}: {settled['reason']}"
+        self._report.outcome, self._report.settled = "unchanged", settled
+        then = f"then {settled['outcome'].replace('_', ' ')}: {settled['reason']}"
         self._report.reason = f"nothing changed since {settled['time']}; {then}"
+        if settled["outcome"] == "promoted" and settled.get("id") != self._folder.current_id():
+            self._report.reason += "; by hand, another model was put in its place"
         self._log("unchanged", digest=declared.digest)
         self._report.finish(self._folder, self._site.reports)
         return True
@@ -266,11 +279,12 @@ class Update:
         return record, verdict
 
     def _talk_to_both(self, old: Path, new: Path) -> tuple[Talk, Talk]:
-        """Ask both the smoke question; where the new one seems too slow, measure again."""
-        talks = [self._examiner.talk(path) for path in (old, new)]
-        for _ in range(MORE_MEASUREMENTS):
+        """Ask both the smoke question, one after the other; the new one is slow if it is slow each time.
+
+        What else the device does at that moment can halve a speed, and a refusal is for good.
+        """
+        for _ in range(1 + MORE_MEASUREMENTS):
+            talks = self._examiner.talk(old), self._examiner.talk(new)
             if not is_slower(self._site.rule, *talks):
                 break
-            again = [self._examiner.talk(path) for path in (old, new)]
-            talks = [one.at_best(other) for one, other in zip(talks, again, strict=True)]
-        return talks[0], talks[1]
+        return talks

@@ -15,6 +15,7 @@ from edgemerge.fleet.site_file import Rule
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.runtime.smoke import QUESTIONS, Answer
+from edgemerge.sizes import format_rate
 
 __all__ = ["Baseline", "measure_server", "watch_file", "watch_server"]
 
@@ -93,8 +94,8 @@ def watch_server(
         wait(min(BETWEEN, max(0.0, end - time.monotonic())))
     if best and before.speed and best * rule.slowdown < before.speed:
         return (
-            f"it is slow: {best:.3g} tokens/s at best, and {before.speed:.3g} before, which is more than "
-            f"{rule.slowdown:g} times slower"
+            f"it is slow: {format_rate(best)} tokens/s at best, and {format_rate(before.speed)} before, "
+            f"which is more than {rule.slowdown:g} times slower"
         )
     return None
 

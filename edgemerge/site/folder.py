@@ -23,11 +23,10 @@ a promotion that did not happen, or of one that was taken back, and count for no
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from typing import Any
 from edgemerge.errors import FormatError, OutputError, RecipeError
 from edgemerge.formats.json_file import parse_object, read_object
 from edgemerge.output.file import finishing, sync_folder, write_file
+from edgemerge.site.lock import lock_folder
 from edgemerge.site.log import append_event, last_events
 from edgemerge.site.record import ID_DIGITS, ModelRecord, read_record, record_of_file
 
@@ -83,25 +83,14 @@ class SiteFolder:
             for folder in (self.path, self.models, self.inputs, self.work, self.answers):
                 folder.mkdir(exist_ok=True, parents=folder is self.path)
         except OSError as error:
-            raise OutputError(f"cannot be made ({error.strerror})", path=self.path) from error
+            raise OutputError(
+                f"cannot be made ({error.strerror}); name a folder on a disk that can be written to",
+                path=self.path,
+            ) from error
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Be the one process that changes the folder; a lock ends with its process.
-
-        Raises
-        ------
-        OutputError
-            Another process has the lock.
-        """
-        with (self.path / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OutputError(
-                    "another update is at work there; wait for that one", path=self.path
-                ) from error
-            yield
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Be the one process that changes the folder; see `edgemerge.site.lock.lock_folder`."""
+        return lock_folder(self.path)
 
     # -- models ------------------------------------------------------------------------------------
 
@@ -222,13 +211,13 @@ class SiteFolder:
 
     def history(self) -> list[str]:
         """Return ids in the order of their promotion; the last one serves."""
+        current = self.current_id()
+        if current is None:
+            return []
         try:
             names = self._history.read_text(encoding="ascii").split()
         except FileNotFoundError:
             names = []
-        current = self.current_id()
-        if current is None:
-            return []
         if current not in names:
             return [current]
         end = len(names) - names[::-1].index(current)

@@ -104,6 +104,10 @@ class ModelRecord:
         """Return plain types only."""
         return asdict(self)
 
+    def versions(self) -> dict[str, str]:
+        """Return the version of each input by its name; of a path, the start of its hash."""
+        return {one.name: one.version or one.sha256[:ID_DIGITS] for one in self.made_of}
+
 
 def now() -> str:
     """Return the time in UTC as records and logs have it: `2026-11-29T12:50:07Z`."""

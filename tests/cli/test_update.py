@@ -37,11 +37,29 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(device: Path) -> Non
     assert lines[0] == "ward-3: would merge by task_arithmetic and ask both models"
     assert lines[2].split() == ["base.gguf", "base", "283", "KiB", "yes"]
     assert lines[4] == "questions: 200 of disease, 200 of general"
-    assert lines[-1] == "to fetch: 0 bytes"
+    assert lines[-2] == "to fetch: 0 bytes"
+    assert lines[-1] == f"folder: {device.parent}/site, where no model yet serves"
+    assert done.stderr == ""
     assert not (device.parent / "site").exists()
     update(device, KnowingExaminer(better))
     told = json.loads(run("update", device, "--dry-run", "--json").stdout)
     assert (told["does"], told["serves"]) == ("unchanged", folder_of(device).current_id())
+
+
+def test_a_dry_run_says_what_the_update_would_complain_of(device: Path) -> None:
+    write_site(device.parent, reports="reports", serve={"address": "http://127.0.0.1:9"})
+    done = run("update", device, "--dry-run")
+    assert done.returncode == 0
+    notes = done.stderr.splitlines()
+    assert (
+        notes[0]
+        == f"note: {device.parent}/reports: is no folder, so no report will be written; make it"
+    )
+    assert notes[1].startswith("note: no server answers at http://127.0.0.1:9 (")
+    (device.parent / "site").touch()
+    done = run("update", device)
+    assert (done.returncode, done.stdout.count("\n")) == (1, 2)
+    assert "cannot be made (File exists); name a folder" in done.stdout
 
 
 def test_the_units_of_systemd(device: Path) -> None:
@@ -51,6 +69,7 @@ def test_the_units_of_systemd(device: Path) -> None:
     assert f"-P -m edgemerge update {device}\n" in service
     assert f'ReadWritePaths={device.parent}/site "{device.parent}/reports of all"\n' in service
     assert "OnCalendar=" in timer
+    assert f"#   mkdir -p {device.parent}/site '{device.parent}/reports of all'\n" in timer
     if shutil.which("systemd-analyze") is None:
         return
     for name, text in (("edgemerge-update.service", service), ("edgemerge-update.timer", timer)):

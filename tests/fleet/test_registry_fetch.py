@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,20 @@ def test_a_registry_on_a_web_server_is_read(
     got = there.fetch(there.find("ward"), tmp_path, ignore)
     assert got.read_bytes() == content(site)
     assert list(tmp_path.iterdir()) == [got]
+
+
+def test_what_the_disk_has_no_room_for_is_not_fetched(
+    site: Site, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = site.reader(server.url, state="state-room")
+    entry = there.find("ward")
+    disk = os.statvfs(tmp_path)
+    full = os.statvfs_result([512, 512, *disk[2:4], 1, *disk[5:]])
+    monkeypatch.setattr(os, "fstatvfs", lambda _fd: full)
+    n_asked = len(server.requests)
+    with pytest.raises(OutputError, match=r"and the disk lacks .* of it; free some"):
+        there.fetch(entry, tmp_path, ignore)
+    assert len(server.requests) == n_asked
 
 
 def test_python_tufs_own_client_reads_it(site: Site, server: FileServer, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("seconds", {"merge": "8"}, "'seconds' is not an object of seconds"),
         ("bytes_fetched", 1 << 60, "'bytes_fetched' is not a whole number"),
         ("versions", {"cardio": 7}, "'versions', 'cardio' is not a text"),
-        ("versions", {str(i): "1" for i in range(65)}, "'versions' is not an object of at most"),
+        ("versions", {"x" * 129: "1"}, "'versions' is not an object with names of at most 128"),
         ("failures", [1], "'failures' is not a list of texts"),
     ],
 )
@@ -99,6 +99,12 @@ def test_texts_are_plain_and_short(tmp_path: Path) -> None:
     assert report.failures[0] == report.reason
     assert report.reason.isprintable()
     assert len(report.reason) == 400
+
+
+def test_a_model_of_a_thousand_deltas_has_a_report(tmp_path: Path) -> None:
+    versions = {f"delta-{i}": "1" for i in range(1000)}
+    report = read_report(write_report(tmp_path, "a", versions=versions))
+    assert list(report.versions) == list(versions)[:64]
 
 
 def test_links_pipes_and_large_files_are_not_read(tmp_path: Path) -> None:

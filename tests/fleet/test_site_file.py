@@ -83,7 +83,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no questions": ({"questions": None}, "names no questions"),
     "no base": ({"base": None}, "names no base"),
     "no experts": ({"experts": []}, "experts must be a list that is not empty"),
-    "no registry": ({"base": {"name": "tiny"}}, "'tiny' of a registry; name one"),
+    "no registry": ({"base": {"name": "tiny"}}, "file names none; add registry"),
+    "base as a text": ({"base": "base.gguf"}, r"write {path: base.gguf}, or {name: NAME}"),
+    "no trust": ({"registry": {"address": "r"}}, "registry.trust is missing; give a path"),
     "path and name": ({"base": {"path": "base.gguf", "name": "x"}}, "a path and a name"),
     "weight of the base": ({"base": {"path": "base.gguf", "weight": 1}}, "unknown key 'weight'"),
     "no such file": ({"experts": [{"path": "c.gguf"}]}, r"experts\[0\].path: there is no"),
@@ -121,6 +123,12 @@ def test_what_is_wrong_is_named(folder: Path, wrong: str) -> None:
         read_site(write_site(folder, **changes))
     assert str(caught.value).startswith(f"{folder / 'SITE.yml'}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_not_what_was_meant(folder: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_site(folder)
+    assert "did you mean" not in str(caught.value)
 
 
 def test_a_key_that_stands_twice_is_refused(folder: Path) -> None:

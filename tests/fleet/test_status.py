@@ -45,9 +45,24 @@ def test_failures_silence_and_clocks_need_somebody(tmp_path: Path) -> None:
     assert needs(tmp_path, time="2026-03-02T13:00:00Z") == ("its clock is ahead by 1 h 00 min",)
 
 
+@pytest.mark.parametrize(
+    ("before", "found"),
+    [("promoted", ()), ("refused", ()), ("rolled_back", ("rolled back: odd answers",))],
+)
+def test_an_update_that_changes_nothing_mends_nothing(
+    tmp_path: Path, before: str, found: tuple[str, ...]
+) -> None:
+    settled = {"outcome": before, "time": "2026-03-01T02:15:00Z", "reason": "odd answers"}
+    assert needs(tmp_path, outcome="unchanged", settled=settled) == found
+    write_report(tmp_path, "a", outcome="unchanged", settled=settled, time=recent(hours=1))
+    assert ("odd answers" in run(tmp_path).stdout) == (before != "promoted")
+
+
 def test_a_failure_is_told_once(tmp_path: Path) -> None:
     found = needs(tmp_path, outcome="failed", reason="no room", failures=["no room"])
     assert found == ("failed: no room",)
+    write_report(tmp_path, "b", outcome="failed", reason="no room")
+    assert read(tmp_path).failures() == [("no room", ("a", "b"))]
 
 
 def test_a_bad_file_is_one_line_of_its_device(tmp_path: Path) -> None:
@@ -177,7 +192,9 @@ def test_a_page_never_replaces_a_report(tmp_path: Path) -> None:
 
 def test_an_empty_and_a_missing_folder(tmp_path: Path) -> None:
     result = run(tmp_path)
-    assert (result.exit_code, result.stdout) == (0, f"{tmp_path}: no report is there\n")
+    assert result.exit_code == 3  # an alarm must not fall silent with the network folder
+    assert result.stdout.startswith(f"{tmp_path}: no report is there")
+    assert json.loads(run(tmp_path, "--json").stdout)["needs_somebody"]
     result = run(tmp_path / "none")
     assert result.exit_code == 1
     assert "No such file" in result.stderr

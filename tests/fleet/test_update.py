@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgemerge.errors import FormatError, OutputError
+from edgemerge.fleet.promotion import Talk
 from edgemerge.fleet.site_file import read_site
 from edgemerge.fleet.switch import roll_back_by_hand
+from edgemerge.site.lock import Busy
 from edgemerge.site.log import read_events
 from edgemerge.site.record import Score
 from tests.support.updates import (
@@ -116,6 +118,22 @@ def test_a_slow_model_is_refused(device: Path) -> None:
     assert report.reason == "speed: 160 and 100 tokens/s, more than 1.5 times slower"
 
 
+def test_a_busy_moment_makes_no_model_slow(device: Path) -> None:
+    measured = iter([1978.0, 562.0, 657.0, 562.0])  # of the old and the new one in turn
+
+    class Hurried(KnowingExaminer):
+        def talk(self, model: Path) -> Talk:
+            return replace(super().talk(model), speed=next(measured, 600.0))
+
+    report = update(device, Hurried(better))
+    assert report.outcome == "promoted"
+    assert "speed: 657 and 562 tokens/s" in report.reason
+    measured = iter([1978.4, 562.0] * 4)
+    write_site(device.parent, experts=[{"path": "b.gguf"}], promote={"watch": 0, "better": []})
+    report = update(device, Hurried(better))
+    assert report.reason == "speed: 1978 and 562 tokens/s, more than 1.5 times slower"
+
+
 def test_a_model_that_fails_after_its_promotion_is_rolled_back(device: Path) -> None:
     first = update(device, KnowingExaminer(better)).current
     write_site(device.parent, experts=[{"path": "b.gguf"}])
@@ -169,6 +187,17 @@ def test_another_model_that_was_chosen_meanwhile_stays(device: Path) -> None:
     assert folder.trying() is None
 
 
+def test_another_model_that_was_promoted_by_hand_is_told_of(device: Path) -> None:
+    first = update(device, KnowingExaminer(better)).current
+    write_site(device.parent, experts=[{"path": "b.gguf"}], promote={"watch": 0, "better": []})
+    update(device, KnowingExaminer(better))
+    assert first is not None
+    folder_of(device).promote(first.id, "on the page")
+    report = update(device, KnowingExaminer(better))
+    assert (report.outcome, report.current) == ("unchanged", folder_of(device).current())
+    assert report.reason.endswith("by hand, another model was put in its place")
+
+
 def test_what_is_done_again_goes_on_after_a_power_cut(device: Path) -> None:
     update(device, KnowingExaminer(worse))
     settled = folder_of(device).settled()
@@ -184,12 +213,10 @@ def test_the_report_of_a_run(device: Path) -> None:
     (device.parent / "reports").mkdir()
     update(device, KnowingExaminer(better))
     told = json.loads((device.parent / "reports" / "ward-3.json").read_text())
-    keys = (
-        "edgemerge_report device time outcome reason current tried previous seconds bytes_fetched"
-    )
-    assert list(told) == f"{keys} versions edgemerge failures".split()
+    keys = "edgemerge_report device time outcome reason settled current tried previous seconds"
+    assert list(told) == f"{keys} bytes_fetched versions edgemerge failures".split()
     assert told["outcome"] == "unchanged"
-    assert told["current"]["decision"] == "promoted"
+    assert told["settled"]["outcome"] == told["current"]["decision"] == "promoted"
     assert (
         told["versions"]["a.gguf"]
         == folder_of(device).record(told["current"]["id"]).made_of[1].sha256[:16]
@@ -207,6 +234,29 @@ def test_what_cannot_be_merged_fails_and_leaves_what_serves(device: Path) -> Non
     assert events(device)[-1] == "failed"
     write_site(device.parent)
     assert update(device, KnowingExaminer(better)).outcome == "unchanged"
+
+
+@pytest.mark.parametrize("broken", ["lock", "log.jsonl"])
+def test_a_disk_that_takes_no_changes_is_reported(device: Path, broken: str) -> None:
+    first = update(device, KnowingExaminer(better)).current
+    (device.parent / "reports").mkdir()
+    (folder_of(device).path / broken).unlink()
+    (folder_of(device).path / broken).mkdir()  # a folder cannot be written to, by root either
+    write_site(device.parent, reports="reports", experts=[{"path": "b.gguf"}])
+    report = update(device, KnowingExaminer(better))
+    told = json.loads((device.parent / "reports" / "ward-3.json").read_text())
+    assert told["outcome"] == report.outcome == "failed"
+    assert broken in told["reason"]
+    assert report.current == first
+
+
+def test_two_updates_at_once(device: Path) -> None:
+    update(device, KnowingExaminer(better))
+    (device.parent / "reports").mkdir()
+    write_site(device.parent, reports="reports")
+    with folder_of(device).locked(), pytest.raises(Busy, match="another update is at work there"):
+        update(device, KnowingExaminer(better))
+    assert list((device.parent / "reports").iterdir()) == []  # the other one writes it
 
 
 def test_a_recipe_names_the_models_itself(device: Path) -> None:
@@ -316,6 +366,17 @@ def test_the_newest_of_a_registry_is_fetched(device: Path) -> None:
         "b.gguf",
         "base.gguf",
     ]
+    registry.entries["disease", "3"] = entry("disease", "3", "a.gguf")
+    assert second.current is not None
+    known = second.current.id
+
+    def forgetful(model: Path) -> Mapping[str, int]:
+        return {"disease": 150, "general": 100 if model.stem == known else 40}
+
+    for outcome in ("refused", "unchanged"):  # what serves is made of the second still
+        report = update(device, KnowingExaminer(forgetful), registry=registry)
+        assert report.outcome == outcome
+        assert report.versions == {"tiny": "1", "disease": "2"}
     registry.is_down = True
     assert update(device, examiner, registry=registry).outcome == "failed"
     assert folder_of(device).current() == second.current

@@ -30,6 +30,7 @@ from edgemerge.machine.caches import users_cache
 from edgemerge.output.file import finishing, sync_folder
 from edgemerge.remote.any_address import read_any_address
 from edgemerge.remote.stand_ins import is_address
+from edgemerge.sizes import format_size
 from edgemerge.suggestions import suggest
 from edgemerge.types import Progress
 
@@ -155,7 +156,9 @@ class Registry:
         asked = f"{TARGETS}/{home}/{entry.sha256}.{name}"
         part = _part_of(target, entry)
         with closing(open_carrier(self._address)) as carrier, _open_part(part, target) as file:
-            resumed = file.seek(0, os.SEEK_END) > 0
+            start = file.seek(0, os.SEEK_END)
+            resumed = start > 0
+            _see_to_room(file, entry.n_bytes - start, target)
             with _writing(target), _noting():
                 carrier.fetch_rest(asked, file, entry.n_bytes, progress)
                 if resumed and not _is_right(file, entry):  # what lay there may be damaged
@@ -264,6 +267,17 @@ def _lock(file: BufferedRandom, part: Path, target: Path) -> bool:
         raise OutputError("another fetch is at work; wait for that one", path=target) from None
     except FileNotFoundError:
         return False
+
+
+def _see_to_room(file: BufferedRandom, n_bytes: int, target: Path) -> None:
+    """Refuse what the disk has no room for, before it comes over a thin link."""
+    disk = os.fstatvfs(file.fileno())
+    if (missing := n_bytes - disk.f_bavail * disk.f_frsize) > 0:
+        raise OutputError(
+            f"needs {format_size(n_bytes)} and the disk lacks {format_size(missing)} of it; free some of "
+            "the disk, or choose another folder",
+            path=target,
+        )
 
 
 @contextmanager

@@ -180,8 +180,8 @@ def _plainly(fetcher: _Fetcher, state: Path) -> Iterator[None]:
         raise VerificationError(_describe(error, said), path=where) from None
     except OSError as error:
         raise OutputError(
-            f"what is known of the registry cannot be kept ({error.strerror}); give another folder with "
-            "--state",
+            f"what is known of the registry cannot be kept ({error.strerror}); free some of its disk, or "
+            "choose another folder",
             path=state,
         ) from error
 

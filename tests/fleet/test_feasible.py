@@ -1,0 +1,71 @@
+"""What is impossible is said before anything is fetched, merged or made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgemerge.errors import EdgemergeError
+from edgemerge.fleet.foresight import foresee
+from edgemerge.fleet.site_file import read_site
+from edgemerge.site.log import read_events
+from tests.support.updates import (
+    KnowingExaminer,
+    better,
+    folder_of,
+    update,
+    write_device,
+    write_site,
+)
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Path:
+    return write_device(tmp_path)
+
+
+def merge_of(method: str = "task_arithmetic", **more: Any) -> dict[str, Any]:
+    return {"merge": {"method": method, **more}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (merge_of(type="Q8"), "merge: unknown type 'Q8'"),
+        (merge_of("ties", parameters={"density": 50}), "density is 50; it must be a number"),
+        (merge_of("slerp"), "slerp needs parameters: {t: …}"),
+        (merge_of(align="sideways"), "alignment is 'sideways'; choose one of"),
+        ({"base": {"path": "folder"}}, "is a folder, and the first model is compared with"),
+        ({"questions": {"bad": "bad.jsonl"}}, "bad.jsonl: line 1: 'answer' must be"),
+        ({"texts": {"notes": "empty.txt"}}, "texts.notes: "),
+    ],
+)
+def test_before_the_merge(device: Path, changes: dict[str, Any], says: str) -> None:
+    (device.parent / "folder").mkdir()
+    line = '{"question": "?", "options": ["a", "b"], "answer": 7}\n'
+    (device.parent / "bad.jsonl").write_text(line)
+    (device.parent / "empty.txt").touch()
+    write_site(device.parent, **changes)
+    with pytest.raises(EdgemergeError, match=r"SITE\.yml|bad\.jsonl") as error:
+        foresee(read_site(device), None)
+    assert says in str(error.value)
+    report = update(device, KnowingExaminer(better))
+    assert (report.outcome, report.reason) == ("failed", str(error.value))
+    events = [one["event"] for one in read_events(folder_of(device).path / "log.jsonl")]
+    assert events == ["failed"]
+
+
+def test_a_base_that_is_a_folder_will_do_once_a_model_serves(device: Path) -> None:
+    assert update(device, KnowingExaminer(better)).outcome == "promoted"
+    (device.parent / "folder").mkdir()
+    write_site(device.parent, base={"path": "folder"})
+    report = update(device, KnowingExaminer(better))
+    assert "compared with the base" not in report.reason
+
+
+@pytest.mark.parametrize("type_", ["q8_0", "Q4_K_M", "KEEP"])
+def test_types_have_no_case(device: Path, type_: str) -> None:
+    write_site(device.parent, **merge_of(type=type_))
+    assert foresee(read_site(device), None)["does"] == "merges"

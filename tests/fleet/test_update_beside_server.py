@@ -1,0 +1,151 @@
+"""An update beside a server that SITE.yml names wrongly: no model is to blame for that."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from edgemerge.cli import make_app
+from edgemerge.fleet.report import Report
+from edgemerge.fleet.server import Server
+from edgemerge.fleet.site_file import read_site
+from tests.support.updates import (
+    KnowingExaminer,
+    better,
+    folder_of,
+    update,
+    write_device,
+    write_site,
+)
+
+MODEL = {"id": "ward", "crashes": 0}
+
+
+@dataclass
+class Told:
+    """What the server answers: a status and a document for each path; and the paths that were asked."""
+
+    health: dict[str, Any] = field(default_factory=lambda: {"status": "ok", "models": [MODEL]})
+    reload: tuple[int, dict[str, Any]] = (200, {"id": "ward"})
+    asked: list[str] = field(default_factory=list)
+    url: str = ""
+
+
+@pytest.fixture
+def told() -> Iterator[Told]:
+    """A server of one thread that answers as the test says."""
+    told = Told()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer(200, told.health)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            choice = {"choices": [{"text": "Paris."}], "usage": {"completion_tokens": 2}}
+            self._answer(*(told.reload if "reload" in self.path else (200, choice)))
+
+        def _answer(self, status: int, document: dict[str, Any]) -> None:
+            told.asked.append(self.path)
+            raw = json.dumps(document).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        told.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield told
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Path:
+    return write_device(tmp_path)
+
+
+def run(path: Path, told: Told, expert: str = "a", **place: str) -> Report:
+    write_site(
+        path.parent,
+        experts=[{"path": f"{expert}.gguf"}],
+        serve={"address": told.url, **place},
+        promote={"watch": 0, "better": [], "slowdown": 100},
+    )
+    server = Server(read_site(path).serve)  # type: ignore[arg-type]
+    return update(path, KnowingExaminer(better), server=server)
+
+
+@pytest.mark.parametrize(
+    ("health", "place", "says"),
+    [
+        ({"status": "ok"}, {}, "does not take the key; correct serve.key"),
+        ({"models": [MODEL]}, {"model": "wards"}, "did you mean 'ward'?"),
+    ],
+)
+def test_a_wrong_key_or_name_is_told_before_anything_is_made(
+    device: Path, told: Told, health: dict[str, Any], place: dict[str, str], says: str
+) -> None:
+    assert run(device, told).outcome == "promoted"
+    right, told.health = told.health, health
+    for _ in range(2):  # not settled: it is told until somebody corrects it
+        report = run(device, told, "b", **place)
+        assert (report.outcome, report.tried) == ("failed", None)
+        assert says in report.reason
+    told.health = right
+    assert run(device, told, "b").outcome == "promoted"
+
+
+def test_a_key_that_is_changed_meanwhile_costs_no_model(device: Path, told: Told) -> None:
+    assert run(device, told).outcome == "promoted"
+    taken, told.reload = told.reload, (401, {"error": {"message": "the API key is wrong"}})
+    report = run(device, told, "b")
+    assert report.outcome == "failed"
+    assert report.reason == "the server says: the API key is wrong (401)"
+    told.reload = taken
+    again = run(device, told, "b")
+    assert again.outcome == "promoted"
+    assert again.current is not None
+    assert again.current.made_of[1].name == "b.gguf"
+
+
+def test_a_server_that_refuses_the_model_itself_has_it_rolled_back(
+    device: Path, told: Told
+) -> None:
+    first = run(device, told).current
+    told.reload = (409, {"error": {"message": "the new model repeats itself"}})
+    report = run(device, told, "b")
+    assert (report.outcome, report.current) == ("rolled_back", first)
+    assert folder_of(device).current() == first
+
+
+def test_a_roll_back_that_the_server_does_not_take_fails(device: Path, told: Told) -> None:
+    first = run(device, told).current
+    run(device, told, "b")
+    taken, told.reload = told.reload, (401, {"error": {"message": "the API key is wrong"}})
+    result = CliRunner().invoke(make_app(), ["rollback", str(device)])
+    assert result.exit_code == 1
+    assert "the server did not take the earlier model" in result.stderr
+    assert folder_of(device).current() == first  # which serves after a restart
+    told.reload = taken
+    assert run(device, told).outcome == "unchanged"
+
+
+def test_a_server_of_something_else_is_told(device: Path, told: Told) -> None:
+    told.health = {"models": "many"}
+    report = run(device, told)
+    assert report.outcome == "failed"
+    assert folder_of(device).current() is None
