@@ -6,6 +6,7 @@ What the keys of a recipe mean is in `edgemerge.recipe.mergekit`.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -285,6 +286,8 @@ class ValueReader:
             self.fail(f"{where}: {error}", where)
         if found is None:
             hint = suggest_path(name) or f"; download the {what} and give its path"
+            if name.startswith("~"):  # which only a shell expands
+                hint = f"; write the whole path, such as {os.path.expanduser(name)}"
             self.fail(f"{where}: no file or folder {name!r}{hint}", where)
         return found
 

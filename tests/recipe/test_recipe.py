@@ -337,6 +337,7 @@ def test_flags_make_a_recipe(folder: Path) -> None:
         ({"models": [("a", float("nan"))]}, "the weight of a is nan; it must be a finite number"),
         ({"models": [("c", None)]}, "model: no file or folder 'c'; download the model and give"),
         ({"models": [("", None)]}, "model must be the path of a model"),
+        ({"base": "~/c"}, "--base: no file or folder '~/c'; write the whole path, such as /"),
         ({"base": "c"}, "--base: no file or folder 'c'; download the model and give its path"),
         ({"parameters": {"densty": 1}}, "-P has the unknown parameter 'densty'; did you mean 'd"),
         ({"parameters": {"density": None}}, "-P density is None; it must be a finite number, tr"),
