@@ -210,7 +210,11 @@ class ValueReader:
     def mapping(self, value: Any, where: str) -> Mapping[str, Any]:
         """Take a table."""
         if not isinstance(value, dict):
-            self.fail(f"{where} must be a table of keys and values", where)
+            is_model = (
+                isinstance(value, str) and where.startswith("models[") and where.endswith("]")
+            )
+            hint = f"; write model: {value[:60]}" if is_model else ""
+            self.fail(f"{where} must be a table of keys and values{hint}", where)
         return value
 
     def sequence(self, value: Any, where: str) -> Sequence[Any]:

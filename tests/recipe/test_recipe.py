@@ -196,7 +196,10 @@ def test_models_are_looked_for_in_the_working_directory_then_beside_the_recipe(
         ("merge_method: ties\n", "needs either models, slices or modules, one of them and not e"),
         ("models: [{model: a}]\n", "merge_method is missing or is no text"),
         ("merge_method: ties\nmodels: []\n", "needs either models, slices or modules, one of"),
-        ("merge_method: ties\nmodels: [a]\n", "models[0] must be a table of keys and values"),
+        (
+            "merge_method: ties\nmodels: [a]\n",
+            "models[0] must be a table of keys and values; write model: a",
+        ),
         ("merge_method: ties\nmodels: [{model: 7}]\n", "models[0].model must be the path of a m"),
         (
             "merge_method: ties\nmodels: [{model: org/name}]\n",
