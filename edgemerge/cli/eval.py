@@ -174,14 +174,16 @@ def _header(
     from importlib.metadata import version
 
     from edgemerge.formats.files import real_path
-    from edgemerge.runtime.evaluation.results import identify, sha256_of
+    from edgemerge.runtime.evaluation.results import identify, identify_adapter, sha256_of
 
     loras = loading.parse_loras(lora)
     return {
         "edgemerge": version("edgemerge"),
         "llama_cpp_python": version("llama_cpp_python"),
         "models": [identify(path) for path in asked.models],
-        "loras": [{**identify(one.path), "scale": one.scale} for one in loras],
+        "loras": [
+            {**identify_adapter(one.path, asked.models[0]), "scale": one.scale} for one in loras
+        ],
         "tasks": [
             {
                 "name": task.name,

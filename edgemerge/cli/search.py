@@ -245,7 +245,10 @@ def _objective(
     found = {name: given.get(name, 0.0 if name in kept else 1.0) for name in names}
     found[SIZE] = given.get(SIZE, 0.0)
     if not any(found[name] for name in names):
-        raise typer.BadParameter("every task and text has the weight 0; give one of them another")
+        raise typer.BadParameter(
+            "every task and text has the weight 0, as what is to be kept has; "
+            f"give another --task, or --weight {names[0]}=1"
+        )
     return Objective(found, kept)
 
 
@@ -259,7 +262,7 @@ def _pair(option: str, text: str, names: Sequence[str]) -> tuple[str, float]:
         number = math.nan
     if name not in names or not math.isfinite(number) or number < 0:
         raise typer.BadParameter(
-            f"{option} {text!r}: give one of {', '.join(names)}, = and a number from 0"
+            f"{option} {text!r}: give NAME=NUMBER, a number from 0 for one of {', '.join(names)}"
         )
     return name, number
 

@@ -6,6 +6,7 @@ ETag and date. What is fetched so far of a file is `begun/KEY`, with which the n
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -71,9 +72,10 @@ def keep_file(
         begun.rename(folder / "sha256" / digest)
         _write(known, {"address": str(remote.address), "sha256": digest})
     except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some of this disk" if is_full else "give a folder that can be written"
         raise OutputError(
-            f"cannot keep {remote.address} ({error.strerror}); free some of this disk, or leave out "
-            "--keep-remote",
+            f"cannot keep {remote.address} ({error.strerror}); {remedy}, or leave out --keep-remote",
             path=folder,
         ) from None
     return folder / "sha256" / digest

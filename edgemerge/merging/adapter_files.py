@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from edgemerge.errors import MismatchError
+from edgemerge.errors import MismatchError, OutputError
 from edgemerge.formats.adapters.config import ADAPTER_CONFIG
 from edgemerge.formats.adapters.layout import (
     AdapterLayout,
@@ -32,20 +32,34 @@ from edgemerge.types import Float32, Source, UInt8
 __all__ = ["AdapterPart", "Extracted", "Spool", "encode_part", "factor_parts", "output_paths"]
 __all__ += ["write_adapter", "write_peft"]
 
-EMBEDDING, FRONT = "token_embd.weight", "base_model.model."
+EMBEDDING, HEAD, FRONT = "token_embd.weight", "output.weight", "base_model.model."
 
 
 class Spool:
-    """Arrays of float32 in a file without a name, in any order; thread-safe."""
+    """Arrays of float32 in a file without a name, beside the output, in any order; thread-safe."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._lock = file, threading.Lock()
+    def __init__(self, file: BinaryIO, output: Path) -> None:
+        self._file, self._output, self._lock = file, output, threading.Lock()
 
     def add(self, values_f32: Float32) -> int:
-        """Write an array, and return where it is."""
+        """Write an array, and return where it is.
+
+        Raises
+        ------
+        OutputError
+            The disk is full, or cannot be written.
+        """
         with self._lock:
-            at = self._file.seek(0, 2)
-            self._file.write(np.ascontiguousarray(values_f32).data)
+            try:
+                at = self._file.seek(0, 2)
+                self._file.write(np.ascontiguousarray(values_f32).data)
+                self._file.flush()
+            except OSError as error:
+                raise OutputError(
+                    f"the disk cannot keep the factors until all are found ({error.strerror}); free some "
+                    "space, or choose another",
+                    path=self._output,
+                ) from None
             return at
 
     def read(self, at: int, shape: tuple[int, ...]) -> Float32:
@@ -149,11 +163,24 @@ def _write(path: Path, layout: AdapterLayout, parts: Sequence[AdapterPart]) -> N
 
 
 def encode_part(part: AdapterPart) -> UInt8:
-    """Make a tensor of an adapter, as it is stored."""
+    """Make a tensor of an adapter, as it is stored.
+
+    Raises
+    ------
+    MismatchError
+        A value is larger than the type holds.
+    """
     values = part.make()
     assert values.shape == part.tensor.shape
     stored = np.dtype({"F32": "<f4", "F16": "<f2"}[part.tensor.dtype])
-    raw = np.ascontiguousarray(values).astype(stored, copy=False)
+    with np.errstate(over="ignore"):
+        raw = np.ascontiguousarray(values).astype(stored, copy=False)
+    if not np.isfinite(raw).all():
+        remedy = "smaller weights" if stored.itemsize == 4 else "--type F32, or smaller weights"
+        raise MismatchError(
+            f"{part.tensor.name!r} reaches numbers that {part.tensor.dtype} cannot hold; give {remedy}",
+            tensor=part.tensor.name,
+        )
     return raw.view(np.uint8).reshape(-1)
 
 
@@ -233,6 +260,13 @@ class _Writer:
             )
         if any(part.tensor.name.endswith("_norm.weight") for part in parts):
             notes.append("llama.cpp ignores the norms of an adapter; merging it takes them")
+        if f"{EMBEDDING}.lora_a" in {part.tensor.name for part in parts} and (
+            HEAD not in self._base.specs()
+        ):
+            notes.append(
+                "the embedding changed, and it is the head too: llama.cpp cannot add that with --lora; "
+                "make a model of both, by edgemerge convert BASE+ADAPTER"
+            )
         return parts, notes
 
     def factors(self, found: Sequence[Extracted]) -> list[AdapterPart]:

@@ -111,6 +111,16 @@ def combine(
     """
     path, floor = Path(output), floor_bytes()
     rule = _read_rule(how, density, by_count=by_count)
+    if rank is not None and how not in OF_CHANGES:
+        raise RecipeError(
+            f"{how} has no rank to choose; leave out --rank, or use svd or one that ends in _svd",
+            field="rank",
+        )
+    for adapter, weight in adapters:
+        if not math.isfinite(weight):
+            raise RecipeError(
+                f"the weight of {adapter} is {weight}; give a finite number", field="weight"
+            )
     if path.suffix == ".gguf":
         raise RecipeError(
             "a combination is a PEFT directory; give a folder, and make a GGUF adapter by extract",
@@ -124,7 +134,7 @@ def combine(
         uses = {module: _uses(module, opened, weights) for module in modules}
         _check_budget(uses.values(), how, rank, floor, memory)
         compile_missing({"lora.add_product", "dare.drop_random"})
-        spool = Spool(stack.enter_context(tempfile.TemporaryFile(dir=path.absolute().parent)))
+        spool = Spool(stack.enter_context(tempfile.TemporaryFile(dir=path.absolute().parent)), path)
         parts, ranks = list[AdapterPart](), dict[str, int]()
         for i, (module, using) in enumerate(uses.items()):
             a, b = _combine(module, using, how, rule, rank, seed)
@@ -156,13 +166,25 @@ def _read_rule(how: str, density: float | None, *, by_count: bool) -> Rule:
             f"unknown combination {how[:40]!r}; known are {', '.join(COMBINATIONS)}", field="how"
         )
     kind = OF_CHANGES.get(how, "linear" if how == "cat" else how)
+    if by_count and not kind.endswith("ties"):
+        raise RecipeError(
+            f"{how} elects no signs; leave out --by-count, or use ties or dare_ties",
+            field="by_count",
+        )
     if kind == "linear":
+        if density is not None:
+            raise RecipeError(
+                f"{how} keeps all elements; leave out --density, or use ties, dare or prune",
+                field="density",
+            )
         return Rule(kind)
-    if density is None or not 0.0 <= density <= 1.0:
+    if density is None:
         raise RecipeError(
             f"{how} needs the part of the elements that is kept, from 0 to 1; give it with --density",
             field="density",
         )
+    if not 0.0 <= density <= 1.0:
+        raise RecipeError(f"the density is {density}; give a number from 0 to 1", field="density")
     return Rule(kind, density, by_count)
 
 
@@ -229,7 +251,8 @@ def _combine(
     all_a = [use.pair.a.read((0, use.pair.rank), (0, use.pair.a.shape[1])) for use in uses]
     all_b = [use.pair.b.read((0, use.pair.b.shape[0]), (0, use.pair.rank)) for use in uses]
     if how == "cat":
-        scaled = [a * np.float32(use.factor) for a, use in zip(all_a, uses, strict=True)]
+        with np.errstate(over="ignore"):  # what overflows is refused where it is written
+            scaled = [a * np.float32(use.factor) for a, use in zip(all_a, uses, strict=True)]
         return np.concatenate(scaled), np.concatenate(all_b, axis=1)
     if len({use.pair.rank for use in uses}) > 1:
         raise MismatchError(

@@ -152,7 +152,12 @@ def _list_pairs(sources: Sequence[Source]) -> tuple[list[_Pair], tuple[str, ...]
         if (one.name, one.number) in by_key
     ]
     names = {one.name for one in firsts} ^ {one.name for one in seconds}
-    alone = [f"{name} is left out, as only one expert has it" for name in sorted(names)]
+    told = " ".join((*notes, *more))  # of a tensor whose rows differ in number
+    alone = [
+        f"{name} is left out, as only one expert has it"
+        for name in sorted(names)
+        if f"{name} is left out" not in told
+    ]
     return pairs, tuple(dict.fromkeys((*notes, *more, *alone)))
 
 

@@ -149,7 +149,7 @@ def make_delta(
         if not any(one.squares for one in measured):
             raise MismatchError(f"{right.path} is equal to {left.path}; there is no delta")
         making = Making(left, right, settings.named(), measured)
-        spool = Spool(stack.enter_context(tempfile.TemporaryFile(dir=path.absolute().parent)))
+        spool = Spool(stack.enter_context(tempfile.TemporaryFile(dir=path.absolute().parent)), path)
         forms = _choose_forms(making, settings, listed, spool, work)
         lost = _write(path, making, forms, work)
         for source in (left, right):

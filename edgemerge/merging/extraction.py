@@ -14,6 +14,9 @@ from pathlib import Path
 from edgemerge.budget import floor_bytes
 from edgemerge.errors import MismatchError, OutputError
 from edgemerge.formats import open_model
+from edgemerge.formats.adapters.reference import expand_inputs
+from edgemerge.formats.files import real_path
+from edgemerge.formats.hub.files import CONFIG
 from edgemerge.merging.adapter_files import Extracted, Spool, output_paths, write_adapter
 from edgemerge.merging.low_rank import factorise, need_bytes
 from edgemerge.merging.matrices import count_workers, decoding_kernels, work_on_all
@@ -102,7 +105,7 @@ def extract(
         )
         compile_missing(decoding_kernels((left, right)) | {"lora.add_product"})
         with tempfile.TemporaryFile(dir=path.absolute().parent) as file:
-            spool = Spool(file)
+            spool = Spool(file, path)
             find = partial(find_factors, spool=spool, rank=bound, energy=energy)
             sizes = [one.shape[0] * one.shape[-1] for one in changes]
             found = work_on_all(changes, sizes, find, n_workers, progress)
@@ -133,7 +136,8 @@ def check_adapter_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -
     Raises
     ------
     OutputError
-        As of `check_output`, for the file or for those of the directory.
+        As of `check_output`, for the file or for those of the directory. Or the directory is one of the
+        inputs, or has a model in it.
     """
     paths = output_paths(path)
     if not path.name:  # `.`, `/`, the empty text
@@ -144,6 +148,13 @@ def check_adapter_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -
         if not path.absolute().parent.is_dir():
             raise OutputError(f"the folder {path.parent} does not exist; make it first", path=path)
         return
+    if len(paths) > 1 and real_path(path) in {real_path(one) for one in expand_inputs(inputs)}:
+        raise OutputError("is one of the inputs; choose another name", path=path)
+    if len(paths) > 1 and (path / CONFIG).exists():
+        raise OutputError(
+            "is the folder of a model, which would then be read with the adapter; choose another name",
+            path=path,
+        )
     for one in paths:
         check_output(one, inputs, force=force)
 

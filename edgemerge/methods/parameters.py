@@ -86,8 +86,15 @@ class Parameter:
         switch = ("true", "false") if self.kind == "switch" else ()
         return f"one of {', '.join((*switch, *self.words))}"
 
-    def check(self, value: Setting | None) -> Setting:
+    def check(self, value: Setting | None, owner: str = "") -> Setting:
         """Return a value as the type that the method expects.
+
+        Parameters
+        ----------
+        value : Setting or None
+            What a recipe says.
+        owner : str
+            The model that it is for; empty where it is for all.
 
         Raises
         ------
@@ -105,7 +112,9 @@ class Parameter:
             if least <= number <= most and (self.kind != "count" or number.is_integer()):
                 return number
         raise RecipeError(
-            f"the parameter {self.name} is {value!r}; it must be {self.allowed()}", field=self.name
+            f"the parameter {self.name}{f' of {owner}' if owner else ''} is {value!r}; it must be "
+            f"{self.allowed()}",
+            field=self.name,
         )
 
 

@@ -42,7 +42,7 @@ def check_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
         or its folder is missing.
     """
     check_name(path)
-    inputs = expand_inputs(inputs)
+    inputs = tuple(real_path(given) for given in expand_inputs(inputs))
     read = {part for given in inputs for part in parts_of(given)}
     if any(_is_same(written, part) for written in (path, _part_of(path)) for part in read):
         raise OutputError("is one of the inputs; choose another name", path=path)

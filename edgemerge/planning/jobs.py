@@ -339,8 +339,12 @@ class _Part:
             found = look_up(key, levels, names, position)
             value = parameter.default if found is None else found
             if value is None:
-                raise RecipeError(_missing(self.method, key, model, tensor, levels), field=key)
-            settings[key] = parameter.check(value)
+                sentence = _missing(self.method, key, model, tensor, levels)
+                meant = f"did you mean {key!r}?"  # what was ignored may be what is missing
+                hints = [note for note in self.recipe.notes if note.endswith(meant)]
+                raise RecipeError("; ".join([sentence, *hints[:1]]), field=key)
+            owner = model.path if model is not None and key in model.parameters else None
+            settings[key] = parameter.check(value, "" if owner is None else folder_name(owner))
         # A thousand models have the same for each of hundreds of tensors.
         return self._known_settings.setdefault(repr(settings), settings)
 

@@ -36,7 +36,7 @@ from edgemerge.planning.jobs import (
 )
 from edgemerge.planning.llama_check import check_runs
 from edgemerge.planning.memory import cut_blocks, find_need, header_bytes
-from edgemerge.planning.settings import unused_settings
+from edgemerge.planning.settings import idle_filters, unused_settings
 from edgemerge.planning.token_maps import describe_rows
 from edgemerge.planning.vocabulary import choose_vocabulary, names_outsider, note_templates
 from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
@@ -85,6 +85,7 @@ def make_plan(
     models = recipe.models()
     sources = {path: open_model(path) for path in models}
     notes = [*recipe.notes, *unused_settings(recipe, method)]
+    notes += idle_filters(recipe, sources.values())
     outside = names_outsider(recipe)
     vocabulary = choose_vocabulary(recipe, sources, open_model(outside) if outside else None)
     owner = vocabulary.owner

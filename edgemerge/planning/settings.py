@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from edgemerge.errors import RecipeError
 from edgemerge.finding.cache import folder_name
+from edgemerge.formats.architectures import hf_name
 from edgemerge.methods.method import Method
 from edgemerge.methods.parameters import INT8_MASK
 from edgemerge.planning.jobs import list_experts
-from edgemerge.types import ModelInput, Parameters, Recipe
+from edgemerge.types import ModelInput, Parameters, Recipe, Source
 
-__all__ = ["unused_settings"]
+__all__ = ["idle_filters", "unused_settings"]
 
 
 def unused_settings(recipe: Recipe, method: Method) -> list[str]:
@@ -48,6 +51,25 @@ def unused_settings(recipe: Recipe, method: Method) -> list[str]:
             "are not part of the merge"
         )
     return notes
+
+
+def idle_filters(recipe: Recipe, sources: Collection[Source]) -> list[str]:
+    """Name each filter that no tensor of any model has in its name, as one that is misspelt."""
+    levels = [*_levels(recipe), *(m.parameters for part in recipe.slices for m in part.inputs)]
+    filters = {
+        rule.filter: key for level in levels for key, rules in level.items() for rule in rules
+    }
+    filters.pop(None, None)
+    if not filters:
+        return []
+    names = {name for source in sources for name in source.specs()}
+    for source in sources:
+        names |= {hf_name(source.architecture, name) or "" for name in source.specs()}
+    return [
+        f"no tensor has {word!r} in its name, so that this filter of {key} has no effect"
+        for word, key in filters.items()
+        if not any(str(word) in name for name in names)
+    ]
 
 
 def _unused(method: Method, key: str, model: ModelInput | None) -> str:

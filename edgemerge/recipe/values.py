@@ -6,6 +6,7 @@ What the keys of a recipe mean is in `edgemerge.recipe.mergekit`.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -209,7 +210,11 @@ class ValueReader:
     def mapping(self, value: Any, where: str) -> Mapping[str, Any]:
         """Take a table."""
         if not isinstance(value, dict):
-            self.fail(f"{where} must be a table of keys and values", where)
+            is_model = (
+                isinstance(value, str) and where.startswith("models[") and where.endswith("]")
+            )
+            hint = f"; write model: {value[:60]}" if is_model else ""
+            self.fail(f"{where} must be a table of keys and values{hint}", where)
         return value
 
     def sequence(self, value: Any, where: str) -> Sequence[Any]:
@@ -285,6 +290,8 @@ class ValueReader:
             self.fail(f"{where}: {error}", where)
         if found is None:
             hint = suggest_path(name) or f"; download the {what} and give its path"
+            if name.startswith("~"):  # which only a shell expands
+                hint = f"; write the whole path, such as {os.path.expanduser(name)}"
             self.fail(f"{where}: no file or folder {name!r}{hint}", where)
         return found
 

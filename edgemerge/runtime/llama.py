@@ -81,7 +81,7 @@ class Model(Closing):
         if not encoders:
             check_writes(self.path)
         for lora in loras:
-            check_adapter(lora.path)
+            check_adapter(lora.path, self.path)
         self.library = load_library()
         self.api = self.library.api
         if rpc:

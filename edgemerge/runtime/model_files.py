@@ -14,6 +14,7 @@ from edgemerge.suggestions import suggest_path
 
 __all__ = ["check_adapter", "check_writes", "model_files", "open_gguf", "reads_whole"]
 
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 # Architectures whose graphs assert what `llama_decode` alone does not give: an encoder's output, another
 # model's layers.
 _NEEDING_MORE = {
@@ -102,15 +103,22 @@ def check_writes(path: Path) -> None:
             )
 
 
-def check_adapter(path: Path) -> None:
+def check_adapter(path: Path, model: Path) -> None:
     """See that a LoRA adapter is a sound GGUF by its header, before llama.cpp has to read it.
+
+    Parameters
+    ----------
+    path : Path
+        The adapter.
+    model : Path
+        The GGUF file that it is to be added to.
 
     Raises
     ------
     RuntimeFailure
         There is no such file, or it is a folder.
     FormatError
-        It is no GGUF, is cut off or damaged, or a delta.
+        It is no GGUF, is cut off or damaged, a delta, or one at which llama.cpp would end the process.
     """
     if path.is_dir():
         raise RuntimeFailure(
@@ -124,6 +132,19 @@ def check_adapter(path: Path) -> None:
                 "is a delta, which llama.cpp does not add; make a model of it: edgemerge convert BASE+DELTA",
                 path=path,
             )
+        if f"{EMBEDDING}.lora_a" in file.specs and _is_tied(model):
+            # `build_lora_mm` of src/llama-graph.cpp finds the embedding's factors by the head's name, and
+            # multiplies them in the order of an embedding: GGML_ASSERT(ggml_can_mul_mat(a, b)).
+            raise FormatError(
+                f"changes the embedding, which is the head of {model.name} too, and llama.cpp cannot add "
+                "that; make a model of both: edgemerge convert MODEL+ADAPTER",
+                path=path,
+            )
+
+
+def _is_tied(model: Path) -> bool:
+    with closing(open_gguf(model)) as source:
+        return HEAD not in source.specs()
 
 
 def _check_file(path: Path) -> None:

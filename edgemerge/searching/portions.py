@@ -60,9 +60,14 @@ def divide_task(task: Task, held_out: float, seed: int) -> tuple[tuple[Task, ...
     """
     n = len(task.questions)
     if n < LEAST:
-        raise FormatError(
-            f"has {n} questions, and a search needs {LEAST} to divide; give more", path=task.path
+        limited = n < task.n_total
+        has = (
+            f"has {task.n_total} questions, of which --limit takes {n}"
+            if limited
+            else f"has {n} questions"
         )
+        remedy = "take more" if limited else "give more"
+        raise FormatError(f"{has}, and a search needs {LEAST} to divide; {remedy}", path=task.path)
     portions = divide(n, held_out, f"{seed} {task.name}")
     return tuple(_part(task, rung) for rung in portions.rungs), _part(task, portions.last)
 

@@ -20,6 +20,8 @@ from edgemerge.cli.eval import eval_command
 from edgemerge.errors import RuntimeFailure
 from edgemerge.merging.run import merge
 from edgemerge.recipe.recipe import make_recipe
+from edgemerge.runtime.evaluation.results import sha256_of
+from tests.runtime.test_llama import write_lora
 from tests.support.fixtures import unpacked
 from tests.support.packed_json import read_packed_json
 from tests.support.places import TESTS
@@ -304,3 +306,12 @@ def test_own_questions_may_have_a_name() -> None:
 
 def test_the_files_are_described() -> None:
     assert "phrases_no_exclude_test.jsonl" in run("--help-tasks")
+
+
+def test_an_adapter_is_added_and_kept_in_the_results() -> None:
+    write_lora(Path("lora.gguf"), n_embd=256)
+    words = ("base.gguf", "--task", MEDQA, "--limit", "2", "--lora", "lora.gguf=0.5")
+    run(*words, "-o", "results.json")
+    (kept,) = json.loads(Path("results.json").read_text())["loras"]
+    assert (Path(kept["path"]).name, kept["scale"]) == ("lora.gguf", 0.5)
+    assert kept["files"][0]["sha256"] == sha256_of(Path("lora.gguf"))

@@ -118,6 +118,15 @@ def test_the_folder_to_keep_them_in_may_be_relative(
     assert list(Path("kept/sha256").iterdir())
 
 
+def test_a_file_in_place_of_the_folder_to_keep_them_in_is_named(
+    server: FileServer, tmp_path: Path
+) -> None:
+    (tmp_path / "kept").write_text("")
+    words = ("convert", f"{server.url}/a.gguf", "--keep-remote", tmp_path / "kept")
+    said = run(*words, "-o", tmp_path / "one.gguf", code=1)
+    assert "give a folder that can be written, or leave out --keep-remote" in " ".join(said.split())
+
+
 def test_inspect_shows_an_address_without_its_secrets(server: FileServer) -> None:
     address = server.url.replace("//", "//user:passw0rd@") + "/a.gguf?token=s3cret"
     text = run("inspect", address, "--against", address)

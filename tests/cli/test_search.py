@@ -154,10 +154,13 @@ def test_without_optuna_the_command_to_install_it_is_told(monkeypatch: pytest.Mo
     ("arguments", "said"),
     [
         ((), "give something to score with --task or --perplexity"),
-        ((*TASK, "--keep", "r=2"), "--keep 'r=2': give one of q, = and a number from 0"),
-        ((*TASK, "--weight", "q=-1"), "give one of q, size, = and a number from 0"),
+        ((*TASK, "--keep", "r=2"), "--keep 'r=2': give NAME=NUMBER, a number from 0 for one of q"),
+        ((*TASK, "--weight", "q=-1"), "give NAME=NUMBER, a number from 0 for one of q, size"),
         ((*TASK, "--weight", "q=1", "--weight", "q=2"), "one NAME of --weight is given twice"),
-        ((*TASK, "--keep", "q=1"), "every task and text has the weight 0"),
+        (
+            (*TASK, "--keep", "q=1"),
+            "every task and text has the weight 0, as what is to be kept has; give another --task",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_usage_errors(arguments: tuple[str, ...], said: str) -> None:

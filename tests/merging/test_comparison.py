@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from typer.testing import CliRunner
 from edgemerge.cli import make_app
 from edgemerge.errors import BudgetError, FormatError, MismatchError
 from edgemerge.merging.comparison import Comparison, compare
+from tests.support.architecture_models import ARCHITECTURES
+from tests.support.safetensors_files import read_safetensors, write_safetensors
 from tests.support.small_models import wide_tensors, write_gguf
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -216,6 +219,22 @@ def test_tokenizers_that_differ_are_told(tmp_path: Path) -> None:
     found = compare(a, b)
     assert verdicts(found) == ["tokenizers", "equal"]
     assert found.verdicts[0].sentence == "the tokenizers of a.gguf and b.gguf differ"
+
+
+def test_rows_that_not_all_have_are_told_once(tmp_path: Path) -> None:
+    base, longer = ARCHITECTURES / "llama", tmp_path / "longer"
+    shutil.copytree(base, longer)
+    config = json.loads((base / "config.json").read_text())
+    config["vocab_size"] += 4
+    (longer / "config.json").write_text(json.dumps(config))
+    tensors = read_safetensors(base / "model.safetensors")
+    rows = {name: x for name, x in tensors.items() if "embed_tokens" in name or "lm_head" in name}
+    more = {name: np.concatenate([x, x[:4]]) for name, x in rows.items()}
+    write_safetensors(longer / "model.safetensors", tensors | more)
+    notes = [note for note in compare(base, longer, base=base).notes if "token_embd" in note]
+    assert notes == [
+        "token_embd.weight is left out, as the models have different numbers of tokens"
+    ]
 
 
 # -- the command -----------------------------------------------------------------------------------

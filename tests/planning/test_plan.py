@@ -213,6 +213,16 @@ def test_the_budget_that_an_error_names_works_and_a_mebibyte_less_does_not(what:
             "linear needs the parameter weight for a, and no rule gives one to token_embd.weight; "
             "add an entry with value alone",
         ),
+        (
+            replace(LINEAR, defaults={}, notes=("models[0] has 'wieght'; did you mean 'weight'?",)),
+            "linear needs the parameter weight for a; models[0] has 'wieght'; did you mean 'weight'?",
+        ),
+        (
+            replace(
+                LINEAR, slices=(Slice((ModelInput(A, parameters={"weight": (Rule("0,5"),)}),)),)
+            ),
+            "the parameter weight of a is '0,5'; it must be a number",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_one_sentence(what: Recipe, message: str) -> None:

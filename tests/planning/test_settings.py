@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from edgemerge.errors import RecipeError
+from edgemerge.formats import open_model
 from edgemerge.methods.table import METHODS
-from edgemerge.planning.settings import unused_settings
+from edgemerge.planning.settings import idle_filters, unused_settings
 from edgemerge.types import ModelInput, Recipe, Rule, Slice
+from tests.support.architecture_models import ARCHITECTURES
 
 IDLE = "svc_rank has no effect without svc: true"
 
@@ -47,3 +49,12 @@ def test_equal_singular_values_are_not_calibrated(method: str) -> None:
 
 def test_other_methods_do_not_use_it() -> None:
     assert notes("resmerge", svc=True) == ["resmerge does not use the parameter svc"]
+
+
+def test_a_filter_that_finds_no_tensor_is_noted() -> None:
+    base = open_model(ARCHITECTURES / "llama")
+    own = Slice((ModelInput(Path("a"), parameters={"weight": (Rule(0.5, "mpl"), Rule(1.0))}),))
+    good = {"lambda": (Rule(0.5, "self_attn"), Rule(0.5, "ffn_down"), Rule(1.0))}
+    found = idle_filters(Recipe("ties", Path("base"), (own,), good), [base])
+    base.close()
+    assert found == ["no tensor has 'mpl' in its name, so that this filter of weight has no effect"]

@@ -196,7 +196,10 @@ def test_models_are_looked_for_in_the_working_directory_then_beside_the_recipe(
         ("merge_method: ties\n", "needs either models, slices or modules, one of them and not e"),
         ("models: [{model: a}]\n", "merge_method is missing or is no text"),
         ("merge_method: ties\nmodels: []\n", "needs either models, slices or modules, one of"),
-        ("merge_method: ties\nmodels: [a]\n", "models[0] must be a table of keys and values"),
+        (
+            "merge_method: ties\nmodels: [a]\n",
+            "models[0] must be a table of keys and values; write model: a",
+        ),
         ("merge_method: ties\nmodels: [{model: 7}]\n", "models[0].model must be the path of a m"),
         (
             "merge_method: ties\nmodels: [{model: org/name}]\n",
@@ -337,6 +340,7 @@ def test_flags_make_a_recipe(folder: Path) -> None:
         ({"models": [("a", float("nan"))]}, "the weight of a is nan; it must be a finite number"),
         ({"models": [("c", None)]}, "model: no file or folder 'c'; download the model and give"),
         ({"models": [("", None)]}, "model must be the path of a model"),
+        ({"base": "~/c"}, "--base: no file or folder '~/c'; write the whole path, such as /"),
         ({"base": "c"}, "--base: no file or folder 'c'; download the model and give its path"),
         ({"parameters": {"densty": 1}}, "-P has the unknown parameter 'densty'; did you mean 'd"),
         ({"parameters": {"density": None}}, "-P density is None; it must be a finite number, tr"),

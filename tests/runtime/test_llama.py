@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from edgemerge.errors import RuntimeFailure
+from edgemerge.errors import FormatError, RuntimeFailure
 from edgemerge.runtime.llama import Lora, Model
 from tests.support.tiny_gguf import CONTEXT, N_EMBD, N_LAYERS, write_tiny_gguf
 
@@ -15,7 +15,9 @@ pytestmark = pytest.mark.llama
 RANK = 4
 
 
-def write_lora(path: Path, *, architecture: str = "llama", n_embd: int = N_EMBD) -> Path:
+def write_lora(
+    path: Path, *, architecture: str = "llama", n_embd: int = N_EMBD, name: str = "blk.0.attn_q"
+) -> Path:
     """An adapter for q of the first layer, as convert_lora_to_gguf writes it."""
     rng = np.random.default_rng(1)
     writer = gguf.GGUFWriter(path, architecture)
@@ -24,7 +26,7 @@ def write_lora(path: Path, *, architecture: str = "llama", n_embd: int = N_EMBD)
     writer.add_float32("adapter.lora.alpha", float(RANK))
     for suffix, shape in (("a", (RANK, n_embd)), ("b", (n_embd, RANK))):
         values = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.3)
-        writer.add_tensor(f"blk.0.attn_q.weight.lora_{suffix}", values)
+        writer.add_tensor(f"{name}.weight.lora_{suffix}", values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -134,3 +136,12 @@ def test_a_lora_of_another_model_is_refused(tiny_gguf: Path, tmp_path: Path) -> 
             Model(tiny_gguf, loras=[Lora(lora)])
     with pytest.raises(RuntimeFailure, match=r"absent\.gguf: there is no such file"):
         Model(tiny_gguf, loras=[Lora(tmp_path / "absent.gguf")])
+
+
+def test_a_lora_at_which_llama_cpp_would_end_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
+    """The head of a tied model is its embedding, whose factors have another order."""
+    tied = tmp_path / "tied.gguf"
+    tied.write_bytes(tiny_gguf.read_bytes().replace(b"\0output.weight", b"\0outpot.weight"))
+    lora = write_lora(tmp_path / "lora.gguf", name="token_embd")
+    with pytest.raises(FormatError, match=r"which is the head of tied\.gguf too"):
+        Model(tied, loras=[Lora(lora)])

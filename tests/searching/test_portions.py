@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,8 @@ def test_a_task_keeps_the_places_of_its_questions() -> None:
 def test_too_few_questions_are_refused() -> None:
     with pytest.raises(FormatError, match=r"t.jsonl: has 11 questions, and a search needs 12"):
         divide_task(task(11), 1 / 3, 0)
+    limited = replace(task(11), n_total=500)
+    with pytest.raises(
+        FormatError, match=r"has 500 questions, of which --limit takes 11, .* take more"
+    ):
+        divide_task(limited, 1 / 3, 0)

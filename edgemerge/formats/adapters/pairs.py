@@ -12,6 +12,7 @@ from edgemerge.formats.adapters.config import ADAPTER_CONFIG, AdapterConfig
 from edgemerge.formats.adapters.factors import FactorFile, StoredMatrix
 from edgemerge.formats.adapters.peft import DTYPES, bare_name, find_weights, split_factor
 from edgemerge.formats.hub.safetensors import StoredTensor, read_header
+from edgemerge.suggestions import suggest_path
 
 __all__ = ["AdapterPairs", "Pair"]
 
@@ -42,6 +43,8 @@ class AdapterPairs:
     """
 
     def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise FormatError(f"there is no such folder{suggest_path(path)}", path=path)
         if not (path / ADAPTER_CONFIG).is_file():
             raise FormatError(
                 f"is no PEFT adapter: it has no {ADAPTER_CONFIG}; give one", path=path

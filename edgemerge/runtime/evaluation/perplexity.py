@@ -75,17 +75,19 @@ def cut_text(
     Raises
     ------
     FormatError
-        The file is no UTF-8 text or has fewer than two chunks.
+        The file is a folder or no UTF-8 text, or has fewer than two chunks.
     RuntimeFailure
         The model's context is shorter than a chunk.
     """
-    check_context(model, n_ctx)
     refuse_device(Path(path))
+    if Path(path).is_dir():
+        raise FormatError("is a folder; give a text file", path=path)
     try:
         with Path(path).open(encoding="utf-8", newline="") as file:  # line breaks as they are
             text = file.read()
     except UnicodeDecodeError as error:
         raise FormatError(f"not UTF-8 text ({error.reason})", path=path) from error
+    check_context(model, n_ctx)
     tokens = model.bos + model.tokenize(text.removesuffix("\n"))
     if len(tokens) < 2 * n_ctx:
         raise FormatError(

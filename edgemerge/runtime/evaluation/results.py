@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,9 +20,9 @@ from edgemerge.errors import OutputError
 from edgemerge.formats.files import refuse_device
 from edgemerge.output.file import write_file
 from edgemerge.runtime.closing import Closing
-from edgemerge.runtime.model_files import model_files
+from edgemerge.runtime.model_files import check_adapter, model_files
 
-__all__ = ["Results", "ResultsFile", "identify", "sha256_of"]
+__all__ = ["Results", "ResultsFile", "identify", "identify_adapter", "sha256_of"]
 
 
 def identify(model: Path) -> dict[str, Any]:
@@ -43,8 +43,31 @@ def identify(model: Path) -> dict[str, Any]:
     dict
         Its path; size in bytes, time of change (ns) and SHA-256 of each file.
     """
+    return _identify(model, model_files(model))
+
+
+def identify_adapter(adapter: Path, model: Path) -> dict[str, Any]:
+    """Tell a LoRA adapter from another one, as `identify` a model.
+
+    Parameters
+    ----------
+    adapter : Path
+        A GGUF file.
+    model : Path
+        What it is to be added to.
+
+    Raises
+    ------
+    RuntimeFailure, FormatError
+        As of `edgemerge.runtime.model_files.check_adapter`.
+    """
+    check_adapter(adapter, model)
+    return _identify(adapter, [adapter])
+
+
+def _identify(model: Path, paths: Sequence[Path]) -> dict[str, Any]:
     files = []
-    for path in model_files(model):
+    for path in paths:
         stat = path.stat()
         digest = sha256_of(path)
         files.append({"bytes": stat.st_size, "changed_ns": stat.st_mtime_ns, "sha256": digest})

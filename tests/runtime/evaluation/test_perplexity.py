@@ -89,4 +89,6 @@ def test_texts_that_do_not_do_are_refused(tiny_gguf: Path, text: Path, tmp_path:
         binary = tmp_path / "binary"
         binary.write_bytes(b"\xff\xfe")
         with pytest.raises(FormatError, match="not UTF-8"):
-            cut_text(model, binary, N_CTX)
+            cut_text(model, binary, 512)  # before what the context lacks
+        with pytest.raises(FormatError, match="is a folder; give a text file"):
+            cut_text(model, tmp_path, N_CTX)
