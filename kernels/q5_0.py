@@ -10,7 +10,7 @@ vectorise, and then finds nothing (half the speed).
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.scalars import float_to_half, half_to_float
+from edgemerge.kernels.scalars import float_to_half, half_to_float, read_word
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -25,17 +25,24 @@ def decode_q5_0(raw_u8, out_f32):
         written
     """
     for i in range(raw_u8.size // 22):
-        block = raw_u8[22 * i : 22 * i + 22]
-        quants = block[6:]
-        y = out_f32[32 * i : 32 * i + 32]
-        d = half_to_float(block[0], block[1])
-        fifth = np.int32(block[2]) | np.int32(block[3]) << 8
-        fifth = np.int32(fifth | np.int32(block[4]) << 16 | np.int32(block[5]) << 24)
-        for j in range(16):
-            q = np.int32(quants[j] & 15) | np.int32(fifth >> np.int32(j)) << 4 & 16
-            y[j] = np.float32(np.int32(q - 16)) * d
-            q = np.int32(quants[j] >> 4) | np.int32(fifth >> np.int32(j + 16)) << 4 & 16
-            y[16 + j] = np.float32(np.int32(q - 16)) * d
+        at, y = np.uint64(22) * np.uint64(i), np.uint64(32) * np.uint64(i)
+        quants, high_y = at + np.uint64(6), y + np.uint64(16)
+        d = half_to_float(raw_u8[at], raw_u8[at + np.uint64(1)])
+        # Shifted by j, bit 4 of each is the fifth bit of quant j, and of quant j + 16.
+        fifth = read_word(raw_u8, at + np.uint64(2))
+        low_fifth = np.int32(np.uint32(fifth & np.uint32(0xFFFF)) << np.uint32(4))
+        high_fifth = np.int32(fifth >> np.uint32(12))
+        for j in range(np.uint64(16)):
+            byte = raw_u8[quants + j]
+            low, high = np.uint8(byte & np.uint8(15)), np.uint8(byte >> np.uint8(4))
+            q = np.int32(
+                np.int32(low) | np.int32(np.int32(low_fifth >> np.int32(j)) & np.int32(16))
+            )
+            out_f32[y + j] = np.float32(np.int32(q - np.int32(16))) * d
+            q = np.int32(
+                np.int32(high) | np.int32(np.int32(high_fifth >> np.int32(j)) & np.int32(16))
+            )
+            out_f32[high_y + j] = np.float32(np.int32(q - np.int32(16))) * d
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
