@@ -171,7 +171,10 @@ def test_held_out_questions_are_asked_once_for_a_trial() -> None:
 def test_values_that_the_method_refuses_are_a_trial_without_a_score() -> None:
     recipe = RECIPE.replace("task_arithmetic", "ties").replace("weight: {", "weight: 1, density: {")
     Path("recipe.yml").write_text(recipe.replace("[0.0, 1.0]", "[0.5, 1.5], start: 1.2"))
-    with open_search() as search, pytest.raises(RecipeError, match=r"density is 1\.2; it must"):
+    with (
+        open_search() as search,
+        pytest.raises(RecipeError, match=r"density of a\.gguf is 1\.2; it must"),
+    ):
         search.run(Limits(2), ignore)  # the start must be possible
     Path("recipe.yml").write_text(recipe.replace("[0.0, 1.0]", "[0.5, 1.5], start: 0.5"))
     with open_search("other") as search:
