@@ -115,7 +115,8 @@ def test_a_cluster_makes_the_same_bytes(
     found = merge_by_client(todo, **patches)
     assert [answer.get("error") for answer in found] == [None] * len(CASES)
     assert contents(tmp_path / "out") == alone
-    assert found[0]["notes"][-1] == f"made by 2 processes of {cluster.address}"
+    # A worker that is busy with something else may be late for one merge, but not for all.
+    assert f"made by 2 processes of {cluster.address}" in {one["notes"][-1] for one in found}
 
 
 @pytest.mark.parametrize(
