@@ -16,6 +16,8 @@ import math
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.scalars import read_word
+
 MAGNITUDES = 0xC8643210  # of kvalues_mxfp4, four bits for each, the first lowest
 
 
@@ -44,14 +46,6 @@ def _value(q):
     # Signed magnitude, which a shift takes out of a word: SIMD has no quicker table.
     magnitude = np.int32(np.uint32(MAGNITUDES) >> np.uint32(4 * (q & 7)) & 15)
     return np.float32(np.int32(-magnitude if q & 8 else magnitude))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _word(four):
-    # Four bytes, the first lowest; LLVM makes one load of them
-    low = np.uint32(np.uint32(four[0]) | np.uint32(four[1]) << np.uint32(8))
-    high = np.uint32(np.uint32(four[2]) | np.uint32(four[3]) << np.uint32(8))
-    return np.uint32(low | high << np.uint32(16))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -93,10 +87,10 @@ def decode_nvfp4(raw_u8, out_f32):
         d1 = _half_ue4m3(block[1])
         d2 = _half_ue4m3(block[2])
         d3 = _half_ue4m3(block[3])
-        a0, b0 = _word(block[4:8]), _word(block[8:12])
-        a1, b1 = _word(block[12:16]), _word(block[16:20])
-        a2, b2 = _word(block[20:24]), _word(block[24:28])
-        a3, b3 = _word(block[28:32]), _word(block[32:36])
+        a0, b0 = read_word(block, np.uint64(4)), read_word(block, np.uint64(8))
+        a1, b1 = read_word(block, np.uint64(12)), read_word(block, np.uint64(16))
+        a2, b2 = read_word(block, np.uint64(20)), read_word(block, np.uint64(24))
+        a3, b3 = read_word(block, np.uint64(28)), read_word(block, np.uint64(32))
         # From words, as LLVM vectorises no loop of eight turns: 11 times the speed of a loop over bytes
         for j in range(16):
             shift = np.uint32(8 * (j & 3) + 4 * (j >> 3))

@@ -21,7 +21,7 @@ those apart in SIMD: three times the speed of looking up eight floats.
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.scalars import half_to_float
+from edgemerge.kernels.scalars import half_to_float, read_word
 
 LEVELS = 0x2B1908  # 8, 25 and 43: eight bits for each, the first lowest
 
@@ -131,14 +131,6 @@ EVEN_SIGNS = SIGNS[[s | (s.bit_count() & 1) << 7 for s in range(128)]]  # ksigns
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _word(four):
-    # Four bytes, the first lowest; LLVM makes one load of them
-    low = np.uint32(np.uint32(four[0]) | np.uint32(four[1]) << np.uint32(8))
-    high = np.uint32(np.uint32(four[2]) | np.uint32(four[3]) << np.uint32(8))
-    return np.uint32(low | high << np.uint32(16))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _step(d, scale):
     scale = np.float32(np.float32(np.int32(scale)) + np.float32(0.5))
     return np.float32(np.float32(d * scale) * np.float32(0.25))
@@ -176,7 +168,7 @@ def decode_iq2_xxs(raw_u8, out_f32):
         d = half_to_float(block[0], block[1])
         for j in range(8):
             points = block[2 + 8 * j : 6 + 8 * j]
-            signs = _word(block[6 + 8 * j : 10 + 8 * j])
+            signs = read_word(block, np.uint64(6 + 8 * j))
             step = _step(d, signs >> 28)
             w0 = POINTS_XXS[points[0]] | EVEN_SIGNS[signs & np.uint32(127)]
             w1 = POINTS_XXS[points[1]] | EVEN_SIGNS[signs >> np.uint32(7) & np.uint32(127)]

@@ -19,7 +19,7 @@ takes those apart in SIMD: twice the speed of looking up eight floats.
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.scalars import half_to_float
+from edgemerge.kernels.scalars import half_to_float, read_word
 
 # iq3xxs_grid and iq3s_grid: the points, a digit for the number of each coordinate's level.
 DIGITS_XXS = (
@@ -79,14 +79,6 @@ EVEN_SIGNS = SIGNS[[s | (s.bit_count() & 1) << 7 for s in range(128)]]  # ksigns
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _word(four):
-    # Four bytes, the first lowest; LLVM makes one load of them
-    low = np.uint32(np.uint32(four[0]) | np.uint32(four[1]) << np.uint32(8))
-    high = np.uint32(np.uint32(four[2]) | np.uint32(four[3]) << np.uint32(8))
-    return np.uint32(low | high << np.uint32(16))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _value_xxs(nibble):
     number = np.int32(nibble & 7)
     level = np.int32(8 * number + 4 + (number + 1 >> 3 << 1))  # the last is not 60 but 62
@@ -140,7 +132,7 @@ def decode_iq3_xxs(raw_u8, out_f32):
         d = half_to_float(block[0], block[1])
         for j in range(8):
             points = block[2 + 8 * j : 10 + 8 * j]
-            signs = _word(block[66 + 4 * j : 70 + 4 * j])
+            signs = read_word(block, np.uint64(66 + 4 * j))
             step = np.float32(d * np.float32(np.float32(np.int32(signs >> 28)) + np.float32(0.5)))
             step = np.float32(step * np.float32(0.5))
             w0 = _pair_xxs(points[:2], signs)

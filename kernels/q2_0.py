@@ -7,15 +7,7 @@ bits 2 r and 2 r + 1 of byte j.
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.scalars import float_to_half, half_to_float
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _word(four):
-    # Four bytes, the first lowest; LLVM makes one load of them
-    low = np.uint32(np.uint32(four[0]) | np.uint32(four[1]) << np.uint32(8))
-    high = np.uint32(np.uint32(four[2]) | np.uint32(four[3]) << np.uint32(8))
-    return np.uint32(low | high << np.uint32(16))
+from edgemerge.kernels.scalars import float_to_half, half_to_float, read_word
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -33,8 +25,8 @@ def decode_q2_0(raw_u8, out_f32):
         block = raw_u8[18 * i : 18 * i + 18]
         d = half_to_float(block[0], block[1])
         y = out_f32[64 * i : 64 * i + 64]
-        w0, w1 = _word(block[2:6]), _word(block[6:10])
-        w2, w3 = _word(block[10:14]), _word(block[14:18])
+        w0, w1 = read_word(block, np.uint64(2)), read_word(block, np.uint64(6))
+        w2, w3 = read_word(block, np.uint64(10)), read_word(block, np.uint64(14))
         # A word for 16 lanes: byte by byte LLVM finds four at most, for a fifth of the speed
         for j in range(16):
             shift = np.uint32(2 * j)

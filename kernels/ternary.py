@@ -12,7 +12,7 @@ runs of 32 quants in 32 bytes, run r in bits 2 r and 2 r + 1; then d as binary16
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.scalars import float_to_half, half_to_float
+from edgemerge.kernels.scalars import float_to_half, half_to_float, read_word
 
 POWERS = np.array([3 ** (j // 4) for j in range(16)], np.int32)  # of the last 16 values of TQ1_0
 
@@ -22,14 +22,6 @@ def _digit(byte, power):
     # One less than the digit that is the first of byte * power
     fraction = np.int32(byte * power & 255)
     return np.float32(np.int32(np.int32(fraction * 3 >> 8) - 1))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _word(four):
-    # Four bytes, the first lowest; LLVM makes one load of them
-    low = np.uint32(np.uint32(four[0]) | np.uint32(four[1]) << np.uint32(8))
-    high = np.uint32(np.uint32(four[2]) | np.uint32(four[3]) << np.uint32(8))
-    return np.uint32(low | high << np.uint32(16))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -55,7 +47,7 @@ def decode_tq1_0(raw_u8, out_f32):
             y[64 + j] = _digit(byte, 9) * d
             y[96 + j] = _digit(byte, 27) * d
             y[128 + j] = _digit(byte, 81) * d
-        last = _word(block[48:52])
+        last = read_word(block, np.uint64(48))
         for j in range(16):
             byte = np.int32(block[32 + j])
             y[160 + j] = _digit(byte, 1) * d
