@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 __all__ = ["LoopWatch"]
 
 MAX_PERIOD = 160  # tokens of what is repeated; a paragraph
@@ -20,27 +18,25 @@ class LoopWatch:
     """
 
     def __init__(self) -> None:
-        self._tokens = np.empty(LEAST_TIMES * MAX_PERIOD, np.int32)  # the last of the answer
-        self._n = 0  # of them that are filled
+        self._tokens: list[int] = []  # the last of the answer
         self._n_unseen = 0
 
     def push(self, token: int) -> bool:
         """Add a token; tell whether the answer has begun to repeat itself."""
-        if self._n == len(self._tokens):
-            self._tokens[:-1] = self._tokens[1:]
-            self._n -= 1
-        self._tokens[self._n] = token
-        self._n += 1
+        self._tokens.append(token)
         self._n_unseen += 1
-        if self._n < LEAST_TOKENS or self._n_unseen < STRIDE:
+        if len(self._tokens) < LEAST_TOKENS or self._n_unseen < STRIDE:
             return False
         self._n_unseen = 0
-        said = self._tokens[: self._n]
-        return any(self._is_period(said, period) for period in range(1, MAX_PERIOD + 1))
+        said = self._tokens = self._tokens[-LEAST_TIMES * MAX_PERIOD :]
+        before = said[-MAX_PERIOD - 1 : -1]
+        periods = [i for i, other in enumerate(reversed(before), start=1) if other == token]
+        return any(_is_period(said, period) for period in periods)
 
-    def _is_period(self, said: np.ndarray, period: int) -> bool:
-        n = max(LEAST_TOKENS, LEAST_TIMES * period)
-        if n > len(said):
-            return False
-        end = said[-n:]
-        return bool(np.array_equal(end[period:], end[:-period]))
+
+def _is_period(said: list[int], period: int) -> bool:
+    n = max(LEAST_TOKENS, LEAST_TIMES * period)
+    if n > len(said):
+        return False
+    end = said[-n:]
+    return end[period:] == end[:-period]

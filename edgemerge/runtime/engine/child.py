@@ -260,6 +260,7 @@ def _compute(loaded: Loaded, options: EngineOptions, ready: SimpleQueue[Any], pi
         events: list[tuple[int, Any]] = [*scheduler.step()]
         events += embedder.step(others=not scheduler.is_idle)
         pipe.say_soon(events)
+        scheduler.tidy()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ __all__ = ["MOST", "Drafts"]
 
 MOST = 8  # tokens: more of them cost as much each as they save
 _FIRST = 1
-_KEY = 4  # tokens that have to be the same; fewer are there by chance
+_KEY = 6  # tokens that have to be the same: with 4, one answer in three had a guess that was there by chance
 _PAUSE = 16  # tokens without guesses after a wrong one; each wrong one doubles it
 
 

@@ -66,6 +66,7 @@ class Scheduler:
         self._active: list[Answer] = []  # in the order in which they began
         self._is_crowded = False  # one had to wait again: no other begins before one ends
         self._prompt_seconds = 0.0  # that a token of a prompt takes; 0 until it is known
+        self._has_left = False  # an answer, since `tidy`
         self._was_long = False  # whether the last batch was of a long prompt
         self._guessed: list[int] = []  # tokens of the batch that the only answer may go on with
 
@@ -124,6 +125,12 @@ class Scheduler:
         self._note_time(perf_counter() - started, outputs)
         return events
 
+    def tidy(self) -> None:
+        """Copy out of the cache what ended answers leave there; after `step`, when its events were sent."""
+        if self._has_left:
+            self._has_left = False
+            self._slots.tidy(is_idle=self.is_idle)
+
     # -- what begins
 
     def _admit(self) -> Iterator[tuple[Answer, Begun]]:
@@ -171,8 +178,9 @@ class Scheduler:
             slot = answer.slot
             place = self._batch.add(answer.tokens[-1], len(slot.tokens), slot.id)
             outputs.append((answer, place, 1, True))
-            self._guessed = self._guess(answer) if self.n_all == 1 else []
-            self._batch.add_all(self._guessed, len(slot.tokens) + 1, slot.id, output=True)
+            if self.n_all == 1 and (guessed := self._guess(answer)):
+                self._guessed = guessed
+                self._batch.add_all(guessed, len(slot.tokens) + 1, slot.id, output=True)
         most = min(max(_TILE - 1, len(outputs) + _LEAST_CHUNK), self._batch.size)
         rows = self._n_rows - len(outputs)
         for answer in (one for one in others if not one.is_drawing):
@@ -273,6 +281,7 @@ class Scheduler:
         assert answer.slot is not None
         self._active.remove(answer)
         self._slots.leave(answer.slot)
+        self._has_left = True
         answer.close()
         self._is_crowded = False
 

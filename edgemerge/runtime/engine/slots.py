@@ -136,7 +136,7 @@ class Slots:
         slot.n_alternatives = n_alternatives
         slot.is_free = False
         slot.used = next(self._ticks)
-        self._put_unused_away()
+        self.tidy(is_idle=False)
         return slot
 
     def n_known(self, prompt: Sequence[int], n_alternatives: int = -1) -> int:
@@ -188,7 +188,7 @@ class Slots:
                 return source
             if not others:
                 return source
-        return empty or min(others, key=lambda slot: slot.used)
+        return empty or min(others, key=_by_use)
 
     def cut(self, slot: Slot, n: int) -> None:
         """Forget what follows the first n tokens; or all, where the model has a running state."""
@@ -198,26 +198,37 @@ class Slots:
             self.forget(slot)
 
     def leave(self, slot: Slot) -> None:
-        """End the use of a sequence; it stays in the cache until the next one begins or ends."""
-        self._put_unused_away()  # attention looks at all tokens that are in the cache
+        """End the use of a sequence; it stays in the cache until the next one begins, or `tidy`."""
         slot.is_free = True
         slot.used = next(self._ticks)
+
+    def tidy(self, *, is_idle: bool) -> None:
+        """Copy out what is not in use: it takes milliseconds that no answer should wait for.
+
+        Where others are computed it leaves the cache, for attention looks at all tokens there. Where none
+        is, what was used last also stays: the next request often goes on from it.
+        """
+        kept = sorted((slot for slot in self._slots if slot.is_free and slot.tokens), key=_by_use)
+        last = kept.pop() if is_idle and kept else None
+        for slot in kept:
+            self._put_away(slot)
+        if last is not None:
+            self._save(last)
 
     def evict(self) -> bool:
         """Take the unused sequence out of the cache that was kept longest; False where there is none."""
         kept = [slot for slot in self._slots if slot.is_free and slot.tokens]
         if kept:
-            self._put_away(min(kept, key=lambda slot: slot.used))
+            self._put_away(min(kept, key=_by_use))
         return bool(kept)
 
-    def _put_unused_away(self) -> None:
-        while self.evict():
-            pass
-
     def _put_away(self, slot: Slot) -> None:
+        self._save(slot)
+        self.forget(slot)
+
+    def _save(self, slot: Slot) -> None:
         if len(slot.tokens) >= _LEAST_STORED:
             self.store.save(slot.id, slot.tokens, slot.scores, slot.n_alternatives)
-        self.forget(slot)
 
     def forget(self, slot: Slot) -> None:
         """Empty a sequence."""
@@ -229,3 +240,7 @@ class Slots:
         """Empty all, after llama.cpp has failed."""
         for slot in self._slots:
             self.forget(slot)
+
+
+def _by_use(slot: Slot) -> int:
+    return slot.used

@@ -57,6 +57,29 @@ def test_the_store_is_bounded(tiny_gguf: Path) -> None:
         assert 0 < engine.loaded.slots.store.n_bytes <= most
 
 
+def test_it_is_copied_out_after_its_end_was_told(tiny_gguf: Path) -> None:
+    with bench(tiny_gguf, n_ctx=4096) as engine:
+        slots = engine.loaded.slots
+        engine.ask(LONG * 4 + "one", 8)
+        assert slots.store.n_bytes == 0
+        engine.scheduler.tidy()
+        n_bytes = slots.store.n_bytes
+        assert n_bytes > 0
+        assert (
+            sum(bool(slot.tokens) for slot in slots) == 1
+        )  # who goes on with it finds it in the cache
+        engine.add("the", 40)
+        engine.step()
+        assert slots.store.n_bytes == n_bytes  # it was not copied again
+        assert sum(bool(slot.tokens) for slot in slots) == 1
+        ending = engine.add(LONG * 3, 1)
+        while not engine.told[ending].ended:
+            engine.step()
+        assert sum(bool(slot.tokens) for slot in slots) == 2
+        engine.scheduler.tidy()
+        assert sum(bool(slot.tokens) for slot in slots) == 1
+
+
 @pytest.mark.parametrize("kind", ["mamba", "falcon-h1", "lfm2 moe", "gpt-oss"])
 def test_other_kinds_of_memory(kind: str, tmp_path: Path) -> None:
     """A running state can neither be cut back nor be taken over in part; sliding windows can."""
