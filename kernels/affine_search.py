@@ -1,4 +1,4 @@
-"""The search for scales and minima of Q4_K and Q5_K, in part of Q2_K, and the head of their blocks.
+"""The search for scales and minima of Q4_K and Q5_K, in part of Q2_K.
 
 Super-blocks of 256 values, eight sub-blocks of 32, each with its own scale and minimum. The search is that
 of ggml's quantize_row_q4_K_ref and quantize_row_q5_K_ref (make_qkx2_quants), bit for bit, turned on its
@@ -12,14 +12,12 @@ import numpy as np
 from numba import njit
 
 from edgemerge.kernels.arm64 import is_arm64
-from edgemerge.kernels.scalars import (
-    float_to_half,
-    half_to_float,
-    nearest_int,
-    scale_and_minimum,
-)
+from edgemerge.kernels.scalars import nearest_int
 
 LANES = 64
+HALF = (
+    LANES // 2
+)  # two sums of a kind go on beside each other: one waits for itself most of the time
 LIMIT = np.float32(1 << 22)
 
 # Rows of LANES float32 in the scratch, after the 32 rows of the tile, of its weights and of its quants.
@@ -27,21 +25,26 @@ WEIGHT = 0 * LANES  # root mean square; |x| is added to it to weigh an error
 SUM_W = 1 * LANES
 SUM_X = 2 * LANES  # weighted, like the sums below
 LARGEST = 3 * LANES
-SMALLEST = 4 * LANES  # minimum of the best fit so far, never positive
-SCALE = 5 * LANES  # scale of the best fit so far
-ERROR = 6 * LANES  # its weighted squared error
-FIT_INVERSE = 7 * LANES  # quants of the best fit: round(FIT_INVERSE * (x - FIT_MIN))
-FIT_MIN = 8 * LANES
-INVERSE = 9 * LANES  # 1 / scale of the candidate
-SUM_L = 10 * LANES  # of its quants, l in ggml's code
-SUM_L2 = 11 * LANES
-SUM_XL = 12 * LANES
-NEW_SCALE = 13 * LANES  # least squares for those quants
-NEW_MIN = 14 * LANES
-NEW_ERROR = 15 * LANES
-LEAST = 16 * LANES  # value of the lane
+LEAST = 4 * LANES  # value of the lane
+INVERSE = 5 * LANES  # 1 / scale of the candidate
+SUM_L = 6 * LANES  # of its quants, l in ggml's code
+SUM_L2 = 7 * LANES
+SUM_XL = 8 * LANES
+NEW_SCALE = 9 * LANES  # least squares for those quants
+NEW_MIN = 10 * LANES
+NEW_ERROR = 11 * LANES
 STATE = (32 + 32 + 32) * LANES
-SCRATCH_LEN = STATE + 17 * LANES
+STATE_LEN = 12 * LANES
+
+# Rows of the best fit so far, which are there twice: `keep_better` reads one and writes the other.
+SMALLEST = 0 * LANES  # minimum, never positive
+SCALE = 1 * LANES
+ERROR = 2 * LANES  # weighted and squared
+FIT_INVERSE = 3 * LANES  # its quants: round(FIT_INVERSE * (x - FIT_MIN))
+FIT_MIN = 4 * LANES
+FIT = STATE + STATE_LEN
+FIT_LEN = 5 * LANES
+SCRATCH_LEN = FIT + 2 * FIT_LEN
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -59,54 +62,79 @@ def search_tile(x, first, n_lanes, top, n_steps, first_step, scratch):
     n_steps, first_step : int, float32
         candidates: the range is divided by top + first_step, and by 0.1 more each step
     scratch : (>= SCRATCH_LEN,) float32
-        overwritten; from STATE on it holds rows of one number a lane: SCALE, SMALLEST, FIT_INVERSE, FIT_MIN
+        overwritten; from FIT on it holds rows of one number a lane: SCALE, SMALLEST, FIT_INVERSE, FIT_MIN
     """
     tile = scratch[: 32 * LANES]
     weights = scratch[32 * LANES : 64 * LANES]
     quants = scratch[64 * LANES : 96 * LANES]
-    state = scratch[STATE:SCRATCH_LEN]
+    state = scratch[STATE : STATE + STATE_LEN]
+    fit, other = two_fits(scratch[FIT:SCRATCH_LEN], n_steps)
     for lane in range(n_lanes):
         sub = x[32 * (first + lane) : 32 * (first + lane) + 32]
         for k in range(32):
             tile[k * LANES + lane] = sub[k]
-    _measure(tile, weights, state)
-    _fit_range(tile, weights, quants, state, top)
+    _measure(tile, weights, state, fit)
+    _fit_range(tile, weights, quants, state, fit, top)
     for step in range(n_steps):
         tenths = np.float32(np.float32(0.1) * np.float32(step))
         divisor = np.float32(np.float32(first_step + tenths) + top)
-        _project(tile, weights, quants, state, divisor, top)
+        _project(tile, weights, quants, state, fit, divisor, top)
         solve(state)
-        _judge(tile, weights, quants, state, False)
+        _measure_error(tile, weights, quants, state)
+        keep_better(state, fit, other)
+        fit, other = other, fit
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _level(v, top):
+def two_fits(rows, n_steps):
+    """Give the rows of the first fit and those of the next one: after so many steps the last is in front.
+
+    Parameters
+    ----------
+    rows : (>= 2 * FIT_LEN,) float32
+        scratch
+    n_steps : int
+        candidates
+    """
+    front, back = rows[:FIT_LEN], rows[FIT_LEN : 2 * FIT_LEN]
+    return (back, front) if n_steps % 2 else (front, back)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def level_of(v, top):
+    """Round to a quant from 0 to `top`, as ggml does."""
     return np.float32(min(max(nearest_int(v), np.int32(0)), np.int32(top)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _regular_level(v, top):
-    # The same for v < LIMIT, without leaving the registers of vectors. The bits of positive floats grow with
-    # them, and LLVM makes one instruction of a minimum of integers on NEON, but not of floats.
+def _low_level(v):
+    # The same for -LIMIT < v < top + 0.5, without leaving the registers of vectors. The bits of positive
+    # floats grow with them, and LLVM makes one instruction of a maximum of integers on NEON, not of floats.
     positive = np.int32(max(np.int32(np.float32(v).view(np.int32)), np.int32(0)))
-    level = np.float32(np.rint(positive.view(np.float32)))
-    top_bits = np.int32(np.float32(top).view(np.int32))
-    return np.int32(min(np.int32(level.view(np.int32)), top_bits)).view(np.float32)
+    return np.float32(np.rint(positive.view(np.float32)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _measure(tile, weights, state):
+def _regular_level(v, top):
+    # The same for -LIMIT < v < LIMIT.
+    top_bits = np.int32(np.float32(top).view(np.int32))
+    level_bits = np.int32(np.float32(_low_level(v)).view(np.int32))
+    return np.int32(min(level_bits, top_bits)).view(np.float32)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _measure(tile, weights, state, fit):
     # Weights, their sums and the range of each lane.
     for lane in range(LANES):
         state[WEIGHT + lane] = np.float32(0.0)
         state[SUM_W + lane] = np.float32(0.0)
         state[SUM_X + lane] = np.float32(-0.0)  # changes nothing: ggml starts with the first term
-        state[SMALLEST + lane] = tile[lane]
+        fit[SMALLEST + lane] = tile[lane]
         state[LARGEST + lane] = tile[lane]
     # Eight elements a turn: sums stay in registers for so long, and LLVM unrolls the inner loop.
     for i in range(0, 32, 8):
         for lane in range(LANES):
-            smallest = state[SMALLEST + lane]
+            smallest = fit[SMALLEST + lane]
             largest = state[LARGEST + lane]
             squares = state[WEIGHT + lane]
             for k in range(8):
@@ -114,7 +142,7 @@ def _measure(tile, weights, state):
                 smallest = x if x < smallest else smallest
                 largest = x if x > largest else largest
                 squares = np.float32(squares + np.float32(x * x))
-            state[SMALLEST + lane] = smallest
+            fit[SMALLEST + lane] = smallest
             state[LEAST + lane] = smallest
             state[LARGEST + lane] = largest
             state[WEIGHT + lane] = squares
@@ -136,48 +164,84 @@ def _measure(tile, weights, state):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _is_regular(state, lane):
+def _is_regular(state, fit, lane):
     # Whether all v of the lane are numbers to `nearest_int`, and grow with x; of a flat lane no v matters.
-    smallest, inverse = state[SMALLEST + lane], state[INVERSE + lane]
+    smallest, inverse = fit[SMALLEST + lane], state[INVERSE + lane]
     first = np.float32(inverse * np.float32(state[LEAST + lane] - smallest))
     last = np.float32(inverse * np.float32(state[LARGEST + lane] - smallest))
-    return ((inverse > 0) & (first > -LIMIT) & (last < LIMIT)) | (state[ERROR + lane] < 0)
+    return ((inverse > 0) & (first > -LIMIT) & (last < LIMIT)) | (fit[ERROR + lane] < 0)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _project(tile, weights, quants, state, divisor, top):
+def _project(tile, weights, quants, state, fit, divisor, top):
     # Quants of a candidate, and their weighted sums.
     n_regular = np.int32(0)
     for lane in range(LANES):
-        spread = np.float32(state[LARGEST + lane] - state[SMALLEST + lane])
+        spread = np.float32(state[LARGEST + lane] - fit[SMALLEST + lane])
         state[INVERSE + lane] = np.float32(divisor / spread)
         state[SUM_L + lane] = np.float32(0.0)
         state[SUM_L2 + lane] = np.float32(0.0)
         state[SUM_XL + lane] = np.float32(0.0)
-        n_regular = np.int32(n_regular + np.int32(_is_regular(state, lane)))
-    if (
-        not is_arm64()
-    ):  # quants before sums: what waits for a sum fills the schedulers of AVX2's processors
+        n_regular = np.int32(n_regular + np.int32(_is_regular(state, fit, lane)))
+    if is_arm64():  # which has registers for all
+        _quantize_and_sum(tile, weights, quants, state, fit, top)
+    else:  # what waits for a sum would fill the schedulers of AVX2's processors
+        if divisor <= top + np.float32(0.4):  # the largest value is at the divisor: no cut there
+            for i in range(0, 32, 8):
+                for lane in range(LANES):
+                    smallest, inverse = fit[SMALLEST + lane], state[INVERSE + lane]
+                    for k in range(8):
+                        x = tile[(i + k) * LANES + lane]
+                        level = _low_level(np.float32(inverse * np.float32(x - smallest)))
+                        quants[(i + k) * LANES + lane] = level
+        else:
+            for i in range(0, 32, 8):
+                for lane in range(LANES):
+                    smallest, inverse = fit[SMALLEST + lane], state[INVERSE + lane]
+                    for k in range(8):
+                        x = tile[(i + k) * LANES + lane]
+                        level = _regular_level(np.float32(inverse * np.float32(x - smallest)), top)
+                        quants[(i + k) * LANES + lane] = level
         for i in range(0, 32, 8):
-            for lane in range(LANES):
-                smallest = state[SMALLEST + lane]
-                inverse = state[INVERSE + lane]
+            for lane in range(HALF):
+                sum_l, other_l = state[SUM_L + lane], state[SUM_L + HALF + lane]
+                sum_l2, other_l2 = state[SUM_L2 + lane], state[SUM_L2 + HALF + lane]
+                sum_xl, other_xl = state[SUM_XL + lane], state[SUM_XL + HALF + lane]
                 for k in range(8):
-                    v = np.float32(inverse * np.float32(tile[(i + k) * LANES + lane] - smallest))
-                    quants[(i + k) * LANES + lane] = _regular_level(v, top)
+                    at = (i + k) * LANES + lane
+                    x, level = tile[at], quants[at]
+                    wl = np.float32(weights[at] * level)
+                    sum_l = np.float32(sum_l + wl)
+                    sum_l2 = np.float32(sum_l2 + np.float32(wl * level))
+                    sum_xl = np.float32(sum_xl + np.float32(wl * x))
+                    at += HALF
+                    x, level = tile[at], quants[at]
+                    wl = np.float32(weights[at] * level)
+                    other_l = np.float32(other_l + wl)
+                    other_l2 = np.float32(other_l2 + np.float32(wl * level))
+                    other_xl = np.float32(other_xl + np.float32(wl * x))
+                state[SUM_L + lane], state[SUM_L + HALF + lane] = sum_l, other_l
+                state[SUM_L2 + lane], state[SUM_L2 + HALF + lane] = sum_l2, other_l2
+                state[SUM_XL + lane], state[SUM_XL + HALF + lane] = sum_xl, other_xl
+    if n_regular < LANES:
+        for lane in range(LANES):
+            if not _is_regular(state, fit, lane):
+                _project_lane(tile, weights, quants, state, fit, lane, top)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _quantize_and_sum(tile, weights, quants, state, fit, top):
     for i in range(0, 32, 8):
         for lane in range(LANES):
-            smallest = state[SMALLEST + lane]
+            smallest = fit[SMALLEST + lane]
             inverse = state[INVERSE + lane]
             sum_l = state[SUM_L + lane]
             sum_l2 = state[SUM_L2 + lane]
             sum_xl = state[SUM_XL + lane]
             for k in range(8):
                 x = tile[(i + k) * LANES + lane]
-                if is_arm64():  # which has registers for all
-                    v = np.float32(inverse * np.float32(x - smallest))
-                    quants[(i + k) * LANES + lane] = _regular_level(v, top)
-                level = quants[(i + k) * LANES + lane]
+                level = _regular_level(np.float32(inverse * np.float32(x - smallest)), top)
+                quants[(i + k) * LANES + lane] = level
                 wl = np.float32(weights[(i + k) * LANES + lane] * level)
                 sum_l = np.float32(sum_l + wl)
                 sum_l2 = np.float32(sum_l2 + np.float32(wl * level))
@@ -185,20 +249,16 @@ def _project(tile, weights, quants, state, divisor, top):
             state[SUM_L + lane] = sum_l
             state[SUM_L2 + lane] = sum_l2
             state[SUM_XL + lane] = sum_xl
-    if n_regular < LANES:
-        for lane in range(LANES):
-            if not _is_regular(state, lane):
-                _project_lane(tile, weights, quants, state, lane, top)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _project_lane(tile, weights, quants, state, lane, top):
+def _project_lane(tile, weights, quants, state, fit, lane, top):
     # The same for a lane of extremes.
     sum_l = sum_l2 = sum_xl = np.float32(0.0)
     for at in range(lane, tile.size, LANES):
         x = tile[at]
-        v = np.float32(x - state[SMALLEST + lane])
-        level = _level(np.float32(state[INVERSE + lane] * v), top)
+        v = np.float32(x - fit[SMALLEST + lane])
+        level = level_of(np.float32(state[INVERSE + lane] * v), top)
         quants[at] = level
         wl = np.float32(weights[at] * level)
         sum_l = np.float32(sum_l + wl)
@@ -215,7 +275,7 @@ def solve(state):
 
     Parameters
     ----------
-    state : (17 * LANES,) float32
+    state : (STATE_LEN,) float32
         SUM_W to SUM_XL are read; NEW_SCALE and NEW_MIN are written, and NEW_ERROR begins at zero
     """
     for lane in range(LANES):
@@ -237,154 +297,90 @@ def solve(state):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _judge(tile, weights, quants, state, is_first):
-    # Error of a candidate; the better of it and the best so far stays.
-    for i in range(0, 32, 16):
-        for lane in range(LANES):
-            scale = state[NEW_SCALE + lane]
-            minimum = state[NEW_MIN + lane]
-            error = state[NEW_ERROR + lane]
-            for k in range(16):
-                x = tile[(i + k) * LANES + lane]
-                diff = np.float32(scale * quants[(i + k) * LANES + lane])
-                diff = np.float32(np.float32(diff + minimum) - x)
-                w = weights[(i + k) * LANES + lane]
-                error = np.float32(error + np.float32(w * np.float32(diff * diff)))
-            state[NEW_ERROR + lane] = error
-    keep_better(state, is_first)
+def _measure_error(tile, weights, quants, state):
+    # Error of a candidate.
+    for i in range(0, 32, 8):
+        for lane in range(HALF):
+            scale, other_scale = state[NEW_SCALE + lane], state[NEW_SCALE + HALF + lane]
+            minimum, other_min = state[NEW_MIN + lane], state[NEW_MIN + HALF + lane]
+            error, other_error = state[NEW_ERROR + lane], state[NEW_ERROR + HALF + lane]
+            for k in range(8):
+                at = (i + k) * LANES + lane
+                diff = np.float32(np.float32(np.float32(scale * quants[at]) + minimum) - tile[at])
+                error = np.float32(error + np.float32(weights[at] * np.float32(diff * diff)))
+                at = (i + k) * LANES + HALF + lane
+                diff = np.float32(np.float32(other_scale * quants[at]) + other_min)
+                diff = np.float32(diff - tile[at])
+                diff = np.float32(weights[at] * np.float32(diff * diff))
+                other_error = np.float32(other_error + diff)
+            state[NEW_ERROR + lane], state[NEW_ERROR + HALF + lane] = error, other_error
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def keep_better(state, is_first):
-    """Keep the candidate where its error is less than that of the best fit so far.
+def keep_better(state, fit, other):
+    """Write the better of a candidate and the best fit so far: the candidate where its error is less.
 
     Parameters
     ----------
-    state : (17 * LANES,) float32
-        the best fit is overwritten where the candidate is better, SUM_L everywhere
-    is_first : bool
-        whether there is no fit yet
+    state : (STATE_LEN,) float32
+        the candidate
+    fit : (FIT_LEN,) float32
+        the best fit
+    other : (FIT_LEN,) float32
+        written
     """
-    # By masks that are read back from a row which is free by now. Where a row chooses between itself
-    # and another LLVM stores under a mask, which takes AMD's processors with AVX2 a dozen cycles.
+    # Where a row chooses between itself and another LLVM may store under a mask, which takes AMD's processors
+    # with AVX2 a dozen cycles. Masks of bits keep it from branches.
     for lane in range(LANES):
-        better = is_first or state[NEW_ERROR + lane] < state[ERROR + lane]
+        better = state[NEW_ERROR + lane] < fit[ERROR + lane]
         mask = np.int32(-np.int32(better))
-        state[SUM_L + lane] = np.int32(mask).view(np.float32)
-        state[ERROR + lane] = state[NEW_ERROR + lane] if better else state[ERROR + lane]
-    for lane in range(LANES):
-        mask = state[SUM_L + lane]
-        smallest = state[SMALLEST + lane]
-        state[FIT_INVERSE + lane] = _choose(mask, state[INVERSE + lane], state[FIT_INVERSE + lane])
-        state[FIT_MIN + lane] = _choose(mask, smallest, state[FIT_MIN + lane])
-        state[SMALLEST + lane] = _choose(mask, state[NEW_MIN + lane], smallest)
-        state[SCALE + lane] = _choose(mask, state[NEW_SCALE + lane], state[SCALE + lane])
+        smallest = fit[SMALLEST + lane]
+        other[ERROR + lane] = _choose(mask, state[NEW_ERROR + lane], fit[ERROR + lane])
+        other[FIT_INVERSE + lane] = _choose(mask, state[INVERSE + lane], fit[FIT_INVERSE + lane])
+        other[FIT_MIN + lane] = _choose(mask, smallest, fit[FIT_MIN + lane])
+        other[SMALLEST + lane] = _choose(mask, state[NEW_MIN + lane], smallest)
+        other[SCALE + lane] = _choose(mask, state[NEW_SCALE + lane], fit[SCALE + lane])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _choose(mask, x, y):
     # x where the mask's bits are set, else y.
-    mask_bits = np.float32(mask).view(np.int32)
-    x_bits = np.int32(np.float32(x).view(np.int32) & mask_bits)
-    y_bits = np.int32(np.float32(y).view(np.int32) & ~mask_bits)
+    x_bits = np.int32(np.float32(x).view(np.int32) & mask)
+    y_bits = np.int32(np.float32(y).view(np.int32) & ~mask)
     return np.int32(x_bits | y_bits).view(np.float32)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _fit_range(tile, weights, quants, state, top):
+def _fit_range(tile, weights, quants, state, fit, top):
     # First fit: the quants span the range of the lane, and zero.
     for lane in range(LANES):
-        smallest = state[SMALLEST + lane]
-        state[SMALLEST + lane] = np.float32(0.0) if smallest > 0 else smallest
-        state[ERROR + lane] = np.float32(0.0)
-    _project(tile, weights, quants, state, top, top)
+        smallest = fit[SMALLEST + lane]
+        fit[SMALLEST + lane] = np.float32(0.0) if smallest > 0 else smallest
+        fit[ERROR + lane] = np.float32(0.0)
+    _project(tile, weights, quants, state, fit, top, top)
     for lane in range(LANES):
         state[NEW_SCALE + lane] = np.float32(np.float32(1.0) / state[INVERSE + lane])
-        state[NEW_MIN + lane] = state[SMALLEST + lane]
+        state[NEW_MIN + lane] = fit[SMALLEST + lane]
         state[NEW_ERROR + lane] = np.float32(0.0)
-    _judge(tile, weights, quants, state, True)
+    _measure_error(tile, weights, quants, state)
+    set_first_fit(state, fit)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def set_first_fit(state, fit):
+    """Take a candidate for the best fit; a flat lane has scale 0 and quants 0 for good.
+
+    Parameters
+    ----------
+    state : (STATE_LEN,) float32
+        the candidate
+    fit : (FIT_LEN,) float32
+        its SMALLEST is read, the others are written
+    """
     for lane in range(LANES):
-        flat = state[LARGEST + lane] == state[SMALLEST + lane]
-        # A flat lane has scale 0 and quants 0 for good: no candidate has an error below -1.
-        state[SCALE + lane] = np.float32(0.0) if flat else state[SCALE + lane]
-        state[ERROR + lane] = np.float32(-1.0) if flat else state[ERROR + lane]
-        state[FIT_INVERSE + lane] = np.float32(0.0) if flat else state[FIT_INVERSE + lane]
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def write_head(state, first_lane, block):
-    """Write d, dmin and the eight 6-bit scales and minima of a block.
-
-    Parameters
-    ----------
-    state : (17 * LANES,) float32
-        what `search_tile` left from STATE on
-    first_lane : int
-        of the block's first sub-block
-    block : (>= 16,) uint8
-        its first bytes are written
-    """
-    max_scale = np.float32(0.0)
-    max_min = np.float32(0.0)
-    for lane in range(first_lane, first_lane + 8):
-        scale = state[SCALE + lane]
-        minimum = np.float32(-state[SMALLEST + lane])
-        max_scale = scale if scale > max_scale else max_scale
-        max_min = minimum if minimum > max_min else max_min
-    inv_scale = np.float32(np.float32(63.0) / max_scale) if max_scale > 0 else np.float32(0.0)
-    inv_min = np.float32(np.float32(63.0) / max_min) if max_min > 0 else np.float32(0.0)
-    half = float_to_half(np.float32(max_scale / np.float32(63.0)))
-    block[0] = half & 255
-    block[1] = half >> 8
-    half = float_to_half(np.float32(max_min / np.float32(63.0)))
-    block[2] = half & 255
-    block[3] = half >> 8
-    packed = block[4:16]
-    for j in range(8):
-        lane = first_lane + j
-        scale_q = nearest_int(np.float32(inv_scale * state[SCALE + lane]))
-        min_q = nearest_int(np.float32(inv_min * np.float32(-state[SMALLEST + lane])))
-        scale_q = np.int32(min(scale_q & 255, 63))  # & 255: C's cast to uint8
-        min_q = np.int32(min(min_q & 255, 63))
-        if j < 4:
-            packed[j] = scale_q
-            packed[j + 4] = min_q
-        else:
-            packed[j + 4] = scale_q & 15 | (min_q & 15) << 4
-            packed[j - 4] |= scale_q >> 4 << 6
-            packed[j] |= min_q >> 4 << 6
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def find_levels(x, inverses, minima, top, levels, block):
-    """Find the quants of a block for its scales and minima as they were rounded.
-
-    Parameters
-    ----------
-    x : (256,) float32
-        values
-    inverses, minima : (8,) float32
-        of the sub-blocks whose scale is zero: quants are round(inverse * (x - minimum))
-    top : float32
-        largest quant
-    levels : (>= 256,) float32
-        written: the quants; may be the tile of a search that is over
-    block : (>= 16,) uint8
-        its head, as `write_head` wrote it
-    """
-    d = half_to_float(block[0], block[1])
-    dmin = half_to_float(block[2], block[3])
-    for j in range(8):
-        scale, minimum = scale_and_minimum(block[4:16], j)
-        step = np.float32(d * scale)
-        offset = np.float32(dmin * minimum)
-        sub = x[32 * j : 32 * j + 32]
-        sub_levels = levels[32 * j : 32 * j + 32]
-        if step != 0:
-            for k in range(sub.size):
-                sub_levels[k] = _level(np.float32(np.float32(sub[k] + offset) / step), top)
-        else:  # ggml leaves the quants of the search in place
-            inverse = inverses[j]
-            smallest = minima[j]
-            for k in range(sub.size):
-                sub_levels[k] = _level(np.float32(inverse * np.float32(sub[k] - smallest)), top)
+        flat = state[LARGEST + lane] == fit[SMALLEST + lane]
+        fit[SCALE + lane] = np.float32(0.0) if flat else state[NEW_SCALE + lane]
+        # No candidate has an error below -1.
+        fit[ERROR + lane] = np.float32(-1.0) if flat else state[NEW_ERROR + lane]
+        fit[FIT_INVERSE + lane] = np.float32(0.0) if flat else state[INVERSE + lane]
+        fit[FIT_MIN + lane] = fit[SMALLEST + lane]

@@ -14,8 +14,8 @@ import numpy as np
 from numba import njit
 
 from edgemerge.kernels.affine_search import (
-    ERROR,
     FIT_INVERSE,
+    FIT_LEN,
     FIT_MIN,
     INVERSE,
     LANES,
@@ -25,13 +25,16 @@ from edgemerge.kernels.affine_search import (
     NEW_SCALE,
     SCALE,
     SMALLEST,
+    STATE_LEN,
     SUM_L,
     SUM_L2,
     SUM_W,
     SUM_X,
     SUM_XL,
     keep_better,
+    set_first_fit,
     solve,
+    two_fits,
 )
 from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
 
@@ -40,7 +43,8 @@ STEPS = 16  # candidate scales of the search
 FIRST = -0.5  # what the first candidate adds to TOP; each further one adds 0.1
 
 STATE = (16 + 16) * LANES  # after the tile and its quants; WEIGHT and LEAST are not used
-SCRATCH_LEN = STATE + 17 * LANES
+FIT = STATE + STATE_LEN
+SCRATCH_LEN = FIT + 2 * FIT_LEN
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -87,17 +91,17 @@ def _level(v):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _measure(tile, state):
+def _measure(tile, state, fit):
     # Sums of the weights and the range of each lane.
     for lane in range(LANES):
         state[SUM_W + lane] = np.float32(0.0)
         state[SUM_X + lane] = np.float32(-0.0)  # changes nothing: ggml starts with the first term
-        state[SMALLEST + lane] = tile[lane]
+        fit[SMALLEST + lane] = tile[lane]
         state[LARGEST + lane] = tile[lane]
     # Eight elements a turn: sums stay in registers for so long, and LLVM unrolls the inner loop.
     for i in range(0, 16, 8):
         for lane in range(LANES):
-            smallest = state[SMALLEST + lane]
+            smallest = fit[SMALLEST + lane]
             largest = state[LARGEST + lane]
             for k in range(8):
                 x = tile[(i + k) * LANES + lane]
@@ -106,46 +110,39 @@ def _measure(tile, state):
                 largest = x if x > largest else largest
                 state[SUM_W + lane] += w
                 state[SUM_X + lane] += np.float32(w * x)
-            state[SMALLEST + lane] = smallest
+            fit[SMALLEST + lane] = smallest
             state[LARGEST + lane] = largest
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _fit_range(tile, state):
+def _fit_range(tile, state, fit):
     # First fit: the quants span the range of the lane, and zero.
     for lane in range(LANES):
-        smallest = state[SMALLEST + lane]
+        smallest = fit[SMALLEST + lane]
         smallest = np.float32(0.0) if smallest > 0 else smallest
         inverse = np.float32(np.float32(TOP) / np.float32(state[LARGEST + lane] - smallest))
-        state[SMALLEST + lane] = smallest
+        fit[SMALLEST + lane] = smallest
         state[INVERSE + lane] = inverse
-        state[SCALE + lane] = np.float32(np.float32(1.0) / inverse)
-        state[ERROR + lane] = np.float32(0.0)
+        state[NEW_SCALE + lane] = np.float32(np.float32(1.0) / inverse)
+        state[NEW_ERROR + lane] = np.float32(0.0)
     for i in range(0, 16, 8):
         for lane in range(LANES):
-            smallest = state[SMALLEST + lane]
-            error = state[ERROR + lane]
+            smallest = fit[SMALLEST + lane]
+            error = state[NEW_ERROR + lane]
             for k in range(8):
                 x = tile[(i + k) * LANES + lane]
                 level = _level(np.float32(state[INVERSE + lane] * np.float32(x - smallest)))
-                diff = np.float32(np.float32(state[SCALE + lane] * level) + smallest - x)
+                diff = np.float32(np.float32(state[NEW_SCALE + lane] * level) + smallest - x)
                 error = np.float32(error + np.float32(np.float32(abs(x)) * abs(diff)))
-            state[ERROR + lane] = error
-    for lane in range(LANES):
-        smallest = state[SMALLEST + lane]
-        flat = state[LARGEST + lane] == smallest
-        # A flat lane has scale 0 and quants 0 for good: no candidate has an error below -1.
-        state[SCALE + lane] = np.float32(0.0) if flat else state[SCALE + lane]
-        state[ERROR + lane] = np.float32(-1.0) if flat else state[ERROR + lane]
-        state[FIT_INVERSE + lane] = np.float32(0.0) if flat else state[INVERSE + lane]
-        state[FIT_MIN + lane] = smallest
+            state[NEW_ERROR + lane] = error
+    set_first_fit(state, fit)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _project(tile, quants, state, divisor):
+def _project(tile, quants, state, fit, divisor):
     # Quants of a candidate, and their weighted sums.
     for lane in range(LANES):
-        spread = np.float32(state[LARGEST + lane] - state[SMALLEST + lane])
+        spread = np.float32(state[LARGEST + lane] - fit[SMALLEST + lane])
         state[INVERSE + lane] = np.float32(divisor / spread)
         state[SUM_L + lane] = np.float32(0.0)
         state[SUM_L2 + lane] = np.float32(0.0)
@@ -157,7 +154,7 @@ def _project(tile, quants, state, divisor):
             sum_xl = state[SUM_XL + lane]
             for k in range(8):
                 x = tile[(i + k) * LANES + lane]
-                v = np.float32(x - state[SMALLEST + lane])
+                v = np.float32(x - fit[SMALLEST + lane])
                 level = _level(np.float32(state[INVERSE + lane] * v))
                 quants[(i + k) * LANES + lane] = level
                 wl = np.float32(np.float32(abs(x)) * level)
@@ -170,8 +167,8 @@ def _project(tile, quants, state, divisor):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _judge(tile, quants, state):
-    # Error of a candidate; the better of it and the best so far stays.
+def _measure_error(tile, quants, state):
+    # Error of a candidate.
     for i in range(0, 16, 8):
         for lane in range(LANES):
             error = state[NEW_ERROR + lane]
@@ -181,25 +178,24 @@ def _judge(tile, quants, state):
                 diff = np.float32(np.float32(diff + state[NEW_MIN + lane]) - x)
                 error = np.float32(error + np.float32(np.float32(abs(x)) * abs(diff)))
             state[NEW_ERROR + lane] = error
-    keep_better(state, False)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _write_header(state, first_lane, block):
+def _write_header(fit, first_lane, block):
     # The sixteen 4-bit scales and minima, d and dmin.
     max_scale = np.float32(0.0)
     max_min = np.float32(0.0)
     for lane in range(first_lane, first_lane + 16):
-        scale = state[SCALE + lane]
-        minimum = np.float32(-state[SMALLEST + lane])
+        scale = fit[SCALE + lane]
+        minimum = np.float32(-fit[SMALLEST + lane])
         max_scale = scale if scale > max_scale else max_scale
         max_min = minimum if minimum > max_min else max_min
     inv_scale = np.float32(np.float32(15.0) / max_scale) if max_scale > 0 else np.float32(0.0)
     inv_min = np.float32(np.float32(15.0) / max_min) if max_min > 0 else np.float32(0.0)
     for j in range(16):
         lane = first_lane + j
-        scale_q = nearest_int(np.float32(inv_scale * state[SCALE + lane]))
-        min_q = nearest_int(np.float32(inv_min * np.float32(-state[SMALLEST + lane])))
+        scale_q = nearest_int(np.float32(inv_scale * fit[SCALE + lane]))
+        min_q = nearest_int(np.float32(inv_min * np.float32(-fit[SMALLEST + lane])))
         block[j] = np.uint8((scale_q | min_q << 4) & 255)  # not clamped: ggml trusts the division
     half = float_to_half(np.float32(max_scale / np.float32(15.0)))
     block[80] = half & 255
@@ -273,7 +269,7 @@ def encode_q2_k(x_f32, scratch_f32, out_u8):
     """
     tile = scratch_f32[: 16 * LANES]
     quants = scratch_f32[16 * LANES : 32 * LANES]
-    state = scratch_f32[STATE:SCRATCH_LEN]
+    state = scratch_f32[STATE : STATE + STATE_LEN]
     n_sub = x_f32.size // 16
     for first in range(0, n_sub, LANES):
         n_lanes = min(LANES, n_sub - first)
@@ -281,19 +277,22 @@ def encode_q2_k(x_f32, scratch_f32, out_u8):
             x = x_f32[16 * (first + lane) : 16 * (first + lane) + 16]
             for k in range(16):
                 tile[k * LANES + lane] = x[k]
-        _measure(tile, state)
-        _fit_range(tile, state)
+        fit, other = two_fits(scratch_f32[FIT:SCRATCH_LEN], STEPS)
+        _measure(tile, state, fit)
+        _fit_range(tile, state, fit)
         for step in range(STEPS):
             tenths = np.float32(np.float32(0.1) * np.float32(step))
             divisor = np.float32(np.float32(np.float32(FIRST) + tenths) + np.float32(TOP))
-            _project(tile, quants, state, divisor)
+            _project(tile, quants, state, fit, divisor)
             solve(state)
-            _judge(tile, quants, state)
+            _measure_error(tile, quants, state)
+            keep_better(state, fit, other)
+            fit, other = other, fit
         for lane in range(0, n_lanes, 16):
             i = (first + lane) // 16
             x = x_f32[256 * i : 256 * i + 256]
             block = out_u8[84 * i : 84 * i + 84]
-            _write_header(state, lane, block)
-            inverses = state[FIT_INVERSE + lane : FIT_INVERSE + lane + 16]
-            minima = state[FIT_MIN + lane : FIT_MIN + lane + 16]
+            _write_header(fit, lane, block)
+            inverses = fit[FIT_INVERSE + lane : FIT_INVERSE + lane + 16]
+            minima = fit[FIT_MIN + lane : FIT_MIN + lane + 16]
             _write_quants(x, inverses, minima, quants, block)

@@ -11,15 +11,14 @@ The encoder is ggml's quantize_row_q5_K_ref, bit for bit, as affine_search.py ex
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.affine_blocks import find_levels, write_head
 from edgemerge.kernels.affine_search import (
+    FIT,
     FIT_INVERSE,
     FIT_MIN,
     LANES,
     SCRATCH_LEN,
-    STATE,
-    find_levels,
     search_tile,
-    write_head,
 )
 from edgemerge.kernels.scalars import all_scales_and_minima, times_byte
 
@@ -115,7 +114,7 @@ def encode_q5_k(x_f32, scratch_f32, out_u8):
     out_u8 : (n_blocks * 176,) uint8
         written
     """
-    state = scratch_f32[STATE:SCRATCH_LEN]
+    fit = scratch_f32[FIT:SCRATCH_LEN]
     n_sub = x_f32.size // 32
     for first in range(0, n_sub, LANES):
         n_lanes = min(LANES, n_sub - first)
@@ -124,7 +123,7 @@ def encode_q5_k(x_f32, scratch_f32, out_u8):
             i = (first + lane) // 8
             x = x_f32[256 * i : 256 * i + 256]
             block = out_u8[176 * i : 176 * i + 176]
-            write_head(state, lane, block)
-            inverses = state[FIT_INVERSE + lane : FIT_INVERSE + lane + 8]
-            minima = state[FIT_MIN + lane : FIT_MIN + lane + 8]
+            write_head(fit, lane, block)
+            inverses = fit[FIT_INVERSE + lane : FIT_INVERSE + lane + 8]
+            minima = fit[FIT_MIN + lane : FIT_MIN + lane + 8]
             _write_quants(x, inverses, minima, scratch_f32, block)
