@@ -187,6 +187,31 @@ def test_outputs_are_checked_before_the_work(folder: Path) -> None:
     assert not Path("best.yml.trials").exists()
 
 
+def test_nothing_is_replaced_that_this_search_has_not_written() -> None:
+    best, page = Path("recipe-best.yml"), Path("page.html")
+    best.write_text("mine")
+    Path("recipe-best.yml.trials").touch()  # as a search leaves it that was stopped at once
+    few = ("--trials", "2")
+    said = fail("recipe.yml", *TASK, "-t", "1", *few)
+    assert said.endswith(
+        "recipe-best.yml: exists, and this search has not written it so; rename it, or give --force to "
+        "replace it"
+    )
+    assert best.read_text() == "mine"
+    best.unlink()
+    page.write_text("mine too")
+    assert "page.html: exists" in fail(
+        "recipe.yml", *TASK, "-t", "1", *few, "--report", "page.html"
+    )
+    assert page.read_text() == "mine too"
+    run(*few)
+    run(*few)  # its own
+    best.write_text(best.read_text() + "# by hand\n")
+    assert "has not written it so" in fail("recipe.yml", *TASK, "-t", "1", *few)
+    run(*few, "--force", "--report", "page.html")
+    assert "by hand" not in best.read_text()
+
+
 def count_trials(path: Path) -> int:
     """Count the trials that a search has kept; 0 before it made its file."""
     try:
