@@ -16,9 +16,9 @@ from unittest.mock import patch
 import pytest
 
 from edgemerge.errors import FormatError, RuntimeFailure
-from edgemerge.runtime import template_process
+from edgemerge.formats import template_process
+from edgemerge.formats.template_process import TemplateOverrun, TemplateProcess, TemplateRefusal
 from edgemerge.runtime.template import Template
-from edgemerge.runtime.template_process import TemplateOverrun, TemplateProcess, TemplateRefusal
 
 pytestmark = pytest.mark.llama  # Jinja comes with llama-cpp-python
 
