@@ -12,6 +12,7 @@ import typer
 
 from edgemerge.cli import loading, request
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
+from edgemerge.cli.merge import print_warning
 from edgemerge.cli.search_tables import as_json, print_result, report_sections, summary
 from edgemerge.cli.tasks import (
     Context,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from edgemerge.searching.objective import Objective
     from edgemerge.searching.search import Search
     from edgemerge.searching.trials import Trials
+    from edgemerge.types import Recipe
 
 __all__ = ["search_command"]
 
@@ -146,16 +148,13 @@ def search_command(
     _check_outputs(
         found, output, kept, report, [*(one.path for one in tasks), *texts.values()], force
     )
-    for note in found.recipe(found.start()).notes:
-        print(
-            f"note: {plain(note)}", file=sys.stderr
-        )  # such as of a name that no merge will look at
+    budget = None if memory is None else parse_size(memory)
+    _warn(found.recipe(found.start()), budget, threads)
     with ExitStack() as stack:
         ask = None
         if cluster is not None:
             ask = stack.enter_context(_ask_cluster(cluster, threads, gpu_layers))
         examiner = Examiner(tasks, texts, held_out=held_out, seed=seed, n_ctx=context, ask=ask)
-        budget = None if memory is None else parse_size(memory)
         model_file = stack.enter_context(
             ModelFile(
                 (scratch or output.parent) / f"{output.name}.gguf", memory=budget, threads=threads
@@ -191,6 +190,17 @@ def search_command(
         print_json(result)
     else:
         print_result(result)
+
+
+def _warn(start: Recipe, budget: int | None, threads: int | None) -> None:
+    """Say what is probably not meant, such as a name that no merge looks at, or a rank that costs hours."""
+    from edgemerge.merging.run import plan
+    from edgemerge.merging.warnings import warn_of_recipe
+
+    for note in start.notes:
+        print(f"note: {plain(note)}", file=sys.stderr)
+    for sentence in warn_of_recipe(plan(start, memory=budget, threads=threads)):
+        print_warning(sentence)
 
 
 @contextmanager

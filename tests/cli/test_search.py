@@ -91,6 +91,15 @@ def test_what_no_merge_looks_at_is_noted_before_the_work() -> None:
     assert "unknown parameter 'lamda', which is ignored; did you mean 'lambda'?" in said
 
 
+def test_a_rank_that_no_matrix_has_is_told_before_the_work() -> None:
+    text = RECIPE.replace("task_arithmetic", "tsv").replace(
+        "  lambda:", "  rank: 100000\n  lambda:"
+    )
+    Path("recipe.yml").write_text(text)
+    said = CliRunner().invoke(app, ["recipe.yml", *TASK, "-t", "1", "--trials", "2"]).stderr
+    assert "warning: rank 100000 counts as " in said
+
+
 def test_the_same_command_goes_on_and_more_trials_are_added() -> None:
     first = json.loads(run("--trials", "3", "--json"))
     again = json.loads(run("--trials", "3", "--json"))
