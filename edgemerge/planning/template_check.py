@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats.gguf.metadata import get_value
-from edgemerge.formats.template_process import find_template_fault
 from edgemerge.planning.vocabulary import TEMPLATE_KEY
 from edgemerge.types import Source
 
@@ -24,8 +23,12 @@ def check_template(metadata: Mapping[str, bytes], sources: Sequence[Source]) -> 
         The models that it may be from; one of none is the recipe's.
     """
     template = _text_of(metadata)
-    fault = find_template_fault(template) if template else None
-    if fault is None:
+    if not template:
+        return []
+    # Only a template pays for the import.
+    from edgemerge.formats.template_process import find_template_fault
+
+    if (fault := find_template_fault(template)) is None:
         return []
     owners = [one for one in sources if _text_of(one.metadata()).strip() == template.strip()]
     whose = f"{folder_name(owners[0].path)}: its chat template" if owners else "the chat_template"
