@@ -33,7 +33,7 @@ def check_template(metadata: Mapping[str, bytes], sources: Sequence[Source]) -> 
     owners = [one for one in sources if _text_of(one.metadata()).strip() == template.strip()]
     whose = f"{folder_name(owners[0].path)}: its chat template" if owners else "the chat_template"
     return [
-        f"{whose} is no Jinja ({fault}), so chat and serve will refuse the output; give another as "
+        f"{whose} is no Jinja ({fault}), so run, chat and serve will refuse the output; give another as "
         "chat_template of a recipe"
     ]
 

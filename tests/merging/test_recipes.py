@@ -139,7 +139,7 @@ def test_a_chat_template_that_does_not_parse_is_told(folder: Path) -> None:
     (said,) = [one for one in edgemerge.plan(recipe).notes if "chat template" in one]
     assert said.startswith("base: its chat template is no Jinja (Unexpected end of template.")
     assert said.endswith(
-        "), so chat and serve will refuse the output; give another as chat_template of a recipe"
+        "), so run, chat and serve will refuse the output; give another as chat_template of a recipe"
     )
     assert said in edgemerge.merge(recipe, "out.gguf").notes
     (folder / "recipe.yml").write_text(text + "chat_template: '{{ messages'\n")
