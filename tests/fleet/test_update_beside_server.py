@@ -41,6 +41,7 @@ class Told:
 
     health: dict[str, Any] = field(default_factory=lambda: {"status": "ok", "models": [MODEL]})
     reload: tuple[int, dict[str, Any]] = (200, {"id": "ward"})
+    is_busy: bool = False
     asked: list[str] = field(default_factory=list)
     url: str = ""
     serves: Path | None = None
@@ -65,7 +66,8 @@ def told() -> Iterator[Told]:
             if "reload" in self.path and told.reload[0] == 200:
                 told.load()
             choice = {"choices": [{"text": "Paris."}], "usage": {"completion_tokens": 2}}
-            self._answer(*(told.reload if "reload" in self.path else (200, choice)))
+            answer = (503, {}) if told.is_busy else (200, choice)
+            self._answer(*(told.reload if "reload" in self.path else answer))
 
         def _answer(self, status: int, document: dict[str, Any]) -> None:
             told.asked.append(self.path)
@@ -192,10 +194,12 @@ def test_a_server_of_another_file_is_found_before_anything_is_made(
     assert run(device, told, "b").outcome == "promoted"
 
 
+@pytest.mark.parametrize("is_busy", [False, True])
 def test_a_promotion_that_the_server_does_not_follow_is_rolled_back(
-    device: Path, told: Told
+    device: Path, told: Told, is_busy: bool
 ) -> None:
     first = run(device, told).current
+    told.is_busy = is_busy
     told.serves = device.parent / "a.gguf"  # it shows by the reload
     report = run(device, told, "b")
     assert (report.outcome, report.current) == ("rolled_back", first)
