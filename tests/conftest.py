@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,14 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(_CACHE / "edgemerge" / f"numba-test
 
 # Tests interrupt what they start. A job in the background of a script ignores SIGINT, and its children would.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure() -> None:
+    """Close two files that llama-cpp-python opens when it is imported: Python would warn of them at exit."""
+    if (utils := sys.modules.get("llama_cpp._utils")) is not None:
+        utils.outnull_file.close()
+        utils.errnull_file.close()
+
 
 # No time limit for one example or for making them: the first call imports a library, and a machine is shared.
 hypothesis.settings.register_profile(

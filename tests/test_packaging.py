@@ -27,6 +27,7 @@ EXTRAS = {
     "edgemerge/finding": {"hub"},
     "edgemerge/fleet/registry": {"fleet"},
     "edgemerge/formats/hidden_states.py": {"run"},
+    "edgemerge/formats/template_child.py": {"run"},
     "edgemerge/formats/tokenizer/prompts.py": {"run"},
     "edgemerge/remote/stores": {"remote"},
     "edgemerge/reports": {"plot"},

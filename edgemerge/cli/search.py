@@ -12,6 +12,7 @@ import typer
 
 from edgemerge.cli import loading, request
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
+from edgemerge.cli.merge import print_warning
 from edgemerge.cli.search_tables import as_json, print_result, report_sections, summary
 from edgemerge.cli.tasks import (
     Context,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from edgemerge.searching.examiner import Ask
     from edgemerge.searching.objective import Objective
     from edgemerge.searching.search import Search
+    from edgemerge.searching.trials import Trials
+    from edgemerge.types import Recipe
 
 __all__ = ["search_command"]
 
@@ -121,7 +124,6 @@ def search_command(
     interrupt the same command goes on.
     """
     from edgemerge.cluster.address import read_cluster
-    from edgemerge.output.file import write_file
     from edgemerge.recipe.searches import load_search
     from edgemerge.reports.search import search_page
     from edgemerge.searching.examiner import Examiner
@@ -146,16 +148,13 @@ def search_command(
     _check_outputs(
         found, output, kept, report, [*(one.path for one in tasks), *texts.values()], force
     )
-    for note in found.recipe(found.start()).notes:
-        print(
-            f"note: {plain(note)}", file=sys.stderr
-        )  # such as of a name that no merge will look at
+    budget = None if memory is None else parse_size(memory)
+    _warn(found.recipe(found.start()), budget, threads)
     with ExitStack() as stack:
         ask = None
         if cluster is not None:
             ask = stack.enter_context(_ask_cluster(cluster, threads, gpu_layers))
         examiner = Examiner(tasks, texts, held_out=held_out, seed=seed, n_ctx=context, ask=ask)
-        budget = None if memory is None else parse_size(memory)
         model_file = stack.enter_context(
             ModelFile(
                 (scratch or output.parent) / f"{output.name}.gguf", memory=budget, threads=threads
@@ -163,6 +162,8 @@ def search_command(
         )
         header = _header(found, tasks, texts, objective, held_out, limit, seed, context, gpu_layers)
         all_trials = stack.enter_context(closing(Trials(kept, found.spaces, header, seed)))
+        if not force:
+            _check_ours(all_trials, [output] if report is None else [output, report])
         label = f"search {recipe.name}"
         progress, begin_part = stack.enter_context(progress_bars(label, quiet=json_, unit="trials"))
         search = Search(
@@ -181,15 +182,25 @@ def search_command(
         except KeyboardInterrupt as error:
             error.add_note(_write_so_far(search, output))
             raise
-    result = as_json(search, reason, best, look, output, report)
-    write_file(output, search.best_text(best, list(summary(result))).encode())
-    if report is not None:
-        page = search_page(result, report_sections(result))
-        write_file(report, page.encode("utf-8", "backslashreplace"))
+        result = as_json(search, reason, best, look, output, report)
+        _write(all_trials, output, search.best_text(best, list(summary(result))))
+        if report is not None:
+            _write(all_trials, report, search_page(result, report_sections(result)))
     if json_:
         print_json(result)
     else:
         print_result(result)
+
+
+def _warn(start: Recipe, budget: int | None, threads: int | None) -> None:
+    """Say what is probably not meant, such as a name that no merge looks at, or a rank that costs hours."""
+    from edgemerge.merging.run import plan
+    from edgemerge.merging.warnings import warn_of_recipe
+
+    for note in start.notes:
+        print(f"note: {plain(note)}", file=sys.stderr)
+    for sentence in warn_of_recipe(plan(start, memory=budget, threads=threads)):
+        print_warning(sentence)
 
 
 @contextmanager
@@ -282,7 +293,7 @@ def _check_outputs(
 
     start = found.recipe(found.start())
     inputs = (*start.inputs(), *(real_path(path) for path in (found.path, *asked)))
-    goes_on = kept.is_file()  # the recipe is that of an earlier run of this command
+    goes_on = kept.is_file()  # then `_check_ours` sees whether an earlier run wrote the recipe
     check_output(output, inputs, force=force or goes_on)
     check_output(kept, inputs, force=goes_on)
     if report is not None:
@@ -299,6 +310,30 @@ def _check_outputs(
             "that recipe",
             path=output,
         )
+
+
+def _check_ours(all_trials: Trials, outputs: Sequence[Path]) -> None:
+    """Refuse to replace what no earlier run of this command has written, or what was changed since."""
+    from edgemerge.errors import OutputError
+    from edgemerge.runtime.evaluation.results import sha256_of
+
+    for path in outputs:
+        if path.exists() and sha256_of(path) not in all_trials.outputs:
+            raise OutputError(
+                "exists, and this search has not written it so; rename it, or give --force to replace it",
+                path=path,
+            )
+
+
+def _write(all_trials: Trials, path: Path, text: str) -> None:
+    """Write an output, known to a later run as one of this search."""
+    from hashlib import sha256
+
+    from edgemerge.output.file import write_file
+
+    raw = text.encode("utf-8", "backslashreplace")
+    all_trials.note_output(sha256(raw).hexdigest())
+    write_file(path, raw)
 
 
 def _header(
@@ -347,15 +382,13 @@ def _states(path: Path) -> list[list[int]]:
 
 def _write_so_far(search: Search, output: Path) -> str:
     """Write the best recipe of an interrupted search, and say so and how to go on."""
-    from edgemerge.output.file import write_file
-
     finished = search.trials.finished
     if not finished:
         return "no trial was over"
     best = search.best()
     so_far = f"the best of {len(finished)} trial{'s' * (len(finished) > 1)} so far"
     comment = f"{so_far}; the held-out questions were not asked"
-    write_file(output, search.best_text(best, [comment]).encode())
+    _write(search.trials, output, search.best_text(best, [comment]))
     return (
         f"{output} has {so_far}, trial {best.number} with a score of {best.score or 0:.1f}; the same "
         "command goes on"

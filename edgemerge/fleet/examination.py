@@ -15,22 +15,27 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from edgemerge.errors import FormatError, RuntimeFailure
 from edgemerge.fleet.ingredients import FileHashes
-from edgemerge.fleet.promotion import Answers, Talk
+from edgemerge.fleet.promotion import Talk
 from edgemerge.fleet.site_file import Rule, Site
+from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.formats.json_file import read_object
+from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.evaluation.evaluate import Mark
 from edgemerge.runtime.evaluation.perplexity import Chunk
+from edgemerge.runtime.evaluation.suite import CHUNK
 from edgemerge.runtime.smoke import QUESTIONS, ask_aside
 from edgemerge.site.folder import SiteFolder
 
-__all__ = ["Crash", "Examiner", "LlamaExaminer"]
+__all__ = ["Crash", "Examiner", "LlamaExaminer", "common_chunk"]
 
 PR_SET_PDEATHSIG = 1
 MAX_ANSWERS = 1 << 28  # bytes of a file of answers
@@ -46,8 +51,8 @@ class Crash(RuntimeFailure):
 class Examiner(Protocol):
     """What asks models."""
 
-    def ask_all(self, model: Path, sha256: str, show: Show) -> Answers:
-        """Ask a model all questions; answers that are kept are taken.
+    def ask_all(self, model: Path, sha256: str, show: Show, chunk: int) -> Answers:
+        """Ask a model all questions, and texts in chunks of so many tokens; answers that are kept are taken.
 
         Raises
         ------
@@ -77,9 +82,9 @@ class LlamaExaminer:
     def __init__(self, site: Site, folder: SiteFolder, hashes: FileHashes) -> None:
         self._site, self._folder, self._hashes = site, folder, hashes
 
-    def ask_all(self, model: Path, sha256: str, show: Show) -> Answers:
+    def ask_all(self, model: Path, sha256: str, show: Show, chunk: int) -> Answers:
         """Ask a model all questions; see `Examiner`."""
-        header = self._header(sha256)
+        header = {**self._header(sha256), "chunk": chunk}
         digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:12]
         output = self._folder.answers / f"{sha256[:16]}-{digest}.json"
         if not output.exists():
@@ -130,6 +135,23 @@ class LlamaExaminer:
                 f"{model}: llama.cpp ended the process in which it was asked the questions; see whether "
                 "the model runs with edgemerge run"
             )
+
+
+def common_chunk(models: Iterable[Path]) -> int:
+    """Return tokens of a chunk of a text that all models can read: 512, or their shortest context.
+
+    Parameters
+    ----------
+    models : iterable of Path
+        GGUF files.
+    """
+    return min((CHUNK, *(filter(None, map(_context_of, models)))))
+
+
+def _context_of(model: Path) -> int | None:
+    with closing(GgufModel(model)) as source:
+        stated = get_value(source.metadata(), f"{source.architecture}.context_length")
+    return stated if isinstance(stated, int) else None
 
 
 def talk_aside(model: Path, rule: Rule) -> Talk:
@@ -208,7 +230,9 @@ def _examine(order: Mapping[str, Any]) -> None:
     model = Path(order["model"])
     tasks = {name: read_task(name, path) for name, path in order["questions"].items()}
     texts = {name: Path(path) for name, path in order["texts"].items()}
-    asked = suite.Request((model,), tuple(tasks.values()), tuple(texts.values()), None)
+    asked = suite.Request(
+        (model,), tuple(tasks.values()), tuple(texts.values()), None, order["header"]["chunk"]
+    )
     with ResultsFile(Path(order["output"]), order["header"], force=True) as results:
         suite.run(asked, results, lambda path: Model(path, n_threads=order["threads"]), bar)
         marks = dict(zip(tasks, suite.answered(asked, results), strict=True))

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from edgemerge.errors import RecipeError
+from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.fleet.ingredients import Ingredient
+from edgemerge.fleet.registry.offers import base_checksum, read_offer
 from edgemerge.fleet.site_file import Site
 from edgemerge.formats.adapters.reference import is_adapter
 from edgemerge.formats.quants.filetypes import FILE_TYPES, unknown_type
 from edgemerge.methods.table import METHODS
 from edgemerge.planning.header import KEEP
 from edgemerge.recipe.values import check_alignment
+from edgemerge.runtime.evaluation.suite import CHUNK
 from edgemerge.runtime.evaluation.tasks import read_task
 
 __all__ = ["check_feasible"]
@@ -40,13 +42,19 @@ def check_feasible(site: Site, found: Sequence[Ingredient], *, serves: bool) -> 
         _fail(site.path, f"folder: {str(site.folder)!r} is a file; name a folder", "folder")
     _check_base(site, [one for one in found if one.role == "base"], serves=serves)
     if site.merge.recipe is None:
+        _check_deltas(site, found)
         try:
             _check_merge(site)
         except RecipeError as error:
             raise RecipeError(f"merge: {error}", path=site.path, field=error.field) from None
     for name, path in site.texts.items():
-        if path.stat().st_size == 0:
-            _fail(site.path, f"texts.{name}: {str(path)!r} is empty; give a longer text", "texts")
+        if (size := path.stat().st_size) < 2 * CHUNK:  # a token has a byte at least
+            _fail(
+                site.path,
+                f"texts.{name}: {str(path)!r} has {size} bytes, and perplexity needs {2 * CHUNK} tokens; "
+                "give a longer text",
+                "texts",
+            )
     return {name: len(read_task(name, path).questions) for name, path in site.questions.items()}
 
 
@@ -64,6 +72,33 @@ def _check_base(site: Site, bases: Sequence[Ingredient], *, serves: bool) -> Non
                 "a GGUF file of it with edgemerge convert, and name that",
                 "base",
             )
+
+
+def _check_deltas(site: Site, found: Sequence[Ingredient]) -> None:
+    """See that all deltas are of the base; where its checksum is not known, that they are of one."""
+    if not any(one.role == "delta" for one in found):
+        return
+    known: tuple[str, str] | None = None  # whose base it is in words, and the checksum
+    for one in found:
+        if (checksum := _base_of(one)) is None:
+            continue
+        title = f"{one.name} {one.version}".rstrip()
+        if known is None:
+            known = (title if one.role == "base" else f"that of {title}", checksum)
+        elif checksum != known[1]:
+            raise MismatchError(
+                f"{site.path}: experts: {title} is a delta of another base than {known[0]}: the checksums "
+                f"are {checksum} and {known[1]}; name deltas of one base, and that base"
+            )
+
+
+def _base_of(one: Ingredient) -> str | None:
+    """Return the checksum of a delta's base, or a base's own; None of what has none or is not here."""
+    if one.role not in ("base", "delta"):
+        return None
+    if one.path is None:
+        return None if one.entry is None else one.entry.base
+    return base_checksum(one.path) if one.role == "base" else read_offer(one.path).base
 
 
 def _check_merge(site: Site) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from edgemerge.fleet.declared import Declared, declare
@@ -75,16 +76,18 @@ def foresee(
         "merge": _foresee_merge(declared, folder) if all(here) else None,
         "questions": questions,
         "texts": list(site.texts),
-        "notes": list(_notes(site, server)),
+        "notes": list(_notes(site, server, folder.current_path)),
     }
 
 
-def _notes(site: Site, server: Server | None) -> Iterator[str]:
+def _notes(site: Site, server: Server | None, current: Path) -> Iterator[str]:
     if site.reports is not None and not site.reports.is_dir():
         yield f"{site.reports}: is no folder, so no report will be written; make it"
     if server is not None:
         try:
             server.check()
+            if current.is_file() and (difference := server.find_difference(current)) is not None:
+                yield difference
         except ServerSilence as silence:
             yield f"{silence}; the model will be watched in a process of its own"
 

@@ -53,6 +53,10 @@ class Entry(Protocol):
         """delta, adapter or model."""
 
     @property
+    def base(self) -> str | None:
+        """Checksum of a delta's base; of a model, its own where it is stated."""
+
+    @property
     def publisher(self) -> str:
         """The key that signed it."""
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from edgemerge.fleet.site_file import Rule
+from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.evaluation.evaluate import Mark
 from edgemerge.runtime.evaluation.paired import (
     Difference,
@@ -22,38 +23,10 @@ from edgemerge.runtime.evaluation.paired import (
 )
 from edgemerge.runtime.evaluation.perplexity import Chunk, perplexity_of
 from edgemerge.runtime.smoke import Answer
-from edgemerge.site.record import Score
 from edgemerge.sizes import format_rate
 
-__all__ = ["Answers", "Finding", "Talk", "Verdict", "decide", "find_fault"]
+__all__ = ["Finding", "Talk", "Verdict", "decide", "find_fault"]
 __all__ += ["is_slower"]
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """A model's answers to all questions and texts of a site.
-
-    Attributes
-    ----------
-    marks : mapping of str to sequence of Mark
-        By task.
-    chunks : mapping of str to sequence of Chunk
-        By text.
-    """
-
-    marks: Mapping[str, Sequence[Mark]] = field(default_factory=dict)
-    chunks: Mapping[str, Sequence[Chunk]] = field(default_factory=dict)
-
-    def scores(self) -> dict[str, Score]:
-        """Count right answers, by task."""
-        return {
-            name: Score(sum(one.right for one in marks), len(marks))
-            for name, marks in self.marks.items()
-        }
-
-    def perplexities(self) -> dict[str, float]:
-        """Return the perplexity of each text."""
-        return {name: perplexity_of(chunks).value for name, chunks in self.chunks.items()}
 
 
 @dataclass(frozen=True, slots=True)

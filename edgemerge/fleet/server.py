@@ -9,14 +9,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.fleet.site_file import ServerPlace
+from edgemerge.runtime.model_files import find_fingerprint
 from edgemerge.runtime.serve.key import check_characters
 from edgemerge.suggestions import suggest
 
-__all__ = ["Reply", "Server", "ServerRefusal", "ServerSilence"]
+__all__ = ["Look", "Reply", "Server", "ServerRefusal", "ServerSilence"]
 
 # As in edgemerge.runtime.serve.requests, whose import needs the extra of the server.
 RELOAD, CHAT, COMPLETIONS, HEALTH = (
@@ -61,6 +63,22 @@ class Reply:
 
     text: str
     speed: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a server's model is.
+
+    Attributes
+    ----------
+    crashes : int
+        How often its process ended by itself, since the server started.
+    fingerprint : str or None
+        Of its files, as `edgemerge.runtime.model_files.find_fingerprint` says; None while it is not loaded.
+    """
+
+    crashes: int
+    fingerprint: str | None
 
 
 class Server:
@@ -153,8 +171,8 @@ class Server:
             raise ServerRefusal(f"{self.address} is no edgemerge server", 200, "odd") from error
         return Reply(str(text or ""), n_tokens / seconds if n_tokens else None)
 
-    def crashes(self) -> int:
-        """Count how often the process of a model ended by itself, since the server started.
+    def look(self) -> Look:
+        """Look at the model; where SITE.yml names none, at that which answers then, and at all crashes.
 
         Raises
         ------
@@ -163,7 +181,29 @@ class Server:
         """
         models = self._send(HEALTH, None, ASK_SECONDS, takes=(503,)).get("models", ())
         wanted = self._place.model
-        return sum(int(one["crashes"]) for one in models if wanted in (None, one["id"]))
+        ours = [one for one in models if wanted in (None, one["id"])]
+        fingerprint = ours[0].get("fingerprint") if ours else None
+        return Look(sum(int(one["crashes"]) for one in ours), fingerprint)
+
+    def find_difference(self, current: Path) -> str | None:
+        """Say that the model in memory is not of a file; None where it is, or where none is in memory.
+
+        Parameters
+        ----------
+        current : Path
+            What the server has to serve.
+
+        Raises
+        ------
+        ServerSilence, ServerRefusal
+            As of `look`.
+        """
+        if self.look().fingerprint in (None, find_fingerprint([current])):
+            return None
+        return (
+            f"the server at {self.address} serves another file than {current}, or adds an adapter to it; "
+            f"start it with edgemerge serve {current}"
+        )
 
     def _send(
         self,

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
-from edgemerge.errors import OutputError
+from edgemerge.errors import OutputError, RuntimeFailure
 from edgemerge.fleet.examination import Examiner
 from edgemerge.fleet.report import Report
 from edgemerge.fleet.server import Server, ServerRefusal, ServerSilence
@@ -28,6 +28,7 @@ from edgemerge.site.record import now
 __all__ = ["Switch", "roll_back_by_hand"]
 
 Trying = Mapping[str, Any]
+MISSED = "the server had another model than the folder says, and took this one"
 NO_SERVER = "no server was there to reload: it takes the model of now when it starts"
 
 
@@ -105,16 +106,36 @@ class Switch:
         )
 
     def check_server(self) -> None:
-        """See that the server can be told of a new model, before one is made. It may be switched off.
+        """See that the server has the model of now, and can be told of a new one. It may be switched off.
 
         Raises
         ------
         ServerRefusal
             SITE.yml names another server, key or model.
+        RuntimeFailure
+            The server has another file, and a reload does not change that.
         """
-        if self._server is not None:
-            with suppress(ServerSilence):
-                self._server.check()
+        if self._server is None:
+            return
+        with suppress(ServerSilence):
+            self._server.check()
+            self._bring_back(self._server)
+
+    def _bring_back(self, server: Server) -> None:
+        """Let a server that missed a reload take the file of now."""
+        current = self._folder.current_path
+        if not current.is_file() or server.find_difference(current) is None:
+            return
+        try:
+            server.reload(asks=False)
+        except ServerRefusal as refusal:  # the next model may mend that
+            self._report.failures.append(f"the server does not take the model of now: {refusal}")
+            return
+        if (difference := server.find_difference(current)) is not None:
+            raise RuntimeFailure(difference)
+        self._folder.append_log(
+            {"event": "reloaded", "id": self._folder.current_id(), "reason": MISSED}
+        )
 
     def measure(self) -> Baseline | None:
         """Look at the server before its model is replaced; None where there is none."""
@@ -187,23 +208,26 @@ class Switch:
             self.go({**trying, "step": "roll_back", "reason": fault})
 
     def _find_fault(self, trying: Trying) -> str | None:
-        path, rule = self._folder.model_path(trying["id"]), self._site.rule
+        current, rule = self._folder.current_path, self._site.rule
         before = trying["baseline"]
         if self._server is not None:
             try:
-                crashes = self._server.crashes()
+                crashes = self._server.look().crashes
             except (ServerSilence, ServerRefusal):
                 pass
             else:
                 speed = None if before is None else before["speed"]
                 known = crashes if before is None else min(crashes, before["crashes"])
-                return watch_server(self._server, path, rule, Baseline(known, speed))
-        return watch_file(self._examiner, path, rule)
+                return watch_server(self._server, current, rule, Baseline(known, speed))
+        return watch_file(self._examiner, self._folder.model_path(trying["id"]), rule)
 
     def _roll_back(self, trying: Trying) -> None:
         with self.timed("roll_back"):
             self._folder.roll_back(trying["reason"], trying["id"])
             fault = self.reload(asks=False)  # it served before, so it is taken as it is
+            if fault is None and self._server is not None:
+                with suppress(ServerSilence, ServerRefusal):
+                    fault = self._server.find_difference(self._folder.current_path)
         if fault is not None:
             self._report.server_differs = True
             self._report.failures.append(f"the server did not take the earlier model: {fault}")

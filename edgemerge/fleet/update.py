@@ -16,7 +16,7 @@ from typing import Any
 
 from edgemerge.errors import EdgemergeError, OutputError, RecipeError, RuntimeFailure
 from edgemerge.fleet.declared import Declared, declare
-from edgemerge.fleet.examination import Crash, Examiner
+from edgemerge.fleet.examination import Crash, Examiner, common_chunk
 from edgemerge.fleet.feasible import check_feasible
 from edgemerge.fleet.ingredients import FileHashes, Ingredient, Registry, fetch_all, find_all
 from edgemerge.fleet.promotion import Talk, Verdict, decide, is_slower
@@ -27,7 +27,7 @@ from edgemerge.fleet.switch import Switch
 from edgemerge.merging.run import merge
 from edgemerge.site.folder import SiteFolder
 from edgemerge.site.lock import Busy
-from edgemerge.site.record import ID_DIGITS, ModelRecord, now
+from edgemerge.site.record import ID_DIGITS, ModelRecord, Score, now
 
 __all__ = ["Update"]
 
@@ -143,6 +143,7 @@ class Update:
             return False
         if settled["outcome"] == "promoted" and not self._folder.current_path.is_file():
             return False
+        self._switch.check_server()
         self._report.outcome, self._report.settled = "unchanged", settled
         then = f"then {settled['outcome'].replace('_', ' ')}: {settled['reason']}"
         self._report.reason = f"nothing changed since {settled['time']}; {then}"
@@ -262,17 +263,18 @@ class Update:
                 )
             old_path, old_sha256 = base.path, base.sha256
         new_path = self._folder.model_path(record.id)
+        chunk = common_chunk((old_path, new_path))  # the same for both, so that they compare
         with self._switch.timed("ask"):
             try:
-                old = self._examiner.ask_all(old_path, old_sha256, self._show)
+                old = self._examiner.ask_all(old_path, old_sha256, self._show, chunk)
             except Crash as error:
                 raise RuntimeFailure(str(error)) from error  # no reason to refuse the new one
-            new = self._examiner.ask_all(new_path, record.sha256, self._show)
+            new = self._examiner.ask_all(new_path, record.sha256, self._show, chunk)
             old_talk, new_talk = self._talk_to_both(old_path, new_path)
         verdict = decide(self._site.rule, old, new, old_talk, new_talk)
         record = replace(
             record,
-            scores=new.scores(),
+            scores={name: Score(*counted) for name, counted in new.counts().items()},
             perplexities=new.perplexities(),
             speed=new_talk.speed,
         )

@@ -41,7 +41,7 @@ def measure_server(server: Server, model: Path, rule: Rule) -> Baseline:
         Nothing answers there.
     """
     speed = None
-    crashes = server.crashes()
+    crashes = server.look().crashes
     with suppress(ServerRefusal):  # without a model, or busy: no speed to compare with
         speed = _ask(server, model, rule).speed
     return Baseline(crashes, speed)
@@ -61,7 +61,7 @@ def watch_server(
     server : Server
         That was told to reload.
     model : Path
-        The new file.
+        The new file, by the path that the server has to serve.
     rule : Rule
         With the question, the bound of speed, and the seconds to watch.
     before : Baseline
@@ -74,11 +74,13 @@ def watch_server(
     best: float | None = None
     while True:
         try:
-            if server.crashes() > before.crashes:
+            if server.look().crashes > before.crashes:
                 return "llama.cpp ended the process of the model"
             if n_looks % ASK_EVERY == 0 or n_failures:
                 reply = _ask(server, model, rule)
                 n_failures = 0
+                if (difference := _find_difference(server, model)) is not None:
+                    return difference
                 best = max(best or 0.0, reply.speed or 0.0)
                 answer = Answer(str(model), rule.ask or QUESTIONS[0], reply.text)
                 if rule.ask is not None and (fault := find_fault(answer, rule.expect)):
@@ -92,12 +94,20 @@ def watch_server(
         if time.monotonic() >= end:
             break
         wait(min(BETWEEN, max(0.0, end - time.monotonic())))
+    with suppress(ServerSilence, ServerRefusal):  # it may have been too busy to be asked
+        if (difference := _find_difference(server, model)) is not None:
+            return difference
     if best and before.speed and best * rule.slowdown < before.speed:
         return (
             f"it is slow: {format_rate(best)} tokens/s at best, and {format_rate(before.speed)} before, "
             f"which is more than {rule.slowdown:g} times slower"
         )
     return None
+
+
+def _find_difference(server: Server, model: Path) -> str | None:
+    difference = server.find_difference(model)
+    return None if difference is None else f"{difference}, then run edgemerge update --again"
 
 
 def watch_file(examiner: Examiner, model: Path, rule: Rule) -> str | None:

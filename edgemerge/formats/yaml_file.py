@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from edgemerge.errors import RecipeError
+from edgemerge.remote.any_address import refuse_recipe
+from edgemerge.remote.stand_ins import is_address
 from edgemerge.suggestions import suggest_path
 
 __all__ = ["MAX_RECIPE_BYTES", "read_documents"]
@@ -40,6 +42,8 @@ def read_documents(path: Path) -> tuple[list[Any], list[str]]:
         with path.open("rb") as file:
             raw = file.read(MAX_RECIPE_BYTES + 1)
     except OSError as error:
+        if is_address(str(path)):
+            raise RecipeError(refuse_recipe(str(path))) from None
         reason = error.strerror or str(error)
         hint = suggest_path(path) or "; check its path"
         raise RecipeError(f"cannot read the recipe ({reason}){hint}", path=path) from None

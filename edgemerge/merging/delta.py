@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -151,6 +151,7 @@ def make_delta(
         making = Making(left, right, settings.named(), measured)
         spool = Spool(stack.enter_context(tempfile.TemporaryFile(dir=path.absolute().parent)), path)
         forms = _choose_forms(making, settings, listed, spool, work)
+        notes = [*notes, *_note_waste(forms, settings)]
         lost = _write(path, making, forms, work)
         for source in (left, right):
             source.check_unchanged()
@@ -215,6 +216,20 @@ def _choose_forms(
         forms = [Coded(one, option.dtype) for one, option in pairs if option.dtype is not None]
     places = {one.change.name: i for i, one in enumerate(making.measured)}
     return sorted([*forms, *vectors], key=lambda form: places[form.measured.change.name])
+
+
+def _note_waste(forms: Sequence[Form], settings: DeltaSettings) -> Iterator[str]:
+    """Say that factors or sparse elements take more than all of the change in 8 bits."""
+    setting = {"--rank": settings.rank, "--sparse": settings.density}
+    named = [f"{name} {value:g}" for name, value in setting.items() if value is not None]
+    matrices = [form for form in forms if not form.measured.change.is_vector]
+    taken = _stored_bytes(matrices)
+    whole = _stored_bytes([Coded(form.measured, BITS[8]) for form in matrices])
+    if named and taken > whole:
+        yield (
+            f"{named[0]} takes {format_size(taken)} for matrices whose whole change takes "
+            f"{format_size(whole)} with --bits 8; give that, or a smaller {named[0].split()[0]}"
+        )
 
 
 def _options(measured: Measured, lost: Sequence[float]) -> list[Option]:

@@ -17,6 +17,7 @@ from edgemerge.formats.quants.finite import find_non_finite
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH
 from edgemerge.merging.input_rows import find_on_base
+from edgemerge.merging.soundness import say_damaged
 from edgemerge.merging.token_rows import TokenRowReader
 from edgemerge.merging.traffic import PartResult, Traffic
 from edgemerge.methods.blocks import NON_FINITE, Block, least_overflow
@@ -204,11 +205,7 @@ class TensorStream:
         source, name = self._sources[tensor.model], tensor.spec.name
         if isinstance(source, MixtureSource):
             source, name, index = source.locate(name, index)
-        return FormatError(
-            f"holds {what} at index {index}; that model is damaged, get it again",
-            path=source.path,
-            tensor=name,
-        )
+        return say_damaged(source.path, name, what, index)
 
     def _merge(self, writer: RowWriter) -> None:
         codec = CODECS[self.job.out.dtype]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -33,6 +33,7 @@ from edgemerge.formats.tokenizer.table import TokenTables
 from edgemerge.merging.destination import check_destination
 from edgemerge.merging.pursuit import Rows, block_bytes, pursue, target_bytes
 from edgemerge.merging.run import merge, usable_processors
+from edgemerge.merging.soundness import check_finite
 from edgemerge.merging.transplanted import NO_ROW, TransplantedModel, stored_spec
 from edgemerge.native.store import compile_missing
 from edgemerge.output.report import MergeReport
@@ -80,6 +81,8 @@ def transplant(
     ------
     MismatchError
         The vocabularies have too little in common, or tell no texts; a tensor cannot be brought to another.
+    FormatError
+        An input holds NaN or infinity, which is told before rows are looked for.
     EdgemergeError
         As of `merge`; the output is as it was.
     """
@@ -237,6 +240,7 @@ def _make_rows(
     groups = {name: made for name, made in work.by_donor().items() if len(work.new[made[0]])}
     if not groups:
         return starts
+    _check_inputs(work, groups, begin_part)
     compile_missing(_kernels(work))
     total = sum(len(work.common[m[0]][0]) * len(work.new[m[0]]) * work.k for m in groups.values())
     show, done = begin_part("finding rows of new tokens", "comparisons"), 0
@@ -265,6 +269,13 @@ def _make_rows(
             pool.shutdown(cancel_futures=True)
         work.donor.forget(donor_name)
     return starts
+
+
+def _check_inputs(work: _Work, donor_names: Iterable[str], begin_part: BeginPart) -> None:
+    """Refuse NaN and infinity now: the merge would find them in other tensors after the long work."""
+    theirs = [(work.donor, name) for name in donor_names]
+    ours = [(work.model, name) for name in work.model.specs()]
+    check_finite([*theirs, *ours], begin_part("checking the inputs"))
 
 
 def _combine(

@@ -10,6 +10,7 @@ import numpy as np
 
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.merging.verdicts import FAR, LOUD, say_far, say_loud
+from edgemerge.planning.decompositions import say_costly_ranks
 from edgemerge.types import Float64, InputTensor, Plan, Source, TensorJob
 
 __all__ = ["foresee_warnings", "warn_of_recipe"]
@@ -46,6 +47,7 @@ def warn_of_recipe(the_plan: Plan) -> Iterator[str]:
     factors = {float(job.settings.get("lambda", 1.0)) for job in the_plan.jobs}
     if min(factors, default=1.0) < 0:
         yield f"lambda is {min(factors):g}: what the experts have learnt is subtracted"
+    yield from say_costly_ranks(the_plan)
 
 
 def _equal_experts(the_plan: Plan, sources: Sequence[Source]) -> Iterator[str]:

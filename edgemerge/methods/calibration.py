@@ -42,7 +42,7 @@ from edgemerge.native import KernelFile
 from edgemerge.types import Float32, Float64, TensorJob
 
 __all__ = ["SVC", "SVC_RANK", "calibrate", "calibrating_kernels", "calibration_memory"]
-__all__ += ["calibration_passes", "is_calibrated", "rescale"]
+__all__ += ["calibration_passes", "calibration_sides", "is_calibrated", "rescale"]
 
 gram, linear = KernelFile("gram"), KernelFile("linear")
 
@@ -66,6 +66,14 @@ def is_calibrated(tensor: Described) -> bool:
 def calibration_passes(tensor: Described) -> int:
     """Count the passes over a tensor that its calibration takes before the one that merges."""
     return POWER_STEPS + 1 if is_calibrated(tensor) else 0
+
+
+def calibration_sides(tensor: Described) -> Sequence[int]:
+    """Return the side of the symmetric matrix that a tensor's calibration decomposes, if there is one."""
+    if not is_calibrated(tensor):
+        return ()
+    rank = int(float(tensor.settings["svc_rank"]))
+    return (min(rank, tensor.experts[0].spec.n_rows, tensor.n_cols),)
 
 
 def calibrating_kernels(tensor: Described) -> Sequence[str]:

@@ -66,6 +66,10 @@ def _no_kernels(tensor: Described) -> Sequence[str]:
     return ()
 
 
+def _no_sides(tensor: Described) -> Sequence[int]:
+    return ()
+
+
 def _accept(tensor: Described) -> None:
     pass
 
@@ -109,6 +113,9 @@ class Method:
         Tells how often `blocks` asks for the blocks of a tensor.
     memory : callable
         Tells how much working memory `blocks` takes for a tensor.
+    decomposes : callable
+        Tells the sides of all symmetric matrices that `blocks` decomposes for a tensor, which takes their
+        cubes in time; those of a calibration are not counted.
     check : callable
         Raises `RecipeError` for settings that a tensor cannot be merged with.
     takes_deltas : callable
@@ -144,6 +151,7 @@ class Method:
     align: str = "off"
     passes: Callable[[Described], int] = _one_pass
     memory: Callable[[TensorJob], WorkingMemory] = _no_memory
+    decomposes: Callable[[Described], Sequence[int]] = _no_sides
     check: Callable[[Described], None] = _accept
     takes_deltas: Callable[[Described], bool] = _never
     keeps_non_finite: Callable[[Described], bool] = _never

@@ -208,6 +208,13 @@ def _memory(job: TensorJob) -> WorkingMemory:
     return WorkingMemory(fixed, copies_memory(job) + sum(part.per_row for part in parts))
 
 
+def _decomposes(tensor: Described) -> Sequence[int]:
+    if not _has_residuals(tensor):
+        return ()
+    searched = min(_rank(tensor) + SEARCHED, tensor.experts[0].spec.n_rows, tensor.n_cols)
+    return (searched,) * len(tensor.experts)
+
+
 def _check(tensor: Described) -> None:
     if not _rank(tensor):
         raise RecipeError(
@@ -242,6 +249,7 @@ RESMERGE = Method(
     needs_base=True,
     passes=_passes,
     memory=_memory,
+    decomposes=_decomposes,
     check=_check,
     takes_deltas=always,
 )

@@ -82,7 +82,7 @@ def _tsv(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
         yield block, block.base
 
 
-def _tsv_ranks(job: TensorJob) -> list[int]:
+def _tsv_ranks(job: Described) -> list[int]:
     return [_rank(job)] * len(job.experts)
 
 
@@ -134,7 +134,7 @@ def _iso_cts(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
         yield block, block.base
 
 
-def _iso_cts_ranks(job: TensorJob) -> list[int]:
+def _iso_cts_ranks(job: Described) -> list[int]:
     """Split the rank: four fifths for what is common, the rest evenly for the experts, one each at least."""
     rank, n_experts = _rank(job), len(job.experts)
     own = max(1, round((rank - int(COMMON * rank)) / n_experts))
@@ -235,8 +235,9 @@ def _weights(job: TensorJob) -> Float32:
     return model_weights(job).astype(np.float32)
 
 
-def _rank(job: TensorJob) -> int:
-    return min(int(float(job.settings["rank"])), job.out.n_rows, job.n_cols)
+def _rank(tensor: Described) -> int:
+    """Return how many directions of a matrix are changed: what is asked for, or all that it has."""
+    return min(int(float(tensor.settings["rank"])), tensor.experts[0].spec.n_rows, tensor.n_cols)
 
 
 # -- records ---------------------------------------------------------------------------------------
@@ -252,7 +253,7 @@ def _method(
     summary: str,
     source: str,
     blocks: Callable[[BlockStream], Iterator[tuple[Block, Float32]]],
-    ranks: Callable[[TensorJob], list[int]],
+    ranks: Callable[[Described], list[int]],
     *,
     has_own: bool = False,
     flattens: bool = True,
@@ -264,9 +265,7 @@ def _method(
     """
 
     def applies(tensor: Described) -> bool:
-        rows = tensor.experts[0].spec.n_rows
-        rank = min(int(float(tensor.settings["rank"])), rows, tensor.n_cols)
-        return has_directions(tensor) and rank > (len(tensor.experts) if has_own else 0)
+        return has_directions(tensor) and _rank(tensor) > (len(tensor.experts) if has_own else 0)
 
     def all_blocks(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
         return blocks(stream) if applies(stream.job) else _add(stream)
@@ -284,6 +283,12 @@ def _method(
             fixed + 8 * SUM_LANES + more.fixed,
             per_row + copies_memory(job) + 4 * sum(ranks(job)) + more.per_row,
         )
+
+    def decomposes(tensor: Described) -> Sequence[int]:
+        if not applies(tensor):
+            return ()
+        own = ranks(tensor)
+        return own if len(own) == 1 else (*own, sum(own), sum(own))
 
     def check(tensor: Described) -> None:
         if is_calibrated(tensor) and not float(tensor.settings["rank"]):
@@ -309,6 +314,7 @@ def _method(
         needs_base=True,
         passes=passes,
         memory=memory,
+        decomposes=decomposes,
         check=check,
         more_kernels=calibrating_kernels,
         refuses={SVC.name: _UNDONE.format(name)} if flattens else {},

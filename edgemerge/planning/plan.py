@@ -37,6 +37,7 @@ from edgemerge.planning.jobs import (
 from edgemerge.planning.llama_check import check_runs
 from edgemerge.planning.memory import cut_blocks, find_need, header_bytes
 from edgemerge.planning.settings import idle_filters, unused_settings
+from edgemerge.planning.template_check import check_template
 from edgemerge.planning.token_maps import describe_rows
 from edgemerge.planning.vocabulary import choose_vocabulary, names_outsider, note_templates
 from edgemerge.types import Plan, Recipe, Source, TensorJob, TensorSpec
@@ -110,6 +111,7 @@ def make_plan(
         check_scaled_output(types, sources[models[0]])
     metadata = output_metadata(recipe, method, sources, vocabulary, drafts, file_type, types, notes)
     metadata |= checksums
+    notes += check_template(metadata, [owner, *sources.values()])
     depths = find_depths([draft.name for draft in drafts])
     jobs = [
         replace(_finish(draft, method, types[draft.name], folder), depth=depths[draft.name])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from edgemerge.planning.decompositions import decomposing_seconds
 from edgemerge.planning.reference import MERGE, OTHER_METHODS, START, of_codec
 from edgemerge.types import Plan, TensorJob
 
@@ -122,7 +123,8 @@ def _compute(job: TensorJob, rates: Rates) -> float:
     for tensor in job.inputs:
         total += n_read * rates.decode * of_codec(tensor.spec.dtype, writes=False)
     each = rates.merge * MERGE.get(job.method, OTHER_METHODS)
-    return (total + each * job.out.n_elements * len(job.inputs)) / 1e9
+    seconds = (total + each * job.out.n_elements * len(job.inputs)) / 1e9
+    return seconds + rates.merge * decomposing_seconds(job)
 
 
 def _memory_bytes(job: TensorJob) -> float:

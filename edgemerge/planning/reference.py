@@ -6,7 +6,17 @@ with it by a factor, as `Rates` says.
 
 from __future__ import annotations
 
-__all__ = ["DECODE", "ENCODE", "IMPORTS", "KERNELS", "MERGE", "OTHER_METHODS", "START", "of_codec"]
+__all__ = [
+    "DECODE",
+    "DECOMPOSE",
+    "ENCODE",
+    "IMPORTS",
+    "KERNELS",
+    "MERGE",
+    "OTHER_METHODS",
+    "START",
+    "of_codec",
+]
 
 # Million elements that one core decodes and encodes in a second.
 DECODE = {"F32": 13183, "F16": 16120, "BF16": 15704, "Q1_0": 3802, "Q2_0": 14908, "Q4_0": 10803}
@@ -25,6 +35,10 @@ MERGE = {"passthrough": 0.0, "linear": 0.09, "task_arithmetic": 0.07, "slerp": 0
 MERGE |= {"dare_ties": 0.5, "dare_linear": 0.4, "della": 1.84, "breadcrumbs": 1.0}
 MERGE |= {"hierarchical": 0.55}
 OTHER_METHODS = 1.0
+
+# Nanoseconds of `methods.directions.eigenvectors`, for each element of the cube of the side: 11 with 64, 17
+# with 256, 25 with 512.
+DECOMPOSE = 17.0
 
 START = 0.35  # CPU seconds until the first block: Python, imports, headers, the plan
 IMPORTS = 0.12  # CPU seconds of them until what merges is imported

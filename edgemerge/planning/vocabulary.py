@@ -28,6 +28,7 @@ from edgemerge.types import Recipe, Source
 __all__ = [
     "EMBEDDING",
     "OUTPUT",
+    "TEMPLATE_KEY",
     "TOKENS_KEY",
     "Vocabulary",
     "choose_vocabulary",

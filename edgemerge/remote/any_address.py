@@ -8,7 +8,7 @@ from edgemerge.errors import RecipeError
 from edgemerge.remote.address import SCHEMES, Address, read_address
 from edgemerge.remote.stores.address import StoreAddress, read_store_address
 
-__all__ = ["AnyAddress", "read_any_address", "refuse_address"]
+__all__ = ["AnyAddress", "read_any_address", "refuse_address", "refuse_recipe"]
 
 AnyAddress = Address | StoreAddress
 
@@ -27,12 +27,23 @@ def read_any_address(text: str) -> AnyAddress:
 
 def refuse_address(text: str) -> str:
     """Say that a command reads no addresses; `text`: also a path that was made of one."""
-    if "://" not in text:
-        text = text.replace(":/", "://", 1)
-    where = f"{text}: " if text.startswith("hf:") else ""
-    with suppress(RecipeError):  # which shows no login
-        where = f"{read_any_address(text)}: "
     return (
-        f"{where}an address is read by merge, plan, convert, inspect and verify alone; download the "
+        f"{_where(text)}an address is read by merge, plan, convert, inspect and verify alone; download the "
         "model, and give its path"
     )
+
+
+def refuse_recipe(text: str) -> str:
+    """Say that no recipe is read from an address; `text`: also a path that was made of one."""
+    return (
+        f"{_where(text)}a recipe is read from a file of this machine, and only its models from addresses; "
+        "download it first, as with curl -O, and give its path"
+    )
+
+
+def _where(text: str) -> str:
+    if "://" not in text:
+        text = text.replace(":/", "://", 1)
+    with suppress(RecipeError):  # which shows no login
+        return f"{read_any_address(text)}: "
+    return f"{text}: " if text.startswith("hf:") else ""

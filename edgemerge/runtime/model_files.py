@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from edgemerge.formats.gguf.model import GgufFile, GgufModel
 from edgemerge.formats.llama_rules import find_violations
 from edgemerge.suggestions import suggest_path
 
-__all__ = ["check_adapter", "check_writes", "model_files", "open_gguf", "reads_whole"]
+__all__ = ["check_adapter", "check_writes", "find_fingerprint", "model_files", "open_gguf"]
+__all__ += ["reads_whole"]
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 # Architectures whose graphs assert what `llama_decode` alone does not give: an encoder's output, another
@@ -29,6 +32,7 @@ _WITHOUT_MEMORY = (
     "bert jina-bert-v2 jina-bert-v3 nomic-bert nomic-bert-moe neo-bert eurobert modern-bert"
 )
 _WITHOUT_MEMORY += " gemma-embedding wavtokenizer-dec dream llada llada-moe rnd1"
+_SAMPLE, _N_SAMPLES = 1 << 16, 64  # bytes and places of a file that tell one model from another
 
 
 def model_files(path: Path) -> list[Path]:
@@ -46,6 +50,30 @@ def model_files(path: Path) -> list[Path]:
     """
     with closing(open_gguf(path)) as source:
         return source.files()
+
+
+def find_fingerprint(files: Sequence[Path]) -> str:
+    """Tell models apart by their header, and by places all over their weights: all would take minutes.
+
+    Parameters
+    ----------
+    files : sequence of Path
+        Of the model, then its adapters.
+
+    Raises
+    ------
+    OSError
+        A file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with path.open("rb") as file:
+            for i in range(_N_SAMPLES):
+                file.seek(i * max(size - _SAMPLE, 0) // (_N_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+    return f"fp_{digest.hexdigest()[:12]}"
 
 
 def open_gguf(path: Path) -> GgufModel:

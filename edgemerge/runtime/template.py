@@ -1,9 +1,9 @@
 """Turns a conversation into the text that a model was trained on, by the model's own chat template.
 
 The template is Jinja from a stranger's file. It runs in Jinja's sandbox, in a process of its own
-(`template_process` starts it, `template_child` is it). Blocks, extensions, filters and functions are those of
-transformers' `apply_chat_template` (`_compile_jinja_template` in utils/chat_template_utils.py): a template
-that works there gives the same text here.
+(`edgemerge.formats.template_process` starts it, `template_child` is it). Blocks, extensions, filters and
+functions are those of transformers' `apply_chat_template` (`_compile_jinja_template` in
+utils/chat_template_utils.py): a template that works there gives the same text here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.files import read_text
-from edgemerge.runtime.template_process import TemplateOverrun, TemplateProcess, TemplateRefusal
+from edgemerge.formats.template_process import TemplateOverrun, TemplateProcess, TemplateRefusal
 
 if TYPE_CHECKING:
     from edgemerge.runtime.llama import Model

@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgemerge.errors import FormatError
+from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.evaluation.evaluate import Mark, mark
 from edgemerge.runtime.evaluation.likelihood import score_questions
-from edgemerge.runtime.evaluation.perplexity import Chunk, cut_text, perplexity_of, score_chunks
+from edgemerge.runtime.evaluation.perplexity import Chunk, cut_text, score_chunks
 from edgemerge.runtime.evaluation.suite import CHUNK
 from edgemerge.runtime.evaluation.tasks import Task
 from edgemerge.runtime.llama import Model
-from edgemerge.searching.objective import Figures
 from edgemerge.searching.portions import LEAST, RUNGS, divide, divide_task
 from edgemerge.types import BeginPart
 
-__all__ = ["Answers", "Ask", "Examiner", "ask_here"]
+__all__ = ["Ask", "Examiner", "ask_here"]
 
 Ask = Callable[[Model, Sequence[Task], int | None, BeginPart], Mapping[str, list[Mark]]]
 """Asks a model tasks, with so many tokens of context; gives the marks of each, by its name."""
-
-
-@dataclass(slots=True)
-class Answers:
-    """What a model answered so far.
-
-    Attributes
-    ----------
-    marks : dict of str to list of Mark
-        By task.
-    chunks : dict of str to list of Chunk
-        By text.
-    """
-
-    marks: dict[str, list[Mark]] = field(default_factory=dict)
-    chunks: dict[str, list[Chunk]] = field(default_factory=dict)
-
-    def figures(self, n_bytes: int) -> Figures:
-        """Sum up; `n_bytes` is the model's size."""
-        return Figures(
-            {
-                name: 100 * sum(one.right for one in marks) / len(marks)
-                for name, marks in self.marks.items()
-            },
-            {name: perplexity_of(chunks).value for name, chunks in self.chunks.items()},
-            n_bytes,
-        )
 
 
 class Examiner:

@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["CLOSE", "SIZE", "Figures", "Objective"]
+from edgemerge.runtime.evaluation.answers import Answers
+
+__all__ = ["CLOSE", "SIZE", "Figures", "Objective", "sum_up"]
 
 SIZE = "size"
 KEEP_COST = 3.0
@@ -44,6 +46,12 @@ class Figures:
         if name == SIZE:
             return 100 * (self.n_bytes / start.n_bytes - 1)
         return 100 * (self.perplexities[name] / start.perplexities[name] - 1)
+
+
+def sum_up(answers: Answers, n_bytes: int) -> Figures:
+    """Return what answers come to, of a model of so many bytes."""
+    accuracies = {name: 100 * right / n for name, (right, n) in answers.counts().items()}
+    return Figures(accuracies, answers.perplexities(), n_bytes)
 
 
 @dataclass(frozen=True, slots=True)

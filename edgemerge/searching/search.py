@@ -16,10 +16,11 @@ import yaml
 
 from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.recipe.searches import SearchRecipe
+from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.llama import Model
-from edgemerge.searching.examiner import Answers, Examiner
+from edgemerge.searching.examiner import Examiner
 from edgemerge.searching.model_file import ModelFile
-from edgemerge.searching.objective import CLOSE, Objective
+from edgemerge.searching.objective import CLOSE, Objective, sum_up
 from edgemerge.searching.portions import RUNGS
 from edgemerge.searching.trials import Draw, Trial, Trials
 from edgemerge.searching.verdict import judge, mean_verdict
@@ -135,7 +136,7 @@ class Search:
         with self.load(self.model_file.path) as model:
             for rung in range(len(RUNGS)):
                 self.examiner.ask_rung(model, rung, answers, self.begin_part)
-                figures = answers.figures(self.model_file.n_bytes)
+                figures = sum_up(answers, self.model_file.n_bytes)
                 start = finished[0].figures[rung] if finished else figures
                 if not draw.report(figures, self.objective.score(figures, start)):
                     break

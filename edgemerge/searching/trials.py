@@ -39,7 +39,7 @@ STUDY = "edgemerge"
 STARTUP = 10  # at least so many trials have values that are drawn evenly, after the first ones
 EACH = 4  # of them at least have one and the same word
 HALVING = 2  # of the trials that reach a rung, one in so many goes on
-HEADER, LOOKS = "header", "looks"
+HEADER, LOOKS, OUTPUTS = "header", "looks", "outputs"
 STEPS = (1, 2, 4)  # of the rungs, as the pruner counts
 
 
@@ -251,6 +251,18 @@ class Trials:
         """Keep what was found with the held-out questions."""
         with self._trouble():
             self._kept.set_user_attr(LOOKS, [*self.looks, look])
+
+    @property
+    def outputs(self) -> list[str]:
+        """SHA-256 of all that the search has written beside its trials."""
+        found: list[str] = self._kept.user_attrs.get(OUTPUTS, [])
+        return found
+
+    def note_output(self, sha256: str) -> None:
+        """Keep the hash of what is about to be written, so that another run knows it for its own."""
+        if sha256 not in self.outputs:
+            with self._trouble():
+                self._kept.set_user_attr(OUTPUTS, [*self.outputs, sha256])
 
     # -- drawing ----------------------------------------------------------------------------------
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.evaluation.evaluate import Mark
 from edgemerge.runtime.evaluation.intervals import Z_95
 from edgemerge.runtime.evaluation.paired import differ_in_marks, differ_in_perplexity
 from edgemerge.runtime.evaluation.perplexity import Chunk, perplexity_of
-from edgemerge.searching.examiner import Answers
 from edgemerge.searching.objective import Objective
 
 __all__ = ["Verdict", "judge", "mean_verdict"]

@@ -165,6 +165,24 @@ def test_verify_reads_a_merged_file_and_its_inputs_where_they_are(
         assert "s3cret" not in said
 
 
+@pytest.mark.parametrize("command", ["merge", "plan", "search"])
+def test_a_recipe_at_an_address_is_to_be_downloaded_first(command: str, tmp_path: Path) -> None:
+    address = "https://user:s3cret@127.0.0.1:9/ward.yml"
+    more = {
+        "merge": ("-o", tmp_path / "out.gguf"),
+        "search": ("--task", f"q={tmp_path / 'q.jsonl'}"),
+    }
+    if command == "search":
+        pytest.importorskip("optuna")
+        line = {"question": "?", "options": ["yes", "no"], "answer": 0}
+        (tmp_path / "q.jsonl").write_text(json.dumps(line))
+    text = run(command, address, *more.get(command, ()), code=1)
+    assert text.strip() == (
+        "edgemerge: https://127.0.0.1:9/ward.yml: a recipe is read from a file of this machine, and only its "
+        "models from addresses; download it first, as with curl -O, and give its path"
+    )
+
+
 def test_other_commands_name_the_address_and_not_its_secrets(tmp_path: Path) -> None:
     address, out = "http://user:s3cret@127.0.0.1:9/a.gguf?token=s3cret", str(tmp_path / "out")
     for given in (

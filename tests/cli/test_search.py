@@ -91,6 +91,15 @@ def test_what_no_merge_looks_at_is_noted_before_the_work() -> None:
     assert "unknown parameter 'lamda', which is ignored; did you mean 'lambda'?" in said
 
 
+def test_a_rank_that_no_matrix_has_is_told_before_the_work() -> None:
+    text = RECIPE.replace("task_arithmetic", "tsv").replace(
+        "  lambda:", "  rank: 100000\n  lambda:"
+    )
+    Path("recipe.yml").write_text(text)
+    said = CliRunner().invoke(app, ["recipe.yml", *TASK, "-t", "1", "--trials", "2"]).stderr
+    assert "warning: rank 100000 counts as " in said
+
+
 def test_the_same_command_goes_on_and_more_trials_are_added() -> None:
     first = json.loads(run("--trials", "3", "--json"))
     again = json.loads(run("--trials", "3", "--json"))
@@ -185,6 +194,31 @@ def test_outputs_are_checked_before_the_work(folder: Path) -> None:
     said = fail("sub/recipe.yml", *TASK, "-o", "best.yml")
     assert "lies where the models of sub/recipe.yml are not found by their names" in said
     assert not Path("best.yml.trials").exists()
+
+
+def test_nothing_is_replaced_that_this_search_has_not_written() -> None:
+    best, page = Path("recipe-best.yml"), Path("page.html")
+    best.write_text("mine")
+    Path("recipe-best.yml.trials").touch()  # as a search leaves it that was stopped at once
+    few = ("--trials", "2")
+    said = fail("recipe.yml", *TASK, "-t", "1", *few)
+    assert said.endswith(
+        "recipe-best.yml: exists, and this search has not written it so; rename it, or give --force to "
+        "replace it"
+    )
+    assert best.read_text() == "mine"
+    best.unlink()
+    page.write_text("mine too")
+    assert "page.html: exists" in fail(
+        "recipe.yml", *TASK, "-t", "1", *few, "--report", "page.html"
+    )
+    assert page.read_text() == "mine too"
+    run(*few)
+    run(*few)  # its own
+    best.write_text(best.read_text() + "# by hand\n")
+    assert "has not written it so" in fail("recipe.yml", *TASK, "-t", "1", *few)
+    run(*few, "--force", "--report", "page.html")
+    assert "by hand" not in best.read_text()
 
 
 def count_trials(path: Path) -> int:

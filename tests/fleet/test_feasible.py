@@ -39,7 +39,11 @@ def merge_of(method: str = "task_arithmetic", **more: Any) -> dict[str, Any]:
         (merge_of(align="sideways"), "alignment is 'sideways'; choose one of"),
         ({"base": {"path": "folder"}}, "is a folder, and the first model is compared with"),
         ({"questions": {"bad": "bad.jsonl"}}, "bad.jsonl: line 1: 'answer' must be"),
-        ({"texts": {"notes": "empty.txt"}}, "texts.notes: "),
+        (
+            {"texts": {"notes": "empty.txt"}},
+            "has 0 bytes, and perplexity needs 1024 tokens; give a",
+        ),
+        ({"texts": {"notes": "short.txt"}}, "has 1023 bytes, and perplexity needs"),
     ],
 )
 def test_before_the_merge(device: Path, changes: dict[str, Any], says: str) -> None:
@@ -47,6 +51,7 @@ def test_before_the_merge(device: Path, changes: dict[str, Any], says: str) -> N
     line = '{"question": "?", "options": ["a", "b"], "answer": 7}\n'
     (device.parent / "bad.jsonl").write_text(line)
     (device.parent / "empty.txt").touch()
+    (device.parent / "short.txt").write_text("a" * 1023)
     write_site(device.parent, **changes)
     with pytest.raises(EdgemergeError, match=r"SITE\.yml|bad\.jsonl") as error:
         foresee(read_site(device), None)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import pytest
 
-from edgemerge.fleet.promotion import Answers, Talk, Verdict, decide, find_fault
+from edgemerge.fleet.promotion import Talk, Verdict, decide, find_fault
 from edgemerge.fleet.site_file import Rule
+from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.evaluation.paired import differ_in_marks, standard_errors
 from edgemerge.runtime.evaluation.perplexity import Chunk
 from edgemerge.runtime.smoke import Answer

@@ -23,7 +23,7 @@ from edgemerge.errors import (
     RecipeError,
     VerificationError,
 )
-from edgemerge.fleet.registry.offers import read_offer, read_scores
+from edgemerge.fleet.registry.offers import base_checksum, read_offer, read_scores
 from edgemerge.fleet.registry.publishing import Asked, publish, refresh, remove
 from tests.support.registries import NOW, Site, ignore, write_delta
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -117,7 +117,7 @@ def test_files_that_nobody_names_any_more_go(site: Site) -> None:
 
 def test_kinds_are_read_from_the_header(tmp_path: Path) -> None:
     model = write_tiny_gguf(tmp_path / "model.gguf")
-    assert read_offer(model) == ("model", None, "")
+    assert read_offer(model) == ("model", base_checksum(model), "")
     adapter = write_delta(tmp_path / "adapter.gguf", kind="adapter")
     assert read_offer(adapter) == ("adapter", None, "apache-2.0")
     assert read_offer(adapter, "00000001").base == "00000001"

@@ -298,6 +298,7 @@ class FakeEntry:
     sha256: str
     kind: str = "model"
     publisher: str = "0" * 32
+    base: str | None = None
 
 
 @dataclass

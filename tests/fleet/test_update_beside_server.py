@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from edgemerge.cli import make_app
 from edgemerge.fleet.report import Report
 from edgemerge.fleet.server import Server
 from edgemerge.fleet.site_file import read_site
+from edgemerge.runtime.model_files import find_fingerprint
+from edgemerge.site.log import read_events
 from tests.support.updates import (
     KnowingExaminer,
     better,
@@ -31,12 +34,22 @@ MODEL = {"id": "ward", "crashes": 0}
 
 @dataclass
 class Told:
-    """What the server answers: a status and a document for each path; and the paths that were asked."""
+    """What the server answers: a status and a document for each path; and the paths that were asked.
+
+    With `serves`, it has loaded that file, and loads it again by a reload that works.
+    """
 
     health: dict[str, Any] = field(default_factory=lambda: {"status": "ok", "models": [MODEL]})
     reload: tuple[int, dict[str, Any]] = (200, {"id": "ward"})
+    is_busy: bool = False
     asked: list[str] = field(default_factory=list)
     url: str = ""
+    serves: Path | None = None
+
+    def load(self) -> None:
+        if self.serves is not None:
+            model = MODEL | {"fingerprint": find_fingerprint([self.serves])}
+            self.health = {"status": "ok", "models": [model]}
 
 
 @pytest.fixture
@@ -50,8 +63,11 @@ def told() -> Iterator[Told]:
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["content-length"]))
+            if "reload" in self.path and told.reload[0] == 200:
+                told.load()
             choice = {"choices": [{"text": "Paris."}], "usage": {"completion_tokens": 2}}
-            self._answer(*(told.reload if "reload" in self.path else (200, choice)))
+            answer = (503, {}) if told.is_busy else (200, choice)
+            self._answer(*(told.reload if "reload" in self.path else answer))
 
         def _answer(self, status: int, document: dict[str, Any]) -> None:
             told.asked.append(self.path)
@@ -78,7 +94,14 @@ def device(tmp_path: Path) -> Path:
     return write_device(tmp_path)
 
 
-def run(path: Path, told: Told, expert: str = "a", **place: str) -> Report:
+def run(
+    path: Path,
+    told: Told,
+    expert: str = "a",
+    *,
+    again: bool = False,
+    place: Mapping[str, str] = MappingProxyType({}),
+) -> Report:
     write_site(
         path.parent,
         experts=[{"path": f"{expert}.gguf"}],
@@ -86,7 +109,7 @@ def run(path: Path, told: Told, expert: str = "a", **place: str) -> Report:
         promote={"watch": 0, "better": [], "slowdown": 100},
     )
     server = Server(read_site(path).serve)  # type: ignore[arg-type]
-    return update(path, KnowingExaminer(better), server=server)
+    return update(path, KnowingExaminer(better), server=server, again=again)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +125,7 @@ def test_a_wrong_key_or_name_is_told_before_anything_is_made(
     assert run(device, told).outcome == "promoted"
     right, told.health = told.health, health
     for _ in range(2):  # not settled: it is told until somebody corrects it
-        report = run(device, told, "b", **place)
+        report = run(device, told, "b", place=place)
         assert (report.outcome, report.tried) == ("failed", None)
         assert says in report.reason
     told.health = right
@@ -149,3 +172,77 @@ def test_a_server_of_something_else_is_told(device: Path, told: Told) -> None:
     report = run(device, told)
     assert report.outcome == "failed"
     assert folder_of(device).current() is None
+
+
+def test_a_server_of_another_file_is_found_before_anything_is_made(
+    device: Path, told: Told
+) -> None:
+    first = run(device, told).current
+    current = folder_of(device).current_path
+    told.serves = device.parent / "a.gguf"
+    told.load()
+    says = (
+        f"the server at {told.url} serves another file than {current}, or adds an adapter to it; "
+        f"start it with edgemerge serve {current}"
+    )
+    for expert in ("a", "b"):  # where nothing changed, too
+        report = run(device, told, expert)
+        assert (report.outcome, report.reason, report.tried) == ("failed", says, None)
+    assert folder_of(device).current() == first
+    told.serves = current
+    told.load()
+    assert run(device, told, "b").outcome == "promoted"
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_a_promotion_that_the_server_does_not_follow_is_rolled_back(
+    device: Path, told: Told, is_busy: bool
+) -> None:
+    first = run(device, told).current
+    told.is_busy = is_busy
+    told.serves = device.parent / "a.gguf"  # it shows by the reload
+    report = run(device, told, "b")
+    assert (report.outcome, report.current) == ("rolled_back", first)
+    assert f"another file than {folder_of(device).current_path}" in report.reason
+    assert report.reason.endswith(", then run edgemerge update --again")
+    assert report.server_differs
+    assert "did not take the earlier model" in report.failures[0]
+
+
+def test_a_first_promotion_beside_a_server_of_another_file_fails(device: Path, told: Told) -> None:
+    told.serves = device.parent / "base.gguf"
+    told.load()
+    report = run(device, told)
+    assert report.outcome == "failed"
+    assert "serves another file" in report.reason
+    assert "no earlier model to roll back to" in report.reason
+    told.serves = folder_of(device).current_path
+    told.load()
+    report = run(device, told, again=True)
+    assert (report.outcome, report.reason) == (
+        "unchanged",
+        "the merge gives the model that serves",
+    )
+
+
+def test_a_server_that_missed_a_reload_is_told_again(device: Path, told: Told) -> None:
+    run(device, told)
+    told.serves = device.parent / "a.gguf"
+    told.load()  # as it was, and since then its link leads to the model of now
+    told.serves = folder_of(device).current_path
+    assert run(device, told).outcome == "unchanged"
+    assert Server(read_site(device).serve).find_difference(told.serves) is None  # type: ignore[arg-type]
+    events = [one["event"] for one in read_events(folder_of(device).path / "log.jsonl")]
+    assert events[-2:] == ["reloaded", "unchanged"]
+
+
+def test_a_server_that_cannot_load_the_model_of_now_does_not_stop_the_next(
+    device: Path, told: Told
+) -> None:
+    run(device, told)
+    told.serves = device.parent / "a.gguf"
+    told.load()
+    told.reload = (409, {"error": {"message": "it does not load"}})
+    report = run(device, told)
+    assert report.outcome == "unchanged"
+    assert "does not take the model of now" in report.failures[0]

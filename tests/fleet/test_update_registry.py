@@ -11,7 +11,9 @@ import pytest
 
 pytest.importorskip("tuf")
 
+from edgemerge.errors import MismatchError
 from edgemerge.fleet.foresight import foresee
+from edgemerge.fleet.registry import offers
 from edgemerge.fleet.registry.client import Registry
 from edgemerge.fleet.registry.folder import RegistryFolder
 from edgemerge.fleet.registry.keys import read_signers
@@ -21,7 +23,14 @@ from edgemerge.fleet.report import Report
 from edgemerge.fleet.site_file import read_site
 from edgemerge.merging.delta import DeltaSettings, make_delta
 from edgemerge.provenance.keys import create_keys, key_id, read_public_key
-from tests.support.updates import KnowingExaminer, better, folder_of, update, write_device
+from tests.support.updates import (
+    KnowingExaminer,
+    better,
+    folder_of,
+    update,
+    write_device,
+    write_site,
+)
 
 
 class Publisher:
@@ -51,15 +60,21 @@ def publisher(tmp_path: Path) -> Publisher:
     return Publisher(tmp_path)
 
 
+DECLARED: dict[str, Any] = {
+    "registry": {"address": "registry", "trust": "root.json"},
+    "base": {"name": "tiny", "version": 1},
+    "experts": [{"name": "disease", "weight": 0.5}],
+    "promote": {"watch": 0, "better": []},
+}
+
+
 @pytest.fixture
 def device(tmp_path: Path, publisher: Publisher) -> Path:
-    return write_device(
-        tmp_path,
-        registry={"address": "registry", "trust": "root.json"},
-        base={"name": "tiny", "version": 1},
-        experts=[{"name": "disease", "weight": 0.5}],
-        promote={"watch": 0, "better": []},
-    )
+    return write_device(tmp_path, **DECLARED)
+
+
+def write_registry_site(device: Path, **changes: Any) -> None:
+    write_site(device.parent, **{**DECLARED, **changes})
 
 
 def run(path: Path, *, again: bool = False) -> Report:
@@ -98,6 +113,60 @@ def test_the_newest_delta_of_a_registry(device: Path, publisher: Publisher) -> N
     names = sorted(path.name for path in folder_of(device).inputs.iterdir())
     assert names == ["disease-2.delta.gguf", "tiny-1.gguf"]
     assert (run(device).outcome, foresee_of(device)["does"]) == ("unchanged", "unchanged")
+
+
+def publish_delta(publisher: Publisher, folder: Path, base: str, expert: str, name: str) -> str:
+    """Publish what an expert changed of a base; return the base's checksum."""
+    delta = folder / f"{name}.delta.gguf"
+    make_delta(folder / f"{base}.gguf", folder / f"{expert}.gguf", delta, DeltaSettings(bits=4))
+    publisher.publish(delta, name, "1")
+    return offers.base_checksum(folder / f"{base}.gguf")
+
+
+def refuses_without_bytes(device: Path, says: str) -> None:
+    with pytest.raises(MismatchError) as error:
+        foresee_of(device)
+    assert str(error.value) == f"{device}: {says}"
+    report = run(device)
+    assert (report.outcome, report.reason) == ("failed", str(error.value))
+    assert (report.bytes_fetched, list(folder_of(device).inputs.iterdir())) == (0, [])
+
+
+@pytest.mark.parametrize("by_path", [True, False])
+def test_a_delta_of_another_base_is_found_before_it_comes(
+    device: Path, publisher: Publisher, by_path: bool
+) -> None:
+    folder = device.parent
+    publisher.publish(folder / "base.gguf", "tiny", "1")
+    theirs = publish_delta(publisher, folder, "b", "a", "disease")
+    ours = offers.base_checksum(folder / "base.gguf")
+    if by_path:
+        write_registry_site(device, base={"path": "base.gguf"})
+    refuses_without_bytes(
+        device,
+        f"experts: disease 1 is a delta of another base than {'base.gguf' if by_path else 'tiny 1'}: the "
+        f"checksums are {theirs} and {ours}; name deltas of one base, and that base",
+    )
+
+
+def test_deltas_of_two_bases_are_found_before_they_come(
+    device: Path, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = device.parent
+    with monkeypatch.context() as patch:  # as registries were that state no checksum of a model
+        offer = offers.read_offer(folder / "base.gguf")._replace(base=None)
+        patch.setattr("edgemerge.fleet.registry.publishing.read_offer", lambda *_: offer)
+        publisher.publish(folder / "base.gguf", "tiny", "1")
+    ours = publish_delta(publisher, folder, "base", "a", "disease")
+    theirs = publish_delta(publisher, folder, "b", "a", "other")
+    write_registry_site(
+        device, experts=[{"name": "disease", "weight": 0.5}, {"name": "other", "weight": 0.5}]
+    )
+    refuses_without_bytes(
+        device,
+        "experts: other 1 is a delta of another base than that of disease 1: the checksums are "
+        f"{theirs} and {ours}; name deltas of one base, and that base",
+    )
 
 
 def foresee_of(path: Path) -> dict[str, Any]:

@@ -53,7 +53,9 @@ def prepared(
     for name in ("disease", "general"):
         lines = (eval_dir / f"{name}.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:N_QUESTIONS]))
-    first = run(declare(folder, "expert-a", 0.3, better=[]))
+    questions = [json.loads(line)["question"] for line in lines]
+    (folder / "notes.txt").write_text("\n".join(questions))
+    first = run(declare(folder, "expert-a", 0.3, better=[], texts={"notes": "notes.txt"}))
     assert first["outcome"] == "promoted", first["reason"]
     return folder, first
 
@@ -91,6 +93,26 @@ def run(path: Path, *options: str) -> dict[str, Any]:
     good = told["outcome"] in ("promoted", "refused", "unchanged")
     assert done.returncode == (0 if good else 1)
     return told
+
+
+def test_texts_are_read_in_the_context_that_both_models_have(
+    device: Path, prepared: tuple[Path, dict[str, Any]]
+) -> None:
+    assert prepared[1]["current"]["perplexities"].keys() == {"notes"}
+    kept = [json.loads(path.read_text()) for path in folder_of(device).answers.iterdir()]
+    assert [one["chunk"] for one in kept] == [256] * len(kept)
+    n_scored = {chunk[2] for one in kept for chunk in one["chunks"]["notes"]}
+    assert n_scored == {127}
+
+
+def test_a_server_of_another_file_is_told(device: Path) -> None:
+    other, current = device.parent / "expert-a.gguf", folder_of(device).current_path
+    with Serving(other) as server:
+        declare(device.parent, "expert-a", 1.0, serve={"address": server.url})
+        report = run(device)
+    assert (report["outcome"], report["tried"]) == ("failed", None)
+    assert f"serves another file than {current}" in report["reason"]
+    assert report["seconds"].keys() == {"find"}
 
 
 def fingerprint(server: Serving) -> str | None:

@@ -189,6 +189,29 @@ def test_enough_gives_the_expert_back(name: str, asked: DeltaSettings, tmp_path:
         assert np.allclose(found[tensor], x, rtol=0, atol=atol), tensor
 
 
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        (DeltaSettings(rank=999), "--rank 999"),
+        (DeltaSettings(rank=1), None),
+        (DeltaSettings(density=0.9), "--sparse 0.9"),
+        (DeltaSettings(density=0.1), None),
+        (DeltaSettings(bits=8), None),
+    ],
+)
+def test_what_takes_more_than_the_whole_change_is_told(
+    asked: DeltaSettings, named: str | None, pair: Pair, tmp_path: Path
+) -> None:
+    report = make_delta(*pair, tmp_path / "delta.gguf", asked)
+    if named is None:
+        assert report.notes == ()
+        return
+    (note,) = report.notes
+    option = named.split()[0]
+    assert note.startswith(f"{named} takes ")
+    assert note.endswith(f" with --bits 8; give that, or a smaller {option}")
+
+
 def test_a_tensor_that_did_not_change_is_not_stored(tmp_path: Path) -> None:
     base = wide_tensors(0)
     changed = {**base, "blk.0.attn_q.weight": wide_tensors(1, base)["blk.0.attn_q.weight"]}

@@ -128,6 +128,29 @@ def test_auto_is_the_template_that_most_inputs_have(folder: Path) -> None:
     assert template_of(folder) == "{{ 1 }}"  # of the first where all are as common
 
 
+def test_a_chat_template_that_does_not_parse_is_told(folder: Path) -> None:
+    """Fault: it was copied without a word, and chat refused the merge."""
+    pytest.importorskip("jinja2")
+    give_template(folder, "base", "{% for message in messages %}{{ message }}")
+    text = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: a}]\n"
+    text += "parameters: {weight: 1}\n"
+    (folder / "recipe.yml").write_text(text)
+    recipe = edgemerge.load_recipe("recipe.yml")
+    (said,) = [one for one in edgemerge.plan(recipe).notes if "chat template" in one]
+    assert said.startswith("base: its chat template is no Jinja (Unexpected end of template.")
+    assert said.endswith(
+        "), so run, chat and serve will refuse the output; give another as chat_template of a recipe"
+    )
+    assert said in edgemerge.merge(recipe, "out.gguf").notes
+    (folder / "recipe.yml").write_text(text + "chat_template: '{{ messages'\n")
+    notes = edgemerge.plan(edgemerge.load_recipe("recipe.yml")).notes
+    assert any(one.startswith("the chat_template is no Jinja (") for one in notes)
+    (folder / "recipe.yml").write_text(text + "chat_template: chatml\n")
+    assert not any(
+        "no Jinja" in one for one in edgemerge.plan(edgemerge.load_recipe("recipe.yml")).notes
+    )
+
+
 def test_auto_adds_no_template_where_no_input_has_one(folder: Path) -> None:
     merge(
         "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: 1}\nchat_template: auto\n",

@@ -241,6 +241,31 @@ def test_nan_in_the_donor_is_named(pair: tuple[Path, Path], tmp_path: Path) -> N
         run(pair[0], donor, tmp_path / "out.gguf")
 
 
+@pytest.mark.parametrize(
+    ("name", "gguf_name"),
+    [
+        (EMBEDDING, "token_embd.weight"),
+        ("model.layers.1.mlp.up_proj.weight", "blk.1.ffn_up.weight"),
+    ],
+)
+def test_nan_in_the_model_is_named_before_rows_are_looked_for(
+    name: str, gguf_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: tensors without tokens were looked at when the long work was done."""
+    model, donor = make_pair(tmp_path)
+    tensors = read_safetensors(model / "model.safetensors")
+    tensors[name][2, 3] = np.inf
+    write_safetensors(model / "model.safetensors", tensors)
+    monkeypatch.setattr("edgemerge.merging.transplant.pursue", None)
+    with pytest.raises(FormatError) as error:
+        run(model, donor, tmp_path / "out.gguf")
+    assert str(error.value) == (
+        f"{model}: tensor {gguf_name!r}: holds NaN or infinity at index "
+        f"{2 * tensors[name].shape[1] + 3}; that model is damaged, get it again"
+    )
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_without_the_command_the_recipe_is_a_plain_one(pair: tuple[Path, Path]) -> None:
     """The recipe alone still means what it meant: new tokens of no model are zeros."""
     made = plan(recipe_of(*pair, None, "gguf"))

@@ -115,3 +115,24 @@ def test_a_merge_that_is_hardly_meant(
     paths = [INPUTS / name for name in models]
     told = warnings(tmp_path, method, paths, None if base is None else INPUTS / base, **parameters)
     assert sentence in told
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "told"),
+    [
+        ("tsv", {"rank": 9}, []),
+        ("tsv", {"rank": 100000}, ["rank 100000 counts as 32: no matrix has more directions"]),
+        ("resmerge", {"rank": 33}, ["rank 33 counts as 32: no matrix has more directions"]),
+        ("ties", {"svc_rank": 33}, []),
+        (
+            "ties",
+            {"svc": True, "svc_rank": 33},
+            ["svc_rank 33 counts as 32: no matrix has more directions"],
+        ),
+    ],
+)
+def test_a_rank_that_no_matrix_has(
+    method: str, parameters: dict[str, Any], told: list[str], tmp_path: Path
+) -> None:
+    models = [INPUTS / "a", INPUTS / "b"]
+    assert warnings(tmp_path, method, models, INPUTS / "base", **parameters) == told

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.merging.run import plan
+from edgemerge.planning import decompositions
 from edgemerge.planning.boards import BOARDS, SOURCES
+from edgemerge.planning.decompositions import say_costly_ranks
 from edgemerge.planning.prediction import Rates, predict
 from edgemerge.planning.reference import DECODE, ENCODE, MERGE, START
 from edgemerge.recipe.recipe import make_recipe
@@ -80,6 +83,35 @@ def test_memory_is_read_and_written(the_plan: Plan) -> None:
     n_values = 3 * N + 512
     moved = 3 * the_plan.read_bytes + 5 * the_plan.written_bytes + 4 * (2 * 2 + 2) * n_values
     assert found.memory == pytest.approx(moved / 2e6)
+
+
+def test_many_singular_directions_take_the_cube_of_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: a merge of two minutes was predicted to take a second."""
+    paths = []
+    for i, name in enumerate(("base", "a", "b")):
+        rows = np.random.default_rng(i).standard_normal((128, 64)).astype(np.float32)
+        paths.append(str(write_gguf(tmp_path / f"{name}.gguf", {"blk.0.ffn_up.weight": rows})))
+    base, *experts = paths
+
+    def planned(rank: int) -> Plan:
+        given = [(path, None) for path in experts]
+        recipe = make_recipe("tsv", given, base=base, parameters={"rank": rank})
+        return plan(recipe, threads=1)
+
+    few, many = planned(8), planned(64)
+    assert list(say_costly_ranks(many)) == []
+    monkeypatch.setattr(decompositions, "DECOMPOSE", 1e6)
+    found = [predict(one, QUICK).processor for one in (few, many)]
+    # of each expert, and twice of both together
+    each = [2 * rank**3 + 2 * (2 * rank) ** 3 for rank in (8, 64)]
+    assert found[1] - found[0] == pytest.approx(1e-3 * (each[1] - each[0]), rel=1e-3)
+    (said,) = say_costly_ranks(many)
+    assert said == (
+        "the singular directions of all matrices, up to 128 at once, take about 1 h 18 min of a core of the "
+        "reference machine, which grows with the cube of rank"
+    )
 
 
 def test_the_reference_knows_all_types() -> None:

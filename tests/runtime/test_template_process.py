@@ -16,9 +16,14 @@ from unittest.mock import patch
 import pytest
 
 from edgemerge.errors import FormatError, RuntimeFailure
-from edgemerge.runtime import template_process
+from edgemerge.formats import template_process
+from edgemerge.formats.template_process import (
+    TemplateOverrun,
+    TemplateProcess,
+    TemplateRefusal,
+    find_template_fault,
+)
 from edgemerge.runtime.template import Template
-from edgemerge.runtime.template_process import TemplateOverrun, TemplateProcess, TemplateRefusal
 
 pytestmark = pytest.mark.llama  # Jinja comes with llama-cpp-python
 
@@ -260,3 +265,15 @@ def test_a_refusal_is_no_overrun() -> None:
     with pytest.raises(TemplateRefusal) as caught:
         TemplateProcess("{{ raise_exception('no') }}").render({})
     assert not isinstance(caught.value, TemplateOverrun)
+
+
+def test_only_what_jinja_cannot_read_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_template_fault.cache_clear()
+    assert find_template_fault("{{ messages[0].content }}{{ raise_exception('no') }}") is None
+    assert find_template_fault("{% if x %}") is not None
+    assert find_template_fault("{% for x in y") is not None
+    assert find_template_fault("x" * (1 << 19)) is None  # more than is asked for
+    find_template_fault.cache_clear()
+    monkeypatch.setattr(template_process, "find_spec", lambda name: None)
+    assert find_template_fault("{% if x %}") is None
+    find_template_fault.cache_clear()

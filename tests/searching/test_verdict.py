@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.evaluation.evaluate import Mark, compare
 from edgemerge.runtime.evaluation.perplexity import Chunk
-from edgemerge.searching.examiner import Answers
 from edgemerge.searching.objective import Objective
 from edgemerge.searching.verdict import judge, mean_verdict
 

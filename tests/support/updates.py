@@ -12,10 +12,11 @@ import yaml
 
 from edgemerge.fleet.examination import Crash, Show
 from edgemerge.fleet.ingredients import FileHashes
-from edgemerge.fleet.promotion import Answers, Talk
+from edgemerge.fleet.promotion import Talk
 from edgemerge.fleet.report import Report
 from edgemerge.fleet.site_file import read_site
 from edgemerge.fleet.update import Update
+from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.evaluation.evaluate import Mark
 from edgemerge.runtime.smoke import QUESTIONS, Answer
 from edgemerge.site.folder import SiteFolder
@@ -84,7 +85,7 @@ class KnowingExaminer:
     problems: list[str | None] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
 
-    def ask_all(self, model: Path, sha256: str, show: Show) -> Answers:
+    def ask_all(self, model: Path, sha256: str, show: Show, chunk: int) -> Answers:
         self.asked.append(sha256)
         if self.crashes and model.parent.name == "models":
             raise Crash(f"{model}: llama.cpp ended the process")

@@ -46,7 +46,7 @@ class Entry:
         Of the file, in hexadecimal.
     base : str or None
         The base's checksum, eight hexadecimal digits, as `edgemerge.formats.adapters.base_sample` has it.
-        Every delta has one.
+        Every delta has one. Of a model it is its own; registries of before state none.
     kind : str
         One of `KINDS`.
     licence : str

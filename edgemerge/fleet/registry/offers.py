@@ -25,7 +25,7 @@ class Offer(NamedTuple):
     """What the header of a file says."""
 
     kind: str  # of `edgemerge.fleet.registry.entries.KINDS`
-    base: str | None  # checksum of a delta's base
+    base: str | None  # checksum of a delta's base; of a model, its own
     licence: str  # empty where none is stated
 
 
@@ -62,9 +62,9 @@ def read_offer(path: Path, base: str | None = None) -> Offer:
             f"cannot be read ({error.strerror}); check the path", path=path
         ) from error
     if found.kind == "model":
-        _check_model(path)
         if base is not None:
             raise RecipeError(f"{path} is a model, and has no base; leave out --base")
+        found = found._replace(base=_check_model(path))
     if found.kind == "delta" and base not in (None, found.base):
         raise MismatchError(
             f"{path} is a delta of another base: its checksum is {found.base}, and --base has {base}; give "
@@ -135,14 +135,14 @@ def _read_header(file: GgufFile) -> Offer:
     return Offer(str(stated), None, "")
 
 
-def _check_model(path: Path) -> None:
-    """Refuse what no merge could read, and what is not in one file."""
+def _check_model(path: Path) -> str:
+    """Refuse what no merge could read, and what is not in one file; return by what deltas know it."""
     if len(parts_of(path)) > 1:
         raise FormatError(
             "is a part of a split, and one file is published; join it with edgemerge convert",
             path=path,
         )
-    open_model(path).close()
+    return base_checksum(path)
 
 
 def _rows(document: Mapping[str, Any], key: str, path: Path) -> Iterator[Mapping[str, Any]]:

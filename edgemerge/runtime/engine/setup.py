@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from edgemerge.errors import FormatError, RuntimeFailure
 from edgemerge.machine.process import read_process
@@ -15,7 +12,7 @@ from edgemerge.runtime.engine.options import KEPT_PART, ROWS, EngineFacts, Engin
 from edgemerge.runtime.engine.slots import Slots
 from edgemerge.runtime.engine.store import Store
 from edgemerge.runtime.llama import Context, Model
-from edgemerge.runtime.model_files import open_gguf, reads_whole
+from edgemerge.runtime.model_files import find_fingerprint, open_gguf, reads_whole
 from edgemerge.runtime.template import Template, load_template
 
 __all__ = ["Loaded", "load"]
@@ -23,7 +20,6 @@ __all__ = ["Loaded", "load"]
 _LONGEST_PAIR = 1024  # tokens: each has a row of logits, which for 150 000 tokens is 600 KB
 _LEAST = 512  # tokens of a context: less is no use, whatever the memory
 _RANK = "4"  # enum llama_pooling_type of llama.h, as text of metadata
-_SAMPLE, _N_SAMPLES = 1 << 16, 64  # bytes and places of a file that tell one model from another
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +109,7 @@ def load(options: EngineOptions) -> Loaded:
         has_template=template is not None,
         reads_whole=is_encoder,
         can_rerank=can_rerank,
-        fingerprint=_fingerprint([*files, *(lora.path for lora in options.loras)]),
+        fingerprint=find_fingerprint([*files, *(lora.path for lora in options.loras)]),
         memory={
             "weights": buffers.weights,
             "kv": buffers.kv,
@@ -187,16 +183,3 @@ def _load_template(model: Model) -> Template | None:
         return load_template(model)
     except FormatError as error:
         raise RuntimeFailure(str(error)) from error
-
-
-def _fingerprint(files: Sequence[Path]) -> str:
-    """Tell models apart by their header, and by places all over their weights: all would take minutes."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with path.open("rb") as file:
-            for i in range(_N_SAMPLES):
-                file.seek(i * max(size - _SAMPLE, 0) // (_N_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
-    return f"fp_{digest.hexdigest()[:12]}"

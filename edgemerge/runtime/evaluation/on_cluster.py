@@ -224,7 +224,7 @@ def answer(quiz: Quiz, part: Part) -> list[tuple[int, Any]]:
         if part.indices is None:
             text = quiz.request.texts[part.what]
             _check(quiz, text)
-            return list(score_text(model, text, quiz.request.n_ctx, frozenset(part.skip)))
+            return list(score_text(model, text, quiz.request.text_chunk, frozenset(part.skip)))
         task = quiz.request.tasks[part.what]
         skip = frozenset(range(len(task.questions))).difference(part.indices)
         found = score_task(model, task, quiz.request.n_ctx, skip)

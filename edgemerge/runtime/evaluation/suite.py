@@ -58,13 +58,21 @@ class Request:
     texts : tuple of Path
         Text files for perplexity.
     n_ctx : int or None
-        Tokens of context; None for the model's own in tasks, and 512 in texts.
+        Tokens of context; None for the model's own in tasks, and `chunk` in texts.
+    chunk : int
+        Tokens of a chunk of a text, where nothing else is asked for.
     """
 
     models: tuple[Path, ...]
     tasks: tuple[Task, ...]
     texts: tuple[Path, ...]
     n_ctx: int | None
+    chunk: int = CHUNK
+
+    @property
+    def text_chunk(self) -> int:
+        """Tokens of a chunk of a text."""
+        return self.n_ctx or self.chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +126,7 @@ def run(request: Request, results: Results, load: Callable[[Path], Model], bar: 
                     _run_task(model, task, request.n_ctx, results, show)
             for text in request.texts:
                 with bar(f"{path.stem}: {text.name}", "chunks") as show:
-                    _run_text(model, text, request.n_ctx or CHUNK, results, show)
+                    _run_text(model, text, request.text_chunk, results, show)
 
 
 def _run_task(model: Model, task: Task, n_ctx: int | None, results: Results, show: Show) -> None:
@@ -165,10 +173,10 @@ def score_task(
 
 
 def score_text(
-    model: Model, text: Path, n_ctx: int | None, skip: Collection[int]
+    model: Model, text: Path, n_ctx: int, skip: Collection[int]
 ) -> Iterator[tuple[int, Any]]:
     """Score a text's chunks; yield what `Results.add` takes of each that is not to be skipped."""
-    yield from _score_chunks(model, cut_text(model, text, n_ctx or CHUNK), skip)
+    yield from _score_chunks(model, cut_text(model, text, n_ctx), skip)
 
 
 def _score_chunks(

@@ -10,13 +10,14 @@ import sys
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RuntimeFailure
 
-__all__ = ["TemplateOverrun", "TemplateProcess", "TemplateRefusal"]
+__all__ = ["TemplateOverrun", "TemplateProcess", "TemplateRefusal", "find_template_fault"]
 
 _CHILD = Path(__file__).with_name("template_child.py")
 _MAX_SOURCE = 1 << 18  # characters; those of models with tools have 20 000
@@ -123,6 +124,26 @@ class TemplateProcess:
         if "error" in answer:
             raise (TemplateOverrun if answer["is_overrun"] else TemplateRefusal)(answer["error"])
         return str(answer["text"])
+
+
+@lru_cache(maxsize=16)  # a search plans one model again and again
+def find_template_fault(source: str) -> str | None:
+    """Say why Jinja cannot read a chat template; None where it can, or where there is no Jinja to ask.
+
+    Parameters
+    ----------
+    source : str
+        Jinja.
+    """
+    try:
+        TemplateProcess(source).close()
+    except TemplateOverrun:  # perhaps for want of memory here and now
+        return None
+    except TemplateRefusal as refusal:
+        return str(refusal)
+    except RuntimeFailure:
+        return None
+    return None
 
 
 def _folders_of(*packages: str) -> list[str]:
