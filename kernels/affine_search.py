@@ -11,13 +11,13 @@ in its unused lanes is never written out.
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.arm64 import is_arm64
+from edgemerge.kernels.llvm import is_arm64
 from edgemerge.kernels.scalars import nearest_int
 
 LANES = 64
 HALF = (
     LANES // 2
-)  # two sums of a kind go on beside each other: one waits for itself most of the time
+)  # two lanes are added up beside each other: a sum waits for itself most of the time
 LIMIT = np.float32(1 << 22)
 
 # Rows of LANES float32 in the scratch, after the 32 rows of the tile, of its weights and of its quants.

@@ -16,7 +16,7 @@ import math
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.scalars import read_word
+from edgemerge.kernels.llvm import stack_bytes
 
 MAGNITUDES = 0xC8643210  # of kvalues_mxfp4, four bits for each, the first lowest
 
@@ -80,25 +80,43 @@ def decode_nvfp4(raw_u8, out_f32):
     out_f32 : (n_blocks * 64,) float32
         written
     """
+    halves_u8, values_u8 = stack_bytes(), stack_bytes()
     for i in range(raw_u8.size // 36):
-        block = raw_u8[36 * i : 36 * i + 36]
-        y = out_f32[64 * i : 64 * i + 64]
-        d0 = _half_ue4m3(block[0])
-        d1 = _half_ue4m3(block[1])
-        d2 = _half_ue4m3(block[2])
-        d3 = _half_ue4m3(block[3])
-        a0, b0 = read_word(block, np.uint64(4)), read_word(block, np.uint64(8))
-        a1, b1 = read_word(block, np.uint64(12)), read_word(block, np.uint64(16))
-        a2, b2 = read_word(block, np.uint64(20)), read_word(block, np.uint64(24))
-        a3, b3 = read_word(block, np.uint64(28)), read_word(block, np.uint64(32))
-        # From words, as LLVM vectorises no loop of eight turns: 11 times the speed of a loop over bytes
-        for j in range(16):
-            shift = np.uint32(8 * (j & 3) + 4 * (j >> 3))
-            last = (j & 4) != 0
-            y[j] = _value(np.int32((b0 if last else a0) >> shift & 15)) * d0
-            y[16 + j] = _value(np.int32((b1 if last else a1) >> shift & 15)) * d1
-            y[32 + j] = _value(np.int32((b2 if last else a2) >> shift & 15)) * d2
-            y[48 + j] = _value(np.int32((b3 if last else a3) >> shift & 15)) * d3
+        at, y = np.uint64(36) * np.uint64(i), np.uint64(64) * np.uint64(i)
+        d0 = _half_ue4m3(raw_u8[at])
+        d1 = _half_ue4m3(raw_u8[at + np.uint64(1)])
+        d2 = _half_ue4m3(raw_u8[at + np.uint64(2)])
+        d3 = _half_ue4m3(raw_u8[at + np.uint64(3)])
+        # In bytes, a whole vector of them at a time, and only then in order of the values
+        for k in range(np.uint64(32)):
+            byte = raw_u8[at + np.uint64(4) + k]
+            halves_u8[k] = _signed(np.uint8(byte & np.uint8(15)))
+            halves_u8[np.uint64(32) + k] = _signed(np.uint8(byte >> np.uint8(4)))
+        for j in range(4):
+            for k in range(8):
+                values_u8[16 * j + k] = halves_u8[8 * j + k]
+                values_u8[16 * j + 8 + k] = halves_u8[32 + 8 * j + k]
+        for k in range(np.uint64(16)):
+            out_f32[y + k] = _wide(values_u8[k]) * d0
+            out_f32[y + np.uint64(16) + k] = _wide(values_u8[np.uint64(16) + k]) * d1
+            out_f32[y + np.uint64(32) + k] = _wide(values_u8[np.uint64(32) + k]) * d2
+            out_f32[y + np.uint64(48) + k] = _wide(values_u8[np.uint64(48) + k]) * d3
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _signed(q):
+    # Signed magnitude as a byte, by sums of what is above 4 and 6: SIMD without AVX2 shifts all lanes alike.
+    magnitude = np.uint8(q & np.uint8(7))
+    over_4 = np.uint8(max(magnitude, np.uint8(4)) - np.uint8(4))
+    over_6 = np.uint8(max(magnitude, np.uint8(6)) - np.uint8(6))
+    magnitude = np.uint8(np.uint8(magnitude + over_4) + np.uint8(over_6 + over_6))
+    sign = np.uint8(255) if q > np.uint8(7) else np.uint8(0)
+    return np.uint8(np.uint8(magnitude ^ sign) - sign)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _wide(value):
+    return np.float32(np.int32(np.int8(value)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

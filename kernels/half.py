@@ -1,14 +1,13 @@
 """F16 and BF16, the two 16-bit floats of ggml, as uint16 bit patterns.
 
-AArch64 has instructions that convert halves. Elsewhere integers and exact float32 products do it: Numba has
-no float16, and LLVM's own conversion calls a routine that is missing on x86 cores without F16C, where Numba
-then crashes.
+AArch64 has instructions that convert halves, and x86-64 with F16C. Elsewhere integers and exact float32
+products do it: LLVM's own conversion would call a routine there, which is missing, and Numba then crashes.
 """
 
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.arm64 import is_arm64, to_half, widen_half
+from edgemerge.kernels.llvm import converts_halves, to_half, widen_half
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -22,7 +21,7 @@ def decode_f16(bits_u16, out_f32):
     out_f32 : (n,) float32
         written
     """
-    if is_arm64():
+    if converts_halves():
         for i in range(bits_u16.size):
             out_f32[i] = widen_half(bits_u16[i])
         return
@@ -49,7 +48,7 @@ def encode_f16(x_f32, out_u16):
     out_u16 : (n,) uint16
         written; bit patterns
     """
-    if is_arm64():
+    if converts_halves():
         for i in range(x_f32.size):
             out_u16[i] = to_half(x_f32[i])
         return

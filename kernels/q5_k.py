@@ -20,7 +20,8 @@ from edgemerge.kernels.affine_search import (
     SCRATCH_LEN,
     search_tile,
 )
-from edgemerge.kernels.scalars import all_scales_and_minima, times_byte
+from edgemerge.kernels.llvm import stack_bytes
+from edgemerge.kernels.scalars import all_scales_and_minima, write_affine
 
 TOP = np.float32(31)  # largest quant
 STEPS = 16  # candidate scales of the search
@@ -38,29 +39,27 @@ def decode_q5_k(raw_u8, out_f32):
     out_f32 : (n_blocks * 256,) float32
         written
     """
+    quants_u8 = stack_bytes()
     for i in range(raw_u8.size // 176):
         at, out = np.uint64(176) * np.uint64(i), np.uint64(256) * np.uint64(i)
         fifth = at + np.uint64(16)
         d, dmin, scales, minima = all_scales_and_minima(raw_u8, at)
         for j in range(4):
-            quants, y = at + np.uint64(48 + 32 * j), out + np.uint64(64 * j)
+            first, q = at + np.uint64(48 + 32 * j), np.uint64(32 * j)
             low_mask, high_mask = np.uint8(1 << 2 * j), np.uint8(2 << 2 * j)
-            step, offset = times_byte(d, scales, 2 * j), times_byte(dmin, minima, 2 * j)
-            high_step = times_byte(d, scales, 2 * j + 1)
-            high_offset = times_byte(dmin, minima, 2 * j + 1)
-            for k in range(np.uint64(32)):  # two sub-blocks at once, as in decode_q4_k
-                byte, bits = raw_u8[quants + k], raw_u8[fifth + k]
+            for k in range(np.uint64(32)):
+                byte, bits = raw_u8[first + k], raw_u8[fifth + k]
                 low = _join(np.uint8(byte & np.uint8(15)), np.uint8(bits & low_mask))
                 high = _join(np.uint8(byte >> np.uint8(4)), np.uint8(bits & high_mask))
-                out_f32[y + k] = step * low - offset
-                out_f32[y + np.uint64(32) + k] = high_step * high - high_offset
+                quants_u8[q + k], quants_u8[np.uint64(128) + q + k] = low, high
+        write_affine(quants_u8, d, dmin, scales, minima, out, out_f32)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _join(four_bits, fifth):
     # Every step in bytes: LLVM would take 64 bits for those in between, and a vector has eight times fewer.
     bit = np.uint8(16) if fifth != np.uint8(0) else np.uint8(0)
-    return np.float32(np.int32(np.uint8(four_bits | bit)))
+    return np.uint8(four_bits | bit)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

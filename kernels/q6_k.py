@@ -15,7 +15,7 @@ its unused lanes is never written out.
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.arm64 import is_arm64
+from edgemerge.kernels.llvm import is_arm64
 from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
 
 LANES = 128

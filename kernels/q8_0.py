@@ -9,7 +9,7 @@ and then finds nothing (half the speed).
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.arm64 import is_arm64
+from edgemerge.kernels.llvm import is_arm64
 from edgemerge.kernels.scalars import float_to_half, half_to_float
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.arm64 import is_arm64, to_half, widen_half
+from edgemerge.kernels.llvm import converts_halves, to_half, widen_half
 
 LANES = (
     32  # partial sums of a row: several vectors, so that no addition waits for the one before it
@@ -14,7 +14,7 @@ LANES = (
 def half_to_float(low, high):
     """Widen the binary16 of two bytes, the lower first; its two branches are explained in half.py."""
     bits = np.uint32(np.uint32(low) | (np.uint32(high) << 8))
-    if is_arm64():
+    if converts_halves():
         return widen_half(np.uint16(bits))
     magnitude = np.uint32(bits & 0x7FFF)
     normal = np.uint32((magnitude << 13) + 0x70000000).view(np.float32)
@@ -29,7 +29,7 @@ def half_to_float(low, high):
 @njit(cache=True, nogil=True, error_model="numpy")
 def float_to_half(x):
     """Round a float32 to the bits of a binary16, as encode_f16 of half.py does."""
-    if is_arm64():
+    if converts_halves():
         return np.uint32(to_half(x))
     bits = np.uint32(np.float32(x).view(np.uint32))
     magnitude = np.uint32(bits & 0x7FFFFFFF)
@@ -149,7 +149,32 @@ def _eight_bytes(low, high):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def times_byte(d, word, j):
-    """Return d times byte j of a uint64, as float32."""
+def write_affine(quants_u8, d, dmin, scales, minima, y, out_f32):
+    """Write d * scale * q - dmin * minimum of a block of Q4_K or Q5_K.
+
+    Parameters
+    ----------
+    quants_u8 : (256,) uint8
+        q: of the sub-blocks of even number, then of those of odd number
+    d, dmin, scales, minima : float32, float32, uint64, uint64
+        as `all_scales_and_minima` returns them
+    y : uint64
+        where the block's values go
+    out_f32 : (>= y + 256,) float32
+        written
+    """
+    for j in range(4):
+        step, offset = _times_byte(d, scales, 2 * j), _times_byte(dmin, minima, 2 * j)
+        high_step = _times_byte(d, scales, 2 * j + 1)
+        high_offset = _times_byte(dmin, minima, 2 * j + 1)
+        first, q = y + np.uint64(64 * j), np.uint64(32 * j)
+        for k in range(np.uint64(32)):  # two sub-blocks at once: LLVM unrolls a shorter body
+            low, high = np.int32(quants_u8[q + k]), np.int32(quants_u8[np.uint64(128) + q + k])
+            out_f32[first + k] = step * np.float32(low) - offset
+            out_f32[first + np.uint64(32) + k] = high_step * np.float32(high) - high_offset
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _times_byte(d, word, j):
     byte = np.uint64(np.uint64(word >> np.uint64(8 * j)) & np.uint64(255))
     return np.float32(d * np.float32(np.int32(byte)))

@@ -1,20 +1,28 @@
-"""What AArch64 does in one instruction and other processors may not: converting halves.
+"""What LLVM has and Numba does not: instructions that convert halves, and memory on the stack.
 
-Compiled into the kernels that call it. LLVM makes instructions of these on every AArch64. On x86-64 it may
-call routines instead, which kernels must not need: so a kernel asks `is_arm64`, and has another way. There
-the conversions are compiled too, as functions that nobody calls, and give zero.
+Compiled into the kernels that call it. AArch64 has the instructions, and x86-64 with F16C. Without it LLVM
+calls routines instead, which kernels must not need: so a kernel asks `converts_halves`, and has another way.
+There the conversions are compiled too, as functions that nobody calls, and give zero.
 The plain Python functions say what the compiled ones compute.
 """
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
+from numba import carray, njit
 from numba.core import types
 from numba.extending import intrinsic, overload
+
+STACK_BYTES = 256
+WITH_F16C = ("x86-64-v3", "x86-64-v4")  # names that imply it: no list of features says so then
 
 
 def is_arm64():
     """Whether this is compiled for AArch64: a constant, so that LLVM drops the other way."""
+    return False
+
+
+def converts_halves():
+    """Whether the processor that this is compiled for has `widen_half` and `narrow_half`: a constant."""
     return False
 
 
@@ -28,8 +36,23 @@ def narrow_half(x):
     return np.float32(x).astype(np.float16).view(np.uint16)
 
 
+def stack_bytes():
+    """Return (STACK_BYTES,) uint8 of anything, which are the caller's until it returns.
+
+    LLVM knows that nothing else is there. So it vectorises loops over them without a test of addresses, and
+    leaves in registers what one loop writes and the next one reads.
+    """
+    return np.empty(STACK_BYTES, np.uint8)
+
+
 def _targets_arm64(builder):
     return builder.module.triple.startswith("aarch64")
+
+
+def _has_conversions(context, builder):
+    codegen = context.codegen()
+    f16c = "+f16c" in codegen._get_host_cpu_features().split(",")
+    return _targets_arm64(builder) or f16c or codegen._get_host_cpu_name() in WITH_F16C
 
 
 @intrinsic
@@ -41,9 +64,17 @@ def _is_arm64(typing_context):
 
 
 @intrinsic
+def _converts_halves(typing_context):
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(ir.IntType(1), _has_conversions(context, builder))
+
+    return types.boolean(), generate
+
+
+@intrinsic
 def _widen_half(typing_context, bits):
     def generate(context, builder, signature, arguments):
-        if not _targets_arm64(builder):
+        if not _has_conversions(context, builder):
             return ir.Constant(ir.FloatType(), 0.0)
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
 
@@ -53,16 +84,29 @@ def _widen_half(typing_context, bits):
 @intrinsic
 def _narrow_half(typing_context, x):
     def generate(context, builder, signature, arguments):
-        if not _targets_arm64(builder):
+        if not _has_conversions(context, builder):
             return ir.Constant(ir.IntType(16), 0)
         return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
 
     return types.uint16(types.float32), generate
 
 
+@intrinsic
+def _stack(typing_context):
+    def generate(context, builder, signature, arguments):
+        with builder.goto_entry_block():
+            memory = builder.alloca(ir.IntType(8), STACK_BYTES)
+        memory.align = 64
+        return memory
+
+    return types.voidptr(), generate
+
+
 overload(is_arm64)(lambda: lambda: _is_arm64())
+overload(converts_halves)(lambda: lambda: _converts_halves())
 overload(widen_half)(lambda bits: lambda bits: _widen_half(bits))
 overload(narrow_half)(lambda x: lambda x: _narrow_half(x))
+overload(stack_bytes)(lambda: lambda: carray(_stack(), (STACK_BYTES,), np.uint8))
 
 
 @njit(cache=True, nogil=True)
