@@ -299,6 +299,18 @@ def solve(state):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _measure_error(tile, weights, quants, state):
     # Error of a candidate.
+    if is_arm64():
+        for i in range(0, 32, 16):
+            for lane in range(LANES):
+                scale, minimum = state[NEW_SCALE + lane], state[NEW_MIN + lane]
+                error = state[NEW_ERROR + lane]
+                for k in range(16):
+                    at = (i + k) * LANES + lane
+                    diff = np.float32(np.float32(scale * quants[at]) + minimum)
+                    diff = np.float32(diff - tile[at])
+                    error = np.float32(error + np.float32(weights[at] * np.float32(diff * diff)))
+                state[NEW_ERROR + lane] = error
+        return
     for i in range(0, 32, 8):
         for lane in range(HALF):
             scale, other_scale = state[NEW_SCALE + lane], state[NEW_SCALE + HALF + lane]
@@ -308,7 +320,7 @@ def _measure_error(tile, weights, quants, state):
                 at = (i + k) * LANES + lane
                 diff = np.float32(np.float32(np.float32(scale * quants[at]) + minimum) - tile[at])
                 error = np.float32(error + np.float32(weights[at] * np.float32(diff * diff)))
-                at = (i + k) * LANES + HALF + lane
+                at += HALF
                 diff = np.float32(np.float32(other_scale * quants[at]) + other_min)
                 diff = np.float32(diff - tile[at])
                 diff = np.float32(weights[at] * np.float32(diff * diff))
