@@ -20,8 +20,8 @@ from edgemerge.kernels.affine_search import (
     SCRATCH_LEN,
     search_tile,
 )
-from edgemerge.kernels.llvm import stack_bytes
-from edgemerge.kernels.scalars import all_scales_and_minima, write_affine
+from edgemerge.kernels.llvm import is_arm64, stack_bytes
+from edgemerge.kernels.scalars import all_scales_and_minima, times_byte
 
 TOP = np.float32(31)  # largest quant
 STEPS = 16  # candidate scales of the search
@@ -45,14 +45,30 @@ def decode_q5_k(raw_u8, out_f32):
         fifth = at + np.uint64(16)
         d, dmin, scales, minima = all_scales_and_minima(raw_u8, at)
         for j in range(4):
-            first, q = at + np.uint64(48 + 32 * j), np.uint64(32 * j)
+            quants, y = at + np.uint64(48 + 32 * j), out + np.uint64(64 * j)
             low_mask, high_mask = np.uint8(1 << 2 * j), np.uint8(2 << 2 * j)
-            for k in range(np.uint64(32)):
-                byte, bits = raw_u8[first + k], raw_u8[fifth + k]
+            step, offset = times_byte(d, scales, 2 * j), times_byte(dmin, minima, 2 * j)
+            high_step = times_byte(d, scales, 2 * j + 1)
+            high_offset = times_byte(dmin, minima, 2 * j + 1)
+            for k in range(np.uint64(32)):  # two sub-blocks at once, as in decode_q4_k
+                byte, bits = raw_u8[quants + k], raw_u8[fifth + k]
                 low = _join(np.uint8(byte & np.uint8(15)), np.uint8(bits & low_mask))
                 high = _join(np.uint8(byte >> np.uint8(4)), np.uint8(bits & high_mask))
-                quants_u8[q + k], quants_u8[np.uint64(128) + q + k] = low, high
-        write_affine(quants_u8, d, dmin, scales, minima, out, out_f32)
+                if is_arm64():
+                    out_f32[y + k] = _value(low, step, offset)
+                    out_f32[y + np.uint64(32) + k] = _value(high, high_step, high_offset)
+                else:  # A loop over bytes alone has whole vectors of them.
+                    quants_u8[k], quants_u8[np.uint64(32) + k] = low, high
+            if not is_arm64():
+                for k in range(np.uint64(32)):
+                    low, high = quants_u8[k], quants_u8[np.uint64(32) + k]
+                    out_f32[y + k] = _value(low, step, offset)
+                    out_f32[y + np.uint64(32) + k] = _value(high, high_step, high_offset)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _value(q, step, offset):
+    return step * np.float32(np.int32(q)) - offset
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

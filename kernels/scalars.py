@@ -149,32 +149,7 @@ def _eight_bytes(low, high):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def write_affine(quants_u8, d, dmin, scales, minima, y, out_f32):
-    """Write d * scale * q - dmin * minimum of a block of Q4_K or Q5_K.
-
-    Parameters
-    ----------
-    quants_u8 : (256,) uint8
-        q: of the sub-blocks of even number, then of those of odd number
-    d, dmin, scales, minima : float32, float32, uint64, uint64
-        as `all_scales_and_minima` returns them
-    y : uint64
-        where the block's values go
-    out_f32 : (>= y + 256,) float32
-        written
-    """
-    for j in range(4):
-        step, offset = _times_byte(d, scales, 2 * j), _times_byte(dmin, minima, 2 * j)
-        high_step = _times_byte(d, scales, 2 * j + 1)
-        high_offset = _times_byte(dmin, minima, 2 * j + 1)
-        first, q = y + np.uint64(64 * j), np.uint64(32 * j)
-        for k in range(np.uint64(32)):  # two sub-blocks at once: LLVM unrolls a shorter body
-            low, high = np.int32(quants_u8[q + k]), np.int32(quants_u8[np.uint64(128) + q + k])
-            out_f32[first + k] = step * np.float32(low) - offset
-            out_f32[first + np.uint64(32) + k] = high_step * np.float32(high) - high_offset
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _times_byte(d, word, j):
+def times_byte(d, word, j):
+    """Return d times byte j of a uint64, as float32."""
     byte = np.uint64(np.uint64(word >> np.uint64(8 * j)) & np.uint64(255))
     return np.float32(d * np.float32(np.int32(byte)))
