@@ -45,7 +45,7 @@ rpc: .venv/ready-run  ## build ggml's RPC backend beside the installed llama.cpp
 wheel: .venv/ready-dev  ## build a wheel with kernels compiled for five kinds of x86-64 and AArch64 (ARGS=x86_64: for these only; ARGS=native: for this one)
 	rm -rf build/lib dist/edgemerge-*.whl
 	$(BIN)/python -m tools.prebuild $(ARGS)
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+	SOURCE_DATE_EPOCH=315532800 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 	rm -rf edgemerge/native/prebuilt
 
 wheels: .venv/ready-dev  ## gather wheels for boards in dist/wheels, with hashes and lists of parts (ARGS='aarch64-3.11' picks targets)
