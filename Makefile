@@ -52,7 +52,7 @@ wheels: .venv/ready-dev  ## gather wheels for boards in dist/wheels, with hashes
 	$(MAKE) wheel ARGS=
 	tools/wheels $(ARGS)
 
-board: .venv/ready-dev  ## install from dist/wheels on an emulated board without compiler and network; merge, run, serve there (ARGS=cortex-a72)
+board: .venv/ready-dev  ## install from dist/wheels on an emulated board without compiler and network; merge, run, serve there (ARGS=cortex-a72; ARGS='x86_64 trixie': not emulated)
 	tools/board $(ARGS)
 
 sbom: wheel  ## build the wheel, and beside it the list of all that is in a release (CycloneDX)
