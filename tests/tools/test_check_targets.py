@@ -11,7 +11,7 @@ import pytest
 from tools import check_targets
 from tools.list_wheels import requirements
 
-BUILDER = "/home/somebody/edgemerge/"
+BUILDER = "/build/edgemerge/"
 NUMPY = "numpy-2.4.6-cp311-cp311-manylinux_2_27_aarch64.manylinux_2_28_aarch64.whl"
 
 
