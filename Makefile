@@ -45,14 +45,14 @@ rpc: .venv/ready-run  ## build ggml's RPC backend beside the installed llama.cpp
 wheel: .venv/ready-dev  ## build a wheel with kernels compiled for five kinds of x86-64 and AArch64 (ARGS=x86_64: for these only; ARGS=native: for this one)
 	rm -rf build/lib dist/edgemerge-*.whl
 	$(BIN)/python -m tools.prebuild $(ARGS)
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+	SOURCE_DATE_EPOCH=315532800 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
 	rm -rf edgemerge/native/prebuilt
 
 wheels: .venv/ready-dev  ## gather wheels for boards in dist/wheels, with hashes and lists of parts (ARGS='aarch64-3.11' picks targets)
 	$(MAKE) wheel ARGS=
 	tools/wheels $(ARGS)
 
-board: .venv/ready-dev  ## install from dist/wheels on an emulated board without compiler and network; merge, run, serve there (ARGS=cortex-a72)
+board: .venv/ready-dev  ## install from dist/wheels on an emulated board without compiler and network; merge, run, serve there (ARGS=cortex-a72; ARGS='x86_64 trixie': not emulated)
 	tools/board $(ARGS)
 
 sbom: wheel  ## build the wheel, and beside it the list of all that is in a release (CycloneDX)

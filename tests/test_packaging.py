@@ -102,6 +102,15 @@ def test_every_declared_dependency_is_imported() -> None:
     assert declared({"run", "serve", "plot", "sign", "hub", "search", "cluster", "fleet"}) <= names
 
 
+def test_a_release_is_listed_with_all_extras() -> None:
+    """`run` is in `serve`; `test` and `dev` are no user's."""
+    script = (ROOT / "tools" / "sbom").read_text(encoding="utf-8")
+    listed = re.search(r"\$\{wheel\}\[([a-z,]+)\]", script)
+    assert listed is not None
+    extras = set(PROJECT["optional-dependencies"]) - {"run", "test", "dev"}
+    assert set(listed[1].split(",")) == extras
+
+
 def test_the_types_are_the_users_too() -> None:
     """PEP 561: without py.typed a type checker takes nothing from the package."""
     assert (ROOT / "edgemerge" / "py.typed").exists()

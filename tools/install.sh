@@ -38,7 +38,11 @@ fi
   fail "$python has no module venv: run apt install python$version-venv as root first"
 
 echo "installing edgemerge for $machine and Python $version into $into"
-"$python" -m venv "$into"
+# An environment of another Python, as before an upgrade of the system, is made anew.
+clear=
+if [ -e "$into/pyvenv.cfg" ] && ! "$into/bin/python$version" -c '' 2>/dev/null; then clear=--clear; fi
+"$python" -m venv $clear "$into"
+into=$(cd "$into" && pwd)
 "$into/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --find-links "$wheels" \
   --require-hashes -r "$list"
 mkdir -p "$HOME/.local/bin"

@@ -57,6 +57,7 @@ def install(wheels: Path, home: Path, *arguments: str) -> subprocess.CompletedPr
         capture_output=True,
         text=True,
         check=False,
+        cwd=home,
         env={"HOME": str(home), "PATH": f"{bin_folder}:/usr/bin:/bin"},
     )
 
@@ -80,6 +81,14 @@ def test_install_from_the_folder_alone(wheels: Path, tmp_path: Path) -> None:
     assert f"for {os.uname().machine} and Python {VERSION}" in done.stdout
     command = home / ".local" / "bin" / "edgemerge"
     assert command.resolve() == home / ".local/share/edgemerge/bin/edgemerge"
+    assert subprocess.check_output([command, "a"], text=True) == "0.0.1 ['a']\n"
+
+    # After an upgrade of the system, the environment's Python is gone. The same command makes it anew.
+    for link in list((home / ".local/share/edgemerge/bin").glob("python*")):
+        link.unlink()
+        link.symlink_to("/usr/bin/python3.2")
+    done = install(wheels, home, "--into", ".local/share/edgemerge")
+    assert done.returncode == 0, done.stderr
     assert subprocess.check_output([command, "a"], text=True) == "0.0.1 ['a']\n"
 
     with zipfile.ZipFile(wheels / "edgemerge-0.0.1-py3-none-any.whl", "a") as archive:

@@ -6,6 +6,9 @@ include("${CMAKE_CURRENT_LIST_DIR}/lean.cmake")
 set(CMAKE_INSTALL_BINDIR llama_cpp/lib)
 set(CMAKE_INSTALL_RPATH "$ORIGIN")
 
+# Messages of ggml name files of its source; without the builder's folders, every machine makes the same bytes.
+add_compile_options("-ffile-prefix-map=${CMAKE_SOURCE_DIR}=." "-ffile-prefix-map=${CMAKE_BINARY_DIR}=build")
+
 # A wheel has no links: with versions in their names, each library would lie in it three times, and Python and
 # libllama would load two copies of ggml, each with backends of its own.
 function(adapt_targets)

@@ -81,10 +81,11 @@ def find_disk(path: str, root: Path = Path("/")) -> Disk | None:
         return None
     number, system, source = found
     device = root / "sys/dev/block" / number  # a link to .../block/mmcblk0/mmcblk0p2
-    name = device.resolve().name if device.exists() else source.rpartition("/")[2]
+    exists = os.path.exists(device)  # a container may hide it, and Path.exists raises then
+    name = device.resolve().name if exists else source.rpartition("/")[2]
     if system in ("tmpfs", "ramfs"):
         return Disk(system, "memory")
-    if not (device.exists() or source.startswith("/dev/")):
+    if not (exists or source.startswith("/dev/")):
         return Disk(system, system)
     return Disk(name, kind_of_disk(name, root))
 

@@ -301,6 +301,23 @@ def test_a_disk_by_its_number_where_the_mount_names_no_device(tmp_path: Path) ->
     assert (found.name, found.kind) == ("mmcblk0p2", "SD card")
 
 
+def test_a_disk_where_a_container_hides_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_out(tmp_path, {"proc/self/mountinfo": "25 1 254:0 / / rw - overlay overlay rw\n"})
+    stat = os.stat
+
+    def refuse(path: Path, **options: bool) -> os.stat_result:
+        if "sys/dev/block" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    found = find_disk("/models", tmp_path)
+    assert found is not None
+    assert found.kind == "overlay"
+
+
 def test_speed_of_storage_leaves_nothing_behind(tmp_path: Path) -> None:
     found = measure_storage(tmp_path)
     if found.problem is None:
