@@ -91,7 +91,7 @@ def render() -> str:
         [
             f"the server, {loaded[1]} clients at once for {loaded[2]} s",
             f"{loaded[3]} requests: {loaded[4]} answered, {loaded[5]}, {loaded[6]} lost",
-            f"resident memory at start and end: {_ends(loaded[9])} MiB",
+            f"resident memory at start, in the middle, at the end: {loaded[9]} MiB",
             _source(SPEED, "serve", serve),
         ],
     ]
@@ -106,11 +106,6 @@ def _machine(about: Mapping[str, str]) -> str:
 
 def _source(page: Path, name: str, block: Block) -> str:
     return f"[{name}]({page.relative_to(ROOT)}), commit {block.about['commit']}"
-
-
-def _ends(values: str) -> str:
-    first, *_, last = values.split(", ")
-    return f"{first}, {last}"
 
 
 def draw(path: Path) -> None:

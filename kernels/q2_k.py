@@ -6,8 +6,8 @@ quants, d and dmin as binary16. Each half of the block holds four runs of 32 qua
 r in bits 2 r and 2 r + 1.
 
 The encoder is ggml's quantize_row_q2_K_ref, bit for bit, turned on its side as affine_search.py explains: 64
-sub-blocks stand beside each other, tile[element, lane], and every loop runs over lanes: 14 times
-ggml's speed with AVX-512, 9 with AVX2.
+sub-blocks stand beside each other, tile[element, lane], and every loop runs over lanes: 11 times
+ggml's speed with AVX-512, 8 with AVX2.
 """
 
 import numpy as np
