@@ -110,6 +110,13 @@ def test_the_key_is_asked_for_where_the_reader_is(page: Any, stub: PageStub) -> 
     expect(page.locator("#memory dd")).to_contain_text("MiB of")
 
 
+def test_a_key_that_changes_meanwhile_is_asked_for(page: Any, stub: PageStub) -> None:
+    refusal = {"error": {"message": "wrong key"}}
+    page.route("**/admin/methods", lambda route: route.fulfill(status=401, json=refusal))
+    open_tab(page, stub)
+    expect(page.locator("#unlock")).to_be_visible()
+
+
 @pytest.mark.parametrize("has_key", [False, True])
 def test_without_key_or_folder_it_says_what_to_do(page: Any, stub: PageStub, has_key: bool) -> None:
     document = models_document() | {"has_key": has_key}

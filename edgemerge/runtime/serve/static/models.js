@@ -40,16 +40,16 @@ export function close() {
 async function refresh() {
   try {
     all = await readJson("/admin/models");
+    tell("");
+    const mayChange = all.has_key && Boolean(all.site);
+    showServed();
+    showModels(mayChange);
+    await showMerging(mayChange);
   } catch (error) {
     return fail(error);
   }
-  tell("");
-  const mayChange = all.has_key && Boolean(all.site);
-  showServed();
-  showModels(mayChange);
-  await showMerging(mayChange);
   showLog();
-  work.follow(all.job, all.site?.names ?? {});
+  return work.follow(all.job, all.site?.names ?? {});
 }
 
 function tell(sentence) {
