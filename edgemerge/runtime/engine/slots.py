@@ -208,7 +208,7 @@ class Slots:
         Where others are computed it leaves the cache, for attention looks at all tokens there. Where none
         is, what was used last also stays: the next request often goes on from it.
         """
-        kept = sorted((slot for slot in self._slots if slot.is_free and slot.tokens), key=_by_use)
+        kept = self._unused()
         last = kept.pop() if is_idle and kept else None
         for slot in kept:
             self._put_away(slot)
@@ -217,10 +217,14 @@ class Slots:
 
     def evict(self) -> bool:
         """Take the unused sequence out of the cache that was kept longest; False where there is none."""
-        kept = [slot for slot in self._slots if slot.is_free and slot.tokens]
+        kept = self._unused()
         if kept:
-            self._put_away(min(kept, key=_by_use))
+            self._put_away(kept[0])
         return bool(kept)
+
+    def _unused(self) -> list[Slot]:
+        """Find what is in the cache and in no use, what is longest unused first."""
+        return sorted((slot for slot in self._slots if slot.is_free and slot.tokens), key=_by_use)
 
     def _put_away(self, slot: Slot) -> None:
         self._save(slot)
