@@ -33,6 +33,8 @@ class PageStub:
         Status, headers and body of the answer to the next question alone.
     broken : bool
         Whether the stream ends after its pieces without saying so.
+    torn : bool
+        Whether the connection ends in the middle of each document.
     key : str or None
         What the server asks for.
     model_state : dict
@@ -52,6 +54,7 @@ class PageStub:
         self.pause = 0.0
         self.refusal: tuple[int, dict[str, str], dict[str, Any]] | None = None
         self.broken = False
+        self.torn = False
         self.key: str | None = None
         self.models = ["ward", "base"]
         self.listing = 0.0
@@ -162,7 +165,9 @@ class PageStub:
             def _send_json(
                 self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None
             ) -> None:
-                self._send(status, json.dumps(body).encode(), "application/json", headers)
+                document = json.dumps(body).encode()
+                length = {"Content-Length": str(2 * len(document))} if stub.torn else {}
+                self._send(status, document, "application/json", length | (headers or {}))
 
             def _send(
                 self, status: int, body: bytes, kind: str, headers: dict[str, str] | None = None

@@ -98,7 +98,7 @@ def test_the_key_is_asked_for_where_the_reader_is(page: Any, stub: PageStub) -> 
     expect(page.get_by_label("This server asks for a key.")).to_be_focused()
     page.keyboard.type("s3cret")
     page.keyboard.press("Enter")
-    expect(card(page, "ward")).to_be_visible()
+    expect(page.get_by_role("heading", name="Merge", exact=True)).to_be_visible()  # all is there
     stub.key = "changed"
     page.get_by_role("button", name="Promote: Second").click()
     page.get_by_label("The server does not accept this key.").fill("changed")
@@ -113,8 +113,17 @@ def test_the_key_is_asked_for_where_the_reader_is(page: Any, stub: PageStub) -> 
 def test_a_key_that_changes_meanwhile_is_asked_for(page: Any, stub: PageStub) -> None:
     refusal = {"error": {"message": "wrong key"}}
     page.route("**/admin/methods", lambda route: route.fulfill(status=401, json=refusal))
-    open_tab(page, stub)
+    page.goto(f"{stub.url}#/models")
     expect(page.locator("#unlock")).to_be_visible()
+
+
+def test_it_comes_when_the_server_answers_again(page: Any, stub: PageStub) -> None:
+    stub.torn = True
+    page.goto(f"{stub.url}#/models")
+    expect(page.locator("#offline")).to_be_visible()
+    stub.torn = False
+    expect(page.locator("#offline")).to_be_hidden()
+    expect(page.get_by_role("heading", name="Merge", exact=True)).to_be_visible()
 
 
 @pytest.mark.parametrize("has_key", [False, True])

@@ -295,6 +295,14 @@ def test_survives_a_restart_of_the_server(page: Any) -> None:
         ]
 
 
+def test_an_answer_that_is_cut_off_is_none(page: Any, stub: PageStub) -> None:
+    stub.torn = True
+    page.goto(stub.url)
+    expect(page.locator("#offline")).to_be_visible()
+    stub.torn = False
+    expect(page.locator("#offline")).to_be_hidden()
+
+
 def test_phone_has_room_for_the_conversation(browser: Any, stub: PageStub) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 640}, color_scheme="dark")
     page = context.new_page()

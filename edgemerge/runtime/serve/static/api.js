@@ -26,20 +26,20 @@ export async function listModels(signal) {
 
 /** What a GET route says. */
 export async function readJson(path, signal = null) {
-  return (await ask(path, { signal })).json();
+  return readBody(await ask(path, { signal }), signal);
 }
 
 /** What a POST route says to a document. */
 export async function sendJson(path, document) {
   const headers = { "Content-Type": "application/json" };
-  return (await ask(path, { method: "POST", headers, body: JSON.stringify(document) })).json();
+  return readBody(await ask(path, { method: "POST", headers, body: JSON.stringify(document) }));
 }
 
 /** What /health says, also while the server is stopping and answers 503. */
 export async function readHealth() {
   const response = await send("/health", { signal: AbortSignal.timeout(8000) });
   if (!response.ok && response.status !== 503) throw await explain(response);
-  return response.json();
+  return readBody(response);
 }
 
 /**
@@ -101,6 +101,16 @@ async function send(path, options) {
     return await fetch(path, { ...options, headers, cache: "no-store" });
   } catch (error) {
     if (options.signal?.aborted && error.name === "AbortError") throw error;
+    throw new Refusal("The server does not answer.");
+  }
+}
+
+/** The document of an answer, whose server may go away after the first bytes. */
+async function readBody(response, signal = null) {
+  try {
+    return await response.json();
+  } catch (error) {
+    if (signal?.aborted && error.name === "AbortError") throw error;
     throw new Refusal("The server does not answer.");
   }
 }

@@ -290,6 +290,7 @@ watch({
   async up() {
     const wasDown = !$("offline").hidden;
     $("offline").hidden = true;
+    if (wasDown) document.dispatchEvent(new Event("answering"));
     if (!await loadModels()) return;
     if (!isUnanswered() || running) return;
     if (!wasDown && !$("notice").hidden) return; // why a first question failed says more

@@ -36,7 +36,7 @@ export async function look() {
   try {
     health = await readHealth();
   } catch (error) {
-    if (!(error instanceof Refusal || error instanceof SyntaxError)) throw error;
+    if (!(error instanceof Refusal)) throw error;
   } finally {
     looking = false;
     timer = setTimeout(look, PERIOD);

@@ -7,6 +7,7 @@ import { MergeForm } from "./merging.js";
 import { Work } from "./work.js";
 import { inBytes, moment, percent } from "./words.js";
 
+const AGAIN = ["unlocked", "answering"]; // when to ask once more
 const box = $("workshop");
 let isOpen = false;
 let all = null; // what /admin/models told last
@@ -27,13 +28,13 @@ box.replaceChildren(parts.notice, work.node, parts.served, parts.models, parts.m
 export function open() {
   if (isOpen) return;
   isOpen = true;
-  document.addEventListener("unlocked", refresh);
+  for (const event of AGAIN) document.addEventListener(event, refresh);
   refresh();
 }
 
 export function close() {
   isOpen = false;
-  document.removeEventListener("unlocked", refresh);
+  for (const event of AGAIN) document.removeEventListener(event, refresh);
   work.rest();
 }
 
