@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from edgemerge.formats.adapters.layout import (
 )
 from edgemerge.formats.adapters.names import BaseNames
 from edgemerge.formats.adapters.peft import WEIGHTS
-from edgemerge.output.file import OutputFile, write_file
+from edgemerge.output.file import OutputFile, finishing, sync_folder
 from edgemerge.planning.differences import Change
 from edgemerge.types import Float32, Source, UInt8
 
@@ -130,7 +130,10 @@ def write_adapter(
     if output.suffix == ".gguf":
         parts, notes = writer.gguf_parts(found)
         tensors = [part.tensor for part in parts]
-        _write(output, gguf_layout(tensors, base, alpha), parts)
+        layout = gguf_layout(tensors, base, alpha)
+        with OutputFile(output, layout.n_bytes) as file:
+            _fill(file, layout, parts)
+            file.publish()
         return notes
     parts, config, notes = writer.peft_parts(found)
     write_peft(output, parts, config)
@@ -140,26 +143,44 @@ def write_adapter(
 def write_peft(output: Path, parts: Sequence[AdapterPart], config: bytes) -> None:
     """Write a PEFT directory: adapter_config.json last, without which it is no adapter.
 
+    An adapter that is replaced stays whole until both files are on the disk. Its adapter_config.json goes
+    before its weights do: at no time are one's weights beside the other's ranks.
+
     Raises
     ------
     OutputError
-        The files cannot be written; then there is none of them.
+        The files cannot be written; what was there is as it was, unless the last step failed.
     """
+    layout, settings = peft_layout([part.tensor for part in parts]), output / ADAPTER_CONFIG
     with ExitStack() as stack:
         if not output.exists():
             output.mkdir()
-            stack.callback(output.rmdir)  # where no file comes into it
-        _write(output / WEIGHTS, peft_layout([part.tensor for part in parts]), parts)
+            stack.callback(_remove_empty, output)
+        with (
+            OutputFile(output / WEIGHTS, layout.n_bytes) as weights_file,
+            OutputFile(settings, len(config)) as settings_file,
+        ):
+            _fill(weights_file, layout, parts)
+            settings_file.write(config, 0)
+            weights_file.sync()
+            settings_file.sync()
+            with finishing(output):
+                settings.unlink(missing_ok=True)
+                sync_folder(output)
+            weights_file.rename()
+            settings_file.rename()
         stack.pop_all()
-    write_file(output / ADAPTER_CONFIG, config)
 
 
-def _write(path: Path, layout: AdapterLayout, parts: Sequence[AdapterPart]) -> None:
-    with OutputFile(path, layout.n_bytes) as file:
-        file.write(layout.header, 0)
-        for part in parts:
-            file.write(encode_part(part), layout.offsets[part.tensor.name])
-        file.publish()
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _fill(file: OutputFile, layout: AdapterLayout, parts: Sequence[AdapterPart]) -> None:
+    file.write(layout.header, 0)
+    for part in parts:
+        file.write(encode_part(part), layout.offsets[part.tensor.name])
 
 
 def encode_part(part: AdapterPart) -> UInt8:

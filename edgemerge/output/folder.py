@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from edgemerge.errors import FormatError, OutputError
+from edgemerge.formats.adapters.reference import expand_inputs
 from edgemerge.formats.files import real_path
 from edgemerge.formats.hub.files import FOLDER_FILES, SHARD, SINGLE, shard_name
 from edgemerge.formats.hub.safetensors import read_metadata
@@ -41,7 +42,7 @@ def check_folder(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
     if not path.name or path.name == "..":
         raise OutputError("names no folder to make; give the name of a new one", path=path)
     place = real_path(path)
-    for given in inputs:
+    for given in map(real_path, expand_inputs(inputs)):
         if place == given or given in place.parents:
             raise OutputError("is one of the inputs, or in it; choose another name", path=path)
         if place in given.parents:

@@ -12,6 +12,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from edgemerge.formats.hub.files import CONFIG
 from edgemerge.formats.layout import FileLayout
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.output.checksums import TensorResult
@@ -61,6 +62,9 @@ def find_fingerprint(
         for key, value in source.metadata().items():
             inputs.update(f"{key!r} {len(value)}\n".encode())
             inputs.update(value)
+        for config in sorted({state.path.with_name(CONFIG) for state in source.states()}):
+            if config.is_file():  # it has factors of rows and rotations that are no metadata
+                inputs.update(config.read_bytes())
     for matrix in matrices:
         inputs.update(repr(mark_file(matrix.state)).encode())
     return Fingerprint(work.hexdigest(), inputs.hexdigest())

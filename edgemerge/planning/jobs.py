@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from edgemerge.errors import FormatError, MismatchError, RecipeError
@@ -221,6 +222,8 @@ class _Part:
         ranges = [self._range(model) for model in self.models]
         self.starts = [start for start, _ in ranges]
         self._known_settings: dict[str, dict[str, Setting]] = {}
+        self._hf_names = [self._hf_name(name) for name in self.reference.specs()]
+        self._is_hugging_face: dict[str, bool] = {}  # of a filter's text
         self.n_layers = ranges[0][1] - ranges[0][0]
         self.positions = [
             offset / (self.n_layers - 1) if self.n_layers > 1 else 1.0
@@ -333,10 +336,10 @@ class _Part:
         """Resolve the parameters of one model, or with None those of the merge."""
         levels: list[Parameters] = [model.parameters] if model else []
         levels += [self.slice.parameters, self.recipe.parameters, self.recipe.defaults]
-        names = [n for n in (hf_name(self.reference.architecture, tensor), tensor) if n]
+        fits = partial(self._fits, tensor)
         settings = {}
         for key, parameter in self.method.parameters_of(model=model is not None).items():
-            found = look_up(key, levels, names, position)
+            found = look_up(key, levels, fits, position)
             value = parameter.default if found is None else found
             if value is None:
                 sentence = _missing(self.method, key, model, tensor, levels)
@@ -347,6 +350,19 @@ class _Part:
             settings[key] = parameter.check(value, "" if owner is None else folder_name(owner))
         # A thousand models have the same for each of hundreds of tensors.
         return self._known_settings.setdefault(repr(settings), settings)
+
+    def _fits(self, tensor: str, text: str) -> bool:
+        """Tell whether a filter stands for a tensor: by its Hugging Face name, as mergekit looks.
+
+        A text that is in none of the model's Hugging Face names is looked for in the GGUF name.
+        """
+        known = self._is_hugging_face.get(text)
+        if known is None:
+            known = self._is_hugging_face[text] = any(text in name for name in self._hf_names)
+        return text in (self._hf_name(tensor) if known else tensor)
+
+    def _hf_name(self, tensor: str) -> str:
+        return hf_name(self.reference.architecture, tensor) or ""
 
 
 def _missing(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from edgemerge.types import Gradient, Parameters, Rule, Setting, Steps
+from edgemerge.types import Gradient, Parameters, Setting, Steps
 
 __all__ = ["look_up"]
 
 
 def look_up(
-    name: str, levels: Sequence[Parameters], tensor_names: Sequence[str], position: float
+    name: str, levels: Sequence[Parameters], fits: Callable[[str], bool], position: float
 ) -> Setting | None:
     """Find the value of a parameter for one tensor; None where no level says anything.
 
@@ -21,21 +21,17 @@ def look_up(
     levels : sequence of Parameters
         From the most specific (one model in a slice) to the recipe as a whole; the first that has a
         rule for the tensor wins (mergekit config.py, `ConfigReader.parameter`).
-    tensor_names : sequence of str
-        The tensor's Hugging Face name, which mergekit's filters are written for, and its GGUF name.
+    fits : callable
+        Tells whether a filter's text stands for the tensor.
     position : float
         Where the layer lies in its slice, 0 to 1; 0 for embeddings, final norm and head.
     """
     for parameters in levels:
         for rule in parameters.get(name, ()):
-            if _matches(rule, tensor_names):
+            if rule.filter is None or fits(rule.filter):
                 value = rule.value
                 return _along(value, position) if isinstance(value, tuple) else value
     return None
-
-
-def _matches(rule: Rule, tensor_names: Sequence[str]) -> bool:
-    return rule.filter is None or any(rule.filter in name for name in tensor_names)
 
 
 def _along(values: Gradient | Steps, position: float) -> Setting:

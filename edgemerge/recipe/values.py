@@ -311,7 +311,14 @@ class ValueReader:
             self.fail(f"{where}: the name {name!r} is not UTF-8; rename it", where)
         folders = [Path()] if self.path is None else [Path(), self.path.parent]
         found = self.finder.find_path(name, folders)
-        return None if found is None else found.resolve()
+        return None if found is None else self._whole(found, where)
+
+    def _whole(self, found: Path, where: str) -> Path:
+        """Make a path absolute. A file keeps its name where that is a link, as in the hub's cache."""
+        whole = found.parent.resolve() / found.name if found.is_file() else found.resolve()
+        if not is_utf8(str(whole)):
+            self.fail(f"{where}: the path {str(whole)!r} is not UTF-8; rename it", where)
+        return whole
 
     def memory(self, value: Any) -> int:
         """Take a size in bytes."""

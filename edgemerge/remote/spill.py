@@ -38,10 +38,9 @@ class Spill:
 
     def read(self, buffers: list[memoryview], offset: int) -> bool:
         """Fill buffers from byte `offset` of the remote file, if all of them are here."""
-        with self._lock:
-            i = bisect_right(self._starts, offset) - 1
-            if i < 0 or self._stops[i] < offset + sum(map(len, buffers)):
-                return False
+        start, stop = offset, offset + sum(map(len, buffers))
+        if not self._has(start, stop):
+            return False
         for buffer in buffers:
             at = 0
             while at < len(buffer):
@@ -49,7 +48,12 @@ class Spill:
                 if n_read == 0:
                     return False
                 at, offset = at + n_read, offset + n_read
-        return True
+        return self._has(start, stop)  # else another thread forgot it, and zeros may have been read
+
+    def _has(self, start: int, stop: int) -> bool:
+        with self._lock:
+            i = bisect_right(self._starts, start) - 1
+            return i >= 0 and self._stops[i] >= stop
 
     def write(self, buffers: list[memoryview], offset: int) -> None:
         """Keep what was read.

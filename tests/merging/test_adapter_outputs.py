@@ -5,15 +5,18 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edgemerge.errors import EdgemergeError, FormatError, MismatchError, OutputError, RecipeError
+from edgemerge.formats.adapters.config import ADAPTER_CONFIG
 from edgemerge.merging.adapter_files import Spool
 from edgemerge.merging.combination import combine
 from edgemerge.merging.delta import DeltaSettings, make_delta
 from edgemerge.merging.extraction import extract
+from edgemerge.output.file import OutputFile
 from tests.support.adapters import COMBINED, KINDS, write_adapter
 from tests.support.architecture_models import ARCHITECTURES
 
@@ -50,6 +53,28 @@ def test_no_adapter_is_put_beside_a_model_s_weights(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="is the folder of a model"):
             combine(adapters(tmp_path / f"{force}"), tmp_path / "model", force=force)
     assert files(tmp_path / "model") == files(BASE)
+
+
+@pytest.mark.parametrize("step", ["write", "rename"])
+def test_no_weights_stand_beside_the_ranks_of_another_adapter(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "out"
+    combine(adapters(tmp_path), made)
+    before, whole = files(made), getattr(OutputFile, step)
+
+    def fail(file: OutputFile, *given: Any) -> None:
+        if file.path.name == ADAPTER_CONFIG:
+            raise OutputError("the disk is full", path=file.path)
+        whole(file, *given)
+
+    monkeypatch.setattr(OutputFile, step, fail)
+    with pytest.raises(OutputError, match="the disk is full"):
+        combine([(tmp_path / name, 0.5) for name in COMBINED], made, force=True)
+    if step == "write":
+        assert files(made) == before
+    else:
+        assert list(files(made)) == ["adapter_model.safetensors"]
 
 
 @pytest.mark.parametrize(

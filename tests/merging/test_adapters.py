@@ -48,7 +48,8 @@ def wide_adapter(folder: Path, seed: int, *, uses_dora: bool) -> Path:
         shapes |= pair(name, rows, 256, 5)
         if uses_dora:
             shapes[f"base_model.model.{name}.lora_magnitude_vector"] = (rows,)
-    return write_adapter(Kind("wide", {"use_dora": uses_dora, "lora_alpha": seed}, shapes), folder)
+    config = {"r": 5, "use_dora": uses_dora, "lora_alpha": seed}
+    return write_adapter(Kind("wide", config, shapes), folder)
 
 
 @pytest.fixture(scope="module")

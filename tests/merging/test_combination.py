@@ -6,6 +6,7 @@ import json
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from edgemerge.cli import make_app
 from edgemerge.errors import BudgetError, EdgemergeError
 from edgemerge.formats import open_model
+from edgemerge.formats.adapters.config import ADAPTER_CONFIG
 from edgemerge.merging.combination import COMBINATIONS, combine
 from edgemerge.merging.elections import Rule, merge_rows
 from tests.support.adapters import COMBINED, DENSITY, EXACT, KINDS, SHOWN, project, write_adapter
@@ -41,6 +43,11 @@ def read(reference: str | Path) -> dict[str, Float32]:
         return as_hub("llama", source.architecture, read_all(source))
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
+    return config
+
+
 def density_of(how: str) -> float | None:
     return None if how in ("cat", "linear", "svd") else DENSITY
 
@@ -61,8 +68,19 @@ def test_cat_is_the_sum_of_the_changes(adapters: list[tuple[Path, float]], tmp_p
     uses = "+".join(f"{weight!r}*{path}" for path, weight in adapters)
     wanted, found = read(f"{LLAMA}+{uses}"), read(f"{LLAMA}+{tmp_path / 'both'}")
     assert max(float(np.abs(found[name] - x).max()) for name, x in wanted.items()) < 1e-6
-    config = json.loads((tmp_path / "both" / "adapter_config.json").read_text())
+    config = read_config(tmp_path / "both")
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (8, 8, False)
+
+
+def test_the_layers_of_the_first_do_not_limit_the_others(
+    adapters: list[tuple[Path, float]], tmp_path: Path
+) -> None:
+    first = adapters[0][0]
+    chosen = {"layers_to_transform": [0], "layers_pattern": "layers", "exclude_modules": ["v"]}
+    (first / ADAPTER_CONFIG).write_text(json.dumps(read_config(first) | chosen))
+    combine(adapters, tmp_path / "both")
+    config = read_config(tmp_path / "both")
+    assert [config[key] for key in chosen] == [None, None, None]
 
 
 @pytest.mark.parametrize("how", ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])

@@ -21,6 +21,7 @@ from edgemerge.formats.hub.safetensors import read_header, read_metadata
 from edgemerge.merging.run import merge, plan
 from edgemerge.planning.compatibility import read_tensor
 from edgemerge.recipe.recipe import load_recipe, make_recipe
+from tests.support.adapters import KINDS, write_adapter
 from tests.support.architecture_models import ARCHITECTURES, CASES, copy_model, facts
 from tests.support.directories import made_digest, read_stored
 from tests.support.generated_models import GENERATED_CASES
@@ -285,8 +286,12 @@ def test_only_a_folder_of_ours_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_folder(LLAMA, tmp_path / "empty")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "llama", "made"]
+    made_again = tmp_path / "empty"
     with pytest.raises(OutputError, match="is one of the inputs, or in it"):
         write_folder(theirs, theirs / "inside", force=True)
+    adapter = write_adapter(KINDS["lora"], tmp_path / "adapter")
+    with pytest.raises(OutputError, match="is one of the inputs, or in it"):
+        write_folder(Path(f"{made_again}+{adapter}"), made_again, force=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="no folder"):
         write_folder(LLAMA, tmp_path / "file", force=True)

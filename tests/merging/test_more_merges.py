@@ -146,6 +146,22 @@ def test_what_a_method_needs_is_said(
         edgemerge.plan(recipe)
 
 
+def test_a_filter_looks_at_hugging_face_names_before_gguf_s(tmp_path: Path) -> None:
+    def weights(text: str) -> dict[str, Any]:
+        rules = [{"filter": text, "value": 0.9}, {"value": 0.1}]
+        path = tmp_path / "recipe.yml"
+        models = [{"model": A, "parameters": {"weight": rules}}]
+        models += [{"model": B, "parameters": {"weight": 1}}]
+        path.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+        jobs = edgemerge.plan(edgemerge.load_recipe(path)).jobs
+        return {job.name: job.experts[0].settings["weight"] for job in jobs}
+
+    found = weights("attn")  # self_attn, but no input_layernorm, which GGUF calls attn_norm
+    assert (found["blk.0.attn_q.weight"], found["blk.0.attn_norm.weight"]) == (0.9, 0.1)
+    found = weights("attn_norm")
+    assert (found["blk.0.attn_q.weight"], found["blk.0.attn_norm.weight"]) == (0.1, 0.9)
+
+
 def test_mergekits_recipe_has_its_parameters_and_is_told_in_words(tmp_path: Path) -> None:
     document = {
         "merge_method": "ramplus_tl",

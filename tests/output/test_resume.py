@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgemerge.merging.run import merge
+from edgemerge.formats import open_model
+from edgemerge.merging.run import merge, plan
 from edgemerge.output.journal import journal_path, read_journal
-from edgemerge.output.resume import DECIDING, PACKAGE, hash_sources
+from edgemerge.output.resume import DECIDING, PACKAGE, find_fingerprint, hash_sources
 from edgemerge.recipe.recipe import make_recipe
+from tests.support.architecture_models import ARCHITECTURES
 from tests.support.crashing import Case, Crasher, make_case
 from tests.support.small_models import wide_tensors, write_gguf
 
@@ -269,3 +273,24 @@ def test_progress_begins_with_what_is_taken_over(killed: Interrupted) -> None:
     assert 0 < seen[0][0] < total
     assert seen[-1] == (total, total)
     assert report.read_bytes < total / 2
+
+
+def test_another_rotation_is_another_input(tmp_path: Path) -> None:
+    """config.json has what is neither metadata nor weights, as factors of a rotation or of rows."""
+    model = tmp_path / "model"
+    shutil.copytree(ARCHITECTURES / "llama", model)
+    config = json.loads((model / "config.json").read_text())
+    found = []
+    for factor in (8.0, 8.0, 32.0):
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+        (model / "config.json").write_text(json.dumps(config))
+        the_plan = plan(make_recipe("passthrough", [(str(model), None)]))
+        with closing(open_model(model)) as source:
+            found.append(find_fingerprint(the_plan, [], [], [source], []).inputs)
+    assert found[0] == found[1] != found[2]

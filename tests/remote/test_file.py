@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,6 +126,22 @@ def test_what_was_read_is_kept_until_it_is_forgotten(
     file.close()
     with pytest.raises(OutputError, match="leave out --spill"):
         Spill(tmp_path / "none")
+
+
+def test_what_is_forgotten_while_it_is_read_is_not_taken_for_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spill = Spill(tmp_path)
+    spill.write([memoryview(b"x" * BLOCK)], 0)
+    preadv = os.preadv
+
+    def forget_first(*given: Any) -> int:
+        spill.forget(0, BLOCK)
+        return preadv(*given)
+
+    monkeypatch.setattr(os, "preadv", forget_first)
+    assert not spill.read([memoryview(bytearray(BLOCK))], 0)
+    spill.close()
 
 
 def test_stop_ends_a_read_that_waits(server: FileServer, file: RemoteFile) -> None:

@@ -82,16 +82,25 @@ class AdapterConfig:
         module : str
             Name without what PEFT puts before it.
         rank : int
-            Of its factors, where the file does not say one.
+            Of its factors.
+
+        Raises
+        ------
+        FormatError
+            The file says another rank, which peft would not load either.
         """
         stated = _look_up(self._ranks, module)
-        own = int(stated if stated is not None else self._rank if self._rank is not None else rank)
+        stated = self._rank if stated is None else stated
+        if stated is not None and stated != rank:
+            raise FormatError(
+                f"says that {module} has the rank {stated:g}, and its factors have {rank}; get both files "
+                "of one adapter",
+                path=self.path,
+            )
         alpha = _look_up(self._alphas, module)
         if alpha is None:
             alpha = self._alpha if self._alpha is not None else 8.0  # LoraConfig's default
-        if own <= 0:
-            raise FormatError(f"has the rank {own}; get the file again", path=self.path)
-        return alpha / math.sqrt(own) if self.raw.get("use_rslora") is True else alpha / own
+        return alpha / math.sqrt(rank) if self.raw.get("use_rslora") is True else alpha / rank
 
     def tokens(self) -> tuple[int, ...]:
         """Return the tokens whose embeddings were trained."""

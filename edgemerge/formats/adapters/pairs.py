@@ -108,6 +108,10 @@ class AdapterPairs:
             "rank_pattern": others,
             "alpha_pattern": others,
             "target_modules": sorted({module.rpartition(".")[2] for module in ranks}),
+            # The first adapter's own choice of layers; another's would be left out by peft.
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "exclude_modules": None,
             "init_lora_weights": True,
             "use_rslora": False,
         }

@@ -238,7 +238,9 @@ MISTAKES: list[tuple[Callable[[Path], None], str]] = [
         "its rank_pattern has the pattern '(a+)+$', which is no",
     ),
     (configured(alpha_pattern={"q_proj": "x"}), "its alpha_pattern has no number for 'q_proj'"),
-    (configured(r=0), "has the rank 0; get the file again"),
+    (configured(r=0), "has the rank 0, and its factors have 4; get both files of one adapter"),
+    (configured(r=8), "has the rank 8, and its factors have 4; get both files of one adapter"),
+    (configured(rank_pattern={"up_proj": 2}), "mlp.up_proj has the rank 2, and its factors have 4"),
     (configured(lora_alpha="much"), "its lora_alpha is no number; get the file again"),
     (
         renamed("adapter_model.bin"),
