@@ -11,6 +11,7 @@ in its unused lanes is never written out.
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.lanes import put_beside
 from edgemerge.kernels.llvm import is_arm64
 from edgemerge.kernels.scalars import nearest_int
 
@@ -69,10 +70,7 @@ def search_tile(x, first, n_lanes, top, n_steps, first_step, scratch):
     quants = scratch[64 * LANES : 96 * LANES]
     state = scratch[STATE : STATE + STATE_LEN]
     fit, other = two_fits(scratch[FIT:SCRATCH_LEN], n_steps)
-    for lane in range(n_lanes):
-        sub = x[32 * (first + lane) : 32 * (first + lane) + 32]
-        for k in range(32):
-            tile[k * LANES + lane] = sub[k]
+    put_beside(x, first, n_lanes, 32, tile, LANES)
     _measure(tile, weights, state, fit)
     _fit_range(tile, weights, quants, state, fit, top)
     for step in range(n_steps):

@@ -17,6 +17,7 @@ ggml's speed with AVX-512, 15 with AVX2.
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.lanes import put_beside
 from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
 
 LANES = 64
@@ -133,11 +134,9 @@ def _index(v):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _gather(x_f32, first, tile, weights):
     # Sub-block `first` becomes lane 0. What stands in unused lanes is never written out.
-    for lane in range(min(LANES, x_f32.size // 32 - first)):
-        x = x_f32[32 * (first + lane) : 32 * (first + lane) + 32]
-        for k in range(32):
-            tile[k * LANES + lane] = x[k]
-            weights[k * LANES + lane] = np.float32(x[k] * x[k])
+    put_beside(x_f32, first, min(LANES, x_f32.size // 32 - first), 32, tile, LANES)
+    for i in range(32 * LANES):
+        weights[i] = np.float32(tile[i] * tile[i])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

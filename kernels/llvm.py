@@ -45,6 +45,23 @@ def stack_bytes():
     return np.empty(STACK_BYTES, np.uint8)
 
 
+def transpose_four(x, at, step, out, out_at, out_step):
+    """Write out[out_at + k * out_step + j] = x[at + j * step + k] for j and k from 0 to 3.
+
+    LLVM moves single numbers where a loop does that. So this is four loads, eight shuffles and four stores.
+
+    Parameters
+    ----------
+    x, out : (n,) float32
+        contiguous; no index is checked
+    at, step, out_at, out_step : int
+        where the first number is, and from there to the next row
+    """
+    for j in range(4):
+        for k in range(4):
+            out[out_at + k * out_step + j] = x[at + j * step + k]
+
+
 def _targets_arm64(builder):
     return builder.module.triple.startswith("aarch64")
 
@@ -102,10 +119,51 @@ def _stack(typing_context):
     return types.voidptr(), generate
 
 
+@intrinsic
+def _transpose_four(typing_context, x, at, step, out, out_at, out_step):
+    four = ir.VectorType(ir.FloatType(), 4)
+
+    def place(context, builder, kind, array, index):
+        data = context.make_array(kind)(context, builder, array).data
+        return builder.bitcast(builder.gep(data, [index]), four.as_pointer())
+
+    def shuffle(builder, pair, places):
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), 4), places)
+        return builder.shuffle_vector(*pair, mask)
+
+    def generate(context, builder, signature, arguments):
+        x, at, step, out, out_at, out_step = arguments
+        rows = []
+        for _ in range(4):
+            rows.append(builder.load(place(context, builder, signature.args[0], x, at), align=4))
+            at = builder.add(at, step)
+        pairs = (rows[0], rows[1]), (rows[2], rows[3])
+        low = [shuffle(builder, pair, [0, 4, 1, 5]) for pair in pairs]
+        high = [shuffle(builder, pair, [2, 6, 3, 7]) for pair in pairs]
+        columns = [
+            shuffle(builder, half, places)
+            for half in (low, high)
+            for places in ([0, 1, 4, 5], [2, 3, 6, 7])
+        ]
+        for column in columns:
+            builder.store(column, place(context, builder, signature.args[3], out, out_at), align=4)
+            out_at = builder.add(out_at, out_step)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.int64, out, types.int64, types.int64), generate
+
+
 overload(is_arm64)(lambda: lambda: _is_arm64())
 overload(converts_halves)(lambda: lambda: _converts_halves())
 overload(widen_half)(lambda bits: lambda bits: _widen_half(bits))
 overload(narrow_half)(lambda x: lambda x: _narrow_half(x))
+overload(transpose_four)(
+    lambda x, at, step, out, out_at, out_step: (
+        lambda x, at, step, out, out_at, out_step: _transpose_four(
+            x, at, step, out, out_at, out_step
+        )
+    )
+)
 overload(stack_bytes)(lambda: lambda: carray(_stack(), (STACK_BYTES,), np.uint8))
 
 

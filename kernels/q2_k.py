@@ -36,6 +36,7 @@ from edgemerge.kernels.affine_search import (
     solve,
     two_fits,
 )
+from edgemerge.kernels.lanes import put_beside
 from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
 
 TOP = 3  # largest quant
@@ -273,10 +274,7 @@ def encode_q2_k(x_f32, scratch_f32, out_u8):
     n_sub = x_f32.size // 16
     for first in range(0, n_sub, LANES):
         n_lanes = min(LANES, n_sub - first)
-        for lane in range(n_lanes):
-            x = x_f32[16 * (first + lane) : 16 * (first + lane) + 16]
-            for k in range(16):
-                tile[k * LANES + lane] = x[k]
+        put_beside(x_f32, first, n_lanes, 16, tile, LANES)
         fit, other = two_fits(scratch_f32[FIT:SCRATCH_LEN], STEPS)
         _measure(tile, state, fit)
         _fit_range(tile, state, fit)

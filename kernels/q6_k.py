@@ -15,6 +15,7 @@ its unused lanes is never written out.
 import numpy as np
 from numba import njit
 
+from edgemerge.kernels.lanes import put_beside
 from edgemerge.kernels.llvm import is_arm64
 from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
 
@@ -256,10 +257,7 @@ def encode_q6_k(x_f32, scratch_f32, out_u8):
     n_sub = x_f32.size // 16
     for first in range(0, n_sub, LANES):
         n_lanes = min(LANES, n_sub - first)
-        for lane in range(n_lanes):
-            x = x_f32[16 * (first + lane) : 16 * (first + lane) + 16]
-            for k in range(16):
-                tile[k * LANES + lane] = x[k]
+        put_beside(x_f32, first, n_lanes, 16, tile, LANES)
         _search(tile, squares, cubes, state)
         for lane in range(0, n_lanes, 16):
             i = (first + lane) // 16

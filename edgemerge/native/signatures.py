@@ -12,7 +12,7 @@ from collections.abc import Mapping
 __all__ = ["KERNEL_NAMES", "SHARED", "SIGNATURES"]
 
 # Files in kernels/ that are compiled into their callers; each may use those after it.
-SHARED = ("affine_blocks", "affine_search", "scalars", "llvm")
+SHARED = ("affine_blocks", "affine_search", "lanes", "scalars", "llvm")
 
 SIGNATURES: Mapping[str, Mapping[str, str]] = {
     "covariance": {
