@@ -209,3 +209,19 @@ def test_pages_of_other_sites_are_kept_out() -> None:
     assert let_in(access, origin="http://localhost:8080") == 200
     for origin in ("null", "", "https://evil.example", "http://localhost:8081", "http://["):
         assert let_in(access, origin=origin) == 403
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        ({}, "text.format: Unable to extract tag"),
+        ({"type": "grammar"}, "text.format: Input tag 'grammar'"),
+        ({"type": "json_schema", "schema": "x"}, "text.format.schema: Input should be"),
+        ({"type": "json_object", "schema": 5}, "text.format: Input should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_format_of_a_response_is_told(form: dict[str, Any], says: str) -> None:
+    body = ResponsesRequest.model_validate({"input": "x", "text": {"format": form}})
+    with pytest.raises(Refusal, match=re.escape(says)) as caught:
+        body.as_chat()
+    assert caught.value.status == 400
