@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,7 +13,7 @@ from edgemerge.runtime.serve.errors import Refusal
 from edgemerge.runtime.serve.events import Answer, Documents, answer_all, head, stream, usage
 from edgemerge.runtime.serve.formats import ResponseFormat, format_grammar
 from edgemerge.runtime.serve.models import ModelFile
-from edgemerge.runtime.serve.requests import CHAT, MAX_ALTERNATIVES, Generating
+from edgemerge.runtime.serve.requests import CHAT, MAX_ALTERNATIVES, Generating, read_json
 from edgemerge.runtime.serve.routes import Routes
 from edgemerge.runtime.serve.scores import write_chat_logprobs
 from edgemerge.runtime.serve.tools import (
@@ -71,7 +70,7 @@ class Message(BaseModel):
             arguments = call["function"]["arguments"]
             if isinstance(arguments, str):
                 try:
-                    call["function"]["arguments"] = json.loads(arguments or "{}")
+                    call["function"]["arguments"] = read_json(arguments or "{}")
                 except ValueError:
                     continue
         return found

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from edgemerge.runtime.serve.errors import Refusal
 from edgemerge.runtime.serve.formats import schema_grammar
+from edgemerge.runtime.serve.requests import check_json, read_json
 
 __all__ = ["Tool", "ToolChoice", "find_calls", "may_be_call", "tell_tools", "tool_grammar"]
 
@@ -176,6 +177,7 @@ def _values(text: str) -> Iterator[Any]:
     try:
         while at < len(text):
             value, at = _DECODER.raw_decode(text, at)
+            check_json(value)
             values.append(value)
             at += len(text[at:]) - len(text[at:].lstrip("; \n\t\r"))
     except (ValueError, RecursionError):
@@ -199,7 +201,7 @@ def _calls_in(value: Any, names: Collection[str]) -> Iterator[tuple[str, Any]]:
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = read_json(arguments)
         except ValueError:
             return
     if isinstance(name, str) and name in names and isinstance(arguments, dict):

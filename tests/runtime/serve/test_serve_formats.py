@@ -147,6 +147,9 @@ def test_several_calls_are_found() -> None:
         '{"answer": 5}',
         "[1, 2]",
         "{" * 5000,
+        json.dumps({"name": "look_up", "arguments": "[" * 5000}),
+        '{"name": "look_up", "arguments": {"word": ' + "[" * 40 + "]" * 40 + "}}",
+        r'{"name": "look_up", "arguments": {"word": "\ud800"}}',
     ],
 )
 def test_what_is_no_call_is_text(text: str) -> None:

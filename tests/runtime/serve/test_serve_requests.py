@@ -67,6 +67,13 @@ def test_a_message_may_come_in_parts() -> None:
     assert found[3]["tool_call_id"] == "1"
 
 
+@pytest.mark.parametrize("arguments", ["no JSON", "[" * 5000, "[" * 40 + "]" * 40, r'"\ud800"'])
+def test_arguments_that_are_no_json_stay_a_text(arguments: str) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    (found,) = chat(messages=[{"role": "assistant", "tool_calls": [call]}]).messages
+    assert found.for_template()["tool_calls"][0]["function"]["arguments"] == arguments
+
+
 def test_several_answers_to_one_question_differ() -> None:
     seeds = [sampling.seed for sampling in chat(n=3, seed=2**32 - 2).sampling(10)]
     assert seeds == [2**32 - 2, 0, 1]
