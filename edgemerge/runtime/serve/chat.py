@@ -210,6 +210,8 @@ async def _stream(turns: Turns, body: ChatRequest, grammar: str) -> Documents:
         wanted = chat_generations(body, turn, limit, grammar)
         answers = [Answer() for _ in wanted]
         kept = [Answer() for _ in wanted]  # what may become a call is not said yet
+        is_begun = [False] * len(wanted)  # whether some of it was said
+        names = body.tool_names
         start = head("chat.completion.chunk", "chatcmpl", turn)
         if body.stream_options.include_usage:
             start["usage"] = None
@@ -230,12 +232,12 @@ async def _stream(turns: Turns, body: ChatRequest, grammar: str) -> Documents:
                 answers[i].add(event)
                 if isinstance(event, Piece):
                     kept[i].add(event)
-                    if body.tools and may_be_call(kept[i].text):
+                    if names and may_be_call(kept[i].text, names, is_begun=is_begun[i]):
                         continue
                     yield said(i, kept[i].text)
-                    kept[i] = Answer()
+                    kept[i], is_begun[i] = Answer(), True
                 elif isinstance(event, Ended):
-                    text, calls = find_calls(kept[i].text, body.tool_names)
+                    text, calls = find_calls(kept[i].text, names, is_begun=is_begun[i])
                     if text:
                         yield said(i, text)
                     if calls:

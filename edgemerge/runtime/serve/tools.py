@@ -16,13 +16,15 @@ from edgemerge.runtime.serve.requests import check_json, read_json
 
 __all__ = ["Tool", "ToolChoice", "find_calls", "may_be_call", "tell_tools", "tool_grammar"]
 
-# What a model may begin a call with; control tokens among them are not part of an answer's text.
-_STARTS = ("<tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "```json", "```", "{", "[")
+_OPEN = "<tool_call>"  # may follow text; all other forms begin the answer
+# What may stand before a call; control tokens among them are not part of an answer's text.
+_MARKS = ("<|python_tag|>", "[TOOL_CALLS]", "```json")
+_OBJECTS = re.compile(
+    r'[\[\s]*(?:\{\s*(?:["}]|\Z)|\Z)'
+)  # an object, or a list of them, or the beginning
 _HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
 _MARK = re.compile(r"^\s*(?:<\|python_tag\|>|\[TOOL_CALLS\]|```(?:json)?)\s*")
-_NAMED = re.compile(
-    r"^\s*([\w.-]{1,64})\s*(?:\[ARGS\])?\s*(?=\{)"
-)  # Mistral's later form: name{...}
+_NAMED = re.compile(r"^([\w.-]{1,64})\s*(?:\[ARGS\])?\s*(?=\{)")  # Mistral's later form: name{...}
 _DECODER = json.JSONDecoder()
 
 
@@ -117,17 +119,26 @@ def _definitions(tools: Sequence[Tool]) -> dict[str, Any]:
     return found
 
 
-def may_be_call(text: str) -> bool:
-    """Whether what a model has written so far is, or may become, a call."""
-    begun = text.lstrip()
-    if any(start.startswith(begun) or begun.startswith(start) for start in _STARTS):
+def may_be_call(text: str, names: Collection[str], *, is_begun: bool) -> bool:
+    """Whether what a model has written is, or may become, a call.
+
+    Parameters
+    ----------
+    text : str
+        What nobody was told yet.
+    names : collection of str
+        Of the tools.
+    is_begun : bool
+        Whether text of the same answer was told before.
+    """
+    if _OPEN in text or any(text.endswith(_OPEN[:n]) for n in range(1, len(_OPEN))):
         return True
-    return "<tool_call>" in text or any(
-        text.endswith("<tool_call>"[:n]) for n in range(1, len("<tool_call>"))
-    )
+    return not is_begun and _may_be_plain(text, names)
 
 
-def find_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
+def find_calls(
+    text: str, names: Collection[str], *, is_begun: bool = False
+) -> tuple[str, list[dict[str, Any]]]:
     """Split an answer into text and calls, as OpenAI writes them.
 
     Parameters
@@ -136,14 +147,17 @@ def find_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, A
         What the model wrote.
     names : collection of str
         Of the tools; what calls no such one is text.
+    is_begun : bool
+        Whether it is the end of an answer, whose beginning `may_be_call` has called text.
     """
     said, calls = text, list(_hermes(text, names))
     if calls:
-        said = text.partition("<tool_call>")[0]
-    else:
+        said = text.partition(_OPEN)[0].rstrip()
+        said = said if is_begun else said.lstrip()
+    elif not is_begun and _may_be_plain(text, names):
         calls = list(_plain(text, names))
         said = "" if calls else text
-    return said.strip() if calls else said, [
+    return said, [
         {
             "id": f"call_{uuid.uuid4().hex[:24]}",
             "type": "function",
@@ -159,9 +173,25 @@ def _hermes(text: str, names: Collection[str]) -> Iterator[tuple[str, Any]]:
             yield from _calls_in(value, names)
 
 
+def _may_be_plain(text: str, names: Collection[str]) -> bool:
+    """Whether an answer that begins so may be nothing but calls."""
+    if any(mark.startswith(text.lstrip()) for mark in _MARKS):
+        return True
+    rest = _MARK.sub("", text).lstrip()
+    return bool(_OBJECTS.match(rest)) or any(_may_be_named(rest, name) for name in names)
+
+
+def _may_be_named(text: str, name: str) -> bool:
+    """Whether a text is, or may become, what `_NAMED` finds."""
+    if not text.startswith(name):
+        return name.startswith(text)
+    rest = text.removeprefix(name).lstrip()
+    return "[ARGS]".startswith(rest) or rest.removeprefix("[ARGS]").lstrip()[:1] in ("", "{")
+
+
 def _plain(text: str, names: Collection[str]) -> Iterator[tuple[str, Any]]:
     """Find calls in an answer that is nothing but calls."""
-    rest = _MARK.sub("", text)
+    rest = _MARK.sub("", text).lstrip()
     rest = re.sub(r"\s*```\s*$", "", rest)
     if (named := _NAMED.match(rest)) and named[1] in names:
         for value in _values(rest[named.end() :]):

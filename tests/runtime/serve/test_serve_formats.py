@@ -14,7 +14,6 @@ from edgemerge.runtime.serve.tools import (
     Tool,
     ToolChoice,
     find_calls,
-    may_be_call,
     tell_tools,
     tool_grammar,
 )
@@ -110,6 +109,7 @@ LLAMA = {"name": "look_up", "parameters": {"word": "é"}}
         (f"I look.\n<tool_call>{json.dumps(CALL)}</tool_call>", "I look."),
         (f"<tool_call>\n{json.dumps(CALL)}", ""),  # cut off
         (json.dumps(LLAMA), ""),
+        (f"\n {json.dumps(LLAMA)}", ""),
         (f"<|python_tag|>{json.dumps(LLAMA)}", ""),
         (f"[TOOL_CALLS] [{json.dumps(CALL)}]", ""),
         (json.dumps([CALL]), ""),
@@ -146,6 +146,7 @@ def test_several_calls_are_found() -> None:
         '{"name": "look_up", "arguments": {}} and more',
         '{"answer": 5}',
         "[1, 2]",
+        f"5 {json.dumps(CALL)}",
         "{" * 5000,
         json.dumps({"name": "look_up", "arguments": "[" * 5000}),
         '{"name": "look_up", "arguments": {"word": ' + "[" * 40 + "]" * 40 + "}}",
@@ -154,23 +155,6 @@ def test_several_calls_are_found() -> None:
 )
 def test_what_is_no_call_is_text(text: str) -> None:
     assert find_calls(text, {"look_up"}) == (text, [])
-
-
-def test_a_stream_keeps_back_what_may_become_a_call() -> None:
-    for text in (
-        "",
-        " ",
-        "<",
-        "<tool",
-        "<tool_call>{",
-        '{"name',
-        "[TOOL",
-        "```js",
-        "I look. <tool_c",
-    ):
-        assert may_be_call(text), text
-    for text in ("I", "I look.", "<b>"):
-        assert not may_be_call(text), text
 
 
 def test_a_template_without_tools_is_told_of_them() -> None:
