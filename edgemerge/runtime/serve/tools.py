@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from edgemerge.runtime.serve.errors import Refusal
-from edgemerge.runtime.serve.formats import schema_grammar
+from edgemerge.runtime.serve.formats import inline_references, schema_grammar
 from edgemerge.runtime.serve.requests import check_json, read_json
 
 __all__ = ["Tool", "ToolChoice", "find_calls", "may_be_call", "tell_tools", "tool_grammar"]
@@ -89,34 +89,23 @@ def tool_grammar(tools: Sequence[Tool], choice: ToolChoice, template: str) -> st
     if not called:
         raise Refusal(400, "tool_choice: there is no such tool")
     key = "parameters" if "python_tag" in template else "arguments"
+    schemas = inline_references([tool.function.parameters or {"type": "object"} for tool in called])
     forms = [
         {
             "type": "object",
             "properties": {
                 "name": {"const": tool.function.name},
-                key: tool.function.parameters or {"type": "object"},
+                key: schema,
             },
             "required": ["name", key],
         }
-        for tool in called
+        for tool, schema in zip(called, schemas, strict=True)
     ]
-    definitions = _definitions(called)
-    grammar = schema_grammar({"anyOf": forms, **definitions})
+    grammar = schema_grammar({"anyOf": forms})
     if "<tool_call>" not in template:
         return grammar
     body = re.sub(r"^root ::=", "call ::=", grammar, flags=re.MULTILINE)
     return f'root ::= "<tool_call>\\n" call "\\n</tool_call>"\n{body}'
-
-
-def _definitions(tools: Sequence[Tool]) -> dict[str, Any]:
-    """Gather what the schemas of parameters refer to, from their own roots to that of the whole."""
-    found: dict[str, Any] = {}
-    for tool in tools:
-        for key in ("$defs", "definitions"):
-            inner = (tool.function.parameters or {}).get(key)
-            if isinstance(inner, dict):
-                found.setdefault(key, {}).update(inner)
-    return found
 
 
 def may_be_call(text: str, names: Collection[str], *, is_begun: bool) -> bool:

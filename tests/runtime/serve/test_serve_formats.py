@@ -30,6 +30,17 @@ WIDE: dict[str, Any] = {
 WIDE["$defs"]["20"] = {"type": "null"}
 
 
+def nest(depth: int, inner: dict[str, Any]) -> dict[str, Any]:
+    return inner if depth == 0 else {"items": nest(depth - 1, inner)}
+
+
+DEEP: dict[str, Any] = {
+    "$ref": "#/$defs/0",
+    "$defs": {str(i): nest(23, {"$ref": f"#/$defs/{i + 1}"}) for i in range(20)},
+}
+DEEP["$defs"]["20"] = {"type": "null"}
+
+
 def test_a_schema_becomes_a_grammar_with_its_references() -> None:
     schema = {
         "type": "object",
@@ -43,8 +54,39 @@ def test_a_schema_becomes_a_grammar_with_its_references() -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "pattern",
+        "patternProperties",
+        "$defs",
+        "definitions",
+        "properties",
+        "maxItems",
+        "const",
+        "enum",
+    ],
+)
+def test_a_property_may_be_called_like_a_keyword(name: str) -> None:
+    inner = {"type": "object", "properties": {name: {"const": "here"}}, "required": [name]}
+    grammar = schema_grammar({"type": "object", "properties": {"in": inner}, "required": ["in"]})
+    assert f'"\\"{name}\\"" space ":" space' in grammar
+    assert "here" in grammar
+
+
+def test_values_in_a_schema_are_no_keywords() -> None:
+    values = [404, 2026, {"pattern": "^a$"}, {"definitions": 1000}]
+    grammar = schema_grammar({"enum": values, "default": 404})
+    for text in ("404", "2026", "pattern", "definitions", "1000"):
+        assert text in grammar
+
+
+@pytest.mark.parametrize(
     ("schema", "message"),
     [
+        ({"properties": {"pattern": {"pattern": "^(a?a?)*$"}}}, "pattern: "),
+        ({"properties": {"properties": {"maxItems": 10**9}}}, "maxItems: at most"),
+        ({"const": [{"$ref": "http://10.0.0.1/"}]}, r"\$ref: not possible"),
+        ({"default": {"a": ["x"] * 600}}, "more than 500"),
         ({"pattern": "^(a?a?)*$"}, "pattern: "),
         ({"$ref": "http://10.0.0.1/"}, r"\$ref: only"),
         ({"$ref": "#/$defs/none"}, r"\$ref: there is no"),
@@ -52,6 +94,7 @@ def test_a_schema_becomes_a_grammar_with_its_references() -> None:
         ({"enum": ["x"] * 600}, "more than 500"),
         (NESTED, "contains itself"),
         (WIDE, "more than 500"),
+        (DEEP, "nested too deep|cannot be used"),
         ({"type": "object", "properties": 7}, "cannot be used"),
     ],
 )
@@ -90,6 +133,25 @@ def test_a_call_can_be_demanded() -> None:
     choice["function"]["name"] = "none"
     with pytest.raises(Refusal, match="no such tool"):
         tool_grammar(tools, TypeAdapter(ToolChoice).validate_python(choice), "")
+
+
+def test_each_tool_has_definitions_of_its_own() -> None:
+    tools = [
+        tool(
+            name,
+            type="object",
+            properties={"at": {"$ref": "#/$defs/place"}},
+            required=["at"],
+            **{"$defs": {"place": {"const": f"only {name}"}}},
+        )
+        for name in ("ward", "home")
+    ]
+    grammar = tool_grammar(tools, "required", "")
+    for name in ("ward", "home"):
+        assert f"only {name}" in grammar
+    many = {"anyOf": [{"type": "null"}] * 100}
+    with pytest.raises(Refusal, match="more than 500"):
+        tool_grammar([tool(f"t{i}", **many) for i in range(6)], "required", "")
 
 
 def test_tools_that_no_answer_has_to_call_may_be_any() -> None:
