@@ -21,7 +21,7 @@ REPORT_VERSION = 1
 OUTCOMES = ("promoted", "unchanged", "refused", "rolled_back", "failed")
 MAX_BYTES = 1 << 20  # of a report; one of a merge of a thousand deltas has some 200 KB
 MAX_VALUES = 20_000
-MAX_NAME = 128  # characters of names, versions and digests
+MAX_NAME = 255  # characters of names, versions and digests: what a file's name may have
 MAX_ITEMS = 64  # tasks, versions and failures that are kept of one report
 MAX_SENTENCE = 400  # characters that are kept of a reason or a failure
 MAX_COUNT = 1 << 53  # of bytes and questions: JSON's numbers are exact up to here
@@ -55,7 +55,7 @@ class ReportedModel:
     n_inputs : int
         Of how many models and deltas it was made.
     signed_by : str or None
-        The key that vouches for it.
+        The keys that vouch for its inputs, `MAX_ITEMS` at most, with spaces between them.
     scores : mapping of str to TaskScore
         By task.
     """
@@ -189,7 +189,7 @@ def _model(values: _Object | None) -> ReportedModel | None:
         n_bytes=values.number("bytes", MAX_COUNT),
         made=values.time("made"),
         n_inputs=len(values.array("made_of")),
-        signed_by=values.text_or_none("signed_by"),
+        signed_by=values.words_or_none("signed_by"),
         scores={name: _score(score) for name, score in values.parts("scores")},
     )
 
@@ -233,6 +233,15 @@ class _Object:
     def text_or_none(self, key: str) -> str | None:
         """Return the same, or None for null."""
         return None if self._values.get(key) is None else self.text(key)
+
+    def words_or_none(self, key: str) -> str | None:
+        """Return the first words of a text, each of them short, or None for null."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, str) or any(len(word) > MAX_NAME for word in value.split()):
+            raise self.error(key, f"a text of words of at most {MAX_NAME} characters")
+        return plain(" ".join(value.split()[:MAX_ITEMS]))
 
     def sentence(self, key: str) -> str:
         """Return a text of any length, cut."""

@@ -30,8 +30,11 @@ RELOAD, CHAT, COMPLETIONS, HEALTH = (
 MAX_TOKENS = 24  # of a smoke answer
 ASK_SECONDS = 60.0  # a slow board writes a token in two seconds
 RELOAD_SECONDS = 600.0  # a large model on a slow card
+ROOM_SECONDS = 60.0  # in which a server that is busy is told again to reload
+ROOM_BETWEEN = 5.0
 MAX_BYTES = 1 << 20
 BUSY = (429, 503)
+PROXY = (502, 504)  # a proxy reaches no server, or waits no longer
 NOT_OURS = (401, 403, 404)  # of a wrong key, of another server, of a model that it does not have
 
 
@@ -40,16 +43,22 @@ class ServerSilence(RuntimeFailure):
 
 
 class ServerRefusal(RuntimeFailure):
-    """The server answers with an error; `status` is HTTP's number, `code` the server's word."""
+    """The server answers with an error; `status` is HTTP's number, `code` and `kind` the server's words."""
 
-    def __init__(self, message: str, status: int, code: str) -> None:
-        self.status, self.code = status, code
+    def __init__(self, message: str, status: int, code: str, kind: str = "") -> None:
+        self.status, self.code, self.kind = status, code, kind
         super().__init__(message)
 
     @property
     def is_busy(self) -> bool:
-        """Whether it only has too much to do."""
-        return self.status in BUSY and self.code != "model_unavailable"
+        """Whether it only has too much to do, or no room for the model while it does it."""
+        is_lost = self.code == "model_unavailable" and self.kind != "server_busy"
+        return self.status in BUSY and not is_lost
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether it may end by itself, and no model is at fault."""
+        return self.is_busy or self.status in PROXY
 
     @property
     def blames_site(self) -> bool:
@@ -132,6 +141,8 @@ class Server:
     def reload(self, *, asks: bool = True) -> None:
         """Let the file of now answer; requests that run end with the old one.
 
+        A server without room for both is told again for `ROOM_SECONDS`.
+
         Parameters
         ----------
         asks : bool
@@ -143,7 +154,15 @@ class Server:
             It is not there, or does not take the file; the old one goes on.
         """
         named = {} if self._place.model is None else {"model": self._place.model}
-        self._send(RELOAD, {**named, "ask": asks}, RELOAD_SECONDS)
+        end = time.monotonic() + ROOM_SECONDS
+        while True:
+            try:
+                self._send(RELOAD, {**named, "ask": asks}, RELOAD_SECONDS)
+                return
+            except ServerRefusal as refusal:
+                if not refusal.is_passing or time.monotonic() >= end:
+                    raise
+            time.sleep(ROOM_BETWEEN)
 
     def ask(self, question: str, *, is_chat: bool) -> Reply:
         """Ask the model that serves, at temperature 0.
@@ -185,6 +204,16 @@ class Server:
         fingerprint = ours[0].get("fingerprint") if ours else None
         return Look(sum(int(one["crashes"]) for one in ours), fingerprint)
 
+    def serves(self, current: Path) -> bool:
+        """Whether the model in memory is of a file.
+
+        Raises
+        ------
+        ServerSilence, ServerRefusal
+            As of `look`.
+        """
+        return self.look().fingerprint == find_fingerprint([current])
+
     def find_difference(self, current: Path) -> str | None:
         """Say that the model in memory is not of a file; None where it is, or where none is in memory.
 
@@ -218,34 +247,45 @@ class Server:
         raw = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, raw, headers)
         try:
-            with urllib.request.urlopen(request, timeout=seconds) as answer:
-                return self._parse(answer.read(MAX_BYTES))
-        except urllib.error.HTTPError as error:
-            with error:
-                told = self._parse(error.read(MAX_BYTES))
-            if error.code in takes:
-                return told
-            raise self._refusal(told, error.code) from None
+            status, told = _exchange(request, seconds)
         except (OSError, http.client.HTTPException) as error:
             why = getattr(error, "reason", error)
             raise ServerSilence(f"no server answers at {self.address} ({why})") from None
-
-    def _parse(self, raw: bytes) -> dict[str, Any]:
-        try:
-            told = json.loads(raw)
-        except ValueError:
-            told = None
-        if not isinstance(told, dict):
+        if told is None and status not in BUSY + PROXY:
             raise ServerRefusal(f"{self.address} is no edgemerge server", 0, "odd")
-        return told
+        if told is None:  # uvicorn's plain 503, or a proxy's page
+            message = f"the server at {self.address} does not answer at the moment ({status})"
+            raise ServerRefusal(message, status, "")
+        if status < 300 or (status in takes and "error" not in told):
+            return told
+        raise _refusal(told, status)
 
-    def _refusal(self, told: Mapping[str, Any], status: int) -> ServerRefusal:
-        error = told.get("error")
-        error = error if isinstance(error, dict) else {}
-        message = str(error.get("message", "no reason"))[:300]
-        return ServerRefusal(
-            f"the server says: {message} ({status})", status, str(error.get("code"))
-        )
+
+def _exchange(request: urllib.request.Request, seconds: float) -> tuple[int, dict[str, Any] | None]:
+    """Return a status, and the object of its answer; None where that is none."""
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as answer:
+            status, raw = answer.status, answer.read(MAX_BYTES)
+    except urllib.error.HTTPError as error:
+        with error:
+            status, raw = error.code, error.read(MAX_BYTES)
+    try:
+        told = json.loads(raw)
+    except (ValueError, RecursionError):
+        told = None
+    return status, told if isinstance(told, dict) else None
+
+
+def _refusal(told: Mapping[str, Any], status: int) -> ServerRefusal:
+    error = told.get("error")
+    error = error if isinstance(error, dict) else {}
+    message = str(error.get("message", "no reason"))[:300]
+    return ServerRefusal(
+        f"the server says: {message} ({status})",
+        status,
+        str(error.get("code")),
+        str(error.get("type")),
+    )
 
 
 def _read_key(place: ServerPlace) -> str | None:

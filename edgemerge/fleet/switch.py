@@ -155,6 +155,8 @@ class Switch:
         ------
         ServerRefusal
             With `asks`: SITE.yml names another server, key or model, so the file is not at fault.
+        RuntimeFailure
+            With `asks`: the server has no room for it at the moment, and the file is not at fault.
         """
         if self._server is None:
             return None
@@ -165,8 +167,17 @@ class Switch:
         except ServerRefusal as refusal:
             if asks and refusal.blames_site:
                 raise
-            return str(refusal)
+            if not asks or not refusal.is_passing:
+                return str(refusal)
+            if not self._is_served(self._server):
+                raise RuntimeFailure(f"{refusal}; the next update goes on from here") from None
         return None
+
+    def _is_served(self, server: Server) -> bool:
+        """Whether the server took the file of now by itself, as by a new start."""
+        with suppress(ServerSilence, ServerRefusal):
+            return server.serves(self._folder.current_path)
+        return False
 
     # -- the steps ---------------------------------------------------------------------------------
 

@@ -54,19 +54,21 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("outcome", {}, "'outcome' is not a text"),
         ("reason", 5, "'reason' is not a text"),
         ("current", [], "'current' is not an object"),
-        ("current/id", "x" * 129, "'current', 'id' is not a text of at most 128"),
+        ("current/id", "x" * 256, "'current', 'id' is not a text of at most 255"),
         ("current/bytes", -1, "'current', 'bytes' is not a whole number"),
         ("current/made_of", {}, "'current', 'made_of' is not a list"),
         ("current/scores", [1], "'current', 'scores' is not an object"),
         ("current/scores/disease", {"right": 3, "n": 2}, "'disease', 'right' is not a whole"),
         ("current/scores/disease", {"right": 0, "n": 0}, "'disease', 'n' is not a number from 1"),
         ("current/scores/disease", {"right": 1.5, "n": 2}, "'disease', 'right' is not a whole"),
+        ("current/signed_by", "x" * 256, "'current', 'signed_by' is not a text of words"),
+        ("current/signed_by", [], "'current', 'signed_by' is not a text of words"),
         ("tried", "ward-8", "'tried' is not an object"),
         ("seconds", {"merge": float("1e999")}, "Infinity is not a JSON number"),
         ("seconds", {"merge": "8"}, "'seconds' is not an object of seconds"),
         ("bytes_fetched", 1 << 60, "'bytes_fetched' is not a whole number"),
         ("versions", {"cardio": 7}, "'versions', 'cardio' is not a text"),
-        ("versions", {"x" * 129: "1"}, "'versions' is not an object with names of at most 128"),
+        ("versions", {"x" * 256: "1"}, "'versions' is not an object with names of at most 255"),
         ("failures", [1], "'failures' is not a list of texts"),
     ],
 )
@@ -105,6 +107,21 @@ def test_a_model_of_a_thousand_deltas_has_a_report(tmp_path: Path) -> None:
     versions = {f"delta-{i}": "1" for i in range(1000)}
     report = read_report(write_report(tmp_path, "a", versions=versions))
     assert list(report.versions) == list(versions)[:64]
+
+
+@pytest.mark.parametrize("n", [1, 4, 64, 100])
+def test_a_model_may_have_deltas_of_many_publishers(tmp_path: Path, n: int) -> None:
+    keys = [f"{i:032x}" for i in range(n)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(changed("current/signed_by", " ".join(keys))))
+    model = read_report(path).current
+    assert model is not None
+    assert model.signed_by == " ".join(keys[:64])
+
+
+def test_an_input_may_be_a_file_of_any_name(tmp_path: Path) -> None:
+    versions = {f"{'x' * 250}.gguf": "1f2e3d4c"}
+    assert read_report(write_report(tmp_path, "a", versions=versions)).versions == versions
 
 
 def test_links_pipes_and_large_files_are_not_read(tmp_path: Path) -> None:

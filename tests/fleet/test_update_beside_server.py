@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,7 @@ from edgemerge.cli import make_app
 from edgemerge.fleet.report import Report
 from edgemerge.fleet.server import Server
 from edgemerge.fleet.site_file import read_site
+from edgemerge.fleet.watch import Baseline, watch_server
 from edgemerge.runtime.model_files import find_fingerprint
 from edgemerge.site.log import read_events
 from tests.support.updates import (
@@ -30,6 +31,9 @@ from tests.support.updates import (
 )
 
 MODEL = {"id": "ward", "crashes": 0}
+NO_ROOM = {"message": "no room for the model", "type": "server_busy", "code": "model_unavailable"}
+GONE = {"message": "it has ended", "type": "server_error", "code": "model_unavailable"}
+PAGE = b"<html>Bad gateway</html>"
 
 
 @dataclass
@@ -40,8 +44,8 @@ class Told:
     """
 
     health: dict[str, Any] = field(default_factory=lambda: {"status": "ok", "models": [MODEL]})
-    reload: tuple[int, dict[str, Any]] = (200, {"id": "ward"})
-    is_busy: bool = False
+    reload: tuple[int, Any] = (200, {"id": "ward"})
+    busy: tuple[int, Any] | None = None
     asked: list[str] = field(default_factory=list)
     url: str = ""
     serves: Path | None = None
@@ -66,12 +70,12 @@ def told() -> Iterator[Told]:
             if "reload" in self.path and told.reload[0] == 200:
                 told.load()
             choice = {"choices": [{"text": "Paris."}], "usage": {"completion_tokens": 2}}
-            answer = (503, {}) if told.is_busy else (200, choice)
+            answer = told.busy or (200, choice)
             self._answer(*(told.reload if "reload" in self.path else answer))
 
-        def _answer(self, status: int, document: dict[str, Any]) -> None:
+        def _answer(self, status: int, document: Any) -> None:
             told.asked.append(self.path)
-            raw = json.dumps(document).encode()
+            raw = document if isinstance(document, bytes) else json.dumps(document).encode()
             self.send_response(status)
             self.send_header("content-length", str(len(raw)))
             self.end_headers()
@@ -199,7 +203,7 @@ def test_a_promotion_that_the_server_does_not_follow_is_rolled_back(
     device: Path, told: Told, is_busy: bool
 ) -> None:
     first = run(device, told).current
-    told.is_busy = is_busy
+    told.busy = (503, {}) if is_busy else None
     told.serves = device.parent / "a.gguf"  # it shows by the reload
     report = run(device, told, "b")
     assert (report.outcome, report.current) == ("rolled_back", first)
@@ -246,3 +250,88 @@ def test_a_server_that_cannot_load_the_model_of_now_does_not_stop_the_next(
     report = run(device, told)
     assert report.outcome == "unchanged"
     assert "does not take the model of now" in report.failures[0]
+
+
+@pytest.fixture
+def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgemerge.fleet.server.ROOM_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("no_wait")
+@pytest.mark.parametrize(
+    ("refusal", "says"),
+    [
+        ((503, {"error": NO_ROOM}), "the server says: no room for the model (503)"),
+        ((503, b"Service Unavailable"), "does not answer at the moment (503)"),
+        ((502, PAGE), "does not answer at the moment (502)"),
+        ((504, PAGE), "does not answer at the moment (504)"),
+    ],
+)
+def test_a_server_that_is_busy_costs_no_model(
+    device: Path, told: Told, refusal: tuple[int, Any], says: str
+) -> None:
+    first = run(device, told).current
+    taken, told.reload = told.reload, refusal
+    for _ in range(2):  # not settled
+        report = run(device, told, "b")
+        assert report.outcome == "failed"
+        assert report.reason.endswith(f"{says}; the next update goes on from here")
+    told.reload = taken
+    report = run(device, told, "b")
+    assert report.outcome == "promoted"
+    assert report.current == folder_of(device).current() != first
+
+
+@pytest.mark.usefixtures("no_wait")
+def test_a_server_that_took_the_model_by_a_new_start_needs_no_room_for_both(
+    device: Path, told: Told
+) -> None:
+    run(device, told)
+    told.reload = (503, {"error": NO_ROOM})
+    assert run(device, told, "b").outcome == "failed"
+    told.serves = folder_of(device).current_path
+    told.load()
+    assert run(device, told, "b").outcome == "promoted"
+
+
+def test_a_server_that_has_room_soon_is_told_again(
+    device: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(device, told)
+    taken, told.reload = told.reload, (503, {"error": NO_ROOM})
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            told.reload = taken
+
+    monkeypatch.setattr("edgemerge.fleet.server.time.sleep", wait)
+    assert run(device, told, "b").outcome == "promoted"
+    assert waits == [5.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "fault"),
+    [
+        ((503, {"error": NO_ROOM}), None),
+        ((503, b"Service Unavailable"), None),
+        ((503, {"error": GONE}), "it does not answer: the server says: it has ended (503)"),
+        ((502, PAGE), "it does not answer: the server at"),
+    ],
+)
+def test_a_model_is_not_at_fault_while_its_server_is_busy(
+    device: Path, told: Told, refusal: tuple[int, Any], fault: str | None
+) -> None:
+    run(device, told)
+    told.busy = refusal
+    site = read_site(device)
+    rule = replace(site.rule, watch=0.05)
+    found = watch_server(
+        Server(site.serve),  # type: ignore[arg-type]
+        folder_of(device).current_path,
+        rule,
+        Baseline(0, None),
+        wait=lambda _: None,
+    )
+    assert found is None if fault is None else str(found).startswith(fault)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.engine.options import EngineFacts
+from edgemerge.runtime.serve.active_request import Run
 from edgemerge.runtime.serve.models import ModelFile
-from edgemerge.runtime.serve.store import Loaded
+from edgemerge.runtime.serve.queue import Queue
+from edgemerge.runtime.serve.store import Loaded, ModelStore
+from edgemerge.runtime.serve.turns import Turn
 
-__all__ = ["FakeProcess", "Loader", "make_facts"]
+__all__ = ["FakeProcess", "Loader", "make_facts", "make_turn"]
 
 
 def make_facts(**facts: Any) -> EngineFacts:
@@ -68,3 +72,16 @@ class Loader:
 
     def alive(self) -> list[str]:
         return [process.name for process in self.started if process.is_alive]
+
+
+async def make_turn(process: FakeProcess, n_places: int) -> tuple[Turn, Queue]:
+    """Give a request a place at a fake process called a, in which so many may be answered at a time."""
+    file = ModelFile("a", Path(__file__), 64, 0, 0, {}, 0, n_sequences=n_places)
+    store = ModelStore([file], Loader(), budget=1, floor=0)
+    loaded = await store.start(file)
+    loaded.facts = make_facts(n_sequences=n_places)
+    loaded.process = process  # type: ignore[assignment]
+    store.adopt(loaded)
+    queue = Queue(store, 9, 60.0)
+    await queue.enter("a")
+    return Turn(loaded, Run("/v1/completions"), queue), queue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,7 +13,7 @@ from edgemerge.runtime.serve.errors import Refusal
 from edgemerge.runtime.serve.events import Answer, Documents, answer_all, head, stream, usage
 from edgemerge.runtime.serve.formats import ResponseFormat, format_grammar
 from edgemerge.runtime.serve.models import ModelFile
-from edgemerge.runtime.serve.requests import CHAT, MAX_ALTERNATIVES, Generating
+from edgemerge.runtime.serve.requests import CHAT, MAX_ALTERNATIVES, Generating, read_json
 from edgemerge.runtime.serve.routes import Routes
 from edgemerge.runtime.serve.scores import write_chat_logprobs
 from edgemerge.runtime.serve.tools import (
@@ -71,7 +70,7 @@ class Message(BaseModel):
             arguments = call["function"]["arguments"]
             if isinstance(arguments, str):
                 try:
-                    call["function"]["arguments"] = json.loads(arguments or "{}")
+                    call["function"]["arguments"] = read_json(arguments or "{}")
                 except ValueError:
                     continue
         return found
@@ -211,6 +210,8 @@ async def _stream(turns: Turns, body: ChatRequest, grammar: str) -> Documents:
         wanted = chat_generations(body, turn, limit, grammar)
         answers = [Answer() for _ in wanted]
         kept = [Answer() for _ in wanted]  # what may become a call is not said yet
+        is_begun = [False] * len(wanted)  # whether some of it was said
+        names = body.tool_names
         start = head("chat.completion.chunk", "chatcmpl", turn)
         if body.stream_options.include_usage:
             start["usage"] = None
@@ -231,12 +232,12 @@ async def _stream(turns: Turns, body: ChatRequest, grammar: str) -> Documents:
                 answers[i].add(event)
                 if isinstance(event, Piece):
                     kept[i].add(event)
-                    if body.tools and may_be_call(kept[i].text):
+                    if names and may_be_call(kept[i].text, names, is_begun=is_begun[i]):
                         continue
                     yield said(i, kept[i].text)
-                    kept[i] = Answer()
+                    kept[i], is_begun[i] = Answer(), True
                 elif isinstance(event, Ended):
-                    text, calls = find_calls(kept[i].text, body.tool_names)
+                    text, calls = find_calls(kept[i].text, names, is_begun=is_begun[i])
                     if text:
                         yield said(i, text)
                     if calls:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
@@ -17,6 +18,8 @@ __all__ += [
     "Generating",
     "Inputs",
     "StreamOptions",
+    "check_json",
+    "read_json",
     "split_inputs",
 ]
 
@@ -56,7 +59,7 @@ class Body(BaseModel):
     def _prepare(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        _check_json(given, _MAX_DEPTH)
+        check_json(given)
         for name, why in cls.refused.items():
             if given.get(name) not in (None, [], {}, ""):
                 raise ValueError(f"{name}: {why}")
@@ -147,8 +150,30 @@ def split_inputs(given: str | list[int] | list[str] | list[list[int]]) -> list[s
     return [tokens] if tokens else [item for item in given if not isinstance(item, int)]
 
 
-def _check_json(value: Any, depth: int) -> None:
-    """Refuse what is nested too deep, and halves of characters, which no text may have."""
+def read_json(text: str) -> Any:
+    """Read JSON that stands in a text of a request.
+
+    Raises
+    ------
+    ValueError
+        It is no JSON; as of `check_json`.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deep") from None
+    check_json(value)
+    return value
+
+
+def check_json(value: Any, depth: int = _MAX_DEPTH) -> None:
+    """Refuse what is nested too deep, and halves of characters, which no text may have.
+
+    Raises
+    ------
+    ValueError
+        There is such a thing in it.
+    """
     if isinstance(value, str):
         value.encode()
         return
@@ -157,6 +182,6 @@ def _check_json(value: Any, depth: int) -> None:
     if depth == 0:
         raise ValueError(f"the request is nested deeper than {_MAX_DEPTH} levels")
     for item in value:
-        _check_json(item, depth - 1)
+        check_json(item, depth - 1)
     for item in value.values() if isinstance(value, dict) else ():
-        _check_json(item, depth - 1)
+        check_json(item, depth - 1)

@@ -7,10 +7,11 @@ import uuid
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, StrictInt
+from pydantic import BaseModel, Field, StrictInt, ValidationError
 
 from edgemerge.runtime.engine.messages import Piece
 from edgemerge.runtime.serve.chat import ChatRequest, Message, chat_generations, chat_grammar
+from edgemerge.runtime.serve.errors import Refusal, wrong_field
 from edgemerge.runtime.serve.events import Answer, Documents, answer_all, stream, usage
 from edgemerge.runtime.serve.requests import RESPONSES, Generating
 from edgemerge.runtime.serve.routes import Routes
@@ -44,7 +45,13 @@ class ResponsesRequest(Generating):
     text: _Text = _Text()
 
     def as_chat(self) -> ChatRequest:
-        """Say the same as a chat."""
+        """Say the same as a chat.
+
+        Raises
+        ------
+        Refusal
+            400: `text.format` is no format.
+        """
         messages: list[Any] = [{"role": "system", "content": self.instructions or ""}]
         if isinstance(self.input, str):
             messages.append({"role": "user", "content": self.input})
@@ -55,14 +62,19 @@ class ResponsesRequest(Generating):
             form = {"type": "json_schema", "json_schema": form}
         names = set(Generating.model_fields) - {"n"}  # a response is one answer
         fields = self.model_dump(include=names, exclude_unset=True)
-        return ChatRequest.model_validate(
-            {
-                **fields,
-                "messages": messages if self.instructions else messages[1:],
-                "max_tokens": self.max_output_tokens,
-                "response_format": form,
-            }
-        )
+        document = {
+            **fields,
+            "messages": messages if self.instructions else messages[1:],
+            "max_tokens": self.max_output_tokens,
+            "response_format": form,
+        }
+        try:
+            return ChatRequest.model_validate(document)
+        except ValidationError as error:  # the format alone was not checked before
+            problems = [
+                {**one, "loc": ("text", "format", *one["loc"][3:])} for one in error.errors()
+            ]
+            raise Refusal(400, wrong_field(problems)) from None
 
 
 def add_responses(routes: Routes, turns: Turns) -> None:

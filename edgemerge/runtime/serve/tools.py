@@ -11,17 +11,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from edgemerge.runtime.serve.errors import Refusal
-from edgemerge.runtime.serve.formats import schema_grammar
+from edgemerge.runtime.serve.formats import inline_references, schema_grammar
+from edgemerge.runtime.serve.requests import check_json, read_json
 
 __all__ = ["Tool", "ToolChoice", "find_calls", "may_be_call", "tell_tools", "tool_grammar"]
 
-# What a model may begin a call with; control tokens among them are not part of an answer's text.
-_STARTS = ("<tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "```json", "```", "{", "[")
+_OPEN = "<tool_call>"  # may follow text; all other forms begin the answer
+# What may stand before a call; control tokens among them are not part of an answer's text.
+_MARKS = ("<|python_tag|>", "[TOOL_CALLS]", "```json")
+_OBJECTS = re.compile(
+    r'[\[\s]*(?:\{\s*(?:["}]|\Z)|\Z)'
+)  # an object, or a list of them, or the beginning
 _HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
 _MARK = re.compile(r"^\s*(?:<\|python_tag\|>|\[TOOL_CALLS\]|```(?:json)?)\s*")
-_NAMED = re.compile(
-    r"^\s*([\w.-]{1,64})\s*(?:\[ARGS\])?\s*(?=\{)"
-)  # Mistral's later form: name{...}
+_NAMED = re.compile(r"^([\w.-]{1,64})\s*(?:\[ARGS\])?\s*(?=\{)")  # Mistral's later form: name{...}
 _DECODER = json.JSONDecoder()
 
 
@@ -86,47 +89,45 @@ def tool_grammar(tools: Sequence[Tool], choice: ToolChoice, template: str) -> st
     if not called:
         raise Refusal(400, "tool_choice: there is no such tool")
     key = "parameters" if "python_tag" in template else "arguments"
+    schemas = inline_references([tool.function.parameters or {"type": "object"} for tool in called])
     forms = [
         {
             "type": "object",
             "properties": {
                 "name": {"const": tool.function.name},
-                key: tool.function.parameters or {"type": "object"},
+                key: schema,
             },
             "required": ["name", key],
         }
-        for tool in called
+        for tool, schema in zip(called, schemas, strict=True)
     ]
-    definitions = _definitions(called)
-    grammar = schema_grammar({"anyOf": forms, **definitions})
+    grammar = schema_grammar({"anyOf": forms})
     if "<tool_call>" not in template:
         return grammar
     body = re.sub(r"^root ::=", "call ::=", grammar, flags=re.MULTILINE)
     return f'root ::= "<tool_call>\\n" call "\\n</tool_call>"\n{body}'
 
 
-def _definitions(tools: Sequence[Tool]) -> dict[str, Any]:
-    """Gather what the schemas of parameters refer to, from their own roots to that of the whole."""
-    found: dict[str, Any] = {}
-    for tool in tools:
-        for key in ("$defs", "definitions"):
-            inner = (tool.function.parameters or {}).get(key)
-            if isinstance(inner, dict):
-                found.setdefault(key, {}).update(inner)
-    return found
+def may_be_call(text: str, names: Collection[str], *, is_begun: bool) -> bool:
+    """Whether what a model has written is, or may become, a call.
 
-
-def may_be_call(text: str) -> bool:
-    """Whether what a model has written so far is, or may become, a call."""
-    begun = text.lstrip()
-    if any(start.startswith(begun) or begun.startswith(start) for start in _STARTS):
+    Parameters
+    ----------
+    text : str
+        What nobody was told yet.
+    names : collection of str
+        Of the tools.
+    is_begun : bool
+        Whether text of the same answer was told before.
+    """
+    if _OPEN in text or any(text.endswith(_OPEN[:n]) for n in range(1, len(_OPEN))):
         return True
-    return "<tool_call>" in text or any(
-        text.endswith("<tool_call>"[:n]) for n in range(1, len("<tool_call>"))
-    )
+    return not is_begun and _may_be_plain(text, names)
 
 
-def find_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, Any]]]:
+def find_calls(
+    text: str, names: Collection[str], *, is_begun: bool = False
+) -> tuple[str, list[dict[str, Any]]]:
     """Split an answer into text and calls, as OpenAI writes them.
 
     Parameters
@@ -135,14 +136,17 @@ def find_calls(text: str, names: Collection[str]) -> tuple[str, list[dict[str, A
         What the model wrote.
     names : collection of str
         Of the tools; what calls no such one is text.
+    is_begun : bool
+        Whether it is the end of an answer, whose beginning `may_be_call` has called text.
     """
     said, calls = text, list(_hermes(text, names))
     if calls:
-        said = text.partition("<tool_call>")[0]
-    else:
+        said = text.partition(_OPEN)[0].rstrip()
+        said = said if is_begun else said.lstrip()
+    elif not is_begun and _may_be_plain(text, names):
         calls = list(_plain(text, names))
         said = "" if calls else text
-    return said.strip() if calls else said, [
+    return said, [
         {
             "id": f"call_{uuid.uuid4().hex[:24]}",
             "type": "function",
@@ -158,9 +162,25 @@ def _hermes(text: str, names: Collection[str]) -> Iterator[tuple[str, Any]]:
             yield from _calls_in(value, names)
 
 
+def _may_be_plain(text: str, names: Collection[str]) -> bool:
+    """Whether an answer that begins so may be nothing but calls."""
+    if any(mark.startswith(text.lstrip()) for mark in _MARKS):
+        return True
+    rest = _MARK.sub("", text).lstrip()
+    return bool(_OBJECTS.match(rest)) or any(_may_be_named(rest, name) for name in names)
+
+
+def _may_be_named(text: str, name: str) -> bool:
+    """Whether a text is, or may become, what `_NAMED` finds."""
+    if not text.startswith(name):
+        return name.startswith(text)
+    rest = text.removeprefix(name).lstrip()
+    return "[ARGS]".startswith(rest) or rest.removeprefix("[ARGS]").lstrip()[:1] in ("", "{")
+
+
 def _plain(text: str, names: Collection[str]) -> Iterator[tuple[str, Any]]:
     """Find calls in an answer that is nothing but calls."""
-    rest = _MARK.sub("", text)
+    rest = _MARK.sub("", text).lstrip()
     rest = re.sub(r"\s*```\s*$", "", rest)
     if (named := _NAMED.match(rest)) and named[1] in names:
         for value in _values(rest[named.end() :]):
@@ -176,6 +196,7 @@ def _values(text: str) -> Iterator[Any]:
     try:
         while at < len(text):
             value, at = _DECODER.raw_decode(text, at)
+            check_json(value)
             values.append(value)
             at += len(text[at:]) - len(text[at:].lstrip("; \n\t\r"))
     except (ValueError, RecursionError):
@@ -199,7 +220,7 @@ def _calls_in(value: Any, names: Collection[str]) -> Iterator[tuple[str, Any]]:
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = read_json(arguments)
         except ValueError:
             return
     if isinstance(name, str) and name in names and isinstance(arguments, dict):

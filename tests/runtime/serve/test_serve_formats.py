@@ -14,7 +14,6 @@ from edgemerge.runtime.serve.tools import (
     Tool,
     ToolChoice,
     find_calls,
-    may_be_call,
     tell_tools,
     tool_grammar,
 )
@@ -31,6 +30,17 @@ WIDE: dict[str, Any] = {
 WIDE["$defs"]["20"] = {"type": "null"}
 
 
+def nest(depth: int, inner: dict[str, Any]) -> dict[str, Any]:
+    return inner if depth == 0 else {"items": nest(depth - 1, inner)}
+
+
+DEEP: dict[str, Any] = {
+    "$ref": "#/$defs/0",
+    "$defs": {str(i): nest(23, {"$ref": f"#/$defs/{i + 1}"}) for i in range(20)},
+}
+DEEP["$defs"]["20"] = {"type": "null"}
+
+
 def test_a_schema_becomes_a_grammar_with_its_references() -> None:
     schema = {
         "type": "object",
@@ -44,8 +54,39 @@ def test_a_schema_becomes_a_grammar_with_its_references() -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "pattern",
+        "patternProperties",
+        "$defs",
+        "definitions",
+        "properties",
+        "maxItems",
+        "const",
+        "enum",
+    ],
+)
+def test_a_property_may_be_called_like_a_keyword(name: str) -> None:
+    inner = {"type": "object", "properties": {name: {"const": "here"}}, "required": [name]}
+    grammar = schema_grammar({"type": "object", "properties": {"in": inner}, "required": ["in"]})
+    assert f'"\\"{name}\\"" space ":" space' in grammar
+    assert "here" in grammar
+
+
+def test_values_in_a_schema_are_no_keywords() -> None:
+    values = [404, 2026, {"pattern": "^a$"}, {"definitions": 1000}]
+    grammar = schema_grammar({"enum": values, "default": 404})
+    for text in ("404", "2026", "pattern", "definitions", "1000"):
+        assert text in grammar
+
+
+@pytest.mark.parametrize(
     ("schema", "message"),
     [
+        ({"properties": {"pattern": {"pattern": "^(a?a?)*$"}}}, "pattern: "),
+        ({"properties": {"properties": {"maxItems": 10**9}}}, "maxItems: at most"),
+        ({"const": [{"$ref": "http://10.0.0.1/"}]}, r"\$ref: not possible"),
+        ({"default": {"a": ["x"] * 600}}, "more than 500"),
         ({"pattern": "^(a?a?)*$"}, "pattern: "),
         ({"$ref": "http://10.0.0.1/"}, r"\$ref: only"),
         ({"$ref": "#/$defs/none"}, r"\$ref: there is no"),
@@ -53,6 +94,7 @@ def test_a_schema_becomes_a_grammar_with_its_references() -> None:
         ({"enum": ["x"] * 600}, "more than 500"),
         (NESTED, "contains itself"),
         (WIDE, "more than 500"),
+        (DEEP, "nested too deep|cannot be used"),
         ({"type": "object", "properties": 7}, "cannot be used"),
     ],
 )
@@ -93,6 +135,25 @@ def test_a_call_can_be_demanded() -> None:
         tool_grammar(tools, TypeAdapter(ToolChoice).validate_python(choice), "")
 
 
+def test_each_tool_has_definitions_of_its_own() -> None:
+    tools = [
+        tool(
+            name,
+            type="object",
+            properties={"at": {"$ref": "#/$defs/place"}},
+            required=["at"],
+            **{"$defs": {"place": {"const": f"only {name}"}}},
+        )
+        for name in ("ward", "home")
+    ]
+    grammar = tool_grammar(tools, "required", "")
+    for name in ("ward", "home"):
+        assert f"only {name}" in grammar
+    many = {"anyOf": [{"type": "null"}] * 100}
+    with pytest.raises(Refusal, match="more than 500"):
+        tool_grammar([tool(f"t{i}", **many) for i in range(6)], "required", "")
+
+
 def test_tools_that_no_answer_has_to_call_may_be_any() -> None:
     assert tool_grammar([tool(pattern="^a$")], "auto", "") == ""
     with pytest.raises(Refusal, match="pattern"):
@@ -110,6 +171,7 @@ LLAMA = {"name": "look_up", "parameters": {"word": "é"}}
         (f"I look.\n<tool_call>{json.dumps(CALL)}</tool_call>", "I look."),
         (f"<tool_call>\n{json.dumps(CALL)}", ""),  # cut off
         (json.dumps(LLAMA), ""),
+        (f"\n {json.dumps(LLAMA)}", ""),
         (f"<|python_tag|>{json.dumps(LLAMA)}", ""),
         (f"[TOOL_CALLS] [{json.dumps(CALL)}]", ""),
         (json.dumps([CALL]), ""),
@@ -146,28 +208,15 @@ def test_several_calls_are_found() -> None:
         '{"name": "look_up", "arguments": {}} and more',
         '{"answer": 5}',
         "[1, 2]",
+        f"5 {json.dumps(CALL)}",
         "{" * 5000,
+        json.dumps({"name": "look_up", "arguments": "[" * 5000}),
+        '{"name": "look_up", "arguments": {"word": ' + "[" * 40 + "]" * 40 + "}}",
+        r'{"name": "look_up", "arguments": {"word": "\ud800"}}',
     ],
 )
 def test_what_is_no_call_is_text(text: str) -> None:
     assert find_calls(text, {"look_up"}) == (text, [])
-
-
-def test_a_stream_keeps_back_what_may_become_a_call() -> None:
-    for text in (
-        "",
-        " ",
-        "<",
-        "<tool",
-        "<tool_call>{",
-        '{"name',
-        "[TOOL",
-        "```js",
-        "I look. <tool_c",
-    ):
-        assert may_be_call(text), text
-    for text in ("I", "I look.", "<b>"):
-        assert not may_be_call(text), text
 
 
 def test_a_template_without_tools_is_told_of_them() -> None:

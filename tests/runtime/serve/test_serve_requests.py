@@ -67,6 +67,13 @@ def test_a_message_may_come_in_parts() -> None:
     assert found[3]["tool_call_id"] == "1"
 
 
+@pytest.mark.parametrize("arguments", ["no JSON", "[" * 5000, "[" * 40 + "]" * 40, r'"\ud800"'])
+def test_arguments_that_are_no_json_stay_a_text(arguments: str) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    (found,) = chat(messages=[{"role": "assistant", "tool_calls": [call]}]).messages
+    assert found.for_template()["tool_calls"][0]["function"]["arguments"] == arguments
+
+
 def test_several_answers_to_one_question_differ() -> None:
     seeds = [sampling.seed for sampling in chat(n=3, seed=2**32 - 2).sampling(10)]
     assert seeds == [2**32 - 2, 0, 1]
@@ -209,3 +216,19 @@ def test_pages_of_other_sites_are_kept_out() -> None:
     assert let_in(access, origin="http://localhost:8080") == 200
     for origin in ("null", "", "https://evil.example", "http://localhost:8081", "http://["):
         assert let_in(access, origin=origin) == 403
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        ({}, "text.format: Unable to extract tag"),
+        ({"type": "grammar"}, "text.format: Input tag 'grammar'"),
+        ({"type": "json_schema", "schema": "x"}, "text.format.schema: Input should be"),
+        ({"type": "json_object", "schema": 5}, "text.format: Input should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_format_of_a_response_is_told(form: dict[str, Any], says: str) -> None:
+    body = ResponsesRequest.model_validate({"input": "x", "text": {"format": form}})
+    with pytest.raises(Refusal, match=re.escape(says)) as caught:
+        body.as_chat()
+    assert caught.value.status == 400

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgemerge.runtime.engine.messages import Begun, Ended, Generation, Piece
 from edgemerge.runtime.engine.process import EngineFailure
-from edgemerge.runtime.serve.active_request import Run
-from edgemerge.runtime.serve.models import ModelFile
 from edgemerge.runtime.serve.queue import Queue
-from edgemerge.runtime.serve.store import ModelStore
 from edgemerge.runtime.serve.turns import Turn
-from tests.support.fake_process import FakeProcess, Loader, make_facts
+from tests.support.fake_process import FakeProcess, make_turn
 
 N_PLACES = 3
 
@@ -40,17 +36,9 @@ class Writer(FakeProcess):
             self.running -= 1
 
 
-async def make_turn() -> tuple[Turn, Queue, Writer]:
-    file = ModelFile("a", Path(__file__), 64, 0, 0, {}, 0, n_sequences=N_PLACES)
-    store = ModelStore([file], Loader(), budget=1, floor=0)
-    loaded = await store.start(file)
-    loaded.facts = make_facts(n_sequences=N_PLACES)
+async def start() -> tuple[Turn, Queue, Writer]:
     writer = Writer("a")
-    loaded.process = writer  # type: ignore[assignment]
-    store.adopt(loaded)
-    queue = Queue(store, 9, 60.0)
-    await queue.enter("a")
-    return Turn(loaded, Run("/v1/completions"), queue), queue, writer
+    return *(await make_turn(writer, N_PLACES)), writer
 
 
 async def ask(turn: Turn, *prompts: str) -> dict[int, str]:
@@ -63,7 +51,7 @@ async def ask(turn: Turn, *prompts: str) -> dict[int, str]:
 
 def test_free_places_are_used_and_given_back() -> None:
     async def scenario() -> None:
-        turn, queue, writer = await make_turn()
+        turn, queue, writer = await start()
         assert await ask(turn, *"abcdefgh") == dict(enumerate("abcdefgh"))
         await asyncio.sleep(0)
         assert (writer.most, queue.running) == (N_PLACES, 1)
@@ -74,7 +62,7 @@ def test_free_places_are_used_and_given_back() -> None:
 
 def test_who_waits_gets_a_place_before_all_is_answered() -> None:
     async def scenario() -> None:
-        turn, queue, writer = await make_turn()
+        turn, queue, writer = await start()
         asking = asyncio.create_task(ask(turn, *(["x"] * 50)))
         await asyncio.sleep(0.005)
         assert queue.running == N_PLACES
@@ -91,7 +79,7 @@ def test_who_waits_gets_a_place_before_all_is_answered() -> None:
 @pytest.mark.parametrize("prompts", [("bad",), ("a", "bad", "c", "d")])
 def test_the_first_failure_ends_all(prompts: tuple[str, ...]) -> None:
     async def scenario() -> None:
-        turn, queue, writer = await make_turn()
+        turn, queue, writer = await start()
         with pytest.raises(EngineFailure, match="no such word"):
             await ask(turn, *prompts)
         await asyncio.sleep(0)
@@ -102,7 +90,7 @@ def test_the_first_failure_ends_all(prompts: tuple[str, ...]) -> None:
 
 def test_whoever_leaves_ends_all() -> None:
     async def scenario() -> None:
-        turn, queue, writer = await make_turn()
+        turn, queue, writer = await start()
         asking = asyncio.create_task(ask(turn, *(["x"] * 50)))
         await asyncio.sleep(0.02)
         asking.cancel()
