@@ -18,6 +18,7 @@ from edgemerge.cli.generation import note
 from edgemerge.cli.terminal import check_stop, plain, print_json, speaks_plainly
 
 if TYPE_CHECKING:
+    from edgemerge.finding.finder import Finder
     from edgemerge.runtime.bench.bench import BenchSettings, ModelBench
     from edgemerge.runtime.evaluation.questions import Question
     from edgemerge.runtime.evaluation.tasks import Task
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["bench_command"]
 
 N_PROMPT, N_GEN = 512, 128  # tokens; llama-bench's defaults
+N_RUNS = 3
 
 
 class Format(StrEnum):
@@ -73,8 +75,15 @@ def bench_command(
         ),
     ] = None,
     repetitions: Annotated[
-        int, typer.Option("-r", "--repetitions", min=1, metavar="N", help="Runs of each test.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            "-r",
+            "--repetitions",
+            min=1,
+            metavar="N",
+            help=f"Runs of each test [default: {N_RUNS}].",
+        ),
+    ] = None,
     threads: Annotated[
         str | None,
         typer.Option(
@@ -140,7 +149,14 @@ def bench_command(
     if merge is not None:
         if models or plot is not None or quality is not None or limit is not None:
             raise typer.BadParameter("--merge measures a merge alone: give no models with it")
-        _bench_merge(merge, output_format)
+        of_models = (n_prompt, n_gen, repetitions, threads, gpu_layers, rpc, depth or None)
+        if any(option is not None for option in of_models):
+            raise typer.BadParameter(
+                "--merge measures a merge once, as its recipe has it: -p, -n, -r, -t, -g, -d and --rpc "
+                "go with models"
+            )
+        finder = make_finder(models_folder, download, quiet=json_)
+        _bench_merge(merge, output_format, finder, models_folder)
         return
     if not models:
         raise typer.BadParameter("give one or more GGUF files, or --merge RECIPE.yml")
@@ -161,7 +177,7 @@ def bench_command(
         threads,
         _clamp("-p", N_PROMPT, room) if n_prompt is None else n_prompt,
         _clamp("-n", N_GEN, room) if n_gen is None else n_gen,
-        repetitions,
+        repetitions or N_RUNS,
         depth,
         gpu_layers,
         workers,
@@ -293,7 +309,9 @@ def _print_rest(benches: list[ModelBench], name: str, output_format: Format) -> 
         print("\n".join(map(plain, lines)))
 
 
-def _bench_merge(recipe: Path, output_format: Format) -> None:
+def _bench_merge(
+    recipe: Path, output_format: Format, finder: Finder, models_folder: Path | None
+) -> None:
     from edgemerge.cli.bench_records import csv_lines, merge_record
     from edgemerge.cli.bench_table import merge_table
     from edgemerge.merging.precompile import precompile
@@ -301,14 +319,14 @@ def _bench_merge(recipe: Path, output_format: Format) -> None:
     from edgemerge.recipe.recipe import load_recipe
     from edgemerge.runtime.bench.merge_cost import measure_merge
 
-    intent = load_recipe(recipe)
+    intent = load_recipe(recipe, finder=finder)
     with _status() as show:
         show("compiling kernels")
         the_plan = plan(intent)
         for one in (*the_plan.stages, the_plan):
             precompile(one)  # once per machine, and no part of what a merge costs
         show(f"merging {recipe.name}")
-        cost = measure_merge(recipe, intent.inputs())
+        cost = measure_merge(recipe, intent.inputs(), models_folder)
     if output_format is Format.json:
         print_json(merge_record(cost))
     elif output_format is Format.csv:

@@ -201,12 +201,15 @@ def _checks(model: Path, found: Verification, key: Path | None, *, quiet: bool) 
     from edgemerge.reports.record import Section
 
     said: list[tuple[str, bool | None]]
-    if found.is_sound:
-        said = [(f"All {found.tensors} tensors are as they were written.", True)]
-    else:
+    if found.damaged:
         said = [
             (f"{len(found.damaged)} of {found.tensors} tensors changed since the merge.", False)
         ]
+    else:
+        said = [(f"All {found.tensors} tensors are as they were written.", True)]
+    if found.trailing_bytes:
+        more = f"{found.trailing_bytes} bytes after the last tensor were written by no merge."
+        said.append((more, False))
     if key is None:
         said.append(("No signature was checked: checksums find damage, not forgery.", None))
         return Section("Is it whole?", said)
@@ -233,11 +236,13 @@ def _scores(document: Mapping[str, Any], digests: set[str]) -> Section:
         for file in one.get("files", ())
         if isinstance(file, dict)
     }
-    said: list[tuple[str, bool | None]] = [
-        ("This very file was asked, by its SHA-256.", True)
-        if digests <= known
-        else ("None of the models that were asked is this file, by its SHA-256.", False)
-    ]
+    said: list[tuple[str, bool | None]]
+    if not digests <= known:
+        said = [("None of the models that were asked is this file, by its SHA-256.", False)]
+    elif document.get("loras"):
+        said = [("This file was asked with adapters, so the scores are not its own.", False)]
+    else:
+        said = [("This very file was asked, by its SHA-256.", True)]
     said.append(("Intervals are 95 %, from the standard error.", None))
     header = ("task", "model", "questions", "accuracy", "interval")
     return Section("What it scores", said, header, list(_score_rows(document["results"])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 from typing import Annotated
 
 import typer
@@ -35,9 +36,15 @@ def rollback_command(
 
     declared = read_site(site)
     examiner = LlamaExaminer(declared, SiteFolder(declared.folder), FileHashes(None))
-    report = roll_back_by_hand(
-        declared, examiner, open_server(declared), reason=reason, by=getpass.getuser()
-    )
+    report = roll_back_by_hand(declared, examiner, open_server(declared), reason=reason, by=_user())
     print_report(report, as_json=json_)
     if report.server_differs:
         raise typer.Exit(1)
+
+
+def _user() -> str:
+    """Name who asked; a container may have a user without a name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"user {os.getuid()}"

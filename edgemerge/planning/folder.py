@@ -19,7 +19,7 @@ from edgemerge.formats.adapters.adapted import without_adapters
 from edgemerge.formats.architectures import layer_index
 from edgemerge.formats.constants import is_constant
 from edgemerge.formats.files import read_bounded
-from edgemerge.formats.gguf.metadata import get_value
+from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.hub.changes import Change
 from edgemerge.formats.hub.config import HubConfig, check_config
 from edgemerge.formats.hub.families import READERS
@@ -35,7 +35,7 @@ from edgemerge.planning.jobs import Draft
 from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT
 from edgemerge.types import Float32, Recipe, Source, TensorSpec
 
-__all__ = ["Folder", "FolderFiles"]
+__all__ = ["Folder", "FolderFiles", "find_ends"]
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -50,6 +50,18 @@ DROPPED = (
 )
 BY_LAYER = ("layer_types", "no_rope_layers")  # lists that transformers makes where they are missing
 TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
+# Texts that llama.cpp takes for the end of a turn where no key states it (llama-vocab.cpp), but for the ends
+# of documents. <|end|> ends a turn of Phi-3's; in gpt-oss, which has <|return|>, only a message.
+MESSAGE_END, ANSWER_END = "<|end|>", "<|return|>"
+TURN_ENDS = {
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<end_of_turn>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "<end_of_utterance>",
+}
 TEMPLATE_KEY, TEMPLATE_FILE = "tokenizer.chat_template", "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
 VOCABULARY = tuple(f"tokenizer.ggml.{key}" for key in ("model", "tokens", "token_type", "merges"))
@@ -152,7 +164,7 @@ class Folder:
             if (self._owner.path / MORE_TEMPLATES).is_dir():
                 notes.append(f"{folder_name(self._owner.path)}: {MORE_TEMPLATES} is left out")
         else:
-            files[GENERATION] = _as_json(_generation(metadata))
+            files[GENERATION] = _as_json(find_ends(metadata))
             length = config.rope.context_length
             files |= write_tokenizer(self._owner.path, metadata, length)
         return FolderFiles(config, files, tuple(notes))
@@ -201,13 +213,27 @@ def _token_ids(metadata: Mapping[str, bytes]) -> dict[str, Any]:
     return {f"{name}_token_id": value for name, value in ids.items()}
 
 
-def _generation(metadata: Mapping[str, bytes]) -> dict[str, Any]:
+def find_ends(metadata: Mapping[str, bytes]) -> dict[str, Any]:
     """Say where a text begins and where an answer ends: at a turn's end too, if that has a token."""
     ids = {name: value for name, value in _token_ids(metadata).items() if value is not None}
-    turn = get_value(metadata, "tokenizer.ggml.eot_token_id")
-    if turn is not None and turn != ids.get("eos_token_id"):
-        ids["eos_token_id"] = [ids["eos_token_id"], turn] if "eos_token_id" in ids else turn
+    eos = ids.get("eos_token_id")
+    turns = [turn for turn in _turn_ends(metadata) if turn != eos]
+    ends = turns if eos is None else [eos, *turns]
+    if turns:
+        ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     return ids
+
+
+def _turn_ends(metadata: Mapping[str, bytes]) -> list[int]:
+    """Find the tokens that end a turn: as stated, else by their texts, as llama.cpp does."""
+    stated = get_value(metadata, "tokenizer.ggml.eot_token_id")
+    if isinstance(stated, int):
+        return [stated]
+    tokens = get_value(metadata, "tokenizer.ggml.tokens")
+    texts = list(tokens) if isinstance(tokens, Array) else []
+    is_harmony = MESSAGE_END in texts and ANSWER_END in texts
+    wanted = TURN_ENDS if is_harmony else {*TURN_ENDS, MESSAGE_END}
+    return [i for i, text in enumerate(texts) if text in wanted]
 
 
 def _has_tokens_of(owner: Source, metadata: Mapping[str, bytes]) -> bool:

@@ -68,7 +68,10 @@ class Address:
         RecipeError
             It leads from https to http, or to something else.
         """
-        there = read_address(urljoin(f"{self.origin}{self.target}", location))
+        try:
+            there = read_address(urljoin(f"{self.origin}{self.target}", location))
+        except ValueError:
+            raise RecipeError(f"{self}: the server leads on to what is no address") from None
         if self.scheme == "https" and there.scheme != "https":
             raise RecipeError(f"{self}: the server leads on to {there}, which is not encrypted")
         if there.authorization is None and there.origin == self.origin:
@@ -87,6 +90,7 @@ def read_address(text: str) -> Address:
     try:
         parts = urlsplit(text)
         scheme, host, port = parts.scheme.lower(), parts.hostname, parts.port
+        (host or "").encode("idna")  # what a connection does: of a name that is none it raises
     except ValueError:
         scheme, host, port = "", None, None
     if scheme not in SCHEMES or not host:

@@ -243,6 +243,8 @@ def fetch_small(address: Address, path: Path, max_bytes: int) -> None:
                 if file.tell() > max_bytes:
                     what = f"is larger than {max_bytes / 1e6:g} MB, which no such file is"
                     raise Refusal(f"{what}; get another")
+            if response.status != 416 and response.length:  # `read` alone does not tell
+                raise Fault("the connection was closed in the middle of an answer")
 
     _ask_once(address, max_bytes + 1, read)
 

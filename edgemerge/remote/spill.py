@@ -34,6 +34,7 @@ class Spill:
             raise self._fail(error) from None
         self._starts: list[int] = []  # of ranges that are there; disjoint, in order
         self._stops: list[int] = []
+        self._n_forgotten = 0  # ranges; what is written while one is may be gone again
         self._lock = threading.Lock()
 
     def read(self, buffers: list[memoryview], offset: int) -> bool:
@@ -63,7 +64,7 @@ class Spill:
         OutputError
             The disk is full, or fails.
         """
-        start = offset
+        start, n_before = offset, self._n_forgotten
         for buffer in buffers:
             at = 0
             while at < len(buffer):
@@ -73,7 +74,8 @@ class Spill:
                     raise self._fail(error) from None
                 at, offset = at + n_written, offset + n_written
         with self._lock:
-            self._put(start, offset)
+            if self._n_forgotten == n_before:
+                self._put(start, offset)
 
     def forget(self, offset: int, n_bytes: int) -> None:
         """Give a range back to the file system."""
@@ -87,7 +89,8 @@ class Spill:
                 if part[0] < part[1]
             ]
             self._starts, self._stops = [a for a, _ in parts], [b for _, b in parts]
-        _punch(self._file.fileno(), offset, n_bytes)
+            self._n_forgotten += 1
+            _punch(self._file.fileno(), offset, n_bytes)
 
     def close(self) -> None:
         """Give all of it back."""

@@ -17,6 +17,7 @@ import yaml
 from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.recipe.searches import SearchRecipe
 from edgemerge.runtime.evaluation.answers import Answers
+from edgemerge.runtime.evaluation.likelihood import NoNumbers
 from edgemerge.runtime.llama import Model
 from edgemerge.searching.examiner import Examiner
 from edgemerge.searching.model_file import ModelFile
@@ -123,7 +124,7 @@ class Search:
         refusal = ""
         try:
             self._ask(draw, finished)
-        except (RecipeError, MismatchError) as error:  # these values; others may do
+        except (RecipeError, MismatchError, NoNumbers) as error:  # these values; others may do
             if draw.number == 0:
                 raise
             refusal = str(error)

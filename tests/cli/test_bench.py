@@ -163,6 +163,8 @@ def test_usual_lengths_give_way_to_a_short_context(run: Run) -> None:
         (("tiny.gguf", "--plot", "x.jpg"), "must end in .png, .svg, .pdf"),
         (("tiny.gguf", "-n", "0", "--plot", "x.png"), "give -n"),
         (("tiny.gguf", "--merge", "r.yml"), "--merge measures a merge alone"),
+        (("--merge", "r.yml", "-r", "5"), "--merge measures a merge once"),
+        (("--merge", "r.yml", "-t", "1"), "--merge measures a merge once"),
     ],
 )
 def test_contradictions_are_usage_errors(run: Run, arguments: tuple[str, ...], said: str) -> None:

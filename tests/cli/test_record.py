@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -32,10 +33,10 @@ def words(page: Path) -> str:
     return " ".join(re.sub("<[^>]*>", " ", page.read_text()).split())
 
 
-def write_results(sha256: str) -> None:
+def write_results(sha256: str, **more: Any) -> None:
     model = {"path": "ward.gguf", "files": [{"bytes": 1, "sha256": sha256}]}
     score = {"model": "ward.gguf", "task": "medqa", "n": 100, "acc": 0.5, "acc_stderr": 0.05}
-    Path("results.json").write_text(json.dumps({"models": [model], "results": [score]}))
+    Path("results.json").write_text(json.dumps({"models": [model], "results": [score], **more}))
 
 
 def test_it_says_what_of_what_and_how() -> None:
@@ -65,9 +66,23 @@ def test_scores_are_those_of_this_very_file() -> None:
     text = words(Path("b.html"))
     assert "This very file was asked, by its SHA-256." in text
     assert "medqa ward.gguf 100 50.0 % 40.2 to 59.8 %" in text
+    write_results(sha256, loras=[{"path": "disease.gguf", "scale": 1.0}])
+    assert run("record", "ward.gguf", "--eval", "results.json", "-o", "d.html").exit_code == 0
+    assert "This file was asked with adapters, so the scores are not its own." in words(
+        Path("d.html")
+    )
     write_results("0" * 64)
     assert run("record", "ward.gguf", "--eval", "results.json", "-o", "c.html").exit_code == 0
     assert "None of the models that were asked is this file" in words(Path("c.html"))
+
+
+def test_bytes_after_the_last_tensor_are_said() -> None:
+    with Path("ward.gguf").open("ab") as file:
+        file.write(b"more")
+    assert run("record", "ward.gguf", "-o", "record.html").exit_code == 1
+    text = words(Path("record.html"))
+    assert "All 21 tensors are as they were written." in text
+    assert "4 bytes after the last tensor were written by no merge." in text
 
 
 def test_a_damaged_file_has_a_record_that_says_so() -> None:

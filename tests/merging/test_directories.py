@@ -20,6 +20,7 @@ from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.hub.safetensors import read_header, read_metadata
 from edgemerge.merging.run import merge, plan
 from edgemerge.planning.compatibility import read_tensor
+from edgemerge.planning.folder import find_ends
 from edgemerge.recipe.recipe import load_recipe, make_recipe
 from tests.support.adapters import KINDS, write_adapter
 from tests.support.architecture_models import ARCHITECTURES, CASES, copy_model, facts
@@ -295,3 +296,25 @@ def test_only_a_folder_of_ours_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="no folder"):
         write_folder(LLAMA, tmp_path / "file", force=True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stated", "eos"),
+    [
+        (["</s>", "<end_of_turn>"], None, [0, 1]),  # Gemma 2 and 3
+        (["<|endoftext|>", "<|end|>"], None, [0, 1]),  # Phi-3
+        (["<|return|>", "<|end|>"], None, 0),  # gpt-oss: <|end|> ends a message
+        (["</s>", "x"], 1, [0, 1]),
+        (["</s>", "x"], None, 0),
+    ],
+)
+def test_generation_stops_at_the_end_of_a_turn(
+    tokens: list[str], stated: int | None, eos: int | list[int]
+) -> None:
+    metadata = {
+        "tokenizer.ggml.tokens": encode_value(tokens, "[str]"),
+        "tokenizer.ggml.eos_token_id": encode_value(0, "u32"),
+    }
+    if stated is not None:
+        metadata["tokenizer.ggml.eot_token_id"] = encode_value(stated, "u32")
+    assert find_ends(metadata)["eos_token_id"] == eos

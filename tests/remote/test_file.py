@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgemerge.errors import FormatError, OutputError, Stopped
+from edgemerge.errors import FormatError, OutputError, RecipeError, Stopped
 from edgemerge.remote import failures
 from edgemerge.remote.address import read_address
-from edgemerge.remote.file import RemoteFile, probe
+from edgemerge.remote.file import RemoteFile, fetch_small, probe
 from edgemerge.remote.spill import Spill
 from tests.support.file_server import FileServer, serve_folder
 
@@ -171,3 +171,44 @@ def test_stop_ends_a_read_that_waits(server: FileServer, file: RemoteFile) -> No
 def test_a_file_is_not_read_past_its_end(file: RemoteFile) -> None:
     with pytest.raises(FormatError, match="ends before what is read of it"):
         read(file, SIZE - 10, 20)
+
+
+def test_a_small_file_that_is_cut_off_is_fetched_again(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "DELAYS", (0.0, 0.01))
+    (tmp_path / "small.json").write_bytes(b"{}" * 500)
+    server.drop_each = 2
+    for _ in range(2):  # one of them is cut off at first
+        fetch_small(read_address(f"{server.url}/small.json"), tmp_path / "found", 10_000)
+        assert (tmp_path / "found").read_bytes() == b"{}" * 500
+    assert len(server.asked("small.json")) == 3
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".org"])
+def test_a_host_that_is_none_is_refused(host: str) -> None:
+    with pytest.raises(RecipeError, match="an address cannot be read"):
+        read_address(f"https://{host}/model.gguf")
+
+
+def test_a_redirect_to_no_address_is_refused(server: FileServer) -> None:
+    server.redirects["/data.gguf"] = "https://[x/y"
+    with pytest.raises(FormatError, match="leads on to what is no address"):
+        opened(server)
+
+
+def test_what_is_forgotten_while_it_is_written_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spill = Spill(tmp_path)
+    pwrite = os.pwrite
+
+    def forget_then(*given: Any) -> int:
+        n_written = pwrite(*given)
+        spill.forget(0, BLOCK)
+        return n_written
+
+    monkeypatch.setattr(os, "pwrite", forget_then)
+    spill.write([memoryview(b"x" * BLOCK)], 0)
+    assert not spill.read([memoryview(bytearray(BLOCK))], 0)
+    spill.close()

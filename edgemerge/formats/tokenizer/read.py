@@ -140,20 +140,28 @@ def _metadata(
     if add_prefix_space is not None and model_type in LLAMA_LIKE:
         keys["add_space_prefix"] = encode_value(bool(add_prefix_space), "bool")
     as_written = model_type == "phi3"
+    may_lack_image = model_type in GEMMA
     added = added_tokens(
         tokenizer_json,
         tokenizer_config,
         vocab_size,
         notes,
         json_counts=as_written,
-        may_lack_image=model_type in GEMMA,
+        may_lack_image=may_lack_image,
     )
     if (path / "tokenizer.model").is_file() and model_type not in GEMMA4:
         model = read_sentencepiece(path / "tokenizer.model")
         if model.is_unigram:
             keys |= unigram_vocabulary(path, model, added, vocab_size)
         else:
-            keys |= spm_vocabulary(path, model, added, vocab_size, as_written=as_written)
+            keys |= spm_vocabulary(
+                path,
+                model,
+                added,
+                vocab_size,
+                as_written=as_written,
+                may_lack_image=may_lack_image,
+            )
     elif tokenizer_json is None:
         raise FormatError(
             "has no tokenizer.json; get it"

@@ -9,7 +9,7 @@ from typing import Any
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.json_file import read_object
-from edgemerge.formats.tokenizer.added import AddedToken, special_texts
+from edgemerge.formats.tokenizer.added import IMAGE_TOKEN, AddedToken, special_texts
 from edgemerge.formats.tokenizer.sentencepiece_file import (
     BYTE,
     CONTROL,
@@ -93,6 +93,7 @@ def spm_vocabulary(
     vocab_size: int,
     *,
     as_written: bool = False,
+    may_lack_image: bool = False,
 ) -> dict[str, bytes]:
     """Return the `tokenizer.ggml.*` keys of tokenizer.model (`_create_vocab_sentencepiece`).
 
@@ -108,13 +109,17 @@ def spm_vocabulary(
         Number of tokens to return.
     as_written : bool
         Whether added tokens are special only where they say so, as the converter has it for Phi-3.
+    may_lack_image : bool
+        As of `added_tokens`.
     """
     vocabulary = Vocabulary(path, vocab_size)
     for i, (piece, score, kind) in enumerate(model.pieces):
         vocabulary.put(i, piece, score, NORMAL if kind == USER_DEFINED else kind)
     if (path / "added_tokens.json").is_file():
         for text, i in read_object(path / "added_tokens.json").items():
-            vocabulary.put(i, text.encode(), ADDED_SCORE, USER_DEFINED)
+            # tokenizer_config.json has that token too, and its note
+            if not (may_lack_image and text == IMAGE_TOKEN and i == vocab_size):
+                vocabulary.put(i, text.encode(), ADDED_SCORE, USER_DEFINED)
     for token in added:
         text = token.text
         if not as_written and not token.in_config and is_special_piece(model, token):

@@ -74,7 +74,9 @@ class MergeCost:
         return self.rate / self.raw_rate
 
 
-def measure_merge(recipe: Path, models: Sequence[Path]) -> MergeCost:
+def measure_merge(
+    recipe: Path, models: Sequence[Path], models_folder: Path | None = None
+) -> MergeCost:
     """Merge into a temporary file beside the recipe and remove it.
 
     Parameters
@@ -83,6 +85,8 @@ def measure_merge(recipe: Path, models: Sequence[Path]) -> MergeCost:
         A recipe, as for `edgemerge merge`.
     models : sequence of Path
         The models that it names: files, or folders of safetensors.
+    models_folder : Path, optional
+        Where it finds those that it names as on the hub.
 
     Raises
     ------
@@ -96,7 +100,8 @@ def measure_merge(recipe: Path, models: Sequence[Path]) -> MergeCost:
     raw_rate = _read_raw(files)
     note = drop_cache(files)
     with tempfile.TemporaryDirectory(prefix=".edgemerge-bench-", dir=recipe.parent) as folder:
-        report, cpu_seconds = _merge(recipe, Path(folder) / "out.gguf")
+        places = [] if models_folder is None else ["--models", str(models_folder)]
+        report, cpu_seconds = _merge(recipe, Path(folder) / "out.gguf", places)
     return MergeCost(
         recipe=recipe,
         method=report["method"],
@@ -133,12 +138,12 @@ def _read_raw(files: Sequence[Path]) -> float:
     return done / (time.perf_counter() - start)
 
 
-def _merge(recipe: Path, output: Path) -> tuple[dict[str, Any], float]:
+def _merge(recipe: Path, output: Path, places: Sequence[str]) -> tuple[dict[str, Any], float]:
     """Run `edgemerge merge`; its report and its processor seconds."""
     command = [sys.executable, "-P", "-m", "edgemerge", "merge", str(recipe), "-o", str(output)]
     with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as complaint:
         child = subprocess.Popen(
-            [*command, "--json"], stdin=subprocess.DEVNULL, stdout=told, stderr=complaint
+            [*command, *places, "--json"], stdin=subprocess.DEVNULL, stdout=told, stderr=complaint
         )
         try:
             _, status, usage = os.wait4(child.pid, 0)

@@ -143,7 +143,8 @@ def examine(folder: Path, model: Path | None = None, root: Path = Path("/")) -> 
     except RuntimeFailure as error:
         problem = str(error)
     threads = None
-    if build is not None and model_fit is not None and model_fit.verdict == "fits":
+    fits_now = model_fit is not None and model_fit.verdict == "fits"
+    if build is not None and model_fit is not None and fits_now and model_fit.path.is_file():
         threads = _measure_threads(model_fit.path)
     elif kept := kept_counts():
         threads = list(kept.values())[-1]

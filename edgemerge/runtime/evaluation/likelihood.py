@@ -23,7 +23,9 @@ from edgemerge.types import Float32, Float64
 
 __all__ = [
     "Likelihoods",
+    "NoNumbers",
     "check_context",
+    "check_numbers",
     "log_likelihoods",
     "option_likelihoods",
     "score_questions",
@@ -34,6 +36,10 @@ __all__ = [
 # sequences is llama.cpp's limit.
 _TOKENS, _SEQUENCES = 256, 256
 _LOGITS_BYTES = 64 * 2**20
+
+
+class NoNumbers(RuntimeFailure):
+    """A model computes NaN or infinity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +177,21 @@ def check_context(model: Model, n_ctx: int | None) -> int:
     return n_ctx or model.n_ctx_train
 
 
+def check_numbers(model: Model, values: Sequence[float] | Float64) -> None:
+    """Refuse a model whose logits are NaN or infinite: among such options the first would count as chosen.
+
+    Raises
+    ------
+    NoNumbers
+        A value is none.
+    """
+    if not np.isfinite(values).all():
+        raise NoNumbers(
+            f"{model.path}: computes NaN or infinity instead of likelihoods, so its weights are damaged or "
+            "too large; merge it with smaller weights, or get it again"
+        )
+
+
 def log_likelihoods(logits: Float32, rows: Sequence[int], tokens: Sequence[int]) -> Float64:
     """Log-likelihood of each token by its row of logits, summed in double precision.
 
@@ -293,6 +314,7 @@ def _run_pass(
                 if len(found) == len(questions[group.question].options):
                     del totals[group.question]
                     sums, counts = zip(*(found[i] for i in sorted(found)), strict=True)
+                    check_numbers(model, sums)
                     finished[group.question] = Likelihoods(sums, counts, group.cut)
             yield {i: found for i, found in finished.items() if i not in skip}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.files import refuse_device
-from edgemerge.runtime.evaluation.likelihood import check_context, log_likelihoods
+from edgemerge.runtime.evaluation.likelihood import check_context, check_numbers, log_likelihoods
 from edgemerge.runtime.llama import Model
 
 __all__ = ["Chunk", "Perplexity", "cut_text", "perplexity_of", "score_chunks"]
@@ -136,6 +136,7 @@ def score_chunks(
             logits = context.decode(chunk, wanted)
             after = chunk[first + 1 :]
             values = log_likelihoods(logits, range(len(after)), after)
+            check_numbers(model, values)
             yield index, Chunk(-float(values.sum()), float((values**2).sum()), len(values))
 
 

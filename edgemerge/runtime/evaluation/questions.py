@@ -209,7 +209,7 @@ def _pubmedqa(item: _Item) -> Question:
 
 def _read_mmlu(path: Path) -> list[Question]:
     questions = []
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a mark before
         rows = csv.reader(file)  # with its defaults, as the Hub's cais/mmlu was made
         try:
             for row in rows:

@@ -143,6 +143,11 @@ def test_the_image_token_that_small_gemmas_have_no_row_for_is_left_out(tmp_path:
     notes: list[str] = []
     assert "<image_soft_token>" not in types(metadata(folder, notes))
     assert notes == ["token '<image_soft_token>' is left out, as the embedding has no row for it"]
+    (folder / "added_tokens.json").write_text(json.dumps({"<image_soft_token>": n}))
+    assert "<image_soft_token>" not in types(metadata(folder, []))
+    (folder / "added_tokens.json").write_text(json.dumps({"<other>": n}))
+    with pytest.raises(FormatError, match="but the embedding has"):
+        metadata(folder, [])
 
 
 def test_a_padding_id_of_minus_one_is_none(tmp_path: Path) -> None:

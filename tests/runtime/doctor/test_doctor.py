@@ -28,6 +28,7 @@ from edgemerge.runtime.doctor.diagnosis import examine
 from edgemerge.runtime.thread_counts import ThreadCounts
 from tests.runtime.board import boards
 from tests.runtime.board.boards import GIB
+from tests.support.architecture_models import ARCHITECTURES
 
 BUILD = LlamaBuild(
     "0.3.36", ("NEON", "FP16_VA", "DOTPROD", "OPENMP"), False, (), is_debug=False, has_rpc=False
@@ -289,3 +290,8 @@ def test_accelerators_and_swap_are_plain_in_json(tmp_path: Path) -> None:
     )
     document = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert document["llama"]["accelerators"][0]["description"] == "Orin"
+
+
+def test_a_directory_is_judged_and_no_threads_are_measured_with_it(tmp_path: Path) -> None:
+    document = examine(tmp_path, ARCHITECTURES / "llama").as_json()
+    assert document["model"]["verdict"] == "fits"

@@ -169,3 +169,15 @@ def test_log_likelihoods_keep_double_precision() -> None:
     expected = exact - np.log(np.exp(exact).sum(axis=1, keepdims=True))
     found = module.log_likelihoods(logits, [0, 0, 1], [1, 2, 0])
     np.testing.assert_allclose(found, expected[[0, 0, 1], [1, 2, 0]], rtol=1e-14)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_a_model_that_computes_no_numbers_is_refused(
+    odd: float, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "log_total", lambda logits: odd)
+    with (
+        Model(tiny_gguf) as model,
+        pytest.raises(module.NoNumbers, match="computes NaN or infinity"),
+    ):
+        option_likelihoods(model, [Question("the", ("a", "b"), 0)])

@@ -208,3 +208,9 @@ def test_a_question_keeps_the_id_that_its_file_gives(tmp_path: Path) -> None:
     line = {"question": "q", "options": ["a", "b"], "answer": 1}
     path.write_text("\n".join(map(json.dumps, ({**line, "id": "w-7"}, {**line, "id": 8}, line))))
     assert [question.id for question in read_questions(path)] == ["w-7", "8", None]
+
+
+def test_a_mark_that_spreadsheets_write_is_no_part_of_the_first_question(tmp_path: Path) -> None:
+    path = tmp_path / "test.csv"
+    path.write_text('"What, then?",a,b,c,d,A\n', encoding="utf-8-sig")
+    assert read_questions(path, "mmlu")[0].prompt.startswith("What, then?\nA. a")
