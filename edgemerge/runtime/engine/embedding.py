@@ -192,6 +192,8 @@ class Embedder:
         """End the texts that are complete, and the requests whose last one they are."""
         ended: list[tuple[int, Any]] = []
         for text, n in parts:
+            if text not in self._active:  # another text of its request has failed
+                continue
             text.n_done += n
             if text.n_done < len(text.tokens):
                 continue
