@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from threading import Event
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.formats.gguf.model import parts_of
@@ -18,6 +19,8 @@ from edgemerge.runtime.serve.models import ModelFile
 from edgemerge.runtime.serve.store import Loaded
 
 __all__ = ["HashedLoader"]
+
+_CHUNK = 1 << 20
 
 # Of each file device, inode, bytes, and when contents and inode last changed.
 _States = tuple[tuple[int, ...], ...]
@@ -46,7 +49,7 @@ class HashedLoader:
         """
         states = _read_states(file.path)
         if states not in self._digests:
-            self._digests[states] = await asyncio.to_thread(_hash, file.path)
+            self._digests[states] = await _hash(file.path)
         loaded = await self._load(file)
         try:
             if _read_states(file.path) != states:
@@ -68,15 +71,23 @@ def _read_states(path: Path) -> _States:
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
 
 
-def _hash(path: Path) -> str:
+async def _hash(path: Path) -> str:
     """Give the SHA-256 of a model's file, of a split one its files in order."""
-    digest = hashlib.sha256()
+    is_left = Event()  # a thread cannot be cancelled, and the end of the server would wait for it
     try:
-        for part in parts_of(path):
-            with part.open("rb") as file:
-                hashlib.file_digest(file, lambda: digest)
+        return await asyncio.to_thread(_hash_until, path, is_left)
     except OSError as error:
         raise _unreadable(path, error) from error
+    finally:
+        is_left.set()
+
+
+def _hash_until(path: Path, is_left: Event) -> str:
+    digest, view = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    for part in parts_of(path):
+        with part.open("rb", buffering=0) as file:
+            while not is_left.is_set() and (n_read := file.readinto(view)):
+                digest.update(view[:n_read])
     return digest.hexdigest()
 
 

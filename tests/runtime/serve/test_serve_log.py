@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import shutil
 import stat
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -120,3 +122,18 @@ def test_a_file_that_changes_while_it_is_loaded_is_closed_again(how: str, tmp_pa
     with pytest.raises(RuntimeFailure, match=r"a\.gguf: (changed while|cannot be read)"):
         asyncio.run(HashedLoader(load)(file_of(path)))
     assert starter.alive() == []
+
+
+def test_nobody_waits_for_a_digest_that_is_not_wanted_any_more(tmp_path: Path) -> None:
+    path = tmp_path / "large.gguf"
+    path.touch()
+    os.truncate(path, 16 << 30)  # takes no room, and ten seconds or more to hash
+
+    async def leave() -> None:
+        async with asyncio.timeout(0.1):
+            await HashedLoader(Loader())(file_of(path))
+
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError):
+        asyncio.run(leave())
+    assert time.monotonic() - begin < 4.0
