@@ -227,13 +227,6 @@ def main() -> None:
 
 def _compute(loaded: Loaded, options: EngineOptions, ready: SimpleQueue[Any], pipe: _Pipe) -> None:
     """Compute what is ready, batch after batch, for ever."""
-    scheduler = Scheduler(
-        loaded.model,
-        loaded.context,
-        loaded.slots,
-        n_chunk=options.n_chunk,
-        n_rows=loaded.n_rows,
-    )
     embedder = Embedder(
         loaded.model,
         loaded.context,
@@ -241,6 +234,14 @@ def _compute(loaded: Loaded, options: EngineOptions, ready: SimpleQueue[Any], pi
         loaded.spare_sequences,
         n_rows=loaded.n_rows,
         whole=loaded.whole,
+    )
+    scheduler = Scheduler(
+        loaded.model,
+        loaded.context,
+        loaded.slots,
+        n_chunk=options.n_chunk,
+        n_rows=loaded.n_rows,
+        embedder=embedder,
     )
 
     def cancel(key: int) -> None:
@@ -258,7 +259,7 @@ def _compute(loaded: Loaded, options: EngineOptions, ready: SimpleQueue[Any], pi
                 is_idle = False
                 pipe.flush()  # a batch of a new prompt may take long
         events: list[tuple[int, Any]] = [*scheduler.step()]
-        events += embedder.step(others=not scheduler.is_idle)
+        events += embedder.step(others=scheduler.is_computing, is_crowded=scheduler.is_crowded)
         pipe.say_soon(events)
         scheduler.tidy()
 

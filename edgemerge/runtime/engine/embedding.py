@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ class _Text:
     sequence: int = -1
     n_done: int = 0
     pooled: Vector | None = None
+    gave_way: bool = False  # had to leave the cache, and is computed anew
 
 
 class Embedder:
@@ -105,6 +107,12 @@ class Embedder:
         """Whether there is nothing to compute."""
         return not self._active and not self._waiting
 
+    @property
+    def n_claimed(self) -> int:
+        """Tokens of a text that gave way: it comes before answers that have not begun; 0 where none did."""
+        text = next(iter((*self._active[:1], *islice(self._waiting, 1))), None)
+        return len(text.tokens) if text is not None and text.gave_way else 0
+
     def add(self, job: EmbeddingJob) -> None:
         """Compute what a request wants."""
         self._waiting += (_Text(job, tokens) for tokens in job.inputs)
@@ -115,15 +123,27 @@ class Embedder:
         for text in [text for text in self._active if text.job.key == key]:
             self._leave(text)
 
-    def step(self, *, others: bool) -> list[tuple[int, Any]]:
+    def give_way(self) -> bool:
+        """Leave the cache to others; False where no text has anything there."""
+        if not any(text.n_done for text in self._active):
+            return False
+        for text in self._active[::-1]:
+            self._leave(text)
+            gave_way = bool(text.n_done)
+            self._waiting.appendleft(_Text(text.job, text.tokens, gave_way=gave_way))
+        return True
+
+    def step(self, *, others: bool, is_crowded: bool = False) -> list[tuple[int, Any]]:
         """Compute one batch; give the requests that are complete.
 
         Parameters
         ----------
         others : bool
             Whether answers are being computed too, which will leave the cache some time.
+        is_crowded : bool
+            Whether they had no room: what gave way to them waits until one ends.
         """
-        parts = self._fill()
+        parts = self._fill(is_crowded=is_crowded)
         if not parts:
             return []
         self._api.llama_set_embeddings(self._context.handle, True)
@@ -134,18 +154,19 @@ class Embedder:
             else:
                 self._take_rows(parts)
         except PoolFull:
-            full = not self._slots.evict() and not others
-            return self._fail("the context has no room for this input", 500) if full else []
+            if self._slots.evict() or others or (len(self._active) > 1 and self.give_way()):
+                return []
+            return self._fail("the context has no room for this input", 500)
         except DecodeError as error:
             return self._fail(str(error), 500)
         finally:
             self._api.llama_set_embeddings(self._context.handle, False)
         return self._finish(parts)
 
-    def _fill(self) -> list[tuple[_Text, int]]:
+    def _fill(self, *, is_crowded: bool) -> list[tuple[_Text, int]]:
         """Fill the batch with texts in their order; give them, and how many tokens of each."""
         self._batch.clear()
-        self._begin()
+        self._begin(is_crowded=is_crowded)
         parts = []
         for text in self._active:
             n = min(len(text.tokens) - text.n_done, self._batch.size - self._batch.n)
@@ -156,11 +177,15 @@ class Embedder:
             parts.append((text, n))
         return parts
 
-    def _begin(self) -> None:
-        """Give sequences to texts that wait, as many as the batch has room for."""
+    def _begin(self, *, is_crowded: bool) -> None:
+        """Give sequences to texts that wait, as many as the batch has room for, or to one that gave way."""
         room = self._batch.size - sum(len(text.tokens) - text.n_done for text in self._active)
         while self._waiting and self._free:
             text = self._waiting[0]
+            if text.gave_way and is_crowded:
+                break
+            if self._active and (text.gave_way or self._active[0].gave_way):
+                break  # together they may have no room
             if room < (len(text.tokens) if self._whole else 1):
                 break
             room -= len(text.tokens)
@@ -192,6 +217,8 @@ class Embedder:
         """End the texts that are complete, and the requests whose last one they are."""
         ended: list[tuple[int, Any]] = []
         for text, n in parts:
+            if text not in self._active:  # another text of its request has failed
+                continue
             text.n_done += n
             if text.n_done < len(text.tokens):
                 continue

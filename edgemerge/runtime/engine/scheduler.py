@@ -17,6 +17,7 @@ from edgemerge.runtime.batch import Aborted, DecodeError, PoolFull
 from edgemerge.runtime.context import Context
 from edgemerge.runtime.engine.answer import Answer
 from edgemerge.runtime.engine.drafts import MOST
+from edgemerge.runtime.engine.embedding import Embedder
 from edgemerge.runtime.engine.messages import Begun, Ended, Failed, Piece, PromptScored, TokenScore
 from edgemerge.runtime.engine.scores import score_token
 from edgemerge.runtime.engine.slots import Slots
@@ -51,20 +52,35 @@ class Scheduler:
         Most tokens of prompts in one batch.
     n_rows : int
         Most logits of one batch.
+    embedder : Embedder, optional
+        What else computes in the context.
+
+    Attributes
+    ----------
+    is_crowded : bool
+        Whether something had to leave the cache: no other answer begins before one ends.
     """
 
     def __init__(
-        self, model: Model, context: Context, slots: Slots, *, n_chunk: int, n_rows: int
+        self,
+        model: Model,
+        context: Context,
+        slots: Slots,
+        *,
+        n_chunk: int,
+        n_rows: int,
+        embedder: Embedder | None = None,
     ) -> None:
         self._model = model
         self._context = context
         self._slots = slots
         self._n_chunk = n_chunk
         self._n_rows = n_rows
+        self._embedder = embedder
         self._batch = context.batch(max(n_chunk, MOST) + slots.n_active)
         self._waiting: deque[Answer] = deque()
         self._active: list[Answer] = []  # in the order in which they began
-        self._is_crowded = False  # one had to wait again: no other begins before one ends
+        self.is_crowded = False
         self._prompt_seconds = 0.0  # that a token of a prompt takes; 0 until it is known
         self._has_left = False  # an answer, since `tidy`
         self._was_long = False  # whether the last batch was of a long prompt
@@ -79,6 +95,11 @@ class Scheduler:
     def n_all(self) -> int:
         """Answers that are computed or wait."""
         return len(self._active) + len(self._waiting)
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether answers are in the cache."""
+        return bool(self._active)
 
     def add(self, answer: Answer) -> None:
         """Compute an answer as soon as a sequence is free."""
@@ -148,14 +169,15 @@ class Scheduler:
                 yield answer, begun
 
     def _has_room_for(self, answer: Answer) -> bool:
-        if not self._active:
+        n_claimed = self._embedder.n_claimed if self._embedder is not None else 0
+        if not self._active and not n_claimed:
             return True
         reading = [one for one in self._active if not one.is_drawing]
-        if self._is_crowded or sum(one.n_left for one in reading) >= self._n_chunk:
+        if self.is_crowded or sum(one.n_left for one in reading) >= self._n_chunk:
             return False
         n_known = self._slots.n_known(answer.tokens, answer.n_alternatives)
         used = sum(len(one.tokens) - one.slot.n_copied for one in self._active if one.slot)
-        if used + len(answer.tokens) - n_known >= self._context.n_ctx:
+        if used + n_claimed + len(answer.tokens) - n_known >= self._context.n_ctx:
             return False
         n_coming = max((common_length(one.tokens, answer.tokens) for one in reading), default=0)
         return n_coming < n_known + _WORTH_WAITING
@@ -283,11 +305,14 @@ class Scheduler:
         self._slots.leave(answer.slot)
         self._has_left = True
         answer.close()
-        self._is_crowded = False
+        self.is_crowded = False
 
     def _make_room(self) -> Events:
-        """Forget what was kept, else have the answer wait again that began last."""
+        """Forget what was kept, else have texts, or the answer that began last, wait again."""
         if self._slots.evict():
+            return []
+        if self._embedder is not None and self._embedder.give_way():
+            self.is_crowded = True
             return []
         if len(self._active) == 1:
             return self._fail("the context has no room for this request")
@@ -297,7 +322,7 @@ class Scheduler:
         self._slots.leave(newest.slot)
         newest.slot = None
         self._waiting.appendleft(newest)
-        self._is_crowded = True
+        self.is_crowded = True
         return []
 
     def _fail(self, reason: str) -> Events:

@@ -173,7 +173,8 @@ class Slots:
         if n_more < max(_LEAST_COPY, len(best.tokens) // _COPIED_IN_TIME):
             return
         slot = self._choose(None, 0)
-        self._put_away(slot)
+        self.store.use(best)
+        self._put_away(slot)  # what a cancelled answer left there may displace all that is stored
         if self.store.bring_back(best, slot.id):
             slot.tokens, slot.scores = list(best.tokens), list(best.scores)
             slot.n_alternatives = best.n_alternatives

@@ -83,10 +83,13 @@ class Store:
         if self._api.llama_state_seq_get_data(self._context, _bytes(data), size, sequence) == size:
             self._kept.append(Kept(tokens, scores, n_alternatives, data))
 
-    def bring_back(self, kept: Kept, sequence: int) -> bool:
-        """Copy one into an empty sequence; False where the cache has no room for it."""
+    def use(self, kept: Kept) -> None:
+        """Note that one is wanted: all others make room before it."""
         self._kept.remove(kept)
         self._kept.append(kept)
+
+    def bring_back(self, kept: Kept, sequence: int) -> bool:
+        """Copy one into an empty sequence; False where the cache has no room for it."""
         size = len(kept.data)
         data = _bytes(kept.data)
         return bool(self._api.llama_state_seq_set_data(self._context, data, size, sequence) == size)

@@ -25,7 +25,7 @@ class Run:
     model : str or None
         Name of the model, once it is known.
     sha256 : str or None
-        Of the model's file, where requests are logged.
+        Of the model's file when it was loaded, where requests are logged.
     said : dict
         What people wrote, by the request's names.
     prompt_tokens, generated_tokens : int

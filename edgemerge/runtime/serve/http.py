@@ -22,16 +22,28 @@ _HEADER_SECONDS = (
     10.0  # from a connection's opening, or a request's first byte, to its headers' end
 )
 _IDLE_SECONDS = 30  # between two requests
+_UNREAD_SECONDS = 30.0  # in which a client has to take something of its answer
+_LAST_SECONDS = 1.0  # for clients to hear that their answers are cut
 
 
 class _Protocol(H11Protocol):
-    """HTTP whose headers have to come in time; uvicorn waits for them for ever."""
+    """HTTP whose headers have to come and whose answers be read in time; uvicorn waits for ever."""
 
     _timer: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # writing pauses as soon as anything is not taken
         self._await_headers()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._forget_reader()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -44,6 +56,7 @@ class _Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._forget_reader()
         super().connection_lost(exc)
 
     @property
@@ -59,13 +72,33 @@ class _Protocol(H11Protocol):
         if self._is_between_requests and not self.transport.is_closing():
             self.transport.close()
 
+    def _await_reader(self) -> None:
+        n_unsent = self.transport.get_write_buffer_size()
+        self._reading = self.loop.call_later(_UNREAD_SECONDS, self._check_reader, n_unsent)
+
+    def _check_reader(self, n_before: int) -> None:
+        if self.transport.get_write_buffer_size() < n_before:  # slow, and there
+            self._await_reader()
+        else:
+            self.transport.abort()  # `close` would wait until all is sent
+
+    def _forget_reader(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signals: it would raise them again at the end."""
+    """uvicorn without its signals, which it would raise again at the end."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    def hang_up(self) -> None:
+        """End all connections, whether their clients have read their answers or not."""
+        for connection in tuple(self.server_state.connections):
+            connection.transport.abort()
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -145,7 +178,8 @@ def run_server(
     on_start : function
         Called when requests are taken.
     grace : float
-        Seconds that running answers get after the signal. A second signal ends them at once.
+        Seconds that running answers get after the signal. A second signal ends them at once. Soon after,
+        connections end too, also those whose clients have not read their answers.
     max_connections : int
         Further connections get 503.
     log_requests : bool
@@ -192,12 +226,16 @@ def _signals(server: _Server, handlers: Handlers, grace: float) -> Iterator[None
     loop = asyncio.get_running_loop()
     had_terminal = _has_terminal()
 
+    def cut() -> None:
+        handlers.cut()
+        loop.call_later(_LAST_SECONDS, server.hang_up)
+
     def stop() -> None:
         handlers.refuse()  # whoever waits hears 503
         if server.should_exit:
-            handlers.cut()
+            cut()
         server.should_exit = True
-        loop.call_later(grace, handlers.cut)
+        loop.call_later(grace, cut)
 
     def hang_up() -> None:
         if had_terminal and not _has_terminal():

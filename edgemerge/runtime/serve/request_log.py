@@ -6,16 +6,13 @@ people wrote is in it only where the operator asked for that, which the page the
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import stat
-import threading
 from pathlib import Path
 
 from edgemerge.errors import OutputError
-from edgemerge.runtime.model_files import model_files
 from edgemerge.runtime.serve.active_request import Run
 
 __all__ = ["RequestLog"]
@@ -52,22 +49,6 @@ class RequestLog:
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             os.close(self._fd)
             raise OutputError("is no regular file; choose another name", path=path)
-        self._digests: dict[tuple[tuple[str, int, int], ...], str] = {}
-        self._lock = threading.Lock()
-
-    def sha256_of(self, model: Path) -> str:
-        """Return the SHA-256 of a model's file, of a split one its files in order; kept until it changes."""
-        files = model_files(model)
-        states = [path.stat() for path in files]
-        key = tuple((str(p), s.st_size, s.st_mtime_ns) for p, s in zip(files, states, strict=True))
-        with self._lock:
-            if key not in self._digests:
-                digest = hashlib.sha256()
-                for path in files:
-                    with path.open("rb") as file:
-                        hashlib.file_digest(file, lambda: digest)
-                self._digests[key] = digest.hexdigest()
-            return self._digests[key]
 
     def write(self, run: Run, status: int) -> None:
         """Add a line; a disk that is full must not end an answer."""

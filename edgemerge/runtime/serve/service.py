@@ -15,6 +15,7 @@ from edgemerge.runtime.engine.options import EngineOptions
 from edgemerge.runtime.engine.process import ModelProcess
 from edgemerge.runtime.serve.app import ROUTES, make_app
 from edgemerge.runtime.serve.gate import Access, Gate
+from edgemerge.runtime.serve.hashed import HashedLoader
 from edgemerge.runtime.serve.merging.shown import Shown
 from edgemerge.runtime.serve.merging.workshop import Workshop
 from edgemerge.runtime.serve.models import (
@@ -53,10 +54,12 @@ class Service:
     def __init__(self, options: ServeOptions) -> None:
         self._options = options
         load: Callable[[ModelFile], Awaitable[Loaded]] = self._load
+        if options.log is not None:
+            load = HashedLoader(load)
         files = [self._read(text) for text in options.models]
         if options.public_key is not None:
             loras = (lora.path for lora in options.loras)
-            load = signed = SignedLoader(self._load, options.public_key, loras)
+            load = signed = SignedLoader(load, options.public_key, loras)
             for file in files[1:]:  # the first is loaded right away
                 signed.check(file.path)
         floor = read_process().rss
@@ -91,7 +94,7 @@ class Service:
     def routes(self) -> Starlette:
         """Make the app; `app` puts the gate in front of it."""
         limits = self._options.limits
-        turns = Turns(self.models, self._queue, self._status, limits, self._log)
+        turns = Turns(self.models, self._queue, self._status, limits)
         shown = Shown(
             self.models,
             checks_signatures=self._options.public_key is not None,

@@ -33,6 +33,7 @@ class Loaded:
     facts: EngineFacts
     users: int = 0
     is_retired: bool = False
+    sha256: str | None = None  # of the file when it was loaded, where requests are logged
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,6 @@ from edgemerge.runtime.serve.active_request import Run, current_run
 from edgemerge.runtime.serve.errors import SERVER, Refusal
 from edgemerge.runtime.serve.options import Limits
 from edgemerge.runtime.serve.queue import Queue
-from edgemerge.runtime.serve.request_log import RequestLog
 from edgemerge.runtime.serve.requests import Body
 from edgemerge.runtime.serve.status import Status
 from edgemerge.runtime.serve.store import Loaded, ModelStore
@@ -104,23 +103,13 @@ class Turns:
         Of the server.
     limits : Limits
         Bounds of one request.
-    request_log : RequestLog, optional
-        Where requests are written down, with the digest of the model's file.
     """
 
-    def __init__(
-        self,
-        models: ModelStore,
-        queue: Queue,
-        status: Status,
-        limits: Limits,
-        request_log: RequestLog | None = None,
-    ) -> None:
+    def __init__(self, models: ModelStore, queue: Queue, status: Status, limits: Limits) -> None:
         self.models = models
         self.status = status
         self.limits = limits
         self._queue = queue
-        self._log = request_log
 
     @asynccontextmanager
     async def turn(self, body: Body) -> AsyncIterator[Turn]:
@@ -142,10 +131,8 @@ class Turns:
         run.has_turn = True
         try:
             loaded = await self.models.open(name)
+            run.sha256 = loaded.sha256
             try:
-                if self._log is not None:
-                    path = loaded.file.path
-                    run.sha256 = await asyncio.to_thread(self._log.sha256_of, path)
                 yield Turn(loaded, run, self._queue)
             finally:
                 self.models.release(loaded)

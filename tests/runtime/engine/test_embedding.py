@@ -9,7 +9,7 @@ import pytest
 
 from edgemerge.runtime.engine.messages import Generation
 from edgemerge.runtime.engine.process import EngineFailure
-from tests.support.engines import GREEDY, Engine, collect
+from tests.support.engines import GREEDY, Engine, Told, collect
 from tests.support.tiny_bert import write_tiny_bert
 from tests.support.tiny_gguf import CONTEXT
 
@@ -57,6 +57,25 @@ def test_texts_are_embedded_beside_answers(engine: Engine) -> None:
 
     text, found = engine.run(both())
     assert text == plain
+    assert np.allclose(found, vectors, atol=2e-3)
+
+
+def test_an_answer_goes_on_where_embeddings_have_the_cache(tiny_gguf: Path) -> None:
+    prompt, text = "x" * 120, "y" * 200
+    with Engine(tiny_gguf, n_ctx=CONTEXT, n_sequences=2) as engine:
+        plain = engine.ask(prompt, 100).text
+        vectors, _ = engine.run(engine.process.embed([text]))
+
+        async def both() -> tuple[Told, list[list[float]]]:
+            told, (found, _) = await asyncio.gather(
+                collect(engine.process, Generation(prompt, 100, GREEDY)),
+                engine.process.embed([text]),
+            )
+            return told, found
+
+        told, found = engine.run(both())
+    assert told.reason in ("length", "loop")
+    assert told.text == plain
     assert np.allclose(found, vectors, atol=2e-3)
 
 
