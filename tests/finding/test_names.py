@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from edgemerge.errors import RecipeError
 from edgemerge.finding.files import choose_files
 from edgemerge.finding.names import HubName, read_hub_name
+from edgemerge.recipe.recipe import make_recipe
 
 FOLDER = [
     "README.md",
@@ -122,3 +126,22 @@ def test_what_cannot_be_chosen_is_said(name: HubName, there: list[str], sentence
     with pytest.raises(RecipeError) as error:
         choose_files(name, there)
     assert sentence in str(error.value)
+
+
+def test_a_linked_file_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's cache has links by the files' names, to files by their hashes."""
+    folder = tmp_path
+    monkeypatch.chdir(folder)
+    (folder / "a").mkdir()
+    (folder / "blobs").mkdir()
+    (folder / "blobs" / "f00d").write_bytes(b"GGUF")
+    (folder / "m-00001-of-00002.gguf").symlink_to(folder / "blobs" / "f00d")
+    (folder / "link").symlink_to(folder / "a")
+    recipe = make_recipe("linear", [("m-00001-of-00002.gguf", 1.0), ("link", 1.0)])
+    paths = [model.path for part in recipe.slices for model in part.inputs]
+    assert paths == [folder / "m-00001-of-00002.gguf", folder / "a"]
+    odd = folder / os.fsdecode(b"m\xe9d")
+    odd.mkdir()
+    (folder / "plain").symlink_to(odd)
+    with pytest.raises(RecipeError, match="is not UTF-8; rename it"):
+        make_recipe("linear", [("plain", 1.0)])

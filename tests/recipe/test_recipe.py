@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -386,19 +385,3 @@ def test_a_small_number_without_a_unit_was_meant_to_have_one() -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(RecipeError, match=r"is no size; write it like 512MiB, 1\.5G or 800M"):
         parse_size(text)
-
-
-def test_a_linked_file_keeps_its_name(folder: Path) -> None:
-    """The hub's cache has links by the files' names, to files by their hashes."""
-    (folder / "blobs").mkdir()
-    (folder / "blobs" / "f00d").write_bytes(b"GGUF")
-    (folder / "m-00001-of-00002.gguf").symlink_to(folder / "blobs" / "f00d")
-    (folder / "link").symlink_to(folder / "a")
-    recipe = make_recipe("linear", [("m-00001-of-00002.gguf", 1.0), ("link", 1.0)])
-    paths = [model.path for part in recipe.slices for model in part.inputs]
-    assert paths == [folder / "m-00001-of-00002.gguf", folder / "a"]
-    odd = folder / os.fsdecode(b"m\xe9d")
-    odd.mkdir()
-    (folder / "plain").symlink_to(odd)
-    with pytest.raises(RecipeError, match="is not UTF-8; rename it"):
-        make_recipe("linear", [("plain", 1.0)])
