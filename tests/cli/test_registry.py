@@ -199,3 +199,17 @@ def test_what_is_left_out_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "note: registry/metadata/3.targets.json: has an entry 'lab/1/" in said
     assert "ward  1" in said
     assert "ward-1.delta.gguf" in run("fetch registry ward --trust root.json -o got")
+
+
+def test_a_refresh_says_whose_key_is_needed_next() -> None:
+    run("keygen timer")
+    rotate = "publish registry --rotate --root-key root.pem --key publisher.pem --expires 30d"
+    run(f"{rotate} --refresher timer.pub.pem")
+    refresh = "publish registry --refresh --json --key timer.pem --expires"
+    short, long = (json.loads(run(f"{refresh} {days}d")) for days in (7, 90))
+    assert short["expires"] < long["expires"] == long["index_expires"] == short["index_expires"]
+    day = long["expires"][:10]
+    line = refresh.replace(" --json", "")
+    said = run(f"{line} 90d")
+    assert f"until {day}; before that, publish --refresh with a publisher's key\n" in said
+    assert f"publish --refresh, with a publisher's key before {day}\n" in run(f"{line} 7d")

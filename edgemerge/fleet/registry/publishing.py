@@ -119,7 +119,7 @@ def refresh(folder: RegistryFolder) -> None:
     Raises
     ------
     RecipeError
-        The keys may not sign.
+        The keys may not sign, or sign the timestamp alone of an index that is past its date.
     VerificationError, OutputError
         As of `publish`.
     """
