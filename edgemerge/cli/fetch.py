@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgemerge.cli import request
-from edgemerge.cli.registry import State, Trust
+from edgemerge.cli.registry import State, Trust, print_left_out
 from edgemerge.cli.terminal import plain, print_json, print_table, progress_bar, speaks_plainly
 
 if TYPE_CHECKING:
@@ -45,8 +45,10 @@ def fetch_command(
     from edgemerge.fleet.registry.client import Registry, state_folder
 
     there = Registry(registry, trust, state or state_folder(registry))
+    offered = there.entries()
+    print_left_out(there)
     if wanted is None:
-        _list(there.entries(), as_json=json_)
+        _list(offered, as_json=json_)
         return
     name, at, version = wanted.partition("@")
     if at and not version:

@@ -215,6 +215,8 @@ def publish_command(
     else:
         document = _change(folder, remove)
     document |= {"registry": str(registry), "expires": folder.until.isoformat()}
+    if folder.index_until is not None:
+        document["index_expires"] = folder.index_until.isoformat()
     if folder.root_until is not None:
         document["root_expires"] = folder.root_until.isoformat()
     if json_:
@@ -312,9 +314,19 @@ def _print(document: dict[str, Any]) -> None:
             print(f"{registry}  without {document['name']} {document['version']}")
         case "refresh":
             print(f"{registry}  signed anew")
-    print(f"  readers take the index until {until}; before that, publish --refresh")
+    print(
+        f"  readers take the index until {until}; before that, publish --refresh{_by_whom(document)}"
+    )
     if document["root_expires"] < document["expires"]:
         root_until = document["root_expires"][:10]
         print(
             f"note: readers take the root until {root_until} alone; renew it with publish --rotate"
         )
+
+
+def _by_whom(document: dict[str, Any]) -> str:
+    """Say when a refresher's key is not enough: it makes the index last no longer than publishers said."""
+    index_until = document.get("index_expires", document["expires"])
+    if index_until <= document["expires"]:
+        return " with a publisher's key"
+    return f", with a publisher's key before {index_until[:10]}"

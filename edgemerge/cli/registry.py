@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-__all__ = ["State", "Trust"]
+from edgemerge.cli.terminal import plain
+
+if TYPE_CHECKING:
+    from edgemerge.fleet.registry.client import Registry
+
+__all__ = ["State", "Trust", "print_left_out"]
 
 Trust = Annotated[
     Path,
@@ -26,3 +32,9 @@ State = Annotated[
         "[default: in ~/.cache/edgemerge/registries].",
     ),
 ]
+
+
+def print_left_out(there: Registry) -> None:
+    """Say on stderr which entries of a registry were left out, if any."""
+    if (note := there.note()) is not None:
+        print(f"note: {plain(note)}", file=sys.stderr)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.registry import print_left_out
 from edgemerge.cli.terminal import plain, print_json, print_table, progress_bars, speaks_plainly
 from edgemerge.types import Progress
 
@@ -87,6 +88,7 @@ def _update(site: Site, *, again: bool, quiet: bool) -> Report:
     folder = SiteFolder(site.folder)
     hashes = FileHashes(folder.hashes)
     examiner = LlamaExaminer(site, folder, hashes)
+    registry = _open_registry(site, folder.registry)
     bars: dict[str, Progress] = {}
     with progress_bars("", quiet=quiet) as (_, begin_part):
 
@@ -100,11 +102,14 @@ def _update(site: Site, *, again: bool, quiet: bool) -> Report:
             examiner,
             hashes,
             server=open_server(site),
-            registry=_open_registry(site, folder.registry),
+            registry=registry,
             show=show,
             again=again,
         )
-        return update.run()
+        report = update.run()
+    if registry is not None:
+        print_left_out(registry)
+    return report
 
 
 def open_server(site: Site) -> Server | None:
@@ -150,7 +155,10 @@ def _foresee(site: Site, *, as_json: bool) -> None:
     from edgemerge.sizes import format_size
 
     with TemporaryDirectory() as state:  # what is seen of the registry is not kept
-        told = foresee(site, _open_registry(site, Path(state)), open_server(site))
+        registry = _open_registry(site, Path(state))
+        told = foresee(site, registry, open_server(site))
+    if registry is not None:
+        print_left_out(registry)
     for note in told["notes"]:
         print(f"note: {plain(note)}", file=sys.stderr)
     if as_json:

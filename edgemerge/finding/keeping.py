@@ -11,8 +11,9 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from io import BufferedRandom
 from pathlib import Path
 
 from edgemerge.errors import FormatError, OutputError
@@ -53,24 +54,27 @@ def keep_file(
     key = hashlib.blake2b(repr((str(remote.address), *remote.identity)).encode(), digest_size=16)
     known = folder / "known" / f"{key.hexdigest()}.json"
     is_pinned = sha256 is not None or any(remote.identity[1:])
-    if is_pinned and (found := _find(folder, known, sha256, remote.identity.n_bytes)) is not None:
+    n_bytes = remote.identity.n_bytes
+    if is_pinned and (found := _find(folder, known, sha256, n_bytes)) is not None:
         return found
     begun = folder / "begun" / key.hexdigest()
     try:
         for inside in ("sha256", "known", "begun"):
             (folder / inside).mkdir(parents=True, exist_ok=True)
-        with begun.open("a+b") as file, show_progress(str(remote.address)) as progress:
-            fcntl.flock(file, fcntl.LOCK_EX)  # two commands may want the same model
+        with show_progress(str(remote.address)) as progress, _open_locked(begun) as file:
+            if is_pinned and (found := _find(folder, known, sha256, n_bytes)) is not None:
+                begun.unlink()  # another command has just fetched it
+                return found
             if not is_pinned:  # what is there may be of another file
                 file.truncate(0)
             digest = _fetch(remote, file.fileno(), progress)
-        if sha256 is not None and digest != sha256:
-            begun.unlink()
-            raise FormatError(
-                "arrived damaged; give the same command again", path=str(remote.address)
-            )
-        begun.rename(folder / "sha256" / digest)
-        _write(known, {"address": str(remote.address), "sha256": digest})
+            if sha256 is not None and digest != sha256:
+                begun.unlink()
+                raise FormatError(
+                    "arrived damaged; give the same command again", path=str(remote.address)
+                )
+            begun.rename(folder / "sha256" / digest)
+            _write(known, {"address": str(remote.address), "sha256": digest})
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some of this disk" if is_full else "give a folder that can be written"
@@ -79,6 +83,24 @@ def keep_file(
             path=folder,
         ) from None
     return folder / "sha256" / digest
+
+
+@contextmanager
+def _open_locked(begun: Path) -> Iterator[BufferedRandom]:
+    """Open what is fetched so far, for this command alone; others that want the same file wait."""
+    while True:
+        with begun.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_still(begun, file):  # else who had it has given it another name, or none
+                yield file
+                return
+
+
+def _is_still(path: Path, file: BufferedRandom) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _find(folder: Path, known: Path, sha256: str | None, n_bytes: int) -> Path | None:

@@ -8,6 +8,7 @@ it answers the smoke question, and it is not slower than the bound.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from edgemerge.runtime.evaluation.paired import (
     differ_in_marks,
     differ_in_perplexity,
     standard_errors,
+    without_infinity,
 )
 from edgemerge.runtime.evaluation.perplexity import Chunk, perplexity_of
 from edgemerge.runtime.smoke import Answer
@@ -100,9 +102,7 @@ def decide(rule: Rule, old: Answers, new: Answers, old_talk: Talk, new_talk: Tal
         _judge_task(name, rule, old.marks[name], new.marks[name], differences[name])
         for name in new.marks
     ]
-    findings += [
-        _judge_text(name, rule, old.chunks[name], new.chunks[name], n_errors) for name in new.chunks
-    ]
+    findings += [_judge_text(name, rule, old.chunks[name], new.chunks[name]) for name in new.chunks]
     findings += [_judge_gain(rule, differences), _judge_speed(rule, old_talk, new_talk)]
     findings.append(_judge_smoke(rule, old_talk, new_talk))
     failed = [one.says for one in findings if not one.passes]
@@ -158,20 +158,21 @@ def _judge_task(
     return Finding(name, passes, says, figures)
 
 
-def _judge_text(
-    name: str, rule: Rule, old: Sequence[Chunk], new: Sequence[Chunk], n_errors: float
-) -> Finding:
+def _judge_text(name: str, rule: Rule, old: Sequence[Chunk], new: Sequence[Chunk]) -> Finding:
     margin = rule.margin_of(name)
-    found = differ_in_perplexity(old, new, n_errors)
+    found = differ_in_perplexity(old, new, rule.confidence)
     before, after = perplexity_of(old).value, perplexity_of(new).value
     passes = found.high < margin
+    interval = f"{found.low:+.1f} to {found.high:+.1f}"
+    if math.isinf(found.high):
+        interval = "no interval from so few chunks"
     says = (
         f"{name}: perplexity {before:.4g} and {after:.4g}, {found.middle:+.1f} % "
-        f"({found.low:+.1f} to {found.high:+.1f} at {100 * rule.confidence:.4g} %)"
+        f"({interval} at {100 * rule.confidence:.4g} %)"
     )
     if not passes:
         says += f", so it may be more than {margin:g} % worse"
-    figures = {"old": before, "new": after, **asdict(found), "margin": margin}
+    figures = {"old": before, "new": after, **without_infinity(asdict(found)), "margin": margin}
     return Finding(name, passes, says, figures | {"confidence": rule.confidence})
 
 

@@ -18,6 +18,7 @@ from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.recipe.searches import SearchRecipe
 from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.evaluation.likelihood import NoNumbers
+from edgemerge.runtime.evaluation.paired import without_infinity
 from edgemerge.runtime.llama import Model
 from edgemerge.searching.examiner import Examiner
 from edgemerge.searching.model_file import ModelFile
@@ -157,7 +158,7 @@ class Search:
         -------
         dict
             As JSON: `number` of the trial, `trials` made before, `earlier` looks at the questions,
-            `verdicts` and the `mean` of the tasks that have a weight.
+            `verdicts` and the `mean` of the tasks that have a weight. An unknown end of an interval is None.
         """
         looks = self.trials.looks
         for known in looks:
@@ -171,7 +172,7 @@ class Search:
             "number": best.number,
             "trials": len(self.trials.finished),
             "earlier": len(looks),
-            "verdicts": [asdict(one) for one in verdicts],
+            "verdicts": [without_infinity(asdict(one)) for one in verdicts],
             "mean": None if mean is None else asdict(mean),
         }
         self.trials.note_look(found)

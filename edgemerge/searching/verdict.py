@@ -29,7 +29,8 @@ class Verdict:
     start, best : float
         Percent of right answers, or perplexity.
     difference, low, high : float
-        Of the best less the start: percentage points, or percent of perplexity; with its 95 % interval.
+        Of the best less the start: percentage points, or percent of perplexity; with its 95 % interval, which
+        is infinite where a text has too few chunks.
     p : float or None
         McNemar's, of a task.
     margin : float or None

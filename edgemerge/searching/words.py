@@ -69,10 +69,13 @@ def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
         f"{one['n']} {'tokens' if is_text else 'questions'}",
         f"{one['start']:{form}}{unit}",
         f"{one['best']:{form}}{unit}",
-        f"{one['difference']:+.1f}{' %' if is_text else ''} "
-        f"({one['low']:+.1f} to {one['high']:+.1f})",
+        f"{one['difference']:+.1f}{' %' if is_text else ''} ({_interval(one)})",
         "" if p is None else f"{p:.3f}" if p >= 0.0005 else "< 0.001",
     )
+
+
+def _interval(one: Mapping[str, Any]) -> str:
+    return "no interval" if one["low"] is None else f"{one['low']:+.1f} to {one['high']:+.1f}"
 
 
 def held_out_sentences(result: Mapping[str, Any]) -> Iterator[str]:
@@ -84,6 +87,8 @@ def held_out_sentences(result: Mapping[str, Any]) -> Iterator[str]:
         what = f"{one['margin']:g} {'percent' if one['is_text'] else 'points'}"
         if one["is_kept"]:
             yield f"{one['name']} is kept: it loses less than {what} (95 % interval)"
+        elif one["low"] is None:
+            yield f"{one['name']} may lose more than {what}: the chunks held out of it are too few to tell"
         else:
             yield f"{one['name']} may lose more than {what}: the held-out questions do not rule it out"
     if found["earlier"]:

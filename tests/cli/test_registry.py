@@ -181,3 +181,35 @@ def test_a_line_that_asks_for_nothing_clear_is_refused(line: str, words: str) ->
 )
 def test_what_is_wrong_is_said(line: str, words: str) -> None:
     assert words in run(line, code=1)
+
+
+def test_a_licence_of_many_lines_is_not_published() -> None:
+    publish = "publish registry a.gguf --name ward --version 1 --key publisher.pem"
+    assert "give the licence's name" in run(publish, "--licence", "A\nB", code=1)
+    assert run_json("fetch registry --trust root.json") == {"entries": []}
+
+
+def test_what_is_left_out_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = "publish registry a.gguf --key publisher.pem --name"
+    run(f"{publish} ward --version 1")
+    with monkeypatch.context() as patch:  # as a newer edgemerge may
+        patch.setattr("edgemerge.fleet.registry.publishing.is_licence", lambda _: True)
+        run(f"{publish} lab --version 1", "--licence", "A\nB")
+    said = run("fetch registry --trust root.json")
+    assert "note: registry/metadata/3.targets.json: has an entry 'lab/1/" in said
+    assert "ward  1" in said
+    assert "ward-1.delta.gguf" in run("fetch registry ward --trust root.json -o got")
+
+
+def test_a_refresh_says_whose_key_is_needed_next() -> None:
+    run("keygen timer")
+    rotate = "publish registry --rotate --root-key root.pem --key publisher.pem --expires 30d"
+    run(f"{rotate} --refresher timer.pub.pem")
+    refresh = "publish registry --refresh --json --key timer.pem --expires"
+    short, long = (json.loads(run(f"{refresh} {days}d")) for days in (7, 90))
+    assert short["expires"] < long["expires"] == long["index_expires"] == short["index_expires"]
+    day = long["expires"][:10]
+    line = refresh.replace(" --json", "")
+    said = run(f"{line} 90d")
+    assert f"until {day}; before that, publish --refresh with a publisher's key\n" in said
+    assert f"publish --refresh, with a publisher's key before {day}\n" in run(f"{line} 7d")

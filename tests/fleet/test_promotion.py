@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 
@@ -73,6 +74,23 @@ def test_a_text_may_not_be_worse() -> None:
     found = decide(rule, text(1.0), text(1.02), FINE, FINE)
     assert not found.is_promoted
     assert "so it may be more than 2 % worse" in found.reason
+
+
+def test_few_chunks_cannot_show_that_a_text_is_kept() -> None:
+    """Two chunks that lost 0.5 and 0.7 %: with one degree of freedom, t is 12.7 and not 1.96."""
+
+    def text(n: int, *losses: float) -> Answers:
+        return Answers({}, {"notes": [Chunk(256 * (2 + one), 0.0, 256) for one in losses * n]})
+
+    rule = Rule(margin=1.5, better=())
+    found = decide(rule, text(1, 0, 0), text(1, 0.005, 0.007), FINE, FINE)
+    assert not found.is_promoted
+    assert "+0.6 % (-0.7 to +1.9 at 95 %), so it may be more than 1.5 % worse" in found.reason
+    assert decide(rule, text(10, 0, 0), text(10, 0.005, 0.007), FINE, FINE).is_promoted
+    for one in (text(1, 0.005), text(1, 9, -9)):
+        found = decide(rule, text(1, *[0.0] * len(one.chunks["notes"])), one, FINE, FINE)
+        assert "(no interval from so few chunks at 95 %), so it may be more than" in found.reason
+        json.dumps(found.as_json(), allow_nan=False)
 
 
 def test_answers_to_the_smoke_question() -> None:

@@ -296,10 +296,33 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_hostile_index_is_refused_though_it_is_signed(name: str, site: Site) -> None:
+def test_a_hostile_entry_is_left_out_though_it_is_signed(name: str, site: Site) -> None:
+    """And so is what a newer edgemerge publishes: all else is still there for older ones."""
+    before = site.reader().entries()
     publish_signed(site, CHANGES[name])
-    with pytest.raises(FormatError, match="that edgemerge does not write so"):
-        site.reader().refresh()
+    there = site.reader()
+    assert there.find("lab") in before
+    assert all(entry in before for entry in there.entries())
+    note = there.note()
+    assert note is not None
+    assert "that edgemerge does not write so" in note
+    assert note.endswith("; entries left out: 1")
+
+
+def test_what_is_left_out_is_named_where_it_is_wanted(site: Site) -> None:
+    assert site.reader().note() is None
+    publish_signed(site, CHANGES["an unknown kind"])
+    words = "'ward/1/ward-1.delta.gguf' that edgemerge does not write so"
+    with pytest.raises(FormatError, match=words):
+        site.reader().find("ward")
+    site.publish("ward", "2")
+    assert site.reader().find("ward").version == "2"
+    with pytest.raises(FormatError, match=words):
+        site.reader().find("ward", "1")
+    publish_signed(site, lambda t: t["lab/1/lab-1.delta.gguf"].pop("custom"))
+    there = site.reader()
+    assert [entry.version for entry in there.entries()] == ["2"]
+    assert str(there.note()).endswith("; entries left out: 2")
 
 
 def test_a_file_that_is_larger_than_signed_is_not_read_on(site: Site, tmp_path: Path) -> None:

@@ -190,6 +190,23 @@ def test_a_key_that_refreshes_does_nothing_else(site: Site) -> None:
             act()
 
 
+def test_a_key_that_refreshes_states_the_date_that_readers_keep_to(site: Site) -> None:
+    """The index lasts 90 days, and its publisher alone makes it last longer."""
+    rotate(site.at(NOW), Keys([site.key("root")], refreshers=[site.key("refresher").public_key]))
+    folder = site.at(NOW + 80 * DAY, "refresher", lasts=90 * DAY)
+    refresh(folder)
+    assert folder.until == folder.index_until == NOW + 90 * DAY
+    site.reader(now=folder.until - timedelta(seconds=1)).refresh()
+    with pytest.raises(VerificationError, match="is past its date"):
+        site.reader(now=folder.until + timedelta(seconds=1)).refresh()
+    with pytest.raises(
+        RecipeError, match=r"until 2026-08-30, .* give publish --refresh a publisher"
+    ):
+        refresh(site.at(NOW + 91 * DAY, "refresher"))
+    refresh(site.at(NOW + 91 * DAY))
+    site.reader(now=NOW + 91 * DAY).refresh()
+
+
 def test_the_root_is_made_where_the_publishers_key_is_not(tmp_path: Path) -> None:
     site = Site(tmp_path, makes=False)
     public = site.key("publisher").public_key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -177,15 +178,42 @@ def test_figures_are_those_of_one_model(site: Site, tmp_path: Path) -> None:
         ({"results": 3}, "no list of rows"),
         ({"results": [{"model": "a"}, {"model": "b"}]}, "has results of 2 models"),
         ({"results": [{"model": "a", "acc": "good"}]}, "figures that are no numbers"),
+        ({"results": [{"model": "a", "acc": math.inf}]}, "figures that are no numbers"),
     ],
 )
 def test_what_are_no_figures_is_refused(
     document: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "eval.json"
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(document).replace("Infinity", "1e999"))
     with pytest.raises(FormatError, match=words):
         read_scores(path)
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        ({"licence": "x" * 201}, "--licence has several lines, or more than 200 characters"),
+        ({"licence": "MIT\nas is"}, "--licence has several lines"),
+        ({"scores": {"tasks": {"x" * 16384: {}}}}, "--scores has more figures than the 16384"),
+    ],
+)
+def test_what_readers_would_refuse_is_not_published(
+    stated: dict[str, Any], words: str, site: Site
+) -> None:
+    before = sorted(site.path.rglob("*"))
+    file = write_delta(site.folder / "file.gguf")
+    with pytest.raises(RecipeError, match=words):
+        publish(site.at(NOW), file, Asked("lab", "1", **stated), ignore)
+    assert sorted(site.path.rglob("*")) == before
+
+
+def test_the_longest_licence_and_scores_are_read(site: Site) -> None:
+    scores = {"a": "x" * (16384 - len('{"a": ""}'))}
+    file = write_delta(site.folder / "file.gguf")
+    publish(site.at(NOW), file, Asked("lab", "1", "x" * 200, scores=scores), ignore)
+    found = site.reader().find("lab")
+    assert (found.licence, found.scores) == ("x" * 200, scores)
 
 
 # -- writing -----------------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("tuf")
 
+from edgemerge.cli import make_app
 from edgemerge.errors import MismatchError
 from edgemerge.fleet.foresight import foresee
 from edgemerge.fleet.registry import offers
@@ -198,3 +200,18 @@ def test_a_registry_that_is_set_back_or_damaged_changes_nothing(
     again = run(device, again=True)
     assert (again.outcome, again.current) == ("unchanged", second)
     assert fetched.read_bytes() == (folder / "b.gguf").read_bytes()
+
+
+def test_an_entry_of_a_newer_edgemerge_stops_no_device(
+    device: Path, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = device.parent
+    publisher.publish(folder / "base.gguf", "tiny", "1")
+    publisher.publish(folder / "a.gguf", "disease", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr("edgemerge.fleet.registry.publishing.custom_of", lambda _: {"kind": "new"})
+        publisher.publish(folder / "b.gguf", "disease", "2")
+    said = CliRunner().invoke(make_app(), ["update", str(device), "--dry-run"])
+    assert (said.exit_code, "disease  1 " in said.output) == (0, True), said.output
+    assert "has an entry 'disease/2/disease-2.gguf' that edgemerge does not" in said.stderr
+    assert run(device).versions == {"tiny": "1", "disease": "1"}

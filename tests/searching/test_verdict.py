@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 
 import pytest
 
 from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.evaluation.evaluate import Mark, compare
+from edgemerge.runtime.evaluation.paired import without_infinity
 from edgemerge.runtime.evaluation.perplexity import Chunk
 from edgemerge.searching.objective import Objective
 from edgemerge.searching.verdict import judge, mean_verdict
+from edgemerge.searching.words import held_out_rows, held_out_sentences
 
 
 def marks(text: str) -> list[Mark]:
@@ -56,3 +60,18 @@ def test_a_text_is_compared_chunk_by_chunk() -> None:
     assert one.difference == pytest.approx(100 * math.expm1(0.1))
     assert one.low == pytest.approx(one.high)  # every chunk lost as much
     assert (one.is_text, one.n, one.is_kept) == (True, 200, False)
+
+
+def test_one_chunk_shows_nothing() -> None:
+    start, best = ({"text": [Chunk(nll, 500, 100)]} for nll in (200, 201))
+    (one,) = judge(Answers({}, start), Answers({}, best), Objective({"text": 1}, {"text": 5}))
+    assert one.difference == pytest.approx(100 * math.expm1(0.01))
+    assert one.is_kept is False
+    row = without_infinity(asdict(one))
+    found = json.loads(json.dumps({"verdicts": [row], "mean": None, "earlier": 0}, allow_nan=False))
+    ((*_, difference, _),) = held_out_rows({"held_out": found})
+    assert difference == "+1.0 % (no interval)"
+    (said,) = held_out_sentences({"held_out": found})
+    assert (
+        said == "text may lose more than 5 percent: the chunks held out of it are too few to tell"
+    )

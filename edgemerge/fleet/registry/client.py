@@ -17,7 +17,13 @@ from importlib.util import find_spec
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 
-from edgemerge.errors import OutputError, RecipeError, RuntimeFailure, VerificationError
+from edgemerge.errors import (
+    FormatError,
+    OutputError,
+    RecipeError,
+    RuntimeFailure,
+    VerificationError,
+)
 from edgemerge.fleet.registry.carrier import open_carrier
 from edgemerge.fleet.registry.entries import (
     Entry,
@@ -64,6 +70,7 @@ class Registry:
         require_tuf()
         self._address, self._trust, self._state, self._now = address, trust, state, now
         self._entries: list[Entry] | None = None
+        self._unread: dict[str, FormatError] = {}  # by path
 
     def refresh(self) -> None:
         """Read the newest index, and verify it.
@@ -73,7 +80,7 @@ class Registry:
         VerificationError
             It is forged, older than one that was seen, past its date or mixed; or the root is none.
         FormatError, RecipeError
-            It cannot be read, or states what edgemerge does not write.
+            It cannot be read.
         OutputError
             What was verified cannot be kept.
         """
@@ -83,9 +90,20 @@ class Registry:
         with closing(open_carrier(self._address)) as carrier, lock_state(self._state):
             index = update_index(carrier, trust, self._state, self._now)
             where = carrier.where(f"{METADATA}/{index.targets.version}.targets.json")
-        targets = index.targets.targets
-        found = [read_entry(path, target, where) for path, target in targets.items()]
+        found, unread = [], {}
+        for path, target in index.targets.targets.items():
+            try:
+                found.append(read_entry(path, target, where))
+            except FormatError as error:  # one file must not keep a device from all others
+                unread[path] = error
         self._entries = sorted(found, key=lambda e: (e.name, version_key(e.version)))
+        self._unread = unread
+
+    def note(self) -> str | None:
+        """Say which entries were left out, where the index has such that cannot be read."""
+        if not self._unread:
+            return None
+        return f"{next(iter(self._unread.values()))}; entries left out: {len(self._unread)}"
 
     def entries(self) -> list[Entry]:
         """List what the index offers, by name and version; `refresh` where that was not done.
@@ -101,26 +119,30 @@ class Registry:
         return list(self._entries)
 
     def find(self, name: str, version: str | None = None) -> Entry:
-        """Find a file by its name, and its newest version where none is given.
+        """Find a file by its name, and its newest version that can be read where none is given.
 
         Raises
         ------
         RecipeError
             There is none.
-        VerificationError, FormatError, OutputError
+        FormatError
+            Its entry cannot be read.
+        VerificationError, OutputError
             As of `refresh`.
         """
         offered = self.entries()
         named = [entry for entry in offered if entry.name == name]
+        asked = [entry for entry in named if version in (None, entry.version)]
+        if asked:
+            return newest(asked)
+        begin = f"{name}/" if version is None else f"{name}/{version}/"
+        for path, error in self._unread.items():
+            if path.startswith(begin):
+                raise error
         if not named:
             names = sorted({entry.name for entry in offered})
             hint = suggest(name, names) if names else "it is empty"
             raise RecipeError(f"the registry has no {name!r}; {hint}")
-        if version is None:
-            return newest(named)
-        for entry in named:
-            if entry.version == version:
-                return entry
         known = ", ".join(entry.version for entry in named)
         raise RecipeError(f"the registry has no version {version!r} of {name}; it has {known}")
 

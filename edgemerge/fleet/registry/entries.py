@@ -18,13 +18,23 @@ from edgemerge.errors import FormatError
 if TYPE_CHECKING:
     from tuf.api.metadata import TargetFile
 
-__all__ = ["KINDS", "NAME", "VERSION", "Entry", "custom_of", "file_name", "newest", "read_entry"]
-__all__ += ["target_path", "version_key"]
+__all__ = [
+    "KINDS",
+    "MAX_LICENCE",
+    "MAX_SCORES",
+    "NAME",
+    "VERSION",
+    "Entry",
+    "custom_of",
+    "file_name",
+]
+__all__ += ["is_licence", "newest", "read_entry", "scores_text", "target_path", "version_key"]
 
 KINDS = ("delta", "adapter", "model")
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?", re.ASCII)
 VERSION = re.compile(r"(?:0|[1-9]\d{0,8})(?:\.(?:0|[1-9]\d{0,8})){0,3}", re.ASCII)
 MAX_SCORES = 1 << 14  # characters of JSON
+MAX_LICENCE = 200  # characters
 _BASE = re.compile(r"[0-9a-f]{8}", re.ASCII)
 _KEY = re.compile(r"[0-9a-f]{32}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -101,10 +111,20 @@ def custom_of(entry: Entry) -> dict[str, Any]:
         "kind": entry.kind,
         "base": entry.base,
         "licence": entry.licence,
-        "scores": json.dumps(entry.scores, allow_nan=False, sort_keys=True),
+        "scores": scores_text(entry.scores),
         "publisher": entry.publisher,
         "published": entry.published,
     }
+
+
+def is_licence(stated: object) -> bool:
+    """Tell whether readers take a licence: one printable line of at most `MAX_LICENCE` characters."""
+    return isinstance(stated, str) and len(stated) <= MAX_LICENCE and stated.isprintable()
+
+
+def scores_text(scores: Mapping[str, Any]) -> str:
+    """Return finite figures as the index has them; readers take at most `MAX_SCORES` characters."""
+    return json.dumps(scores, allow_nan=False, sort_keys=True)
 
 
 def read_entry(path: str, target: TargetFile, index: str) -> Entry:
@@ -139,9 +159,7 @@ def read_entry(path: str, target: TargetFile, index: str) -> Entry:
         and target.length > 0
         and _fits(_SHA256, sha256)
         and (_fits(_BASE, base) or (base is None and kind != "delta"))
-        and isinstance(licence, str)
-        and len(licence) <= 200
-        and licence.isprintable()
+        and is_licence(licence)
         and _fits(_KEY, publisher)
         and _is_time(published)
         and scores is not None

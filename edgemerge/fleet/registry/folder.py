@@ -52,6 +52,7 @@ class Draft:
     targets: Targets  # to be changed
     before: Targets  # the present ones
     present: tuple[int, int, int]  # versions of targets, snapshot and timestamp; 0: there are none
+    until: datetime | None = None  # how long readers take the present targets and snapshot
 
 
 class RegistryFolder:
@@ -74,6 +75,10 @@ class RegistryFolder:
 
     Attributes
     ----------
+    until : datetime
+        How long readers take what is signed now.
+    index_until : datetime or None
+        How long they take the targets and the snapshot, which publishers alone sign, as read last.
     root_until : datetime or None
         How long readers take the root, as it was read last.
 
@@ -103,6 +108,7 @@ class RegistryFolder:
         self._state = state or state_folder(str(path))
         self.now = (now or datetime.now(UTC)).astimezone(UTC).replace(microsecond=0)
         self.until = self.now + lasts
+        self.index_until: datetime | None = None
         self.root_until: datetime | None = None
 
     @contextlib.contextmanager
@@ -143,7 +149,7 @@ class RegistryFolder:
         else:
             root = load_root(trust, str(self.metadata))
             draft = Draft(root, Targets(), Targets(), (0, 0, 0))
-        self.root_until = draft.root.expires
+        self.index_until, self.root_until = draft.until, draft.root.expires
         return draft
 
     def read_before(self, last: int) -> Draft:
@@ -194,13 +200,22 @@ class RegistryFolder:
         self.read()  # as readers will; what this machine knows is then up to date
 
     def write_timestamp(self, draft: Draft) -> None:
-        """Sign the timestamp alone anew.
+        """Sign the timestamp alone anew; it lasts no longer than what it names.
 
         Raises
         ------
+        RecipeError
+            What it names is past its date.
         OutputError
             The disk refused.
         """
+        assert draft.until is not None
+        if draft.until <= self.now:
+            raise RecipeError(
+                f"the index lasted until {draft.until:%Y-%m-%d}, and this key signs the timestamp alone; "
+                "give publish --refresh a publisher's --key"
+            )
+        self.until = min(self.until, draft.until)
         _, snapshot, timestamp = draft.present
         raw = read_bounded(self.metadata / f"{snapshot}.snapshot.json", MAX_INDEX)
         self._place("timestamp.json", self._timestamp(timestamp + 1, snapshot, raw))
@@ -255,7 +270,8 @@ class RegistryFolder:
         parts = (index.targets, index.snapshot, index.timestamp)
         targets, snapshot, timestamp = (part.version for part in parts)
         before = copy.deepcopy(index.targets)
-        return Draft(index.root, index.targets, before, (targets, snapshot, timestamp))
+        until = min(index.targets.expires, index.snapshot.expires)
+        return Draft(index.root, index.targets, before, (targets, snapshot, timestamp), until)
 
     def _tidy(self, draft: Draft) -> None:
         """Remove what neither the new index names nor the one before, which somebody may be reading."""

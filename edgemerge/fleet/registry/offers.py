@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgemerge.errors import FormatError, MismatchError, RecipeError
+from edgemerge.fleet.registry.entries import MAX_LICENCE
 from edgemerge.formats import open_model
 from edgemerge.formats.adapters.base_sample import sample_checksum
 from edgemerge.formats.adapters.delta import DELTA, SAMPLE, VERSION, VERSION_KEY
@@ -156,9 +158,13 @@ def _rows(document: Mapping[str, Any], key: str, path: Path) -> Iterator[Mapping
 
 def _figures(row: Mapping[str, Any], names: tuple[str, ...], path: Path) -> dict[str, float | None]:
     found = {name: row.get(name) for name in names}
-    if not all(value is None or type(value) in (int, float) for value in found.values()):
+    if not all(value is None or _is_finite(value) for value in found.values()):
         raise FormatError("has figures that are no numbers; evaluate again", path=path)
     return found
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
 
 
 def _in_hex(checksum: int) -> str:
@@ -166,4 +172,4 @@ def _in_hex(checksum: int) -> str:
 
 
 def _one_line(stated: Value | None) -> str:
-    return "".join(c if c.isprintable() else " " for c in str(stated or ""))[:200]
+    return "".join(c if c.isprintable() else " " for c in str(stated or ""))[:MAX_LICENCE]

@@ -14,11 +14,15 @@ from tuf.api.metadata import TargetFile, Targets, Timestamp
 
 from edgemerge.errors import FormatError, RecipeError
 from edgemerge.fleet.registry.entries import (
+    MAX_LICENCE,
+    MAX_SCORES,
     NAME,
     VERSION,
     Entry,
     custom_of,
     file_name,
+    is_licence,
+    scores_text,
     target_path,
     version_key,
 )
@@ -62,7 +66,7 @@ def publish(folder: RegistryFolder, file: Path, asked: Asked, progress: Progress
     Raises
     ------
     RecipeError
-        Name or version cannot be taken, or the keys may not sign.
+        Name, version, licence or scores cannot be taken, or the keys may not sign.
     FormatError, MismatchError
         The file is none of these, or of another base.
     VerificationError
@@ -71,6 +75,7 @@ def publish(folder: RegistryFolder, file: Path, asked: Asked, progress: Progress
         The registry cannot be written, or another process writes it.
     """
     _check_names(asked)
+    _check_stated(asked)
     offer = read_offer(file, asked.base)
     with folder.locked():
         draft = folder.read()
@@ -114,7 +119,7 @@ def refresh(folder: RegistryFolder) -> None:
     Raises
     ------
     RecipeError
-        The keys may not sign.
+        The keys may not sign, or sign the timestamp alone of an index that is past its date.
     VerificationError, OutputError
         As of `publish`.
     """
@@ -139,6 +144,20 @@ def _check_names(asked: Asked) -> None:
     if VERSION.fullmatch(asked.version) is None:
         raise RecipeError(
             f"the version {asked.version!r} cannot be used; give numbers with dots between, as in 3 or 1.2"
+        )
+
+
+def _check_stated(asked: Asked) -> None:
+    """Refuse what readers would refuse, and the file with it."""
+    if asked.licence is not None and not is_licence(asked.licence):
+        raise RecipeError(
+            f"--licence has several lines, or more than {MAX_LICENCE} characters; give the licence's name, "
+            "as in CC BY 4.0"
+        )
+    if len(scores_text(asked.scores)) > MAX_SCORES:
+        raise RecipeError(
+            f"--scores has more figures than the {MAX_SCORES} characters that the index takes; evaluate the "
+            "file on fewer tasks"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["Z_95", "difference_interval"]
+__all__ = ["Z_95", "difference_interval", "student_errors"]
 
 Z_95 = 1.959964  # standard errors of a 95 % interval
 
@@ -36,3 +36,36 @@ def difference_interval(
     error = math.sqrt(((only_first + only_second + 2) / total - mean**2) / total)
     middle = (only_second - only_first) / n
     return middle - n_errors * error, middle + n_errors * error
+
+
+def student_errors(confidence: float, n_free: int) -> float:
+    """Return how many standard errors the interval of a mean reaches to each side, by Student's t.
+
+    P(|t| < sqrt(n_free) * tan(angle)) is a finite sum of powers of the angle's cosine (Abramowitz and Stegun,
+    26.7.3 and 26.7.4). Halving finds the angle.
+
+    Parameters
+    ----------
+    confidence : float
+        Of the interval, in (0, 1).
+    n_free : int
+        Degrees of freedom, at least 1: one less than values in the mean.
+    """
+    low, high = 0.0, math.pi / 2
+    for _ in range(53):
+        middle = (low + high) / 2
+        if _within(middle, n_free) < confidence:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(n_free) * math.tan(low)
+
+
+def _within(angle: float, n_free: int) -> float:
+    cosine, is_odd = math.cos(angle), n_free % 2
+    total, term = 0.0, cosine if is_odd else 1.0
+    for power in range(is_odd, n_free - 1, 2):
+        total += term
+        term *= cosine**2 * (power + 1) / (power + 2)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if is_odd else total

@@ -6,12 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 from edgemerge.runtime.evaluation.evaluate import Mark, compare
-from edgemerge.runtime.evaluation.intervals import Z_95, difference_interval
+from edgemerge.runtime.evaluation.intervals import Z_95, difference_interval, student_errors
 from edgemerge.runtime.evaluation.perplexity import Chunk
 
 __all__ = ["Difference", "differ_in_marks", "differ_in_perplexity", "standard_errors"]
+__all__ += ["without_infinity"]
+
+WIDEST = math.log(1e4)  # an interval that reaches farther up and down says nothing of a perplexity
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,8 @@ class Difference:
     Attributes
     ----------
     middle, low, high : float
-        Percentage points of right answers, or percent of perplexity; and their interval.
+        Percentage points of right answers, or percent of perplexity; and their interval. Of too few chunks it
+        is from minus infinity to infinity.
     p : float or None
         McNemar's, of right answers.
     """
@@ -30,6 +35,14 @@ class Difference:
     low: float
     high: float
     p: float | None = None
+
+
+def without_infinity(figures: dict[str, Any]) -> dict[str, Any]:
+    """Return figures as JSON has them: None is an end of an interval that is not known."""
+    return {
+        key: None if isinstance(value, float) and math.isinf(value) else value
+        for key, value in figures.items()
+    }
 
 
 def standard_errors(confidence: float) -> float:
@@ -55,22 +68,28 @@ def differ_in_marks(
 
 
 def differ_in_perplexity(
-    first: Sequence[Chunk], second: Sequence[Chunk], n_errors: float = Z_95
+    first: Sequence[Chunk], second: Sequence[Chunk], confidence: float = 0.95
 ) -> Difference:
     """Compare perplexities by the log-likelihoods of the same chunks.
+
+    Few chunks show their spread badly: the interval is Student's. One chunk shows none.
 
     Parameters
     ----------
     first, second : (n,) sequence of Chunk
         At least one.
-    n_errors : float
-        Standard errors from the middle to each end of the interval.
+    confidence : float
+        Of the interval, in (0, 1).
     """
     differences = [b.nll / b.n - a.nll / a.n for a, b in zip(first, second, strict=True)]
     n = len(differences)
     middle = sum(differences) / n
-    spread = math.sqrt(sum((one - middle) ** 2 for one in differences) / max(1, n - 1))
-    half = n_errors * spread / math.sqrt(n)
+    half = math.inf
+    if n > 1:
+        spread = math.sqrt(sum((one - middle) ** 2 for one in differences) / (n - 1))
+        half = student_errors(confidence, n - 1) * spread / math.sqrt(n)
+    if half > WIDEST:
+        return Difference(100 * math.expm1(middle), -math.inf, math.inf)
     return Difference(
         *(100 * math.expm1(value) for value in (middle, middle - half, middle + half))
     )
