@@ -68,6 +68,10 @@ def merge_command(
     from edgemerge.provenance.signature import signature_path
     from edgemerge.reports.page import write_page
 
+    if ask and json_:
+        raise typer.BadParameter(
+            "--json prints one object alone: leave out --ask, or use edgemerge run"
+        )
     if no_ask and ask:
         raise typer.BadParameter("--ask and --no-ask exclude each other")
     if cluster is not None:

@@ -111,15 +111,19 @@ class Connection:
             self._client.close(timeout=2)
 
     def workers(self) -> dict[str, int]:
-        """Return the threads of each worker by its address; waits for those that will come.
+        """Return the threads of each worker by its address; waits for those that will come, but not long.
 
         Raises
         ------
         ClusterError
             None comes.
         """
-        self._seen = time.monotonic()
+        started = self._seen = time.monotonic()
         while not self._look() or len(self._threads) < self._n_expected:
+            if self._threads and time.monotonic() - started > PATIENCE:
+                self._n_expected = len(
+                    self._threads
+                )  # the others ended, and nobody starts them again
             time.sleep(POLL_SECONDS)
         return dict(self._threads)
 

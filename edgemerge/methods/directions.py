@@ -41,10 +41,12 @@ DIRECTION_KERNELS = (
 def has_directions(tensor: Described) -> bool:
     """Tell whether a tensor is a matrix whose singular directions mean something.
 
-    The rows of embeddings and of output heads are tokens, and each is as good as a direction of its own.
+    The rows of embeddings and of output heads are tokens, or places or kinds of them, and each is as good as
+    a direction of its own.
     """
     is_matrix = len(tensor.experts[0].spec.shape) > 1
-    return is_matrix and not tensor.name.startswith(("token_embd.", "output."))
+    stem = tensor.name.partition(".")[0]
+    return is_matrix and not (stem == "output" or stem.endswith(("_embd", "_types")))
 
 
 class Directions:

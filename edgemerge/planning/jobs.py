@@ -84,13 +84,14 @@ class Draft:
 def list_experts(part: Slice, base: Path | None, method: Method) -> list[ModelInput]:
     """List a slice's models: without the base's own entry where the method has a base.
 
-    Where a base is one more model, it comes last, with the first model's layers (mergekit plan.py).
+    Where a base is one more model of `models`, it comes last; slices name all of theirs (mergekit plan.py).
     """
     if method.uses_base(base):
         return [model for model in part.inputs if model.path != base]
     models = list(part.inputs)
-    if method.merges_base and base is not None and base not in {model.path for model in models}:
-        models.append(ModelInput(base, models[0].layer_range))
+    is_listed = base in {model.path for model in models} or models[0].layer_range is not None
+    if method.merges_base and base is not None and not is_listed:
+        models.append(ModelInput(base))
     return models
 
 
@@ -222,7 +223,8 @@ class _Part:
         ranges = [self._range(model) for model in self.models]
         self.starts = [start for start, _ in ranges]
         self._known_settings: dict[str, dict[str, Setting]] = {}
-        self._hf_names = [self._hf_name(name) for name in self.reference.specs()]
+        known = {name for model in self.models for name in sources[model.path].specs()}
+        self._hf_names = sorted(map(self._hf_name, known))
         self._is_hugging_face: dict[str, bool] = {}  # of a filter's text
         self.n_layers = ranges[0][1] - ranges[0][0]
         self.positions = [

@@ -77,9 +77,7 @@ class RecipeReader(TokenizerReader):
             base=base,
             slices=slices,
             parameters=parameters,
-            out_format=check_format(self.text(own, "format", "edgemerge.format"))
-            if "format" in own
-            else "gguf",
+            out_format=self.out_format(own),
             out_type=out_type,
             dtype=dtype,
             tensor_types=self.tensor_types(own.get("tensor_types", {})),
@@ -93,6 +91,14 @@ class RecipeReader(TokenizerReader):
             pad_to_multiple_of=multiple,
             chat_template=self.chat_template(document.get("chat_template")),
             notes=tuple(dict.fromkeys(self.notes)),
+        )
+
+    def out_format(self, own: Mapping[str, Any]) -> str:
+        """Take the form of the output: a GGUF, unless it says a directory."""
+        return (
+            check_format(self.text(own, "format", "edgemerge.format"))
+            if "format" in own
+            else "gguf"
         )
 
     def check_kind(self, document: Mapping[str, Any]) -> None:

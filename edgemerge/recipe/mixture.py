@@ -73,6 +73,7 @@ class MixtureReader(RecipeReader):
             tensor_types=self.tensor_types(own.get("tensor_types", {})),
             imatrix=self.imatrix(own.get("imatrix"), "edgemerge.imatrix"),
             memory=self.memory(own["memory"]) if "memory" in own else None,
+            out_format=self.out_format(own),
             seed=self.seed(own.get("seed", 0), "edgemerge.seed"),
             mixture=Mixture(base, experts, gate_mode, self.per_token(document, len(experts))),
             notes=tuple(dict.fromkeys(self.notes)),

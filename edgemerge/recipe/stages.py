@@ -84,8 +84,11 @@ def _as_stage(recipe: Recipe, output: Recipe) -> Recipe:
     notes = recipe.notes
     if recipe.out_type not in (None, "F32"):
         notes += (f"its result is stored as {recipe.out_type}, as its document says",)
+    if recipe.out_format != "gguf":
+        notes += ("format is that of the output alone; a stage is kept as a GGUF",)
     return replace(
         recipe,
+        out_format="gguf",
         memory=recipe.memory or output.memory,
         out_type=recipe.out_type or "F32",
         notes=notes,

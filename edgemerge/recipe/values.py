@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,7 +115,7 @@ class ValueReader:
         """Read one parameter: a value, a gradient, or one or more filters with values."""
         if isinstance(value, dict):
             return (self.rule(value, where),)
-        if value == []:
+        if isinstance(value, list) and not value:
             self.notes.append(f"{where} is an empty list, which says nothing")
             return ()
         if isinstance(value, list) and isinstance(value[0], dict):
@@ -155,7 +156,7 @@ class ValueReader:
         """Return a finite number; YAML 1.1 takes 1e-3, without a point, for text."""
         if isinstance(value, str) and not NUMBER.fullmatch(value):
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
+        if isinstance(value, bool) or not isinstance(value, Real | str):
             return None
         try:
             number = float(value)

@@ -60,6 +60,12 @@ def test_what_cannot_be_asked_says_why(tmp_path: Path) -> None:
     assert "is not a GGUF file" in answer.problem
 
 
+def test_json_is_one_object_without_answers() -> None:
+    result = CliRunner().invoke(make_app(), [*MERGE, "--ask", "x", "--json"])
+    assert result.exit_code == 2
+    assert "--json prints one object alone" in result.stderr
+
+
 def test_ask_and_no_ask_exclude_each_other() -> None:
     result = CliRunner().invoke(make_app(), [*MERGE, "--ask", "x", "--no-ask"])
     assert result.exit_code == 2

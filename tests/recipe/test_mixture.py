@@ -122,3 +122,10 @@ def test_an_unknown_key_is_a_note_that_names_the_nearest() -> None:
 @pytest.mark.parametrize("wanted", ["mixtral", "Mixtral", "qwen3"])
 def test_an_architecture_may_be_named(wanted: str) -> None:
     assert load_recipe(write(f"{CHEAP}architecture: {wanted}\n")).mixture is not None
+
+
+def test_a_mixture_may_be_a_directory() -> None:
+    assert load_recipe(write(CHEAP + "edgemerge: {format: hf}\n")).out_format == "hf"
+    assert load_recipe(write(CHEAP)).out_format == "gguf"
+    with pytest.raises(RecipeError, match="format"):
+        load_recipe(write(CHEAP + "edgemerge: {format: x}\n"))

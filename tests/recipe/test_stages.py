@@ -113,3 +113,11 @@ def test_files_of_stages_have_plain_and_different_names() -> None:
     assert paths == {Path("o/x"): Path("/f/o-x.gguf"), Path("o:x"): Path("/f/o-x-.gguf")}
     assert place_stages(recipe, paths).models() == (Path("/f/o-x-.gguf"),)
     assert place_stages(recipe, paths).stages == ()
+
+
+def test_a_stage_is_a_gguf_whatever_the_output_is() -> None:
+    format_hf = "edgemerge: {format: hf}\n"
+    recipe = load(linear("x", "a", "b", more=format_hf), linear(None, "x", "a", more=format_hf))
+    (stage,) = recipe.stages
+    assert (stage.out_format, recipe.out_format) == ("gguf", "hf")
+    assert "format is that of the output alone; a stage is kept as a GGUF" in stage.notes
