@@ -1,0 +1,127 @@
+"""The tensors of a PEFT adapter to be, made of changes that are as GGUF has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from edgemerge.errors import MismatchError
+from edgemerge.formats.adapters.layout import find_module, peft_config
+from edgemerge.formats.adapters.names import BaseNames, Target
+from edgemerge.merging.adapter_parts import EMBEDDING, AdapterPart, Extracted, PartMaker, Spool
+from edgemerge.types import Float32, Source
+
+__all__ = ["PeftParts"]
+
+FRONT = "base_model.model."
+# Ends of GGUF's names of matrices to which PEFT adds no factors: filters, and a norm in rows
+NO_FACTORS = (".shortconv.conv.weight", ".ssm_conv1d.weight", ".ssm_norm.weight")
+
+
+class PeftParts(PartMaker):
+    """Makes the tensors of a PEFT directory."""
+
+    def __init__(self, base: Source, spool: Spool, dtype: str, alpha: float) -> None:
+        super().__init__(base, spool, dtype, alpha)
+        self._names = BaseNames(base)
+
+    def make(self, found: Sequence[Extracted]) -> tuple[list[AdapterPart], bytes, list[str]]:
+        """Name the tensors as PEFT does, write adapter_config.json, and say what is left out.
+
+        Raises
+        ------
+        MismatchError
+            A matrix has no name that PEFT would find, or nobody knows how GGUF's values came from it.
+        """
+        parts, ranks, saved = list[AdapterPart](), dict[str, int](), list[str]()
+        nameless, biases = list[str](), list[str]()
+        has_bias = False
+        for one in found:
+            if one.rank:
+                name, target = self._find(one)
+                if not name.endswith(".weight") or one.change.name.endswith(NO_FACTORS):
+                    nameless.append(name)
+                    continue
+                module = name.removesuffix(".weight")
+                ranks[module] = one.rank
+                parts += self._pair(one, f"{FRONT}{module}", target)
+        for one in found:
+            if one.rank:
+                continue
+            name, target = self._find(one)
+            module, _, end = name.rpartition(".")
+            if end == "bias" and module not in ranks:
+                biases.append(module)
+                continue
+            if end not in ("weight", "bias"):
+                nameless.append(name)
+                continue
+            has_bias |= end == "bias"
+            if end == "weight":
+                saved.append(module)
+            stored = f"{FRONT}{module}.{'base_layer.bias' if end == 'bias' else end}"
+            parts.append(self.part(stored, one.change.shape, self._hub_vector(one, target), "F32"))
+        notes = []
+        if biases:
+            notes.append(
+                f"PEFT saves biases of changed matrices only: those of {len(biases)} others are left "
+                f"out, such as that of {biases[0]}"
+            )
+        if nameless:
+            notes.append(
+                f"PEFT has no adapters of state spaces' vectors, filters and the like: the changes of "
+                f"{len(nameless)} are left out, such as that of {nameless[0]}"
+            )
+        config = peft_config(self._base, ranks, saved, self._alpha, has_bias=has_bias)
+        return parts, config, notes
+
+    def _find(self, one: Extracted) -> tuple[str, Target]:
+        name = one.change.name
+        found = find_module(self._base, self._names, name, one.change.number)
+        if found is None:
+            raise MismatchError(
+                f"tensor {name!r} of {self._base.path} has no name that PEFT would find it by; write a "
+                "GGUF adapter (-o NAME.gguf)",
+                tensor=name,
+            )
+        if found[1].is_lost:
+            raise MismatchError(
+                f"{self._base.path}: converters multiply {name!r} by factors that no GGUF of "
+                f"{self._base.architecture} states, so that PEFT's change cannot be found; write a GGUF "
+                "adapter (-o NAME.gguf), or give the directory that the base was converted from",
+                tensor=name,
+            )
+        return found
+
+    def _pair(self, one: Extracted, name: str, target: Target) -> list[AdapterPart]:
+        (n_rows, n_cols), rank, order = one.change.shape, one.rank, target.order
+
+        def left() -> Float32:
+            values = self.left(one, rank)
+            if target.factors is not None:
+                target.factors.undo(values, 0)
+            return order.undo_rows(values)
+
+        if one.change.name == EMBEDDING:
+            name += ".lora_embedding_"
+            return [
+                self.part(f"{name}A", (rank, n_rows), lambda: left().T),
+                self.part(f"{name}B", (n_cols, rank), lambda: self.right(one, rank).T),
+            ]
+        name += ".lora_"
+        return [
+            self.part(
+                f"{name}A.weight",
+                (rank, n_cols),
+                lambda: order.undo_columns(self.right(one, rank)),
+            ),
+            self.part(f"{name}B.weight", (n_rows, rank), left),
+        ]
+
+    def _hub_vector(self, one: Extracted, target: Target) -> Callable[[], Float32]:
+        def make() -> Float32:
+            values = self.vector(one).reshape(-1, 1).copy()
+            if target.change is not None:
+                target.change.undo(values, 0)
+            return target.order.undo_rows(values).reshape(-1)
+
+        return make
