@@ -20,7 +20,10 @@ from functools import cache
 import numpy as np
 from arm_emulator import Emulator, Execution
 
-WINDOWS, WINDOW = 128, 300  # how many, and their instructions: with 16 a prediction varied by a third
+WINDOWS, WINDOW = (
+    128,
+    300,
+)  # how many, and their instructions: with 16 a prediction varied by a third
 NEWEST, OLDEST = 22, 16  # versions of LLVM; the first that has a model of Neoverse N1
 BUSY = 0.85  # of a unit's cycles; less is put down to waiting for results
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 from edgemerge.errors import FormatError
@@ -30,6 +32,7 @@ EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 # Architectures without a family here, whose q and k llama.cpp's converter puts into rotary order too.
 ROTATED = {"afmoe", "arcee", "arctic", "bailingmoe", "deci", "deepseek", "internlm2", "llada"}
 ROTATED |= {"llama-embed", "minicpm", "nanbeige", "olmo", "xverse"}
+IN_ROWS = (".ssm_norm.weight", ".ssm_a", ".ssm_d")
 # Conv1D modules of GPT-2, whose weights GGUF keeps like those of linear modules.
 GPT2 = {
     "attn_qkv": "attn.c_attn",
@@ -64,6 +67,16 @@ class Target(NamedTuple):
     def factors(self) -> Scaled | None:
         """What the rows of a change are multiplied by."""
         return self.change if isinstance(self.change, Scaled) else None
+
+    def matrix_shape(self, stored: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of a stored tensor as a matrix: of filters, one for each row; of a vector, a column.
+
+        Vectors of Mamba-2 that GGUF has in rows are such rows, where they have as many elements as `wanted`.
+        """
+        if len(stored) == 1:
+            is_in_rows = self.name.endswith(IN_ROWS) and prod(stored) == prod(wanted)
+            return tuple(wanted) if is_in_rows else (*stored, 1)
+        return (stored[0], stored[2]) if len(stored) == 3 and stored[1] == 1 else tuple(stored)
 
     def replacement(self, matrix: StoredMatrix) -> Factor:
         """Return what stands for the rows, of all rows that stand for the module's."""

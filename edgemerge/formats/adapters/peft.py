@@ -273,8 +273,7 @@ class PeftAdapter:
                 path=self.path,
                 tensor=stored,
             )
-        own = tensor.shape if len(tensor.shape) > 1 else (*tensor.shape, 1)
-        if tuple(own) != tuple(shape) and target is not None:
+        if target is not None and target.matrix_shape(tensor.shape, shape) != tuple(shape):
             spec = self._names.spec(target.name)
             assert spec is not None
             raise self._refuse_shape(stored, tensor.shape, target.name, spec.shape)
