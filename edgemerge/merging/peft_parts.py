@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from edgemerge.errors import MismatchError
+from edgemerge.formats.adapters.forms import repeats_embedding
 from edgemerge.formats.adapters.layout import find_module, peft_config
 from edgemerge.formats.adapters.names import BaseNames, Target
-from edgemerge.merging.adapter_parts import EMBEDDING, AdapterPart, Extracted, PartMaker, Spool
+from edgemerge.merging.adapter_parts import (
+    EMBEDDING,
+    HEAD,
+    AdapterPart,
+    Extracted,
+    PartMaker,
+    Spool,
+)
 from edgemerge.types import Float32, Source
 
 __all__ = ["PeftParts"]
@@ -32,6 +40,8 @@ class PeftParts(PartMaker):
         MismatchError
             A matrix has no name that PEFT would find, or nobody knows how GGUF's values came from it.
         """
+        if self._names.repeats_embedding:
+            found = self._without_head(found)
         parts, ranks, saved = list[AdapterPart](), dict[str, int](), list[str]()
         nameless, biases = list[str](), list[str]()
         has_bias = False
@@ -73,6 +83,20 @@ class PeftParts(PartMaker):
             )
         config = peft_config(self._base, ranks, saved, self._alpha, has_bias=has_bias)
         return parts, config, notes
+
+    def _without_head(self, found: Sequence[Extracted]) -> list[Extracted]:
+        """Leave out a head that is the embedding, whose change is the head's too."""
+        kept = []
+        for one in found:
+            if one.change.name in (EMBEDDING, HEAD) and not repeats_embedding(one.change.expert):
+                raise MismatchError(
+                    f"the head of {self._base.path} is its embedding, and that of "
+                    f"{one.change.expert.path} is not; write a GGUF adapter (-o NAME.gguf)",
+                    tensor=one.change.name,
+                )
+            if one.change.name != HEAD:
+                kept.append(one)
+        return kept
 
     def _find(self, one: Extracted) -> tuple[str, Target]:
         name = one.change.name

@@ -24,7 +24,7 @@ from edgemerge.types import Float32, Source
 if TYPE_CHECKING:
     from edgemerge.formats.hub.config import HubConfig
 
-__all__ = ["AS_STORED", "BaseForm", "Order"]
+__all__ = ["AS_STORED", "BaseForm", "Order", "repeats_embedding"]
 
 DELTA_NETS = {"qwen35", "qwen35moe", "qwen3next"}  # architectures
 FALCON = "falcon-h1"
@@ -96,6 +96,11 @@ class _Directory(Protocol):
         """Whether it lists its embedding as a head too."""
 
 
+def repeats_embedding(source: Source) -> bool:
+    """Tell whether a model is a directory that lists its embedding as a head too."""
+    return isinstance(source, _Directory) and source.repeats_embedding
+
+
 class BaseForm:
     """The rules by which an open base came from what is stored.
 
@@ -113,11 +118,10 @@ class BaseForm:
     def __init__(self, base: Source) -> None:
         base = without_adapters(base)
         self._config: HubConfig | None = None
-        self.repeats_embedding = False
+        self.repeats_embedding = repeats_embedding(base)
         self.kinds: tuple[str, ...]
         if isinstance(base, _Directory):
             self._config, self.kinds = base.config, (base.config.kind,)
-            self.repeats_embedding = base.repeats_embedding
         else:
             self.kinds = tuple(
                 kind

@@ -143,6 +143,8 @@ def find_module(
     if expert is not None:
         found = _expert_name(base.architecture, name, expert)
     targets = names.find(found) if found is not None else ()
+    if name == EMBEDDING and names.repeats_embedding:
+        targets = targets[:1]
     if found is None or len(targets) != 1 or targets[0].name != name:
         return None
     return found, targets[0]

@@ -69,9 +69,9 @@ class Target(NamedTuple):
         return self.change if isinstance(self.change, Scaled) else None
 
     def matrix_shape(self, stored: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of a stored tensor as a matrix: of filters, one for each row; of a vector, a column.
+        """Return the shape of a stored tensor as a matrix: a filter is a row, a vector a column.
 
-        Vectors of Mamba-2 that GGUF has in rows are such rows, where they have as many elements as `wanted`.
+        A vector of Mamba-2 is as `wanted`, in rows as in GGUF, where it has as many elements.
         """
         if len(stored) == 1:
             is_in_rows = self.name.endswith(IN_ROWS) and prod(stored) == prod(wanted)
@@ -104,6 +104,11 @@ class BaseNames:
         if not families:
             for name in self._specs:
                 self._others[_other_name(base.architecture, name) or name] = name
+
+    @property
+    def repeats_embedding(self) -> bool:
+        """Whether the base is a directory that lists its embedding as a head too."""
+        return self._form.repeats_embedding
 
     def find(self, stored: str) -> tuple[Target, ...]:
         """Find the rows that a weight or bias is, by its name in a file; none where the base lacks it."""

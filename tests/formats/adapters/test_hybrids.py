@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def change_everything(name: str, folder: Path) -> tuple[Path, Path, Path]:
     adapter: dict[str, Float32] = {}
     for i, (tensor, x) in enumerate(list(stored.items())):
         module, is_weight = tensor.removesuffix(".weight"), tensor.endswith(".weight")
-        if "experts" in tensor or x.ndim == 3 and "conv1d" not in tensor:
+        if "experts" in tensor or (x.ndim == 3 and "conv1d" not in tensor):
             continue
         if x.ndim != 2 or not is_weight:
             adapter[tensor] = noise(x.shape, i)
@@ -52,7 +53,7 @@ def change_everything(name: str, folder: Path) -> tuple[Path, Path, Path]:
             adapter |= {f"{module}.lora_embedding_A": b.T, f"{module}.lora_embedding_B": a.T}
         else:
             adapter |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-        stored[tensor] = x + b @ a / 2
+        stored[tensor] = (x + b @ a / 2).astype(np.float32)
     write_safetensors(wanted / WEIGHTS, stored)
     return base, write_adapter(folder / "adapter", adapter), wanted
 
@@ -88,7 +89,9 @@ def test_a_gguf_of_a_hybrid_gives_the_same(name: str, tmp_path: Path) -> None:
 def test_a_gguf_whose_factors_are_lost_is_refused(tmp_path: Path) -> None:
     base, adapter, _ = change_everything("falcon_h1", tmp_path)
     whole = convert(base, tmp_path / "base.gguf")
-    with pytest.raises(MismatchError, match="factors that no GGUF of falcon-h1 states; give the dir"):
+    with pytest.raises(
+        MismatchError, match="factors that no GGUF of falcon-h1 states; give the dir"
+    ):
         open_model(f"{whole}+{adapter}")
 
 
@@ -115,7 +118,7 @@ def test_the_norms_of_dora_follow_too(name: str, tmp_path: Path) -> None:
 
 def test_a_repeated_embedding_changes_the_head_too(tmp_path: Path) -> None:
     shapes = dict(all_facts()["falcon_h1"]["stored"])
-    tied = {"tie_word_embeddings": True, "lm_head_multiplier": 0.5}
+    tied: dict[str, Any] = {"tie_word_embeddings": True, "lm_head_multiplier": 0.5}
     models = [make_model("falcon_h1", tmp_path / name, **tied) for name in ("base", "wanted")]
     stored = {n: x for n, x in stored_f32("falcon_h1").items() if n != "lm_head.weight"}
     write_safetensors(models[0] / WEIGHTS, stored)

@@ -1,0 +1,114 @@
+"""What is extracted of a hybrid has the rows, columns and values of the stored weights."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgemerge.errors import MismatchError
+from edgemerge.formats import open_model
+from edgemerge.merging.extraction import extract
+from tests.support.adapters import FRONT, noise
+from tests.support.architecture_models import convert
+from tests.support.generated_models import WEIGHTS, make_model, stored_f32
+from tests.support.safetensors_files import read_safetensors, write_safetensors
+from tests.support.sources import read_all
+
+Float32 = NDArray[np.float32]
+
+# Each is two tensors in GGUF, so that only an adapter in GGUF can have its change.
+TWO_IN_ONE = ("qkvz", "input_linear")
+
+
+def tune(name: str, folder: Path) -> tuple[Path, Path, dict[str, Float32], dict[str, Float32]]:
+    """Write a base and an expert, each matrix of which changed by one row times one column."""
+    base, expert = make_model(name, folder / "base"), make_model(name, folder / "expert")
+    before, after = stored_f32(name), stored_f32(name)
+    for i, (tensor, x) in enumerate(before.items()):
+        is_matrix = x.ndim == 2 and tensor.endswith(".weight")
+        if is_matrix and "expert" not in tensor and not any(part in tensor for part in TWO_IN_ONE):
+            after[tensor] = x + noise((len(x), 1), i) @ noise((1, x.shape[1]), 100 + i)
+        elif x.ndim == 1 and tensor.endswith(("norm.weight", "A_log", "dt_bias", ".D")):
+            after[tensor] = x + noise(x.shape, i)
+    write_safetensors(base / WEIGHTS, before)
+    write_safetensors(expert / WEIGHTS, after)
+    return base, expert, before, after
+
+
+def check(folder: Path, before: dict[str, Float32], after: dict[str, Float32]) -> None:
+    """Compare what PEFT would add to each module with what changed."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    found = {
+        name.removeprefix(FRONT): x
+        for name, x in read_safetensors(folder / "adapter_model.safetensors").items()
+    }
+    for tensor, x in after.items():
+        module, change = tensor.removesuffix(".weight"), x - before[tensor]
+        if not change.any() or (x.ndim == 1 and not module.endswith("norm")):
+            continue
+        if x.ndim == 1:
+            if ".mamba." not in module:  # in GGUF it is a matrix
+                assert np.allclose(found.pop(tensor), x, atol=1e-6), tensor
+            continue
+        if "embed_tokens" in module:
+            b = found.pop(f"{module}.lora_embedding_A").T
+            a = found.pop(f"{module}.lora_embedding_B").T
+        else:
+            a, b = (found.pop(f"{module}.lora_{kind}.weight") for kind in "AB")
+        assert np.allclose(b @ a * config["lora_alpha"] / a.shape[0], change, atol=1e-5), tensor
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3_5", "qwen3_5_moe", "qwen3_next", "granite4_hybrid_moe", "falcon_h1", "falcon_h1_norm"],
+)
+def test_a_peft_adapter_has_the_stored_order(name: str, tmp_path: Path) -> None:
+    base, expert, before, after = tune(name, tmp_path)
+    report = extract(base, expert, tmp_path / "adapter", rank=1)
+    check(tmp_path / "adapter", before, after)
+    assert any("PEFT has no adapters of state spaces' vectors" in note for note in report.notes)
+    with closing(open_model(expert)) as source:
+        wanted = read_all(source)
+    with closing(open_model(f"{base}+{tmp_path / 'adapter'}")) as source:
+        found = read_all(source)
+    left_out = ("ssm_a", "ssm_d", "ssm_dt.bias") + ("ssm_norm.weight",) * ("qwen" not in name)
+    for tensor, x in wanted.items():
+        if not tensor.endswith(left_out):
+            assert np.allclose(found[tensor], x, atol=1e-5), tensor
+
+
+def test_a_gguf_base_gives_the_same_adapter(tmp_path: Path) -> None:
+    base, expert, before, after = tune("qwen3_5", tmp_path)
+    whole = convert(base, tmp_path / "base.gguf")
+    extract(whole, expert, tmp_path / "adapter", rank=1)
+    check(tmp_path / "adapter", before, after)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1"])
+def test_what_no_peft_adapter_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    base, expert, before, after = tune(name, tmp_path)
+    if name == "falcon_h1":
+        base = convert(base, tmp_path / "base.gguf")
+        match = "factors that no GGUF of falcon-h1 states"
+    else:
+        tensor = next(tensor for tensor in before if "qkvz" in tensor)
+        write_safetensors(expert / WEIGHTS, after | {tensor: before[tensor] + 1})
+        match = "has no name that PEFT would find it by"
+    with pytest.raises(MismatchError, match=match):
+        extract(base, expert, tmp_path / "adapter", rank=1)
+    assert not (tmp_path / "adapter").exists()
+    extract(base, expert, tmp_path / "adapter.gguf", rank=1)
+
+
+def test_a_head_of_its_own_is_no_change_of_the_embedding(tmp_path: Path) -> None:
+    base, expert, _, after = tune("falcon_h1_norm", tmp_path)
+    head = after["model.embed_tokens.weight"] + 1
+    write_safetensors(expert / WEIGHTS, after | {"lm_head.weight": head})
+    with pytest.raises(MismatchError, match="is its embedding, and that of"):
+        extract(base, expert, tmp_path / "adapter", rank=1)
