@@ -126,6 +126,9 @@ class Factor:
             return rows
         if order.starts:
             return self._read_pieces(start, stop)
+        if order.step > 1:
+            between = self._read(start * order.step, (stop - 1) * order.step + 1)
+            return np.ascontiguousarray(between[:: order.step])
         return order.columns(self._read(start, stop))
 
     def _read_pieces(self, start: int, stop: int) -> Float32:
@@ -157,7 +160,7 @@ class Factor:
         """Bytes that reading so many rows takes at most, as stored, decoded and put in order."""
         if self.order.half:
             n_rows += 4 * self.order.half
-        cells = n_rows * self.shape[1] * self.step
+        cells = n_rows * self.order.step * self.shape[1] * self.step
         if self.transposed and self.step > 1:
             cells = self.shape[1] * self.stored.shape[1]
         return 12 * cells

@@ -34,7 +34,7 @@ FALCON = "falcon-h1"
 class Order:
     """Which stored row each row of GGUF is, and where GGUF has each stored group of columns.
 
-    At most one of `half`, `starts` and `places` is given.
+    At most one of `half`, `starts`, `places` and `step` is given.
     """
 
     half: int = (
@@ -43,10 +43,11 @@ class Order:
     starts: tuple[int, ...] = ()  # first stored row of each piece, as of `Cut`
     height: int = 0  # rows of a piece
     places: tuple[int, ...] = ()  # as `Cut.columns`
+    step: int = 1  # stored rows from one row to the next
 
     def rows(self, start: int, stop: int) -> NDArray[np.intp]:
         """Return the stored rows that rows [start, stop) of GGUF are."""
-        own = np.arange(start, stop)
+        own = np.arange(start, stop) * self.step
         if self.half:
             inside = own % (2 * self.half)
             return own - inside + inside % 2 * self.half + inside // 2
@@ -66,7 +67,7 @@ class Order:
 
     def undo_rows(self, values: Float32) -> Float32:
         """Return all rows as GGUF has them in the order in which they are stored."""
-        if not self.half and not self.starts:
+        if not self.half and not self.starts and self.step == 1:
             return values
         stored = np.empty_like(values)
         stored[self.rows(0, len(values))] = values

@@ -91,13 +91,17 @@ class Target(NamedTuple):
 
 
 class BaseNames:
-    """The names of an open base."""
+    """The names of an open base.
+
+    `deals_in_turn`: whether gate and up of all experts are stored as one in turn, not one above the other.
+    """
 
     def __init__(self, base: Source) -> None:
         self._base = base
         self._specs = base.specs()
         self._form = BaseForm(base)
         families = [KINDS_OF_MODEL[kind] for kind in self._form.kinds]
+        self.deals_in_turn = any(family.deals_in_turn for family in families)
         self._rotates = base.architecture in ROTATED
         self._rotates |= any(family.rotates_pairs for family in families)
         self._others: dict[str, str] = {}

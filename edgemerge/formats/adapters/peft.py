@@ -210,7 +210,7 @@ class PeftAdapter:
 
         A is (rank * experts, in) with one expert after the other, B (out, rank * experts) with the experts
         next to each other (`ParamWrapper.get_delta_weight`). gate and up are one parameter, one above the
-        other. Before peft 0.18, in and out were the other way round.
+        other or in turn. Before peft 0.18, in and out were the other way round.
         """
         (name_a, a), (name_b, b) = factors["A"], factors["B"]
         gate, up, down = stacks
@@ -226,14 +226,17 @@ class PeftAdapter:
         rank = a.shape[0] // n_experts
         scale = self._config.scale(module, rank)
         one = self._matrix(name_a, a, a.shape, None), self._matrix(name_b, b, b.shape, None)
+        step = len(names) if self._names.deals_in_turn else 1
         for i, name in enumerate(names):
             n_rows, n_cols = (n_outer, n_inner) if name == down else (n_inner, n_outer)
+            first = i if step > 1 else i * n_rows
             for expert in range(n_experts):
                 if swapped:
-                    left = Factor(one[0], (n_rows, rank), expert * rank, i * n_rows, 1, True)
+                    left = Factor(one[0], (n_rows, rank), expert * rank, first, step, True)
                     right = Factor(one[1], (rank, n_cols), 0, expert, n_experts, True)
                 else:
-                    left = Factor(one[1], (n_rows, rank), i * n_rows, expert, n_experts)
+                    order = Order(step=step)
+                    left = Factor(one[1], (n_rows, rank), first, expert, n_experts, order=order)
                     right = Factor(one[0], (rank, n_cols), expert * rank)
                 update = Update(expert * n_rows, n_rows, change=LowRank(left, right, scale))
                 self._file(name, update)

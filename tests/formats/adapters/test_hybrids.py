@@ -131,3 +131,38 @@ def test_a_repeated_embedding_changes_the_head_too(tmp_path: Path) -> None:
     wanted = read(models[1])
     assert "output.weight" in wanted
     compare(read(f"{models[0]}+{adapter}"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "swapped"),
+    [
+        ("gpt_oss_plain", "gate_up_proj", False),  # square, so that it cannot be swapped
+        ("gpt_oss_plain", "down_proj", False),
+        ("gpt_oss_plain", "down_proj", True),
+        ("llama4", "gate_up_proj", False),
+        ("llama4", "gate_up_proj", True),
+    ],
+)
+def test_experts_that_are_stored_transposed(
+    name: str, part: str, swapped: bool, tmp_path: Path
+) -> None:
+    stored = stored_f32(name)
+    tensor = next(tensor for tensor in stored if tensor.endswith(f"experts.{part}"))
+    n_experts, n_in, n_out = stored[tensor].shape
+    a = noise((n_experts * 2, n_out if swapped else n_in), 1)
+    b = noise((n_in if swapped else n_out, 2 * n_experts), 2)
+    # `ParamWrapper.get_delta_weight`
+    factors = b.reshape(len(b), 2, n_experts), a.reshape(n_experts, 2, -1)
+    change = np.einsum("ore,eri->eoi" if swapped else "ore,eri->eio", *factors) / 2
+    base, wanted = make_model(name, tmp_path / "base"), make_model(name, tmp_path / "wanted")
+    write_safetensors(base / WEIGHTS, stored)
+    stored[tensor] = (stored[tensor] + change).astype(np.float32)
+    write_safetensors(wanted / WEIGHTS, stored)
+    module = tensor.removesuffix(f".{part}") + ".base_layer" * (part == "gate_up_proj")
+    adapter = write_adapter(
+        tmp_path / "adapter", {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    )
+    right, whole = read(wanted), read(f"{base}+{adapter}")
+    compare(whole, right)
+    parts = read(f"{base}+{adapter}", 5)
+    assert all(np.array_equal(parts[n], x) for n, x in whole.items())
