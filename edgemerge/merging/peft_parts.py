@@ -109,9 +109,9 @@ class PeftParts(PartMaker):
             )
         if found[1].is_lost:
             raise MismatchError(
-                f"{self._base.path}: converters multiply {name!r} by factors that no GGUF of "
-                f"{self._base.architecture} states, so that PEFT's change cannot be found; write a GGUF "
-                "adapter (-o NAME.gguf), or give the directory that the base was converted from",
+                f"{self._base.path}: no GGUF of {self._base.architecture} states by which factors or in "
+                f"which order {name!r} was converted, so that PEFT's change cannot be found; write a GGUF "
+                "adapter (-o NAME.gguf), or give the directory that the base was made from",
                 tensor=name,
             )
         return found

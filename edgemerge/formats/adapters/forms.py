@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemerge.errors import FormatError
 from edgemerge.formats.adapters.adapted import without_adapters
 from edgemerge.formats.architectures import KINDS_OF_MODEL
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.hub.changes import Change, plain_change
 from edgemerge.formats.hub.checker import Checker
 from edgemerge.formats.hub.cuts import Cuts, Stored, no_cuts
+from edgemerge.formats.hub.falcon_h1 import SCALED
 from edgemerge.formats.hub.own_keys import Shapes
 from edgemerge.types import Float32, Source
 
@@ -27,7 +29,13 @@ if TYPE_CHECKING:
 __all__ = ["AS_STORED", "BaseForm", "Order", "repeats_embedding"]
 
 DELTA_NETS = {"qwen35", "qwen35moe", "qwen3next"}  # architectures
-FALCON = "falcon-h1"
+# Architectures without a family here, to whose norms llama.cpp's converter adds 1
+RAISED = {"gemma", "gemma-embedding", "minimax-m3", "nemotron", "step35"}
+# Architecture -> GGUF names without `blk.N.` of what no GGUF of it can be traced back from
+LOST = {
+    "falcon-h1": SCALED,
+    "chameleon": frozenset({"attn_q_norm.weight", "attn_k_norm.weight"}),  # of one head, for all
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +138,13 @@ class BaseForm:
                 if family.architecture == base.architecture
             )
         families = [KINDS_OF_MODEL[kind] for kind in self.kinds]
-        self._norm_offset = max((family.norm_offset for family in families), default=0.0)
-        self._lost = frozenset[str]()
+        offsets = [family.norm_offset for family in families]
+        self._norm_offset = max(offsets, default=float(base.architecture in RAISED))
         self._cuts: Cuts = self._config.cuts if self._config else no_cuts
         if self._config is None and base.architecture in DELTA_NETS:
             self._cuts = _delta_net_cuts(base, self.kinds[0])
-        elif self._config is None and base.architecture == FALCON:
-            from edgemerge.formats.hub.falcon_h1 import SCALED
-
-            self._lost = SCALED
+        lost = LOST.get(base.architecture, frozenset())
+        self._lost: frozenset[str] = frozenset() if self._config else lost
 
     def cut(self, layer: int | None, hf_stem: str) -> Stored | None:
         """Return what a stored matrix or vector is cut into by rules of its own; None where it is not."""
@@ -155,7 +161,7 @@ class BaseForm:
         return plain_change(self._norm_offset, stem)
 
     def is_lost(self, stem: str) -> bool:
-        """Tell whether a GGUF has multiplied a tensor by factors that it does not state."""
+        """Tell whether a GGUF does not state how a tensor came from what is stored, as by which factors."""
         return stem in self._lost
 
 
@@ -167,6 +173,12 @@ def _delta_net_cuts(base: Source, kind: str) -> Cuts:
 
     metadata, front = base.metadata(), base.architecture
     raw = {hf: get_value(metadata, f"{front}.{key}") for key, hf in KEYS[kind].items()}
+    for key, hf in KEYS[kind].items():
+        if key.startswith("ssm.") and type(raw[hf]) is not int:
+            raise FormatError(
+                f"states no {front}.{key}, by which the heads of its delta net lie; convert the model anew",
+                path=base.path,
+            )
     raw["linear_value_head_dim"] = raw["linear_key_head_dim"]
     width = get_value(metadata, f"{front}.embedding_length")
     shapes = Shapes(1, width if isinstance(width, int) else 0, 1, 1)

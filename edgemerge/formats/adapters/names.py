@@ -30,7 +30,17 @@ __all__ = ["BaseNames", "Target"]
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 # Architectures without a family here, whose q and k llama.cpp's converter puts into rotary order too.
-ROTATED = {"afmoe", "arcee", "arctic", "bailingmoe", "deci", "deepseek", "internlm2", "llada"}
+ROTATED = {
+    "afmoe",
+    "arcee",
+    "arctic",
+    "bailingmoe",
+    "chameleon",
+    "deci",
+    "deepseek",
+    "internlm2",
+    "llada",
+}
 ROTATED |= {"llama-embed", "minicpm", "nanbeige", "olmo", "xverse"}
 IN_ROWS = (".ssm_norm.weight", ".ssm_a", ".ssm_d")
 # Conv1D modules of GPT-2, whose weights GGUF keeps like those of linear modules.

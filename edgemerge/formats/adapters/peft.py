@@ -244,14 +244,14 @@ class PeftAdapter:
     # -- small parts -----------------------------------------------------------------------------
 
     def _find(self, name: str, stored: str) -> tuple[Target, ...]:
-        """Find what a stored name is; refuse what GGUF has by factors that nobody knows."""
+        """Find what a stored name is; refuse what GGUF has in a way that nobody knows."""
         targets = self._names.find(name)
         for target in targets:
             if target.is_lost:
                 raise MismatchError(
-                    f"{self.path}: tensor {stored!r} of the adapter cannot be added: converters multiply "
-                    f"{target.name!r} by factors that no GGUF of {self._base.architecture} states; give "
-                    "the directory that the base was converted from",
+                    f"{self.path}: tensor {stored!r} of the adapter cannot be added: no GGUF of "
+                    f"{self._base.architecture} states by which factors or in which order "
+                    f"{target.name!r} was converted; give the directory that the base was made from",
                     tensor=stored,
                 )
         return targets

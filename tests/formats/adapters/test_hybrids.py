@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgemerge.errors import MismatchError
+from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats import open_model
+from edgemerge.formats.adapters.names import BaseNames
+from edgemerge.formats.hub.changes import Offset
 from tests.support.adapters import FRONT, noise
 from tests.support.architecture_models import convert
+from tests.support.fake_source import FakeSource
 from tests.support.generated_models import WEIGHTS, all_facts, make_model, stored_f32
 from tests.support.safetensors_files import write_safetensors
 from tests.support.sources import read_all
@@ -89,9 +92,7 @@ def test_a_gguf_of_a_hybrid_gives_the_same(name: str, tmp_path: Path) -> None:
 def test_a_gguf_whose_factors_are_lost_is_refused(tmp_path: Path) -> None:
     base, adapter, _ = change_everything("falcon_h1", tmp_path)
     whole = convert(base, tmp_path / "base.gguf")
-    with pytest.raises(
-        MismatchError, match="factors that no GGUF of falcon-h1 states; give the dir"
-    ):
+    with pytest.raises(MismatchError, match="no GGUF of falcon-h1 states by which factors"):
         open_model(f"{whole}+{adapter}")
 
 
@@ -166,3 +167,18 @@ def test_experts_that_are_stored_transposed(
     compare(whole, right)
     parts = read(f"{base}+{adapter}", 5)
     assert all(np.array_equal(parts[n], x) for n, x in whole.items())
+
+
+@pytest.mark.parametrize("architecture", ["gemma", "nemotron"])
+def test_norms_to_which_a_converter_adds_1(architecture: str) -> None:
+    names = BaseNames(FakeSource("base.gguf", architecture=architecture))
+    for name in ("model.layers.0.input_layernorm.weight", "model.norm.weight"):
+        (target,) = names.find(name)
+        assert target.change == Offset(1.0)
+    (target,) = names.find("model.layers.0.self_attn.q_proj.weight")
+    assert target.change is None
+
+
+def test_a_gguf_without_the_counts_of_its_heads_is_refused() -> None:
+    with pytest.raises(FormatError, match=r"states no qwen35\.ssm\.conv_kernel, by which"):
+        BaseNames(FakeSource("base.gguf", architecture="qwen35"))
