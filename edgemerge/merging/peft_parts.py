@@ -23,6 +23,8 @@ __all__ = ["PeftParts"]
 FRONT = "base_model.model."
 # Ends of GGUF's names of matrices to which PEFT adds no factors: filters, and a norm in rows
 NO_FACTORS = (".shortconv.conv.weight", ".ssm_conv1d.weight", ".ssm_norm.weight")
+# The same, of an architecture: `_check_lora_target_modules_mamba` of peft
+NOT_ADAPTED = {"falcon-h1": (".ssm_out.weight",)}
 
 
 class PeftParts(PartMaker):
@@ -38,18 +40,20 @@ class PeftParts(PartMaker):
         Raises
         ------
         MismatchError
-            A matrix has no name that PEFT would find, or nobody knows how GGUF's values came from it.
+            A matrix has no name that PEFT would find, or nobody knows how GGUF's values came from it. Or
+            nothing is left.
         """
         if self._names.repeats_embedding:
             found = self._without_head(found)
         parts, ranks, saved = list[AdapterPart](), dict[str, int](), list[str]()
-        nameless, biases = list[str](), list[str]()
+        others, biases = list[str](), list[str]()
+        no_factors = NO_FACTORS + NOT_ADAPTED.get(self._base.architecture, ())
         has_bias = False
         for one in found:
             if one.rank:
                 name, target = self._find(one)
-                if not name.endswith(".weight") or one.change.name.endswith(NO_FACTORS):
-                    nameless.append(name)
+                if not name.endswith(".weight") or one.change.name.endswith(no_factors):
+                    others.append(name)
                     continue
                 module = name.removesuffix(".weight")
                 ranks[module] = one.rank
@@ -63,23 +67,28 @@ class PeftParts(PartMaker):
                 biases.append(module)
                 continue
             if end not in ("weight", "bias"):
-                nameless.append(name)
+                others.append(name)
                 continue
             has_bias |= end == "bias"
             if end == "weight":
                 saved.append(module)
             stored = f"{FRONT}{module}.{'base_layer.bias' if end == 'bias' else end}"
             parts.append(self.part(stored, one.change.shape, self._hub_vector(one, target), "F32"))
+        if not parts:
+            raise MismatchError(
+                f"no change of {self._base.path} has a place in PEFT's adapters, such as that of "
+                f"{[*others, *biases][0]!r}; edgemerge delta keeps all changes"
+            )
         notes = []
         if biases:
             notes.append(
                 f"PEFT saves biases of changed matrices only: those of {len(biases)} others are left "
                 f"out, such as that of {biases[0]}"
             )
-        if nameless:
+        if others:
             notes.append(
-                f"PEFT has no adapters of state spaces' vectors, filters and the like: the changes of "
-                f"{len(nameless)} are left out, such as that of {nameless[0]}"
+                f"PEFT takes no adapters of filters and of other parts of state spaces: the changes of "
+                f"{len(others)} are left out, such as that of {others[0]}"
             )
         config = peft_config(self._base, ranks, saved, self._alpha, has_bias=has_bias)
         return parts, config, notes
