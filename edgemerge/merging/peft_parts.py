@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from edgemerge.errors import MismatchError
 from edgemerge.formats.adapters.forms import repeats_embedding
 from edgemerge.formats.adapters.layout import find_module, peft_config
@@ -21,6 +23,7 @@ from edgemerge.types import Float32, Source
 __all__ = ["PeftParts"]
 
 FRONT = "base_model.model."
+EMBEDDINGS = (EMBEDDING, "per_layer_token_embd.weight")
 # Ends of GGUF's names of matrices to which PEFT adds no factors: filters, and a norm in rows
 NO_FACTORS = (".shortconv.conv.weight", ".ssm_conv1d.weight", ".ssm_norm.weight")
 # The same, of an architecture: `_check_lora_target_modules_mamba` of peft
@@ -49,15 +52,17 @@ class PeftParts(PartMaker):
         others, biases = list[str](), list[str]()
         no_factors = NO_FACTORS + NOT_ADAPTED.get(self._base.architecture, ())
         has_bias = False
+        modules: dict[str, list[tuple[Extracted, Target]]] = {}
         for one in found:
             if one.rank:
                 name, target = self._find(one)
                 if not name.endswith(".weight") or one.change.name.endswith(no_factors):
                     others.append(name)
                     continue
-                module = name.removesuffix(".weight")
-                ranks[module] = one.rank
-                parts += self._pair(one, f"{FRONT}{module}", target)
+                modules.setdefault(name.removesuffix(".weight"), []).append((one, target))
+        for module, changes in modules.items():
+            ranks[module] = sum(one.rank for one, _ in changes)
+            parts += self._pair(changes, f"{FRONT}{module}")
         for one in found:
             if one.rank:
                 continue
@@ -125,28 +130,42 @@ class PeftParts(PartMaker):
             )
         return found
 
-    def _pair(self, one: Extracted, name: str, target: Target) -> list[AdapterPart]:
-        (n_rows, n_cols), rank, order = one.change.shape, one.rank, target.order
+    def _pair(self, changes: Sequence[tuple[Extracted, Target]], name: str) -> list[AdapterPart]:
+        """Make A and B of a module, of which each tensor of GGUF has some rows.
+
+        With two tensors of ranks 3 and 2, A has the three rows of the one above the two of the other. B has
+        three columns that are 0 in the other's rows, and two that are 0 in the one's.
+        """
+        first, target = changes[0]
+        n_rows, n_cols = target.n_stored, first.change.shape[1]
+        rank = sum(one.rank for one, _ in changes)
 
         def left() -> Float32:
-            values = self.left(one, rank)
-            if target.factors is not None:
-                target.factors.undo(values, 0)
-            return order.undo_rows(values)
+            values, begin = np.zeros((n_rows, rank), np.float32), 0
+            for one, target in changes:
+                own = self.left(one, rank)[: target.n_rows, : one.rank]
+                if target.factors is not None:
+                    target.factors.undo(own, 0)
+                rows = target.stored_row + target.order.rows(0, target.n_rows)
+                values[rows, begin : begin + one.rank] = own
+                begin += one.rank
+            return values
 
-        if one.change.name == EMBEDDING:
+        def right() -> Float32:
+            parts = [
+                target.order.undo_columns(self.right(one, one.rank)) for one, target in changes
+            ]
+            return np.concatenate(parts)
+
+        if first.change.name in EMBEDDINGS:
             name += ".lora_embedding_"
             return [
                 self.part(f"{name}A", (rank, n_rows), lambda: left().T),
-                self.part(f"{name}B", (n_cols, rank), lambda: self.right(one, rank).T),
+                self.part(f"{name}B", (n_cols, rank), lambda: right().T),
             ]
         name += ".lora_"
         return [
-            self.part(
-                f"{name}A.weight",
-                (rank, n_cols),
-                lambda: order.undo_columns(self.right(one, rank)),
-            ),
+            self.part(f"{name}A.weight", (rank, n_cols), right),
             self.part(f"{name}B.weight", (n_rows, rank), left),
         ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,22 +137,29 @@ def find_module(
     Returns
     -------
     (str, Target) or None
-        Its name, and how GGUF's rows came from it; None where no name is known that leads back to it.
+        Its name, and how GGUF's rows came from it, or from some of its rows. None where no name is known
+        that leads back to it.
     """
-    found = hf_name(base.architecture, name)
-    if expert is not None:
-        found = _expert_name(base.architecture, name, expert)
-    targets = names.find(found) if found is not None else ()
-    if name == EMBEDDING and names.repeats_embedding:
-        targets = targets[:1]
-    if found is None or len(targets) != 1 or targets[0].name != name:
-        return None
-    return found, targets[0]
-
-
-def _expert_name(architecture: str, name: str, expert: int) -> str | None:
-    layer, stem = layer_index(name), name.split(".", 2)[-1]
-    for family in KINDS_OF_MODEL.values():
-        if family.architecture == architecture and stem in family.experts:
-            return f"model.layers.{layer}.{family.experts[stem].format(expert)}"
+    for found in _stored_names(base.architecture, names.kinds, name, expert):
+        for target in names.find(found):
+            if target.name == name:
+                return found, target
     return None
+
+
+def _stored_names(
+    architecture: str, kinds: Sequence[str], name: str, expert: int | None
+) -> Iterator[str]:
+    """Yield what a tensor may be called in Hugging Face, alone or with another one."""
+    layer = layer_index(name)
+    stem = name if layer is None else name.split(".", 2)[2]
+    for family in (KINDS_OF_MODEL[kind] for kind in kinds):
+        table = family.outside if layer is None else family.block
+        if expert is not None:
+            table = {gguf: hf.format(expert) for gguf, hf in family.experts.items()}
+        elif layer is not None:
+            table = {gguf: hf for hf, both in family.halves.items() for gguf in both} | {**table}
+        if (found := table.get(stem)) is not None:
+            yield found if layer is None else f"model.layers.{layer}.{found}"
+    if not kinds and expert is None and (usual := hf_name(architecture, name)) is not None:
+        yield usual

@@ -120,6 +120,11 @@ class BaseNames:
                 self._others[_other_name(base.architecture, name) or name] = name
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """What the base may be, as keys of `KINDS_OF_MODEL`."""
+        return self._form.kinds
+
+    @property
     def repeats_embedding(self) -> bool:
         """Whether the base is a directory that lists its embedding as a head too."""
         return self._form.repeats_embedding
