@@ -19,6 +19,8 @@ from edgemerge.types import Float32, UInt8
 
 __all__ = ["Factor", "FactorFile", "StoredMatrix"]
 
+ROW_NUMBERS = 48  # bytes of the numbers by which a row's place is found
+
 
 class FactorFile:
     """An open safetensors file, or config.json, of an adapter.
@@ -160,7 +162,8 @@ class Factor:
         """Bytes that reading so many rows takes at most, as stored, decoded and put in order."""
         if self.order.half:
             n_rows += 4 * self.order.half
+        numbers = ROW_NUMBERS * n_rows if self.order.half or self.order.starts else 0
         cells = n_rows * self.order.step * self.shape[1] * self.step
         if self.transposed and self.step > 1:
             cells = self.shape[1] * self.stored.shape[1]
-        return 12 * cells
+        return 12 * cells + numbers
