@@ -19,7 +19,8 @@ from edgemerge.budget import floor_bytes
 from edgemerge.errors import BudgetError, MismatchError, RecipeError
 from edgemerge.formats.adapters.layout import ExtractedTensor
 from edgemerge.formats.adapters.pairs import AdapterPairs, Pair
-from edgemerge.merging.adapter_files import AdapterPart, Spool, output_paths, write_peft
+from edgemerge.merging.adapter_files import output_paths, write_peft
+from edgemerge.merging.adapter_parts import AdapterPart, Spool
 from edgemerge.merging.elections import KINDS, Rule, merge_rows
 from edgemerge.merging.extraction import check_adapter_output
 from edgemerge.merging.low_rank import factorise, need_bytes

@@ -25,7 +25,7 @@ from edgemerge.formats import OpenModels
 from edgemerge.formats.gguf.header import DEFAULT_ALIGNMENT, MAX_NAME_BYTES, align_up
 from edgemerge.formats.gguf.writer import make_layout
 from edgemerge.formats.layout import FileLayout
-from edgemerge.merging.adapter_files import Spool
+from edgemerge.merging.adapter_parts import Spool
 from edgemerge.merging.delta_choice import Option, choose
 from edgemerge.merging.delta_factors import factor_needs, low_rank_forms
 from edgemerge.merging.delta_forms import WHOLE, Coded, Form, find_largest, work_bytes

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
-from edgemerge.merging.adapter_files import Extracted, Spool, factor_parts
+from edgemerge.merging.adapter_parts import Extracted, Spool, factor_parts
 from edgemerge.merging.delta_forms import LowRankForm
 from edgemerge.merging.delta_pieces import Measured
 from edgemerge.merging.extraction import Found, find_factors

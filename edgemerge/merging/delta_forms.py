@@ -14,7 +14,8 @@ from edgemerge.formats.adapters.delta import SPARSE, SPARSE_TYPES
 from edgemerge.formats.adapters.delta_values import GROUP
 from edgemerge.formats.gguf.types import block_size, row_bytes
 from edgemerge.formats.quants.codec import CODECS
-from edgemerge.merging.adapter_files import AdapterPart, encode_part
+from edgemerge.merging.adapter_files import encode_part
+from edgemerge.merging.adapter_parts import AdapterPart
 from edgemerge.merging.delta_pieces import Measured, TensorOut, encode_piece, squared_error
 from edgemerge.methods.selection import COUNTER_BYTES
 from edgemerge.native import KernelFile

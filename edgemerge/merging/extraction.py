@@ -17,7 +17,8 @@ from edgemerge.formats import open_model
 from edgemerge.formats.adapters.reference import expand_inputs
 from edgemerge.formats.files import real_path
 from edgemerge.formats.hub.files import CONFIG
-from edgemerge.merging.adapter_files import Extracted, Spool, output_paths, write_adapter
+from edgemerge.merging.adapter_files import output_paths, write_adapter
+from edgemerge.merging.adapter_parts import Extracted, Spool
 from edgemerge.merging.low_rank import factorise, need_bytes
 from edgemerge.merging.matrices import count_workers, decoding_kernels, work_on_all
 from edgemerge.native.store import compile_missing

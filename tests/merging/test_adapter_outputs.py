@@ -12,7 +12,7 @@ import pytest
 
 from edgemerge.errors import EdgemergeError, FormatError, MismatchError, OutputError, RecipeError
 from edgemerge.formats.adapters.config import ADAPTER_CONFIG
-from edgemerge.merging.adapter_files import Spool
+from edgemerge.merging.adapter_parts import Spool
 from edgemerge.merging.combination import combine
 from edgemerge.merging.delta import DeltaSettings, make_delta
 from edgemerge.merging.extraction import extract

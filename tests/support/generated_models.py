@@ -141,6 +141,15 @@ def draw(name: str, shape: list[int], seed: int) -> NDArray[Any]:
     return (values.astype("<f4").view("<u4") >> 16).astype("<u2")
 
 
+def stored_f32(name: str) -> dict[str, NDArray[np.float32]]:
+    """Draw the tensors of one model of the list that has no packed ones, as float32."""
+    shapes = all_facts()[name]["stored"]
+    return {
+        tensor: (draw(tensor, shape, 0).astype("<u4") << 16).view("<f4").reshape(shape)
+        for tensor, shape in shapes.items()
+    }
+
+
 def write_tensors(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
     """Write a safetensors file: uint16 as BF16, uint8 as U8, float32 as F32."""
     header, at = {}, 0

@@ -18,7 +18,8 @@ import numpy as np
 from edgemerge.errors import RecipeError
 from edgemerge.formats.adapters.layout import ExtractedTensor
 from edgemerge.formats.adapters.pairs import AdapterPairs
-from edgemerge.merging.adapter_files import AdapterPart, write_peft
+from edgemerge.merging.adapter_files import write_peft
+from edgemerge.merging.adapter_parts import AdapterPart
 from edgemerge.merging.combination import OF_CHANGES, combine
 from edgemerge.types import Float32
 

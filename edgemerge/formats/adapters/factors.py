@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from edgemerge.errors import FormatError
+from edgemerge.formats.adapters.forms import AS_STORED, Order
 from edgemerge.formats.byte_file import open_file
 from edgemerge.formats.gguf.types import row_bytes
+from edgemerge.formats.hub.changes import Change
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.types import Float32, UInt8
 
 __all__ = ["Factor", "FactorFile", "StoredMatrix"]
+
+ROW_NUMBERS = 48  # bytes of the numbers by which a row's place is found
 
 
 class FactorFile:
@@ -104,19 +109,39 @@ class Factor:
     column: int = 0
     step: int = 1
     transposed: bool = False
-    half: int = 0  # of rows of a head, which GGUF has in rotary order; 0: rows lie as they are
+    order: Order = AS_STORED
+    change: Change | None = None  # of the values, which makes them GGUF's
 
     def read(self, start: int, stop: int) -> Float32:
         """Return rows [start, stop), C-contiguous."""
-        if not self.half:
-            return self._read(start, stop)
-        # GGUF's row 2 i + p of a head is stored as row p hd/2 + i, see `edgemerge.formats.hub.model`.
-        head = 2 * self.half
-        first, last = start // head * head, min(-(-stop // head) * head, self.shape[0])
-        inside = np.arange(start, stop) % head
-        within = np.arange(start, stop) - inside + inside % 2 * self.half + inside // 2
-        rows: Float32 = self._read(first, last)[within - first]
+        rows = self._ordered(start, stop)
+        if self.change is not None:
+            self.change.apply(rows, start)
         return rows
+
+    def _ordered(self, start: int, stop: int) -> Float32:
+        order = self.order
+        if order.half:
+            head = 2 * order.half
+            first, last = start // head * head, min(-(-stop // head) * head, self.shape[0])
+            rows: Float32 = self._read(first, last)[order.rows(start, stop) - first]
+            return rows
+        if order.starts:
+            return self._read_pieces(start, stop)
+        if order.step > 1:
+            between = self._read(start * order.step, (stop - 1) * order.step + 1)
+            return np.ascontiguousarray(between[:: order.step])
+        return order.columns(self._read(start, stop))
+
+    def _read_pieces(self, start: int, stop: int) -> Float32:
+        """Read rows that lie in pieces, each by a call of its own."""
+        out = np.empty((stop - start, self.shape[1]), np.float32)
+        stored = self.order.rows(start, stop)
+        begins = [0, *(np.flatnonzero(np.diff(stored) != 1) + 1), len(stored)]
+        for begin, end in pairwise(begins):
+            first = int(stored[begin])
+            out[begin:end] = self._read(first, first + int(end - begin))
+        return out
 
     def _read(self, start: int, stop: int) -> Float32:
         last = (stop - 1 if self.transposed else self.shape[1] - 1) * self.step + 1
@@ -135,9 +160,10 @@ class Factor:
 
     def nbytes(self, n_rows: int) -> int:
         """Bytes that reading so many rows takes at most, as stored, decoded and put in order."""
-        if self.half:
-            n_rows += 4 * self.half
-        cells = n_rows * self.shape[1] * self.step
+        if self.order.half:
+            n_rows += 4 * self.order.half
+        numbers = ROW_NUMBERS * n_rows if self.order.half or self.order.starts else 0
+        cells = n_rows * self.order.step * self.shape[1] * self.step
         if self.transposed and self.step > 1:
             cells = self.shape[1] * self.stored.shape[1]
-        return 12 * cells
+        return 12 * cells + numbers

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgemerge.formats.adapters.names import BaseNames
-from edgemerge.formats.architectures import FAMILIES, hf_name, layer_index
+from edgemerge.formats.adapters.names import BaseNames, Target
+from edgemerge.formats.architectures import KINDS_OF_MODEL, hf_name, layer_index
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.gguf.writer import make_layout
 from edgemerge.types import Source, TensorSpec
 
-__all__ = ["AdapterLayout", "ExtractedTensor", "gguf_layout", "peft_config", "peft_layout"]
+__all__ = ["AdapterLayout", "ExtractedTensor", "find_module", "gguf_layout", "peft_config"]
+__all__ += ["peft_layout"]
 
 EMBEDDING = "token_embd.weight"
 SAFETENSORS = {"F32": "F32", "F16": "F16"}
@@ -117,21 +118,48 @@ def peft_config(
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def module_name(base: Source, name: str, expert: int | None = None) -> str | None:
-    """Return the Hugging Face module of a GGUF tensor; None where no name is known that leads back to it."""
-    found = hf_name(base.architecture, name)
-    if expert is not None:
-        found = _expert_name(base.architecture, name, expert)
-    if found is None:
-        return None
-    targets = BaseNames(base).find(found)
-    is_right = bool(targets) and targets[0].name == name and len(targets) == 1
-    return found.rpartition(".")[0] if is_right else None
+def find_module(
+    base: Source, names: BaseNames, name: str, expert: int | None = None
+) -> tuple[str, Target] | None:
+    """Find the weight or bias of Hugging Face that a GGUF tensor is, or an expert of one.
 
+    Parameters
+    ----------
+    base : Source
+        Open.
+    names : BaseNames
+        Of it.
+    name : str
+        GGUF's.
+    expert : int, optional
+        Which one of a stack.
 
-def _expert_name(architecture: str, name: str, expert: int) -> str | None:
-    layer, stem = layer_index(name), name.split(".", 2)[-1]
-    for family in FAMILIES.values():
-        if family.architecture == architecture and stem in family.experts:
-            return f"model.layers.{layer}.{family.experts[stem].format(expert)}"
+    Returns
+    -------
+    (str, Target) or None
+        Its name, and how GGUF's rows came from it, or from some of its rows. None where no name is known
+        that leads back to it.
+    """
+    for found in _stored_names(base.architecture, names.kinds, name, expert):
+        for target in names.find(found):
+            if target.name == name:
+                return found, target
     return None
+
+
+def _stored_names(
+    architecture: str, kinds: Sequence[str], name: str, expert: int | None
+) -> Iterator[str]:
+    """Yield what a tensor may be called in Hugging Face, alone or with another one."""
+    layer = layer_index(name)
+    stem = name if layer is None else name.split(".", 2)[2]
+    for family in (KINDS_OF_MODEL[kind] for kind in kinds):
+        table = family.outside if layer is None else family.block
+        if expert is not None:
+            table = {gguf: hf.format(expert) for gguf, hf in family.experts.items()}
+        elif layer is not None:
+            table = {gguf: hf for hf, both in family.halves.items() for gguf in both} | {**table}
+        if (found := table.get(stem)) is not None:
+            yield found if layer is None else f"model.layers.{layer}.{found}"
+    if not kinds and expert is None and (usual := hf_name(architecture, name)) is not None:
+        yield usual

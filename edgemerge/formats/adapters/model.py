@@ -127,6 +127,8 @@ class AdaptedModel:
 
     def _refuse_factor(self, spec: TensorSpec) -> None:
         """Refuse a weight by whose factor llama.cpp multiplies it, the change of an adapter with it."""
+        if self.architecture == "gemma4" and spec.dtype != "NVFP4":
+            return  # what is called so there is a weight of its own
         if f"{spec.name.removesuffix('.weight')}.scale" in self.base.specs():
             raise FormatError(
                 "has a factor beside it (NVFP4), which an adapter's change is not made for; get the base "

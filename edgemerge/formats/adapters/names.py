@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 from edgemerge.errors import FormatError
+from edgemerge.formats.adapters.factors import Factor, StoredMatrix
+from edgemerge.formats.adapters.forms import AS_STORED, BaseForm, Order
 from edgemerge.formats.architectures import (
-    FAMILIES,
+    KINDS_OF_MODEL,
     ROTARY_HEADS,
     expert_name,
     gguf_name,
     half_names,
     hf_name,
     layer_index,
+    split_layer,
 )
 from edgemerge.formats.gguf.metadata import Array, get_value
+from edgemerge.formats.hub.changes import Change, Scaled
+from edgemerge.formats.hub.cuts import Cut, Stored
 from edgemerge.formats.hub.names import own_name
 from edgemerge.types import Source, TensorSpec
 
@@ -23,8 +30,19 @@ __all__ = ["BaseNames", "Target"]
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 # Architectures without a family here, whose q and k llama.cpp's converter puts into rotary order too.
-ROTATED = {"afmoe", "arcee", "arctic", "bailingmoe", "deci", "deepseek", "internlm2", "llada"}
+ROTATED = {
+    "afmoe",
+    "arcee",
+    "arctic",
+    "bailingmoe",
+    "chameleon",
+    "deci",
+    "deepseek",
+    "internlm2",
+    "llada",
+}
 ROTATED |= {"llama-embed", "minicpm", "nanbeige", "olmo", "xverse"}
+IN_ROWS = (".ssm_norm.weight", ".ssm_a", ".ssm_d")
 # Conv1D modules of GPT-2, whose weights GGUF keeps like those of linear modules.
 GPT2 = {
     "attn_qkv": "attn.c_attn",
@@ -50,61 +68,140 @@ class Target(NamedTuple):
     first: int
     n_rows: int
     stored_row: int  # row of the module's weight where they begin
-    half: int  # `Factor.half`
-    offset: float  # `Update.offset`
+    n_stored: int  # rows of the module's weight
+    order: Order
+    change: Change | None  # of the module's values, which makes them GGUF's
+    is_lost: bool = False  # whether nobody knows how GGUF's values came from the module's
+
+    @property
+    def factors(self) -> Scaled | None:
+        """What the rows of a change are multiplied by."""
+        return self.change if isinstance(self.change, Scaled) else None
+
+    def matrix_shape(self, stored: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of a stored tensor as a matrix: a filter is a row, a vector a column.
+
+        A vector of Mamba-2 is as `wanted`, in rows as in GGUF, where it has as many elements.
+        """
+        if len(stored) == 1:
+            is_in_rows = self.name.endswith(IN_ROWS) and prod(stored) == prod(wanted)
+            return tuple(wanted) if is_in_rows else (*stored, 1)
+        return (stored[0], stored[2]) if len(stored) == 3 and stored[1] == 1 else tuple(stored)
+
+    def replacement(self, matrix: StoredMatrix) -> Factor:
+        """Return what stands for the rows, of all rows that stand for the module's."""
+        shape = self.n_rows, matrix.shape[1]
+        return Factor(matrix, shape, self.stored_row, order=self.order, change=self.change)
+
+    def addend(self, matrix: StoredMatrix) -> Factor:
+        """Return what belongs to the rows of B, of LoRA's own bias or of DoRA's norms."""
+        order = AS_STORED if self.order.places else self.order
+        shape = self.n_rows, matrix.shape[1]
+        return Factor(matrix, shape, self.stored_row, order=order, change=self.factors)
 
 
 class BaseNames:
-    """The names of an open base."""
+    """The names of an open base.
+
+    `deals_in_turn`: whether gate and up of all experts are stored as one in turn, not one above the other.
+    """
 
     def __init__(self, base: Source) -> None:
         self._base = base
         self._specs = base.specs()
-        families = {k: f for k, f in FAMILIES.items() if f.architecture == base.architecture}
-        self._model_types = list(families)
+        self._form = BaseForm(base)
+        families = [KINDS_OF_MODEL[kind] for kind in self._form.kinds]
+        self.deals_in_turn = any(family.deals_in_turn for family in families)
         self._rotates = base.architecture in ROTATED
-        self._rotates |= any(family.rotates_pairs for family in families.values())
-        self._norm_offset = max((f.norm_offset for f in families.values()), default=0.0)
+        self._rotates |= any(family.rotates_pairs for family in families)
         self._others: dict[str, str] = {}
         if not families:
             for name in self._specs:
                 self._others[_other_name(base.architecture, name) or name] = name
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What the base may be, as keys of `KINDS_OF_MODEL`."""
+        return self._form.kinds
+
+    @property
+    def repeats_embedding(self) -> bool:
+        """Whether the base is a directory that lists its embedding as a head too."""
+        return self._form.repeats_embedding
+
     def find(self, stored: str) -> tuple[Target, ...]:
         """Find the rows that a weight or bias is, by its name in a file; none where the base lacks it."""
-        for model_type in self._model_types or ("llama",):
-            name = own_name(model_type, stored)
+        for kind in self._form.kinds or ("llama",):
+            name = own_name(kind, stored)
             if name is None:
                 continue
-            if targets := self._find(model_type, name):
+            if targets := self._find(kind, name):
                 return targets
         return ()
 
-    def _find(self, model_type: str, name: str) -> tuple[Target, ...]:
-        if not self._model_types:
+    def _find(self, kind: str, name: str) -> tuple[Target, ...]:
+        if not self._form.kinds:
             return self._whole(self._others.get(name, ""))
-        if halves := half_names(model_type, name):
+        layer, hf_stem = split_layer(name)
+        if (stored := self._form.cut(layer, hf_stem)) is not None:
+            return self._cut("" if layer is None else f"blk.{layer}.", stored)
+        if halves := half_names(kind, name):
             both = [target for half in halves for target in self._whole(half)]
             if len(both) < 2:
                 return ()
-            return both[0], both[1]._replace(stored_row=both[0].n_rows)
-        if (expert := expert_name(model_type, name)) is not None:
+            n_rows = both[0].n_rows + both[1].n_rows
+            first, second = (target._replace(n_stored=n_rows) for target in both)
+            return first, second._replace(stored_row=first.n_rows)
+        if (expert := expert_name(kind, name)) is not None:
             return self._expert(*expert)
-        return self._whole(gguf_name(model_type, name) or "")
+        own = gguf_name(kind, name) or ""
+        if own == EMBEDDING and self._form.repeats_embedding:
+            return self._whole(own) + self._whole(OUTPUT)
+        return self._whole(own)
 
     def _whole(self, name: str) -> tuple[Target, ...]:
         spec = self.spec(name)
         if spec is None:
             return ()
         n_rows = spec.n_cols if len(spec.shape) == 1 else spec.n_rows
-        return (Target(name, 0, n_rows, 0, self.half(name, n_rows), self.norm_offset(name)),)
+        order = Order(half=self._half(name, n_rows))
+        return (self._target(name, 0, n_rows, 0, n_rows, order),)
 
     def _expert(self, name: str, number: int) -> tuple[Target, ...]:
         spec = self.spec(name)
         if spec is None or len(spec.shape) != 3 or number >= spec.shape[0]:
             return ()
         n_rows = spec.shape[1]
-        return (Target(name, number * n_rows, n_rows, 0, 0, 0.0),)
+        return (self._target(name, number * n_rows, n_rows, 0, n_rows, AS_STORED),)
+
+    def _cut(self, front: str, stored: Stored) -> tuple[Target, ...]:
+        """Return what a tensor is cut into; none where the base lacks a part."""
+        targets = []
+        for cut in stored.cuts:
+            name = front + cut.stem
+            spec = self.spec(name)
+            if spec is None:
+                return ()
+            if spec.shape != cut.shape:
+                raise FormatError(
+                    f"is {list(spec.shape)}, and by the counts that the model states "
+                    f"{list(cut.shape)}; convert the model anew",
+                    path=self._base.path,
+                    tensor=name,
+                )
+            n_rows = len(cut.starts) * cut.height
+            first = stored.member[0] * n_rows
+            order = _order(cut)
+            row = 0 if order.starts else cut.starts[0]
+            targets.append(self._target(name, first, n_rows, row, stored.shape[0], order))
+        return tuple(targets)
+
+    def _target(
+        self, name: str, first: int, n_rows: int, row: int, n_stored: int, order: Order
+    ) -> Target:
+        stem = _stem(name)
+        change, is_lost = self._form.change(stem), self._form.is_lost(stem)
+        return Target(name, first, n_rows, row, n_stored, order, change, is_lost)
 
     def spec(self, name: str) -> TensorSpec | None:
         """Return a tensor of the base; the head of a tied one is its embedding."""
@@ -114,8 +211,8 @@ class BaseNames:
 
     def stacks(self, stored: str) -> tuple[str, str, str] | None:
         """Return gate, up and down of a module that holds all experts of a layer in one parameter each."""
-        for model_type in self._model_types:
-            name = own_name(model_type, f"{stored}.0.weight")
+        for kind in self._form.kinds:
+            name = own_name(kind, f"{stored}.0.weight")
             layer = name.split(".")[2] if name and name.startswith("model.layers.") else None
             if name is None or layer is None or not name.endswith(".experts.0.weight"):
                 continue
@@ -133,13 +230,9 @@ class BaseNames:
         own = _plain(wanted.rstrip("/").rpartition("/")[2])
         return any(name and (name in own or own in name) for name in map(_plain, names))
 
-    def norm_offset(self, name: str) -> float:
-        """Return what GGUF adds to a norm, as to Gemma's."""
-        return self._norm_offset if name.endswith("norm.weight") else 0.0
-
-    def half(self, name: str, n_rows: int) -> int:
+    def _half(self, name: str, n_rows: int) -> int:
         """Return half the rows of a head, where the rows of a tensor are in rotary order; else 0."""
-        stem = name.split(".", 2)[2] if layer_index(name) is not None else name
+        stem = _stem(name)
         if not self._rotates or stem not in ROTARY_HEADS:
             return 0
         key = {"n_head": "head_count", "n_kv_head": "head_count_kv"}[ROTARY_HEADS[stem]]
@@ -155,6 +248,16 @@ class BaseNames:
                 path=self._base.path,
             )
         return n_rows // heads // 2
+
+
+def _stem(name: str) -> str:
+    return name.split(".", 2)[2] if layer_index(name) is not None else name
+
+
+def _order(cut: Cut) -> Order:
+    if cut.columns:
+        return Order(places=cut.columns)
+    return Order(starts=cut.starts, height=cut.height) if len(cut.starts) > 1 else AS_STORED
 
 
 def _plain(name: str) -> str:

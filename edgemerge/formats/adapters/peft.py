@@ -14,6 +14,7 @@ from pathlib import Path
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.adapters.config import ADAPTER_CONFIG, AdapterConfig
 from edgemerge.formats.adapters.factors import Factor, FactorFile, StoredMatrix
+from edgemerge.formats.adapters.forms import Order
 from edgemerge.formats.adapters.gguf import count_objects
 from edgemerge.formats.adapters.names import BaseNames, Target
 from edgemerge.formats.adapters.updates import LowRank, Update
@@ -88,7 +89,7 @@ class PeftAdapter:
     # -- tensors that stand for the base's -------------------------------------------------------
 
     def _replace(self, name: str, stored: str, tensor: StoredTensor) -> None:
-        targets = self._names.find(name)
+        targets = self._find(name, stored)
         if not targets:
             if is_unused(own_name("llama", name) or name, tensor.dtype):
                 self._unused.append(stored)
@@ -96,29 +97,26 @@ class PeftAdapter:
             raise self._refuse_name(stored)
         for target in targets:
             n_cols = self._n_cols(target)
-            n_rows = sum(part.n_rows for part in targets)
-            matrix = self._matrix(stored, tensor, (n_rows, n_cols), targets[0])
-            factor = Factor(
-                matrix, (target.n_rows, n_cols), row=target.stored_row, half=target.half
-            )
-            self._file(target, Update(target.first, target.n_rows, factor, target.offset))
+            matrix = self._matrix(stored, tensor, (target.n_stored, n_cols), target)
+            factor = target.replacement(matrix)
+            self._file(target.name, Update(target.first, target.n_rows, factor))
 
     def _replace_tokens(self, name: str, stored: str, tensor: StoredTensor) -> None:
         """Replace the embeddings of some tokens (peft's trainable tokens)."""
-        targets, tokens = self._names.find(name), self._config.tokens()
-        if len(targets) != 1 or tensor.shape[:1] != (len(tokens),):
+        targets, tokens = self._find(name, stored), self._config.tokens()
+        if not targets or tensor.shape[:1] != (len(tokens),):
             raise self._refuse_name(stored)
-        (target,) = targets
-        matrix = self._matrix(stored, tensor, (len(tokens), self._n_cols(target)), target)
-        for i, token in enumerate(tokens):
-            if token >= target.n_rows:
-                raise FormatError(
-                    f"trains token {token}, and the base has {target.n_rows}; {self._remedy()}",
-                    path=self.path,
-                    tensor=stored,
-                )
-            factor = Factor(matrix, (1, matrix.shape[1]), row=i)
-            self._file(target, Update(token, 1, factor))
+        for target in targets:
+            matrix = self._matrix(stored, tensor, (len(tokens), self._n_cols(target)), target)
+            for i, token in enumerate(tokens):
+                if token >= target.n_rows:
+                    raise FormatError(
+                        f"trains token {token}, and the base has {target.n_rows}; {self._remedy()}",
+                        path=self.path,
+                        tensor=stored,
+                    )
+                factor = Factor(matrix, (1, matrix.shape[1]), row=i, change=target.change)
+                self._file(target.name, Update(token, 1, factor))
 
     # -- factors ---------------------------------------------------------------------------------
 
@@ -145,7 +143,7 @@ class PeftAdapter:
         bare = bare_name(module)
         magnitude = factors.get("magnitude_vector")
         stacks = None if is_embedding else self._names.stacks(module.replace(".base_layer", ""))
-        targets = self._names.find(f"{module}.weight")
+        targets = self._find(f"{module}.weight", name_a)
         if stacks is not None and not targets:
             self._change_experts(stacks, factors, bare)
             return
@@ -154,24 +152,23 @@ class PeftAdapter:
         scale = self._config.scale(bare, a.shape[0])
         for target in targets:
             update = Update(target.first, target.n_rows)
-            n_rows = sum(part.n_rows for part in targets)
-            n_cols, rank = self._n_cols(target), a.shape[0]
+            n_rows, n_cols, rank = target.n_stored, self._n_cols(target), a.shape[0]
             if is_embedding:  # the change is (B A)^T: a row per token, a column of A
                 left = self._matrix(name_a, a, (rank, n_rows), target)
                 right = self._matrix(name_b, b, (n_cols, rank), target)
-                rows = Factor(left, (n_rows, rank), transposed=True)
+                rows = Factor(left, (n_rows, rank), transposed=True, change=target.factors)
                 columns = Factor(right, (rank, n_cols), transposed=True)
             else:
                 left = self._matrix(name_b, b, (n_rows, rank), target)
                 right = self._matrix(name_a, a, (rank, n_cols), target)
-                rows = Factor(left, (target.n_rows, rank), row=target.stored_row, half=target.half)
-                columns = Factor(right, (rank, n_cols))
+                rows = target.addend(left)
+                columns = Factor(right, (rank, n_cols), order=Order(places=target.order.places))
             update = replace(update, change=LowRank(rows, columns, scale))
             if magnitude is not None:
                 update = replace(
                     update, magnitude=self._magnitude(magnitude, target, n_rows, module)
                 )
-            self._file(target, update)
+            self._file(target.name, update)
         if "B_bias" in factors:
             self._add_bias(module, *factors["B_bias"], scale)
 
@@ -187,10 +184,10 @@ class PeftAdapter:
                 tensor=stored,
             )
         matrix = self._matrix(stored, tensor, (n_rows, 1), target)
-        return Factor(matrix, (target.n_rows, 1), row=target.stored_row, half=target.half)
+        return target.addend(matrix)
 
     def _add_bias(self, module: str, stored: str, tensor: StoredTensor, scale: float) -> None:
-        targets = self._names.find(f"{module}.bias")
+        targets = self._find(f"{module}.bias", stored)
         if not targets:
             raise FormatError(
                 "is a bias of LoRA's own (lora_bias), and the base has none there to add it to, so that "
@@ -199,9 +196,9 @@ class PeftAdapter:
                 tensor=stored,
             )
         for target in targets:
-            matrix = self._matrix(stored, tensor, (target.n_rows, 1), target)
-            factor = Factor(matrix, (target.n_rows, 1), half=target.half)
-            self._file(target, Update(target.first, target.n_rows, added=(factor, scale)))
+            matrix = self._matrix(stored, tensor, (target.n_stored, 1), target)
+            factor = target.addend(matrix)
+            self._file(target.name, Update(target.first, target.n_rows, added=(factor, scale)))
 
     def _change_experts(
         self,
@@ -213,7 +210,7 @@ class PeftAdapter:
 
         A is (rank * experts, in) with one expert after the other, B (out, rank * experts) with the experts
         next to each other (`ParamWrapper.get_delta_weight`). gate and up are one parameter, one above the
-        other. Before peft 0.18, in and out were the other way round.
+        other or in turn. Before peft 0.18, in and out were the other way round.
         """
         (name_a, a), (name_b, b) = factors["A"], factors["B"]
         gate, up, down = stacks
@@ -229,20 +226,35 @@ class PeftAdapter:
         rank = a.shape[0] // n_experts
         scale = self._config.scale(module, rank)
         one = self._matrix(name_a, a, a.shape, None), self._matrix(name_b, b, b.shape, None)
+        step = len(names) if self._names.deals_in_turn else 1
         for i, name in enumerate(names):
             n_rows, n_cols = (n_outer, n_inner) if name == down else (n_inner, n_outer)
+            first = i if step > 1 else i * n_rows
             for expert in range(n_experts):
                 if swapped:
-                    left = Factor(one[0], (n_rows, rank), expert * rank, i * n_rows, 1, True)
+                    left = Factor(one[0], (n_rows, rank), expert * rank, first, step, True)
                     right = Factor(one[1], (rank, n_cols), 0, expert, n_experts, True)
                 else:
-                    left = Factor(one[1], (n_rows, rank), i * n_rows, expert, n_experts)
+                    order = Order(step=step)
+                    left = Factor(one[1], (n_rows, rank), first, expert, n_experts, order=order)
                     right = Factor(one[0], (rank, n_cols), expert * rank)
-                target = Target(name, expert * n_rows, n_rows, 0, 0, 0.0)
-                update = Update(target.first, n_rows, change=LowRank(left, right, scale))
-                self._file(target, update)
+                update = Update(expert * n_rows, n_rows, change=LowRank(left, right, scale))
+                self._file(name, update)
 
     # -- small parts -----------------------------------------------------------------------------
+
+    def _find(self, name: str, stored: str) -> tuple[Target, ...]:
+        """Find what a stored name is; refuse what GGUF has in a way that nobody knows."""
+        targets = self._names.find(name)
+        for target in targets:
+            if target.is_lost:
+                raise MismatchError(
+                    f"{self.path}: tensor {stored!r} of the adapter cannot be added: no GGUF of "
+                    f"{self._base.architecture} states by which factors or in which order "
+                    f"{target.name!r} was converted; give the directory that the base was made from",
+                    tensor=stored,
+                )
+        return targets
 
     def _n_cols(self, target: Target) -> int:
         spec = self._names.spec(target.name)
@@ -264,16 +276,15 @@ class PeftAdapter:
                 path=self.path,
                 tensor=stored,
             )
-        own = tensor.shape if len(tensor.shape) > 1 else (*tensor.shape, 1)
-        if tuple(own) != tuple(shape) and target is not None:
+        if target is not None and target.matrix_shape(tensor.shape, shape) != tuple(shape):
             spec = self._names.spec(target.name)
             assert spec is not None
             raise self._refuse_shape(stored, tensor.shape, target.name, spec.shape)
         n_rows, n_cols = shape
         return self._files[1].matrix(stored, DTYPES[tensor.dtype], (n_rows, n_cols), tensor.offset)
 
-    def _file(self, target: Target, update: Update) -> None:
-        found = self._updates.setdefault(target.name, [])
+    def _file(self, name: str, update: Update) -> None:
+        found = self._updates.setdefault(name, [])
         for i, known in enumerate(found):
             if known.first == update.first and known.n_rows == update.n_rows:
                 found[i] = _join(known, update)
@@ -348,7 +359,6 @@ def _join(left: Update, right: Update) -> Update:
         left.first,
         left.n_rows,
         left.replacement or right.replacement,
-        left.offset or right.offset,
         left.added or right.added,
         left.change or right.change,
         left.magnitude or right.magnitude,

@@ -76,7 +76,6 @@ class Update:
     first: int
     n_rows: int
     replacement: Factor | None = None  # (n_rows, n_cols): stands for the base's rows
-    offset: float = 0.0  # what GGUF adds to it, as to Gemma's norms
     added: tuple[Rows, float] | None = (
         None  # (n_rows, n_cols) and a factor: a delta, LoRA's own bias
     )
@@ -108,8 +107,6 @@ class Update:
         """
         if self.replacement is not None:
             out_f32[:] = self.replacement.read(start, stop)
-            if self.offset:
-                out_f32 += np.float32(self.offset)
         if self.added is not None:
             matrix, factor = self.added
             values = matrix.read(start, stop)

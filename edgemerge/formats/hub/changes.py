@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgemerge.types import Float32, UInt8
 
-__all__ = ["ITEMS", "Bands", "Change", "Decay", "Offset", "Scaled", "as_f32"]
+__all__ = ["ITEMS", "Bands", "Change", "Decay", "Offset", "Scaled", "as_f32", "plain_change"]
 
 # Rows up to a number, and what they are multiplied by, one factor after the other
 Bands: TypeAlias = tuple[tuple[int, tuple[float, ...]], ...]
@@ -98,3 +98,20 @@ class Decay:
         """See `Change`: of what does not decay there is no logarithm."""
         with np.errstate(divide="ignore", invalid="ignore"):
             rows[:] = np.log(-rows.astype(np.float64))
+
+
+def plain_change(norm_offset: float, stem: str) -> Change | None:
+    """Return how the values of a tensor become GGUF's, where its rows have no factors.
+
+    Parameters
+    ----------
+    norm_offset : float
+        `Family.norm_offset`.
+    stem : str
+        GGUF's name without `blk.N.`.
+    """
+    if stem == "ssm_a":
+        return Decay()
+    # The norm of a delta net is stored as it is.
+    is_less = stem.endswith("norm.weight") and stem != "ssm_norm.weight"
+    return Offset(norm_offset) if is_less and norm_offset else None

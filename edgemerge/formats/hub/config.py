@@ -13,7 +13,7 @@ from typing import Any
 from edgemerge.errors import FormatError
 from edgemerge.formats.architectures import KINDS_OF_MODEL, Family
 from edgemerge.formats.gguf.metadata import encode_value
-from edgemerge.formats.hub.changes import Bands, Change, Decay, Offset, Scaled
+from edgemerge.formats.hub.changes import Bands, Change, Scaled, plain_change
 from edgemerge.formats.hub.checker import Checker
 from edgemerge.formats.hub.cuts import Cuts
 from edgemerge.formats.hub.families import READERS
@@ -77,14 +77,9 @@ class HubConfig:
 
     def change(self, stem: str) -> Change | None:
         """Return how the values of a tensor become GGUF's, by its GGUF name without `blk.N.`."""
-        if stem == "ssm_a":
-            return Decay()
         if bands := self.scales.get(stem):
             return Scaled(bands)
-        # The norm of a delta net is stored as it is.
-        is_less = stem.endswith("norm.weight") and stem != "ssm_norm.weight"
-        offset = self.family.norm_offset
-        return Offset(offset) if is_less and offset else None
+        return plain_change(self.family.norm_offset, stem)
 
     def expected_shape(self, stem: str) -> tuple[int, ...]:
         """Shape of a stored matrix or vector, by its GGUF name without `blk.N.`; one expert's."""

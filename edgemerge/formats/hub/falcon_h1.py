@@ -14,9 +14,24 @@ from edgemerge.formats.hub.mamba import StateSpace, expanded_width, read_state_s
 from edgemerge.formats.hub.own_keys import Shapes
 from edgemerge.formats.hub.reader import HEADS, LENGTHS, OwnShapes, Reader
 
-__all__ = ["FALCONS"]
+__all__ = ["FALCONS", "SCALED"]
 
 ALL = (1 << 63) - 1  # rows
+# GGUF names without `blk.N.` of what may have factors
+SCALED = frozenset(
+    {
+        "token_embd.weight",
+        "output.weight",
+        "attn_q.weight",
+        "attn_k.weight",
+        "attn_v.weight",
+        "attn_output.weight",
+        "ffn_gate.weight",
+        "ffn_down.weight",
+        "ssm_in.weight",
+        "ssm_out.weight",
+    }
+)
 
 
 def _state_space(check: Checker, shapes: Shapes) -> StateSpace:
@@ -59,6 +74,7 @@ def _scales(check: Checker, shapes: Shapes) -> Mapping[str, Bands]:
     }
     scales: dict[str, Bands] = {stem: ((ALL, numbers),) for stem, numbers in factors.items()}
     scales["ssm_in.weight"] = _in_projection(check, shapes)
+    assert scales.keys() == SCALED
     return {
         stem: bands
         for stem, bands in scales.items()

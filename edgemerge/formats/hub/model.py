@@ -173,6 +173,12 @@ class HubModel:
         """What its config.json says."""
         return self._config
 
+    @property
+    def repeats_embedding(self) -> bool:
+        """Whether it lists its embedding as a head too, as llama.cpp has no other way for some families."""
+        head = self._places.get(OUTPUT)
+        return head is not None and head.layout == self._places[EMBEDDING].layout
+
     def specs(self) -> Mapping[str, TensorSpec]:
         """All tensors by GGUF name, in the order in which llama.cpp's converter lists them."""
         return self._specs
