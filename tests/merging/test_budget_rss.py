@@ -87,7 +87,8 @@ def test_adapters_are_in_the_budget(random_models: list[Path], tmp_path: Path) -
         shapes |= pair(f"model.layers.{layer}.self_attn.q_proj", 576, 576, 8)
     shapes |= {f"{FRONT}model.embed_tokens.lora_embedding_A": (64, 49152)}
     shapes |= {f"{FRONT}model.embed_tokens.lora_embedding_B": (576, 64)}
-    adapter = write_adapter(Kind("smollm2", {"r": 256}, shapes, np.float16), tmp_path / "adapter")
+    config = {"r": 256, "rank_pattern": {"q_proj": 8, "embed_tokens": 64}}
+    adapter = write_adapter(Kind("smollm2", config, shapes, np.float16), tmp_path / "adapter")
     experts = [f"{base}+{adapter}", f"{base}+0.5*{adapter}"]
     hashes = set()
     for memory, threads in ((112, 1), (192, 2), (1024, 2)):
