@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from edgemerge.errors import MismatchError
+from edgemerge.formats.adapters.adapted import without_adapters
 from edgemerge.formats.adapters.forms import repeats_embedding
 from edgemerge.formats.adapters.layout import find_module, peft_config
 from edgemerge.formats.adapters.names import BaseNames, Target
@@ -102,7 +103,9 @@ class PeftParts(PartMaker):
         """Leave out a head that is the embedding, whose change is the head's too."""
         kept = []
         for one in found:
-            if one.change.name in (EMBEDDING, HEAD) and not repeats_embedding(one.change.expert):
+            if one.change.name in (EMBEDDING, HEAD) and not repeats_embedding(
+                without_adapters(one.change.expert)
+            ):
                 raise MismatchError(
                     f"the head of {self._base.path} is its embedding, and that of "
                     f"{one.change.expert.path} is not; write a GGUF adapter (-o NAME.gguf)",

@@ -356,12 +356,12 @@ class _Part:
     def _fits(self, tensor: str, text: str) -> bool:
         """Tell whether a filter stands for a tensor: by its Hugging Face name, as mergekit looks.
 
-        A text that is in none of the model's Hugging Face names is looked for in the GGUF name.
+        The GGUF name counts where no Hugging Face name is known, and for a text that none of the models' has.
         """
         known = self._is_hugging_face.get(text)
         if known is None:
             known = self._is_hugging_face[text] = any(text in name for name in self._hf_names)
-        return text in (self._hf_name(tensor) if known else tensor)
+        return text in ((self._hf_name(tensor) or tensor) if known else tensor)
 
     def _hf_name(self, tensor: str) -> str:
         return hf_name(self.reference.architecture, tensor) or ""

@@ -7,6 +7,9 @@ import os
 import tempfile
 import threading
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +18,15 @@ from edgemerge.errors import OutputError
 __all__ = ["Spill"]
 
 PUNCH_HOLE, KEEP_SIZE = 2, 1  # linux/falloc.h
+
+
+@dataclass(eq=False, slots=True)
+class _Use:
+    """A range that is read or written; spoilt where it is forgotten meanwhile: zeros may be there."""
+
+    start: int
+    stop: int
+    is_spoilt: bool = False
 
 
 class Spill:
@@ -34,27 +46,22 @@ class Spill:
             raise self._fail(error) from None
         self._starts: list[int] = []  # of ranges that are there; disjoint, in order
         self._stops: list[int] = []
-        self._n_forgotten = 0  # ranges; what is written while one is may be gone again
+        self._uses: list[_Use] = []  # under way
         self._lock = threading.Lock()
 
     def read(self, buffers: list[memoryview], offset: int) -> bool:
         """Fill buffers from byte `offset` of the remote file, if all of them are here."""
-        start, stop = offset, offset + sum(map(len, buffers))
-        if not self._has(start, stop):
-            return False
-        for buffer in buffers:
-            at = 0
-            while at < len(buffer):
-                n_read = os.preadv(self._file.fileno(), [buffer[at:]], offset)
-                if n_read == 0:
-                    return False
-                at, offset = at + n_read, offset + n_read
-        return self._has(start, stop)  # else another thread forgot it, and zeros may have been read
-
-    def _has(self, start: int, stop: int) -> bool:
-        with self._lock:
-            i = bisect_right(self._starts, start) - 1
-            return i >= 0 and self._stops[i] >= stop
+        with self._using(offset, offset + sum(map(len, buffers))) as use:
+            if not self._has(use):
+                return False
+            for buffer in buffers:
+                at = 0
+                while at < len(buffer):
+                    n_read = os.preadv(self._file.fileno(), [buffer[at:]], offset)
+                    if n_read == 0:
+                        return False
+                    at, offset = at + n_read, offset + n_read
+        return not use.is_spoilt
 
     def write(self, buffers: list[memoryview], offset: int) -> None:
         """Keep what was read.
@@ -64,18 +71,18 @@ class Spill:
         OutputError
             The disk is full, or fails.
         """
-        start, n_before = offset, self._n_forgotten
-        for buffer in buffers:
-            at = 0
-            while at < len(buffer):
-                try:
-                    n_written = os.pwrite(self._file.fileno(), buffer[at:], offset)
-                except OSError as error:
-                    raise self._fail(error) from None
-                at, offset = at + n_written, offset + n_written
-        with self._lock:
-            if self._n_forgotten == n_before:
-                self._put(start, offset)
+        with self._using(offset, offset + sum(map(len, buffers))) as use:
+            for buffer in buffers:
+                at = 0
+                while at < len(buffer):
+                    try:
+                        n_written = os.pwrite(self._file.fileno(), buffer[at:], offset)
+                    except OSError as error:
+                        raise self._fail(error) from None
+                    at, offset = at + n_written, offset + n_written
+            with self._lock:
+                if not use.is_spoilt:
+                    self._put(use.start, use.stop)
 
     def forget(self, offset: int, n_bytes: int) -> None:
         """Give a range back to the file system."""
@@ -89,12 +96,30 @@ class Spill:
                 if part[0] < part[1]
             ]
             self._starts, self._stops = [a for a, _ in parts], [b for _, b in parts]
-            self._n_forgotten += 1
+            for use in self._uses:
+                use.is_spoilt |= use.start < stop and offset < use.stop
             _punch(self._file.fileno(), offset, n_bytes)
 
     def close(self) -> None:
         """Give all of it back."""
         self._file.close()
+
+    @contextmanager
+    def _using(self, start: int, stop: int) -> Iterator[_Use]:
+        """Notice whether a range is forgotten while it is read or written."""
+        use = _Use(start, stop)
+        with self._lock:
+            self._uses.append(use)
+        try:
+            yield use
+        finally:
+            with self._lock:
+                self._uses.remove(use)
+
+    def _has(self, use: _Use) -> bool:
+        with self._lock:
+            i = bisect_right(self._starts, use.start) - 1
+            return i >= 0 and self._stops[i] >= use.stop
 
     def _put(self, start: int, stop: int) -> None:
         first, last = bisect_left(self._stops, start), bisect_right(self._starts, stop)

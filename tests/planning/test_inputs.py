@@ -11,7 +11,9 @@ import pytest
 
 from edgemerge import load_recipe, make_recipe, plan
 from edgemerge.methods.directions import has_directions
-from edgemerge.types import TensorSpec
+from edgemerge.planning.plan import make_plan
+from edgemerge.types import ModelInput, Recipe, Rule, Slice, TensorSpec
+from tests.support.fake_source import FakeSource, tensor
 from tests.support.small_models import wide_tensors, write_gguf
 
 
@@ -61,3 +63,15 @@ def test_tables_of_tokens_have_no_directions(name: str, expected: bool) -> None:
     spec = TensorSpec(f"{name}.weight", (8, 4), "F32", 128)
     tensor = SimpleNamespace(name=spec.name, experts=[SimpleNamespace(spec=spec)])
     assert has_directions(tensor) is expected
+
+
+def test_a_filter_looks_at_gguf_s_name_where_no_other_is_known() -> None:
+    path, more = Path("/m/a"), tensor("blk.0.attn_kv_a_mqa.weight", (256, 256))
+    source = FakeSource(path, architecture="deepseek2", extra=[more])
+    rules = (Rule(0.9, "attn"), Rule(0.1))
+    whole = Slice((ModelInput(path, parameters={"weight": rules}), ModelInput(path)))
+    recipe = Recipe(method="linear", base=None, slices=(whole,), defaults={"weight": (Rule(1.0),)})
+    jobs = make_plan(recipe, lambda _: source).jobs
+    weights = {job.name: job.experts[0].settings["weight"] for job in jobs}
+    assert weights[more.name] == weights["blk.0.attn_q.weight"] == 0.9
+    assert weights["blk.0.ffn_down.weight"] == weights["blk.0.attn_norm.weight"] == 0.1

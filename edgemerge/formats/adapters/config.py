@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,13 @@ class AdapterConfig:
         name = self.raw.get("base_model_name_or_path")
         return name[:200] if isinstance(name, str) and name else None
 
-    def scale(self, module: str, rank: int) -> float:
+    def scale(self, names: Sequence[str], rank: int) -> float:
         """Return what a module's product is multiplied by (peft/tuners/lora/layer.py, `update_layer`).
 
         Parameters
         ----------
-        module : str
-            Name without what PEFT puts before it.
+        names : sequence of str
+            Of the module: as stored, and without what towers put before it.
         rank : int
             Of its factors.
 
@@ -89,15 +89,16 @@ class AdapterConfig:
         FormatError
             The file says another rank, which peft would not load either.
         """
-        stated = _look_up(self._ranks, module)
+        names = [name.replace(".base_layer", "") for name in names]
+        stated = _look_up(self._ranks, names)
         stated = self._rank if stated is None else stated
         if stated is not None and stated != rank:
             raise FormatError(
-                f"says that {module} has the rank {stated:g}, and its factors have {rank}; get both files "
+                f"says that {names[-1]} has the rank {stated:g}, and its factors have {rank}; get both files "
                 "of one adapter",
                 path=self.path,
             )
-        alpha = _look_up(self._alphas, module)
+        alpha = _look_up(self._alphas, names)
         if alpha is None:
             alpha = self._alpha if self._alpha is not None else 8.0  # LoraConfig's default
         return alpha / math.sqrt(rank) if self.raw.get("use_rslora") is True else alpha / rank
@@ -139,11 +140,12 @@ class AdapterConfig:
         return table
 
 
-def _look_up(pattern: Mapping[str, float], module: str) -> float | None:
+def _look_up(pattern: Mapping[str, float], names: Sequence[str]) -> float | None:
     """Find a module's entry, as peft's `get_pattern_key`: the first whose key, a regex, ends its name."""
-    for key, value in pattern.items():
-        if re.fullmatch(rf"(?:.*\.)?(?:{key})", module):
-            return value
+    for name in names:
+        for key, value in pattern.items():
+            if re.fullmatch(rf"(?:.*\.)?(?:{key})", name):
+                return value
     return None
 
 

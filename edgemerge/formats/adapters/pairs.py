@@ -82,7 +82,7 @@ class AdapterPairs:
                     tensor=name_a or name_b,
                 )
             names, bare = (name_a, name_b), bare_name(module)
-            scale = self.config.scale(bare, a.shape[0])
+            scale = self.config.scale((module, bare), a.shape[0])
             matrices = self._matrix(name_a, a), self._matrix(name_b, b)
             self.pairs[module] = Pair(names, bare, *matrices, scale)
         if not self.pairs:

@@ -140,16 +140,16 @@ class PeftAdapter:
                 path=self.path,
                 tensor=name_a,
             )
-        bare = bare_name(module)
+        names_of_module = (module, bare_name(module))
         magnitude = factors.get("magnitude_vector")
         stacks = None if is_embedding else self._names.stacks(module.replace(".base_layer", ""))
         targets = self._find(f"{module}.weight", name_a)
         if stacks is not None and not targets:
-            self._change_experts(stacks, factors, bare)
+            self._change_experts(stacks, factors, names_of_module)
             return
         if not targets:
             raise self._refuse_name(name_a)
-        scale = self._config.scale(bare, a.shape[0])
+        scale = self._config.scale(names_of_module, a.shape[0])
         for target in targets:
             update = Update(target.first, target.n_rows)
             n_rows, n_cols, rank = target.n_stored, self._n_cols(target), a.shape[0]
@@ -204,7 +204,7 @@ class PeftAdapter:
         self,
         stacks: tuple[str, str, str],
         factors: Mapping[str, tuple[str, StoredTensor]],
-        module: str,
+        names_of_module: tuple[str, str],
     ) -> None:
         """Make the updates of a parameter that holds all experts (peft's `target_parameters`).
 
@@ -224,7 +224,7 @@ class PeftAdapter:
         if names is None or a.shape[0] % n_experts:
             raise self._refuse_shape(name_b, b.shape, gate, spec.shape)
         rank = a.shape[0] // n_experts
-        scale = self._config.scale(module, rank)
+        scale = self._config.scale(names_of_module, rank)
         one = self._matrix(name_a, a, a.shape, None), self._matrix(name_b, b, b.shape, None)
         step = len(names) if self._names.deals_in_turn else 1
         for i, name in enumerate(names):

@@ -48,8 +48,7 @@ class HashedLoader:
             Its file cannot be read, or changed while it was loaded.
         """
         states = _read_states(file.path)
-        if states not in self._digests:
-            self._digests[states] = await _hash(file.path)
+        digest = self._digests.get(states) or await _hash(file.path)
         loaded = await self._load(file)
         try:
             if _read_states(file.path) != states:
@@ -59,7 +58,7 @@ class HashedLoader:
         except BaseException:
             await loaded.process.close()
             raise
-        loaded.sha256 = self._digests[states]
+        loaded.sha256 = self._digests[states] = digest
         return loaded
 
 

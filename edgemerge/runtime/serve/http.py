@@ -6,8 +6,11 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from fcntl import ioctl
+from termios import TIOCOUTQ
 from typing import Any, Protocol
 
 import uvicorn
@@ -73,14 +76,21 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
     def _await_reader(self) -> None:
-        n_unsent = self.transport.get_write_buffer_size()
-        self._reading = self.loop.call_later(_UNREAD_SECONDS, self._check_reader, n_unsent)
+        self._reading = self.loop.call_later(_UNREAD_SECONDS, self._check_reader, self._n_unread())
 
     def _check_reader(self, n_before: int) -> None:
-        if self.transport.get_write_buffer_size() < n_before:  # slow, and there
+        if self._n_unread() < n_before:  # slow, and there
             self._await_reader()
         else:
             self.transport.abort()  # `close` would wait until all is sent
+
+    def _n_unread(self) -> int:
+        """Bytes that the client has not taken: ours, and what the system has, which may be megabytes."""
+        n_unread = self.transport.get_write_buffer_size()
+        with suppress(OSError, ValueError):  # not told by every system, nor of a closed socket
+            raw = ioctl(self.transport.get_extra_info("socket").fileno(), TIOCOUTQ, bytes(4))
+            n_unread += int.from_bytes(raw, sys.byteorder)
+        return n_unread
 
     def _forget_reader(self) -> None:
         if self._reading is not None:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from edgemerge.errors import EdgemergeError
 from edgemerge.formats import open_model
+from edgemerge.formats.adapters.config import AdapterConfig
 from tests.support.adapters import FRONT, KINDS, Kind, pair, tensors_of, write_adapter
 from tests.support.architecture_models import ARCHITECTURES, convert
 from tests.support.sources import read_all
@@ -296,3 +297,11 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     changed(lambda t: t[A].__setitem__((0, 0), np.nan))(adapter)
     with pytest.raises(EdgemergeError, match="holds NaN or infinity; the adapter is damaged"):
         read(f"{LLAMA}+{adapter}")
+
+
+def test_patterns_may_name_modules_of_a_tower(tmp_path: Path) -> None:
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    config = {"r": 16, "lora_alpha": 16, "rank_pattern": {name: 4}, "alpha_pattern": {name: 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    names = (f"{name}.base_layer", "model.layers.0.self_attn.q_proj")
+    assert AdapterConfig(tmp_path).scale(names, 4) == 0.5

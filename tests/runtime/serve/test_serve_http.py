@@ -157,6 +157,22 @@ def test_an_answer_that_nobody_reads_ends_and_a_slow_reader_gets_all(
     serve_while(client, say_much)
 
 
+def test_a_reader_that_takes_little_at_a_time_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_http, "_UNREAD_SECONDS", 0.4)
+
+    def client(port: int) -> None:
+        with ask(port) as connection:
+            n_read = 0
+            for _ in range(15):
+                n_read += len(connection.recv(100_000, socket.MSG_WAITALL))
+                time.sleep(0.1)
+            while n_read < MUCH and (part := connection.recv(1 << 20)):
+                n_read += len(part)
+            assert n_read >= MUCH
+
+    serve_while(client, say_much)
+
+
 @pytest.mark.parametrize("n_signals", [1, 2])
 def test_the_server_ends_though_a_client_does_not_read(
     n_signals: int, monkeypatch: pytest.MonkeyPatch
