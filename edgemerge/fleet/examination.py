@@ -1,6 +1,6 @@
 """Asks a model all questions and texts of a site, in a process of its own, and keeps the answers.
 
-llama.cpp may end the process: then only the model that was asked is to blame. Answers lie in
+llama.cpp may end the process, or compute NaN: then only the model that was asked is to blame. Answers lie in
 `answers/ID-DIGEST.json`, where the digest is of all that they depend on. So the model that serves is asked
 once for the same questions. A run that was cut off goes on after the last batch.
 The child is `python -m edgemerge.fleet.examination`; it ends with its parent.
@@ -30,6 +30,7 @@ from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.formats.json_file import read_object
 from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.evaluation.evaluate import Mark
+from edgemerge.runtime.evaluation.likelihood import NoNumbers
 from edgemerge.runtime.evaluation.perplexity import Chunk
 from edgemerge.runtime.evaluation.suite import CHUNK
 from edgemerge.runtime.smoke import QUESTIONS, ask_aside
@@ -45,7 +46,7 @@ Show = Callable[[str, int, int], None]
 
 
 class Crash(RuntimeFailure):
-    """llama.cpp ended the process in which a model was asked."""
+    """The model that was asked is to blame: llama.cpp ended its process, or computes NaN with it."""
 
 
 class Examiner(Protocol):
@@ -57,7 +58,7 @@ class Examiner(Protocol):
         Raises
         ------
         Crash
-            llama.cpp ended its process.
+            llama.cpp ended its process, or computes NaN or infinity.
         EdgemergeError
             The model cannot be asked, or the questions are not as they should be.
         """
@@ -175,7 +176,7 @@ def _listen(child: subprocess.Popen[str], order: object, show: Show) -> RuntimeF
     for line in child.stdout:
         said = json.loads(line)
         if "problem" in said:
-            problem = RuntimeFailure(said["problem"])
+            problem = (Crash if said["of_model"] else RuntimeFailure)(said["problem"])
         else:
             show(said["what"], said["done"], said["total"])
     child.wait()
@@ -207,7 +208,7 @@ def _main() -> None:
     try:
         _examine(order)
     except EdgemergeError as error:
-        _say(problem=str(error))
+        _say(problem=str(error), of_model=isinstance(error, NoNumbers))
 
 
 def _say(**facts: Any) -> None:

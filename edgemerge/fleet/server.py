@@ -18,7 +18,7 @@ from edgemerge.runtime.model_files import find_fingerprint
 from edgemerge.runtime.serve.key import check_characters
 from edgemerge.suggestions import suggest
 
-__all__ = ["Look", "Reply", "Server", "ServerRefusal", "ServerSilence"]
+__all__ = ["Look", "Reply", "Server", "ServerRefusal", "ServerSilence", "ServerUnheard"]
 
 # As in edgemerge.runtime.serve.requests, whose import needs the extra of the server.
 RELOAD, CHAT, COMPLETIONS, HEALTH = (
@@ -34,12 +34,25 @@ ROOM_SECONDS = 60.0  # in which a server that is busy is told again to reload
 ROOM_BETWEEN = 5.0
 MAX_BYTES = 1 << 20
 BUSY = (429, 503)
-PROXY = (502, 504)  # a proxy reaches no server, or waits no longer
+PROXY = (502, 503, 504)  # a proxy reaches no server, or waits no longer; uvicorn says 503 itself
 NOT_OURS = (401, 403, 404)  # of a wrong key, of another server, of a model that it does not have
 
 
 class ServerSilence(RuntimeFailure):
     """Nothing answers at the server's address."""
+
+
+class ServerUnheard(ServerSilence):
+    """What answers is not the server, but mostly a proxy that does not reach it; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int) -> None:
+        self.status = status
+        super().__init__(message)
+
+    @property
+    def may_be_full(self) -> bool:
+        """Whether it may be the server itself, with too many connections."""
+        return self.status == 503
 
 
 class ServerRefusal(RuntimeFailure):
@@ -54,11 +67,6 @@ class ServerRefusal(RuntimeFailure):
         """Whether it only has too much to do, or no room for the model while it does it."""
         is_lost = self.code == "model_unavailable" and self.kind != "server_busy"
         return self.status in BUSY and not is_lost
-
-    @property
-    def is_passing(self) -> bool:
-        """Whether it may end by itself, and no model is at fault."""
-        return self.is_busy or self.status in PROXY
 
     @property
     def blames_site(self) -> bool:
@@ -141,7 +149,7 @@ class Server:
     def reload(self, *, asks: bool = True) -> None:
         """Let the file of now answer; requests that run end with the old one.
 
-        A server without room for both is told again for `ROOM_SECONDS`.
+        A server without room for both, or that a proxy does not reach, is told again for `ROOM_SECONDS`.
 
         Parameters
         ----------
@@ -159,8 +167,10 @@ class Server:
             try:
                 self._send(RELOAD, {**named, "ask": asks}, RELOAD_SECONDS)
                 return
-            except ServerRefusal as refusal:
-                if not refusal.is_passing or time.monotonic() >= end:
+            except (ServerUnheard, ServerRefusal) as error:
+                if isinstance(error, ServerRefusal) and not error.is_busy:
+                    raise
+                if time.monotonic() >= end:
                     raise
             time.sleep(ROOM_BETWEEN)
 
@@ -251,14 +261,14 @@ class Server:
         except (OSError, http.client.HTTPException) as error:
             why = getattr(error, "reason", error)
             raise ServerSilence(f"no server answers at {self.address} ({why})") from None
-        if told is None and status not in BUSY + PROXY:
-            raise ServerRefusal(f"{self.address} is no edgemerge server", 0, "odd")
-        if told is None:  # uvicorn's plain 503, or a proxy's page
+        if status in PROXY and not _has_words(told):
             message = f"the server at {self.address} does not answer at the moment ({status})"
-            raise ServerRefusal(message, status, "")
-        if status < 300 or (status in takes and "error" not in told):
+            raise ServerUnheard(message, status)
+        if told is None and status != 429:  # a proxy bounds requests, too
+            raise ServerRefusal(f"{self.address} is no edgemerge server", 0, "odd")
+        if told is not None and (status < 300 or (status in takes and "error" not in told)):
             return told
-        raise _refusal(told, status)
+        raise _refusal(told or {}, status)
 
 
 def _exchange(request: urllib.request.Request, seconds: float) -> tuple[int, dict[str, Any] | None]:
@@ -274,6 +284,13 @@ def _exchange(request: urllib.request.Request, seconds: float) -> tuple[int, dic
     except (ValueError, RecursionError):
         told = None
     return status, told if isinstance(told, dict) else None
+
+
+def _has_words(told: Mapping[str, Any] | None) -> bool:
+    """Tell an answer of edgemerge serve from uvicorn's plain 503, and from what a proxy says in its place."""
+    return told is not None and (
+        isinstance(told.get("error"), dict) or isinstance(told.get("status"), str)
+    )
 
 
 def _refusal(told: Mapping[str, Any], status: int) -> ServerRefusal:

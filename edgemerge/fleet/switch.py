@@ -19,7 +19,7 @@ from typing import Any
 from edgemerge.errors import OutputError, RuntimeFailure
 from edgemerge.fleet.examination import Examiner
 from edgemerge.fleet.report import Report
-from edgemerge.fleet.server import Server, ServerRefusal, ServerSilence
+from edgemerge.fleet.server import Server, ServerRefusal, ServerSilence, ServerUnheard
 from edgemerge.fleet.site_file import Site
 from edgemerge.fleet.watch import Baseline, measure_server, watch_file, watch_server
 from edgemerge.site.folder import SiteFolder
@@ -128,8 +128,8 @@ class Switch:
             return
         try:
             server.reload(asks=False)
-        except ServerRefusal as refusal:  # the next model may mend that
-            self._report.failures.append(f"the server does not take the model of now: {refusal}")
+        except (ServerRefusal, ServerUnheard) as error:  # the next model may mend that
+            self._report.failures.append(f"the server does not take the model of now: {error}")
             return
         if (difference := server.find_difference(current)) is not None:
             raise RuntimeFailure(difference)
@@ -156,21 +156,38 @@ class Switch:
         ServerRefusal
             With `asks`: SITE.yml names another server, key or model, so the file is not at fault.
         RuntimeFailure
-            With `asks`: the server has no room for it at the moment, and the file is not at fault.
+            With `asks`: the server cannot take it at the moment, and the file is not at fault.
         """
         if self._server is None:
             return None
         try:
             self._server.reload(asks=asks)
+        except ServerUnheard as unheard:
+            return self._end_unheard(self._server, unheard, asks=asks)
         except ServerSilence:
             self._report.failures.append(NO_SERVER)
         except ServerRefusal as refusal:
             if asks and refusal.blames_site:
                 raise
-            if not asks or not refusal.is_passing:
+            if not asks or not refusal.is_busy:
                 return str(refusal)
             if not self._is_served(self._server):
-                raise RuntimeFailure(f"{refusal}; the next update goes on from here") from None
+                raise _put_off(refusal) from None
+        return None
+
+    def _end_unheard(self, server: Server, unheard: ServerUnheard, *, asks: bool) -> str | None:
+        """Return why a server that lives did not reload, or put it off; one that is gone is no reason.
+
+        The new file may have brought it down: then waiting for it would keep that file for ever.
+        """
+        if self._is_served(server):
+            return None
+        with suppress(ServerSilence, ServerRefusal):
+            if server.find_difference(self._folder.current_path) is not None:
+                if asks:
+                    raise _put_off(unheard) from None
+                return str(unheard)
+        self._report.failures.append(NO_SERVER)
         return None
 
     def _is_served(self, server: Server) -> bool:
@@ -254,6 +271,10 @@ class Switch:
         finally:
             spent = self._report.seconds.get(step, 0.0) + time.monotonic() - started
             self._report.seconds[step] = spent
+
+
+def _put_off(why: RuntimeFailure) -> RuntimeFailure:
+    return RuntimeFailure(f"{why}; the next update goes on from here")
 
 
 def roll_back_by_hand(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgemerge.fleet.examination import Examiner
 from edgemerge.fleet.promotion import find_fault
-from edgemerge.fleet.server import Reply, Server, ServerRefusal, ServerSilence
+from edgemerge.fleet.server import Reply, Server, ServerRefusal, ServerSilence, ServerUnheard
 from edgemerge.fleet.site_file import Rule
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.gguf.model import GgufModel
@@ -42,7 +42,7 @@ def measure_server(server: Server, model: Path, rule: Rule) -> Baseline:
     """
     speed = None
     crashes = server.look().crashes
-    with suppress(ServerRefusal):  # without a model, or busy: no speed to compare with
+    with suppress(ServerRefusal, ServerUnheard):  # no model, or busy: no speed to compare with
         speed = _ask(server, model, rule).speed
     return Baseline(crashes, speed)
 
@@ -70,12 +70,13 @@ def watch_server(
         Waits so many seconds.
     """
     end = time.monotonic() + rule.watch
-    n_looks = n_failures = 0
+    n_looks = n_failures = n_unheard = 0
     best: float | None = None
     while True:
         try:
             if server.look().crashes > before.crashes:
                 return "llama.cpp ended the process of the model"
+            n_unheard = 0
             if n_looks % ASK_EVERY == 0 or n_failures:
                 reply = _ask(server, model, rule)
                 n_failures = 0
@@ -86,7 +87,8 @@ def watch_server(
                 if rule.ask is not None and (fault := find_fault(answer, rule.expect)):
                     return fault
         except (ServerSilence, ServerRefusal) as error:
-            if not (isinstance(error, ServerRefusal) and error.is_busy):
+            n_unheard += isinstance(error, ServerUnheard)
+            if not _may_be_busy(error):
                 n_failures += 1
             if n_failures >= MAX_FAILURES:
                 return f"it does not answer: {error}"
@@ -94,15 +96,24 @@ def watch_server(
         if time.monotonic() >= end:
             break
         wait(min(BETWEEN, max(0.0, end - time.monotonic())))
-    with suppress(ServerSilence, ServerRefusal):  # it may have been too busy to be asked
+    try:
         if (difference := _find_difference(server, model)) is not None:
-            return difference
+            return difference  # it may have been too busy to be asked
+    except (ServerSilence, ServerRefusal) as error:
+        if n_unheard >= MAX_FAILURES:  # a proxy's 503 to the end
+            return f"it does not answer: {error}"
     if best and before.speed and best * rule.slowdown < before.speed:
         return (
             f"it is slow: {format_rate(best)} tokens/s at best, and {format_rate(before.speed)} before, "
             f"which is more than {rule.slowdown:g} times slower"
         )
     return None
+
+
+def _may_be_busy(error: ServerSilence | ServerRefusal) -> bool:
+    if isinstance(error, ServerUnheard):
+        return error.may_be_full
+    return isinstance(error, ServerRefusal) and error.is_busy
 
 
 def _find_difference(server: Server, model: Path) -> str | None:

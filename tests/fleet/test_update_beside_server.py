@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,6 +18,7 @@ from edgemerge.cli import make_app
 from edgemerge.fleet.report import Report
 from edgemerge.fleet.server import Server
 from edgemerge.fleet.site_file import read_site
+from edgemerge.fleet.switch import NO_SERVER
 from edgemerge.fleet.watch import Baseline, watch_server
 from edgemerge.runtime.model_files import find_fingerprint
 from edgemerge.site.log import read_events
@@ -34,13 +35,15 @@ MODEL = {"id": "ward", "crashes": 0}
 NO_ROOM = {"message": "no room for the model", "type": "server_busy", "code": "model_unavailable"}
 GONE = {"message": "it has ended", "type": "server_error", "code": "model_unavailable"}
 PAGE = b"<html>Bad gateway</html>"
+GATEWAYS = [(502, PAGE), (503, PAGE), (503, b'{"message": "no healthy upstream"}')]
 
 
 @dataclass
 class Told:
     """What the server answers: a status and a document for each path; and the paths that were asked.
 
-    With `serves`, it has loaded that file, and loads it again by a reload that works.
+    With `serves`, it has loaded that file, and loads it again by a reload that works. With `dies`, a reload
+    brings it down: from then on a proxy answers all with `gone`.
     """
 
     health: dict[str, Any] = field(default_factory=lambda: {"status": "ok", "models": [MODEL]})
@@ -49,6 +52,8 @@ class Told:
     asked: list[str] = field(default_factory=list)
     url: str = ""
     serves: Path | None = None
+    dies: tuple[int, bytes] | None = None
+    gone: tuple[int, bytes] | None = None
 
     def load(self) -> None:
         if self.serves is not None:
@@ -67,14 +72,17 @@ def told() -> Iterator[Told]:
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["content-length"]))
-            if "reload" in self.path and told.reload[0] == 200:
-                told.load()
+            if "reload" in self.path:
+                told.gone = told.dies
+                if told.reload[0] == 200:
+                    told.load()
             choice = {"choices": [{"text": "Paris."}], "usage": {"completion_tokens": 2}}
             answer = told.busy or (200, choice)
             self._answer(*(told.reload if "reload" in self.path else answer))
 
         def _answer(self, status: int, document: Any) -> None:
             told.asked.append(self.path)
+            status, document = told.gone or (status, document)
             raw = document if isinstance(document, bytes) else json.dumps(document).encode()
             self.send_response(status)
             self.send_header("content-length", str(len(raw)))
@@ -105,6 +113,7 @@ def run(
     *,
     again: bool = False,
     place: Mapping[str, str] = MappingProxyType({}),
+    problems: Sequence[str | None] = (),
 ) -> Report:
     write_site(
         path.parent,
@@ -113,7 +122,8 @@ def run(
         promote={"watch": 0, "better": [], "slowdown": 100},
     )
     server = Server(read_site(path).serve)  # type: ignore[arg-type]
-    return update(path, KnowingExaminer(better), server=server, again=again)
+    examiner = KnowingExaminer(better, problems=list(problems))
+    return update(path, examiner, server=server, again=again)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +281,8 @@ def test_a_server_that_is_busy_costs_no_model(
     device: Path, told: Told, refusal: tuple[int, Any], says: str
 ) -> None:
     first = run(device, told).current
+    told.serves = folder_of(device).current_path
+    told.load()  # and goes on with that
     taken, told.reload = told.reload, refusal
     for _ in range(2):  # not settled
         report = run(device, told, "b")
@@ -280,6 +292,28 @@ def test_a_server_that_is_busy_costs_no_model(
     report = run(device, told, "b")
     assert report.outcome == "promoted"
     assert report.current == folder_of(device).current() != first
+
+
+@pytest.mark.usefixtures("no_wait")
+@pytest.mark.parametrize("page", GATEWAYS)
+def test_a_model_that_brings_down_a_server_behind_a_proxy_is_rolled_back(
+    device: Path, told: Told, page: tuple[int, bytes]
+) -> None:
+    first = run(device, told).current
+    told.dies = page
+    report = run(device, told, "b", problems=[None, None, "llama.cpp crashed"])
+    assert (report.outcome, report.current) == ("rolled_back", first)
+    assert report.reason == "it cannot be asked the smoke question (llama.cpp crashed)"
+    assert report.failures == [NO_SERVER] * 2  # by the promotion, and by the roll back
+    assert run(device, told, "b").outcome == "unchanged"
+
+
+@pytest.mark.usefixtures("no_wait")
+def test_a_server_behind_a_proxy_may_be_switched_off(device: Path, told: Told) -> None:
+    run(device, told)
+    told.gone = told.dies = (502, PAGE)
+    report = run(device, told, "b")
+    assert (report.outcome, report.failures[-1]) == ("promoted", NO_SERVER)
 
 
 @pytest.mark.usefixtures("no_wait")
@@ -325,13 +359,38 @@ def test_a_model_is_not_at_fault_while_its_server_is_busy(
 ) -> None:
     run(device, told)
     told.busy = refusal
+    found = watch(device, lambda _: None)
+    assert found is None if fault is None else str(found).startswith(fault)
+
+
+def watch(device: Path, wait: Callable[[float], None]) -> str | None:
     site = read_site(device)
-    rule = replace(site.rule, watch=0.05)
-    found = watch_server(
+    return watch_server(
         Server(site.serve),  # type: ignore[arg-type]
         folder_of(device).current_path,
-        rule,
+        replace(site.rule, watch=0.2),
         Baseline(0, None),
-        wait=lambda _: None,
+        wait=wait,
     )
-    assert found is None if fault is None else str(found).startswith(fault)
+
+
+@pytest.mark.parametrize("page", GATEWAYS)
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_a_server_that_a_proxy_has_lost_while_it_is_watched_has_to_come_back(
+    device: Path, told: Told, page: tuple[int, bytes], comes_back: bool
+) -> None:
+    run(device, told)
+    n_waits = 0
+
+    def wait(_: float) -> None:
+        nonlocal n_waits
+        n_waits += 1
+        may_be_full = page[0] == 503  # of uvicorn's connections, for as long as it is watched
+        told.gone = page if not comes_back or (n_waits < 4 and may_be_full) else None
+
+    found = watch(device, wait)
+    if comes_back:
+        assert found is None
+    else:
+        says = f"the server at {told.url} does not answer at the moment ({page[0]})"
+        assert found == f"it does not answer: {says}"
