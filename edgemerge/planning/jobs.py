@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from edgemerge.errors import FormatError, MismatchError, RecipeError
@@ -44,7 +44,7 @@ from edgemerge.types import (
     TensorSpec,
 )
 
-__all__ = ["Draft", "draft_jobs", "find_depths", "list_experts", "may_copy"]
+__all__ = ["Draft", "draft_jobs", "find_depths", "hugging_face_names", "list_experts", "may_copy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +223,6 @@ class _Part:
         ranges = [self._range(model) for model in self.models]
         self.starts = [start for start, _ in ranges]
         self._known_settings: dict[str, dict[str, Setting]] = {}
-        known = {name for model in self.models for name in sources[model.path].specs()}
-        self._hf_names = sorted(map(self._hf_name, known))
         self._is_hugging_face: dict[str, bool] = {}  # of a filter's text
         self.n_layers = ranges[0][1] - ranges[0][0]
         self.positions = [
@@ -361,10 +359,19 @@ class _Part:
         known = self._is_hugging_face.get(text)
         if known is None:
             known = self._is_hugging_face[text] = any(text in name for name in self._hf_names)
-        return text in ((self._hf_name(tensor) or tensor) if known else tensor)
+        name = hf_name(self.reference.architecture, tensor) if known else None
+        return text in (name or tensor)
 
-    def _hf_name(self, tensor: str) -> str:
-        return hf_name(self.reference.architecture, tensor) or ""
+    @cached_property
+    def _hf_names(self) -> set[str]:
+        """Of all models' tensors; made where a recipe has a filter."""
+        return hugging_face_names(self.sources[model.path] for model in self.models)
+
+
+def hugging_face_names(sources: Iterable[Source]) -> set[str]:
+    """Return the Hugging Face names of all tensors of some models, as far as they are known."""
+    tensors = {(source.architecture, name) for source in sources for name in source.specs()}
+    return {known for tensor in tensors if (known := hf_name(*tensor)) is not None}
 
 
 def _missing(

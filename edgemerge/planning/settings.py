@@ -6,10 +6,9 @@ from collections.abc import Collection
 
 from edgemerge.errors import RecipeError
 from edgemerge.finding.cache import folder_name
-from edgemerge.formats.architectures import hf_name
 from edgemerge.methods.method import Method
 from edgemerge.methods.parameters import INT8_MASK
-from edgemerge.planning.jobs import list_experts
+from edgemerge.planning.jobs import hugging_face_names, list_experts
 from edgemerge.types import ModelInput, Parameters, Recipe, Source
 
 __all__ = ["idle_filters", "unused_settings"]
@@ -62,9 +61,7 @@ def idle_filters(recipe: Recipe, sources: Collection[Source]) -> list[str]:
     filters.pop(None, None)
     if not filters:
         return []
-    names = {name for source in sources for name in source.specs()}
-    for source in sources:
-        names |= {hf_name(source.architecture, name) or "" for name in source.specs()}
+    names = {name for source in sources for name in source.specs()} | hugging_face_names(sources)
     return [
         f"no tensor has {word!r} in its name, so that this filter of {key} has no effect"
         for word, key in filters.items()
