@@ -213,9 +213,7 @@ def _mix(
     change: Float32,
 ) -> None:
     """Add `products @ mixing @ vectors` to the change of a block."""
-    by_rows = directions.transposed(directions.project_all(matrices))
-    mixed = np.empty_like(by_rows)
-    directions.multiply(by_rows, mixing.astype(np.float32), mixed)
+    mixed = directions.mix(directions.project_all(matrices), mixing)
     directions.add_vectors(directions.vectors, mixed, change)
 
 
@@ -281,7 +279,7 @@ def _method(
         more = calibration_memory(job, copies=False)
         return WorkingMemory(
             fixed + 8 * SUM_LANES + more.fixed,
-            per_row + copies_memory(job) + 4 * sum(ranks(job)) + more.per_row,
+            per_row + copies_memory(job) + more.per_row,
         )
 
     def decomposes(tensor: Described) -> Sequence[int]:
