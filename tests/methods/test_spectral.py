@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edgemerge.errors import RecipeError
 from edgemerge.methods.directions import Directions
 from edgemerge.methods.shared_tensor import ThreadGroup
 from edgemerge.methods.table import METHODS
@@ -78,6 +79,24 @@ def test_tsv_counts_one_direction_once() -> None:
     models: list[tuple[Float32, dict[str, Any]]] = [(x, {}), (x, {})]
     merged = merge_in_memory("tsv", np.zeros_like(x), models, {"rank": 3.0}, tensor=NAME)
     assert merged == pytest.approx(x, rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1.0, 3.0])
+def test_iso_cts_without_room_for_directions_in_common_is_refused(rank: float) -> None:
+    base, *experts = changes((12, 8), 3)
+    models: list[tuple[Float32, dict[str, Any]]] = [(x, {}) for x in experts]
+
+    def check(method: str, rank: float) -> None:
+        METHODS[method].check(MemoryStream(method, base, models, {"rank": rank}, 9, 0, NAME).job)
+
+    with pytest.raises(
+        RecipeError, match=r"iso_cts takes a rank above its 3 experts.*rank: 4"
+    ) as error:
+        check("iso_cts", rank)
+    assert error.value.field == "rank"
+    check("iso_cts", 4.0)
+    check("iso_cts", 0.0)  # which only adds, as for the others
+    check("iso_c", rank)
 
 
 @pytest.mark.parametrize("method", [*singular.TWINS, "resmerge", "task_arithmetic svc", "tsv svc"])
