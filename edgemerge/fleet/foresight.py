@@ -14,6 +14,7 @@ from edgemerge.fleet.server import Server, ServerSilence
 from edgemerge.fleet.site_file import Site
 from edgemerge.merging.run import plan
 from edgemerge.site.folder import SiteFolder
+from edgemerge.site.ownership import check_free
 
 __all__ = ["foresee"]
 
@@ -43,6 +44,7 @@ def foresee(
     EdgemergeError
         What is declared is not possible.
     """
+    check_free(site.folder)
     folder = SiteFolder(site.folder)
     hashes = FileHashes(folder.hashes)  # nothing is written
     found: list[Ingredient] = []
