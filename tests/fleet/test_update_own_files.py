@@ -10,7 +10,9 @@ import pytest
 
 from edgemerge.errors import OutputError, RecipeError
 from edgemerge.fleet.foresight import foresee
-from edgemerge.fleet.site_file import read_site
+from edgemerge.fleet.server import Server
+from edgemerge.fleet.site_file import ServerPlace, read_site
+from edgemerge.fleet.switch import roll_back_by_hand
 from tests.support.updates import (
     KnowingExaminer,
     better,
@@ -94,3 +96,25 @@ def test_a_damaged_history_does_not_stop_an_update(device: Path) -> None:
     report = update(device, KnowingExaminer(better))
     assert report.outcome == "promoted"
     assert report.previous == folder.previous() is not None
+
+
+def test_a_roll_back_that_is_interrupted_says_how_it_ends(device: Path) -> None:
+    first = update(device, KnowingExaminer(better)).current
+    write_site(device.parent, experts=[{"path": "b.gguf"}], promote={"watch": 0, "better": []})
+    update(device, KnowingExaminer(better))
+
+    class Slow(Server):
+        def reload(self, *, asks: bool = True) -> None:
+            raise KeyboardInterrupt
+
+    server = Slow(ServerPlace("http://127.0.0.1:9"))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        roll_back_by_hand(
+            read_site(device), KnowingExaminer(better), server, reason="odd", by="eve"
+        )
+    assert caught.value.__notes__ == [
+        "the roll back has begun; run edgemerge update, which ends it"
+    ]
+    assert folder_of(device).current() == first
+    report = update(device, KnowingExaminer(better))
+    assert (report.outcome, report.reason, report.current) == ("rolled_back", "odd", first)
