@@ -68,7 +68,7 @@ def update_command(
         print(make_units(declared), end="")
         return
     if dry_run:
-        _foresee(declared, as_json=json_)
+        _foresee(declared, again=again, as_json=json_)
         return
     report = _update(declared, again=again, quiet=json_)
     print_report(report, as_json=json_)
@@ -150,13 +150,13 @@ def _describe(record: Mapping[str, Any]) -> str:
     return plain(f"{record['method']} of {', '.join(parts)}")
 
 
-def _foresee(site: Site, *, as_json: bool) -> None:
+def _foresee(site: Site, *, again: bool, as_json: bool) -> None:
     from edgemerge.fleet.foresight import foresee
     from edgemerge.sizes import format_size
 
     with TemporaryDirectory() as state:  # what is seen of the registry is not kept
         registry = _open_registry(site, Path(state))
-        told = foresee(site, registry, open_server(site))
+        told = foresee(site, registry, open_server(site), again=again)
     if registry is not None:
         print_left_out(registry)
     for note in told["notes"]:

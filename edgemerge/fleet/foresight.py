@@ -20,7 +20,11 @@ __all__ = ["foresee"]
 
 
 def foresee(
-    site: Site, registry: Registry[Any] | None, server: Server | None = None
+    site: Site,
+    registry: Registry[Any] | None,
+    server: Server | None = None,
+    *,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Say what an update would do now; only the registry's signed lists are fetched.
 
@@ -32,6 +36,8 @@ def foresee(
         Of its experts.
     server : Server or None
         The device's.
+    again : bool
+        Whether it would be done even if nothing changed.
 
     Returns
     -------
@@ -58,7 +64,7 @@ def foresee(
     does = "merges"
     if trying is not None:
         does = "goes_on"
-    elif settled is not None and settled["digest"] == declared.digest:
+    elif not again and settled is not None and settled["digest"] == declared.digest:
         does = "unchanged"
     here = [_is_here(one, folder) for one in declared.found]
     return {

@@ -44,6 +44,8 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(device: Path) -> Non
     update(device, KnowingExaminer(better))
     told = json.loads(run("update", device, "--dry-run", "--json").stdout)
     assert (told["does"], told["serves"]) == ("unchanged", folder_of(device).current_id())
+    told = json.loads(run("update", device, "--dry-run", "--json", "--again").stdout)
+    assert told["does"] == "merges"
 
 
 def test_a_dry_run_says_what_the_update_would_complain_of(device: Path) -> None:

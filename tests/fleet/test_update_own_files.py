@@ -118,3 +118,10 @@ def test_a_roll_back_that_is_interrupted_says_how_it_ends(device: Path) -> None:
     assert folder_of(device).current() == first
     report = update(device, KnowingExaminer(better))
     assert (report.outcome, report.reason, report.current) == ("rolled_back", "odd", first)
+
+
+def test_a_dry_run_heeds_again(device: Path) -> None:
+    update(device, KnowingExaminer(worse))
+    site = read_site(device)
+    assert foresee(site, None)["does"] == "unchanged"
+    assert foresee(site, None, again=True)["does"] == "merges"
