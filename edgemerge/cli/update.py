@@ -79,16 +79,18 @@ def update_command(
 def _update(site: Site, *, again: bool, quiet: bool) -> Report:
     from edgemerge.fleet.examination import LlamaExaminer
     from edgemerge.fleet.ingredients import FileHashes
+    from edgemerge.fleet.report import reporting
     from edgemerge.fleet.update import Update
     from edgemerge.runtime.library import load_library
     from edgemerge.site.folder import SiteFolder
 
-    load_library()  # where it is missing: say so now, not after the merge
-    os.nice(max(0, NICE - os.nice(0)))  # beside the model that serves
     folder = SiteFolder(site.folder)
+    with reporting(site):
+        load_library()  # where it is missing: say so now, not after the merge
+        registry, server = _open_registry(site, folder.registry), open_server(site)
+    os.nice(max(0, NICE - os.nice(0)))  # beside the model that serves
     hashes = FileHashes(folder.hashes)
     examiner = LlamaExaminer(site, folder, hashes)
-    registry = _open_registry(site, folder.registry)
     bars: dict[str, Progress] = {}
     with progress_bars("", quiet=quiet) as (_, begin_part):
 
@@ -101,7 +103,7 @@ def _update(site: Site, *, again: bool, quiet: bool) -> Report:
             site,
             examiner,
             hashes,
-            server=open_server(site),
+            server=server,
             registry=registry,
             show=show,
             again=again,

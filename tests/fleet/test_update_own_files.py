@@ -10,6 +10,7 @@ import pytest
 
 from edgemerge.errors import OutputError, RecipeError
 from edgemerge.fleet.foresight import foresee
+from edgemerge.fleet.report import reporting
 from edgemerge.fleet.server import Server
 from edgemerge.fleet.site_file import ServerPlace, read_site
 from edgemerge.fleet.switch import roll_back_by_hand
@@ -118,6 +119,19 @@ def test_a_roll_back_that_is_interrupted_says_how_it_ends(device: Path) -> None:
     assert folder_of(device).current() == first
     report = update(device, KnowingExaminer(better))
     assert (report.outcome, report.reason, report.current) == ("rolled_back", "odd", first)
+
+
+def test_what_keeps_an_update_from_its_start_is_reported(device: Path) -> None:
+    write_site(device.parent, reports="reports")
+    with pytest.raises(RecipeError) as caught, reporting(read_site(device)):
+        raise RecipeError("no key")
+    assert "the report was not written" in caught.value.__notes__[0]
+    (device.parent / "reports").mkdir()
+    with pytest.raises(RecipeError), reporting(read_site(device)):
+        raise RecipeError("no key")
+    told = json.loads((device.parent / "reports" / "ward-3.json").read_text())
+    assert (told["outcome"], told["reason"]) == ("failed", "no key")
+    assert not (device.parent / "site").exists()
 
 
 def test_a_dry_run_heeds_again(device: Path) -> None:
