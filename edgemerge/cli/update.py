@@ -68,7 +68,7 @@ def update_command(
         print(make_units(declared), end="")
         return
     if dry_run:
-        _foresee(declared, as_json=json_)
+        _foresee(declared, again=again, as_json=json_)
         return
     report = _update(declared, again=again, quiet=json_)
     print_report(report, as_json=json_)
@@ -79,16 +79,18 @@ def update_command(
 def _update(site: Site, *, again: bool, quiet: bool) -> Report:
     from edgemerge.fleet.examination import LlamaExaminer
     from edgemerge.fleet.ingredients import FileHashes
+    from edgemerge.fleet.report import reporting
     from edgemerge.fleet.update import Update
     from edgemerge.runtime.library import load_library
     from edgemerge.site.folder import SiteFolder
 
-    load_library()  # where it is missing: say so now, not after the merge
-    os.nice(max(0, NICE - os.nice(0)))  # beside the model that serves
     folder = SiteFolder(site.folder)
+    with reporting(site):
+        load_library()  # where it is missing: say so now, not after the merge
+        registry, server = _open_registry(site, folder.registry), open_server(site)
+    os.nice(max(0, NICE - os.nice(0)))  # beside the model that serves
     hashes = FileHashes(folder.hashes)
     examiner = LlamaExaminer(site, folder, hashes)
-    registry = _open_registry(site, folder.registry)
     bars: dict[str, Progress] = {}
     with progress_bars("", quiet=quiet) as (_, begin_part):
 
@@ -101,7 +103,7 @@ def _update(site: Site, *, again: bool, quiet: bool) -> Report:
             site,
             examiner,
             hashes,
-            server=open_server(site),
+            server=server,
             registry=registry,
             show=show,
             again=again,
@@ -150,13 +152,13 @@ def _describe(record: Mapping[str, Any]) -> str:
     return plain(f"{record['method']} of {', '.join(parts)}")
 
 
-def _foresee(site: Site, *, as_json: bool) -> None:
+def _foresee(site: Site, *, again: bool, as_json: bool) -> None:
     from edgemerge.fleet.foresight import foresee
     from edgemerge.sizes import format_size
 
     with TemporaryDirectory() as state:  # what is seen of the registry is not kept
         registry = _open_registry(site, Path(state))
-        told = foresee(site, registry, open_server(site))
+        told = foresee(site, registry, open_server(site), again=again)
     if registry is not None:
         print_left_out(registry)
     for note in told["notes"]:

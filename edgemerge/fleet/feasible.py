@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,6 +18,7 @@ from edgemerge.planning.header import KEEP
 from edgemerge.recipe.values import check_alignment
 from edgemerge.runtime.evaluation.suite import CHUNK
 from edgemerge.runtime.evaluation.tasks import read_task
+from edgemerge.site.ownership import CLEARED
 
 __all__ = ["check_feasible"]
 
@@ -40,6 +42,7 @@ def check_feasible(site: Site, found: Sequence[Ingredient], *, serves: bool) -> 
     """
     if site.folder.exists() and not site.folder.is_dir():
         _fail(site.path, f"folder: {str(site.folder)!r} is a file; name a folder", "folder")
+    _check_places(site, found)
     _check_base(site, [one for one in found if one.role == "base"], serves=serves)
     if site.merge.recipe is None:
         _check_deltas(site, found)
@@ -56,6 +59,22 @@ def check_feasible(site: Site, found: Sequence[Ingredient], *, serves: bool) -> 
                 "texts",
             )
     return {name: len(read_task(name, path).questions) for name, path in site.questions.items()}
+
+
+def _check_places(site: Site, found: Sequence[Ingredient]) -> None:
+    """See that nothing that the site names lies where updates remove files."""
+    merge, serve, registry = site.merge, site.serve, site.registry
+    named = [one.path for one in found if one.entry is None]
+    named += [*site.questions.values(), *site.texts.values(), merge.imatrix, merge.recipe]
+    named += [] if serve is None else [serve.key]
+    named += [] if registry is None else [registry.trust]
+    for path, name in product(filter(None, named), CLEARED):
+        if path.resolve().is_relative_to((site.folder / name).resolve()):
+            raise RecipeError(
+                f"names {str(path)!r}, which lies in {name}/ of the device's folder, where updates remove "
+                "files; keep it elsewhere",
+                path=site.path,
+            )
 
 
 def _check_base(site: Site, bases: Sequence[Ingredient], *, serves: bool) -> None:

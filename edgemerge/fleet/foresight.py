@@ -14,12 +14,17 @@ from edgemerge.fleet.server import Server, ServerSilence
 from edgemerge.fleet.site_file import Site
 from edgemerge.merging.run import plan
 from edgemerge.site.folder import SiteFolder
+from edgemerge.site.ownership import check_free
 
 __all__ = ["foresee"]
 
 
 def foresee(
-    site: Site, registry: Registry[Any] | None, server: Server | None = None
+    site: Site,
+    registry: Registry[Any] | None,
+    server: Server | None = None,
+    *,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Say what an update would do now; only the registry's signed lists are fetched.
 
@@ -31,6 +36,8 @@ def foresee(
         Of its experts.
     server : Server or None
         The device's.
+    again : bool
+        Whether it would be done even if nothing changed.
 
     Returns
     -------
@@ -43,6 +50,7 @@ def foresee(
     EdgemergeError
         What is declared is not possible.
     """
+    check_free(site.folder)
     folder = SiteFolder(site.folder)
     hashes = FileHashes(folder.hashes)  # nothing is written
     found: list[Ingredient] = []
@@ -56,7 +64,7 @@ def foresee(
     does = "merges"
     if trying is not None:
         does = "goes_on"
-    elif settled is not None and settled["digest"] == declared.digest:
+    elif not again and settled is not None and settled["digest"] == declared.digest:
         does = "unchanged"
     here = [_is_here(one, folder) for one in declared.found]
     return {

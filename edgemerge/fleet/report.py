@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgemerge.errors import FormatError, OutputError
+from edgemerge.errors import EdgemergeError, FormatError, OutputError
+from edgemerge.fleet.site_file import Site
 from edgemerge.output.file import write_file
 from edgemerge.site.folder import SiteFolder
 from edgemerge.site.record import ModelRecord, now
 
-__all__ = ["Report"]
+__all__ = ["Report", "reporting"]
 
 GOOD = ("promoted", "refused", "unchanged")
 
@@ -104,3 +106,22 @@ class Report:
             write_file(path, json.dumps(self.as_json(), ensure_ascii=False, indent=1).encode())
         except OutputError as error:
             self.failures.append(f"the report was not written: {error}")
+
+
+@contextmanager
+def reporting(site: Site) -> Iterator[None]:
+    """Report what keeps an update from its start, and raise it; `Update.run` reports what comes later.
+
+    Parameters
+    ----------
+    site : Site
+        Of the device.
+    """
+    try:
+        yield
+    except (EdgemergeError, OSError) as error:
+        report = Report(site.device, reason=str(error))
+        report.finish(SiteFolder(site.folder), site.reports)
+        for failure in report.failures:
+            error.add_note(failure)
+        raise

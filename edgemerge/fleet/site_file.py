@@ -6,6 +6,7 @@ Paths are taken from the folder of the file.
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Mapping
@@ -336,8 +337,12 @@ class _SiteReader:
             return None
         table = self.table(value, ("address", "key", "model"), "serve")
         address = self.values.text(table, "address", "serve.address").rstrip("/")
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path:
+        try:
+            parts = urlsplit(address)
+            is_sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # of a bracket, or of a port
+            is_sound = False
+        if not is_sound or parts.path:
             self.fail(f"serve.address is {address!r}; give it as http://127.0.0.1:8080", "serve")
         model = None if "model" not in table else self.values.text(table, "model", "serve.model")
         key = None if "key" not in table else self.file(table["key"], "serve.key")
@@ -374,7 +379,7 @@ class _SiteReader:
             self.fail(f"{where} is missing; give a path", where)
         if not isinstance(value, str) or not value or "\0" in value:
             self.fail(f"{where} is {brief(value)}; give a path", where)
-        return self.path.parent / value
+        return self.path.parent / os.path.expanduser(value)
 
     def existing(self, value: Any, where: str) -> Path:
         path = self.place(value, where)

@@ -311,5 +311,9 @@ def roll_back_by_hand(
         ]
         digest = known[0]["digest"] if known else (folder.settled() or {}).get("digest", "")
         trying = {"digest": digest, "step": "roll_back", "id": current, "reason": reason}
-        Switch(site, folder, examiner, server, report).go(trying)
+        try:
+            Switch(site, folder, examiner, server, report).go(trying)
+        except KeyboardInterrupt as error:
+            error.add_note("the roll back has begun; run edgemerge update, which ends it")
+            raise
     return report

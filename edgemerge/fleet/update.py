@@ -27,6 +27,7 @@ from edgemerge.fleet.switch import Switch
 from edgemerge.merging.run import merge
 from edgemerge.site.folder import SiteFolder
 from edgemerge.site.lock import Busy
+from edgemerge.site.ownership import is_own
 from edgemerge.site.record import ID_DIGITS, ModelRecord, Score, now
 
 __all__ = ["Update"]
@@ -99,7 +100,8 @@ class Update:
     def _fail(self, reason: str) -> None:
         self._report.outcome, self._report.reason = "failed", reason
         try:
-            self._log("failed", reason=reason)
+            if is_own(self._folder.path):
+                self._log("failed", reason=reason)
         except OutputError as error:  # the report may go to another disk
             self._report.failures.append(str(error))
         self._report.finish(self._folder, self._site.reports)
@@ -174,7 +176,8 @@ class Update:
     # -- the merge and the questions ---------------------------------------------------------------
 
     def _make_and_judge(self, declared: Declared, trying: Mapping[str, Any]) -> None:
-        self._clear_inputs(declared)
+        names = [one.entry.file_name for one in declared.found if one.entry is not None]
+        self._folder.clear_inputs(names)  # of other states
         with self._switch.timed("fetch"):
             found, n_bytes = fetch_all(
                 declared.found, self._registry, self._folder, self._progress("fetching")
@@ -242,13 +245,6 @@ class Update:
         self._folder.try_({**trying, "id": name})
         self._folder.add(output, record)
         return record
-
-    def _clear_inputs(self, declared: Declared) -> None:
-        """Remove what was fetched for other states."""
-        names = [one.entry.file_name for one in declared.found if one.entry is not None]
-        for path in self._folder.inputs.iterdir():
-            if not path.name.startswith(tuple(names)):
-                path.unlink()
 
     def _judge(self, declared: Declared, record: ModelRecord) -> tuple[ModelRecord, Verdict]:
         """Ask the model that serves, or before the first promotion the base, and the new one."""

@@ -186,6 +186,11 @@ def _read_rule(how: str, density: float | None, *, by_count: bool) -> Rule:
         )
     if not 0.0 <= density <= 1.0:
         raise RecipeError(f"the density is {density}; give a number from 0 to 1", field="density")
+    if not density and kind.startswith("dare"):
+        raise RecipeError(
+            f"{how} divides what it keeps by the density, which is 0; give one above 0",
+            field="density",
+        )
     return Rule(kind, density, by_count)
 
 

@@ -70,7 +70,8 @@ def low_rank_forms(
         lost[change.name] += total - kept
         if extracted is not None:
             found.setdefault(change.name, []).append(extracted)
-    alpha = float(max(one.rank for experts in found.values() for one in experts))
+    ranks = [one.rank for experts in found.values() for one in experts]
+    alpha = float(max(ranks, default=1))  # only vectors may have changed
     forms = []
     for one in matrices:
         parts = factor_parts(base, found[one.change.name], spool, FACTOR_TYPE, alpha)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edgemerge.errors import FormatError
+from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.quants.finite import find_non_finite
-from edgemerge.types import Progress, Source
+from edgemerge.types import Progress, Source, TensorJob
 
-__all__ = ["check_finite", "say_damaged"]
+__all__ = ["check_finite", "say_damaged", "say_undefined"]
 
 PIECE = 1 << 20  # bytes that are read at once; one row at least
 
@@ -54,4 +54,15 @@ def say_damaged(path: Path, name: str, what: str, index: int) -> FormatError:
         f"holds {what} at index {index}; that model is damaged, get it again",
         path=path,
         tensor=name,
+    )
+
+
+def say_undefined(job: TensorJob) -> MismatchError:
+    """Make the error for a result of finite inputs that is NaN."""
+    settings = [f"{name}: {str(value).lower()}" for name, value in job.settings.items()]
+    given = f" with {', '.join(settings)}" if settings else ""
+    return MismatchError(
+        f"{job.method} has no result for the tensor {job.out.name!r}{given}: some of it is NaN; use other "
+        "settings or weights, or another method",
+        tensor=job.out.name,
     )

@@ -17,7 +17,7 @@ from edgemerge.formats.quants.finite import find_non_finite
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH
 from edgemerge.merging.input_rows import find_on_base
-from edgemerge.merging.soundness import say_damaged
+from edgemerge.merging.soundness import say_damaged, say_undefined
 from edgemerge.merging.token_rows import TokenRowReader
 from edgemerge.merging.traffic import PartResult, Traffic
 from edgemerge.methods.blocks import NON_FINITE, Block, least_overflow
@@ -384,6 +384,8 @@ class TensorStream:
             largest = float(np.abs(values).max())
             if not self._checks_inputs:  # an input may be the cause, and is then named
                 self._check_inputs(block)
+            if np.isnan(largest) and not (self._takes_deltas and self._n_overflows[0]):
+                raise say_undefined(self.job)
             raise MismatchError(
                 f"the merged tensor {self.job.out.name!r} reaches {largest:g}, "
                 f"which {dtype} cannot hold; use --type BF16 or F32, or smaller weights",

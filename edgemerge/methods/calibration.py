@@ -153,8 +153,8 @@ def _measure(
     """Turn the vectors into singular ones. Return by how much of its part each direction changes, (rank,)."""
     (rank, n_cols), n_experts = directions.vectors.shape, len(stream.job.experts)
     grams = stream.group.row_sum((rank, rank))
-    sums = [directions.sum_of_rows(0) for _ in range(n_experts)]
-    responses = stream.take((n_experts, rank, n_cols), np.float32).view(np.float32)
+    responses = list(stream.take((n_experts, rank, n_cols), np.float32).view(np.float32))
+    sums = [directions.sum_of_rows(response) for response in responses]
     for block in stream.blocks():
         found = directions.project(0, merged(block))
         directions.add_gram(grams, block, found)
@@ -165,7 +165,7 @@ def _measure(
     directions.turn(rotation, vectors)
     dots = np.empty((n_experts, rank, 3))
     for total, response, own in zip(sums, responses, dots, strict=True):
-        total.copy_total(response)
+        total.copy_to(response)
         directions.turn(rotation, response)
         gram.row_dots(vectors.reshape(-1), response.reshape(-1), n_cols, lanes, own)
     dots[..., 1] *= factors[:, None]
@@ -198,11 +198,11 @@ def _counts(squares: Float64, dots: Float64, most: int) -> Float64:
 
 
 def calibration_memory(job: TensorJob, *, copies: bool = True) -> WorkingMemory:
-    """Count the bytes of directions, of responses and their sums, and of `Copies` unless there are some."""
+    """Count the bytes of directions, of responses, and of `Copies` unless there are some."""
     if not is_calibrated(job):
         return WorkingMemory()
     rank = int(float(job.settings["svc_rank"]))
     fixed, per_row = direction_memory(job, [rank])
     responses = 4 * min(rank, job.out.n_rows, job.n_cols) * job.n_cols * len(job.experts)
     per_row += copies_memory(job) if copies else 0
-    return WorkingMemory(fixed + 2 * responses + 8 * SUM_LANES, per_row)
+    return WorkingMemory(fixed + responses + 8 * SUM_LANES, per_row)

@@ -72,9 +72,9 @@ def multislerp_factors(grams: Float64, weights: Float64, eps: float) -> Float64:
     norms = [math.sqrt(x) for x in np.diagonal(grams)]
     if not any(norms):
         return np.zeros(len(weights))
-    pulls = [w / (norm + eps) for w, norm in zip(weights, norms, strict=True)]
+    pulls = [w / (norm + eps) if norm else 0.0 for w, norm in zip(weights, norms, strict=True)]
     length = math.sqrt(max(0.0, _quadratic(pulls, grams)))
-    if length < eps:
+    if length <= eps:
         if len(weights) == 2:
             return weights
         raise MismatchError(
@@ -97,7 +97,7 @@ def karcher_factors(grams: Float64, max_iter: int, tol: float) -> Float64:
     max_iter : int
         Steps at most.
     tol : float
-        Norm below which a tensor has no direction, a mean is none, and a step is the last.
+        Norm up to which a tensor has no direction, a mean is none, and a step is the last.
     """
     norms = [math.sqrt(x) for x in np.diagonal(grams)]
     factors = np.zeros(len(norms))
@@ -116,7 +116,7 @@ def _karcher_mean(units: Sequence[Sequence[float]], max_iter: int, tol: float) -
     n = len(units)
     factors = [1.0 / n] * n
     length = _norm(_combine(factors, units))
-    factors = [1.0] + [0.0] * (n - 1) if length < tol else [x / length for x in factors]
+    factors = [1.0] + [0.0] * (n - 1) if length <= tol else [x / length for x in factors]
     for _ in range(max_iter):
         mean = _combine(factors, units)
         step = [0.0] * n
@@ -131,7 +131,7 @@ def _karcher_mean(units: Sequence[Sequence[float]], max_iter: int, tol: float) -
             step = [s - pull * cosine * x for s, x in zip(step, factors, strict=True)]
             step[m] += pull
         size = _norm(_combine(step, units))
-        if size < tol:
+        if size <= tol:
             break
         turn = math.sin(size) / size
         factors = [math.cos(size) * x + turn * s for x, s in zip(factors, step, strict=True)]

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgemerge.methods.blocks import SUM_LANES, Block, BlockStream
 from edgemerge.methods.method import Described, WorkingMemory
-from edgemerge.methods.shared_tensor import RowSum
+from edgemerge.methods.shared_tensor import LargeSum, RowSum
 from edgemerge.native import KernelFile
 from edgemerge.types import Float32, Float64, TensorJob
 
@@ -26,6 +26,7 @@ products, small = KernelFile("matrix_products"), KernelFile("small_matrices")
 
 POWER_STEPS = 2  # passes that find directions
 SCRATCH_SHAPE = 4 + 64, 512 + 16  # 4 + DEPTH, WIDTH of kernels/matrix_products.py
+SIGNS = 1 << 14  # random signs that are made at once
 NOTHING = 1e-10  # squared singular value, of the largest, that is rounding
 
 DIRECTION_KERNELS = (
@@ -73,6 +74,7 @@ class Directions:
         self._stream = stream
         shape = (ends[-1], out.n_cols)
         self.vectors = stream.take(shape, np.float32).view(np.float32)
+        self._sums = stream.take(shape, np.float32).view(np.float32)
         self._turned = stream.take((max(ranks), out.n_cols), np.float32).view(np.float32)
         n_products = ends[-1] * max(1, stream.job.rows_per_block)
         self._products = stream.take((n_products,), np.float32).view(np.float32)
@@ -100,14 +102,14 @@ class Directions:
         """
         which = range(len(self.parts)) if which is None else which
         for i in which:
-            self.of(i)[:] = _first_vectors(*self.of(i).shape)
+            _fill_first(self.of(i))
         for _ in range(POWER_STEPS):
-            sums = [self.sum_of_rows(i) for i in which]
+            sums = [self.sum_of_rows(self._sums[self.parts[i]]) for i in which]
             for block in self._stream.blocks():
                 for i, total, rows in zip(which, sums, matrices(block), strict=True):
                     self.add(total, block, self.project(i, rows), rows)
             for i, total in zip(which, sums, strict=True):
-                total.copy_total(self.of(i))
+                total.copy_to(self.of(i))
                 products.orthonormalise(self.of(i), self._lanes)
 
     def project(self, i_matrix: int, rows: Float32) -> Float32:
@@ -129,11 +131,11 @@ class Directions:
         n_rows = matrices[0].size // n_cols
         return self._products[: n_vectors * n_rows].reshape(n_vectors, n_rows)
 
-    def sum_of_rows(self, i_matrix: int) -> RowSum:
-        """Return a new sum for `add`, of (rank, n_cols) float32."""
-        return self._stream.group.row_sum(self.of(i_matrix).shape, np.float32)
+    def sum_of_rows(self, own: Float32) -> LargeSum:
+        """Return a new sum for `add`, of (rank, n_cols) float32, which may lie in a worker's own memory."""
+        return self._stream.group.large_sum(own)
 
-    def add(self, total: RowSum, block: Block, found: Float32, rows: Float32) -> None:
+    def add(self, total: LargeSum, block: Block, found: Float32, rows: Float32) -> None:
         """Add to a sum the products of a block with its rows of any matrix: `total += found @ rows`."""
         table = rows.reshape(-1, self.vectors.shape[1])
         total.add_by(
@@ -188,6 +190,12 @@ class Directions:
         out[:] = 0
         products.add_product(left, right, self._scratch[:4], out)
 
+    def mix(self, found: Float32, mixing: Float64) -> Float32:
+        """Return products, (q, n_rows), times a matrix as (n_rows, q), which lies in the products' place."""
+        by_rows, mixed = self.transposed(found), found.reshape(found.shape[::-1])
+        self.multiply(by_rows, mixing.astype(np.float32), mixed)
+        return mixed
+
     def turn(self, rotation: Float64, matrix: Float32) -> None:
         """Replace the rows of a matrix, (rank, n_cols), by `rotation @ matrix`."""
         turned = self._turned[: len(matrix)]
@@ -229,22 +237,31 @@ def eigenvectors(gram: Float64) -> tuple[Float64, Float64]:
 
 
 def direction_memory(job: TensorJob, ranks: Sequence[int]) -> WorkingMemory:
-    """Count the bytes of `Directions`, and of the sums of two steps that may be there at once."""
+    """Count the bytes of `Directions`."""
     ranks = [min(rank, job.out.n_rows, job.n_cols) for rank in ranks]
     n_vectors = sum(ranks)
-    fixed = 4 * job.n_cols * (3 * n_vectors + max(ranks)) + 4 * SCRATCH_SHAPE[0] * SCRATCH_SHAPE[1]
+    fixed = 4 * job.n_cols * (2 * n_vectors + max(ranks)) + 4 * SCRATCH_SHAPE[0] * SCRATCH_SHAPE[1]
     fixed += 8 * SUM_LANES + 8 * 8 * n_vectors**2  # Gram matrices, their roots and products
     return WorkingMemory(fixed, 2 * 4 * n_vectors)
 
 
-def _first_vectors(rank: int, n_cols: int) -> Float32:
-    return _random_signs(rank, n_cols) if rank < n_cols else np.eye(n_cols, dtype=np.float32)
+def _fill_first(vectors: Float32) -> None:
+    """Write the vectors that a search begins with, (rank, n_cols): random ones, or those of a base."""
+    rank, n_cols = vectors.shape
+    if rank == n_cols:
+        vectors[:] = 0
+        np.fill_diagonal(vectors, 1)
+        return
+    values = vectors.reshape(-1)
+    for start in range(0, values.size, SIGNS):
+        part = values[start : start + SIGNS]
+        part[:] = _random_signs(start, part.size)
 
 
-def _random_signs(n_rows: int, n_cols: int) -> Float32:
-    """Return a matrix of 1 and -1, the same with every version of NumPy (splitmix64)."""
-    x = np.arange(1, n_rows * n_cols + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+def _random_signs(first: int, n: int) -> Float32:
+    """Return numbers of a series of 1 and -1, the same with every version of NumPy (splitmix64)."""
+    x = np.arange(first + 1, first + n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     signs = (x >> np.uint64(63)).astype(np.float32)
-    return (np.float32(1) - np.float32(2) * signs).reshape(n_rows, n_cols)
+    return np.float32(1) - np.float32(2) * signs

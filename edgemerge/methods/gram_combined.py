@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from edgemerge.errors import MismatchError
+from edgemerge.errors import MismatchError, RecipeError
 from edgemerge.methods.blocks import Block, BlockStream, model_weights
 from edgemerge.methods.coefficients import (
     karcher_factors,
@@ -219,6 +219,12 @@ def _multislerp(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
 def _check_multislerp(tensor: Described) -> None:
     if tensor.settings["normalize_weights"] and len(tensor.experts) > 1:
         check_weights(tensor, "change them or set normalize_weights: false")
+    _check_norm(tensor, "eps")
+
+
+def _check_norm(tensor: Described, name: str) -> None:
+    if float(tensor.settings[name]) < 0:
+        raise RecipeError(f"{name} must not be below 0, as it is a norm", field=name)
 
 
 def _several_passes(tensor: Described) -> int:
@@ -262,6 +268,10 @@ def _karcher(stream: BlockStream) -> Iterator[tuple[Block, Float32]]:
     yield from _combine(stream, karcher_factors(survey_gram(stream), max_iter, tol))
 
 
+def _check_karcher(tensor: Described) -> None:
+    _check_norm(tensor, "tol")
+
+
 KARCHER = Method(
     "karcher",
     "Karcher mean of the models' directions at their mean length; a base is one more model",
@@ -275,6 +285,7 @@ KARCHER = Method(
     merges_base=True,
     passes=_two_passes,
     memory=gram_memory,
+    check=_check_karcher,
     copies=_is_alone,
 )
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,13 +87,10 @@ class RowSum:
     are added.
     """
 
-    def __init__(
-        self, group: ThreadGroup, shape: tuple[int, ...], dtype: type[np.generic] = np.float64
-    ) -> None:
+    def __init__(self, group: ThreadGroup, shape: tuple[int, ...]) -> None:
         self._group = group
-        self._sum = np.zeros(shape, dtype)
+        self._sum: Float64 = np.zeros(shape)
         self._next = 0  # block whose turn it is
-        self._n_copies = 0
 
     def add(self, i_block: int, rows_f64: Float64) -> Float64:
         """Add a block's rows one after the other. Waits until all blocks before it are added.
@@ -119,14 +115,14 @@ class RowSum:
         rows = rows_f64.reshape(len(rows_f64), -1)
         before = np.empty_like(self._sum)
 
-        def add_rows(total: NDArray[Any]) -> None:
+        def add_rows(total: Float64) -> None:
             before[...] = total
             gram.add_rows(rows, total.reshape(-1))
 
         self.add_by(i_block, add_rows)
         return before
 
-    def add_by(self, i_block: int, add: Callable[[NDArray[Any]], None]) -> None:
+    def add_by(self, i_block: int, add: Callable[[Float64], None]) -> None:
         """Let a function add a block's rows to the sum of the rows before it; otherwise as `add`.
 
         Parameters
@@ -142,20 +138,11 @@ class RowSum:
             self._next += 1
             self._group.changed.notify_all()
 
-    def total(self) -> NDArray[Any]:
+    def total(self) -> Float64:
         """Return the sum over the tensor. Waits until all blocks are added; raises `Stopped` as `add`."""
         with self._group.changed:
             self._wait_for(self._group.n_blocks)
             return self._sum
-
-    def copy_total(self, out: NDArray[Any]) -> None:
-        """Write the sum over the tensor as `total` returns it. A large sum is freed after the last copy."""
-        with self._group.changed:
-            self._wait_for(self._group.n_blocks)
-            out[...] = self._sum
-            self._n_copies += 1
-            if self._n_copies == self._group.n_workers:
-                self._sum = np.empty(0, self._sum.dtype)
 
     def _wait_for(self, i_block: int) -> None:
         self._group.wait_for(lambda: self._next == i_block)
@@ -224,9 +211,9 @@ class GroupThread:
             self._group.next_block += 1
         return number
 
-    def row_sum(self, shape: tuple[int, ...], dtype: type[np.generic] = np.float64) -> RowSum:
+    def row_sum(self, shape: tuple[int, ...]) -> RowSum:
         """Return a new sum over rows, the same object for all workers of the group."""
-        found = self._next_sum(lambda: RowSum(self._group, shape, dtype))
+        found = self._next_sum(lambda: RowSum(self._group, shape))
         assert isinstance(found, RowSum)
         return found
 

@@ -12,7 +12,8 @@ Iso-C (Marczak et al. 2025)
 Iso-CTS
     A fifth of the directions is the experts' own: the first of what each change is beside the common ones.
     All become orthonormal, with one singular value. The paper takes the common part off on the left. Here it
-    comes off on the right, where it can be done row by row.
+    comes off on the right, where it can be done row by row. A matrix that has no more rows or columns than
+    there are experts has no room for all of this, and is added.
 """
 
 from __future__ import annotations
@@ -213,9 +214,7 @@ def _mix(
     change: Float32,
 ) -> None:
     """Add `products @ mixing @ vectors` to the change of a block."""
-    by_rows = directions.transposed(directions.project_all(matrices))
-    mixed = np.empty_like(by_rows)
-    directions.multiply(by_rows, mixing.astype(np.float32), mixed)
+    mixed = directions.mix(directions.project_all(matrices), mixing)
     directions.add_vectors(directions.vectors, mixed, change)
 
 
@@ -281,7 +280,7 @@ def _method(
         more = calibration_memory(job, copies=False)
         return WorkingMemory(
             fixed + 8 * SUM_LANES + more.fixed,
-            per_row + copies_memory(job) + 4 * sum(ranks(job)) + more.per_row,
+            per_row + copies_memory(job) + more.per_row,
         )
 
     def decomposes(tensor: Described) -> Sequence[int]:
@@ -291,7 +290,14 @@ def _method(
         return own if len(own) == 1 else (*own, sum(own), sum(own))
 
     def check(tensor: Described) -> None:
-        if is_calibrated(tensor) and not float(tensor.settings["rank"]):
+        n_experts, rank = len(tensor.experts), float(tensor.settings["rank"])
+        if has_own and has_directions(tensor) and 0 < rank <= n_experts:
+            raise RecipeError(
+                f"{name} takes a rank above its {n_experts} expert{'s' * (n_experts > 1)}, each of which has "
+                f"a direction of its own; give rank: {n_experts + 1} or more",
+                field="rank",
+            )
+        if is_calibrated(tensor) and not rank:
             raise RecipeError(
                 f"with rank: 0 {name} only adds, and has nothing for svc to calibrate; "
                 "use task_arithmetic with svc",

@@ -14,7 +14,8 @@ paper
     symmetric. It returns expert A wherever the task vectors are orthogonal, as those of independent
     fine-tunes are, and loses what only B changed. It is kept for comparison.
 stock
-    u = t w / sum(w), t = N c / (1 + (N - 1) c), c the mean pairwise cosine: Model Stock (Jang et al. 2024).
+    u = t w / sum(w) over the N active models, t = N c / (1 + (N - 1) c), c the mean cosine of their pairs:
+    Model Stock (Jang et al. 2024). A change that only one expert made is kept whole.
 linear
     u = w / sum(w) over the active models.
 
@@ -67,7 +68,7 @@ def factors(grams: Float64, weights: Float64, weighting: str) -> Float64:
     total = _sum(fractions)[..., None]
     fractions = np.divide(fractions, total, out=np.zeros_like(fractions), where=total != 0)
     if weighting == "stock":
-        return np.asarray(fractions * _stock_step(cosines)[..., None])
+        return np.asarray(fractions * _stock_step(cosines, active)[..., None])
     if weighting == "agreement":
         agreed = np.clip(cosines, 0.0, 1.0)
         energy = _sum(fractions * _sum(agreed * fractions[..., None, :]))
@@ -111,17 +112,18 @@ def _cosines(grams: Float64, norms: Float64, active: NDArray[np.bool_]) -> Float
     return cosines
 
 
-def _stock_step(cosines: Float64) -> Float64:
-    """Model Stock's interpolation from the base to the mean; 0 where its denominator vanishes."""
-    n = cosines.shape[-1]
-    if n == 1:
-        return np.ones(cosines.shape[:-2])
+def _stock_step(cosines: Float64, active: NDArray[np.bool_]) -> Float64:
+    """Model Stock's interpolation from the base to the mean of the active models.
+
+    It is 1 for one model, whose change is kept whole, and 0 where its denominator vanishes.
+    """
+    n = np.count_nonzero(active, axis=-1)
     off_diagonal = _sum(_sum(cosines)) - _sum(np.diagonal(cosines, axis1=-2, axis2=-1))
-    mean = off_diagonal / (n * (n - 1))
+    mean = off_diagonal / np.maximum(1, n * (n - 1))
     divisor = 1.0 + (n - 1) * mean
     step: Float64 = np.zeros_like(mean)
     np.divide(n * mean, divisor, out=step, where=np.abs(divisor) >= 1e-6)
-    return step
+    return np.where(n == 1, 1.0, step)
 
 
 def _sum(x: Float64) -> Float64:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.finding.cache import folder_name
+from edgemerge.formats.constants import is_constant
 from edgemerge.formats.gguf.kind import check_is_model
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT, note_vocabularies
@@ -22,6 +23,7 @@ __all__ = [
     "layer_settings",
     "missing_tensor",
     "read_tensor",
+    "same_constant",
     "same_scale",
     "same_shape",
     "same_width",
@@ -119,6 +121,7 @@ def check_models(
                 "only fine-tunes of one architecture can be merged"
             )
         _check_hyper_parameters(first, other, notes)
+        notes += _note_constants(first, other)
     owner = vocabulary or first
     for source in sources:
         if source is not owner and not by_text:
@@ -143,6 +146,31 @@ def _check_hyper_parameters(first: Source, other: Source, notes: list[str]) -> N
         notes.append(
             f"{key} is {left} in {folder_name(first.path)} and {right} in {folder_name(other.path)}"
         )
+
+
+def _note_constants(first: Source, other: Source) -> Iterator[str]:
+    """Say which constants are not the same; some models have the scaling of their rope nowhere else."""
+    left, right = folder_name(first.path), folder_name(other.path)
+    end = "as a constant it is neither merged nor part of a delta or an adapter"
+    for name in dict.fromkeys(filter(is_constant, (*first.specs(), *other.specs()))):
+        owners = [source for source in (first, other) if name in source.specs()]
+        if len(owners) == 1:
+            lacking = right if owners[0] is first else left
+            yield f"{folder_name(owners[0].path)} has {name} and {lacking} has not; {end}"
+        elif not same_constant(name, first, other):
+            yield f"{name} is not the same in {left} and {right}; {end}"
+
+
+def same_constant(name: str, left: Source, right: Source) -> bool:
+    """Tell whether a constant of two models is the same but for the last place; reads it, a few bytes."""
+    first, second = left.specs()[name], right.specs()[name]
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    stored = read_tensor(left, name), read_tensor(right, name)
+    if stored[0] == stored[1] or first.dtype != "F32":
+        return stored[0] == stored[1]
+    ours, theirs = (np.frombuffer(raw, np.float32) for raw in stored)
+    return np.allclose(ours, theirs, rtol=1e-5, atol=0)
 
 
 def same_shape(

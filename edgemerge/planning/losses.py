@@ -28,7 +28,7 @@ from edgemerge.planning.compatibility import (
     is_scale,
     layer_settings,
     missing_tensor,
-    read_tensor,
+    same_constant,
     same_scale,
     same_shape,
     same_width,
@@ -234,12 +234,10 @@ def _losses(base: Source, model: Source) -> Iterator[str]:
             yield f"its {key}: {_instead(base, 'another list', key in ours)}"
         else:
             yield f"its {key} of {right}: {_instead(base, str(left), key in ours)}"
-    for name, spec in model.specs().items():
-        if not is_constant(name):
-            continue
+    for name in filter(is_constant, model.specs()):
         if name not in base.specs():
             yield f"its {name}: {folder_name(base.path)} has none"
-        elif spec != base.specs()[name] or read_tensor(base, name) != read_tensor(model, name):
+        elif not same_constant(name, base, model):
             yield f"its {name}: {folder_name(base.path)} has other values, which are taken"
 
 

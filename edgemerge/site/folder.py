@@ -14,6 +14,7 @@
     registry/           what was seen of the registry, so that it cannot be set back
     hashes.json         of the files that the site names, so that each is read once
     lock                locked by the process that changes the folder
+    .edgemerge-folder   says that the folder is a device's (`edgemerge.site.ownership`)
 
 Power may go at any moment. A file is written beside its name and renamed, then the folder is synced. The link
 is switched by one rename. `history` is written before the link is: its entries after the current model are of
@@ -26,7 +27,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,13 @@ from typing import Any
 from edgemerge.errors import FormatError, OutputError, RecipeError
 from edgemerge.formats.json_file import parse_object, read_object
 from edgemerge.output.file import finishing, sync_folder, write_file
+from edgemerge.site import ownership
 from edgemerge.site.lock import lock_folder
 from edgemerge.site.log import append_event, last_events
-from edgemerge.site.record import ID_DIGITS, ModelRecord, read_record, record_of_file
+from edgemerge.site.record import ModelRecord, read_record, record_of_file
 
 __all__ = ["SiteFolder"]
 
-CURRENT = "current.gguf"
 RECENT = 50  # lines of the log among which the last switch is looked for
 
 
@@ -62,11 +63,10 @@ class SiteFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.current_path = path / CURRENT
-        self.models = path / "models"
-        self.inputs = path / "inputs"
-        self.work = path / "work"
-        self.answers = path / "answers"
+        self.current_path = path / ownership.CURRENT
+        self.models, self.inputs, self.work, self.answers = (
+            path / name for name in ownership.CLEARED
+        )
         self.registry, self.hashes = path / "registry", path / "hashes.json"
         self._history, self._log = path / "history", path / "log.jsonl"
         self._trying, self._settled = path / "trying.json", path / "settled.json"
@@ -77,8 +77,9 @@ class SiteFolder:
         Raises
         ------
         OutputError
-            They cannot be made.
+            They cannot be made, or something of somebody else lies there.
         """
+        ownership.check_free(self.path)
         try:
             for folder in (self.path, self.models, self.inputs, self.work, self.answers):
                 folder.mkdir(exist_ok=True, parents=folder is self.path)
@@ -87,6 +88,7 @@ class SiteFolder:
                 f"cannot be made ({error.strerror}); name a folder on a disk that can be written to",
                 path=self.path,
             ) from error
+        ownership.mark_own(self.path)
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Be the one process that changes the folder; see `edgemerge.site.lock.lock_folder`."""
@@ -168,7 +170,8 @@ class SiteFolder:
     def prune(self, keep: int) -> list[str]:
         """Remove all but the newest models; that which serves, and the one before it, always stay.
 
-        Models that nobody has decided about stay too: somebody made them on the page.
+        Models that nobody has decided about stay too: somebody made them on the page. What has no record is
+        somebody else's.
 
         Answers of models that are not here go too; before the first promotion, those of the base stay.
 
@@ -186,25 +189,35 @@ class SiteFolder:
         latest = list(dict.fromkeys(reversed(history)))
         undecided = [one.id for one in self.records() if one.decision is None]
         stay = {*latest[: max(2, keep)], *undecided}
-        removed = [
-            path.stem for path in sorted(self.models.glob("*.gguf")) if path.stem not in stay
-        ]
+        names = sorted(
+            one.stem for one in self.models.glob("*.json") if ownership.ID.fullmatch(one.stem)
+        )
+        removed = [name for name in names if name not in stay and self.has_model(name)]
         for name in removed:
             self.drop(name)
         for path in self.answers.iterdir():
-            if history and not self.has_model(path.name[:ID_DIGITS]):
+            of = ownership.ANSWERS.fullmatch(path.name)
+            if history and of and not self.has_model(of[1]):
                 path.unlink()
         known = [one.id for one in self.records()]
         without = [name for name in known if not self.has_model(name)][:keep]
-        for path in sorted(self.models.glob("*.json")):
-            if path.stem not in without and not self.has_model(path.stem):
-                path.unlink()
+        for name in names:
+            if name not in without and not self.has_model(name):
+                (self.models / f"{name}.json").unlink()
         return removed
+
+    def clear_inputs(self, keep: Collection[str]) -> None:
+        """Remove what was fetched, but for files whose names begin with one of `keep`."""
+        for path in self.inputs.iterdir():
+            if ownership.FETCHED.fullmatch(path.name) and not path.name.startswith(tuple(keep)):
+                path.unlink()
 
     def clear_work(self, keep: str | None = None) -> None:
         """Remove files in the making, but for those whose names begin with `keep`."""
         for path in self.work.iterdir():
-            if keep is None or not path.name.startswith(keep):
+            if ownership.WORK.fullmatch(path.name) and (
+                keep is None or not path.name.startswith(keep)
+            ):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     # -- which one serves --------------------------------------------------------------------------
@@ -215,9 +228,12 @@ class SiteFolder:
         if current is None:
             return []
         try:
-            names = self._history.read_text(encoding="ascii").split()
+            names = self._history.read_text(encoding="ascii", errors="replace").split()
         except FileNotFoundError:
             names = []
+        names = [
+            name for name in names if ownership.ID.fullmatch(name)
+        ]  # not what a bad card made of them
         if current not in names:
             return [current]
         end = len(names) - names[::-1].index(current)
@@ -309,7 +325,8 @@ class SiteFolder:
         self.append_log({"event": "repaired", "id": name, "reason": record.reason})
 
     def _point_to(self, name: str) -> None:
-        link = self.path / f"{CURRENT}.new"
+        ownership.check_link(self.current_path)
+        link = self.path / f"{ownership.CURRENT}.new"
         with finishing(self.current_path):
             link.unlink(missing_ok=True)
             link.symlink_to(self.model_path(name).relative_to(self.path))

@@ -29,7 +29,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """
     path = folder / "lock"
     try:
-        file = path.open("w")
+        file = path.open("a")
     except OSError as error:
         raise OutputError(
             f"cannot be written ({error.strerror}); see to its disk, or to who owns it", path=path

@@ -44,6 +44,8 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(device: Path) -> Non
     update(device, KnowingExaminer(better))
     told = json.loads(run("update", device, "--dry-run", "--json").stdout)
     assert (told["does"], told["serves"]) == ("unchanged", folder_of(device).current_id())
+    told = json.loads(run("update", device, "--dry-run", "--json", "--again").stdout)
+    assert told["does"] == "merges"
 
 
 def test_a_dry_run_says_what_the_update_would_complain_of(device: Path) -> None:
@@ -60,6 +62,17 @@ def test_a_dry_run_says_what_the_update_would_complain_of(device: Path) -> None:
     done = run("update", device)
     assert (done.returncode, done.stdout.count("\n")) == (1, 2)
     assert "cannot be made (File exists); name a folder" in done.stdout
+
+
+def test_a_key_that_cannot_be_used_is_reported(device: Path) -> None:
+    (device.parent / "key").write_text("two words\n")
+    serve = {"address": "http://127.0.0.1:9", "key": "key"}
+    write_site(device.parent, reports=".", serve=serve)
+    done = run("update", device)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    told = json.loads((device.parent / "ward-3.json").read_text())
+    assert told["outcome"] == "failed"
+    assert done.stderr == f"edgemerge: {told['reason']}\n"
 
 
 def test_the_units_of_systemd(device: Path) -> None:

@@ -203,8 +203,10 @@ def test_a_key_that_refreshes_states_the_date_that_readers_keep_to(site: Site) -
         RecipeError, match=r"until 2026-08-30, .* give publish --refresh a publisher"
     ):
         refresh(site.at(NOW + 91 * DAY, "refresher"))
-    refresh(site.at(NOW + 91 * DAY))
-    site.reader(now=NOW + 91 * DAY).refresh()
+    folder = site.at(NOW + 91 * DAY, "refresher", "publisher")  # both: the publisher's key counts
+    refresh(folder)
+    assert folder.until == NOW + 181 * DAY
+    site.reader(now=NOW + 180 * DAY).refresh()
 
 
 def test_the_root_is_made_where_the_publishers_key_is_not(tmp_path: Path) -> None:

@@ -138,6 +138,7 @@ def test_what_cannot_be_read_is_not_published(site: Site, tmp_path: Path) -> Non
     (tmp_path / "cut.gguf").write_bytes(write_delta(tmp_path / "x.gguf").read_bytes()[:-9])
     write_delta(tmp_path / "imatrix.gguf", kind="imatrix")
     split = gguf.GGUFWriter(tmp_path / "m-00001-of-00002.gguf", "llama")
+    split.add_type("model")
     split.add_uint16("split.count", 2)
     split.add_uint16("split.no", 0)
     split.write_header_to_file()
@@ -154,6 +155,8 @@ def test_what_cannot_be_read_is_not_published(site: Site, tmp_path: Path) -> Non
     ):
         with pytest.raises(EdgemergeError):
             publish(site.at(NOW), tmp_path / name, Asked("lab", "1"), ignore)
+    with pytest.raises(FormatError, match="join it with edgemerge convert --type keep"):
+        read_offer(tmp_path / "m-00001-of-00002.gguf")
     assert site.reader().entries() == before
 
 

@@ -77,6 +77,17 @@ def test_the_folder_is_beside_the_file_by_default(folder: Path) -> None:
     assert read_site(write_site(folder, folder=None)).folder == folder
 
 
+def test_the_home_folder_is_meant_by_its_sign(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    path = write_site(folder, folder="~/edge", base={"path": "~/base.gguf"}, reports="~")
+    site = read_site(path)
+    assert site.base is not None
+    assert (site.folder, site.base.path) == (folder / "edge", folder / "base.gguf")
+    assert site.reports == folder
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"expert": []}, "unknown key 'expert'; did you mean 'experts'"),
     "unknown key inside": ({"promote": {"margins": 2}}, "'margins'; did you mean 'margin'"),
@@ -104,6 +115,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "expect alone": ({"promote": {"smoke": {"expect": "x"}}}, "give ask too"),
     "keep": ({"keep": 1.5}, "a whole number from 1"),
     "address": ({"serve": {"address": "127.0.0.1:8080"}}, "give it as http://"),
+    "bracket": ({"serve": {"address": "http://[::1:8080"}}, "give it as http://"),
+    "port": ({"serve": {"address": "http://127.0.0.1:80800"}}, "give it as http://"),
     "device": ({"device": "../x"}, "a name of letters"),
     "twice": ({"texts": {"disease": "disease.jsonl"}}, "rename one"),
     "version": (

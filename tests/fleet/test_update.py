@@ -329,9 +329,11 @@ class FakeRegistry:
 def test_the_newest_of_a_registry_is_fetched(device: Path) -> None:
     def entry(name: str, version: str, source: str) -> FakeEntry:
         raw = (device.parent / source).read_bytes()
+        (device.parent / f"{name}-{version}.gguf").write_bytes(raw)
         from hashlib import sha256
 
-        return FakeEntry(name, version, source, len(raw), sha256(raw).hexdigest())
+        file_name = f"{name}-{version}.gguf"
+        return FakeEntry(name, version, file_name, len(raw), sha256(raw).hexdigest())
 
     registry = FakeRegistry(
         {
@@ -364,8 +366,8 @@ def test_the_newest_of_a_registry_is_fetched(device: Path) -> None:
         registry.entries["disease", "2"].n_bytes,
     )
     assert sorted(path.name for path in folder_of(device).inputs.iterdir()) == [
-        "b.gguf",
-        "base.gguf",
+        "disease-2.gguf",
+        "tiny-1.gguf",
     ]
     registry.entries["disease", "3"] = entry("disease", "3", "a.gguf")
     assert second.current is not None

@@ -158,6 +158,9 @@ def test_what_cannot_be_combined_is_refused(
     out = tmp_path / "out"
     assert "unknown combination 'x'; known are cat, linear" in refusal(adapters, out, how="x")
     assert "ties needs the part of the elements" in refusal(adapters, out, how="ties")
+    for how in ("dare_linear", "dare_ties_svd"):
+        said = refusal(adapters, out, how=how, density=0.0)
+        assert said == f"{how} divides what it keeps by the density, which is 0; give one above 0"
     assert "is a PEFT directory" in refusal(adapters, tmp_path / "out.gguf")
     assert "is no PEFT adapter" in refusal([(LLAMA, 1.0)], out)
     with pytest.raises(BudgetError, match="too small for these adapters"):

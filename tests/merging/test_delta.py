@@ -224,6 +224,43 @@ def test_a_tensor_that_did_not_change_is_not_stored(tmp_path: Path) -> None:
         make_delta(left, left, tmp_path / "none.gguf", DeltaSettings(bits=4))
 
 
+@pytest.mark.parametrize("asked", [DeltaSettings(rank=2), DeltaSettings(bits=1)])
+def test_only_vectors_may_have_changed(asked: DeltaSettings, tmp_path: Path) -> None:
+    base = wide_tensors(0)
+    norm = "blk.0.attn_norm.weight"
+    left = write_gguf(tmp_path / "a.gguf", base)
+    right = write_gguf(tmp_path / "b.gguf", {**base, norm: base[norm] + np.float32(1)})
+    make_delta(left, right, tmp_path / "delta.gguf", asked)
+    with closing(GgufModel(tmp_path / "delta.gguf")) as delta:
+        assert list(delta.specs()) == [norm]
+    found = read(f"{left}+{tmp_path / 'delta.gguf'}")
+    assert np.array_equal(found[norm], base[norm] + np.float32(1))
+
+
+def test_constants_that_are_not_the_same_are_told(tmp_path: Path) -> None:
+    """The scaling of a rope can lie in them alone, and BASE+DELTA has the base's."""
+    base, freqs = wide_tensors(0), np.ones(4, np.float32)
+    paths = {
+        name: write_gguf(tmp_path / f"{name}.gguf", {**found, "rope_freqs.weight": values})
+        for name, found, values in (
+            ("base", base, freqs),
+            ("long", wide_tensors(1, base), 8 * freqs),
+            ("near", wide_tensors(1, base), freqs * np.float32(1.000001)),
+        )
+    }
+    notes = {
+        name: make_delta(
+            paths["base"], paths[name], tmp_path / "d", DeltaSettings(bits=1), force=True
+        )
+        for name in ("long", "near")
+    }
+    assert notes["near"].notes == ()
+    assert notes["long"].notes == (
+        "rope_freqs.weight is not the same in base.gguf and long.gguf; as a constant it is neither merged "
+        "nor part of a delta or an adapter",
+    )
+
+
 @pytest.mark.parametrize("owner", ["base", "expert"])
 def test_one_may_have_a_head_of_its_own(owner: str, tmp_path: Path) -> None:
     base = wide_tensors(0)

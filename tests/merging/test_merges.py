@@ -142,6 +142,19 @@ def test_overflow_is_an_error_or_does_not_happen(method: str, run: Run, tmp_path
         assert all(np.isfinite(x).all() for x in load_gguf(output).values())
 
 
+def test_a_result_of_finite_inputs_that_is_none_is_no_matter_of_types(
+    run: Run, tmp_path: Path
+) -> None:
+    huge = edit_hub(BASE, tmp_path / "huge", lambda _, x: np.full_like(x, 3e38))
+    with pytest.raises(MismatchError) as caught:
+        run("linear", [(huge, {"weight": 2.0}), (huge, {"weight": -2.0})], normalize=False)
+    assert caught.value.tensor is not None
+    assert str(caught.value) == (
+        f"linear has no result for the tensor {caught.value.tensor!r} with normalize: false: some of it is "
+        "NaN; use other settings or weights, or another method"
+    )
+
+
 # -- identities ------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from edgemerge.methods.coefficients import karcher_factors, multislerp_factors, 
 from edgemerge.methods.table import METHODS
 from edgemerge.native.kernel import Kernel
 from edgemerge.types import InputTensor, TensorJob, TensorSpec
-from tests.support.memory_stream import merge_in_memory
+from tests.support.memory_stream import MemoryStream, merge_in_memory
 from tests.twins import covariance, directions, elements
 
 Float32 = NDArray[np.float32]
@@ -151,8 +151,6 @@ def test_the_passes_that_are_planned_are_those_that_are_made() -> None:
 def count_passes(
     method: str, base: Float32 | None, models: list[Float32], options: dict[str, Any]
 ) -> int:
-    from tests.support.memory_stream import MemoryStream
-
     class Counting(MemoryStream):
         made = 0
 
@@ -190,7 +188,8 @@ def test_karcher_stands_what_is_equal_opposite_or_zero() -> None:
         ([0 * a, 0 * a], 0 * a),
     ):
         x = np.array(rows)
-        assert karcher_factors(x @ x.T, 10, 1e-5) @ x == pytest.approx(want, abs=1e-12)
+        for tol in (1e-5, 0.0):
+            assert karcher_factors(x @ x.T, 10, tol) @ x == pytest.approx(want, abs=1e-12)
 
 
 def test_opposite_vectors_are_interpolated_along_a_line() -> None:
@@ -216,6 +215,26 @@ def test_multislerp_of_directions_that_cancel_is_a_line_or_refused() -> None:
     with pytest.raises(MismatchError) as caught:
         merge_in_memory("multislerp", None, models, tensor="blk.0.ffn_up.weight")
     assert caught.value.tensor == "blk.0.ffn_up.weight"
+
+
+def test_multislerp_stands_zeros_with_any_eps() -> None:
+    x = np.array([[3.0, 4.0], [0.0, 0.0]])
+    for eps in (1e-8, 0.0):
+        found = multislerp_factors(x @ x.T, np.array([0.5, 0.5]), eps) @ x
+        assert found == pytest.approx([1.5, 2.0], rel=1e-6)
+    assert multislerp_factors(x @ x.T, np.array([0.0, 1.0]), 0.0).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("method", "name"), [("karcher", "tol"), ("multislerp", "eps")])
+def test_a_norm_below_zero_is_refused(method: str, name: str) -> None:
+    models: list[Any] = [(np.ones(4, np.float32), {"weight": 1.0})] * 2
+    for value in (0.0, -1e-5):
+        stream = MemoryStream(method, None, models, {name: value}, 1, 0, "output.weight")
+        if not value:
+            METHODS[method].check(stream.job)
+            continue
+        with pytest.raises(RecipeError, match=f"{name} must not be below 0, as it is a norm"):
+            METHODS[method].check(stream.job)
 
 
 def test_multislerp_refuses_weights_that_sum_to_zero() -> None:

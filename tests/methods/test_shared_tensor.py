@@ -6,14 +6,12 @@ import functools
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from edgemerge.errors import Stopped
-from edgemerge.methods.shared_tensor import GroupThread, RowSum, ThreadGroup
+from edgemerge.methods.shared_tensor import GroupThread, ThreadGroup
 from edgemerge.types import Float32, Float64
 
 N_BLOCKS, ROWS = 40, 3
@@ -141,24 +139,3 @@ def test_who_waits_gives_up_when_another_fails(waits_for: str) -> None:
 def test_the_last_to_finish_is_told() -> None:
     group = ThreadGroup(2, 1)
     assert [group.join().finish(), group.join().finish()] == [False, True]
-
-
-@pytest.mark.parametrize("n_workers", [1, 3])
-def test_a_large_sum_is_copied_for_everybody_and_then_freed(n_workers: int) -> None:
-    group = ThreadGroup(n_workers, N_BLOCKS)
-
-    def add_one(total: NDArray[Any]) -> None:
-        total += 1
-
-    def work(place: GroupThread) -> str:
-        total, out = place.row_sum((2, 2), np.float32), np.empty((2, 2), np.float32)
-        for i in place.take_blocks():
-            total.add_by(i, add_one)
-        total.copy_total(out)
-        return f"{out.dtype} {out.tolist()}"
-
-    with ThreadPoolExecutor(n_workers) as pool:
-        done = [pool.submit(work, group.join()) for _ in range(n_workers)]
-        wanted = f"float32 {[[float(N_BLOCKS)] * 2] * 2}"
-        assert [future.result() for future in done] == [wanted] * n_workers
-    assert [total.total().size for total in group.sums if isinstance(total, RowSum)] == [0]

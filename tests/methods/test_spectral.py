@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edgemerge.errors import RecipeError
+from edgemerge.methods.directions import Directions
+from edgemerge.methods.shared_tensor import ThreadGroup
+from edgemerge.methods.table import METHODS
 from tests.methods.test_calibration import NAME, changes
-from tests.support.memory_stream import merge_in_memory
+from tests.support.memory_stream import MemoryStream, merge_in_memory
 from tests.twins import singular
 
 Float32 = NDArray[np.float32]
@@ -73,3 +79,58 @@ def test_tsv_counts_one_direction_once() -> None:
     models: list[tuple[Float32, dict[str, Any]]] = [(x, {}), (x, {})]
     merged = merge_in_memory("tsv", np.zeros_like(x), models, {"rank": 3.0}, tensor=NAME)
     assert merged == pytest.approx(x, rel=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1.0, 3.0])
+def test_iso_cts_without_room_for_directions_in_common_is_refused(rank: float) -> None:
+    base, *experts = changes((12, 8), 3)
+    models: list[tuple[Float32, dict[str, Any]]] = [(x, {}) for x in experts]
+
+    def check(method: str, rank: float) -> None:
+        METHODS[method].check(MemoryStream(method, base, models, {"rank": rank}, 9, 0, NAME).job)
+
+    with pytest.raises(
+        RecipeError, match=r"iso_cts takes a rank above its 3 experts.*rank: 4"
+    ) as error:
+        check("iso_cts", rank)
+    assert error.value.field == "rank"
+    check("iso_cts", 4.0)
+    check("iso_cts", 0.0)  # which only adds, as for the others
+    check("iso_c", rank)
+
+
+@pytest.mark.parametrize("method", [*singular.TWINS, "resmerge", "task_arithmetic svc", "tsv svc"])
+def test_several_workers_make_the_bytes_of_one(method: str) -> None:
+    name, _, svc = method.partition(" ")
+    base, *experts = changes((37, 20), 2)
+    models = [(x, {"weight": 0.7} if name != "resmerge" else {}) for x in experts]
+    options = {"svc": True} if svc else {}
+
+    def run(n_workers: int) -> bytes:
+        streams = [MemoryStream(name, base, models, options, 8, 0, NAME) for _ in range(n_workers)]
+        group = ThreadGroup(n_workers, streams[0].job.n_blocks)
+        for stream in streams:
+            stream.group = group.join()
+
+        def work(stream: MemoryStream) -> dict[int, bytes]:
+            return {b.number: x.tobytes() for b, x in METHODS[name].blocks(stream)}
+
+        with ThreadPoolExecutor(n_workers) as pool:
+            done = [pool.submit(work, stream) for stream in streams]
+            made = {number: x for one in done for number, x in one.result(30).items()}
+        return b"".join(made[number] for number in sorted(made))
+
+    assert run(1) == run(3) == run(6)
+
+
+def test_what_is_large_lies_in_the_arena() -> None:
+    base, expert = changes((64, 4096), 1)
+    stream = MemoryStream("iso_c", base, [(expert, {})], {}, 1, 0, NAME)
+    directions = Directions(stream, [64])
+    tracemalloc.start()
+    try:
+        directions.find(lambda block: block.experts)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < directions.vectors.nbytes / 2

@@ -53,11 +53,12 @@ def twin(g: Float64, weights: Float64, weighting: str) -> list[float]:
             shares[m] * max(0.0, cos[m][k]) * shares[k] for m in range(n) for k in range(n)
         )
         scale = 1.0 / math.sqrt(energy) if energy > 0 else 0.0
-    if weighting == "stock" and n > 1:
-        pairs = [cos[m][k] for m, k in itertools.combinations(range(n), 2)]
+    if weighting == "stock" and sum(active) > 1:
+        changed = [m for m in range(n) if active[m]]
+        pairs = [cos[m][k] for m, k in itertools.combinations(changed, 2)]
         mean = sum(pairs) / len(pairs)
-        divisor = 1.0 + (n - 1) * mean
-        scale = n * mean / divisor if abs(divisor) >= 1e-6 else 0.0
+        divisor = 1.0 + (len(changed) - 1) * mean
+        scale = len(changed) * mean / divisor if abs(divisor) >= 1e-6 else 0.0
     return [scale * share for share in shares]
 
 
@@ -121,6 +122,10 @@ def test_paper(deltas: Any, wanted: list[float]) -> None:
         ([X, X, Y], None, [(3 * (1 / 3) / (1 + 2 / 3)) / 3] * 3),
         ([X], None, [1]),
         ([NOTHING, NOTHING], None, [0, 0]),
+        ([X, NOTHING, NOTHING], None, [1, 0, 0]),  # only one changed the tensor
+        ([NOTHING, X], [3, 1], [0, 1]),
+        ([X, NOTHING, X], None, [0.5, 0, 0.5]),
+        ([X, NOTHING, [1, 1, 0]], [3, 5, 1], [1.5 * ROOT / (1 + ROOT), 0, 0.5 * ROOT / (1 + ROOT)]),
     ],
 )
 def test_stock(deltas: Any, weights: Any, wanted: list[float]) -> None:
@@ -174,10 +179,11 @@ def test_factors_are_their_definition(case: tuple[Float64, Float64], weighting: 
 
 
 def twin_divisor(g: Float64) -> float:
-    n = len(g)
-    if n == 1:
-        return 1.0
     norms = np.sqrt(np.diag(g))
+    active = norms > 1e-12 * norms.max()
+    g, norms, n = g[np.ix_(active, active)], norms[active], int(active.sum())
+    if n < 2:
+        return 1.0
     with np.errstate(invalid="ignore", divide="ignore"):
         cos = np.nan_to_num(g / np.outer(norms, norms))
     return abs(1.0 + (cos.sum() - np.trace(cos)) / n)

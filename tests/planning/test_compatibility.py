@@ -5,6 +5,7 @@ import pytest
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.constants import is_constant
 from edgemerge.planning.compatibility import check_models, find_tensor, same_shape
+from tests.planning.test_losses import FREQS, SmallSource
 from tests.support.fake_source import N_VOCAB, FakeSource, tensor
 
 BASE = FakeSource("/models/base")
@@ -75,6 +76,19 @@ def test_vocabularies_that_have_little_in_common() -> None:
 )
 def test_what_a_merge_survives_is_a_note(other: FakeSource, note: str) -> None:
     assert check_models([BASE, other]) == [note]
+
+
+def test_constants_that_are_not_the_same_are_a_note() -> None:
+    end = "as a constant it is neither merged nor part of a delta or an adapter"
+    base, other = (
+        SmallSource(f"/models/{name}", [FREQS], i) for i, name in enumerate(("base", "a"))
+    )
+    assert check_models([base, base]) == []
+    assert check_models([base, other]) == [
+        f"rope_freqs.weight is not the same in base and a; {end}"
+    ]
+    assert check_models([BASE, other]) == [f"a has rope_freqs.weight and base has not; {end}"]
+    assert check_models([other, BASE]) == [f"a has rope_freqs.weight and base has not; {end}"]
 
 
 def test_an_unknown_layout_is_a_damaged_file() -> None:

@@ -141,7 +141,7 @@ def _check_model(path: Path) -> str:
     """Refuse what no merge could read, and what is not in one file; return by what deltas know it."""
     if len(parts_of(path)) > 1:
         raise FormatError(
-            "is a part of a split, and one file is published; join it with edgemerge convert",
+            "is a part of a split, and one file is published; join it with edgemerge convert --type keep",
             path=path,
         )
     return base_checksum(path)

@@ -114,7 +114,7 @@ def remove(folder: RegistryFolder, name: str, version: str) -> None:
 
 
 def refresh(folder: RegistryFolder) -> None:
-    """Sign the index anew, so that it lasts; a key for the timestamp alone signs only that.
+    """Sign the index anew, so that it lasts; without a publisher's key, the timestamp alone is signed.
 
     Raises
     ------
@@ -126,10 +126,10 @@ def refresh(folder: RegistryFolder) -> None:
     with folder.locked():
         draft = folder.read()
         check_signers(draft.root, Timestamp.type, folder.signers, "--key")
-        publishers = draft.root.roles[Targets.type].keyids
-        signs_all = all(signer.public_key.keyid in publishers for signer in folder.signers)
-        if signs_all or not draft.present[0]:
-            check_signers(draft.root, Targets.type, folder.signers, "--key")
+        known = draft.root.roles[Targets.type].keyids
+        publishers = [signer for signer in folder.signers if signer.public_key.keyid in known]
+        if publishers or not draft.present[0]:
+            check_signers(draft.root, Targets.type, publishers or folder.signers, "--key")
             folder.write(draft)
         else:
             folder.write_timestamp(draft)

@@ -165,6 +165,12 @@ class DeltaAdapter(GgufAdapter):
             or len(places.shape) != 1
         ):
             raise self._refuse(ends, theirs)
+        if count > theirs.n_elements:
+            raise FormatError(
+                f"has {count} values for {theirs.n_elements} elements; the delta is damaged, get it again",
+                path=self.path,
+                tensor=places.name,
+            )
         read = self._file.read_bytes
         rows = SparseRows(
             partial(read, ends.name),

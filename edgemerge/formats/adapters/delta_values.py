@@ -124,13 +124,18 @@ class SparseRows:
         ends = raw.view(np.int32)
         begin = int(ends[0]) if before else 0
         falls = int(ends[0]) < 0 or bool((ends[1:] < ends[:-1]).any())
-        if falls or int(ends[-1]) > self.count:
+        if falls or int(ends[-1]) > self.count or self._are_overfull(ends[before:], begin):
             raise FormatError(
-                "holds groups that do not follow each other; the delta is damaged, get it again",
+                "holds groups that do not follow each other, or of more values than elements; the delta is "
+                "damaged, get it again",
                 path=self.values.path,
                 tensor=self.values.spec.name,
             )
         return ends[before:], begin
+
+    def _are_overfull(self, ends: NDArray[np.int32], begin: int) -> bool:
+        """Tell whether a group has more values than elements, which would take any memory to read."""
+        return int(ends[0]) - begin > GROUP or bool((ends[1:] - ends[:-1] > GROUP).any())
 
     def nbytes(self, n_rows: int) -> int:
         """Bytes that reading so many rows takes at most."""

@@ -160,8 +160,14 @@ def _set(key: str, value: Any, kind: str) -> Change:
     return lambda metadata, _: metadata.update({key: encode_value(value, kind)})
 
 
+def _more_values(_: dict[str, bytes], tensors: Tensors) -> None:
+    for name, dtype, width in ((PLACES, "I8", 1), (f"{HEAD}.sparse_value", "F16", 2)):
+        raw = np.zeros(12_000 * width, np.uint8)
+        tensors[name] = TensorSpec(name, (12_000,), dtype, raw.size), raw
+
+
 NAN = np.array([0x7E00], np.uint16)
-GROUPS = f"{HEAD}.sparse_end"
+GROUPS, PLACES = f"{HEAD}.sparse_end", f"{HEAD}.sparse_at"
 HOSTILE: dict[str, tuple[str, Change, str]] = {
     "a newer version": ("coded", _set("delta.version", 2, "u32"), "version 2"),
     "no version": ("coded", lambda metadata, _: metadata.pop("delta.version"), "version None"),
@@ -194,6 +200,21 @@ HOSTILE: dict[str, tuple[str, Change, str]] = {
         "sparse",
         _edit(GROUPS, np.full(40, 2**30, np.int32)),
         "do not follow",
+    ),
+    "a group of more values than elements": (
+        "sparse",
+        _edit(GROUPS, np.full(40, 257, np.int32)),
+        "do not follow",
+    ),
+    "a later group of more": (
+        "sparse",
+        _edit(GROUPS, np.array([9] * 20 + [266] * 20, np.int32)),
+        "do not follow",
+    ),
+    "more values than elements": (
+        "sparse",
+        _more_values,
+        f"tensor {PLACES!r}: has 12000 values for 10240 elements",
     ),
     "sparse NaN": ("sparse", _edit(f"{HEAD}.sparse_value", NAN), "NaN or infinity"),
     "factors of another shape": ("low rank", _reshape(f"{HEAD}.lora_b", (20, 4)), "does not fit"),

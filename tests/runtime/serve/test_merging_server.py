@@ -259,6 +259,7 @@ def test_nothing_changes_without_the_key(key: str | None, tmp_path: Path) -> Non
             "inputs",
             "work",
             "answers",
+            ".edgemerge-folder",
         }
 
 

@@ -1,0 +1,141 @@
+"""Updates and roll backs in the folder of SITE.yml, where people have files, and what ends them early."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edgemerge.errors import OutputError, RecipeError
+from edgemerge.fleet.foresight import foresee
+from edgemerge.fleet.report import reporting
+from edgemerge.fleet.server import Server
+from edgemerge.fleet.site_file import ServerPlace, read_site
+from edgemerge.fleet.switch import roll_back_by_hand
+from tests.support.updates import (
+    KnowingExaminer,
+    better,
+    folder_of,
+    update,
+    worse,
+    write_device,
+    write_site,
+)
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Path:
+    return write_device(tmp_path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()
+    }
+
+
+def test_an_update_leaves_models_of_its_user(device: Path) -> None:
+    home = device.parent
+    (home / "models").mkdir()
+    for name in ("base", "a"):
+        shutil.move(home / f"{name}.gguf", home / "models" / f"{name}.gguf")
+    (home / "work" / "thesis").mkdir(parents=True)
+    (home / "work" / "thesis" / "text.tex").write_text("mine")
+    base, experts = {"path": "models/base.gguf"}, [{"path": "models/a.gguf"}]
+    write_site(home, folder=None, base=base, experts=experts, reports=".")
+    before = contents(home)
+    report = update(device, KnowingExaminer(worse))
+    assert report.outcome == "failed"
+    assert "has models/, work/ of somebody else" in report.reason
+    after = contents(home)
+    assert json.loads(after.pop("ward-3.json"))["reason"] == report.reason
+    assert after == before
+    assert update(device, KnowingExaminer(worse)).reason == report.reason
+    with pytest.raises(OutputError, match="of somebody else"):
+        foresee(read_site(device), None)
+    write_site(home, base=base, experts=experts)  # in a folder of its own
+    assert update(device, KnowingExaminer(lambda _: {"disease": 50})).outcome == "refused"
+    assert {name: contents(home)[name] for name in before if name != "SITE.yml"} == {
+        name: raw for name, raw in before.items() if name != "SITE.yml"
+    }
+
+
+def test_the_folder_of_the_file_is_taken_where_nothing_is_in_the_way(device: Path) -> None:
+    write_site(device.parent, folder=None)
+    assert update(device, KnowingExaminer(better)).outcome == "promoted"
+    assert (device.parent / "a.gguf").is_file()
+
+
+@pytest.mark.parametrize("folder", ["models", "inputs", "work", "answers"])
+def test_what_lies_where_files_are_removed_is_no_input(device: Path, folder: str) -> None:
+    assert update(device, KnowingExaminer(worse)).outcome == "refused"
+    home = device.parent / "site" / folder
+    shutil.copy(device.parent / "b.gguf", home / "b.gguf")
+    (device.parent / "link.gguf").symlink_to(home / "b.gguf")
+    shutil.copy(device.parent / "disease.jsonl", home / "disease.jsonl")
+    for changes in (
+        {"experts": [{"path": f"site/{folder}/b.gguf"}]},
+        {"experts": [{"path": "link.gguf"}]},
+        {"questions": {"disease": f"site/{folder}/disease.jsonl"}},
+    ):
+        write_site(device.parent, **changes)
+        report = update(device, KnowingExaminer(better))
+        assert report.outcome == "failed"
+        assert f"which lies in {folder}/ of the device's folder" in report.reason
+        with pytest.raises(RecipeError, match="keep it elsewhere"):
+            foresee(read_site(device), None)
+    assert (home / "b.gguf").is_file()
+
+
+def test_a_damaged_history_does_not_stop_an_update(device: Path) -> None:
+    update(device, KnowingExaminer(better))
+    folder = folder_of(device)
+    (folder.path / "history").write_bytes(b"\xff" * 16 + b"\n")
+    write_site(device.parent, experts=[{"path": "b.gguf"}], promote={"watch": 0, "better": []})
+    report = update(device, KnowingExaminer(better))
+    assert report.outcome == "promoted"
+    assert report.previous == folder.previous() is not None
+
+
+def test_a_roll_back_that_is_interrupted_says_how_it_ends(device: Path) -> None:
+    first = update(device, KnowingExaminer(better)).current
+    write_site(device.parent, experts=[{"path": "b.gguf"}], promote={"watch": 0, "better": []})
+    update(device, KnowingExaminer(better))
+
+    class Slow(Server):
+        def reload(self, *, asks: bool = True) -> None:
+            raise KeyboardInterrupt
+
+    server = Slow(ServerPlace("http://127.0.0.1:9"))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        roll_back_by_hand(
+            read_site(device), KnowingExaminer(better), server, reason="odd", by="eve"
+        )
+    assert caught.value.__notes__ == [
+        "the roll back has begun; run edgemerge update, which ends it"
+    ]
+    assert folder_of(device).current() == first
+    report = update(device, KnowingExaminer(better))
+    assert (report.outcome, report.reason, report.current) == ("rolled_back", "odd", first)
+
+
+def test_what_keeps_an_update_from_its_start_is_reported(device: Path) -> None:
+    write_site(device.parent, reports="reports")
+    with pytest.raises(RecipeError) as caught, reporting(read_site(device)):
+        raise RecipeError("no key")
+    assert "the report was not written" in caught.value.__notes__[0]
+    (device.parent / "reports").mkdir()
+    with pytest.raises(RecipeError), reporting(read_site(device)):
+        raise RecipeError("no key")
+    told = json.loads((device.parent / "reports" / "ward-3.json").read_text())
+    assert (told["outcome"], told["reason"]) == ("failed", "no key")
+    assert not (device.parent / "site").exists()
+
+
+def test_a_dry_run_heeds_again(device: Path) -> None:
+    update(device, KnowingExaminer(worse))
+    site = read_site(device)
+    assert foresee(site, None)["does"] == "unchanged"
+    assert foresee(site, None, again=True)["does"] == "merges"
