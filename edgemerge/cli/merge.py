@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,20 +131,28 @@ def merge_command(
         cluster=cluster,
     )
     signature = None
+    with _telling(result.output):
+        try:
+            if report is not None:
+                write_page(result, report, made_rows(describe_made(result.output)))
+            if key is not None:
+                signature = sign_output(result.output, key, force=force, quiet=json_)
+        finally:
+            print_report(result, as_json=json_, signature=signature)
+        is_watched = sys.stdout is not None and sys.stdout.isatty()
+        is_asked = is_watched and not no_ask and not json_ and recipe.out_format == "gguf"
+        if ask or is_asked:
+            ask_models(recipe, result.output, ask)
+
+
+@contextmanager
+def _telling(output: Path) -> Iterator[None]:
+    """Have what stops the rest of the command tell that the output is there."""
     try:
-        if report is not None:
-            write_page(result, report, made_rows(describe_made(result.output)))
-        if key is not None:
-            signature = sign_output(result.output, key, force=force, quiet=json_)
+        yield
     except (EdgemergeError, KeyboardInterrupt) as error:
-        error.add_note(f"the merge is done, and {result.output} is whole")
+        error.add_note(f"the merge is done, and {output} is whole")
         raise
-    finally:
-        print_report(result, as_json=json_, signature=signature)
-    is_watched = sys.stdout is not None and sys.stdout.isatty()
-    is_asked = is_watched and not no_ask and not json_ and recipe.out_format == "gguf"
-    if ask or is_asked:
-        ask_models(recipe, result.output, ask)
 
 
 def _first_part(

@@ -152,6 +152,16 @@ def test_what_stops_the_signing_leaves_the_merge_and_its_report(
     assert succeed("verify", "out.gguf")
 
 
+def test_what_stops_the_questions_leaves_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgemerge.cli.merge.ask_models", stop)
+    result = invoke("merge", "-m", "linear", "a", "b", "-o", "out.gguf", "--ask", "x")
+    assert result.exit_code == 130
+    assert result.stderr == "edgemerge: interrupted; the merge is done, and out.gguf is whole\n"
+
+
 def test_each_way_in_which_a_signature_does_not_hold() -> None:
     merge()
     verify = ("verify", "out.gguf", "--key", "ward.pub.pem")
