@@ -36,6 +36,7 @@ MAX_BYTES = 8192
 MAX_WORDS = 25  # of a sentence
 MAX_MEDIAN = 18
 TREES = ("edgemerge", "kernels", "tests", "tools", "benchmarks", "docs", r"\.ci")
+ENDED = ("129", "130", "143")  # exit codes after signals
 PLACEHOLDERS = ("NAME", "TYPE")
 # What README.md calls the families that are read from directories.
 FAMILY_NAMES = {
@@ -91,6 +92,20 @@ def test_every_option_of_a_command_is_documented(command: str) -> None:
     shown = [p for p in found.params if not getattr(p, "hidden", False)]
     spellings = [word for p in shown for word in p.opts if word.startswith("-")]
     assert [word for word in spellings if word not in section] == []
+
+
+def test_the_program_and_its_exit_codes_are_documented() -> None:
+    page = read(ROOT / "docs" / "commands.md")
+    assert help_text("") in page
+    assert "--version" in help_text("")
+    assert re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == ["0", "1", "2", "3", *ENDED]
+
+
+def test_both_pages_show_the_same_line_of_wings() -> None:
+    pages = (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md")
+    shown = [re.findall(r"^cli -> .*?^```", read(page), re.MULTILINE | re.DOTALL) for page in pages]
+    assert len(shown[0]) == 1
+    assert shown[0] == shown[1]
 
 
 def test_every_method_and_parameter_is_documented() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import typer.main
 
+import edgemerge.cli
 from edgemerge.cli import make_app
 from edgemerge.formats.architectures import FAMILIES
 from edgemerge.formats.composite_families import VARIANTS
@@ -37,7 +38,7 @@ WINGS += ("fleet", "machine", "cli")
 
 
 def help_text(command: str) -> str:
-    """Return the help of a command as a terminal of 80 columns shows it."""
+    """Return the help of a command, or of the program, as a terminal of 80 columns shows it."""
     from typer.testing import CliRunner
 
     os.environ["COLUMNS"] = "80"
@@ -55,9 +56,20 @@ def command_names() -> list[str]:
 
 
 def commands() -> str:
-    """Return a section per command."""
+    """Return the help of the program, and a section per command."""
     sections = (f"## {name}\n\n```\n{help_text(name)}\n```\n" for name in command_names())
-    return "\n" + "\n".join(sections) + "\n"
+    return "\n" + "\n".join((f"```\n{help_text('')}\n```\n", *sections)) + "\n"
+
+
+def exits() -> str:
+    """Return a row per exit code, from the docstring of the command line."""
+    listed = (edgemerge.cli.__doc__ or "").partition("Exit codes: ")[2]
+    rows = (f"| {' | '.join(one.split(' ', 1))} |" for one in _one_line(listed).split("; "))
+    return "\n".join(("| code | after |", "| --- | --- |", *rows)) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).removesuffix(".")
 
 
 def tree() -> str:
@@ -127,6 +139,7 @@ def boards() -> str:
 WRITERS: dict[str, Callable[[], str]] = {
     "boards": boards,
     "commands": commands,
+    "exits": exits,
     "families": families,
     "methods": methods_table,
     "parameters": parameters_table,

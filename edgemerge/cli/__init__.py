@@ -1,7 +1,7 @@
 """The command line: parse, call the library, print; only here is printed and an exit code picked.
 
-Exit codes: 0 done; 1 an error of ours, one sentence on stderr; 2 usage; 3 `fleet status` found a device that
-needs somebody; 130 interrupted, 143 terminated.
+Exit codes: 0 done; 1 an error, which is one sentence on stderr; 2 wrong usage; 3 `fleet status` found a
+device that needs somebody; 129 the terminal was closed (SIGHUP); 130 Ctrl-C (SIGINT); 143 SIGTERM.
 """
 
 from __future__ import annotations

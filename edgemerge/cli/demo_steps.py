@@ -55,7 +55,11 @@ def output_folder(kept: Path | None) -> Iterator[Path]:
         except OSError as error:
             message = f"cannot be made a folder ({error.strerror}); give another name"
             raise OutputError(message, path=kept) from error
-        yield kept
+        try:
+            yield kept
+        except KeyboardInterrupt as error:
+            error.add_note(f"what was merged stays in {kept}; --force replaces it")
+            raise
         return
     with tempfile.TemporaryDirectory(prefix="edgemerge-demo-") as folder:
         yield Path(folder)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plainly
 
 __all__ = ["extract_command"]
@@ -47,6 +48,8 @@ def extract_command(
     dtype: request.FactorType = "F32",
     memory: request.Memory = None,
     threads: request.Threads = None,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     force: request.Force = False,
     json_: request.Json = False,
 ) -> None:
@@ -58,10 +61,11 @@ def extract_command(
     factor_type = request.read_factor_type(dtype)
     if energy is not None and not 0.0 < energy <= 1.0:
         raise typer.BadParameter("--energy must be above 0 and at most 1")
+    find = make_finder(models_folder, download, quiet=json_).find_model
+    models = find(base), find(expert)
     with progress_bar(f"extract -> {output.name}", quiet=json_, unit="elements") as progress:
         found = extract(
-            base,
-            expert,
+            *models,
             output,
             rank=rank,
             energy=energy,

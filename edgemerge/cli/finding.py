@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgemerge.cli.terminal import check_stop
+
 if TYPE_CHECKING:
     from edgemerge.finding.finder import Finder
 
@@ -85,4 +87,9 @@ def make_finder(
 
 
 def _ask(question: str) -> bool:
-    return typer.confirm(question, err=True)
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:  # which is also what Click makes of Ctrl-C
+        print(file=sys.stderr)
+        check_stop()
+        return False

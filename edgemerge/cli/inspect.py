@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,7 +43,11 @@ def inspect_command(
         ),
     ] = None,
     template: Annotated[
-        bool, typer.Option("--template", help="Print the whole chat template, and nothing else.")
+        bool,
+        typer.Option(
+            "--template",
+            help="Print the whole chat template, and nothing else; a file or pipe gets its very bytes.",
+        ),
     ] = False,
     all_: Annotated[
         bool, typer.Option("--all", help="Also list every key of the metadata.")
@@ -127,7 +132,11 @@ def _print_template(source: Source) -> None:
         raise FormatError(
             "has no chat template; a recipe can give one (chat_template)", path=source.path
         )
-    print("\n".join(plain(line) for line in templates[0].text.replace("\t", "    ").splitlines()))
+    text = templates[0].text
+    if sys.stdout is None or sys.stdout.isatty():
+        print("\n".join(plain(line) for line in text.replace("\t", "    ").splitlines()))
+    else:  # a file or a program gets what `--template FILE` may give back
+        sys.stdout.buffer.write(text.encode())
 
 
 def _print(source: Source, inspection: Inspection, *, with_metadata: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ from edgemerge.cli.made import describe_made, made_rows
 from edgemerge.cli.method_help import HelpWithMethods
 from edgemerge.cli.sign import sign_output
 from edgemerge.cli.terminal import plain, print_json, progress_bars, speaks_plainly
+from edgemerge.errors import EdgemergeError
 from edgemerge.types import Recipe
 
 if TYPE_CHECKING:
@@ -107,8 +110,9 @@ def merge_command(
     if sign is not None:
         inputs = (*inputs, real_path(sign))
     check_destination(recipe, path, inputs, is_split=split is not None, force=force)
-    if key is not None and split is None:
-        check_output(signature_path(path), inputs, force=force)
+    if key is not None:
+        first = path if split is None else _first_part(recipe, path, memory, threads, split)
+        check_output(signature_path(first), inputs, force=force)
     if report is not None:  # now, not after an hour's work
         if real_path(report) in (real_path(path), real_path(signature_path(path))):
             raise typer.BadParameter("-o and --report name the same file")
@@ -126,14 +130,41 @@ def merge_command(
         quiet=json_,
         cluster=cluster,
     )
-    if report is not None:
-        write_page(result, report, made_rows(describe_made(result.output)))
-    signature = None if key is None else sign_output(result.output, key, force=force, quiet=json_)
-    print_report(result, as_json=json_, signature=signature)
-    is_watched = sys.stdout is not None and sys.stdout.isatty()
-    is_asked = is_watched and not no_ask and not json_ and recipe.out_format == "gguf"
-    if ask or is_asked:
-        ask_models(recipe, result.output, ask)
+    signature = None
+    with _telling(result.output):
+        try:
+            if report is not None:
+                write_page(result, report, made_rows(describe_made(result.output)))
+            if key is not None:
+                signature = sign_output(result.output, key, force=force, quiet=json_)
+        finally:
+            print_report(result, as_json=json_, signature=signature)
+        is_watched = sys.stdout is not None and sys.stdout.isatty()
+        is_asked = is_watched and not no_ask and not json_ and recipe.out_format == "gguf"
+        if ask or is_asked:
+            ask_models(recipe, result.output, ask)
+
+
+@contextmanager
+def _telling(output: Path) -> Iterator[None]:
+    """Have what stops the rest of the command tell that the output is there."""
+    try:
+        yield
+    except (EdgemergeError, KeyboardInterrupt) as error:
+        error.add_note(f"the merge is done, and {output} is whole")
+        raise
+
+
+def _first_part(
+    recipe: Recipe, output: Path, memory: str | None, threads: int | None, split: str
+) -> Path:
+    """Name the first file of a split, which follows from the plan."""
+    from edgemerge.merging.destination import split_paths
+    from edgemerge.merging.run import plan
+    from edgemerge.sizes import parse_size
+
+    the_plan = plan(recipe, memory=None if memory is None else parse_size(memory), threads=threads)
+    return split_paths(the_plan, output, parse_size(split))[0]
 
 
 def _read_key(path: Path) -> Ed25519PrivateKey:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgemerge.cli import request
+from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.registry import State
 from edgemerge.cli.terminal import plain, print_json, progress_bar, speaks_plainly
 
@@ -155,6 +156,8 @@ def publish_command(
             help="Root to check the folder by [default: the first that this machine saw there].",
         ),
     ] = None,
+    models_folder: ModelsFolder = None,
+    download: Download = False,
     state: State = None,
     json_: request.Json = False,
 ) -> None:
@@ -169,7 +172,8 @@ def publish_command(
         "FILE": file,
     }
     of_file: dict[str, Any] = {"--name": name, "--version": version, "--licence": licence}
-    of_file |= {"--base": base, "--scores": scores}
+    of_file |= {"--base": base, "--scores": scores, "--models": models_folder}
+    of_file |= {"--download": download or None}
     of_roots: dict[str, Any] = {
         "--root-key": root_key,
         "--publisher": publisher,
@@ -211,7 +215,10 @@ def publish_command(
     elif file is not None:
         assert name is not None
         assert version is not None
-        document = _publish(folder, file, (name, version), licence, base, scores, quiet=json_)
+        base_path = None
+        if base is not None:
+            base_path = make_finder(models_folder, download, quiet=json_).find_model(base)
+        document = _publish(folder, file, (name, version), licence, base_path, scores, quiet=json_)
     else:
         document = _change(folder, remove)
     document |= {"registry": str(registry), "expires": folder.until.isoformat()}
@@ -249,7 +256,7 @@ def _publish(
     file: Path,
     called: tuple[str, str],
     licence: str | None,
-    base: str | None,
+    base: Path | None,
     scores: Path | None,
     *,
     quiet: bool,
@@ -259,7 +266,7 @@ def _publish(
     from edgemerge.fleet.registry.offers import base_checksum, read_scores
     from edgemerge.fleet.registry.publishing import Asked, publish
 
-    checksum = None if base is None else base_checksum(Path(base))
+    checksum = None if base is None else base_checksum(base)
     figures = {} if scores is None else read_scores(scores)
     asked = Asked(*called, licence, checksum, figures)
     with progress_bar(f"publish {file.name}", quiet=quiet) as progress:

@@ -14,9 +14,11 @@ import typer
 from edgemerge.cli import request
 from edgemerge.cli.made import describe_machine
 from edgemerge.cli.terminal import print_json, progress_bar, speaks_plainly
+from edgemerge.errors import VerificationError
 
 if TYPE_CHECKING:
     from edgemerge.formats.inspection import Inspection, Provenance
+    from edgemerge.provenance.signature import Signed
     from edgemerge.provenance.verification import Verification
     from edgemerge.reports.record import Section
 
@@ -68,6 +70,7 @@ def record_command(
     if model.is_dir():
         files = sorted(path for path in model.iterdir() if path.is_file())
     name = model.name if model.is_dir() else files[0].name
+    signed = None if key is None else _check_signature(model, key, quiet=json_)
     with progress_bar(f"verify {model.name}", quiet=json_) as progress:
         found = verify_model(model, threads=usable_processors(), progress=progress)
     digests = _hash(files, quiet=json_)
@@ -76,7 +79,7 @@ def record_command(
         _what(inspection, files, digests),
         _from_what(model, found.provenance),
         _how(found.provenance),
-        _checks(model, found, key, quiet=json_),
+        _checks(found, signed),
     ]
     if scores is not None:
         sections.append(_scores(scores, set(digests)))
@@ -89,7 +92,22 @@ def record_command(
         print_json({"output": str(output), **record.as_json()})
     else:
         print(f"{output}  record of {name}")
+    if isinstance(signed, VerificationError):  # raised here, as the page says it first
+        raise signed
     found.check()
+
+
+def _check_signature(model: Path, key: Path, *, quiet: bool) -> Signed | VerificationError:
+    """Return what is known of the signature, or why it does not hold."""
+    from edgemerge.provenance.keys import read_public_key
+    from edgemerge.provenance.signature import check_signature
+
+    public = read_public_key(key)
+    try:
+        with progress_bar(f"signature of {model.name}", quiet=quiet) as progress:
+            return check_signature(model, public, progress=progress)
+    except VerificationError as error:
+        return error
 
 
 def _read_json(path: Path, key: str, maker: str) -> Mapping[str, Any]:
@@ -196,8 +214,7 @@ def _how(provenance: Provenance) -> Section:
     return Section("How it was made", sentences, rows=[*rows, ("recipe", provenance.recipe)])
 
 
-def _checks(model: Path, found: Verification, key: Path | None, *, quiet: bool) -> Section:
-    from edgemerge.errors import VerificationError
+def _checks(found: Verification, signed: Signed | VerificationError | None) -> Section:
     from edgemerge.reports.record import Section
 
     said: list[tuple[str, bool | None]]
@@ -210,19 +227,12 @@ def _checks(model: Path, found: Verification, key: Path | None, *, quiet: bool) 
     if found.trailing_bytes:
         more = f"{found.trailing_bytes} bytes after the last tensor were written by no merge."
         said.append((more, False))
-    if key is None:
+    if signed is None:
         said.append(("No signature was checked: checksums find damage, not forgery.", None))
-        return Section("Is it whole?", said)
-    from edgemerge.provenance.keys import read_public_key
-    from edgemerge.provenance.signature import check_signature
-
-    public = read_public_key(key)
-    try:
-        with progress_bar(f"signature of {model.name}", quiet=quiet) as progress:
-            signed = check_signature(model, public, progress=progress)
+    elif isinstance(signed, VerificationError):
+        said.append((f"The signature does not hold: {signed}.", False))
+    else:
         said.append((f"Every byte is signed by the key {signed.key}.", True))
-    except VerificationError as error:
-        said.append((f"The signature does not hold: {error}.", False))
     return Section("Is it whole?", said)
 
 

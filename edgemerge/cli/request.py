@@ -310,7 +310,7 @@ def read_request(
             method,
             [split_weight(text) for text in models],
             base=base,
-            parameters=dict(_parameter(text) for text in parameters or []),
+            parameters=_parameters(parameters or []),
             out_type=out_type,
             seed=seed or 0,
             align=align,
@@ -360,13 +360,22 @@ def split_weight(text: str) -> tuple[str, float | None]:
         raise typer.BadParameter(f"{text!r}: the weight {weight!r} is no number") from None
 
 
+def _parameters(texts: list[str]) -> dict[str, Any]:
+    from edgemerge.cli.tasks import refuse_twins
+
+    pairs = [_parameter(text) for text in texts]
+    refuse_twins("NAME of -P", [name for name, _ in pairs])
+    return dict(pairs)
+
+
 def _parameter(text: str) -> tuple[str, Any]:
-    import yaml
+    from edgemerge.errors import RecipeError
+    from edgemerge.formats.yaml_file import read_value
 
     name, equals, value = text.partition("=")
     if not equals:
         raise typer.BadParameter(f"-P {text!r} must be NAME=VALUE, e.g. -P density=0.5")
     try:
-        return name.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+        return name.strip(), read_value(value)
+    except RecipeError:
         raise typer.BadParameter(f"-P {text!r}: the value is no number, word or list") from None

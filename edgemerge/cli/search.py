@@ -24,6 +24,7 @@ from edgemerge.cli.tasks import (
     require_questions,
 )
 from edgemerge.cli.terminal import plain, print_json, progress_bars, speaks_plainly
+from edgemerge.errors import OutputError, RecipeError
 
 if TYPE_CHECKING:
     from edgemerge.recipe.searches import SearchRecipe
@@ -162,8 +163,8 @@ def search_command(
         )
         header = _header(found, tasks, texts, objective, held_out, limit, seed, context, gpu_layers)
         all_trials = stack.enter_context(closing(Trials(kept, found.spaces, header, seed)))
-        if not force:
-            _check_ours(all_trials, [output] if report is None else [output, report])
+        for path in filter(None, (output, report)):
+            _check_ours(all_trials, path, force)
         label = f"search {recipe.name}"
         progress, begin_part = stack.enter_context(progress_bars(label, quiet=json_, unit="trials"))
         search = Search(
@@ -180,12 +181,12 @@ def search_command(
             best = search.best()
             look = search.look(best)
         except KeyboardInterrupt as error:
-            error.add_note(_write_so_far(search, output))
+            error.add_note(_write_so_far(search, output, force))
             raise
         result = as_json(search, reason, best, look, output, report)
-        _write(all_trials, output, search.best_text(best, list(summary(result))))
+        _write(all_trials, output, search.best_text(best, list(summary(result))), force)
         if report is not None:
-            _write(all_trials, report, search_page(result, report_sections(result)))
+            _write(all_trials, report, search_page(result, report_sections(result)), force)
     if json_:
         print_json(result)
     else:
@@ -287,7 +288,6 @@ def _check_outputs(
     force: bool,
 ) -> None:
     """Refuse outputs that cannot be written, or a place where the best recipe would not be one."""
-    from edgemerge.errors import OutputError, RecipeError
     from edgemerge.formats.files import real_path
     from edgemerge.output.file import check_output
 
@@ -312,25 +312,24 @@ def _check_outputs(
         )
 
 
-def _check_ours(all_trials: Trials, outputs: Sequence[Path]) -> None:
-    """Refuse to replace what no earlier run of this command has written, or what was changed since."""
-    from edgemerge.errors import OutputError
+def _check_ours(all_trials: Trials, path: Path, force: bool) -> None:
+    """Refuse to replace what no run of this command has written, or what was changed since."""
     from edgemerge.runtime.evaluation.results import sha256_of
 
-    for path in outputs:
-        if path.exists() and sha256_of(path) not in all_trials.outputs:
-            raise OutputError(
-                "exists, and this search has not written it so; rename it, or give --force to replace it",
-                path=path,
-            )
+    if not force and path.exists() and sha256_of(path) not in all_trials.outputs:
+        raise OutputError(
+            "exists, and this search has not written it so; rename it, or give --force to replace it",
+            path=path,
+        )
 
 
-def _write(all_trials: Trials, path: Path, text: str) -> None:
+def _write(all_trials: Trials, path: Path, text: str, force: bool) -> None:
     """Write an output, known to a later run as one of this search."""
     from hashlib import sha256
 
     from edgemerge.output.file import write_file
 
+    _check_ours(all_trials, path, force)  # again, as a search takes hours
     raw = text.encode("utf-8", "backslashreplace")
     all_trials.note_output(sha256(raw).hexdigest())
     write_file(path, raw)
@@ -380,7 +379,7 @@ def _states(path: Path) -> list[list[int]]:
         return [[state.n_bytes, state.mtime_ns] for state in source.states()]
 
 
-def _write_so_far(search: Search, output: Path) -> str:
+def _write_so_far(search: Search, output: Path, force: bool) -> str:
     """Write the best recipe of an interrupted search, and say so and how to go on."""
     finished = search.trials.finished
     if not finished:
@@ -388,7 +387,10 @@ def _write_so_far(search: Search, output: Path) -> str:
     best = search.best()
     so_far = f"the best of {len(finished)} trial{'s' * (len(finished) > 1)} so far"
     comment = f"{so_far}; the held-out questions were not asked"
-    _write(search.trials, output, search.best_text(best, [comment]))
+    try:
+        _write(search.trials, output, search.best_text(best, [comment]), force)
+    except OutputError as error:
+        return f"{error}; the same command then goes on"
     return (
         f"{output} has {so_far}, trial {best.number} with a score of {best.score or 0:.1f}; the same "
         "command goes on"

@@ -155,7 +155,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: 
             cell.rjust(width) if name in right.split() else cell.ljust(width)
             for name, cell, width in zip(header, row, widths, strict=True)
         ]
-        print("  ".join(cells).rstrip())
+        print(plain("  ".join(cells)).rstrip())
 
 
 def span(values: Sequence[float], form: str) -> str:

@@ -28,7 +28,12 @@ def worker_command(
         ),
     ] = None,
     memory: Annotated[
-        str, typer.Option("--memory", metavar="SIZE", help="Budget of the process.")
+        str,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Budget of the process for merges; models that are asked are loaded whole, whatever it is.",
+        ),
     ] = "512MiB",
     niceness: Annotated[
         int,
@@ -51,7 +56,10 @@ def worker_command(
         ),
     ] = None,
 ) -> None:
-    """Make tensors for merges that others start with --cluster, until it is stopped."""
+    """Do a part of what others start with --cluster, until it is stopped.
+
+    It makes tensors for merge. For eval and search it loads whole models and asks them.
+    """
     from edgemerge.cluster.address import count_local, read_cluster
     from edgemerge.cluster.worker import run_worker
     from edgemerge.merging.run import usable_processors

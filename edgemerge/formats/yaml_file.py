@@ -15,7 +15,7 @@ from edgemerge.remote.any_address import refuse_recipe
 from edgemerge.remote.stand_ins import is_address
 from edgemerge.suggestions import suggest_path
 
-__all__ = ["MAX_RECIPE_BYTES", "read_documents"]
+__all__ = ["MAX_RECIPE_BYTES", "read_documents", "read_value"]
 
 MAX_RECIPE_BYTES = 1 << 18  # what PyYAML reads in 3 s and 100 MB at worst; real recipes have 2 KB
 MAX_NODES = 100_000  # with every alias in full; real recipes have some hundreds
@@ -59,10 +59,24 @@ def read_documents(path: Path) -> tuple[list[Any], list[str]]:
     return [document for document in documents if document is not None], loader.duplicates
 
 
+def read_value(text: str) -> Any:
+    """Read one value, as a command line has it.
+
+    Raises
+    ------
+    RecipeError
+        It is no YAML.
+    """
+    try:
+        return _BoundedLoader(text).get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"is not valid YAML ({_yaml_problem(error)})") from None
+
+
 class _BoundedLoader(yaml.SafeLoader):
     """SafeLoader that lists duplicate keys, and refuses what aliases would make large or endless."""
 
-    def __init__(self, raw: bytes) -> None:
+    def __init__(self, raw: bytes | str) -> None:
         super().__init__(raw)
         self.duplicates: list[str] = []
         self._n_nodes: dict[int, int] = {}  # id of a finished node -> nodes in it, aliases in full
@@ -99,6 +113,13 @@ class _BoundedLoader(yaml.SafeLoader):
             raise _at("aliases make it too large for a recipe", event)
         self._n_nodes[id(node)] = n_nodes
         return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        # PyYAML raises these for a value that its tag does not allow.
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, LookupError):
+            raise _at(f"this is no {node.tag.rpartition(':')[2]}", node) from None
 
     def _check_keys(self, node: yaml.MappingNode) -> None:
         seen: set[str] = set()

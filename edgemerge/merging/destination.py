@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edgemerge.errors import OutputError
-from edgemerge.formats.gguf.split import MAX_PARTS, part_paths
+from edgemerge.formats.gguf.split import MAX_PARTS, divide_tensors, part_paths
 from edgemerge.formats.gguf.writer import make_layouts
 from edgemerge.formats.layout import FileLayout
 from edgemerge.merging.record import provenance
@@ -20,7 +20,7 @@ from edgemerge.output.places import Places, place_in_order
 from edgemerge.output.report import FileReport
 from edgemerge.types import Plan, Recipe, Source
 
-__all__ = ["Destination", "check_destination", "find_destination"]
+__all__ = ["Destination", "check_destination", "check_split", "find_destination", "split_paths"]
 
 
 class Destination(Protocol):
@@ -89,6 +89,36 @@ def check_destination(
         check_output(output, inputs, force=force or is_begun(output))
 
 
+def split_paths(the_plan: Plan, output: Path, split_bytes: int) -> list[Path]:
+    """Name the GGUF files of a split, which follow from the plan.
+
+    Raises
+    ------
+    OutputError
+        There would be too many.
+    """
+    count = len(divide_tensors([job.out for job in the_plan.jobs], split_bytes))
+    if count > MAX_PARTS:
+        raise OutputError(
+            f"would be a split of {count} files; allow larger ones with --split-max-size",
+            path=output,
+        )
+    return part_paths(output, count)
+
+
+def check_split(the_plan: Plan, output: Path, split_bytes: int, *, force: bool) -> None:
+    """Refuse a split whose files cannot be written, before what it is made of is merged.
+
+    Raises
+    ------
+    OutputError
+        See `check_output`.
+    """
+    paths = split_paths(the_plan, output, split_bytes)
+    for path in paths:
+        check_output(path, the_plan.recipe.inputs(), force=force or is_begun(paths[0]))
+
+
 def find_destination(
     the_plan: Plan,
     sources: Mapping[Path, Source],
@@ -132,19 +162,10 @@ class _GgufDestination:
     ) -> None:
         self._plan, self._split_bytes, self._force = the_plan, split_bytes, force
         self.lists_files = split_bytes is not None
-        self._paths = self._name_files(output)
+        self._paths = (
+            [output] if split_bytes is None else split_paths(the_plan, output, split_bytes)
+        )
         self.path = self._paths[0]
-
-    def _name_files(self, output: Path) -> list[Path]:
-        if self._split_bytes is None:
-            return [output]
-        count = len(self.lay_out([]))
-        if count > MAX_PARTS:
-            raise OutputError(
-                f"would be a split of {count} files; allow larger ones with --split-max-size",
-                path=output,
-            )
-        return part_paths(output, count)
 
     def lay_out(self, results: Sequence[TensorResult]) -> list[FileLayout]:
         metadata = {**self._plan.metadata, **provenance(self._plan, results)}

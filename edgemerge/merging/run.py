@@ -23,7 +23,7 @@ from edgemerge.errors import RecipeError
 from edgemerge.formats import OpenModels
 from edgemerge.formats.adapters.reference import model_name
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
-from edgemerge.merging.destination import check_destination, find_destination
+from edgemerge.merging.destination import check_destination, check_split, find_destination
 from edgemerge.merging.making import Inputs, Outcome, finish, make_tensors
 from edgemerge.merging.precompile import precompile
 from edgemerge.merging.stages import merge_stages, note_finished, read_finished
@@ -183,8 +183,11 @@ def merge(
                 given=opened,
                 record=record,
             )
+        the_plan = plan(recipe, memory=memory, threads=threads)
+        if split_bytes is not None and recipe.out_format == "gguf":
+            check_split(the_plan, output, split_bytes, force=force)
         return merge_stages(
-            plan(recipe, memory=memory, threads=threads),
+            the_plan,
             output,
             merge_one,
             disk=disk,

@@ -180,6 +180,7 @@ def check_signature(
     files = parts_of(Path(path))
     target = signature_path(path)
     if not target.is_file():
+        _stat(files[0])
         raise VerificationError(
             f"has no signature: there is no {target.name} beside it; get that too, or make one with "
             "edgemerge sign",
@@ -263,6 +264,8 @@ def _stat(path: Path) -> os.stat_result:
         raise FormatError(
             f"cannot be read ({error.strerror}); check the path", path=path
         ) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise FormatError("is a folder, and only files such as a GGUF are signed", path=path)
     if not stat.S_ISREG(status.st_mode):
         raise FormatError("is no regular file; give a model's file", path=path)
     return status

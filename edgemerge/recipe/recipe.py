@@ -21,10 +21,10 @@ from edgemerge.recipe.searches import has_search
 from edgemerge.recipe.stages import read_stages
 from edgemerge.recipe.values import (
     MAX_SEED,
-    MAX_STRAYS,
     ValueReader,
     check_alignment,
     check_format,
+    note_duplicates,
 )
 from edgemerge.types import ModelInput, Recipe, Rule, Slice
 
@@ -62,8 +62,7 @@ def load_recipe(
         raise RecipeError(
             "is not a recipe: it needs keys such as merge_method and models", path=path
         )
-    if duplicates and strict:
-        raise RecipeError(f"{duplicates[0]}; remove one of the two", path=path)
+    notes = note_duplicates(duplicates, path, strict=strict)
     if any(map(has_search, documents)):
         raise RecipeError(
             "has values that are to be found; give it to edgemerge search, and merge the recipe that this "
@@ -82,9 +81,6 @@ def load_recipe(
         recipe = RecipeReader(path, strict=strict, finder=finder).recipe(documents[0])
     else:
         recipe = read_stages(documents, path, strict=strict, finder=finder)
-    notes = [f"{found}, and the last one counts" for found in duplicates[:MAX_STRAYS]]
-    if len(duplicates) > MAX_STRAYS:
-        notes.append(f"{len(duplicates) - MAX_STRAYS} more keys stand twice")
     return replace(recipe, notes=(*notes, *recipe.notes))
 
 

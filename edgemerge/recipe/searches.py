@@ -20,7 +20,7 @@ from edgemerge.errors import RecipeError
 from edgemerge.finding.finder import Finder
 from edgemerge.recipe.mergekit import RecipeReader
 from edgemerge.recipe.mixture import is_mixture
-from edgemerge.recipe.values import brief
+from edgemerge.recipe.values import brief, note_duplicates
 from edgemerge.suggestions import suggest
 from edgemerge.types import Recipe, Setting
 
@@ -78,6 +78,8 @@ class SearchRecipe:
         What stands in it.
     strict, finder
         As `RecipeReader` takes them.
+    notes : tuple of str
+        What was found in the file; each of its recipes has them too.
 
     Attributes
     ----------
@@ -99,8 +101,9 @@ class SearchRecipe:
         *,
         strict: bool = False,
         finder: Finder | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
-        self.path, self._strict, self._finder = path, strict, finder
+        self.path, self._strict, self._finder, self._notes = path, strict, finder, notes
         self.document = document
         self._spaces: dict[int, Space] = {}  # id of the table in the document -> what it says
         for name, table in _searches(document, ""):
@@ -145,7 +148,7 @@ class SearchRecipe:
         """
         reader = RecipeReader(path or self.path, strict=self._strict, finder=self._finder)
         recipe = reader.recipe(self.fill(values))
-        return replace(recipe, out_format="gguf")
+        return replace(recipe, out_format="gguf", notes=(*self._notes, *recipe.notes))
 
     def _add(self, name: str, table: Mapping[str, Any]) -> None:
         for key in table:
@@ -219,14 +222,15 @@ def load_search(path: Path, *, strict: bool = False, finder: Finder | None = Non
     """
     from edgemerge.formats.yaml_file import read_documents
 
-    documents, _ = read_documents(path)
+    documents, duplicates = read_documents(path)
     if len(documents) != 1 or not isinstance(documents[0], dict) or is_mixture(documents[0]):
         raise RecipeError(
             "is not a recipe of one merge, whose settings could be searched; give one with "
             "merge_method, and search stages one by one",
             path=path,
         )
-    found = SearchRecipe(path, documents[0], strict=strict, finder=finder)
+    notes = note_duplicates(duplicates, path, strict=strict)
+    found = SearchRecipe(path, documents[0], strict=strict, finder=finder, notes=notes)
     for values in (found.inside(), found.start()):
         found.recipe(values)
     return found

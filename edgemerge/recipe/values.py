@@ -24,7 +24,7 @@ from edgemerge.suggestions import find_closest, suggest, suggest_path
 from edgemerge.types import Gradient, Parameters, Rule, Setting, Steps
 
 __all__ = ["MAX_SEED", "MAX_STRAYS", "ValueReader", "brief", "check_alignment", "check_format"]
-__all__ += ["is_utf8"]
+__all__ += ["is_utf8", "note_duplicates"]
 
 MAX_SEED = (1 << 64) - 1  # the file keeps it as u64
 MAX_STRAYS = 10  # of one table that are named one by one
@@ -61,6 +61,26 @@ def check_format(value: str) -> str:
             f"format is {brief(value)}; choose one of {', '.join(FORMATS)}", field="format"
         )
     return value
+
+
+def note_duplicates(duplicates: Sequence[str], path: Path, *, strict: bool) -> tuple[str, ...]:
+    """Note the keys of a file that stand twice; refuse them where all must count.
+
+    Parameters
+    ----------
+    duplicates : sequence of str
+        From `edgemerge.formats.yaml_file.read_documents`.
+    path : Path
+        The file.
+    strict : bool
+        Refuse them.
+    """
+    if duplicates and strict:
+        raise RecipeError(f"{duplicates[0]}; remove one of the two", path=path)
+    notes = [f"{found}, and the last one counts" for found in duplicates[:MAX_STRAYS]]
+    if len(duplicates) > MAX_STRAYS:
+        notes.append(f"{len(duplicates) - MAX_STRAYS} more keys stand twice")
+    return tuple(notes)
 
 
 class ValueReader:

@@ -43,6 +43,13 @@ def test_a_file_in_place_of_the_folder_is_one_sentence(tmp_path: Path) -> None:
         pass
 
 
+def test_an_interrupt_tells_of_the_files_that_are_kept(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, output_folder(tmp_path / "kept"):
+        raise KeyboardInterrupt
+    said = f"what was merged stays in {tmp_path / 'kept'}; --force replaces it"
+    assert caught.value.__notes__ == [said]
+
+
 @pytest.mark.llama
 def test_the_demo_shows_what_four_models_answer(tmp_path: Path, eval_dir: Path) -> None:
     pytest.importorskip("llama_cpp")

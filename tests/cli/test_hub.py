@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,8 +40,11 @@ class Desk:
             check=False,
         )
 
-    def answer(self, text: bytes, *words: str) -> tuple[int, str]:
-        """Run a command at a terminal, where somebody types a text; return its code and what is seen."""
+    def answer(self, text: bytes, *words: str, stops: bool = False) -> tuple[int, str]:
+        """Run a command at a terminal, where somebody types a text; return its code and what is seen.
+
+        `stops`: at the question it gets what Ctrl-C sends.
+        """
         ours, theirs = pty.openpty()
         process = subprocess.Popen(
             [sys.executable, "-m", "edgemerge", *words],
@@ -61,6 +65,9 @@ class Desk:
             if not piece:
                 break
             seen += piece
+            if stops and b"[y/N]" in seen:
+                process.send_signal(signal.SIGINT)
+                stops = False
         os.close(ours)
         return process.wait(), seen.decode()
 
@@ -105,7 +112,33 @@ def test_a_yes_at_a_terminal_fetches(desk: Desk) -> None:
     assert "model.safetensors" in desk.hub.fetched()
 
 
+def test_ctrl_c_at_the_question_is_an_interrupt(desk: Desk) -> None:
+    code, seen = desk.answer(b"", "inspect", "ward/expert-a", stops=True)
+    assert code == 130
+    assert seen.splitlines()[-1] == "edgemerge: interrupted; nothing was changed"
+    code, seen = desk.answer(b"\x04", "inspect", "ward/expert-a")  # Ctrl-D: no answer
+    assert code == 1
+    assert "give --download to fetch it" in seen
+
+
 def test_a_folder_that_is_none_is_refused(desk: Desk) -> None:
     refused = desk.run("inspect", "ward/expert-a", "--models", "absent")
     assert refused.returncode == 2
     assert "there is no such folder" in refused.stderr
+
+
+def test_extract_and_publish_find_models_too(desk: Desk, models_dir: Path) -> None:
+    pytest.importorskip("tuf")
+    words = (str(models_dir / "base"), "ward/expert-a", "--rank", "1", "-o", "a.gguf")
+    made = desk.run("extract", *words, "--download")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert desk.run("keygen", "own").returncode == 0
+    own = ("--key", "own.pem", "--state", "state")
+    assert desk.run("publish", "r", "--init", "--root-key", "own.pem", *own).returncode == 0
+    file = ("publish", "r", "a.gguf", "--name", "a", "--version", "1", *own)
+    published = desk.run(*file, "--base", "ward/expert-a", "--json")
+    assert (published.returncode, published.stderr) == (0, "")
+    assert json.loads(published.stdout)["entry"]["base"]
+    refused = desk.run("publish", "r", "--refresh", "--download", *own)
+    assert refused.returncode == 2
+    assert "--download belongs to FILE" in refused.stderr

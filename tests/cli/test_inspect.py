@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from edgemerge.cli import make_app
 
-TEMPLATE = "{% if a %}\n\tred \x1b[31m{{ a }}\n{% endif %}"
+TEMPLATE = "{% if a %}\n\tred \x1b[31m{{ a }}\n{% endif %}"  # a tab, and ESC
 
 
 def run(*arguments: str) -> Result:
@@ -67,12 +67,31 @@ def test_all_of_a_header() -> None:
     )
 
 
-def test_template_prints_it_whole_without_control_characters() -> None:
+def test_a_terminal_gets_the_template_without_control_characters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda _self: True)
     assert succeed("moe.gguf", "--template") == "{% if a %}\n    red  [31m{{ a }}\n{% endif %}\n"
+
+
+def test_a_file_gets_the_very_template() -> None:
+    """What is redirected, edited and given to --template is to make the same prompts."""
+    assert succeed("moe.gguf", "--template") == TEMPLATE
     (found,) = json.loads(succeed("moe.gguf", "--json"))["templates"]
     assert found == {"name": None, "length": len(TEMPLATE), "first_line": "{% if a %}"}
     (found,) = json.loads(succeed("moe.gguf", "--json", "--template"))["templates"]
     assert found["text"] == TEMPLATE
+
+
+def test_keys_of_strangers_steer_no_terminal() -> None:
+    writer = gguf.GGUFWriter("odd.gguf", "llama")
+    writer.add_uint32("odd.\x1b[2J.key", 1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    text = succeed("odd.gguf", "--all")
+    assert "\x1b" not in text
+    assert "odd. [2J.key" in text
 
 
 def test_no_template(models_dir: Path) -> None:

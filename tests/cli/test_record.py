@@ -85,6 +85,39 @@ def test_bytes_after_the_last_tensor_are_said() -> None:
     assert "4 bytes after the last tensor were written by no merge." in text
 
 
+def test_a_signature_that_does_not_hold_is_on_the_page_and_an_error() -> None:
+    pytest.importorskip("cryptography")
+    assert run("keygen", "key").exit_code == 0
+    given = ("record", "ward.gguf", "--key", "key.pub.pem", "--force", "-o", "record.html")
+    result = run(*given)
+    assert result.exit_code == 1
+    assert "edgemerge: ward.gguf: has no signature" in result.stderr
+    assert "The signature does not hold: ward.gguf: has no signature" in words(Path("record.html"))
+    assert run("sign", "ward.gguf", "--key", "key.pem").exit_code == 0
+    assert run(*given).exit_code == 0
+    assert "Every byte is signed by the key" in words(Path("record.html"))
+    flip_bit(Path("ward.gguf"), 8 * 200)  # metadata, which no checksum covers
+    result = run(*given)
+    assert (result.exit_code, result.stdout) == (1, "record.html  record of ward.gguf\n")
+    assert "is not what was signed" in result.stderr
+    assert "The signature does not hold" in words(Path("record.html"))
+
+
+def test_a_directory_has_no_signature_to_check() -> None:
+    pytest.importorskip("cryptography")
+    assert run("keygen", "key").exit_code == 0
+    assert run("merge", "-m", "linear", "base.gguf", "cardio.gguf", "-o", "ward/").exit_code == 0
+    for command in (
+        ("record", "ward/", "-o", "record.html", "--key", "key.pub.pem"),
+        ("verify", "ward/", "--key", "key.pub.pem"),
+        ("sign", "ward/", "--key", "key.pem"),
+    ):
+        result = run(*command)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert "ward: is a folder, and only files such as a GGUF are signed" in result.stderr
+    assert not Path("record.html").exists()
+
+
 def test_a_damaged_file_has_a_record_that_says_so() -> None:
     flip_bit(Path("ward.gguf"), 8 * Path("ward.gguf").stat().st_size - 100)
     result = run("record", "ward.gguf", "-o", "record.html")

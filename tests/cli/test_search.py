@@ -221,6 +221,27 @@ def test_nothing_is_replaced_that_this_search_has_not_written() -> None:
     assert "by hand" not in best.read_text()
 
 
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_what_was_changed_during_the_search_is_not_replaced(
+    monkeypatch: pytest.MonkeyPatch, is_stopped: bool
+) -> None:
+    run("--trials", "2")
+    best, make = Path("recipe-best.yml"), ModelFile.make
+
+    def change(self: ModelFile, *given: Any) -> int:
+        if "by hand" in best.read_text() and is_stopped:
+            raise KeyboardInterrupt
+        best.write_text("# by hand\n")
+        return make(self, *given)
+
+    monkeypatch.setattr(ModelFile, "make", change)
+    said = fail("recipe.yml", *TASK, "-t", "1", "--trials", "4", code=130 if is_stopped else 1)
+    assert "recipe-best.yml: exists, and this search has not written it so; rename it" in said
+    assert best.read_text() == "# by hand\n"
+    monkeypatch.setattr(ModelFile, "make", make)
+    assert len(json.loads(run("--trials", "4", "--force", "--json"))["trials"]) == 4
+
+
 def count_trials(path: Path) -> int:
     """Count the trials that a search has kept; 0 before it made its file."""
     try:

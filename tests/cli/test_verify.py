@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from edgemerge.cli import make_app
+from edgemerge.errors import OutputError
 from tests.support.bits import flip_bit
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -113,6 +114,52 @@ def test_a_signature_in_the_way_is_told_before_the_merge() -> None:
     assert not Path("out.gguf").exists()
     document = json.loads(succeed(*arguments, "--force", "--json"))
     assert document["signature"] == "out.gguf.sig"
+
+
+def test_a_signature_of_a_split_in_the_way_is_told_before_the_merge() -> None:
+    split = ("--split-max-size", "10KiB", "--sign", "ward.pem")
+    arguments = ("merge", "-m", "linear", "a", "b", "-o", "out.gguf", *split)
+    succeed(*arguments)
+    for part in Path().glob("out-*.gguf"):
+        part.unlink()
+    assert ".gguf.sig: exists already" in refuse(*arguments)
+    assert not list(Path().glob("out-*.gguf"))
+    succeed(*arguments, "--force")
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OutputError("is full", path="x.sig"), 1, "x.sig: is full"),
+    ],
+)
+def test_what_stops_the_signing_leaves_the_merge_and_its_report(
+    monkeypatch: pytest.MonkeyPatch, problem: BaseException, code: int, said: str
+) -> None:
+    def stop(*_given: object, **_named: object) -> None:
+        raise problem
+
+    monkeypatch.setattr("edgemerge.provenance.signature.sign_model", stop)
+    merge = ("merge", "-m", "linear", "a", "b", "-o", "out.gguf", "--sign", "ward.pem")
+    result = invoke(*merge)
+    assert (result.exit_code, result.stderr) == (
+        code,
+        f"edgemerge: {said}; the merge is done, and out.gguf is whole\n",
+    )
+    assert result.stdout.startswith("out.gguf  48.8 KiB, F16, linear\n")
+    assert "signed in" not in result.stdout
+    assert succeed("verify", "out.gguf")
+
+
+def test_what_stops_the_questions_leaves_the_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgemerge.cli.merge.ask_models", stop)
+    result = invoke("merge", "-m", "linear", "a", "b", "-o", "out.gguf", "--ask", "x")
+    assert result.exit_code == 130
+    assert result.stderr == "edgemerge: interrupted; the merge is done, and out.gguf is whole\n"
 
 
 def test_each_way_in_which_a_signature_does_not_hold() -> None:

@@ -132,6 +132,23 @@ def test_a_stage_in_slices_has_the_layers_that_it_will_have() -> None:
 # -- disk ------------------------------------------------------------------------------------------
 
 
+def test_files_of_a_split_in_the_way_are_told_before_the_stages(
+    stop_at: Callable[[str | None], list[str]],
+) -> None:
+    merge(split_bytes=40 << 10)
+    parts = made()
+    assert len(parts) > 1
+    for part in sorted(parts)[1:]:
+        Path(part).unlink()
+    ran = stop_at(None)
+    with pytest.raises(OutputError, match=r"out-00001-of-0000\d.gguf: exists already"):
+        merge(split_bytes=40 << 10)
+    assert ran == []
+    assert made() == {min(parts)}
+    merge(split_bytes=40 << 10, force=True)
+    assert made() == parts
+
+
 def test_stages_stay_within_the_disk_that_is_allowed() -> None:
     with pytest.raises(OutputError, match="the stages need 177 KiB of disk, more than the 100 KiB"):
         merge(disk=100 << 10)

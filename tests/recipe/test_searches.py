@@ -30,9 +30,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def load(text: str) -> SearchRecipe:
+def load(text: str, *, strict: bool = False) -> SearchRecipe:
     Path("recipe.yml").write_text(text)
-    return load_search(Path("recipe.yml"))
+    return load_search(Path("recipe.yml"), strict=strict)
 
 
 def searching(weight: str) -> str:
@@ -102,6 +102,15 @@ def test_a_filter_that_never_counts_is_refused() -> None:
 def test_stages_are_searched_one_by_one() -> None:
     with pytest.raises(RecipeError, match="is not a recipe of one merge"):
         load(searching("{search: [0, 1]}") + "---\n" + searching("1"))
+
+
+def test_a_key_that_stands_twice_is_a_note_and_a_strict_refusal() -> None:
+    text = RECIPE + "base_model: a\n"
+    found = load(text)
+    said = "line 12: the key 'base_model' stands twice"
+    assert found.recipe(found.start()).notes == (f"{said}, and the last one counts",)
+    with pytest.raises(RecipeError, match=f"{said}; remove one of the two"):
+        load(text, strict=True)
 
 
 def test_a_place_that_takes_no_number_is_refused_before_any_trial() -> None:

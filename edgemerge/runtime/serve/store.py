@@ -22,6 +22,11 @@ __all__ = ["Loaded", "ModelState", "ModelStore"]
 log = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 1.0
+_NO_ROOM_NOW = "there is no room in memory for the model while others answer"
+_NO_ROOM_FOR_BOTH = (
+    "there is no room in memory for the new model beside the one that it replaces; start the server with "
+    "more --memory"
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -306,12 +311,14 @@ class ModelStore:
     async def _make_room(self, file: ModelFile) -> None:
         """Close idle models; not the one that has the file's name, which a reload wants beside it."""
         others = [slot for name, slot in self._slots.items() if name != file.name]
+        old = self._slots[file.name].loaded
+        fits = self._floor + (old.file.need if old is not None else 0) + file.need <= self.budget
         while self._floor + self._taken() + file.need > self.budget:
             idle = [slot for slot in others if slot.is_idle]
             if not idle:
                 raise Refusal(
                     503,
-                    "there is no room in memory for the model while others answer",
+                    _NO_ROOM_NOW if fits else _NO_ROOM_FOR_BOTH,
                     kind=BUSY,
                     code="model_unavailable",
                     retry_after=5,

@@ -175,10 +175,14 @@ def test_a_new_model_needs_room_beside_the_old_one_and_takes_that_of_others(tmp_
         assert loader.alive() == ["a"]
         assert store.loaded == ("a",)
         await use(store, "c")
-        with pytest.raises(Refusal, match="no room in memory") as caught:
+        with pytest.raises(Refusal, match="no room in memory for the new model beside") as caught:
             await store.start(store.resolve("c"))
         assert caught.value.status == 503
         assert loader.alive() == ["c"]
+        await use(store, "a")
+        store.take("a")
+        with pytest.raises(Refusal, match="no room in memory for the model while others answer"):
+            await store.start(store.resolve("c"))
 
     in_loop(scenario)
 
