@@ -126,6 +126,19 @@ def test_needs_where_layers_differ() -> None:
     assert n_ctx_train == 777
 
 
+def test_a_crafted_header_has_no_negative_needs() -> None:
+    """Fault: `doctor --model` divided by zero."""
+    metadata = {
+        "x.block_count": encode_value(1, "u32"),
+        "x.attention.head_count_kv": encode_value(1, "u32"),
+        "x.attention.key_length": encode_value(-512, "i32"),
+        "x.attention.value_length": encode_value(0, "i32"),
+    }
+    needs, n_ctx_train = fit._read_needs(metadata, "x", 5)
+    assert needs.kv_token == 0
+    assert needs.longest_context(GIB, n_ctx_train) == n_ctx_train
+
+
 # -- advice ----------------------------------------------------------------------------------------
 
 
