@@ -78,7 +78,7 @@ clean:  ## remove the environments and all that was built here (the llama.cpp wh
 	exit 1
 
 # The wheel first and by force: pip would keep a library of the same version built with other flags.
-.venv/ready-run: .venv/bin/python pyproject.toml tools/llama/build-wheel tools/llama/lean.cmake
+.venv/ready-run: .venv/bin/python pyproject.toml tools/llama/build-wheel tools/llama/common.sh tools/llama/lean.cmake
 	wheel=$$(tools/llama/build-wheel $(BIN)/python) && $(PIP) --no-deps --force-reinstall "$$wheel"
 	$(PIP) -e '.[serve,plot]'
 	@touch $@

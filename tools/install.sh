@@ -34,6 +34,11 @@ if [ -z "$list" ]; then
   here=$(cd "$wheels" && echo ./*.txt)
   fail "no Python here has wheels in $wheels for $machine, which is for: $here"
 fi
+# A 32-bit system may have a 64-bit kernel, whose name uname gives.
+"$python" -c 'import sys; sys.exit(sys.maxsize < 2**32)' ||
+  fail "$python is a 32-bit program, and the wheels are for 64-bit ones: install a 64-bit system"
+"$python" -c 'import platform, sys; sys.exit(platform.libc_ver()[0] != "glibc")' ||
+  fail "$python does not use glibc, which the wheels need: install a system that has it, as Debian"
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
   fail "$python has no module venv: run apt install python$version-venv as root first"
 
@@ -43,8 +48,19 @@ clear=
 if [ -e "$into/pyvenv.cfg" ] && ! "$into/bin/python$version" -c '' 2>/dev/null; then clear=--clear; fi
 "$python" -m venv $clear "$into"
 into=$(cd "$into" && pwd)
-"$into/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --find-links "$wheels" \
-  --require-hashes -r "$list"
+updates=
+if [ -e "$into/bin/edgemerge" ]; then updates=yes; fi
+install() {
+  "$into/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --find-links "$wheels" \
+    --require-hashes "$@"
+}
+install -r "$list"
+# To pip, a wheel of the same version is installed already, whatever is in it: ours are built anew without one.
+if [ -n "$updates" ]; then
+  grep -E '^(edgemerge|llama-cpp-python)==' "$list" >"$into/own.txt"
+  install --force-reinstall --no-deps -r "$into/own.txt"
+  rm "$into/own.txt"
+fi
 mkdir -p "$HOME/.local/bin"
 ln -sf "$into/bin/edgemerge" "$HOME/.local/bin/edgemerge"
 "$into/bin/edgemerge" --version

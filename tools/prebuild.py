@@ -19,6 +19,8 @@ import platform
 import shutil
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -87,8 +89,14 @@ def compile_images(machine: str, variant: Variant, folder: Path, names: list[str
             "NUMBA_CPU_FEATURES": variant.options,
             "NUMBA_CACHE_DIR": cache,
         }
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            pool.map(partial(_compile, machine, variant, folder), slow_first(names), chunksize=1)
+        # Not a Pool, which waits for ever for a child that was killed, as where memory ends.
+        try:
+            with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+                list(pool.map(partial(_compile, machine, variant, folder), slow_first(names)))
+        except BrokenProcessPool as error:
+            raise SystemExit(
+                "tools.prebuild: a child that compiles was killed, which the system does where memory ends"
+            ) from error
 
 
 def _compile(machine: str, variant: Variant, folder: Path, full_name: str) -> None:

@@ -131,7 +131,8 @@ def boards() -> str:
     for name, rates in BOARDS.items():
         cells = [f"`{name}`", rates.name, str(rates.cores), format_size(rates.memory)]
         cells += [f"{rates.encode:g}x", f"{rates.copied / 1e9:g} GB/s"]
-        cells += [f"{rates.read / 1e6:g}, {rates.written / 1e6:g} MB/s", SOURCES[name]]
+        storage = ", ".join(f"{rate / 1e6:g}" for rate in (rates.read, rates.written) if rate)
+        cells += [f"{storage} MB/s", SOURCES[name]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

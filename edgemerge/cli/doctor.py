@@ -106,7 +106,7 @@ def _merging(rates: Rates) -> Iterator[tuple[str, str]]:
     shown = ", ".join(f"{name} {factor:.1f}" for name, factor in times)
     yield "a core", f"{shown} times as long as the core of the reference (benchmarks/SPEED.md)"
     yield "Python", f"{rates.python:.1f} times as long to start"
-    yield "memory", f"{format_size(int(rates.copied))}/s copied by one core"
+    yield "memory", f"{format_size(int(rates.copied))}/s copied by all cores together"
     yield "SHA-256", f"{format_size(int(rates.hashed))}/s"
     yield "kept", "edgemerge plan predicts times from this"
 

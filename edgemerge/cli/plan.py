@@ -67,10 +67,12 @@ def plan_command(
     )
     machine = find_machine(board)
     budget = parse_size(memory) if memory is not None else recipe.memory
+    # What was free when this machine was measured says nothing of now: merge does not look at it either.
+    named = machine if board is not None else None
     the_plan = plan(
         request.with_format(recipe, out_format),
-        memory=budget if machine is None else machine.budget(budget),
-        threads=threads or (machine.cores if board is not None and machine is not None else None),
+        memory=budget if named is None else named.budget(budget),
+        threads=threads or (None if named is None else named.cores),
     )
     for sentence in warn_of_recipe(the_plan):
         print_warning(sentence)

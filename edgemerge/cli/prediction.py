@@ -39,20 +39,26 @@ def find_machine(board: str | None) -> Rates | None:
 
 def prediction_lines(the_plan: Plan, machine: Rates | None) -> Iterator[str]:
     """Say how long the merge takes, and why."""
+    from edgemerge.planning.network import foresee_network
     from edgemerge.planning.prediction import predict
     from edgemerge.sizes import format_size
 
     if machine is None:
         return
     found = predict(the_plan, machine)
+    storage = "not known" if found.storage is None else _seconds(found.storage)
     yield (
         f"time on {machine.name}: about {_seconds(found.seconds)}, {_seconds(found.least)} to "
         f"{_seconds(found.most)}"
     )
     yield (
         f"  processor {_seconds(found.processor)} with {the_plan.workers} of {machine.cores} cores, "
-        f"memory {_seconds(found.memory)}, storage {_seconds(found.storage)}; they overlap"
+        f"memory {_seconds(found.memory)}, storage {storage}; they overlap"
     )
+    if found.storage is None:
+        yield "note: doctor --bench could not measure the storage, so its time is not counted"
+    if foresee_network(the_plan).n_models:
+        yield "note: the time of the network is not counted"
     if the_plan.needed_bytes > machine.memory:
         yield (
             f"note: it needs {format_size(the_plan.needed_bytes)} of memory, and programs have "

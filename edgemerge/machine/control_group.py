@@ -1,13 +1,14 @@
-"""Where the limits of this process's control group lie."""
+"""The limits of this process's control group, and what they leave it of the processors."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from edgemerge.machine.sysfs import read_int, read_text
 
-__all__ = ["group_folders", "memory_limits"]
+__all__ = ["group_folders", "memory_limits", "processor_quota", "usable_processors"]
 
 
 def group_folders(root: Path, controller: str) -> list[Path]:
@@ -44,3 +45,22 @@ def memory_limits(root: Path = Path("/")) -> Iterator[tuple[Path, int]]:
             limit is not None
         ):  # no limit is the word max in version 2, and close to 2**63 in version 1
             yield folder, limit
+
+
+def processor_quota(root: Path = Path("/")) -> float | None:
+    """Return how many processors this process may use on average; None where no group limits it."""
+    quotas = []
+    for folder in group_folders(root, "cpu"):
+        words = (read_text(folder / "cpu.max") or "").split()  # version 2: "150000 100000"
+        if len(words) == 2 and all(word.isdecimal() for word in words):
+            quotas.append(int(words[0]) / int(words[1]))
+        quota, period = (read_int(folder / f"cpu.cfs_{part}_us") for part in ("quota", "period"))
+        if quota and period and quota > 0:  # version 1: -1 is no limit
+            quotas.append(quota / period)
+    return min(quotas, default=None)
+
+
+def usable_processors(root: Path = Path("/")) -> int:
+    """Processors that this process may use: by its affinity, and by the quota of its control group."""
+    allowed, quota = len(os.sched_getaffinity(0)), processor_quota(root)
+    return allowed if quota is None else max(1, min(allowed, int(quota)))

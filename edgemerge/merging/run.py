@@ -23,6 +23,7 @@ from edgemerge.errors import RecipeError
 from edgemerge.formats import OpenModels
 from edgemerge.formats.adapters.reference import model_name
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
+from edgemerge.machine.control_group import usable_processors
 from edgemerge.merging.destination import check_destination, check_split, find_destination
 from edgemerge.merging.making import Inputs, Outcome, finish, make_tensors
 from edgemerge.merging.precompile import precompile
@@ -42,11 +43,6 @@ if TYPE_CHECKING:  # only a cluster pays for the import
     from edgemerge.cluster.connection import Connection
 
 __all__ = ["Progress", "merge", "plan", "usable_processors"]
-
-
-def usable_processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def plan(recipe: Recipe, *, memory: int | None = None, threads: int | None = None) -> Plan:

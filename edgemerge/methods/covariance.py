@@ -131,6 +131,16 @@ def _memory(job: TensorJob) -> WorkingMemory:
     return WorkingMemory(matrices + 4 * (SUMS + ROWS * TILE) + 8 * width * (width + CHUNK))
 
 
+def _products(job: TensorJob) -> float:
+    """Count the products of `add_grams` and `combine`, and those of `solve_factors`, which are of float64."""
+    if not _is_solved(job):
+        return 0.0
+    n_experts, width = len(job.experts), _width(job)
+    of_rows = job.out.n_elements * width * (n_experts / 2 + n_experts - 1)
+    of_factors = job.n_cols * width**2 * (n_experts - 1 + 1 / 6)
+    return of_rows + 3 * of_factors
+
+
 def _check(tensor: Described) -> None:
     weights = [float(expert.settings["weight"]) for expert in tensor.experts]
     if min(weights) < 0 or not any(weights):
@@ -177,6 +187,7 @@ COVARIANCE = Method(
     needs_base=True,
     passes=_passes,
     memory=_memory,
+    multiplies=_products,
     check=_check,
     takes_deltas=always,
 )

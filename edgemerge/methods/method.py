@@ -70,6 +70,10 @@ def _no_sides(tensor: Described) -> Sequence[int]:
     return ()
 
 
+def _no_products(job: TensorJob) -> float:
+    return 0.0
+
+
 def _accept(tensor: Described) -> None:
     pass
 
@@ -116,6 +120,9 @@ class Method:
     decomposes : callable
         Tells the sides of all symmetric matrices that `blocks` decomposes for a tensor, which takes their
         cubes in time; those of a calibration are not counted.
+    multiplies : callable
+        Tells how many products `blocks` adds up for a tensor, where each element takes many: a product of two
+        float64 counts three times.
     check : callable
         Raises `RecipeError` for settings that a tensor cannot be merged with.
     takes_deltas : callable
@@ -152,6 +159,7 @@ class Method:
     passes: Callable[[Described], int] = _one_pass
     memory: Callable[[TensorJob], WorkingMemory] = _no_memory
     decomposes: Callable[[Described], Sequence[int]] = _no_sides
+    multiplies: Callable[[TensorJob], float] = _no_products
     check: Callable[[Described], None] = _accept
     takes_deltas: Callable[[Described], bool] = _never
     keeps_non_finite: Callable[[Described], bool] = _never

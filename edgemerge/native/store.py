@@ -7,10 +7,12 @@ its own: LLVM's and Numba's memory, well over 100 MB, are never those of a merge
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -123,11 +125,7 @@ def _run_compiler(folder: Path, names: list[str]) -> None:
         for child in children:
             _, errors = child.communicate()
             if child.returncode:
-                reason = (errors.strip().splitlines() or [f"signal {-child.returncode}"])[-1]
-                raise RuntimeFailure(
-                    f"the kernels could not be compiled with numba {version('numba')} ({reason}); "
-                    f"install one of the versions that are tested: {_INSTALL}"
-                )
+                raise _failure(child.returncode, errors, folder)
     except OSError as error:
         raise RuntimeFailure(
             f"the compiler of kernels could not be started ({error.strerror})"
@@ -137,6 +135,25 @@ def _run_compiler(folder: Path, names: list[str]) -> None:
             child.kill()
             child.wait()
         scratch.cleanup()
+
+
+def _failure(status: int, errors: str, folder: Path) -> RuntimeFailure:
+    """Say why a child failed, by its exit status and what it wrote, and what to do."""
+    if status == -signal.SIGKILL:
+        return RuntimeFailure(
+            "the kernels could not be compiled, as their compiler was killed, which the system does where "
+            "memory ends; stop other programs and try again"
+        )
+    reason = (errors.strip().splitlines() or [f"signal {-status}"])[-1]
+    if os.strerror(errno.ENOSPC) in reason:
+        return RuntimeFailure(
+            f"the kernels could not be compiled, as {folder} or {tempfile.gettempdir()} is full; make room "
+            "there, or set NUMBA_CACHE_DIR and TMPDIR"
+        )
+    return RuntimeFailure(
+        f"the kernels could not be compiled with numba {version('numba')} ({reason}); "
+        f"install one of the versions that are tested: {_INSTALL}"
+    )
 
 
 def _check_version() -> None:
@@ -186,12 +203,20 @@ def _prebuilt_folders() -> Iterator[Path]:
 
 
 def _own_folders() -> list[Path]:
-    """Folders of this machine's images: as set, else beside the kernels, then the user's."""
-    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
-        parents = [Path(chosen)]
-    else:
-        parents = [KERNELS / "__pycache__", users_cache()]
-    return [parent / f"native-{_toolchain()}" for parent in parents]
+    """Folders of this machine's images: as set, else beside the kernels; then the user's.
+
+    The user's stays out of sight where the one that is set can be written, so that it can be a fresh one.
+    """
+    name = f"native-{_toolchain()}"
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    first = Path(chosen or KERNELS / "__pycache__") / name
+    return [first] if chosen and _can_be_written(first) else [first, users_cache() / name]
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Tell whether a folder, or the first above it that exists, is one that this user may write."""
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
 
 
 def _writable_folder() -> Path | None:

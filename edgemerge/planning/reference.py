@@ -13,8 +13,10 @@ __all__ = [
     "IMPORTS",
     "KERNELS",
     "MERGE",
+    "MULTIPLY",
     "OTHER_METHODS",
     "START",
+    "WEIGHTED",
     "of_codec",
 ]
 
@@ -30,6 +32,10 @@ ENCODE |= {"Q4_1": 2205, "Q5_0": 1790, "Q5_1": 1518, "Q8_0": 3636, "Q2_K": 366, 
 ENCODE |= {"Q4_K": 333, "Q5_K": 399, "Q6_K": 497, "IQ4_NL": 173, "IQ4_XS": 163, "MXFP4": 1044}
 ENCODE |= {"NVFP4": 583, "TQ1_0": 5342, "TQ2_0": 9991}
 
+# How many times as long encoding takes with an importance matrix, as both ran one after the other.
+WEIGHTED = {"Q2_K": 10.0, "Q3_K": 12.0, "Q4_0": 28.0, "Q4_1": 52.0, "Q4_K": 5.6, "Q5_0": 24.0}
+WEIGHTED |= {"Q5_1": 34.0, "Q5_K": 7.6, "Q6_K": 8.9, "IQ4_NL": 3.2, "IQ4_XS": 2.7}
+
 # Nanoseconds of a method's own arithmetic for each element of each model, all passes together.
 MERGE = {"passthrough": 0.0, "linear": 0.09, "task_arithmetic": 0.07, "slerp": 0.46, "ties": 0.78}
 MERGE |= {"dare_ties": 0.5, "dare_linear": 0.4, "della": 1.84, "breadcrumbs": 1.0}
@@ -39,6 +45,9 @@ OTHER_METHODS = 1.0
 # Nanoseconds of `methods.directions.eigenvectors`, for each element of the cube of the side: 11 with 64, 17
 # with 256, 25 with 512.
 DECOMPOSE = 17.0
+
+# Nanoseconds of one of the products that `Method.multiplies` counts, in float32 and with 256 columns or more.
+MULTIPLY = 0.03
 
 START = 0.35  # CPU seconds until the first block: Python, imports, headers, the plan
 IMPORTS = 0.12  # CPU seconds of them until what merges is imported

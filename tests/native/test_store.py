@@ -45,8 +45,11 @@ def subtract_ones() -> list[float]:
 class Children:
     """Stands in for `subprocess.Popen` and remembers what was asked for."""
 
-    def __init__(self, status: int | OSError = 0) -> None:
+    def __init__(
+        self, status: int | OSError = 0, errors: str = "Traceback\nLinkError: no\n"
+    ) -> None:
         self.returncode = status
+        self.errors = errors
         self.commands: list[list[str]] = []
         self.n_ended = 0
 
@@ -57,7 +60,7 @@ class Children:
         return self
 
     def communicate(self) -> tuple[None, str]:
-        return None, "Traceback\nLinkError: no\n"
+        return None, self.errors
 
     def kill(self) -> None:
         self.n_ended += 1
@@ -132,9 +135,25 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "file" / "cache"))
     assert subtract_ones() == [-1, 0, 1, 2]
     assert store.find_missing([NAME]) == []  # kept by the process
+
+
+def test_the_users_cache_stands_in_for_one_that_cannot_be_written(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: with a shared NUMBA_CACHE_DIR, its second user compiled in every process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    store.compile_missing([NAME])
+    assert store._in_memory == {}
+    assert image_path(tmp_path / "own" / "edgemerge")
+    assert store.find_missing([NAME]) == []
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(cache))
+    assert store.find_missing([NAME]) == [NAME]  # one that can be written may be fresh
 
 
 def test_a_numba_that_was_not_tested_is_refused(
@@ -204,6 +223,24 @@ def test_a_compiler_that_fails_is_one_sentence(
         store.load_image("linear", "subtract")
     assert "\n" not in str(error.value)
     assert not list(cache.glob("native-*/*"))
+
+
+@pytest.mark.parametrize(
+    ("status", "errors", "remedy"),
+    [
+        (-9, "", "memory ends; stop other programs"),
+        (1, "OSError: [Errno 28] No space left on device", "is full; make room"),
+    ],
+)
+def test_a_machine_that_is_full_is_not_told_to_install(
+    cache: Path, status: int, errors: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: where memory or a disk ended, another numba was the remedy."""
+    monkeypatch.setattr(subprocess, "Popen", Children(status, errors))
+    with pytest.raises(RuntimeFailure, match=remedy) as error:
+        store.load_image("linear", "subtract")
+    assert "pip install" not in str(error.value)
+    assert (str(cache) in str(error.value)) == bool(errors)
 
 
 def test_a_module_in_the_users_folder_is_not_run(

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from edgemerge.formats.quants.codec import CODECS
+from edgemerge.formats.quants.weighted import WEIGHTED_TYPES
 from edgemerge.merging.run import plan
-from edgemerge.planning import decompositions
+from edgemerge.planning import decompositions, network
 from edgemerge.planning.boards import BOARDS, SOURCES
 from edgemerge.planning.decompositions import say_costly_ranks
 from edgemerge.planning.prediction import Rates, predict
-from edgemerge.planning.reference import DECODE, ENCODE, MERGE, START
+from edgemerge.planning.reference import DECODE, ENCODE, MERGE, MULTIPLY, START, WEIGHTED
 from edgemerge.recipe.recipe import make_recipe
 from edgemerge.types import Plan
 from tests.support.small_models import write_gguf
@@ -78,6 +79,46 @@ def test_storage_reads_and_writes(the_plan: Plan) -> None:
     assert small.least == pytest.approx(0.5 * expected)
 
 
+def test_models_on_other_machines_are_not_read_from_storage(
+    the_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: a model at an address came at the speed of the local disk."""
+    monkeypatch.setattr(network, "is_remote", lambda path: path == the_plan.models[0])
+    found = predict(the_plan, replace(QUICK, read=1e6))
+    assert found.storage == pytest.approx(the_plan.read_bytes / 2 / 1e6)
+
+
+def test_an_importance_matrix_takes_longer(the_plan: Plan) -> None:
+    (job, *_) = the_plan.jobs
+    plain = replace(job, out=replace(job.out, dtype="Q4_K"))
+    told = [
+        predict(replace(the_plan, jobs=(replace(plain, is_weighted=weighted),)), QUICK).processor
+        for weighted in (False, True)
+    ]
+    encoding = job.out.n_elements / ENCODE["Q4_K"] / 1e6 / the_plan.workers
+    assert told[1] - told[0] == pytest.approx(encoding * (WEIGHTED["Q4_K"] - 1))
+
+
+def test_products_of_columns_take_their_number(tmp_path: Path) -> None:
+    """Fault: `covariance` was predicted as if each element took a few operations."""
+    paths = []
+    for i, name in enumerate(("base", "a", "b", "c")):
+        rows = np.random.default_rng(i).standard_normal((256, 128)).astype(np.float32)
+        paths.append(str(write_gguf(tmp_path / f"{name}.gguf", {"blk.0.ffn_up.weight": rows})))
+    base, *experts = paths
+
+    def seconds(columns: int) -> float:
+        given = [(path, None) for path in experts]
+        recipe = make_recipe("covariance", given, base=base, parameters={"columns": columns})
+        return predict(plan(recipe, threads=1), QUICK).processor
+
+    # of each of three models half of the columns with columns, of two of them rows with columns
+    of_rows = 256 * 128 * (3 / 2 + 2) * (128 - 32)
+    of_factors = 3 * 128 * (128**2 - 32**2) * (2 + 1 / 6)
+    assert seconds(0) == seconds(128)
+    assert seconds(0) - seconds(32) == pytest.approx(1e-9 * MULTIPLY * (of_rows + of_factors))
+
+
 def test_memory_is_read_and_written(the_plan: Plan) -> None:
     found = predict(the_plan, replace(QUICK, copied=1e6))
     n_values = 3 * N + 512
@@ -117,6 +158,7 @@ def test_many_singular_directions_take_the_cube_of_their_number(
 def test_the_reference_knows_all_types() -> None:
     assert DECODE.keys() == CODECS.keys()
     assert ENCODE.keys() == {name for name, codec in CODECS.items() if codec.can_encode}
+    assert WEIGHTED.keys() == WEIGHTED_TYPES
 
 
 def test_every_board_has_a_source(the_plan: Plan) -> None:
@@ -130,3 +172,4 @@ def test_a_board_bounds_the_budget() -> None:
     assert BOARDS["pi-zero-2w"].budget(None) == BOARDS["pi-zero-2w"].memory
     assert BOARDS["pi5"].budget(None) == 512 << 20
     assert BOARDS["pi5"].budget(1 << 30) == 1 << 30
+    assert BOARDS["pi-zero-2w"].budget(2 << 30) == BOARDS["pi-zero-2w"].memory

@@ -19,12 +19,12 @@ TARGET = f"{os.uname().machine}-{VERSION}"
 COMMAND = "import sys\n\n\ndef main():\n    print('0.0.1', sys.argv[1:])\n"
 
 
-def make_wheel(folder: Path) -> Path:
+def make_wheel(folder: Path, command: str = COMMAND) -> Path:
     """A wheel of the name that `install.sh` installs, with a command that prints its arguments."""
     path = folder / "edgemerge-0.0.1-py3-none-any.whl"
     info = "edgemerge-0.0.1.dist-info"
     files = {
-        "edgemerge.py": COMMAND,
+        "edgemerge.py": command,
         f"{info}/METADATA": "Metadata-Version: 2.1\nName: edgemerge\nVersion: 0.0.1\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/entry_points.txt": "[console_scripts]\nedgemerge = edgemerge:main\n",
@@ -50,7 +50,7 @@ def wheels(tmp_path: Path) -> Path:
 def install(wheels: Path, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     bin_folder = home / "python"
     bin_folder.mkdir(parents=True, exist_ok=True)
-    if not (link := bin_folder / f"python{VERSION}").is_symlink():
+    if not (link := bin_folder / f"python{VERSION}").exists():
         link.symlink_to(getattr(sys, "_base_executable", sys.executable))
     return subprocess.run(
         ["sh", str(wheels / "install.sh"), *arguments],
@@ -97,6 +97,41 @@ def test_install_from_the_folder_alone(wheels: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "DO NOT MATCH THE HASHES" in done.stderr
     assert subprocess.check_output([command, "b"], text=True) == "0.0.1 ['b']\n"
+
+
+def test_an_update_of_the_same_version(wheels: Path, tmp_path: Path) -> None:
+    """Fault: to pip it was installed already, and the old code stayed."""
+    home = tmp_path / "home"
+    assert install(wheels, home).returncode == 0
+    make_wheel(wheels, COMMAND.replace("0.0.1", "newer"))
+    (wheels / f"{TARGET}.txt").write_text("\n".join(requirements(wheels)) + "\n")
+    done = install(wheels, home)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "newer ['--version']"
+    assert not list((home / ".local/share/edgemerge").glob("*.txt"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("import sys; sys.maxsize = 2**31 - 1", "is a 32-bit program"),
+        ("import platform; platform.libc_ver = lambda: ('musl', '1.2')", "does not use glibc"),
+    ],
+)
+def test_a_python_that_wheels_are_not_for(
+    wheels: Path, tmp_path: Path, change: str, reason: str
+) -> None:
+    """Fault: the name of a 64-bit kernel was taken for that of Python's processor."""
+    (tmp_path / "sitecustomize.py").write_text(change)
+    python = tmp_path / "home" / "python" / f"python{VERSION}"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = install(wheels, tmp_path / "home")
+    assert done.returncode == 1
+    assert reason in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "home" / ".local").exists()
 
 
 def test_what_cannot_be_installed_is_one_sentence(wheels: Path, tmp_path: Path) -> None:

@@ -37,12 +37,17 @@ need_compilers() {
   done
 }
 
-# Print for how many compilers at once there is memory.
+# Print for how many compilers at once there is memory, here or in this container.
 # A compiler run peaks at 450 MiB (measured, with this unity batch size): never let a small board swap.
 count_jobs() {
-  local mem_mib jobs
-  mem_mib=$(awk '/^MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
-  jobs=$(nproc)
+  local found mem_mib jobs
+  found=$(PYTHONPATH=$here/../..${PYTHONPATH:+:$PYTHONPATH} "$python" -c '
+import os
+from edgemerge.machine import control_group
+memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+memory = min([memory, *(limit for _, limit in control_group.memory_limits())])
+print(memory >> 20, control_group.usable_processors())')
+  read -r mem_mib jobs <<<"$found"
   if [ "$jobs" -gt $((mem_mib / 768)) ]; then jobs=$((mem_mib / 768)); fi
   if [ "$mem_mib" -lt 3072 ]; then jobs=1; fi
   echo "${CMAKE_BUILD_PARALLEL_LEVEL:-$jobs}"

@@ -59,9 +59,9 @@ def read_memory(root: Path = Path("/")) -> Memory:
     """
     fields = _numbers(root / "proc/meminfo")  # "MemTotal:       24684096 kB"
     total, available = fields.get("MemTotal:", 0) * 1024, fields.get("MemAvailable:", 0) * 1024
-    limited = False
+    of_machine, limited = total, False
     for folder, limit in memory_limits(root):
-        if limit >= (total or limit + 1):
+        if limit >= (of_machine or limit + 1):
             continue
         used = read_int(folder / "memory.current") or read_int(folder / "memory.usage_in_bytes")
         stat = _numbers(folder / "memory.stat")
@@ -70,7 +70,8 @@ def read_memory(root: Path = Path("/")) -> Memory:
             stat.get(f"total_{name}", stat.get(name, 0))
             for name in ("active_file", "inactive_file")
         )
-        total, limited = limit, True
+        # a group around this one may be nearly full, although its limit is larger
+        total, limited = min(total or limit, limit), True
         available = max(0, min(available, limit - max(0, (used or 0) - cache)))
     swap_total, swap_free = (fields.get(name, 0) * 1024 for name in ("SwapTotal:", "SwapFree:"))
     return Memory(total, available, swap_total, swap_free, limited)

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from edgemerge.machine.control_group import group_folders
+from edgemerge.machine.control_group import processor_quota
 from edgemerge.machine.sysfs import read_int, read_text
 
 __all__ = ["count_cores", "default_threads", "online_processors", "processor_fields"]
@@ -27,7 +27,7 @@ def default_threads(root: Path = Path("/")) -> int:
     allowed = os.sched_getaffinity(0)
     fast = allowed & _parse_list(read_text(root / "sys/devices/cpu_core/cpus") or "")
     cores = count_cores(root, fast or allowed)
-    quota = _read_quota(root)
+    quota = processor_quota(root)
     return max(1, min(cores, int(quota))) if quota else cores
 
 
@@ -59,19 +59,6 @@ def _parse_list(text: str) -> set[int]:
     for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
         found.update(range(int(first), int(last or first) + 1))
     return found
-
-
-def _read_quota(root: Path) -> float | None:
-    """Processors that the control group may use on average; None where there is no limit."""
-    quotas = []
-    for folder in group_folders(root, "cpu"):
-        words = (read_text(folder / "cpu.max") or "").split()  # version 2: "150000 100000"
-        if len(words) == 2 and all(word.isdecimal() for word in words):
-            quotas.append(int(words[0]) / int(words[1]))
-        quota, period = (read_int(folder / f"cpu.cfs_{part}_us") for part in ("quota", "period"))
-        if quota and period and quota > 0:  # version 1: -1 is no limit
-            quotas.append(quota / period)
-    return min(quotas, default=None)
 
 
 def processor_fields(root: Path) -> dict[str, str]:

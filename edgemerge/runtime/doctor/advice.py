@@ -148,6 +148,7 @@ def warn_of_llama(board: Board, build: LlamaBuild) -> Iterator[str]:
     if faults:
         setting = f"CMAKE_ARGS='{' '.join(options)}' " if options else ""
         yield (
-            f"llama.cpp is built {', and '.join(faults)}; build it again: {setting}pip install "
-            "--force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
+            f"llama.cpp is built {', and '.join(faults)}; build it again: {setting}pip install --no-deps "
+            "--force-reinstall --no-cache-dir --no-binary llama-cpp-python "
+            f"llama-cpp-python=={build.version}"
         )

@@ -222,13 +222,13 @@ def read_needs(source: Source) -> tuple[Needs, int]:
 
 
 def _read_needs(metadata: Mapping[str, bytes], arch: str, weights: int) -> tuple[Needs, int]:
-    """Needs and training context from the metadata; a list has one value per layer."""
+    """Needs and training context from the metadata; a list has one value per layer, none is below 0."""
 
     def numbers(key: str, default: int) -> list[int]:
         value = get_value(metadata, f"{arch}.{key}", default)
         values = value[:MAX_LAYERS] if isinstance(value, Array) else [value]
         stated = (n for n in values if isinstance(n, int | float) and math.isfinite(n))
-        return [int(number) for number in stated] or [default]
+        return [max(0, int(number)) for number in stated] or [default]
 
     (n_layers,), (n_embd,) = numbers("block_count", 0)[:1], numbers("embedding_length", 0)[:1]
     n_heads = max(1, *numbers("attention.head_count", 1))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,13 +22,14 @@ from edgemerge.budget import Arena
 from edgemerge.errors import OutputError
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.machine.caches import users_cache
+from edgemerge.machine.control_group import usable_processors
 from edgemerge.methods.blocks import ELECTION_TILE
 from edgemerge.native import load_kernel
 from edgemerge.native.store import compile_missing
 from edgemerge.output.file import write_file
 from edgemerge.planning.prediction import Rates
 from edgemerge.planning.reference import IMPORTS, KERNELS, of_codec
-from edgemerge.runtime.board.device import read_board
+from edgemerge.runtime.board.device import read_board, read_memory
 from edgemerge.runtime.board.storage import measure_storage
 from edgemerge.types import Float32
 
@@ -44,7 +45,8 @@ KERNEL_NAMES = (
 _SECONDS = 0.25  # for each kernel
 _N = 1 << 20  # elements, as of a merge's blocks
 _N_MODELS = 3
-_COPIED = 32 << 20  # bytes, more than a board's caches
+_COPIED = 32 << 20  # bytes by all threads together, more than a board's caches
+_LEAST_COPIED = 4 << 20  # by one thread, more than the caches that it has to itself
 _ERROR = (0.6, 1.6)
 _NAME = "this machine"
 
@@ -63,33 +65,34 @@ def measure_rates(folder: Path) -> Rates:
         The compiler failed.
     """
     compile_missing(KERNEL_NAMES)
-    storage, copied = measure_storage(folder), _copy()
+    storage, copied = measure_storage(folder), _copy(usable_processors())
+    in_memory = copied if storage.disk is not None and storage.disk.kind == "memory" else None
     rates = Rates(
         name=_NAME,
-        cores=len(os.sched_getaffinity(0)),
-        memory=read_board().memory.available,
+        cores=usable_processors(),
+        memory=read_memory().available,
         decode=geometric_mean(_decode(dtype) for dtype in DECODED),
         encode=geometric_mean(_encode(dtype) for dtype in ENCODED),
         merge=geometric_mean(_merge(name) for name in KERNELS),
         python=_import() / IMPORTS,
         copied=copied,
         hashed=_hash(),
-        read=storage.read_rate or copied,  # what cannot be measured is in memory, as a rule
-        written=storage.write_rate or copied,
+        read=storage.read_rate or in_memory,
+        written=storage.write_rate or in_memory,
         error=_ERROR,
     )
     _keep(rates)
     return rates
 
 
-def _best(work: Callable[[], object]) -> float:
-    """Least CPU seconds of a call; the first, which may load or compile, does not count."""
+def _best(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
+    """Least seconds of a call, by default of CPU; the first, which may load or compile, does not count."""
     work()
     best, end = math.inf, time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
-        started = time.process_time()
+        started = clock()
         work()
-        best = min(best, time.process_time() - started)
+        best = min(best, clock() - started)
     return max(best, 1e-9)
 
 
@@ -134,10 +137,15 @@ def _import() -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def _copy() -> float:
-    """Bytes per second that one core copies."""
-    source, target = np.ones(_COPIED, np.uint8), np.empty(_COPIED, np.uint8)
-    return _COPIED / _best(lambda: np.copyto(target, source))
+def _copy(n_threads: int) -> float:
+    """Bytes per second that so many threads copy together, each a part of its own."""
+    n_bytes = max(_COPIED // n_threads, _LEAST_COPIED)
+    parts = [(np.empty(n_bytes, np.uint8), np.ones(n_bytes, np.uint8)) for _ in range(n_threads)]
+    with ThreadPoolExecutor(n_threads) as pool:
+        seconds = _best(
+            lambda: list(pool.map(lambda part: np.copyto(*part), parts)), time.perf_counter
+        )
+    return n_threads * n_bytes / seconds
 
 
 def _hash() -> float:
@@ -149,10 +157,10 @@ def _hash() -> float:
 
 
 def kept_rates() -> Rates | None:
-    """Read what was measured on a machine of this name, or return None."""
+    """Read what was measured on a machine of this name, or return None; its memory is what is free now."""
     try:
         entry = json.loads(_path().read_bytes())[_machine()]
-        entry |= {"error": tuple(entry["error"])}
+        entry |= {"error": tuple(entry["error"]), "memory": read_memory().available}
         return Rates(**{field.name: entry[field.name] for field in fields(Rates)})
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None  # missing, spoilt, or of another version: nobody has measured
@@ -168,7 +176,7 @@ def _keep(rates: Rates) -> None:
 
 def _machine() -> str:
     board = read_board()
-    return f"{board.name or board.processor}, {len(os.sched_getaffinity(0))} threads"
+    return f"{board.name or board.processor}, {usable_processors()} threads"
 
 
 def _path() -> Path:

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from edgemerge.errors import RuntimeFailure
@@ -173,7 +174,8 @@ def load_backend(library: Library) -> Backend:
     if not path.exists():
         raise RuntimeFailure(
             "this llama.cpp was built without its RPC backend: in a checkout of edgemerge run make rpc, else "
-            "CMAKE_ARGS=-DGGML_RPC=ON pip install --force-reinstall --no-cache-dir llama-cpp-python"
+            "CMAKE_ARGS=-DGGML_RPC=ON pip install --no-deps --force-reinstall --no-cache-dir "
+            f"--no-binary llama-cpp-python llama-cpp-python=={version('llama-cpp-python')}"
         )
     try:
         return _load(path, llama)
@@ -194,4 +196,6 @@ def has_backend(library: Library) -> bool:
 
 
 def _path(llama: str) -> Path:
-    return Path(llama).with_name(_NAME)
+    """Return the library that a wheel brings, else that of tools/llama/build-rpc for this version."""
+    brought = Path(llama).with_name(_NAME)
+    return brought if brought.exists() else Path(f"{brought}.{version('llama-cpp-python')}")

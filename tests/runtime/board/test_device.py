@@ -164,6 +164,19 @@ def test_memory_of_a_control_group(
     assert found == device.Memory(2 * GIB, 3 * GIB // 2, 0, 0, limited=True)
 
 
+def test_a_full_group_around_a_smaller_limit(tmp_path: Path) -> None:
+    """Fault: a slice of 4 GiB with 100 MiB left was not looked at, as the unit in it may have 2 GiB."""
+    files = {
+        "proc/self/cgroup": "0::/a.slice/b.scope\n",
+        "sys/fs/cgroup/a.slice/b.scope/memory.max": f"{2 * GIB}\n",
+        "sys/fs/cgroup/a.slice/b.scope/memory.current": f"{GIB // 2}\n",
+        "sys/fs/cgroup/a.slice/memory.max": f"{4 * GIB}\n",
+        "sys/fs/cgroup/a.slice/memory.current": f"{4 * GIB - (100 << 20)}\n",
+    }
+    lay_out(tmp_path, meminfo(8 * GIB, 7 * GIB) | files)
+    assert device.read_memory(tmp_path) == device.Memory(2 * GIB, 100 << 20, 0, 0, limited=True)
+
+
 @pytest.mark.parametrize("limit", ["max", str(2**63 - 4096), str(8 * GIB)])
 def test_no_limit_of_a_control_group(tmp_path: Path, limit: str) -> None:
     group = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": f"{limit}\n"}

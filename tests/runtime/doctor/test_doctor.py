@@ -126,6 +126,19 @@ def test_needs_where_layers_differ() -> None:
     assert n_ctx_train == 777
 
 
+def test_a_crafted_header_has_no_negative_needs() -> None:
+    """Fault: `doctor --model` divided by zero."""
+    metadata = {
+        "x.block_count": encode_value(1, "u32"),
+        "x.attention.head_count_kv": encode_value(1, "u32"),
+        "x.attention.key_length": encode_value(-512, "i32"),
+        "x.attention.value_length": encode_value(0, "i32"),
+    }
+    needs, n_ctx_train = fit._read_needs(metadata, "x", 5)
+    assert needs.kv_token == 0
+    assert needs.longest_context(GIB, n_ctx_train) == n_ctx_train
+
+
 # -- advice ----------------------------------------------------------------------------------------
 
 
@@ -228,7 +241,8 @@ def test_warnings_of_a_build_for_another_processor(tmp_path: Path) -> None:
     assert list(warn_of_llama(board, BUILD)) == []
     (sentence,) = warn_of_llama(board, replace(BUILD, features=("NEON",), is_debug=True))
     assert "without FP16_VA, DOTPROD, which this processor has, and for debugging" in sentence
-    assert "build it again: CMAKE_ARGS='-DGGML_NATIVE=ON' pip install" in sentence
+    assert "build it again: CMAKE_ARGS='-DGGML_NATIVE=ON' pip install --no-deps " in sentence
+    assert sentence.endswith(" llama-cpp-python==0.3.36")  # else pip takes the newest, and of all
     (sentence,) = warn_of_llama(board, replace(BUILD, is_debug=True))
     assert "several times slower; build it again: pip install" in sentence
 

@@ -29,11 +29,26 @@ def test_a_worker_that_serves_another_is_refused(monkeypatch: pytest.MonkeyPatch
             backend._check_free(address)
 
 
-def test_a_library_without_the_backend_names_the_remedy(tmp_path: Path) -> None:
+def test_a_library_without_the_backend_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "version", lambda _: "0.3.36")
     with pytest.raises(
-        RuntimeFailure, match=r"make rpc, else CMAKE_ARGS=-DGGML_RPC=ON pip install"
-    ):
+        RuntimeFailure, match=r"make rpc, else CMAKE_ARGS=-DGGML_RPC=ON pip install --no-deps "
+    ) as error:
         backend.load_backend(_library(tmp_path))
+    assert str(error.value).endswith(" llama-cpp-python==0.3.36")
+
+
+def test_a_backend_of_another_version_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: what `make rpc` made stayed beside a new llama.cpp, and was taken for its own."""
+    monkeypatch.setattr(backend, "version", lambda _: "0.3.36")
+    (tmp_path / "libggml-rpc.so.0.3.35").touch()
+    assert not backend.has_backend(_library(tmp_path))
+    (tmp_path / "libggml-rpc.so.0.3.36").touch()
+    assert backend.has_backend(_library(tmp_path))
 
 
 @pytest.mark.llama
