@@ -29,6 +29,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ class SiteFolder:
         """Remove all but the newest models; that which serves, and the one before it, always stay.
 
         Models that nobody has decided about stay too: somebody made them on the page. What has no record is
-        somebody else's.
+        somebody else's. Where a bad card damaged the history, records tell which models were promoted.
 
         Answers of models that are not here go too; before the first promotion, those of the base stay.
 
@@ -185,10 +186,11 @@ class SiteFolder:
         list of str
             Ids whose file was removed.
         """
-        history = self.history()
-        latest = list(dict.fromkeys(reversed(history)))
-        undecided = [one.id for one in self.records() if one.decision is None]
-        stay = {*latest[: max(2, keep)], *undecided}
+        history, records = self.history(), self.records()
+        promoted = [one.id for one in records if one.decision == "promoted"]
+        latest = filter(self.has_model, dict.fromkeys([*reversed(history), *promoted]))
+        undecided = [one.id for one in records if one.decision is None]
+        stay = {*islice(latest, max(2, keep)), *undecided}
         names = sorted(
             one.stem for one in self.models.glob("*.json") if ownership.ID.fullmatch(one.stem)
         )

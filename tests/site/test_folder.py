@@ -101,6 +101,21 @@ def test_pruning_leaves_what_serves_and_the_one_before(site: SiteFolder) -> None
         site.drop(names[3])
 
 
+@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("damage", [80, 0, 17], ids=["all", "empty", "the last line"])
+def test_pruning_with_a_damaged_history_leaves_the_newest(
+    damage: int, keep: int, site: SiteFolder
+) -> None:
+    names = [add(site, "x" * i) for i in range(1, 6)]
+    for name in names:
+        site.promote(name, "better")
+    history = site.path / "history"
+    raw = history.read_bytes()
+    history.write_bytes(raw[:-damage] + b"\xff" * damage if damage else b"")
+    assert site.prune(keep) == sorted(names[: -max(2, keep)])
+    assert [name for name in names if site.has_model(name)] == names[-max(2, keep) :]
+
+
 SWITCHES: dict[str, Callable[[SiteFolder, str], object]] = {
     "promote": lambda site, name: site.promote(name, "better"),
     "roll_back": lambda site, name: site.roll_back("worse", name),
