@@ -23,6 +23,7 @@ SHORTEST = 1e-7  # norm by which NuSLERP divides at least
 COLINEAR = 1e-14
 SMALLEST_PRODUCT = 1e-6  # of two norms, by which Model Stock divides at least
 SINGULAR = 1e-6  # Model Stock's denominator below which it keeps the base
+CANCELLED = 1e-7  # length of a mean of directions that is the rounding of dot products alone
 ANTIPODE = 1e-7  # sine of an angle that says nothing of the direction any more
 
 
@@ -60,7 +61,7 @@ def multislerp_factors(grams: Float64, weights: Float64, eps: float) -> Float64:
     weights : (n,) float64
         Of the models; normalised where that is wanted.
     eps : float
-        Added to norms; the least norm of a mean.
+        Added to norms; the least norm of a mean, as far as dot products tell.
 
     Raises
     ------
@@ -74,7 +75,7 @@ def multislerp_factors(grams: Float64, weights: Float64, eps: float) -> Float64:
         return np.zeros(len(weights))
     pulls = [w / (norm + eps) if norm else 0.0 for w, norm in zip(weights, norms, strict=True)]
     length = math.sqrt(max(0.0, _quadratic(pulls, grams)))
-    if length <= eps:
+    if length <= max(eps, CANCELLED * math.fsum(map(abs, weights))):
         if len(weights) == 2:
             return weights
         raise MismatchError(

@@ -217,6 +217,20 @@ def test_multislerp_of_directions_that_cancel_is_a_line_or_refused() -> None:
     assert caught.value.tensor == "blk.0.ffn_up.weight"
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+@pytest.mark.parametrize("factor", [-3.0, -0.7])
+def test_multislerp_takes_no_rounding_for_a_direction(factor: float, eps: float) -> None:
+    rng = np.random.default_rng(0)
+    half = np.array([0.5, 0.5])
+    for n in range(2, 60):
+        a = rng.standard_normal(n)
+        x = np.array([a, factor * a])
+        assert multislerp_factors(x @ x.T, half, eps).tolist() == [0.5, 0.5]
+        x[1] += 1e-5 * rng.standard_normal(n)  # a direction that dot products tell
+        found = multislerp_factors(x @ x.T, half, eps) @ x
+        assert np.linalg.norm(found) == pytest.approx(np.linalg.norm(x, axis=1).mean(), rel=1e-2)
+
+
 def test_multislerp_stands_zeros_with_any_eps() -> None:
     x = np.array([[3.0, 4.0], [0.0, 0.0]])
     for eps in (1e-8, 0.0):
