@@ -162,6 +162,22 @@ def test_two_keys_may_be_asked_for(tmp_path: Path) -> None:
     assert site.reader().find("ward").version == "1"
 
 
+def test_a_refresher_signs_beside_fewer_publishers_than_are_asked_for(tmp_path: Path) -> None:
+    site = Site(tmp_path, makes=False)
+    refresher = site.key("refresher").public_key
+    keys = Keys([site.key("root")], threshold=2, refreshers=[refresher])
+    create(site.at(NOW, "publisher", "second"), keys)
+    folder = site.at(NOW + DAY, "publisher", "refresher")
+    refresh(folder)
+    assert folder.until == NOW + 90 * DAY  # of the index, which is not signed anew
+    folder = site.at(NOW + DAY, "publisher", "second", "refresher")
+    refresh(folder)
+    assert folder.until == NOW + 91 * DAY
+    with pytest.raises(RecipeError, match="asks for 2 signatures and 1 keys are given"):
+        refresh(site.at(NOW + DAY, "publisher"))
+    site.reader(now=NOW + DAY).refresh()
+
+
 def test_more_signatures_than_keys_are_not_asked_for(tmp_path: Path) -> None:
     site = Site(tmp_path, makes=False)
     with pytest.raises(RecipeError, match="would have 1 keys, and 2 signatures are asked for"):

@@ -114,7 +114,7 @@ def remove(folder: RegistryFolder, name: str, version: str) -> None:
 
 
 def refresh(folder: RegistryFolder) -> None:
-    """Sign the index anew, so that it lasts; without a publisher's key, the timestamp alone is signed.
+    """Sign the index anew, so that it lasts; without enough publishers' keys, the timestamp alone is signed.
 
     Raises
     ------
@@ -128,7 +128,9 @@ def refresh(folder: RegistryFolder) -> None:
         check_signers(draft.root, Timestamp.type, folder.signers, "--key")
         known = draft.root.roles[Targets.type].keyids
         publishers = [signer for signer in folder.signers if signer.public_key.keyid in known]
-        if publishers or not draft.present[0]:
+        n_publishers = len({signer.public_key.keyid for signer in publishers})
+        is_enough = n_publishers >= draft.root.roles[Targets.type].threshold
+        if is_enough or len(publishers) == len(folder.signers) or not draft.present[0]:
             check_signers(draft.root, Targets.type, publishers or folder.signers, "--key")
             folder.write(draft)
         else:
