@@ -151,7 +151,10 @@ def _check_hyper_parameters(first: Source, other: Source, notes: list[str]) -> N
 def _note_constants(first: Source, other: Source) -> Iterator[str]:
     """Say which constants are not the same; some models have the scaling of their rope nowhere else."""
     left, right = folder_name(first.path), folder_name(other.path)
-    end = "as a constant it is neither merged nor part of a delta or an adapter"
+    end = (
+        "as a constant it is neither merged nor part of a delta or an adapter, and stays as it is in the "
+        "base, or in the first model where there is no base"
+    )
     for name in dict.fromkeys(filter(is_constant, (*first.specs(), *other.specs()))):
         owners = [source for source in (first, other) if name in source.specs()]
         if len(owners) == 1:

@@ -257,7 +257,8 @@ def test_constants_that_are_not_the_same_are_told(tmp_path: Path) -> None:
     assert notes["near"].notes == ()
     assert notes["long"].notes == (
         "rope_freqs.weight is not the same in base.gguf and long.gguf; as a constant it is neither merged "
-        "nor part of a delta or an adapter",
+        "nor part of a delta or an adapter, and stays as it is in the base, or in the first model where "
+        "there is no base",
     )
 
 

@@ -79,7 +79,10 @@ def test_what_a_merge_survives_is_a_note(other: FakeSource, note: str) -> None:
 
 
 def test_constants_that_are_not_the_same_are_a_note() -> None:
-    end = "as a constant it is neither merged nor part of a delta or an adapter"
+    end = (
+        "as a constant it is neither merged nor part of a delta or an adapter, and stays as it is in the "
+        "base, or in the first model where there is no base"
+    )
     base, other = (
         SmallSource(f"/models/{name}", [FREQS], i) for i, name in enumerate(("base", "a"))
     )
