@@ -113,7 +113,11 @@ def test_several_workers_make_the_bytes_of_one(method: str) -> None:
             stream.group = group.join()
 
         def work(stream: MemoryStream) -> dict[int, bytes]:
-            return {b.number: x.tobytes() for b, x in METHODS[name].blocks(stream)}
+            try:
+                return {b.number: x.tobytes() for b, x in METHODS[name].blocks(stream)}
+            except BaseException:
+                group.abort()  # the others would wait for this one, and the pool for them
+                raise
 
         with ThreadPoolExecutor(n_workers) as pool:
             done = [pool.submit(work, stream) for stream in streams]
