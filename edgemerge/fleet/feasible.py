@@ -18,7 +18,7 @@ from edgemerge.planning.header import KEEP
 from edgemerge.recipe.values import check_alignment
 from edgemerge.runtime.evaluation.suite import CHUNK
 from edgemerge.runtime.evaluation.tasks import read_task
-from edgemerge.site.ownership import CLEARED
+from edgemerge.site.ownership import CLEARED, is_cleared
 
 __all__ = ["check_feasible"]
 
@@ -69,7 +69,8 @@ def _check_places(site: Site, found: Sequence[Ingredient]) -> None:
     named += [] if serve is None else [serve.key]
     named += [] if registry is None else [registry.trust]
     for path, name in product(filter(None, named), CLEARED):
-        if path.resolve().is_relative_to((site.folder / name).resolve()):
+        real, home = path.resolve(), (site.folder / name).resolve()
+        if real.is_relative_to(home) and is_cleared(name, real.relative_to(home)):
             raise RecipeError(
                 f"names {str(path)!r}, which lies in {name}/ of the device's folder, where updates remove "
                 "files; keep it elsewhere",

@@ -20,7 +20,7 @@ from edgemerge.site.log import read_events
 from edgemerge.site.record import ID_DIGITS, read_record
 
 __all__ = ["ANSWERS", "CLEARED", "CURRENT", "FETCHED", "ID", "WORK"]
-__all__ += ["check_free", "check_link", "is_own", "mark_own"]
+__all__ += ["check_free", "check_link", "is_cleared", "is_own", "mark_own"]
 
 MARKER = ".edgemerge-folder"
 TEXT = b"edgemerge made this folder. Updates remove files from models, inputs, work and answers in it.\n"
@@ -75,6 +75,14 @@ def check_link(current: Path) -> None:
     """
     if os.path.lexists(current) and not current.is_symlink():
         raise OutputError("is no link, and updates put one there; move it elsewhere", path=current)
+
+
+def is_cleared(name: str, inside: Path) -> bool:
+    """Tell whether updates may remove a path, which is relative to a folder `name` of `CLEARED`."""
+    if name != "models":  # a name of somebody else's may have the form of theirs
+        return True
+    first = Path(inside.parts[0] if inside.parts else "")
+    return first.suffix in (".gguf", ".json") and ID.fullmatch(first.stem) is not None
 
 
 def mark_own(folder: Path) -> None:

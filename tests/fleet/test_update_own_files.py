@@ -68,7 +68,21 @@ def test_the_folder_of_the_file_is_taken_where_nothing_is_in_the_way(device: Pat
     assert (device.parent / "a.gguf").is_file()
 
 
-@pytest.mark.parametrize("folder", ["models", "inputs", "work", "answers"])
+def test_models_that_no_update_removes_may_be_inputs(device: Path) -> None:
+    assert update(device, KnowingExaminer(worse)).outcome == "refused"
+    home = device.parent / "site" / "models"
+    shutil.copy(device.parent / "b.gguf", home / "b.gguf")
+    shutil.copy(device.parent / "disease.jsonl", home / "disease.jsonl")
+    questions = {"disease": "site/models/disease.jsonl", "general": "general.jsonl"}
+    write_site(device.parent, experts=[{"path": "site/models/b.gguf"}], questions=questions)
+    assert update(device, KnowingExaminer(better)).outcome == "promoted"
+    assert (home / "b.gguf").is_file()
+    made = home.joinpath(f"{folder_of(device).current_id()}.gguf")
+    write_site(device.parent, base={"path": f"site/models/{made.name}"})
+    assert "which lies in models/ of the device" in update(device, KnowingExaminer(better)).reason
+
+
+@pytest.mark.parametrize("folder", ["inputs", "work", "answers"])
 def test_what_lies_where_files_are_removed_is_no_input(device: Path, folder: str) -> None:
     assert update(device, KnowingExaminer(worse)).outcome == "refused"
     home = device.parent / "site" / folder
