@@ -88,8 +88,8 @@ def _update(site: Site, *, again: bool, quiet: bool) -> Report:
     with reporting(site):
         load_library()  # where it is missing: say so now, not after the merge
         registry, server = _open_registry(site, folder.registry), open_server(site)
+        hashes = FileHashes(folder.hashes)
     os.nice(max(0, NICE - os.nice(0)))  # beside the model that serves
-    hashes = FileHashes(folder.hashes)
     examiner = LlamaExaminer(site, folder, hashes)
     bars: dict[str, Progress] = {}
     with progress_bars("", quiet=quiet) as (_, begin_part):

@@ -97,7 +97,7 @@ class Report:
         """Note which model serves now, and write DEVICE.json; where that fails, the report says so itself."""
         try:
             self.current, self.previous = folder.current(), folder.previous()
-        except FormatError as error:
+        except (FormatError, OSError) as error:
             self.failures.append(str(error))
         if reports is None:
             return

@@ -102,7 +102,7 @@ class Update:
         try:
             if is_own(self._folder.path):
                 self._log("failed", reason=reason)
-        except OutputError as error:  # the report may go to another disk
+        except (OutputError, OSError) as error:  # the report may go to another disk
             self._report.failures.append(str(error))
         self._report.finish(self._folder, self._site.reports)
 

@@ -75,6 +75,14 @@ def test_a_key_that_cannot_be_used_is_reported(device: Path) -> None:
     assert done.stderr == f"edgemerge: {told['reason']}\n"
 
 
+def test_a_folder_that_cannot_be_looked_into_is_reported(device: Path) -> None:
+    write_site(device.parent, reports=".", folder="x" * 300)  # longer than a name may be
+    done = run("update", device)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    told = json.loads((device.parent / "ward-3.json").read_text())
+    assert (told["outcome"], "File name too long" in told["reason"]) == ("failed", True)
+
+
 def test_the_units_of_systemd(device: Path) -> None:
     write_site(device.parent, reports="reports of all")
     done = run("update", device, "--systemd")

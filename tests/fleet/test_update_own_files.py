@@ -82,6 +82,27 @@ def test_models_that_no_update_removes_may_be_inputs(device: Path) -> None:
     assert "which lies in models/ of the device" in update(device, KnowingExaminer(better)).reason
 
 
+@pytest.mark.parametrize("call", ["is_dir", "is_file"])
+def test_a_folder_that_cannot_be_read_is_reported(
+    call: str, device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update(device, KnowingExaminer(better))
+    write_site(device.parent, reports="reports")
+    (device.parent / "reports").mkdir()
+    home, real = device.parent / "site", getattr(Path, call)
+
+    def refuse(path: Path) -> object:
+        if path.is_relative_to(home):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, call, refuse)
+    report = update(device, KnowingExaminer(better))
+    told = json.loads((device.parent / "reports" / "ward-3.json").read_text())
+    assert told["outcome"] == report.outcome == "failed"
+    assert "Permission denied" in told["reason"]
+
+
 @pytest.mark.parametrize("folder", ["inputs", "work", "answers"])
 def test_what_lies_where_files_are_removed_is_no_input(device: Path, folder: str) -> None:
     assert update(device, KnowingExaminer(worse)).outcome == "refused"
