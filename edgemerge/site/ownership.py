@@ -2,7 +2,8 @@
 
 By default, a device's folder is that of its SITE.yml, where people keep files of their own. So a new folder
 is taken only if none of the names that updates use is in it, and a file in it then says so. Updates remove
-files of the forms below alone.
+files of the forms below alone. A folder `registry` may be there: what is written in it has other names than
+a registry's own files.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from edgemerge.errors import EdgemergeError, OutputError
 from edgemerge.formats.json_file import read_object
 from edgemerge.output.file import write_file
-from edgemerge.site.log import read_events
+from edgemerge.site.log import last_events
 from edgemerge.site.record import ID_DIGITS, read_record
 
 __all__ = ["ANSWERS", "CLEARED", "CURRENT", "FETCHED", "ID", "WORK"]
@@ -34,6 +35,7 @@ ANSWERS = re.compile(rf"({ID.pattern})-[0-9a-f]+\.json.*")
 FETCHED = re.compile(r"[a-z0-9._-]+-[0-9.]+(\.delta)?\.gguf(\.[0-9a-f]{16}\.part)?")
 # Merges of updates with what lies beside them, of the page, and copies of bases for a while.
 WORK = re.compile(rf"{ID.pattern}\.gguf.*|page-.*|\.edgemerge-.*")
+NOBODYS = re.compile(r"\..*|lost\+found")  # as a new disk or git has them, and updates leave them
 
 
 def is_own(folder: Path) -> bool:
@@ -41,7 +43,7 @@ def is_own(folder: Path) -> bool:
     if (folder / MARKER).is_file():
         return True
     with contextlib.suppress(EdgemergeError, OSError):
-        if next(read_events(folder / "log.jsonl"), None) is not None:
+        if any("before" in one for one in last_events(folder / "log.jsonl", 1)):
             return True
     return any(map(_is_record, (folder / "models").glob("*.json")))
 
@@ -60,7 +62,8 @@ def check_free(folder: Path) -> None:
     if taken and not is_own(folder):
         raise OutputError(
             f"has {', '.join(taken)} of somebody else, where updates change and remove files; name a folder "
-            "of its own, by folder in SITE.yml or by --site",
+            "of its own, by folder in SITE.yml or by --site; if all of it is edgemerge's, make an empty file "
+            f"{MARKER} there",
             path=folder,
         )
 
@@ -86,22 +89,27 @@ def is_cleared(name: str, inside: Path) -> bool:
 
 
 def mark_own(folder: Path) -> None:
-    """Note that a folder is a device's, where nothing shows it yet.
+    """Note that a folder is a device's, so that it stays known without its log and records.
 
     Raises
     ------
     OutputError
-        The disk refused.
+        The disk refused, and nothing else shows it.
     """
-    if not is_own(folder):
+    if (folder / MARKER).is_file():
+        return
+    try:
         write_file(folder / MARKER, TEXT)
+    except OutputError:
+        if not is_own(folder):
+            raise
 
 
 def _taken(folder: Path) -> Iterator[str]:
-    for name in (*CLEARED, "registry", *FILES):
+    for name in (*CLEARED, *FILES):
         path = folder / name
         if path.is_dir():
-            if any(path.iterdir()):
+            if any(not NOBODYS.fullmatch(one.name) for one in path.iterdir()):
                 yield f"{name}/"
         elif os.path.lexists(path):
             yield name

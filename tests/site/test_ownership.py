@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgemerge.errors import OutputError
+from edgemerge.site import ownership
 from edgemerge.site.folder import SiteFolder
 from edgemerge.site.log import append_event
 from edgemerge.site.ownership import is_own
@@ -47,12 +48,14 @@ def add(site: SiteFolder, text: str) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    [*FOREIGN, "registry/root.json", "history", "log.jsonl", "trying.json", "hashes.json"],
+    [*FOREIGN, "history", "log.jsonl", "trying.json", "hashes.json"],
 )
 def test_a_folder_with_files_of_somebody_else_is_not_taken(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / name, '{"loss": 0.5}\n')
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(OutputError, match=r"of somebody else.* folder of its own") as caught:
+    with pytest.raises(
+        OutputError, match=r"somebody else.* of its own.* file \.edgemerge-folder"
+    ) as caught:
         SiteFolder(tmp_path).make()
     assert name.partition("/")[0] in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
@@ -62,7 +65,10 @@ def test_a_folder_with_files_of_somebody_else_is_not_taken(tmp_path: Path, name:
 def test_a_folder_with_other_files_and_empty_folders_is_taken(tmp_path: Path) -> None:
     write(tmp_path / "SITE.yml")
     write(tmp_path / "base.gguf")
-    (tmp_path / "models").mkdir()  # as a power cut leaves them
+    write(tmp_path / "registry" / "root.json")
+    write(tmp_path / "models" / ".gitkeep")
+    (tmp_path / "inputs" / "lost+found").mkdir(parents=True)
+    (tmp_path / "work").mkdir()  # as a power cut leaves it
     assert not is_own(tmp_path)
     SiteFolder(tmp_path).make()
     assert is_own(tmp_path)
@@ -73,17 +79,43 @@ def test_a_folder_with_other_files_and_empty_folders_is_taken(tmp_path: Path) ->
 def test_a_folder_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     site = SiteFolder(tmp_path)
     site.make()
-    (tmp_path / ".edgemerge-folder").unlink()
+    marker, log = tmp_path / ".edgemerge-folder", tmp_path / "log.jsonl"
+    marker.unlink()
     site.promote(add(site, "1"), "better")
     site.make()
-    (tmp_path / "log.jsonl").unlink()  # known by its records then
+    assert marker.exists()
+    marker.unlink()
+    log.unlink()  # known by its records then
     site.make()
-    (tmp_path / "log.jsonl").unlink(missing_ok=True)
-    append_event(tmp_path / "log.jsonl", {"event": "started"})
+    marker.unlink()
     for path in site.models.glob("*.json"):
         path.unlink()
+    for event in ("started", "failed"):
+        append_event(log, {"event": event})
+    log.write_bytes(log.read_bytes().splitlines(keepends=True)[1])  # its beginning went elsewhere
     site.make()
-    assert not (tmp_path / ".edgemerge-folder").exists()
+    log.unlink()
+    site.make()
+    marker.unlink()
+    with pytest.raises(OutputError, match=r"has models/, .* of somebody else"):
+        site.make()
+    marker.touch()
+    site.make()
+    assert marker.read_bytes() == b""
+
+
+def test_a_full_disk_does_not_stop_a_folder_of_an_earlier_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, raw: bytes) -> None:
+        raise OutputError("no space is left", path=path)
+
+    monkeypatch.setattr(ownership, "write_file", refuse)
+    site = SiteFolder(tmp_path)
+    with pytest.raises(OutputError, match="no space"):
+        site.make()
+    append_event(tmp_path / "log.jsonl", {"event": "started"})
+    site.make()
 
 
 def test_what_has_no_record_or_another_name_is_not_removed(tmp_path: Path) -> None:
