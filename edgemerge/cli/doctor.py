@@ -104,7 +104,7 @@ def _merging(rates: Rates) -> Iterator[tuple[str, str]]:
 
     times = (("decode", rates.decode), ("encode", rates.encode), ("merge", rates.merge))
     shown = ", ".join(f"{name} {factor:.1f}" for name, factor in times)
-    yield "a core", f"{shown} times as long as the core of the reference (benchmarks/SPEED.md)"
+    yield "a core", f"{shown} times as long as a core of the reference (docs/boards.md)"
     yield "Python", f"{rates.python:.1f} times as long to start"
     yield "memory", f"{format_size(int(rates.copied))}/s copied by all cores together"
     yield "SHA-256", f"{format_size(int(rates.hashed))}/s"

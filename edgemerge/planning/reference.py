@@ -1,7 +1,7 @@
 """How fast one core of the machine was that the project is measured on: an AMD EPYC with AVX-512.
 
-`make bench ARGS='kernels profile'` measures these; benchmarks/SPEED.md has them. Other machines are compared
-with it by a factor, as `Rates` says.
+`make bench ARGS='kernels profile'` measures the same on another machine. Others are compared with it by a
+factor, as `Rates` says.
 """
 
 from __future__ import annotations
