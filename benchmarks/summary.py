@@ -95,13 +95,18 @@ def render() -> str:
             _source(SPEED, "serve", serve),
         ],
     ]
-    machines = {_machine(block.about) for block in (merge, big, serve, quality)}
-    return f"{table(header, rows)}\n\nMeasured on {'; '.join(sorted(machines))}. No board was measured."
+    abouts = [block.about for block in (merge, big, serve, quality)]
+    machines, rest = ("; ".join(sorted(set(map(of, abouts)))) for of in (_machine, _surroundings))
+    return f"{table(header, rows)}\n\nMeasured on {machines}. {rest}. No board was measured."
 
 
 def _machine(about: Mapping[str, str]) -> str:
-    width = f"vectors of {about['vectors']}, " if "vectors" in about else ""  # older stamps lack it
-    return f"{about['cpu']} with {about['cores']} cores, {width}Python {about['python']}"
+    width = f", vectors of {about['vectors']}" if "vectors" in about else ""  # older stamps lack it
+    return about["cpu"] + width
+
+
+def _surroundings(about: Mapping[str, str]) -> str:
+    return f"Cores: {about['cores']}, Python {about['python']}"
 
 
 def _source(page: Path, name: str, block: Block) -> str:
