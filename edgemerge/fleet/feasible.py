@@ -18,7 +18,7 @@ from edgemerge.planning.header import KEEP
 from edgemerge.recipe.values import check_alignment
 from edgemerge.runtime.evaluation.suite import CHUNK
 from edgemerge.runtime.evaluation.tasks import read_task
-from edgemerge.site.ownership import CLEARED, is_cleared
+from edgemerge.site.ownership import CLEARED, REGISTRY, is_changed
 
 __all__ = ["check_feasible"]
 
@@ -62,18 +62,18 @@ def check_feasible(site: Site, found: Sequence[Ingredient], *, serves: bool) -> 
 
 
 def _check_places(site: Site, found: Sequence[Ingredient]) -> None:
-    """See that nothing that the site names lies where updates remove files."""
+    """See that nothing that the site names lies where updates change or remove files."""
     merge, serve, registry = site.merge, site.serve, site.registry
     named = [one.path for one in found if one.entry is None]
     named += [*site.questions.values(), *site.texts.values(), merge.imatrix, merge.recipe]
     named += [] if serve is None else [serve.key]
     named += [] if registry is None else [registry.trust]
-    for path, name in product(filter(None, named), CLEARED):
+    for path, name in product(filter(None, named), (*CLEARED, REGISTRY)):
         real, home = path.resolve(), (site.folder / name).resolve()
-        if real.is_relative_to(home) and is_cleared(name, real.relative_to(home)):
+        if real.is_relative_to(home) and is_changed(name, real.relative_to(home)):
             raise RecipeError(
-                f"names {str(path)!r}, which lies in {name}/ of the device's folder, where updates remove "
-                "files; keep it elsewhere",
+                f"names {str(path)!r}, which lies in {name}/ of the device's folder, where updates change "
+                "and remove files; keep it elsewhere",
                 path=site.path,
             )
 

@@ -22,7 +22,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from edgemerge.errors import RuntimeFailure
+from edgemerge.errors import OutputError, RuntimeFailure
 from edgemerge.machine.caches import users_cache
 from edgemerge.machine.control_group import memory_limits
 from edgemerge.native.image import BadImage, Image
@@ -209,8 +209,11 @@ def _own_folders() -> list[Path]:
     """
     name = f"native-{_toolchain()}"
     chosen = os.environ.get("NUMBA_CACHE_DIR")
-    first = Path(chosen or KERNELS / "__pycache__") / name
-    return [first] if chosen and _can_be_written(first) else [first, users_cache() / name]
+    folders = [Path(chosen or KERNELS / "__pycache__") / name]
+    if not (chosen and _can_be_written(folders[0])):
+        with suppress(OutputError, OSError):  # nobody's home, and no temporary folder
+            folders.append(users_cache() / name)
+    return folders
 
 
 def _can_be_written(folder: Path) -> bool:

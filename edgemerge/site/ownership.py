@@ -2,8 +2,8 @@
 
 By default, a device's folder is that of its SITE.yml, where people keep files of their own. So a new folder
 is taken only if none of the names that updates use is in it, and a file in it then says so. Updates remove
-files of the forms below alone. A folder `registry` may be there: what is written in it has other names than
-a registry's own files.
+files of the forms below alone. A folder `registry` may be there, as one that is published, but not with the
+names of what is kept of another registry.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from edgemerge.output.file import write_file
 from edgemerge.site.log import last_events
 from edgemerge.site.record import ID_DIGITS, read_record
 
-__all__ = ["ANSWERS", "CLEARED", "CURRENT", "FETCHED", "ID", "WORK"]
-__all__ += ["check_free", "check_link", "is_cleared", "is_own", "mark_own"]
+__all__ = ["ANSWERS", "CLEARED", "CURRENT", "FETCHED", "ID", "REGISTRY", "WORK"]
+__all__ += ["check_free", "check_link", "is_changed", "is_own", "mark_own"]
 
 MARKER = ".edgemerge-folder"
 TEXT = b"edgemerge made this folder. Updates remove files from models, inputs, work and answers in it.\n"
@@ -29,6 +29,11 @@ CLEARED = ("models", "inputs", "work", "answers")  # folders from which updates 
 CURRENT = "current.gguf"
 FILES: tuple[str, ...] = (CURRENT, f"{CURRENT}.new", "history", "log.jsonl", "trying.json")
 FILES += ("settled.json", "hashes.json")
+REGISTRY = "registry"
+# What python-tuf writes and replaces there; a registry that is published has other names.
+SEEN = frozenset(
+    ("root.json", "timestamp.json", "snapshot.json", "targets.json", "root_history", "lock")
+)
 
 ID = re.compile(rf"[0-9a-f]{{{ID_DIGITS}}}")
 ANSWERS = re.compile(rf"({ID.pattern})-[0-9a-f]+\.json.*")
@@ -80,11 +85,13 @@ def check_link(current: Path) -> None:
         raise OutputError("is no link, and updates put one there; move it elsewhere", path=current)
 
 
-def is_cleared(name: str, inside: Path) -> bool:
-    """Tell whether updates may remove a path, which is relative to a folder `name` of `CLEARED`."""
+def is_changed(name: str, inside: Path) -> bool:
+    """Tell whether updates may change a path, which is relative to a folder `name`: `CLEARED`, `REGISTRY`."""
+    first = Path(inside.parts[0] if inside.parts else "")
+    if name == REGISTRY:
+        return first.name in SEEN
     if name != "models":  # a name of somebody else's may have the form of theirs
         return True
-    first = Path(inside.parts[0] if inside.parts else "")
     return first.suffix in (".gguf", ".json") and ID.fullmatch(first.stem) is not None
 
 
@@ -113,6 +120,8 @@ def _taken(folder: Path) -> Iterator[str]:
                 yield f"{name}/"
         elif os.path.lexists(path):
             yield name
+    if any(os.path.lexists(folder / REGISTRY / name) for name in SEEN):
+        yield f"{REGISTRY}/"
 
 
 def _is_record(path: Path) -> bool:

@@ -124,6 +124,16 @@ def test_what_lies_where_files_are_removed_is_no_input(device: Path, folder: str
     assert (home / "b.gguf").is_file()
 
 
+def test_what_is_seen_of_a_registry_replaces_no_input(device: Path) -> None:
+    """Fault: python-tuf makes a link of a file called so."""
+    assert update(device, KnowingExaminer(worse)).outcome == "refused"
+    root = device.parent / "site" / "registry" / "root.json"
+    root.parent.mkdir(exist_ok=True)
+    shutil.copy(device.parent / "disease.jsonl", root)
+    write_site(device.parent, questions={"disease": "site/registry/root.json"})
+    assert "which lies in registry/ of the" in update(device, KnowingExaminer(better)).reason
+
+
 def test_a_damaged_history_does_not_stop_an_update(device: Path) -> None:
     update(device, KnowingExaminer(better))
     folder = folder_of(device)

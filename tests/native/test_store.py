@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgemerge.errors import RuntimeFailure
+from edgemerge.errors import OutputError, RuntimeFailure
 from edgemerge.native import compiler, names, store
 from edgemerge.native.kernel import Kernel
 from edgemerge.native.probe import SIGNATURE
@@ -154,6 +154,20 @@ def test_the_users_cache_stands_in_for_one_that_cannot_be_written(
     assert store.find_missing([NAME]) == []
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(cache))
     assert store.find_missing([NAME]) == [NAME]  # one that can be written may be fresh
+
+
+def test_a_user_without_any_cache_finds_the_images_that_are_there(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: where the cache could not be written, no kernel was found without a folder of the user's."""
+
+    def refuse() -> Path:
+        raise OutputError("this user has no home", path=tmp_path)
+
+    store.compile_missing([NAME])
+    monkeypatch.setattr(store, "_can_be_written", lambda _: False)
+    monkeypatch.setattr(store, "users_cache", refuse)
+    assert store.find_missing([NAME]) == []
 
 
 def test_a_numba_that_was_not_tested_is_refused(

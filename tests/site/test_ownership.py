@@ -48,7 +48,7 @@ def add(site: SiteFolder, text: str) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    [*FOREIGN, "history", "log.jsonl", "trying.json", "hashes.json"],
+    [*FOREIGN, "history", "log.jsonl", "trying.json", "hashes.json", "registry/root.json"],
 )
 def test_a_folder_with_files_of_somebody_else_is_not_taken(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / name, '{"loss": 0.5}\n')
@@ -65,7 +65,7 @@ def test_a_folder_with_files_of_somebody_else_is_not_taken(tmp_path: Path, name:
 def test_a_folder_with_other_files_and_empty_folders_is_taken(tmp_path: Path) -> None:
     write(tmp_path / "SITE.yml")
     write(tmp_path / "base.gguf")
-    write(tmp_path / "registry" / "root.json")
+    write(tmp_path / "registry" / "metadata" / "root.json")  # a registry that is published
     write(tmp_path / "models" / ".gitkeep")
     (tmp_path / "inputs" / "lost+found").mkdir(parents=True)
     (tmp_path / "work").mkdir()  # as a power cut leaves it

@@ -46,7 +46,7 @@ import os
 from edgemerge.machine import control_group
 memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 memory = min([memory, *(limit for _, limit in control_group.memory_limits())])
-print(memory >> 20, control_group.usable_processors())')
+print(memory >> 20, control_group.usable_processors())') || return 1
   read -r mem_mib jobs <<<"$found"
   if [ "$jobs" -gt $((mem_mib / 768)) ]; then jobs=$((mem_mib / 768)); fi
   if [ "$mem_mib" -lt 3072 ]; then jobs=1; fi
