@@ -16,14 +16,8 @@ from tests.support.updates import (
     better,
     folder_of,
     update,
-    write_device,
     write_site,
 )
-
-
-@pytest.fixture
-def device(tmp_path: Path) -> Path:
-    return write_device(tmp_path)
 
 
 def merge_of(method: str = "task_arithmetic", **more: Any) -> dict[str, Any]:

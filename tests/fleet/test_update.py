@@ -24,14 +24,8 @@ from tests.support.updates import (
     state_of,
     update,
     worse,
-    write_device,
     write_site,
 )
-
-
-@pytest.fixture
-def device(tmp_path: Path) -> Path:
-    return write_device(tmp_path)
 
 
 def events(path: Path) -> list[str]:

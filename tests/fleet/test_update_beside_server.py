@@ -27,7 +27,6 @@ from tests.support.updates import (
     better,
     folder_of,
     update,
-    write_device,
     write_site,
 )
 
@@ -99,11 +98,6 @@ def told() -> Iterator[Told]:
         yield told
         server.shutdown()
         thread.join()
-
-
-@pytest.fixture
-def device(tmp_path: Path) -> Path:
-    return write_device(tmp_path)
 
 
 def run(

@@ -20,14 +20,8 @@ from tests.support.updates import (
     folder_of,
     update,
     worse,
-    write_device,
     write_site,
 )
-
-
-@pytest.fixture
-def device(tmp_path: Path) -> Path:
-    return write_device(tmp_path)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

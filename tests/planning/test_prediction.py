@@ -99,13 +99,18 @@ def test_an_importance_matrix_takes_longer(the_plan: Plan) -> None:
     assert told[1] - told[0] == pytest.approx(encoding * (WEIGHTED["Q4_K"] - 1))
 
 
+def write_models(folder: Path, n: int, shape: tuple[int, int]) -> list[str]:
+    """Write a base and its experts, of one matrix each; give their paths."""
+    paths = []
+    for i in range(n):
+        rows = np.random.default_rng(i).standard_normal(shape).astype(np.float32)
+        paths.append(str(write_gguf(folder / f"{i}.gguf", {"blk.0.ffn_up.weight": rows})))
+    return paths
+
+
 def test_products_of_columns_take_their_number(tmp_path: Path) -> None:
     """Fault: `covariance` was predicted as if each element took a few operations."""
-    paths = []
-    for i, name in enumerate(("base", "a", "b", "c")):
-        rows = np.random.default_rng(i).standard_normal((256, 128)).astype(np.float32)
-        paths.append(str(write_gguf(tmp_path / f"{name}.gguf", {"blk.0.ffn_up.weight": rows})))
-    base, *experts = paths
+    base, *experts = write_models(tmp_path, 4, (256, 128))
 
     def seconds(columns: int) -> float:
         given = [(path, None) for path in experts]
@@ -130,11 +135,7 @@ def test_many_singular_directions_take_the_cube_of_their_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault: a merge of two minutes was predicted to take a second."""
-    paths = []
-    for i, name in enumerate(("base", "a", "b")):
-        rows = np.random.default_rng(i).standard_normal((128, 64)).astype(np.float32)
-        paths.append(str(write_gguf(tmp_path / f"{name}.gguf", {"blk.0.ffn_up.weight": rows})))
-    base, *experts = paths
+    base, *experts = write_models(tmp_path, 3, (128, 64))
 
     def planned(rank: int) -> Plan:
         given = [(path, None) for path in experts]
