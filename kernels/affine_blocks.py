@@ -1,15 +1,10 @@
-"""What blocks of Q4_K and Q5_K have in common: their head, and quants for the scales and minima in it."""
+"""What blocks of Q4_K and Q5_K have in common: their head, and a quant for the scale and minimum in it."""
 
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.affine_search import SCALE, SMALLEST, level_of
-from edgemerge.kernels.scalars import (
-    float_to_half,
-    half_to_float,
-    nearest_int,
-    scale_and_minimum,
-)
+from edgemerge.kernels.affine_search import SCALE, SMALLEST
+from edgemerge.kernels.scalars import float_to_half, nearest_int, times_byte
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -57,35 +52,43 @@ def write_head(fit, first_lane, block):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def find_levels(x, inverses, minima, top, levels, block):
-    """Find the quants of a block for its scales and minima as they were rounded.
+def fit_of(head, inverses, minima, j):
+    """Return what gives the quants of a sub-block.
 
     Parameters
     ----------
-    x : (256,) float32
-        values
+    head : tuple
+        of the block, as `all_scales_and_minima` returns it
     inverses, minima : (8,) float32
         of the sub-blocks whose scale is zero: quants are round(inverse * (x - minimum))
+    j : int
+        number of the sub-block in the block
+
+    Returns
+    -------
+    step, offset, inverse, minimum : float32
+        d times the scale, dmin times the minimum
+    """
+    d, dmin, scales, offsets = head
+    return times_byte(d, scales, j), times_byte(dmin, offsets, j), inverses[j], minima[j]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def quant_of(x, fit, top):
+    """Return the quant of a value, an int32, for scale and minimum of its sub-block as they were rounded.
+
+    Parameters
+    ----------
+    x : float32
+        the value
+    fit : tuple
+        of its sub-block, from `fit_of`
     top : float32
         largest quant
-    levels : (>= 256,) float32
-        written: the quants; may be the tile of a search that is over
-    block : (>= 16,) uint8
-        its head, as `write_head` wrote it
     """
-    d = half_to_float(block[0], block[1])
-    dmin = half_to_float(block[2], block[3])
-    for j in range(8):
-        scale, minimum = scale_and_minimum(block[4:16], j)
-        step = np.float32(d * scale)
-        offset = np.float32(dmin * minimum)
-        sub = x[32 * j : 32 * j + 32]
-        sub_levels = levels[32 * j : 32 * j + 32]
-        if step != 0:
-            for k in range(sub.size):
-                sub_levels[k] = level_of(np.float32(np.float32(sub[k] + offset) / step), top)
-        else:  # ggml leaves the quants of the search in place
-            inverse = inverses[j]
-            smallest = minima[j]
-            for k in range(sub.size):
-                sub_levels[k] = level_of(np.float32(inverse * np.float32(sub[k] - smallest)), top)
+    step, offset, inverse, minimum = fit
+    if step != 0:
+        v = np.float32(np.float32(x + offset) / step)
+    else:  # ggml leaves the quants of the search in place
+        v = np.float32(inverse * np.float32(x - minimum))
+    return min(max(nearest_int(v), np.int32(0)), np.int32(top))

@@ -76,7 +76,7 @@ def search_tile(x, first, n_lanes, top, n_steps, first_step, scratch):
     for step in range(n_steps):
         tenths = np.float32(np.float32(0.1) * np.float32(step))
         divisor = np.float32(np.float32(first_step + tenths) + top)
-        _project(tile, weights, quants, state, fit, divisor, top)
+        _project(tile, weights, quants, state, fit, divisor, top, False)
         solve(state)
         _measure_error(tile, weights, quants, state)
         keep_better(state, fit, other)
@@ -171,7 +171,7 @@ def _is_regular(state, fit, lane):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _project(tile, weights, quants, state, fit, divisor, top):
+def _project(tile, weights, quants, state, fit, divisor, top, is_first):
     # Quants of a candidate, and their weighted sums.
     n_regular = np.int32(0)
     for lane in range(LANES):
@@ -200,27 +200,28 @@ def _project(tile, weights, quants, state, fit, divisor, top):
                         x = tile[(i + k) * LANES + lane]
                         level = _regular_level(np.float32(inverse * np.float32(x - smallest)), top)
                         quants[(i + k) * LANES + lane] = level
-        for i in range(0, 32, 8):
-            for lane in range(HALF):
-                sum_l, other_l = state[SUM_L + lane], state[SUM_L + HALF + lane]
-                sum_l2, other_l2 = state[SUM_L2 + lane], state[SUM_L2 + HALF + lane]
-                sum_xl, other_xl = state[SUM_XL + lane], state[SUM_XL + HALF + lane]
-                for k in range(8):
-                    at = (i + k) * LANES + lane
-                    x, level = tile[at], quants[at]
-                    wl = np.float32(weights[at] * level)
-                    sum_l = np.float32(sum_l + wl)
-                    sum_l2 = np.float32(sum_l2 + np.float32(wl * level))
-                    sum_xl = np.float32(sum_xl + np.float32(wl * x))
-                    at += HALF
-                    x, level = tile[at], quants[at]
-                    wl = np.float32(weights[at] * level)
-                    other_l = np.float32(other_l + wl)
-                    other_l2 = np.float32(other_l2 + np.float32(wl * level))
-                    other_xl = np.float32(other_xl + np.float32(wl * x))
-                state[SUM_L + lane], state[SUM_L + HALF + lane] = sum_l, other_l
-                state[SUM_L2 + lane], state[SUM_L2 + HALF + lane] = sum_l2, other_l2
-                state[SUM_XL + lane], state[SUM_XL + HALF + lane] = sum_xl, other_xl
+        if not is_first:
+            for i in range(0, 32, 8):
+                for lane in range(HALF):
+                    sum_l, other_l = state[SUM_L + lane], state[SUM_L + HALF + lane]
+                    sum_l2, other_l2 = state[SUM_L2 + lane], state[SUM_L2 + HALF + lane]
+                    sum_xl, other_xl = state[SUM_XL + lane], state[SUM_XL + HALF + lane]
+                    for k in range(8):
+                        at = (i + k) * LANES + lane
+                        x, level = tile[at], quants[at]
+                        wl = np.float32(weights[at] * level)
+                        sum_l = np.float32(sum_l + wl)
+                        sum_l2 = np.float32(sum_l2 + np.float32(wl * level))
+                        sum_xl = np.float32(sum_xl + np.float32(wl * x))
+                        at += HALF
+                        x, level = tile[at], quants[at]
+                        wl = np.float32(weights[at] * level)
+                        other_l = np.float32(other_l + wl)
+                        other_l2 = np.float32(other_l2 + np.float32(wl * level))
+                        other_xl = np.float32(other_xl + np.float32(wl * x))
+                    state[SUM_L + lane], state[SUM_L + HALF + lane] = sum_l, other_l
+                    state[SUM_L2 + lane], state[SUM_L2 + HALF + lane] = sum_l2, other_l2
+                    state[SUM_XL + lane], state[SUM_XL + HALF + lane] = sum_xl, other_xl
     if n_regular < LANES:
         for lane in range(LANES):
             if not _is_regular(state, fit, lane):
@@ -367,7 +368,7 @@ def _fit_range(tile, weights, quants, state, fit, top):
         smallest = fit[SMALLEST + lane]
         fit[SMALLEST + lane] = np.float32(0.0) if smallest > 0 else smallest
         fit[ERROR + lane] = np.float32(0.0)
-    _project(tile, weights, quants, state, fit, top, top)
+    _project(tile, weights, quants, state, fit, top, top, True)
     for lane in range(LANES):
         state[NEW_SCALE + lane] = np.float32(np.float32(1.0) / state[INVERSE + lane])
         state[NEW_MIN + lane] = fit[SMALLEST + lane]

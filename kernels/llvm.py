@@ -62,6 +62,21 @@ def transpose_four(x, at, step, out, out_at, out_step):
             out[out_at + k * out_step + j] = x[at + j * step + k]
 
 
+def fill_sixteen(x, at, value):
+    """Write x[at] to x[at + 15] = value, by whole vectors; LLVM stores single numbers where a loop does that.
+
+    Parameters
+    ----------
+    x : (n,) float32
+        contiguous; no index is checked
+    at : int
+        where the first number is
+    value : float32
+        what to write
+    """
+    x[at : at + 16] = value
+
+
 def _targets_arm64(builder):
     return builder.module.triple.startswith("aarch64")
 
@@ -153,6 +168,22 @@ def _transpose_four(typing_context, x, at, step, out, out_at, out_step):
     return types.void(x, types.int64, types.int64, out, types.int64, types.int64), generate
 
 
+@intrinsic
+def _fill_sixteen(typing_context, x, at, value):
+    def generate(context, builder, signature, arguments):
+        x, at, value = arguments
+        sixteen = ir.VectorType(ir.FloatType(), 16)
+        row = builder.insert_element(ir.Constant(sixteen, ir.Undefined), value, ir.IntType(32)(0))
+        places = ir.Constant(ir.VectorType(ir.IntType(32), 16), [0] * 16)
+        row = builder.shuffle_vector(row, row, places)
+        data = context.make_array(signature.args[0])(context, builder, x).data
+        place = builder.bitcast(builder.gep(data, [at]), sixteen.as_pointer())
+        builder.store(row, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.float32), generate
+
+
 overload(is_arm64)(lambda: lambda: _is_arm64())
 overload(converts_halves)(lambda: lambda: _converts_halves())
 overload(widen_half)(lambda bits: lambda bits: _widen_half(bits))
@@ -164,6 +195,7 @@ overload(transpose_four)(
         )
     )
 )
+overload(fill_sixteen)(lambda x, at, value: lambda x, at, value: _fill_sixteen(x, at, value))
 overload(stack_bytes)(lambda: lambda: carray(_stack(), (STACK_BYTES,), np.uint8))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit
 
 from edgemerge.kernels.lanes import put_beside
+from edgemerge.kernels.llvm import fill_sixteen
 from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
 
 LANES = 64
@@ -178,29 +179,43 @@ def _write_header(state, first_lane, block):
 def _write_quants(x, quants, first_lane, levels, block):
     # Quants for the scales as they were rounded.
     d = half_to_float(block[108], block[109])
+    n_zero = np.int32(0)
     for j in range(16):
         step = np.float32(d * _scale(block[96:108], j))
-        sub = x[16 * j : 16 * j + 16]
-        sub_levels = levels[16 * j : 16 * j + 16]
-        if step != 0:
-            for k in range(sub.size):
-                sub_levels[k] = _level(np.float32(sub[k] / step)) + np.float32(4.0)
-        else:  # ggml leaves the quants of the search in place
-            for k in range(sub.size):
-                sub_levels[k] = quants[k * LANES + first_lane + j] + np.float32(4.0)
-    upper = block[0:32]
-    upper[:] = 0
-    for j in range(8):
-        run = levels[32 * j : 32 * j + 32]
-        for k in range(upper.size):
-            upper[k] |= np.uint8(np.int32(run[k]) >> 2 << np.int32(j))
+        n_zero += np.int32(step == 0)
+        fill_sixteen(levels, 16 * j, step)
+    for k in range(256):
+        levels[k] = _bits_of_quant(np.float32(x[k] / levels[k]))
+    if n_zero > 0:  # ggml leaves the quants of the search in place
+        for j in range(16):
+            if np.float32(d * _scale(block[96:108], j)) == 0:
+                for k in range(16):
+                    level = quants[k * LANES + first_lane + j]
+                    levels[16 * j + k] = _bits_of_quant(level)
+    _pack(levels.view(np.int32), block)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _bits_of_quant(v):
+    # The quant as an int32 in the place of a float32, so that a loop reads and writes one array.
+    return np.int32(np.int32(_level(v)) + np.int32(4)).view(np.float32)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _pack(quants, block):
+    two, three = np.int32(2), np.int32(3)
+    for k in range(np.uint64(32)):
+        upper = np.int32(0)
+        for j in range(8):
+            upper |= quants[32 * j + k] >> two << np.int32(j)
+        block[k] = np.uint8(upper)
     for j in range(2):
-        runs = levels[128 * j : 128 * j + 128]
+        runs = quants[128 * j : 128 * j + 128]
         lower = block[32 + 32 * j : 64 + 32 * j]
-        for k in range(lower.size):
-            low = np.int32(runs[k]) & 3 | (np.int32(runs[32 + k]) & 3) << 2
-            high = np.int32(runs[64 + k]) & 3 | (np.int32(runs[96 + k]) & 3) << 2
-            lower[k] = np.uint8(low | high << 4)
+        for k in range(np.uint64(32)):
+            low = runs[k] & three | (runs[np.uint64(32) + k] & three) << two
+            high = runs[np.uint64(64) + k] & three | (runs[np.uint64(96) + k] & three) << two
+            lower[k] = np.uint8(low | high << np.int32(4))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

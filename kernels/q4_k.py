@@ -10,7 +10,7 @@ The encoder is ggml's quantize_row_q4_K_ref, bit for bit, as affine_search.py ex
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.affine_blocks import find_levels, write_head
+from edgemerge.kernels.affine_blocks import fit_of, quant_of, write_head
 from edgemerge.kernels.affine_search import (
     FIT,
     FIT_INVERSE,
@@ -58,18 +58,20 @@ def decode_q4_k(raw_u8, out_f32):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _write_quants(x, inverses, minima, levels, block):
-    find_levels(x, inverses, minima, TOP, levels, block)
+def _write_quants(x, inverses, minima, block):
+    head = all_scales_and_minima(block, np.uint64(0))
     for j in range(4):
-        low = levels[64 * j : 64 * j + 32]
-        high = levels[64 * j + 32 : 64 * j + 64]
-        quants = block[16 + 32 * j : 48 + 32 * j]
-        for k in range(quants.size):
-            quants[k] = np.uint8(np.int32(low[k]) | np.int32(high[k]) << 4)
+        low_fit = fit_of(head, inverses, minima, 2 * j)
+        high_fit = fit_of(head, inverses, minima, 2 * j + 1)
+        lows, highs, quants = np.uint64(64 * j), np.uint64(64 * j + 32), np.uint64(16 + 32 * j)
+        for k in range(np.uint64(32)):  # LLVM takes the conditions of `quant_of` out of the loop
+            low = quant_of(x[lows + k], low_fit, TOP)
+            high = quant_of(x[highs + k], high_fit, TOP)
+            block[quants + k] = np.uint8(low | high << np.int32(4))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def write_quants_q4_k(x_f32, inverses_f32, minima_f32, levels_f32, out_u8):
+def write_quants_q4_k(x_f32, inverses_f32, minima_f32, out_u8):
     """Write the quants of blocks whose scales and minima are written already.
 
     Parameters
@@ -78,8 +80,6 @@ def write_quants_q4_k(x_f32, inverses_f32, minima_f32, levels_f32, out_u8):
         finite values
     inverses_f32, minima_f32 : (n_blocks * 8,) float32
         of the sub-blocks whose scale is zero: quants are round(inverse * (x - minimum))
-    levels_f32 : (>= 256,) float32
-        overwritten
     out_u8 : (n_blocks * 144,) uint8
         the quants are written
     """
@@ -87,7 +87,7 @@ def write_quants_q4_k(x_f32, inverses_f32, minima_f32, levels_f32, out_u8):
         inverses = inverses_f32[8 * i : 8 * i + 8]
         minima = minima_f32[8 * i : 8 * i + 8]
         block = out_u8[144 * i : 144 * i + 144]
-        _write_quants(x_f32[256 * i : 256 * i + 256], inverses, minima, levels_f32, block)
+        _write_quants(x_f32[256 * i : 256 * i + 256], inverses, minima, block)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -115,4 +115,4 @@ def encode_q4_k(x_f32, scratch_f32, out_u8):
             write_head(fit, lane, block)
             inverses = fit[FIT_INVERSE + lane : FIT_INVERSE + lane + 8]
             minima = fit[FIT_MIN + lane : FIT_MIN + lane + 8]
-            _write_quants(x, inverses, minima, scratch_f32, block)
+            _write_quants(x, inverses, minima, block)

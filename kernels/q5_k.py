@@ -11,7 +11,7 @@ The encoder is ggml's quantize_row_q5_K_ref, bit for bit, as affine_search.py ex
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.affine_blocks import find_levels, write_head
+from edgemerge.kernels.affine_blocks import fit_of, quant_of, write_head
 from edgemerge.kernels.affine_search import (
     FIT,
     FIT_INVERSE,
@@ -79,23 +79,24 @@ def _join(four_bits, fifth):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _write_quants(x, inverses, minima, levels, block):
-    find_levels(x, inverses, minima, TOP, levels, block)
-    fifth = block[16:48]
-    fifth[:] = 0
+def _write_quants(x, inverses, minima, block):
+    four, fifteen = np.int32(4), np.int32(15)
+    head = all_scales_and_minima(block, np.uint64(0))
+    block[16:48] = 0
     for j in range(4):
-        low = levels[64 * j : 64 * j + 32]
-        high = levels[64 * j + 32 : 64 * j + 64]
-        quants = block[48 + 32 * j : 80 + 32 * j]
-        for k in range(quants.size):
-            low_q = np.int32(low[k])
-            high_q = np.int32(high[k])
-            quants[k] = np.uint8(low_q & 15 | (high_q & 15) << 4)
-            fifth[k] |= np.uint8((low_q >> 4 | high_q >> 4 << 1) << (2 * j))
+        low_fit = fit_of(head, inverses, minima, 2 * j)
+        high_fit = fit_of(head, inverses, minima, 2 * j + 1)
+        lows, highs, quants = np.uint64(64 * j), np.uint64(64 * j + 32), np.uint64(48 + 32 * j)
+        for k in range(np.uint64(32)):  # LLVM takes the conditions of `quant_of` out of the loop
+            low = quant_of(x[lows + k], low_fit, TOP)
+            high = quant_of(x[highs + k], high_fit, TOP)
+            block[quants + k] = np.uint8(low & fifteen | high << four)
+            fifth = low >> four | high >> four << np.int32(1)
+            block[np.uint64(16) + k] |= np.uint8(fifth << np.int32(2 * j))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def write_quants_q5_k(x_f32, inverses_f32, minima_f32, levels_f32, out_u8):
+def write_quants_q5_k(x_f32, inverses_f32, minima_f32, out_u8):
     """Write the quants of blocks whose scales and minima are written already.
 
     Parameters
@@ -104,8 +105,6 @@ def write_quants_q5_k(x_f32, inverses_f32, minima_f32, levels_f32, out_u8):
         finite values
     inverses_f32, minima_f32 : (n_blocks * 8,) float32
         of the sub-blocks whose scale is zero: quants are round(inverse * (x - minimum))
-    levels_f32 : (>= 256,) float32
-        overwritten
     out_u8 : (n_blocks * 176,) uint8
         the quants are written
     """
@@ -113,7 +112,7 @@ def write_quants_q5_k(x_f32, inverses_f32, minima_f32, levels_f32, out_u8):
         inverses = inverses_f32[8 * i : 8 * i + 8]
         minima = minima_f32[8 * i : 8 * i + 8]
         block = out_u8[176 * i : 176 * i + 176]
-        _write_quants(x_f32[256 * i : 256 * i + 256], inverses, minima, levels_f32, block)
+        _write_quants(x_f32[256 * i : 256 * i + 256], inverses, minima, block)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -141,4 +140,4 @@ def encode_q5_k(x_f32, scratch_f32, out_u8):
             write_head(fit, lane, block)
             inverses = fit[FIT_INVERSE + lane : FIT_INVERSE + lane + 8]
             minima = fit[FIT_MIN + lane : FIT_MIN + lane + 8]
-            _write_quants(x, inverses, minima, scratch_f32, block)
+            _write_quants(x, inverses, minima, block)

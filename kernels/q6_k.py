@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from edgemerge.kernels.lanes import put_beside
-from edgemerge.kernels.llvm import is_arm64
+from edgemerge.kernels.llvm import fill_sixteen, is_arm64
 from edgemerge.kernels.scalars import float_to_half, half_to_float, nearest_int
 
 LANES = 128
@@ -162,7 +162,8 @@ def _search(tile, squares, cubes, state):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _write_block(x, scales, extremes, inverses, levels, block):
+def _write_head(scales, block):
+    # The sixteen scales and d.
     largest = np.float32(0.0)
     extreme = np.float32(0.0)
     for j in range(16):
@@ -170,45 +171,71 @@ def _write_block(x, scales, extremes, inverses, levels, block):
         extreme = scale if abs(scale) > largest else extreme
         largest = abs(scale) if abs(scale) > largest else largest
     if largest < EPSILON:
-        block[:] = 0
+        block[192:210] = 0
         return
     inverse = np.float32(np.float32(-128.0) / extreme)
     half = float_to_half(np.float32(np.float32(1.0) / inverse))
     block[208] = half & 255
     block[209] = half >> 8
-    d = half_to_float(block[208], block[209])
     for j in range(16):
         scale_q = min(nearest_int(np.float32(inverse * scales[j])), np.int32(127))
         block[192 + j] = np.uint8(scale_q & 255)
-        step = np.float32(d * np.float32(np.int32(scale_q)))
-        sub = x[16 * j : 16 * j + 16]
-        sub_levels = levels[16 * j : 16 * j + 16]
-        if step != 0:
-            for k in range(sub.size):
-                sub_levels[k] = _level(np.float32(sub[k] / step)) + np.float32(32.0)
-        elif abs(extremes[j]) < EPSILON:
-            sub_levels[:] = np.float32(0.0)
-        else:  # ggml leaves the quants of the search in place
-            inverse_fit = inverses[j]
-            for k in range(sub.size):
-                sub_levels[k] = _level(np.float32(inverse_fit * sub[k])) + np.float32(32.0)
-    _pack(levels, block)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _pack(levels, block):
+def _write_quants(x, scales, extremes, inverses, levels, block):
+    # Quants for the scales as they were rounded.
+    d = half_to_float(block[208], block[209])
+    n_zero = np.int32(0)
+    for j in range(16):
+        scale = np.int32(np.int8(block[192 + j]))
+        n_zero += np.int32(scale == 0)
+        fill_sixteen(levels, 16 * j, np.float32(d * np.float32(scale)))
+    for k in range(256):
+        levels[k] = _bits_of_quant(np.float32(x[k] / levels[k]))
+    if n_zero > 0 or d == 0:
+        _keep_quants(x, scales, extremes, inverses, d, levels, block)
+    _pack(levels.view(np.int32), block)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _bits_of_quant(v):
+    # The quant as an int32 in the place of a float32, so that a loop reads and writes one array.
+    level = min(max(nearest_int(v), np.int32(-32)), np.int32(31))
+    return np.int32(level + np.int32(32)).view(np.float32)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _keep_quants(x, scales, extremes, inverses, d, levels, block):
+    # Where a scale was rounded to zero ggml leaves the quants of the search in place.
+    largest = np.float32(0.0)
+    for j in range(16):
+        largest = abs(scales[j]) if abs(scales[j]) > largest else largest
+    for j in range(16):
+        if np.float32(d * np.float32(np.int32(np.int8(block[192 + j])))) == 0:
+            zero = largest < EPSILON or abs(extremes[j]) < EPSILON
+            for k in range(16 * j, 16 * j + 16):
+                quant = _bits_of_quant(np.float32(inverses[j] * x[k]))
+                levels[k] = np.float32(0.0) if zero else quant
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _pack(quants, block):
+    four, fifteen = np.int32(4), np.int32(15)
     for i in range(2):
-        runs = levels[128 * i : 128 * i + 128]
+        runs = quants[128 * i : 128 * i + 128]
         lower = block[64 * i : 64 * i + 64]
         upper = block[128 + 32 * i : 160 + 32 * i]
-        for k in range(upper.size):
-            q0 = np.int32(runs[k])
-            q1 = np.int32(runs[32 + k])
-            q2 = np.int32(runs[64 + k])
-            q3 = np.int32(runs[96 + k])
-            lower[k] = np.uint8(q0 & 15 | (q2 & 15) << 4)
-            lower[32 + k] = np.uint8(q1 & 15 | (q3 & 15) << 4)
-            upper[k] = np.uint8(q0 >> 4 | q1 >> 4 << 2 | q2 >> 4 << 4 | q3 >> 4 << 6)
+        for k in range(np.uint64(32)):
+            q0, q1 = runs[k], runs[np.uint64(32) + k]
+            q2, q3 = runs[np.uint64(64) + k], runs[np.uint64(96) + k]
+            lower[k] = np.uint8(q0 & fifteen | q2 << four)
+            lower[np.uint64(32) + k] = np.uint8(q1 & fifteen | q3 << four)
+            low, high = (
+                q0 >> four | q1 >> four << np.int32(2),
+                q2 >> four | q3 >> four << np.int32(2),
+            )
+            upper[k] = np.uint8(low | high << four)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -227,13 +254,23 @@ def write_q6_k(x_f32, scales_f32, extremes_f32, inverses_f32, levels_f32, out_u8
     out_u8 : (n_blocks * 210,) uint8
         written
     """
-    for i in range(out_u8.size // 210):
-        scales = scales_f32[16 * i : 16 * i + 16]
-        extremes = extremes_f32[16 * i : 16 * i + 16]
-        inverses = inverses_f32[16 * i : 16 * i + 16]
-        block = out_u8[210 * i : 210 * i + 210]
-        x = x_f32[256 * i : 256 * i + 256]
-        _write_block(x, scales, extremes, inverses, levels_f32, block)
+    _write_blocks(x_f32, scales_f32, extremes_f32, inverses_f32, levels_f32[:256], out_u8)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _write_blocks(x, scales, extremes, inverses, levels, out):
+    # Heads first: each has a chain of steps, and those of several blocks overlap.
+    for i in range(out.size // 210):
+        _write_head(scales[16 * i : 16 * i + 16], out[210 * i : 210 * i + 210])
+    for i in range(out.size // 210):
+        _write_quants(
+            x[256 * i : 256 * i + 256],
+            scales[16 * i : 16 * i + 16],
+            extremes[16 * i : 16 * i + 16],
+            inverses[16 * i : 16 * i + 16],
+            levels,
+            out[210 * i : 210 * i + 210],
+        )
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -259,11 +296,10 @@ def encode_q6_k(x_f32, scratch_f32, out_u8):
         n_lanes = min(LANES, n_sub - first)
         put_beside(x_f32, first, n_lanes, 16, tile, LANES)
         _search(tile, squares, cubes, state)
-        for lane in range(0, n_lanes, 16):
-            i = (first + lane) // 16
-            x = x_f32[256 * i : 256 * i + 256]
-            scales = state[SCALE + lane : SCALE + lane + 16]
-            extremes = state[EXTREME + lane : EXTREME + lane + 16]
-            inverses = state[FIT_INVERSE + lane : FIT_INVERSE + lane + 16]
-            block = out_u8[210 * i : 210 * i + 210]
-            _write_block(x, scales, extremes, inverses, levels, block)
+        x = x_f32[16 * first : 16 * (first + n_lanes)]
+        scales = state[SCALE : SCALE + n_lanes]
+        extremes = state[EXTREME : EXTREME + n_lanes]
+        inverses = state[FIT_INVERSE : FIT_INVERSE + n_lanes]
+        n_bytes = 210 * (n_lanes // 16)
+        out = out_u8[210 * (first // 16) : 210 * (first // 16) + n_bytes]
+        _write_blocks(x, scales, extremes, inverses, levels, out)

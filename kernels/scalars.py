@@ -85,29 +85,8 @@ def dot(left, right, lanes):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def scale_and_minimum(packed, j):
-    """Return scale and minimum of a sub-block, as float32 (get_scale_min_k4).
-
-    Parameters
-    ----------
-    packed : (12,) uint8
-        scales and minima of a block
-    j : int
-        number of the sub-block in it
-    """
-    # The upper two bits of the last four stand above the first four.
-    if j < 4:
-        scale = np.int32(packed[j] & 63)
-        minimum = np.int32(packed[j + 4] & 63)
-    else:
-        scale = np.int32(packed[j + 4] & 15 | packed[j - 4] >> 6 << 4)
-        minimum = np.int32(packed[j + 4] >> 4 | packed[j] >> 6 << 4)
-    return np.float32(scale), np.float32(minimum)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def all_scales_and_minima(raw, at):
-    """Return d, dmin, and all scales and minima of a block of Q4_K or Q5_K.
+    """Return d, dmin, and all scales and minima of a block of Q4_K or Q5_K (get_scale_min_k4).
 
     Parameters
     ----------

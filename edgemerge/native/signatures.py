@@ -148,7 +148,7 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
     },
     "q4_k": {
         "decode_q4_k": "u1[::1], f4[::1]",
-        "write_quants_q4_k": "f4[::1], f4[::1], f4[::1], f4[::1], u1[::1]",
+        "write_quants_q4_k": "f4[::1], f4[::1], f4[::1], u1[::1]",
         "encode_q4_k": "f4[::1], f4[::1], u1[::1]",
     },
     "q5_0": {
@@ -161,7 +161,7 @@ SIGNATURES: Mapping[str, Mapping[str, str]] = {
     },
     "q5_k": {
         "decode_q5_k": "u1[::1], f4[::1]",
-        "write_quants_q5_k": "f4[::1], f4[::1], f4[::1], f4[::1], u1[::1]",
+        "write_quants_q5_k": "f4[::1], f4[::1], f4[::1], u1[::1]",
         "encode_q5_k": "f4[::1], f4[::1], u1[::1]",
     },
     "q6_k": {

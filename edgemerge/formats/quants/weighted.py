@@ -123,7 +123,8 @@ def _write_q2_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
     load_kernel("weighted_scales", "write_scales_q2_k")(
         work.fit, work.levels, out.reshape(-1, row.block_bytes)
     )
-    _write_quants(load_kernel("q2_k", "write_quants_q2_k"), row, work, x, out)
+    inverses, minima = _left_quants(row, work, out)
+    load_kernel("q2_k", "write_quants_q2_k")(x, inverses, minima, work.levels, out)
 
 
 def _write_q4_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
@@ -131,7 +132,7 @@ def _write_q4_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
     load_kernel("weighted_scales", "write_scales_q4_k")(
         work.fit, 255, work.levels, out.reshape(-1, row.block_bytes)
     )
-    _write_quants(load_kernel("q4_k", "write_quants_q4_k"), row, work, x, out)
+    load_kernel("q4_k", "write_quants_q4_k")(x, *_left_quants(row, work, out), out)
 
 
 def _write_q5_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
@@ -139,15 +140,13 @@ def _write_q5_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
     load_kernel("weighted_scales", "write_scales_q4_k")(
         work.fit, 63, work.levels, out.reshape(-1, row.block_bytes)
     )
-    _write_quants(load_kernel("q5_k", "write_quants_q5_k"), row, work, x, out)
+    load_kernel("q5_k", "write_quants_q5_k")(x, *_left_quants(row, work, out), out)
 
 
-def _write_quants(
-    kernel: Callable[..., object], row: _Row, work: _Work, x: Float32, out: UInt8
-) -> None:
-    """Write the quants by the scales and minima that stand in the blocks now."""
+def _left_quants(row: _Row, work: _Work, out: UInt8) -> tuple[Float32, Float32]:
+    """Return what gives the quants of sub-blocks whose scale was rounded to zero: inverses and minima."""
     n = out.size // row.block_bytes * row.subs
-    kernel(x, work.fit_row(3, n), work.fit_row(4, n), work.levels, out)
+    return work.fit_row(3, n), work.fit_row(4, n)
 
 
 def _write_q3_k(row: _Row, work: _Work, x: Float32, out: UInt8) -> None:
