@@ -181,10 +181,14 @@ def _project(tile, weights, quants, state, fit, divisor, top, is_first):
         state[SUM_L2 + lane] = np.float32(0.0)
         state[SUM_XL + lane] = np.float32(0.0)
         n_regular = np.int32(n_regular + np.int32(_is_regular(state, fit, lane)))
+    is_uncut = divisor <= top + np.float32(0.4)  # the largest value is at the divisor: no cut there
     if is_arm64():  # which has registers for all
-        _quantize_and_sum(tile, weights, quants, state, fit, top)
+        if is_uncut:
+            _quantize_and_sum(tile, weights, quants, state, fit, top, False)
+        else:
+            _quantize_and_sum(tile, weights, quants, state, fit, top, True)
     else:  # what waits for a sum would fill the schedulers of AVX2's processors
-        if divisor <= top + np.float32(0.4):  # the largest value is at the divisor: no cut there
+        if is_uncut:
             for i in range(0, 32, 8):
                 for lane in range(LANES):
                     smallest, inverse = fit[SMALLEST + lane], state[INVERSE + lane]
@@ -228,25 +232,24 @@ def _project(tile, weights, quants, state, fit, divisor, top, is_first):
                 _project_lane(tile, weights, quants, state, fit, lane, top)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _quantize_and_sum(tile, weights, quants, state, fit, top):
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _quantize_and_sum(tile, weights, quants, state, fit, top, cuts_top):
+    # Inlined by Numba, so that each call has a loop of its own.
     for i in range(0, 32, 8):
         for lane in range(LANES):
-            smallest = fit[SMALLEST + lane]
-            inverse = state[INVERSE + lane]
-            sum_l = state[SUM_L + lane]
-            sum_l2 = state[SUM_L2 + lane]
+            smallest, inverse = fit[SMALLEST + lane], state[INVERSE + lane]
+            sum_l, sum_l2 = state[SUM_L + lane], state[SUM_L2 + lane]
             sum_xl = state[SUM_XL + lane]
             for k in range(8):
                 x = tile[(i + k) * LANES + lane]
-                level = _regular_level(np.float32(inverse * np.float32(x - smallest)), top)
+                v = np.float32(inverse * np.float32(x - smallest))
+                level = _regular_level(v, top) if cuts_top else _low_level(v)
                 quants[(i + k) * LANES + lane] = level
                 wl = np.float32(weights[(i + k) * LANES + lane] * level)
                 sum_l = np.float32(sum_l + wl)
                 sum_l2 = np.float32(sum_l2 + np.float32(wl * level))
                 sum_xl = np.float32(sum_xl + np.float32(wl * x))
-            state[SUM_L + lane] = sum_l
-            state[SUM_L2 + lane] = sum_l2
+            state[SUM_L + lane], state[SUM_L2 + lane] = sum_l, sum_l2
             state[SUM_XL + lane] = sum_xl
 
 
