@@ -4,7 +4,7 @@ Super-blocks of 256 values, eight sub-blocks of 32, each with its own scale and 
 of ggml's quantize_row_q4_K_ref and quantize_row_q5_K_ref (make_qkx2_quants), bit for bit, turned on its
 side: 64 sub-blocks stand beside each other, tile[element, lane], and every loop runs over lanes. Each lane
 adds in the order of ggml's scalar code, so the sums are the same, and the compiler can use SIMD without
-reordering a sum: 12 times ggml's speed with AVX-512, 10 with AVX2. A last tile is computed whole; what stands
+reordering a sum: 12 times ggml's speed with AVX-512, 9 with AVX2. A last tile is computed whole; what stands
 in its unused lanes is never written out.
 """
 
