@@ -159,6 +159,16 @@ def test_the_configuration_of_ssh_names_host_port_and_proxy(
         STREAMS.find_model(address)
 
 
+def test_a_host_is_no_command_and_no_option(home: Path, tmp_path: Path) -> None:
+    (home / ".ssh").mkdir()
+    (home / ".ssh" / "config").write_text(f'Match exec "echo %h >>{tmp_path}/asked"\n  Port 9\n')
+    for host in ("x;touch ${HOME-}pwned;", "-e evil", "-oX", "a b", ".."):
+        for scheme in ("sftp", "ssh"):
+            with pytest.raises(EdgemergeError, match="an address cannot be read"):
+                STREAMS.find_model(f"{scheme}://{host}/model.gguf")
+    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+
+
 def test_a_server_that_starts_again_is_read_on(
     home: Path, models: dict[str, str], tmp_path: Path
 ) -> None:
