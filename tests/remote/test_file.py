@@ -15,6 +15,7 @@ import pytest
 from edgemerge.errors import FormatError, OutputError, RecipeError, Stopped
 from edgemerge.remote import failures
 from edgemerge.remote.address import read_address
+from edgemerge.remote.any_address import read_any_address
 from edgemerge.remote.file import RemoteFile, fetch_small, probe
 from edgemerge.remote.spill import Spill
 from tests.support.file_server import FileServer, serve_folder
@@ -183,6 +184,37 @@ def test_a_small_file_that_is_cut_off_is_fetched_again(
         fetch_small(read_address(f"{server.url}/small.json"), tmp_path / "found", 10_000)
         assert (tmp_path / "found").read_bytes() == b"{}" * 500
     assert len(server.asked("small.json")) == 3
+
+
+@pytest.mark.parametrize("login", ["user:12/s3cret@", "user:/s3cret@", "user:12?s3cret@"])
+def test_a_slash_in_a_password_does_not_show_the_rest(login: str) -> None:
+    with pytest.raises(RecipeError, match="write / and @ of a login as %2F and %40") as error:
+        read_address(f"https://{login}host/model.gguf")
+    assert "s3cret" not in str(error.value)
+    for text in ("https://user:12%2Fs3cret@host:8/a", "https://host/@a", "https://[::1]/@a"):
+        assert read_address(text).path.endswith("a")
+
+
+def test_a_server_may_lead_on_to_a_path_with_an_at(server: FileServer, tmp_path: Path) -> None:
+    (tmp_path / "data.gguf").rename(tmp_path / "data@1.gguf")
+    server.redirects["/data.gguf"] = "/data@1.gguf"
+    assert opened(server).identity.n_bytes == SIZE
+
+
+@pytest.mark.parametrize("scheme", ["https", "sftp"])
+def test_a_byte_that_is_not_utf8_is_told(scheme: str) -> None:
+    with pytest.raises(RecipeError, match="an address has a byte that is not UTF-8"):
+        read_any_address(f"{scheme}://host/{os.fsdecode(bytes([255]))}.gguf")
+
+
+@pytest.mark.parametrize("proxy", ["http://s3cret@h:port", "http://[h", "http://a..b:80"])
+def test_a_proxy_that_is_no_address_is_told(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "REQUEST_METHOD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(FormatError, match="behind a proxy whose address cannot be read") as error:
+        probe(read_address("http://models.invalid/a.gguf"))
+    assert "s3cret" not in str(error.value)
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".org"])
