@@ -160,7 +160,7 @@ class Streamer:
                 opened = partial(RemoteFile, address, identity)
                 self._place(folder / path, opened, blob if len(blob) == 64 else None)
             else:
-                fetch_small(address, folder / path, MAX_SMALL)
+                fetch_small(address, folder / path, MAX_SMALL, is_listed=True)
         return folder / files[0] if files[-1].endswith(".gguf") else folder
 
     def _place(

@@ -69,7 +69,7 @@ class Address:
             It leads from https to http, or to something else.
         """
         try:
-            there = read_address(urljoin(f"{self.origin}{self.target}", location))
+            there = _read(urljoin(f"{self.origin}{self.target}", location))
         except ValueError:
             raise RecipeError(f"{self}: the server leads on to what is no address") from None
         if self.scheme == "https" and there.scheme != "https":
@@ -87,6 +87,18 @@ def read_address(text: str) -> Address:
     RecipeError
         It is none, or has another scheme. The sentence does not repeat it, as it may hold a password.
     """
+    address, parts = _read(text), urlsplit(text)
+    # A slash in a password ends what is taken for the server, and the rest would be shown. A server that
+    # leads on may well have @ in a path.
+    after = parts.path or f"{parts.query}{parts.fragment}"
+    if "@" in after and ":" in parts.netloc.rpartition("@")[2].rpartition("]")[2]:
+        raise RecipeError(
+            "an address cannot be read; write / and @ of a login as %2F and %40, and @ of a path, too"
+        )
+    return address
+
+
+def _read(text: str) -> Address:
     try:
         parts = urlsplit(text)
         scheme, host, port = parts.scheme.lower(), parts.hostname, parts.port

@@ -21,6 +21,12 @@ def read_any_address(text: str) -> AnyAddress:
     RecipeError
         It is none. The sentence does not repeat it, as it may hold a password.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RecipeError(
+            "an address has a byte that is not UTF-8; write it as %XX after https://, or rename the file"
+        ) from None
     scheme = text.partition(":")[0].lower()
     return read_address(text) if scheme in SCHEMES else read_store_address(text)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import http.client
 import socket
 import ssl
+from pathlib import Path
 
-from edgemerge.errors import FormatError
+from edgemerge.errors import FormatError, OutputError
 
 __all__ = [
     "PASSING",
@@ -14,6 +15,7 @@ __all__ = [
     "Refusal",
     "describe",
     "next_delay",
+    "refuse_disk",
     "refuse_status",
 ]
 
@@ -83,6 +85,14 @@ def refuse_status(status: int, retry_after: str | None) -> Exception:
         case _:
             what = f"cannot be read, as the server answers {status}; check the address"
     return Refusal(what)
+
+
+def refuse_disk(error: OSError, folder: Path) -> OutputError:
+    """Make the error of a folder of this machine that cannot hold a fetched file."""
+    return OutputError(
+        f"cannot hold what is fetched ({error.strerror}); free some of this disk, or set TMPDIR",
+        path=folder,
+    )
 
 
 def next_delay(error: Exception, tries: int, address: object, *, is_first: bool = False) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import http.client
 import os
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -21,8 +20,23 @@ from typing import BinaryIO, TypeVar
 
 from edgemerge.errors import FormatError, Stopped
 from edgemerge.remote.address import Address
+from edgemerge.remote.answers import (
+    CUT_OFF,
+    OTHER_BYTES,
+    read_length,
+    read_marks,
+    read_range,
+    receive_whole,
+)
 from edgemerge.remote.any_address import AnyAddress
-from edgemerge.remote.failures import PASSING, Fault, Refusal, next_delay, refuse_status
+from edgemerge.remote.failures import (
+    PASSING,
+    Fault,
+    Refusal,
+    next_delay,
+    refuse_disk,
+    refuse_status,
+)
 from edgemerge.remote.link import Link, Route
 from edgemerge.remote.ranged import CHANGED, PIECE, Identity, RangedFile
 from edgemerge.remote.spill import Spill
@@ -37,7 +51,6 @@ REACH = 4  # blocks before the wanted one that another thread may be about to re
 PATIENCE = 0.02  # seconds to wait for that
 MAX_LINKS = 8  # of one file
 LINK_BYTES = 192 << 10  # of memory for a connection: TLS, and Python's objects
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)", re.ASCII)
 
 
 @dataclass(slots=True)
@@ -179,7 +192,7 @@ class RemoteFile(RangedFile):
         assert stream.response is not None
         n_read = stream.response.readinto(view[: stream.stop - stream.at])
         if n_read == 0:
-            raise Fault("the connection was closed in the middle of an answer")
+            raise Fault(CUT_OFF)
         stream.at += n_read
         if stream.at == stream.stop:
             stream.response = None
@@ -192,14 +205,14 @@ class RemoteFile(RangedFile):
         last = run[1] if in_order and run[0] <= stream.at < run[1] else stream.goal
         last = min(max(last, stream.goal), self.identity.n_bytes)
         response = stream.link.ask(stream.at, last)
-        is_other = self.identity.differs(*_marks(response))
+        is_other = self.identity.differs(*read_marks(response))
         if (is_other and response.status in (200, 206)) or response.status in (412, 416):
             raise Refusal(CHANGED)
-        first, end, n_bytes = _read_range(response)
+        first, end, n_bytes = read_range(response)
         if n_bytes != self.identity.n_bytes:
             raise Refusal(CHANGED)
         if first != stream.at or end > last:
-            raise Refusal("comes from a server that sends other bytes than it was asked for")
+            raise Refusal(OTHER_BYTES)
         stream.response, stream.stop = response, end
 
 
@@ -215,36 +228,49 @@ def probe(address: Address) -> Identity:
     def read(response: http.client.HTTPResponse) -> Identity:
         if response.status == 416:
             raise Refusal("is empty; get another")
-        n_bytes = _read_range(response)[2]
+        n_bytes = read_range(response)[2]
         response.read(PIECE)
-        return Identity(n_bytes, *_marks(response))
+        return Identity(n_bytes, *read_marks(response))
 
     return _ask_once(address, 1, read)
 
 
-def fetch_small(address: Address, path: Path, max_bytes: int) -> None:
+def fetch_small(address: Address, path: Path, max_bytes: int, *, is_listed: bool = False) -> None:
     """Fetch a file as a whole, if it is there.
+
+    Parameters
+    ----------
+    address : Address
+        Of the file.
+    path : Path
+        Where it is written.
+    max_bytes : int
+        Its largest size.
+    is_listed : bool
+        Whether the server has said that it is there.
 
     Raises
     ------
     FormatError
-        It cannot be read, or has more than `max_bytes`.
+        It cannot be read, has more than `max_bytes`, or is listed and not there.
+    OutputError
+        There is no room for it.
     """
 
     def read(response: http.client.HTTPResponse) -> None:
-        if response.status in (403, 404, 410):  # 403: of a store whose files may not be listed
+        # 403: of a store whose files may not be listed
+        if response.status in (403, 404, 410) and not is_listed:
             return
         if response.status not in (200, 206, 416):  # 416: it is empty
             raise refuse_status(response.status, response.headers.get("Retry-After"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            while response.status != 416 and (raw := response.read(PIECE)):
-                file.write(raw)
-                if file.tell() > max_bytes:
-                    what = f"is larger than {max_bytes / 1e6:g} MB, which no such file is"
-                    raise Refusal(f"{what}; get another")
-            if response.status != 416 and response.length:  # `read` alone does not tell
-                raise Fault("the connection was closed in the middle of an answer")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("wb", buffering=0)  # so that closing it writes nothing
+        except OSError as error:
+            raise refuse_disk(error, path.parent) from None
+        with file:
+            if response.status != 416:
+                receive_whole(response, file, path.parent, max_bytes)
 
     _ask_once(address, max_bytes + 1, read)
 
@@ -278,7 +304,7 @@ def fetch_rest(address: Address, file: BinaryIO, n_bytes: int, progress: Progres
                     at = _place_answer(response, at, n_bytes)
                 raw = response.read(min(PIECE, n_bytes - at))
                 if not raw:
-                    raise Fault("the connection was closed in the middle of an answer")
+                    raise Fault(CUT_OFF)
             except Refusal as error:
                 raise FormatError(str(error), path=str(address)) from None
             except PASSING as error:
@@ -302,14 +328,14 @@ def fetch_rest(address: Address, file: BinaryIO, n_bytes: int, progress: Progres
 def _place_answer(response: http.client.HTTPResponse, at: int, n_bytes: int) -> int:
     """Return the byte with which an answer begins: the one asked for, or the first; check the size."""
     if response.status == 200:
-        at, stated = 0, response.headers.get("Content-Length")
-        found = int(stated) if stated and stated.isdecimal() else n_bytes
+        at, stated = 0, read_length(response)
+        found = n_bytes if stated is None else stated
     else:
         if response.status == 416:
             raise Refusal(f"is shorter than the {n_bytes} bytes that it should have; get it again")
-        first, _, found = _read_range(response)
+        first, _, found = read_range(response)
         if first != at:
-            raise Refusal("comes from a server that sends other bytes than it was asked for")
+            raise Refusal(OTHER_BYTES)
     if found != n_bytes:
         raise Refusal(f"has {found} bytes and should have {n_bytes}; it is damaged, or another")
     return at
@@ -330,30 +356,3 @@ def _ask_once(address: Address, n_bytes: int, read: Callable[[http.client.HTTPRe
         raise AssertionError
     finally:
         link.close()
-
-
-def _marks(response: http.client.HTTPResponse) -> tuple[str | None, str | None]:
-    """Return by what an answer says that its file is known: ETag and Last-Modified."""
-    return response.headers.get("ETag"), response.headers.get("Last-Modified")
-
-
-def _read_range(response: http.client.HTTPResponse) -> tuple[int, int, int]:
-    """Return first byte, last + 1 and the size of the whole file that an answer states.
-
-    Raises
-    ------
-    Refusal, Fault
-        It holds no range.
-    """
-    if response.status == 200:
-        raise Refusal(
-            "comes from a server that does not send ranges of bytes; download it and give its path"
-        )
-    if response.status != 206:
-        raise refuse_status(response.status, response.headers.get("Retry-After"))
-    match = _RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
-    if match is None:
-        raise Refusal(
-            "comes from a server that does not say which bytes it sends; download it and give its path"
-        )
-    return int(match[1]), int(match[2]) + 1, int(match[3])

@@ -188,13 +188,21 @@ def _proxy(address: Address) -> str | None:
 
 
 def _proxy_place(proxy: str) -> tuple[str, int]:
-    parts = urlsplit(proxy)
-    if parts.scheme != "http" or not parts.hostname:
+    try:
+        parts = urlsplit(proxy)
+        host, port = parts.hostname, parts.port or 80
+        (host or "").encode("idna")  # what a connection does: of a name that is none it raises
+    except ValueError:
+        raise Refusal(
+            "is behind a proxy whose address cannot be read; give http://HOST:PORT in HTTP_PROXY or "
+            "HTTPS_PROXY"
+        ) from None
+    if parts.scheme != "http" or not host:
         raise Refusal(
             f"is behind a proxy that begins with {parts.scheme}://; only http:// is known, give such a "
             "one in HTTPS_PROXY"
         )
-    return parts.hostname, parts.port or 80
+    return host, port
 
 
 def _proxy_login(proxy: str) -> dict[str, str]:

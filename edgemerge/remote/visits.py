@@ -19,7 +19,8 @@ __all__ = ["Visit", "visit"]
 class Visit(Protocol):
     """What is asked of a server until `close`; the files stay open.
 
-    Each method raises FormatError where a file cannot be had, and RecipeError where an extra is missing.
+    Each method raises FormatError where a file cannot be had, OutputError where there is no room for it, and
+    RecipeError where an extra is missing.
     """
 
     def open_file(self, address: AnyAddress, spill: Spill | None) -> RangedFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ import pytest
 from edgemerge.errors import FormatError, OutputError, RecipeError, Stopped
 from edgemerge.remote import failures
 from edgemerge.remote.address import read_address
-from edgemerge.remote.file import RemoteFile, fetch_small, probe
+from edgemerge.remote.any_address import read_any_address
+from edgemerge.remote.file import RemoteFile, fetch_rest, fetch_small, probe
 from edgemerge.remote.spill import Spill
 from tests.support.file_server import FileServer, serve_folder
 
@@ -183,6 +185,94 @@ def test_a_small_file_that_is_cut_off_is_fetched_again(
         fetch_small(read_address(f"{server.url}/small.json"), tmp_path / "found", 10_000)
         assert (tmp_path / "found").read_bytes() == b"{}" * 500
     assert len(server.asked("small.json")) == 3
+
+
+def test_a_part_of_a_small_file_is_not_taken_for_the_whole(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "FIRST_DELAYS", (0.0,))
+    (tmp_path / "small.json").write_bytes(b"{}" * 5)
+    address = read_address(f"{server.url}/small.json")
+    server.most = 3
+    with pytest.raises(
+        FormatError, match=r"small\.json: could not be .* sends less than it was ask"
+    ):
+        fetch_small(address, tmp_path / "found", 10)
+    server.most = None
+    with pytest.raises(FormatError, match=r"small\.json: is larger than 9e-06 MB"):
+        fetch_small(address, tmp_path / "found", 9)
+    server.headers["Content-Range"] = "bytes 1-9/10"
+    with pytest.raises(FormatError, match="sends other bytes than it was asked for"):
+        fetch_small(address, tmp_path / "found", 10)
+    server.headers["Content-Range"] = "bytes 0-10/11"
+    with pytest.raises(FormatError, match="closed in the middle of an answer"):
+        fetch_small(address, tmp_path / "found", 11)
+
+
+@pytest.mark.parametrize(("status", "why"), [(403, "may not be read"), (404, "is not there")])
+def test_a_small_file_has_to_be_there_only_where_it_is_listed(
+    server: FileServer, tmp_path: Path, status: int, why: str
+) -> None:
+    address = read_address(f"{server.url}/small.json")
+    server.refuse = lambda path, number: status
+    fetch_small(address, tmp_path / "found", 10)
+    assert not (tmp_path / "found").exists()
+    with pytest.raises(FormatError, match=rf"small\.json: {why} \({status}\)"):
+        fetch_small(address, tmp_path / "found", 10, is_listed=True)
+
+
+def test_a_full_disk_is_no_fault_of_the_network(server: FileServer, tmp_path: Path) -> None:
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(OutputError) as error:
+        fetch_small(read_address(f"{server.url}/data.gguf"), tmp_path / "full", SIZE)
+    assert str(error.value) == (
+        f"{tmp_path}: cannot hold what is fetched (No space left on device); free some of this disk, or "
+        "set TMPDIR"
+    )
+    assert len(server.asked("data.gguf")) == 1
+
+
+@pytest.mark.parametrize("n_digits", [14, 23, 5000])
+def test_a_size_that_no_file_has_is_refused(server: FileServer, n_digits: int) -> None:
+    size = "9" * n_digits
+    server.headers["Content-Range"] = f"bytes 0-0/{size}"
+    with pytest.raises(FormatError, match="does not say which bytes it sends"):
+        opened(server)
+    server.ranges, server.headers = False, {"Content-Length": size}
+    address = read_address(f"{server.url}/data.gguf")
+    with tempfile.TemporaryFile() as file, pytest.raises(FormatError, match="size which no file"):
+        fetch_rest(address, file, SIZE, lambda done, total: None)
+
+
+@pytest.mark.parametrize("login", ["user:12/s3cret@", "user:/s3cret@", "user:12?s3cret@"])
+def test_a_slash_in_a_password_does_not_show_the_rest(login: str) -> None:
+    with pytest.raises(RecipeError, match="write / and @ of a login as %2F and %40") as error:
+        read_address(f"https://{login}host/model.gguf")
+    assert "s3cret" not in str(error.value)
+    for text in ("https://user:12%2Fs3cret@host:8/a", "https://host/@a", "https://[::1]/@a"):
+        assert read_address(text).path.endswith("a")
+
+
+def test_a_server_may_lead_on_to_a_path_with_an_at(server: FileServer, tmp_path: Path) -> None:
+    (tmp_path / "data.gguf").rename(tmp_path / "data@1.gguf")
+    server.redirects["/data.gguf"] = "/data@1.gguf"
+    assert opened(server).identity.n_bytes == SIZE
+
+
+@pytest.mark.parametrize("scheme", ["https", "sftp"])
+def test_a_byte_that_is_not_utf8_is_told(scheme: str) -> None:
+    with pytest.raises(RecipeError, match="an address has a byte that is not UTF-8"):
+        read_any_address(f"{scheme}://host/{os.fsdecode(bytes([255]))}.gguf")
+
+
+@pytest.mark.parametrize("proxy", ["http://s3cret@h:port", "http://[h", "http://a..b:80"])
+def test_a_proxy_that_is_no_address_is_told(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "REQUEST_METHOD"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(FormatError, match="behind a proxy whose address cannot be read") as error:
+        probe(read_address("http://models.invalid/a.gguf"))
+    assert "s3cret" not in str(error.value)
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".org"])

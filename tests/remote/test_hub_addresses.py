@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgemerge import merge, open_model
-from edgemerge.errors import RecipeError
+from edgemerge.errors import FormatError, RecipeError
 from edgemerge.finding.cache import hub_origin
 from edgemerge.finding.finder import Finder
 from edgemerge.recipe.recipe import load_recipe, make_recipe
@@ -106,6 +106,15 @@ def test_revision_type_and_file_choose_what_is_read(hub: LocalHub, tmp_path: Pat
         with pytest.raises(RecipeError) as error:
             STREAMS.find_on_hub(text)
         assert str(error.value).startswith(start)
+
+
+def test_a_listed_file_that_may_not_be_read_is_not_left_out(
+    hub: LocalHub, models_dir: Path
+) -> None:
+    hub.add("org/name", models_dir / "expert-a")
+    hub.repositories["org/name"].refused = frozenset({"tokenizer.json"})
+    with pytest.raises(FormatError, match=r"tokenizer\.json: may not be read \(403\)"):
+        STREAMS.find_on_hub("hf://org/name")
 
 
 def test_an_error_names_the_model_by_its_address(hub: LocalHub, tmp_path: Path) -> None:

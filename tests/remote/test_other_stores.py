@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 
 from edgemerge import merge
 from edgemerge.cli import make_app
-from edgemerge.errors import EdgemergeError, FormatError
+from edgemerge.errors import EdgemergeError, FormatError, OutputError
 from edgemerge.finding.finder import Finder
 from edgemerge.recipe.recipe import make_recipe
 from edgemerge.remote import failures, stand_ins
 from edgemerge.remote.stores.address import read_store_address
+from edgemerge.remote.stores.file import fetch_small
+from edgemerge.remote.stores.link import StoreLink
 from tests.support.crashing import write_models
 
 fsspec = pytest.importorskip("fsspec")
@@ -183,6 +185,15 @@ def test_what_cannot_be_read_is_one_sentence_without_a_password(
     assert refusal("ftp://host/a.gguf").endswith(
         "fsspec is missing: pip install 'edgemerge[remote]'"
     )
+
+
+def test_a_full_disk_is_told(models: dict[str, str], tmp_path: Path) -> None:
+    address = read_store_address(f"teststore://store{models['a']}")
+    (tmp_path / "full").symlink_to("/dev/full")
+    link = StoreLink(address)
+    with pytest.raises(OutputError, match=r"cannot hold what is fetched \(No space left on device"):
+        fetch_small(link, address, tmp_path / "full", 1 << 20)
+    link.close()
 
 
 def test_a_package_that_is_missing_is_named_for_s3(monkeypatch: pytest.MonkeyPatch) -> None:

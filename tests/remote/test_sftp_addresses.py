@@ -159,6 +159,43 @@ def test_the_configuration_of_ssh_names_host_port_and_proxy(
         STREAMS.find_model(address)
 
 
+def test_a_host_is_no_command_and_no_option(home: Path, tmp_path: Path) -> None:
+    (home / ".ssh").mkdir()
+    (home / ".ssh" / "config").write_text(f'Match exec "echo %h >>{tmp_path}/asked"\n  Port 9\n')
+    for host in ("x;touch ${HOME-}pwned;", "-e evil", "-oX", "a b", ".."):
+        for scheme in ("sftp", "ssh"):
+            with pytest.raises(EdgemergeError, match="an address cannot be read"):
+                STREAMS.find_model(f"{scheme}://{host}/model.gguf")
+    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+
+
+def test_what_is_wrong_with_the_files_of_ssh_is_told(
+    server: SftpServer, home: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    config, known = home / ".ssh" / "config", home / ".ssh" / "known_hosts"
+    address = at(server, models)[0]
+
+    def refusal(setting: str) -> str:
+        config.write_text(f"Host 127.0.0.1\n  {setting}\n", encoding="latin-1")
+        with pytest.raises(FormatError) as error:
+            STREAMS.find_model(address)
+        return str(error.value).removeprefix(f"{address}: cannot be reached, as ")
+
+    reason = "No such file or directory: '/none/nc'"
+    assert reason in refusal("ProxyCommand /none/nc %h %p")
+    assert refusal("ProxyCommand nc '").startswith(
+        "the proxy of ~/.ssh/config cannot be started (No"
+    )
+    assert refusal("Port ssh") == "~/.ssh/config states the port 'ssh'; mend it"
+    assert refusal("# fünf").startswith("~/.ssh/config cannot be read ('utf-8' codec can't decode")
+    key = f"{home} cannot be read (Is a directory); mend it"
+    assert refusal(f"IdentityFile {home}") == key
+    config.write_text("IdentityFile ~/.ssh/none\n")  # which ssh goes without
+    assert STREAMS.find_model(address)
+    known.write_bytes(known.read_bytes() + "# fünf\n".encode("latin-1"))
+    assert refusal("# five").startswith("~/.ssh/known_hosts cannot be read ('utf-8' codec can't")
+
+
 def test_a_server_that_starts_again_is_read_on(
     home: Path, models: dict[str, str], tmp_path: Path
 ) -> None:

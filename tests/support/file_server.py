@@ -28,6 +28,8 @@ class FileServer:
     url: str = ""
     ranges: bool = True
     etags: bool = True
+    most: int | None = None  # bytes that are sent at most of a range
+    headers: dict[str, str] = field(default_factory=dict)  # what answers state otherwise
     drop_each: int = 0  # every n-th answer of a range, or without ranges, ends after `LENGTH` bytes
     redirects: dict[str, str] = field(default_factory=dict)  # path -> where it leads
     login: str | None = None  # value of Authorization that is needed
@@ -92,12 +94,14 @@ class _Handler(BaseHTTPRequestHandler):
         if start >= len(raw):
             self._answer(416, b"", {"Content-Range": f"bytes */{len(raw)}"})
             return
+        stop = stop if owner.most is None else min(stop, start + owner.most)
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(raw)}"
         self._answer(206, raw[start:stop], headers, number)
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str], number: int = 0) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        stated = {**headers, "Content-Length": str(len(body)), **self.owner.headers}
+        for name, value in stated.items():
             self.send_header(name, value)
         self.end_headers()
         is_dropped = self.owner.drop_each and number and number % self.owner.drop_each == 0

@@ -23,6 +23,7 @@ class Repository:
 
     revisions: dict[str, tuple[str, Path]]  # name -> (commit, folder of its files)
     is_gated: bool = False
+    refused: frozenset[str] = frozenset()  # files that are listed, and may not be read
 
 
 @dataclass
@@ -124,6 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
         is_gated = self.hub.repositories[repo].is_gated and not is_stored
         if is_gated and not self.headers.get("Authorization"):
             self._refuse(401, "GatedRepo")
+            return
+        if name in self.hub.repositories[repo].refused:
+            self._refuse(403, "Forbidden")
             return
         if not (folder / name).is_file():
             self._refuse(404, "EntryNotFound")

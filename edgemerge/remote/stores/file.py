@@ -11,7 +11,7 @@ from typing import BinaryIO, TypeVar
 
 from edgemerge.errors import EdgemergeError, FormatError, Stopped
 from edgemerge.remote.any_address import AnyAddress
-from edgemerge.remote.failures import Fault, Refusal, next_delay
+from edgemerge.remote.failures import Fault, Refusal, next_delay, refuse_disk
 from edgemerge.remote.ranged import CHANGED, PIECE, Identity, RangedFile
 from edgemerge.remote.spill import Spill
 from edgemerge.remote.stores.address import StoreAddress
@@ -120,6 +120,8 @@ def fetch_small(link: StoreLink, address: StoreAddress, path: Path, max_bytes: i
     ------
     FormatError
         It cannot be read, or has more than `max_bytes`.
+    OutputError
+        There is no room for it.
     RecipeError
         As of `look`.
     """
@@ -131,8 +133,11 @@ def fetch_small(link: StoreLink, address: StoreAddress, path: Path, max_bytes: i
         raise FormatError(what, path=str(address))
     raw = bytearray(found.n_bytes)
     StoreFile(address, found, None, link).fill([memoryview(raw)], 0, (0, 0))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(raw)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(raw)
+    except OSError as error:
+        raise refuse_disk(error, path.parent) from None
 
 
 def fetch_rest(

@@ -63,10 +63,11 @@ class StoreLink:
         """
         try:
             store = self._connect()
-            store.invalidate_cache()  # of lists of folders, which some packages keep
-            found = store.info(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+            try:
+                store.invalidate_cache()  # of lists of folders, which some packages keep
+                found = store.info(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
         except PermissionError:
             raise Refusal("may not be read; check your access") from None
         if found["type"] == "directory":
@@ -176,17 +177,22 @@ def _open_store(address: StoreAddress) -> Any:
             from edgemerge.remote.stores.sftp import open_sftp
 
             return open_sftp(address)
-        from fsspec import get_filesystem_class
-
-        kind = get_filesystem_class(address.scheme)
+        kind = _find_kind(address.scheme)
     except ImportError as error:
         # fsspec's own sentence names the package that it lacks.
         remedy = str(error) if error.name is None else f"{error.name} is missing: {EXTRA}"
         raise RecipeError(f"{address} cannot be read: {remedy}") from None
-    except ValueError:
-        raise RecipeError(
-            f"an address begins with {address.scheme}://, which fsspec does not know; {KNOWN}"
-        ) from None
     login = {} if address.login is None else dict(zip(LOGIN, address.login, strict=True))
     settings = kind._get_kwargs_from_urls(str(address)) | login
     return kind(**settings, skip_instance_cache=True)
+
+
+def _find_kind(scheme: str) -> Any:
+    from fsspec import get_filesystem_class
+
+    try:
+        return get_filesystem_class(scheme)
+    except ValueError:
+        raise RecipeError(
+            f"an address begins with {scheme}://, which fsspec does not know; {KNOWN}"
+        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import deque
 from contextlib import suppress
 from typing import Any
@@ -20,7 +21,7 @@ __all__ = ["Sftp", "open_sftp"]
 TIMEOUT = 30.0  # seconds without a byte
 QUESTION = 1 << 15  # bytes that one question may ask for
 logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else it writes on the terminal
-HOSTS = "/etc/ssh/ssh_known_hosts"
+HOSTS = ("~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts")
 CONFIG = "~/.ssh/config"
 
 
@@ -30,24 +31,25 @@ def open_sftp(address: StoreAddress) -> Sftp:
     Raises
     ------
     Refusal
-        Its key is not known, or it refuses the login.
+        Its key is not known, it refuses the login, or a file of the user's ssh cannot be used.
     OSError, EOFError, SSHException
         It cannot be reached.
     """
     user, password = address.login or (None, None)
     known = _read_config(address.host)
     settings: dict[str, Any] = {
-        "hostname": known.get("hostname", address.host),
-        "port": address.port or int(known.get("port", 22)),
+        "hostname": known["hostname"],
+        "port": address.port or int(known["port"]),
         "username": user or known.get("user"),
         "password": password,
-        "key_filename": known.get("identityfile"),
-        "sock": _proxy(known, address),
+        # As ssh does, it goes without those that are not there.
+        "key_filename": list(filter(os.path.exists, known.get("identityfile", []))),
         "timeout": TIMEOUT,
         "banner_timeout": TIMEOUT,
         "auth_timeout": TIMEOUT,
     }
-    return Sftp(address.host, skip_instance_cache=True, settings=settings)
+    command = _proxy_command(known, settings["port"])
+    return Sftp(address.host, skip_instance_cache=True, settings=settings, command=command)
 
 
 class Sftp(SFTPFileSystem):  # type: ignore[misc]
@@ -57,12 +59,11 @@ class Sftp(SFTPFileSystem):  # type: ignore[misc]
         settings = self.ssh_kwargs["settings"]
         host = settings["hostname"]
         self.client = paramiko.SSHClient()
-        self.client.load_system_host_keys()
-        with suppress(OSError):
-            self.client.load_system_host_keys(HOSTS)
+        for path in HOSTS:
+            self._load_hosts(path)
         self.client.set_missing_host_key_policy(_RefuseUnknown())
         try:
-            self.client.connect(**settings)
+            self.client.connect(**settings, sock=_start_proxy(self.ssh_kwargs["command"]))
             self.ftp = self.client.open_sftp()
             self.ftp.get_channel().settimeout(TIMEOUT)
         except BaseException as error:
@@ -70,6 +71,14 @@ class Sftp(SFTPFileSystem):  # type: ignore[misc]
             if (reason := _describe(error, host)) is None:
                 raise
             raise Refusal(reason) from None
+
+    def _load_hosts(self, path: str) -> None:
+        try:
+            self.client.load_system_host_keys(os.path.expanduser(path))
+        except OSError:
+            pass  # what is in it is not known
+        except ValueError as error:
+            raise Refusal(_unreadable(path, error)) from None
 
     def _open(self, path: str, mode: str = "rb", **settings: object) -> _Pipeline:
         return _Pipeline(self.ftp.open(path, mode))
@@ -169,22 +178,50 @@ def _describe(error: BaseException, host: str) -> str | None:
             )
         case paramiko.SSHException() if "No authentication methods" in str(error):
             return "wants a login; add a key to the agent, or give sftp://USER:PASSWORD@HOST/"
+        case OSError() if error.filename is not None:  # of a key; the network has no files
+            return _unreadable(error.filename, error)
+        case UnicodeDecodeError():
+            return (
+                f"cannot be reached, as what the host says, or a key in ~/.ssh or of {CONFIG}, is no text; "
+                "see that ssh to it works"
+            )
     return None
 
 
 def _read_config(host: str) -> paramiko.SSHConfigDict:
+    """Return what the user's configuration says of a host; name and port are in it."""
     try:
-        return paramiko.SSHConfig.from_path(os.path.expanduser(CONFIG)).lookup(host)
+        known = paramiko.SSHConfig.from_path(os.path.expanduser(CONFIG)).lookup(host)
     except OSError:
-        return paramiko.SSHConfigDict()
-    except paramiko.ConfigParseError as error:
-        raise Refusal(f"cannot be reached, as {CONFIG} cannot be read ({error})") from None
+        known = paramiko.SSHConfigDict(hostname=host)
+    except (paramiko.ConfigParseError, ValueError) as error:
+        raise Refusal(_unreadable(CONFIG, error)) from None
+    port = known.setdefault("port", "22")
+    if not re.fullmatch(r"\d{1,5}", port, re.ASCII):
+        raise Refusal(f"cannot be reached, as {CONFIG} states the port {port!r}; mend it")
+    return known
 
 
-def _proxy(known: paramiko.SSHConfigDict, address: StoreAddress) -> _Proxy | None:
-    """Start the command that ssh would start to reach a host."""
-    command = known.get("proxycommand")
+def _proxy_command(known: paramiko.SSHConfigDict, port: int) -> str | None:
+    """Return the command that ssh would start to reach a host."""
+    command: str | None = known.get("proxycommand")
     if command is None and (jump := known.get("proxyjump")) not in (None, "none"):
-        port = address.port or known.get("port", 22)
-        command = f"ssh -W {known.get('hostname', address.host)}:{port} {jump}"
-    return None if command in (None, "none") else _Proxy(command)
+        command = f"ssh -W {known['hostname']}:{port} {jump}"
+    return None if command == "none" else command
+
+
+def _start_proxy(command: str | None) -> _Proxy | None:
+    if command is None:
+        return None
+    try:
+        return _Proxy(command)
+    except (OSError, ValueError) as error:
+        raise Refusal(
+            f"cannot be reached, as the proxy of {CONFIG} cannot be started ({error}); see to "
+            "ProxyCommand or ProxyJump there"
+        ) from None
+
+
+def _unreadable(path: str, error: Exception) -> str:
+    reason = (error.strerror if isinstance(error, OSError) else None) or error
+    return f"cannot be reached, as {path} cannot be read ({reason}); mend it"
