@@ -180,15 +180,15 @@ def _header(
     return {
         "edgemerge": version("edgemerge"),
         "llama_cpp_python": version("llama_cpp_python"),
-        "models": [identify(path) for path in asked.models],
+        "models": [identify(asked.place_of(path)) for path in asked.models],
         "loras": [
             {**identify_adapter(one.path, asked.models[0]), "scale": one.scale} for one in loras
         ],
         "tasks": [
             {
                 "name": task.name,
-                "path": str(real_path(task.path)),
-                "sha256": sha256_of(task.path),
+                "path": str(asked.real[task.path]),
+                "sha256": sha256_of(asked.real[task.path]),
                 "n": len(task.questions),
                 "n_total": task.n_total,
                 "shots": task.n_shots,
@@ -198,7 +198,8 @@ def _header(
             for task in asked.tasks
         ],
         "texts": [
-            {"path": str(real_path(path)), "sha256": sha256_of(path)} for path in asked.texts
+            {"path": str(asked.real[path]), "sha256": sha256_of(asked.place_of(path))}
+            for path in asked.texts
         ],
         "limit": limit,
         "seed": seed,

@@ -237,7 +237,7 @@ def _examine(order: Mapping[str, Any]) -> None:
     with ResultsFile(Path(order["output"]), order["header"], force=True) as results:
         suite.run(asked, results, lambda path: Model(path, n_threads=order["threads"]), bar)
         marks = dict(zip(tasks, suite.answered(asked, results), strict=True))
-        found = {name: results.entries[suite.job_of(model, path)] for name, path in texts.items()}
+        found = {name: results.entries[asked.job_of(model, path)] for name, path in texts.items()}
         results.publish(
             {
                 **order["header"],

@@ -20,6 +20,9 @@ __all__ = ["MAX_RECIPE_BYTES", "read_documents", "read_value"]
 MAX_RECIPE_BYTES = 1 << 18  # what PyYAML reads in 3 s and 100 MB at worst; real recipes have 2 KB
 MAX_NODES = 100_000  # with every alias in full; real recipes have some hundreds
 MAX_DEPTH = 64  # PyYAML's time grows with the square of the depth; real recipes are 10 deep
+MAX_BITS = (
+    1 << 12
+)  # of a whole number, which may be written in hex; Python shows 4300 digits and no more
 MERGE_TAG, TEXT_TAG = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
 
 
@@ -117,9 +120,12 @@ class _BoundedLoader(yaml.SafeLoader):
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         # PyYAML raises these for a value that its tag does not allow.
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
         except (AttributeError, LookupError):
             raise _at(f"this is no {node.tag.rpartition(':')[2]}", node) from None
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise _at("this number has more digits than any setting", node)
+        return value
 
     def _check_keys(self, node: yaml.MappingNode) -> None:
         seen: set[str] = set()

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,10 @@ class Range:
     high: float
     is_log: bool
     start: float
+
+    def round(self, value: Setting) -> float:
+        """Round a value to the digits that a recipe shows; it stays in the range."""
+        return _round(value, self.low, self.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +125,7 @@ class SearchRecipe:
     def inside(self) -> dict[str, Setting]:
         """Return other values, which a recipe must allow too."""
         return {
-            space.name: _round(space.low + INSIDE * (space.high - space.low))
+            space.name: space.round(space.low + INSIDE * (space.high - space.low))
             if isinstance(space, Range)
             else space.options[-1]
             for space in self.spaces
@@ -183,7 +188,7 @@ class SearchRecipe:
         if is_log and low <= 0:
             self._fail(f"log of {name} needs a range above 0, not from {low:g}", name)
         middle = math.sqrt(low) * math.sqrt(high) if is_log else (low + high) / 2
-        start = table.get("start", _round(middle))
+        start = table.get("start", _round(middle, low, high))
         if not _is_number(start) or not low <= start <= high:
             self._fail(
                 f"the start of {name} is {brief(start)}; give a number from {low:g} to {high:g}",
@@ -194,7 +199,7 @@ class SearchRecipe:
     def _filled(self, value: Any, values: Mapping[str, Setting]) -> Any:
         if (space := self._spaces.get(id(value))) is not None:
             found = values[space.name]
-            return _round(found) if isinstance(space, Range) else found
+            return space.round(found) if isinstance(space, Range) else found
         if isinstance(value, dict):
             return {key: self._filled(one, values) for key, one in value.items()}
         if isinstance(value, list):
@@ -274,7 +279,9 @@ def _filter(rule: Mapping[str, Any]) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Tell whether this is a finite number; a whole one may have more digits than a float can."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def _are_words(options: Sequence[Any]) -> bool:
@@ -287,6 +294,5 @@ def _differ(options: Sequence[Any]) -> bool:
     return len(set(options)) == len(options)
 
 
-def _round(value: Setting) -> float:
-    """Round to the digits that a recipe shows."""
-    return float(f"{float(value):.{DIGITS}g}")
+def _round(value: Setting, low: float, high: float) -> float:
+    return min(max(float(f"{float(value):.{DIGITS}g}"), low), high)

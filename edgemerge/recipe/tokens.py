@@ -68,7 +68,7 @@ class TokenizerReader(ValueReader):
         kind = source.get("kind") if isinstance(source, dict) else None
         if kind is None:
             return TokenRule("model", self.model_path(source, f"{where}.source"), None, force)
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             self.fail(f"{where} has the kind {brief(kind)}; choose zero or model_token", where)
         self.check_keys(source, KINDS[kind], f"{where}.source")
         if kind == "zero":

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.evaluation.evaluate import Mark
-from edgemerge.runtime.evaluation.intervals import Z_95
 from edgemerge.runtime.evaluation.paired import differ_in_marks, differ_in_perplexity
 from edgemerge.runtime.evaluation.perplexity import Chunk, perplexity_of
 from edgemerge.searching.objective import Objective
@@ -85,12 +84,18 @@ def mean_verdict(verdicts: Sequence[Verdict], weights: Mapping[str, float]) -> V
             [(one.best, weight) for one, weight in parts],
         )
     )
-    errors = ((one.high - one.low) / (2 * Z_95) * weight for one, weight in parts)
-    half = Z_95 * math.sqrt(sum(error**2 for error in errors)) / total
+    halves = (_half_width(one) * weight for one, weight in parts)
+    half = math.sqrt(sum(one**2 for one in halves)) / total
     middle = best - start
     n = sum(one.n for one, _ in parts)
     name = f"mean of {len(parts)} tasks" if len(parts) > 1 else parts[0][0].name
-    return Verdict(name, n, start, best, middle, middle - half, middle + half)
+    low, high = max(middle - half, -100.0), min(middle + half, 100.0)
+    return Verdict(name, n, start, best, middle, low, high)
+
+
+def _half_width(one: Verdict) -> float:
+    """Half the interval as it was before one of its ends was cut at 100 points."""
+    return max(one.high - one.difference, one.difference - one.low)
 
 
 def _judge_task(

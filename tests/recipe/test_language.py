@@ -332,6 +332,8 @@ def test_the_tokenizer_table(folder: Path, table: str, source: str | None) -> No
         ("{tokens: {<|x|>: a}}", "tokenizer.tokens.<|x|> must be a table"),
         ("{tokens: {x: {force: true}}}", "tokenizer.tokens.x has force without a source"),
         ("{tokens: {x: {source: {kind: one}}}}", "tokenizer.tokens.x has the kind 'one'; choose"),
+        ("{tokens: {x: {source: {kind: [y]}}}}", "tokenizer.tokens.x has the kind ['y']; choose"),
+        ("{tokens: {x: {source: {kind: {}}}}}", "tokenizer.tokens.x has the kind {}; choose"),
         (
             "{tokens: {x: {source: {kind: model_token, model: a}}}}",
             "tokenizer.tokens.x needs either token or token_id, one of the two",

@@ -275,6 +275,7 @@ def test_a_mistake_in_a_slice_is_named(folder: Path, sources: str, message: str)
         ),
         ("[" * 20_000, "is not valid YAML (line 1, column 65: nested too deeply)"),
         ("- " * 200, "is not valid YAML (line 1, column 129: nested too deeply)"),
+        (f"a: 0x{'f' * 5000}", "is not valid YAML (line 1, column 4: this number has more digits"),
         ("a: !!bool x", "is not valid YAML (line 1, column 4: this is no bool)"),
         ("- a: !!timestamp x", "is not valid YAML (line 1, column 6: this is no timestamp)"),
         ("a: !!int ''", "is not valid YAML (line 1, column 4: this is no int)"),

@@ -20,6 +20,7 @@ parameters:
     - {value: 0.7}
 edgemerge: {type: {search: [Q4_K_M, Q8_0]}}
 """
+HUGE = f"1{'0' * 400}"  # more than a float can be
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,23 @@ def test_values_are_put_in_place_and_an_alias_is_the_same_value() -> None:
     assert found.fill(values)["parameters"]["lambda"][1] == {"value": 0.7}
 
 
+@pytest.mark.parametrize(("low", "high", "near"), [(1.00001, 1.00002, 0), (0.99996, 0.99998, 1)])
+def test_a_range_of_more_digits_is_not_left_by_rounding(low: float, high: float, near: int) -> None:
+    found = load(searching(f"{{search: [{low}, {high}]}}"))
+    bounds = (low, high)
+    assert found.start() == found.inside() == {"models[0].weight": bounds[near]}
+    for value in bounds:
+        models = found.fill({"models[0].weight": value})["models"]
+        assert models[0]["parameters"]["weight"] == bounds[near]
+
+
+def test_a_bound_of_more_digits_stays_in_its_range() -> None:
+    found = load(searching("{search: [0.12344, 0.98766]}"))
+    for value, shown in ((0.12344, 0.12344), (0.98766, 0.98766), (0.12345678, 0.1235)):
+        models = found.fill({"models[0].weight": value})["models"]
+        assert models[0]["parameters"]["weight"] == shown
+
+
 def test_a_text_of_a_token_is_no_search() -> None:
     tokens = "tokenizer: {source: base, tokens: {search: {source: a}}}\n"
     found = load(RECIPE + tokens)
@@ -78,6 +96,8 @@ def test_a_text_of_a_token_is_no_search() -> None:
         ("{search: [0.1, x]}", "give \\[LOW, HIGH\\]"),
         ("{search: [x, x]}", "give \\[LOW, HIGH\\]"),
         ("{search: [.nan, 1]}", "give \\[LOW, HIGH\\]"),
+        (f"{{search: [0, {HUGE}]}}", r"is \[0, 1000+\.\.\.; give \[LOW, HIGH\], two numbers"),
+        (f"{{search: [0, 1], start: {HUGE}}}", r"is 1000+\.\.\.; give a number from 0 to 1"),
         ("{search: [1, 0.5]}", "goes from 1 to 0.5; give LOW < HIGH"),
         ("{search: [0, 1], log: true}", "needs a range above 0, not from 0"),
         ("{search: [0, 1], log: maybe}", "is 'maybe'; it must be true or false"),

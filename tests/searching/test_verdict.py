@@ -52,6 +52,18 @@ def test_the_mean_is_of_the_tasks_that_count() -> None:
     assert mean_verdict(verdicts, {"text": 1}) is None
 
 
+def test_a_mean_counts_the_errors_of_intervals_that_are_cut() -> None:
+    """Of 10 questions all were won: the interval's upper end is cut at 100 points, its error is not."""
+    start, best = ({name: marks(sign * 10) for name in "ab"} for sign in "-+")
+    verdicts = judge(Answers(start), Answers(best), Objective({}, {}))
+    mean = mean_verdict(verdicts, {"a": 1, "b": 1})
+    assert mean is not None
+    assert [one.high for one in (*verdicts, mean)] == [100, 100, 100]
+    half = 100 - verdicts[0].low
+    assert half == pytest.approx(31.3, abs=0.05)
+    assert 100 - mean.low == pytest.approx(half / math.sqrt(2))
+
+
 def test_a_text_is_compared_chunk_by_chunk() -> None:
     start = Answers({}, {"text": [Chunk(200, 500, 100), Chunk(300, 1000, 100)]})
     best = Answers({}, {"text": [Chunk(210, 500, 100), Chunk(310, 1000, 100)]})

@@ -16,6 +16,7 @@ from typing import Any
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.bench.load_time import drop_cache
+from edgemerge.runtime.complaint import find_complaint
 
 __all__ = ["MergeCost", "measure_merge"]
 
@@ -162,9 +163,9 @@ def _merge(recipe: Path, output: Path, places: Sequence[str]) -> tuple[dict[str,
 
 def _failure(recipe: Path, status: int, said: str) -> RuntimeFailure:
     """Make an error of what a merge said: one sentence of its own, or whatever it died of."""
-    sentence, _, detail = said.partition("\n")
-    if sentence.startswith("edgemerge: "):
-        return RuntimeFailure(sentence.removeprefix("edgemerge: "), detail=detail)
+    if complaint := find_complaint(said):
+        sentence, detail = complaint
+        return RuntimeFailure(sentence, detail=detail)
     how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
     return RuntimeFailure(
         f"{recipe}: the merge died ({how}): run edgemerge merge with it by itself", detail=said

@@ -15,7 +15,8 @@ def difference_interval(
     """Give the interval of the difference in accuracy of two models on the same questions.
 
     Each question counts +1, 0 or -1. An even split of none or few changes would have no error at all: one
-    more change of each kind is added for it (Agresti and Min, 2005).
+    more change of each kind is added for it (Agresti and Min, 2005). No difference is beyond -1 or 1, so an
+    end that would be is cut there.
 
     Parameters
     ----------
@@ -35,7 +36,7 @@ def difference_interval(
     mean = (only_second - only_first) / total
     error = math.sqrt(((only_first + only_second + 2) / total - mean**2) / total)
     middle = (only_second - only_first) / n
-    return middle - n_errors * error, middle + n_errors * error
+    return max(middle - n_errors * error, -1.0), min(middle + n_errors * error, 1.0)
 
 
 def student_errors(confidence: float, n_free: int) -> float:

@@ -18,7 +18,7 @@ from edgemerge.cluster.connection import Call, Connection, Shared
 from edgemerge.errors import ClusterError, EdgemergeError
 from edgemerge.runtime.board.processor import processor_fields
 from edgemerge.runtime.evaluation.results import Results, sha256_of
-from edgemerge.runtime.evaluation.suite import Bar, Request, job_of, score_task, score_text
+from edgemerge.runtime.evaluation.suite import Bar, Request, score_task, score_text
 from edgemerge.runtime.llama import Lora, Model
 from edgemerge.runtime.model_files import model_files
 
@@ -56,7 +56,7 @@ class Quiz:
 class Part:
     """Questions of a task of a model, by index; without a task, a text that is scored whole."""
 
-    model: Path
+    model: int  # its number
     what: int  # number of the task or of the text
     indices: tuple[int, ...] | None
     skip: tuple[int, ...] = ()  # chunks of a text that are scored already
@@ -91,13 +91,13 @@ def run_on_cluster(
     ClusterError
         There is no worker, or one cannot do the work; the sentence names it.
     """
-    request = replace(  # workers have other folders to work in
+    sent = replace(  # workers have other folders to work in
         request,
         models=tuple(path.absolute() for path in request.models),
         texts=tuple(path.absolute() for path in request.texts),
     )
     loras = tuple(replace(lora, path=lora.path.absolute()) for lora in loras)
-    quiz = Shared(make_quiz(request, gpu_layers, loras))
+    quiz = Shared(make_quiz(sent, gpu_layers, loras))
     parts = list(_cut(request, results))
     processors: set[str] = set()
 
@@ -122,7 +122,7 @@ def run_on_cluster(
             results.flush()
             done += 1
 
-        calls = [Call(part, f"eval {part.model.stem}") for part in parts]
+        calls = [Call(part, f"eval {request.models[part.model].stem}") for part in parts]
         connection.run(answer, quiz, calls, take, report)
     if len(processors) > 1:
         kinds = ", ".join(sorted(processors))
@@ -131,7 +131,7 @@ def run_on_cluster(
 
 
 def _cut(request: Request, results: Results) -> Iterator[Part]:
-    for model in request.models:
+    for model in range(len(request.models)):
         for number, task in enumerate(request.tasks):
             part = Part(model, number, ())
             done = results.entries.setdefault(_job(request, part), {})
@@ -145,10 +145,10 @@ def _cut(request: Request, results: Results) -> Iterator[Part]:
 
 
 def _job(request: Request, part: Part) -> str:
+    model = request.models[part.model]
     if part.indices is None:
-        return job_of(part.model, request.texts[part.what])
-    task = request.tasks[part.what]
-    return job_of(part.model, task.path, task.name)
+        return request.job_of(model, request.texts[part.what])
+    return request.job_of(model, request.tasks[part.what])
 
 
 def _find_versions() -> dict[str, str]:
@@ -220,7 +220,7 @@ def open_quiz(quiz: Quiz, _argument: None) -> str:
 def answer(quiz: Quiz, part: Part) -> list[tuple[int, Any]]:
     """Score a part on the worker that runs this; return what `Results.add` takes."""
     with _blaming() as worker, _loaded.lock:
-        model = _loaded.get(quiz, part.model, worker.state.nthreads)
+        model = _loaded.get(quiz, quiz.request.models[part.model], worker.state.nthreads)
         if part.indices is None:
             text = quiz.request.texts[part.what]
             _check(quiz, text)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgemerge.formats.files import real_path
+from edgemerge.formats.gguf.model import parts_of
 from edgemerge.runtime.evaluation.evaluate import Mark, Score, compare, mark, score
 from edgemerge.runtime.evaluation.likelihood import Likelihoods, score_questions
 from edgemerge.runtime.evaluation.perplexity import (
@@ -30,7 +33,6 @@ __all__ = [
     "TextScore",
     "answered",
     "document",
-    "job_of",
     "pairs",
     "question_records",
     "run",
@@ -61,6 +63,9 @@ class Request:
         Tokens of context; None for the model's own in tasks, and `chunk` in texts.
     chunk : int
         Tokens of a chunk of a text, where nothing else is asked for.
+    real : mapping of Path to Path
+        Where the paths of models, tasks and texts led when this was made. It takes hours to score, and a link
+        such as a site's `current.gguf` may lead elsewhere by then.
     """
 
     models: tuple[Path, ...]
@@ -68,11 +73,34 @@ class Request:
     texts: tuple[Path, ...]
     n_ctx: int | None
     chunk: int = CHUNK
+    real: Mapping[Path, Path] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        paths = (*self.models, *(task.path for task in self.tasks), *self.texts)
+        object.__setattr__(self, "real", {path: _follow(path) for path in paths})
 
     @property
     def text_chunk(self) -> int:
         """Tokens of a chunk of a text."""
         return self.n_ctx or self.chunk
+
+    def place_of(self, path: Path) -> Path:
+        """Return what to open for a model or text: where a link led; else, and of a split, the path."""
+        real = self.real[path]
+        is_alone = len(parts_of(path)) == 1  # the parts of a split are found by their names
+        return real if is_alone and str(real) != os.path.abspath(path) else path
+
+    def job_of(self, model: Path, what: Task | Path) -> str:
+        """Name a model's results on a task (its file and name) or on a text."""
+        if isinstance(what, Path):
+            return f"{self.real[model]} | {self.real[what]}"
+        return f"{self.real[model]} | {self.real[what.path]} | {what.name}"
+
+
+def _follow(path: Path) -> Path:
+    """Return where a path leads; a pipe (`/dev/fd/63`) leads to no file."""
+    real = real_path(path)
+    return real if real.is_file() else path
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +148,21 @@ def run(request: Request, results: Results, load: Callable[[Path], Model], bar: 
         A model cannot be loaded or does not fit a task; a result cannot be written.
     """
     for path in request.models:
-        with load(path) as model:
+        with load(request.place_of(path)) as model:
             for task in request.tasks:
+                job = request.job_of(path, task)
                 with bar(f"{path.stem}: {task.name}", "questions") as show:
-                    _run_task(model, task, request.n_ctx, results, show)
+                    _run_task(model, task, request.n_ctx, results, job, show)
             for text in request.texts:
+                job = request.job_of(path, text)
                 with bar(f"{path.stem}: {text.name}", "chunks") as show:
-                    _run_text(model, text, request.text_chunk, results, show)
+                    chunks = cut_text(model, request.place_of(text), request.text_chunk)
+                    _run_text(model, chunks, results, job, show)
 
 
-def _run_task(model: Model, task: Task, n_ctx: int | None, results: Results, show: Show) -> None:
-    job = job_of(model.path, task.path, task.name)
+def _run_task(
+    model: Model, task: Task, n_ctx: int | None, results: Results, job: str, show: Show
+) -> None:
     done = results.entries.setdefault(job, {})
     total = len(task.questions)
     show(len(done), total)
@@ -141,10 +173,10 @@ def _run_task(model: Model, task: Task, n_ctx: int | None, results: Results, sho
         show(len(done), total)
 
 
-def _run_text(model: Model, text: Path, n_ctx: int, results: Results, show: Show) -> None:
-    job = job_of(model.path, text)
+def _run_text(
+    model: Model, chunks: Sequence[Sequence[int]], results: Results, job: str, show: Show
+) -> None:
     done = results.entries.setdefault(job, {})
-    chunks = cut_text(model, text, n_ctx)
     show(len(done), len(chunks))
     for index, value in _score_chunks(model, chunks, frozenset(done)):
         results.add(job, index, value)
@@ -186,13 +218,6 @@ def _score_chunks(
         yield index, [chunk.nll, chunk.nll_squared, chunk.n]
 
 
-def job_of(model: Path, *what: Path | str) -> str:
-    """Name a model's results on a task (its file and name) or on a text."""
-    return " | ".join(
-        str(one.resolve() if isinstance(one, Path) else one) for one in (model, *what)
-    )
-
-
 def answered(request: Request, results: Results) -> list[Answered]:
     """Mark the answers, by task and then by model.
 
@@ -206,7 +231,7 @@ def answered(request: Request, results: Results) -> list[Answered]:
     marked = []
     for task in request.tasks:
         for model in request.models:
-            entries = results.entries[job_of(model, task.path, task.name)]
+            entries = results.entries[request.job_of(model, task)]
             found = []
             for index in range(len(task.questions)):
                 totals, n_tokens, cut = entries[index]
@@ -232,7 +257,8 @@ def text_scores(request: Request, results: Results) -> list[TextScore]:
             model,
             text,
             perplexity_of(
-                Chunk(*sums) for _, sums in sorted(results.entries[job_of(model, text)].items())
+                Chunk(*sums)
+                for _, sums in sorted(results.entries[request.job_of(model, text)].items())
             ),
         )
         for text in request.texts

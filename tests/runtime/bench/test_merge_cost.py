@@ -42,6 +42,11 @@ def test_a_failed_merge_says_its_own_sentence(recipe: Path) -> None:
     assert not list(recipe.parent.glob(".edgemerge-bench-*"))
 
 
+def test_a_note_before_the_sentence_does_not_hide_it() -> None:
+    failure = _failure(Path("r.yml"), 1, "note: the key 'x' is ignored\nedgemerge: no room\nlog")
+    assert (str(failure), failure.detail) == ("no room", "log")
+
+
 def test_a_merge_that_dies_is_told_too() -> None:
     failure = _failure(Path("r.yml"), -9, "Fatal error\nstack")
     assert str(failure) == (

@@ -3,9 +3,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgemerge.runtime.evaluation.intervals import student_errors
-from edgemerge.runtime.evaluation.paired import differ_in_perplexity
+from edgemerge.runtime.evaluation.evaluate import Mark
+from edgemerge.runtime.evaluation.intervals import difference_interval, student_errors
+from edgemerge.runtime.evaluation.paired import differ_in_marks, differ_in_perplexity
 from edgemerge.runtime.evaluation.perplexity import Chunk
+
+
+def test_no_difference_is_beyond_all_questions() -> None:
+    right, wrong = [Mark(0, 0, True, True)] * 10, [Mark(1, 1, False, False)] * 10
+    found = differ_in_marks(wrong, right)
+    assert (found.middle, found.high) == (100, 100)
+    assert found.low == pytest.approx(68.7, abs=0.05)
+    for n_errors in (1, 2, 5):
+        low, high = difference_interval(1, 1, 0, n_errors)
+        assert -1 == low < high <= 1
 
 
 @pytest.mark.parametrize(

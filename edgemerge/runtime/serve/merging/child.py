@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.runtime.complaint import find_complaint
 
 __all__ = ["Look", "digest_files", "run_command"]
 
@@ -118,9 +119,8 @@ async def _end(process: Process) -> None:
 
 def _reason(status: int, said: str) -> str:
     """Make one sentence of what a command said before it failed, or of what it died of."""
-    for line in reversed(said.splitlines()):
-        if line.startswith("edgemerge: "):
-            return line.removeprefix("edgemerge: ")
+    if complaint := find_complaint(said):
+        return complaint[0]
     if status == -signal.SIGKILL:
         return "the system ended it, as it does where memory is short; close other programs"
     how = signal.Signals(-status).name if status < 0 else f"exit code {status}"

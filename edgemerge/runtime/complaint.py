@@ -1,0 +1,22 @@
+"""What a command of this program says on stderr when it fails."""
+
+from __future__ import annotations
+
+__all__ = ["find_complaint"]
+
+_MARK = "\nedgemerge: "
+
+
+def find_complaint(said: str) -> tuple[str, str] | None:
+    """Find the sentence with which a command failed, and the lines after it; None where there is none.
+
+    Notes and warnings may stand before it, and what llama.cpp said after it.
+
+    Parameters
+    ----------
+    said : str
+        All that it wrote to stderr.
+    """
+    _, mark, found = f"\n{said}".rpartition(_MARK)
+    sentence, _, detail = found.partition("\n")
+    return (sentence, detail) if mark else None
