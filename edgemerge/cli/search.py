@@ -24,7 +24,7 @@ from edgemerge.cli.tasks import (
     require_questions,
 )
 from edgemerge.cli.terminal import plain, print_json, progress_bars, speaks_plainly
-from edgemerge.errors import OutputError, RecipeError
+from edgemerge.errors import OutputError
 
 if TYPE_CHECKING:
     from edgemerge.recipe.searches import SearchRecipe
@@ -128,6 +128,7 @@ def search_command(
     from edgemerge.recipe.searches import load_search
     from edgemerge.reports.search import search_page
     from edgemerge.searching.examiner import Examiner
+    from edgemerge.searching.inputs import list_inputs
     from edgemerge.searching.model_file import ModelFile
     from edgemerge.searching.search import Limits, Search
     from edgemerge.searching.trials import Trials, check_optuna
@@ -146,9 +147,9 @@ def search_command(
     )
     output = output or recipe.with_name(f"{recipe.stem}-best.yml")
     kept = output.with_name(output.name + ".trials")
-    _check_outputs(
-        found, output, kept, report, [*(one.path for one in tasks), *texts.values()], force
-    )
+    read = list_inputs(found)
+    asked = [*(one.path for one in tasks), *texts.values()]
+    _check_outputs(found, read, output, kept, report, asked, force)
     budget = None if memory is None else parse_size(memory)
     _warn(found.recipe(found.start()), budget, threads)
     with ExitStack() as stack:
@@ -161,7 +162,9 @@ def search_command(
                 (scratch or output.parent) / f"{output.name}.gguf", memory=budget, threads=threads
             )
         )
-        header = _header(found, tasks, texts, objective, held_out, limit, seed, context, gpu_layers)
+        header = _header(
+            found, read, tasks, texts, objective, held_out, limit, seed, context, gpu_layers
+        )
         all_trials = stack.enter_context(closing(Trials(kept, found.spaces, header, seed)))
         for path in filter(None, (output, report)):
             _check_ours(all_trials, path, force)
@@ -281,6 +284,7 @@ def _pair(option: str, text: str, names: Sequence[str]) -> tuple[str, float]:
 
 def _check_outputs(
     found: SearchRecipe,
+    read: Sequence[Path],
     output: Path,
     kept: Path,
     report: Path | None,
@@ -290,9 +294,9 @@ def _check_outputs(
     """Refuse outputs that cannot be written, or a place where the best recipe would not be one."""
     from edgemerge.formats.files import real_path
     from edgemerge.output.file import check_output
+    from edgemerge.searching.inputs import list_inputs
 
-    start = found.recipe(found.start())
-    inputs = (*start.inputs(), *(real_path(path) for path in (found.path, *asked)))
+    inputs = (*read, *(real_path(path) for path in (found.path, *asked)))
     goes_on = kept.is_file()  # then `_check_ours` sees whether an earlier run wrote the recipe
     check_output(output, inputs, force=force or goes_on)
     check_output(kept, inputs, force=goes_on)
@@ -300,11 +304,7 @@ def _check_outputs(
         if real_path(report) in (real_path(output), real_path(kept)):
             raise OutputError("is the output too; choose another --report", path=report)
         check_output(report, inputs, force=force or goes_on)
-    try:
-        is_same = found.recipe(found.start(), path=output).inputs() == start.inputs()
-    except RecipeError:
-        is_same = False
-    if not is_same:
+    if list_inputs(found, output) != read:
         raise OutputError(
             f"lies where the models of {found.path} are not found by their names; give an -o beside "
             "that recipe",
@@ -337,6 +337,7 @@ def _write(all_trials: Trials, path: Path, text: str, force: bool) -> None:
 
 def _header(
     found: SearchRecipe,
+    read: Sequence[Path],
     tasks: Sequence[Task],
     texts: Mapping[str, Path],
     objective: Objective,
@@ -349,16 +350,14 @@ def _header(
     """All that the trials depend on; they are taken up only where this is the same."""
     from importlib.metadata import version
 
-    from edgemerge.formats.adapters.reference import model_name
     from edgemerge.formats.files import real_path
     from edgemerge.runtime.evaluation.results import sha256_of
+    from edgemerge.searching.inputs import mark_inputs
 
-    recipe = found.recipe(found.start())
     return {
         "versions": [version(name) for name in ("edgemerge", "llama_cpp_python", "optuna")],
         "recipe": repr(found.document),
-        "models": [[model_name(path), *_states(path)] for path in recipe.models()],
-        "imatrix": None if recipe.imatrix is None else sha256_of(recipe.imatrix),
+        "input files": mark_inputs(read),
         "tasks": [[task.name, str(real_path(task.path)), sha256_of(task.path)] for task in tasks],
         "texts": [[name, str(real_path(path)), sha256_of(path)] for name, path in texts.items()],
         "weights": dict(objective.weights),
@@ -369,14 +368,6 @@ def _header(
         "context": context,
         "gpu_layers": gpu_layers,
     }
-
-
-def _states(path: Path) -> list[list[int]]:
-    """Return sizes and times of a model's files."""
-    from edgemerge.formats import open_model
-
-    with closing(open_model(path)) as source:
-        return [[state.n_bytes, state.mtime_ns] for state in source.states()]
 
 
 def _write_so_far(search: Search, output: Path, force: bool) -> str:

@@ -29,7 +29,7 @@ from edgemerge.methods.table import METHODS
 from edgemerge.output.file import OutputFile
 from edgemerge.output.places import place_in_order
 from edgemerge.planning.importance import list_matrices
-from edgemerge.planning.plan import make_plan
+from edgemerge.planning.plan import alignment_pairs, make_plan
 from edgemerge.token_rows import RowMap
 from edgemerge.types import BeginPart, FileState, Plan, Recipe, Source, TensorJob, ignore_parts
 
@@ -57,7 +57,7 @@ class ModelFile:
         self._matrices: dict[Path, ImportanceMatrix] = {}
         self._file: OutputFile | None = None
         self._layout: FileLayout | None = None
-        self._permutations: Permutations | None = None  # found once: they depend on no setting
+        self._permutations: Permutations | None = None  # found once for what is in `_across`
         self._across: object = None  # what all tensors depend on beside their jobs
         self._jobs: dict[str, TensorJob] = {}  # as the tensors in the file were made, by name
 
@@ -111,7 +111,15 @@ class ModelFile:
         layout = make_layout(the_plan.metadata, [job.out for job in the_plan.jobs])
         if layout != self._layout:
             self._renew(layout)
-        across = (the_plan.models, the_plan.align, recipe.neurons, recipe.seed, recipe.imatrix)
+        pairs = alignment_pairs(the_plan.jobs) if the_plan.reorders else None
+        across = (
+            the_plan.models,
+            the_plan.align,
+            recipe.neurons,
+            recipe.seed,
+            recipe.imatrix,
+            pairs,
+        )
         if across != self._across:
             self._across, self._jobs, self._permutations = across, {}, None
         changed = self._changed(the_plan)
@@ -134,19 +142,20 @@ class ModelFile:
 
     def _changed(self, the_plan: Plan) -> list[TensorJob]:
         """List the tensors to make; with one, all of its layer where the method measures layers."""
-        changed = [
-            not (known := self._jobs.get(job.name)) or not _is_same(known, job)
+        changed = {
+            job.name: job
             for job in the_plan.jobs
-        ]
+            if not (known := self._jobs.get(job.name)) or not _is_same(known, job)
+        }
+        # What joins or leaves the sum of a layer changes all that is made by it.
+        earlier = [self._jobs[name] for name in changed if name in self._jobs]
         layers = {
             layer_index(job.name)
-            for job, is_changed in zip(the_plan.jobs, changed, strict=True)
-            if is_changed and METHODS[job.method].spans_layer(job)
+            for job in (*changed.values(), *earlier)
+            if METHODS[job.method].spans_layer(job)
         } - {None}
         return [
-            job
-            for job, is_changed in zip(the_plan.jobs, changed, strict=True)
-            if is_changed or layer_index(job.name) in layers
+            job for job in the_plan.jobs if job.name in changed or layer_index(job.name) in layers
         ]
 
     def _merge(self, part: Plan, layout: FileLayout, begin_part: BeginPart) -> None:

@@ -25,10 +25,12 @@ from edgemerge.searching import trials
 from edgemerge.searching.model_file import ModelFile
 from tests.support.dask_cluster import dask_cluster
 from tests.support.searches import RECIPE, write_search
+from tests.support.tiny_gguf import write_tiny_gguf
 
 pytestmark = pytest.mark.llama
 
 TASK = ("--task", "q=questions.jsonl")
+SEARCHED = "model: {search: [b.gguf, c.gguf]}"
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(search_command)
@@ -112,6 +114,28 @@ def test_the_same_command_goes_on_and_more_trials_are_added() -> None:
     assert "held out" in text
 
 
+def test_trials_are_not_taken_up_where_a_searched_model_was_changed() -> None:
+    Path("recipe.yml").write_text(RECIPE.replace("model: b.gguf", SEARCHED))
+    write_tiny_gguf(Path("c.gguf"), seed=3)
+    run("--trials", "2")
+    run("--trials", "2")
+    write_tiny_gguf(Path("c.gguf"), seed=4)
+    said = fail("recipe.yml", *TASK, "-t", "1", "--trials", "2")
+    assert "holds trials of a search with other input files; finish that" in said
+
+
+def test_a_perplexity_beyond_all_numbers_is_a_refused_trial() -> None:
+    head = "- {filter: lm_head, value: {search: [1, 1000000], start: 1}}\n    - {filter: mlp"
+    Path("recipe.yml").write_text(RECIPE.replace("F16", "F32").replace("- {filter: mlp", head))
+    Path("text.txt").write_text("the sun and the moon. " * 60)
+    found = json.loads(run("--trials", "4", "--perplexity", "text.txt", "-c", "32", "--json"))
+    start, *others = found["trials"]
+    assert start["refusal"] == ""
+    assert all(
+        "a part of a text is above 1e+300, so its weights" in one["refusal"] for one in others
+    )
+
+
 def test_perplexity_and_size_count_too() -> None:
     Path("recipe.yml").write_text(RECIPE.replace("type: F16", "type: {search: [F16, Q8_0]}"))
     Path("text.txt").write_text("the sun and the moon. " * 60)
@@ -187,6 +211,9 @@ def test_outputs_are_checked_before_the_work(folder: Path) -> None:
     Path("recipe-best.yml").write_text("mine")
     assert "exists already" in fail("recipe.yml", *TASK)
     assert "is one of the inputs" in fail("recipe.yml", *TASK, "-o", "recipe.yml", "--force")
+    Path("recipe.yml").write_text(RECIPE.replace("model: b.gguf", SEARCHED))
+    Path("c.gguf").touch()
+    assert "is one of the inputs" in fail("recipe.yml", *TASK, "-o", "c.gguf", "--force")
     (folder / "sub").mkdir()
     (folder / "sub" / "recipe.yml").write_text(RECIPE.replace(".gguf", "-here.gguf"))
     for name in ("base", "a", "b"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,36 @@ def test_a_method_that_measures_layers_makes_whole_layers() -> None:
         third = recipe(by_kind(0.9), "hierarchical", align="off", scope="block")
         assert file.make(third) == 21
         assert stored(file.path) == merged(third)
+
+
+def test_a_tensor_that_leaves_the_sum_of_its_layer_changes_the_others() -> None:
+    first, second = (
+        recipe(
+            0.7,
+            "hierarchical",
+            align="off",
+            scope=[{"filter": "mlp", "value": word}, {"value": "block"}],
+        )
+        for word in ("block", "tensor")
+    )
+    with ModelFile(Path("m.gguf"), memory=None, threads=2) as file:
+        file.make(first)
+        file.make(second)
+        assert stored(file.path) == merged(second)
+        file.make(first)
+        assert stored(file.path) == merged(first)
+
+
+@pytest.mark.parametrize("align", ["off", "hard"])
+def test_heads_and_neurons_are_matched_anew_with_another_reference(align: str) -> None:
+    with ModelFile(Path("m.gguf"), memory=None, threads=2) as file:
+        for method in (
+            "task_arithmetic",
+            "linear",
+        ):  # linear compares a with b, and none with the base
+            wanted = replace(recipe(0.7, method, align=align), neurons=True)
+            file.make(wanted)
+            assert stored(file.path) == merged(wanted)
 
 
 def test_what_was_interrupted_is_made_again() -> None:

@@ -22,6 +22,7 @@ from edgemerge.runtime.llama import Context, Model
 from edgemerge.types import Float32, Float64
 
 __all__ = [
+    "REMEDY",
     "Likelihoods",
     "NoNumbers",
     "check_context",
@@ -38,8 +39,11 @@ _TOKENS, _SEQUENCES = 256, 256
 _LOGITS_BYTES = 64 * 2**20
 
 
+REMEDY = "damaged or too large; merge it with smaller weights, or get it again"
+
+
 class NoNumbers(RuntimeFailure):
-    """A model computes NaN or infinity."""
+    """A model computes NaN, infinity, or what no perplexity can be told of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +191,7 @@ def check_numbers(model: Model, values: Sequence[float] | Float64) -> None:
     """
     if not np.isfinite(values).all():
         raise NoNumbers(
-            f"{model.path}: computes NaN or infinity instead of likelihoods, so its weights are damaged or "
-            "too large; merge it with smaller weights, or get it again"
+            f"{model.path}: computes NaN or infinity instead of likelihoods, so its weights are {REMEDY}"
         )
 
 

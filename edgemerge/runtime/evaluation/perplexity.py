@@ -15,10 +15,19 @@ from pathlib import Path
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.files import refuse_device
-from edgemerge.runtime.evaluation.likelihood import check_context, check_numbers, log_likelihoods
+from edgemerge.runtime.evaluation.likelihood import (
+    REMEDY,
+    NoNumbers,
+    check_context,
+    check_numbers,
+    log_likelihoods,
+)
 from edgemerge.runtime.llama import Model
 
 __all__ = ["Chunk", "Perplexity", "cut_text", "perplexity_of", "score_chunks"]
+
+# Of a chunk. A float ends at 1.8e308; percentages of perplexities and ends of their intervals need room.
+LARGEST = 1e300
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +130,11 @@ def score_chunks(
     ------
     (int, Chunk)
         Each chunk's index and sums.
+
+    Raises
+    ------
+    NoNumbers
+        The model computes NaN or infinity, or the perplexity of a chunk is too large to be told.
     """
     n_ctx = len(chunks[0])
     first = n_ctx // 2
@@ -137,7 +151,13 @@ def score_chunks(
             after = chunk[first + 1 :]
             values = log_likelihoods(logits, range(len(after)), after)
             check_numbers(model, values)
-            yield index, Chunk(-float(values.sum()), float((values**2).sum()), len(values))
+            found = Chunk(-float(values.sum()), float((values**2).sum()), len(values))
+            if found.nll > math.log(LARGEST) * found.n:
+                raise NoNumbers(
+                    f"{model.path}: its perplexity on a part of a text is above {LARGEST:g}, so its weights "
+                    f"are {REMEDY}"
+                )
+            yield index, found
 
 
 def perplexity_of(chunks: Iterable[Chunk]) -> Perplexity:
@@ -146,7 +166,7 @@ def perplexity_of(chunks: Iterable[Chunk]) -> Perplexity:
     Parameters
     ----------
     chunks : iterable of Chunk
-        At least one.
+        At least one, as `score_chunks` gives them.
     """
     chunks = list(chunks)
     n = sum(chunk.n for chunk in chunks)

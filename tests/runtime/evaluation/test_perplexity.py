@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edgemerge.errors import FormatError, RuntimeFailure
+from edgemerge.runtime.evaluation import perplexity as module
+from edgemerge.runtime.evaluation.likelihood import NoNumbers
+from edgemerge.runtime.evaluation.paired import differ_in_perplexity
 from edgemerge.runtime.evaluation.perplexity import Chunk, cut_text, perplexity_of, score_chunks
 from edgemerge.runtime.llama import Model
 
@@ -67,6 +71,25 @@ def test_it_is_llama_perplexitys(tiny_gguf: Path, text: Path) -> None:
 def test_even_tokens_have_no_error() -> None:
     assert perplexity_of([Chunk(20.0, 40.0, 10)]).value == pytest.approx(math.exp(2.0))
     assert perplexity_of([Chunk(20.0, 40.0, 10)]).stderr == 0.0
+
+
+@pytest.mark.parametrize(("loss", "is_told"), [(690.0, True), (691.0, False), (1e30, False)])
+def test_a_perplexity_beyond_all_numbers_is_refused(
+    loss: float, is_told: bool, tiny_gguf: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        module, "log_likelihoods", lambda _logits, _rows, after: np.full(len(after), -loss)
+    )
+    with Model(tiny_gguf) as model:
+        scores = score_chunks(model, cut_text(model, text, N_CTX))
+        if is_told:
+            found = [chunk for _, chunk in scores]
+            assert perplexity_of(found).value == pytest.approx(math.exp(loss))
+            start = [replace(chunk, nll=0.0) for chunk in found]
+            assert math.isfinite(differ_in_perplexity(start, found).high)
+        else:
+            with pytest.raises(NoNumbers, match=r"tiny.* is above 1e\+300, so its weights are"):
+                next(scores)
 
 
 def test_the_text_is_taken_as_it_is(tiny_gguf: Path, tmp_path: Path) -> None:
