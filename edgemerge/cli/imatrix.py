@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,7 +79,8 @@ def imatrix_command(
     from edgemerge.sizes import format_size
 
     path = make_finder(models_folder, download, quiet=json_).find_model(model)
-    check_output(output, (real_path(path), real_path(text)), force=force)
+    check = partial(check_output, output, (real_path(path), real_path(text)), force=force)
+    check()
     if output.suffix not in (".gguf", ".dat"):
         raise typer.BadParameter(
             f"-o {output}: end the name in .gguf, or in .dat for the older form"
@@ -96,7 +98,7 @@ def imatrix_command(
             with_output=with_output,
             progress=progress,
         )
-    n_bytes = write_importances(output, squares, dataset=text, n_ctx=context)
+    n_bytes = write_importances(output, squares, dataset=text, n_ctx=context, check=check)
     seconds, notes = time.monotonic() - started, _notes(squares)
     if json_:
         print_json(

@@ -7,10 +7,8 @@ loses all. They are handed out again when it is back.
 
 from __future__ import annotations
 
-import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -21,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import uuid4
 
 from edgemerge.cluster.address import count_local, prepare_dask
+from edgemerge.cluster.processes import local_worker
 from edgemerge.errors import ClusterError, EdgemergeError, Stopped
 
 if TYPE_CHECKING:
     from distributed import Client, Future
-    from distributed.security import Security
 
 __all__ = ["Again", "Call", "Connection", "Shared", "open_cluster"]
 
@@ -85,6 +83,8 @@ class Connection:
         Makes a client; raises OSError where no scheduler answers.
     n_expected : int
         Workers that will come.
+    children : sequence of Popen
+        The workers' processes, where they are started here; nobody starts them again.
 
     Raises
     ------
@@ -92,8 +92,14 @@ class Connection:
         No scheduler answers.
     """
 
-    def __init__(self, address: str, connect: Callable[[], Client], n_expected: int = 1) -> None:
-        self.address, self._n_expected = address, n_expected
+    def __init__(
+        self,
+        address: str,
+        connect: Callable[[], Client],
+        n_expected: int = 1,
+        children: Sequence[subprocess.Popen[bytes]] = (),
+    ) -> None:
+        self.address, self._n_expected, self._children = address, n_expected, children
         self._connect = connect
         self._threads: dict[str, int] = {}
         self._looked = self._seen = 0.0
@@ -227,6 +233,7 @@ class Connection:
     def _submit(self, function: Callable[[Any, A], R], shared: Shared, call: Call[A]) -> Future[R]:
         pinned: dict[str, Any] = {"workers": [call.worker]} if call.worker else {}
         return self._client.submit(
+            _call,
             function,
             shared.future(self._client),
             call.argument,
@@ -241,11 +248,16 @@ class Connection:
         Raises
         ------
         ClusterError
-            There was no worker for long.
+            There was no worker for long, or all that were started here have ended.
         """
         now = time.monotonic()
         if now - self._looked < LOOK_SECONDS:
             return bool(self._threads)
+        if self._children and all(child.poll() is not None for child in self._children):
+            raise ClusterError(
+                f"all processes of {self.address} ended, perhaps for lack of memory; give a smaller "
+                "--memory, or fewer processes"
+            )
         with suppress(
             OSError, ValueError
         ):  # the scheduler is gone, which its client will notice too
@@ -281,6 +293,19 @@ class Connection:
 
 def _pass_on(value: A) -> A:
     return value
+
+
+def _call(function: Callable[[Any, A], R], shared: Any, argument: A) -> R:
+    """Call a function on the worker that runs this; where memory lacks, name the worker."""
+    try:
+        return function(shared, argument)
+    except MemoryError as error:
+        from distributed import get_worker
+
+        raise ClusterError(
+            f"the worker at {get_worker().address} has too little memory; give it less --memory, or fewer "
+            "--threads"
+        ) from error
 
 
 def _take(future: Future[Any]) -> Any:
@@ -340,7 +365,7 @@ def open_cluster(address: str, *, memory: int, threads: int) -> Iterator[Connect
     n_local = count_local(address)
     with ExitStack() as stack:
         where: Any = address
-        security = None
+        security, children = None, list[subprocess.Popen[bytes]]()
         if n_local is not None:
             security = Security.temporary()  # this machine may have other users
             where = stack.enter_context(
@@ -353,40 +378,16 @@ def open_cluster(address: str, *, memory: int, threads: int) -> Iterator[Connect
                 )
             )
             words = ["--threads", str(max(1, threads // n_local)), "--memory", str(memory)]
-            for _ in range(n_local):
-                stack.enter_context(_local_worker(where.scheduler_address, words, security))
+            children = [
+                stack.enter_context(local_worker(where.scheduler_address, words, security))
+                for _ in range(n_local)
+            ]
 
         def connect() -> Client:
             return Client(where, timeout=CONNECT_SECONDS, set_as_default=False, security=security)
 
-        connection = Connection(address, connect, n_local or 1)
+        connection = Connection(address, connect, n_local or 1, children)
         stack.callback(connection.close)
         if n_local is not None:
             connection.workers()
         yield connection
-
-
-@contextmanager
-def _local_worker(address: str, words: Sequence[str], security: Security) -> Iterator[None]:
-    """Start a worker on this machine, and end it; a session of its own keeps the terminal's Ctrl-C away."""
-    command = [sys.executable, "-m", "edgemerge", "worker", address, "--host", "127.0.0.1", *words]
-    tls = "DASK_DISTRIBUTED__COMM__TLS__"
-    keys = {
-        f"{tls}CA_FILE": security.tls_ca_file,
-        f"{tls}WORKER__CERT": security.tls_worker_cert,
-        f"{tls}WORKER__KEY": security.tls_worker_key,
-    }
-    nothing = subprocess.DEVNULL
-    child = subprocess.Popen(
-        [*command, "--nice", "0"],
-        stdin=nothing,
-        stdout=nothing,
-        stderr=nothing,
-        start_new_session=True,
-        env={**os.environ, **keys},  # which no other user sees
-    )
-    try:
-        yield
-    finally:
-        child.kill()
-        child.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -28,7 +28,12 @@ def output_paths(output: Path) -> tuple[Path, ...]:
 
 
 def write_adapter(
-    output: Path, base: Source, found: Sequence[Extracted], spool: Spool, dtype: str
+    output: Path,
+    base: Source,
+    found: Sequence[Extracted],
+    spool: Spool,
+    dtype: str,
+    check: Callable[[], None],
 ) -> list[str]:
     """Write an adapter.
 
@@ -44,6 +49,8 @@ def write_adapter(
         Where the factors are.
     dtype : str
         F32 or F16.
+    check : callable
+        Raises OutputError where a file must not be replaced; called just before that.
 
     Returns
     -------
@@ -64,18 +71,25 @@ def write_adapter(
         layout = gguf_layout(tensors, base, alpha)
         with OutputFile(output, layout.n_bytes) as file:
             _fill(file, layout, parts)
+            check()
             file.publish()
         return notes
     parts, config, notes = PeftParts(base, spool, dtype, alpha).make(found)
-    write_peft(output, parts, config)
+    write_peft(output, parts, config, check)
     return notes
 
 
-def write_peft(output: Path, parts: Sequence[AdapterPart], config: bytes) -> None:
+def write_peft(
+    output: Path,
+    parts: Sequence[AdapterPart],
+    config: bytes,
+    check: Callable[[], None] | None = None,
+) -> None:
     """Write a PEFT directory: adapter_config.json last, without which it is no adapter.
 
     An adapter that is replaced stays whole until both files are on the disk. Its adapter_config.json goes
-    before its weights do: at no time are one's weights beside the other's ranks.
+    before its weights do: at no time are one's weights beside the other's ranks. `check` is as of
+    `write_adapter`.
 
     Raises
     ------
@@ -95,6 +109,8 @@ def write_peft(output: Path, parts: Sequence[AdapterPart], config: bytes) -> Non
             settings_file.write(config, 0)
             weights_file.sync()
             settings_file.sync()
+            if check is not None:
+                check()
             with finishing(output):
                 settings.unlink(missing_ok=True)
                 sync_folder(output)
@@ -114,8 +130,15 @@ def _fill(file: OutputFile, layout: AdapterLayout, parts: Sequence[AdapterPart])
         file.write(encode_part(part), layout.offsets[part.tensor.name])
 
 
-def encode_part(part: AdapterPart) -> UInt8:
+def encode_part(part: AdapterPart, wider: str = "--type F32, or smaller weights") -> UInt8:
     """Make a tensor of an adapter, as it is stored.
+
+    Parameters
+    ----------
+    part : AdapterPart
+        What makes it.
+    wider : str
+        What to give where F16 cannot hold a number.
 
     Raises
     ------
@@ -128,7 +151,7 @@ def encode_part(part: AdapterPart) -> UInt8:
     with np.errstate(over="ignore"):
         raw = np.ascontiguousarray(values).astype(stored, copy=False)
     if not np.isfinite(raw).all():
-        remedy = "smaller weights" if stored.itemsize == 4 else "--type F32, or smaller weights"
+        remedy = "smaller weights" if stored.itemsize == 4 else wider
         raise MismatchError(
             f"{part.tensor.name!r} reaches numbers that {part.tensor.dtype} cannot hold; give {remedy}",
             tensor=part.tensor.name,

@@ -127,7 +127,9 @@ def combine(
             "a combination is a PEFT directory; give a folder, and make a GGUF adapter by extract",
             field="output",
         )
-    check_adapter_output(path, tuple(adapter for adapter, _ in adapters), force=force)
+    inputs = tuple(adapter for adapter, _ in adapters)
+    check = partial(check_adapter_output, path, inputs, force=force)
+    check()
     with ExitStack() as stack:
         opened = [stack.enter_context(closing(AdapterPairs(adapter))) for adapter, _ in adapters]
         weights = [weight for _, weight in adapters]
@@ -147,7 +149,7 @@ def combine(
             if progress is not None:
                 progress(i + 1, len(uses))
         config = json.dumps(opened[0].combined_config(ranks), indent=2) + "\n"
-        write_peft(path, parts, config.encode())
+        write_peft(path, parts, config.encode(), check)
         bases = dict.fromkeys(one.config.base_name for one in opened)
     notes = []
     if len(bases) > 1:

@@ -127,7 +127,8 @@ def make_delta(
         See `edgemerge.errors`; nothing has been written.
     """
     started, floor, path = time.monotonic(), floor_bytes(), Path(output)
-    check_output(path, (Path(base), Path(expert)), force=force)
+    check = partial(check_output, path, (Path(base), Path(expert)), force=force)
+    check()
     with ExitStack() as stack:
         models = OpenModels(stack)
         left, right = models.open(Path(base)), models.open(Path(expert))
@@ -152,7 +153,7 @@ def make_delta(
         spool = Spool(stack.enter_context(tempfile.TemporaryFile(dir=path.absolute().parent)), path)
         forms = _choose_forms(making, settings, listed, spool, work)
         notes = [*notes, *_note_waste(forms, settings)]
-        lost = _write(path, making, forms, work)
+        lost = _write(path, making, forms, work, check)
         for source in (left, right):
             source.check_unchanged()
     effort = Effort(time.monotonic() - started, n_workers, memory or DEFAULT_MEMORY)
@@ -264,7 +265,13 @@ def _stored_bytes(forms: Sequence[Form]) -> int:
 # -- the file --------------------------------------------------------------------------------------
 
 
-def _write(path: Path, making: Making, forms: Sequence[Form], work: _Work) -> list[float]:
+def _write(
+    path: Path,
+    making: Making,
+    forms: Sequence[Form],
+    work: _Work,
+    check: Callable[[], None],
+) -> list[float]:
     """Write the file; return the energy that each form lacks."""
     layout = _lay_out(making, forms, [], 1.0)
     energy = sum(one.squares for one in making.measured)
@@ -281,6 +288,7 @@ def _write(path: Path, making: Making, forms: Sequence[Form], work: _Work) -> li
         final = _lay_out(making, forms, checksums, kept)
         assert final.offsets == layout.offsets
         file.write(final.header, 0)
+        check()  # again, as a file of that name may have come during the work
         file.publish()
     return lost
 

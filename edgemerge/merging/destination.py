@@ -13,14 +13,15 @@ from edgemerge.formats.gguf.writer import make_layouts
 from edgemerge.formats.layout import FileLayout
 from edgemerge.merging.record import provenance
 from edgemerge.output.checksums import TensorResult
-from edgemerge.output.file import check_name, check_output
+from edgemerge.output.file import check_name, check_output, part_path
 from edgemerge.output.journal import Fingerprint, journal_path
 from edgemerge.output.parts import OutputParts, find_named, is_begun
 from edgemerge.output.places import Places, place_in_order
 from edgemerge.output.report import FileReport
 from edgemerge.types import Plan, Recipe, Source
 
-__all__ = ["Destination", "check_destination", "check_split", "find_destination", "split_paths"]
+__all__ = ["Destination", "check_destination", "check_split", "find_destination", "list_parts"]
+__all__ += ["split_paths"]
 
 
 class Destination(Protocol):
@@ -117,6 +118,16 @@ def check_split(the_plan: Plan, output: Path, split_bytes: int, *, force: bool) 
     paths = split_paths(the_plan, output, split_bytes)
     for path in paths:
         check_output(path, the_plan.recipe.inputs(), force=force or is_begun(paths[0]))
+
+
+def list_parts(the_plan: Plan, output: Path, split_bytes: int | None) -> list[Path]:
+    """Name the files that an interrupted run may have left of an output, whose room it has already."""
+    if the_plan.recipe.out_format == "hf":
+        from edgemerge.output.folder import staging_path
+
+        return list(staging_path(output).glob("*"))
+    paths = [output] if split_bytes is None else split_paths(the_plan, output, split_bytes)
+    return [part_path(path) for path in paths]
 
 
 def find_destination(

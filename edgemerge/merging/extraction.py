@@ -87,7 +87,8 @@ def extract(
         See `edgemerge.errors`; nothing has been written.
     """
     floor, path = floor_bytes(), Path(output)
-    check_adapter_output(path, (Path(base), Path(expert)), force=force)
+    check = partial(check_adapter_output, path, (Path(base), Path(expert)), force=force)
+    check()
     with closing(open_model(base)) as left, closing(open_model(expert)) as right:
         changes, notes = list_changes(left, right)
         bound = rank or (DEFAULT_RANK if energy is None else ENERGY_RANK)
@@ -117,7 +118,7 @@ def extract(
                 )
             for source in (left, right):
                 source.check_unchanged()
-            said = write_adapter(path, left, kept, spool, dtype)
+            said = write_adapter(path, left, kept, spool, dtype, check)
     total = sum(squares for _, _, squares in found)
     ranks = [one.rank for one in kept if one.rank]
     return Extraction(

@@ -6,7 +6,6 @@ as the threads of a local merge. It writes rows into the output where it sees th
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 import weakref
@@ -20,7 +19,7 @@ from uuid import uuid4
 import numpy as np
 
 from edgemerge.alignment.reordering import Permutations
-from edgemerge.errors import ClusterError, EdgemergeError, FormatError
+from edgemerge.errors import ClusterError, EdgemergeError, FormatError, OutputError
 from edgemerge.formats import OpenModels
 from edgemerge.formats.adapters.reference import expand_inputs
 from edgemerge.formats.files import fill_buffers
@@ -30,6 +29,7 @@ from edgemerge.merging.inputs import InputMark, check_marks, find_software
 from edgemerge.merging.precompile import precompile
 from edgemerge.merging.tasks import Done, Task, Workshop, open_input
 from edgemerge.merging.traffic import Traffic
+from edgemerge.output.file import write_all
 from edgemerge.output.places import TensorPlace
 from edgemerge.output.shared import Mark, SharedFile
 from edgemerge.planning.memory import fit_plan
@@ -78,7 +78,7 @@ class Parcel:
     """Rows of one tensor that go to the client: in memory, or many of them in a temporary file."""
 
     def __init__(self, spec: TensorSpec, task: Task, most: int, folder: str) -> None:
-        self._row_bytes, self._first = spec.row_bytes, task.start
+        self._row_bytes, self._first, self._folder = spec.row_bytes, task.start, folder
         n_bytes = (task.stop - task.start) * spec.row_bytes
         self.raw = np.empty(n_bytes, np.uint8) if n_bytes <= max(most, spec.row_bytes) else None
         self._file = None
@@ -86,13 +86,20 @@ class Parcel:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
     def write_rows(self, start: int, raw_u8: UInt8) -> None:
-        """Take encoded rows; thread-safe."""
+        """Take encoded rows; thread-safe. Raises OutputError where the disk refuses."""
         at = (start - self._first) * self._row_bytes
         if self.raw is not None:
             self.raw[at : at + raw_u8.nbytes] = raw_u8
             return
         assert self._file is not None
-        os.pwrite(self._file.fileno(), raw_u8.data, at)
+        try:
+            write_all(self._file.fileno(), raw_u8, at)
+        except OSError as error:
+            raise OutputError(
+                f"the disk cannot keep rows until they are sent ({error.strerror}); free some "
+                "space there",
+                path=self._folder,
+            ) from error
 
     def read(self, start: int, stop: int) -> UInt8:
         """Return rows that were taken into the file."""
@@ -312,7 +319,7 @@ def do_task(kit: Kit, task: Task) -> Made:
             made = replace(made, parcel=str(uuid4()))
             opened.parcels[str(made.parcel)] = parcel
         return made
-    except OSError as error:
+    except (OSError, OutputError) as error:
         raise _blame(worker, error) from error
 
 

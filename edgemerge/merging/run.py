@@ -245,8 +245,7 @@ def _merge_one(
 
         def open_once(path: Path) -> Source:
             if recipe.mixture is not None:
-                folder = output.absolute().parent
-                opened[path] = open_with_gates(recipe, recipe.mixture, folder, stack, convert)
+                opened[path] = open_with_gates(recipe, recipe.mixture, output, stack, convert)
             else:
                 opened[path] = (given or {}).get(path) or open_input(recipe, path, stack, models)
             return opened[path]

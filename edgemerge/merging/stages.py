@@ -18,6 +18,8 @@ from typing import Protocol
 from edgemerge.errors import OutputError
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf.metadata import Array, encode_value, get_value
+from edgemerge.merging.destination import list_parts
+from edgemerge.output.file import part_path
 from edgemerge.output.journal import Fingerprint
 from edgemerge.output.report import MergeReport
 from edgemerge.recipe.stages import place_stages, stage_paths
@@ -90,7 +92,8 @@ def merge_stages(
     paths = stage_paths(recipe, folder)
     _make_folder(folder, paths.values())
     try:
-        _check_disk(the_plan, folder, list(paths.values()), disk)
+        kept = _kept_bytes(paths.values(), list_parts(the_plan, output, split_bytes))
+        _check_disk(the_plan, folder, kept, disk)
         reports = [
             merge_one(
                 place_stages(stage, paths),
@@ -137,7 +140,19 @@ def _make_folder(folder: Path, paths: Collection[Path]) -> None:
             )
 
 
-def _check_disk(the_plan: Plan, folder: Path, paths: Sequence[Path], disk: int | None) -> None:
+def _kept_bytes(stages: Collection[Path], parts: Collection[Path]) -> int:
+    """Count what an interrupted run left: finished stages, and parts with all blocks that they reserved."""
+    sizes = (path.stat().st_size if path.exists() else 0 for path in stages)
+    reserved = [_reserved_bytes(part_path(path)) for path in stages]
+    stay = sum(map(max, sizes, reserved))  # a stage that is made again is not there twice
+    return stay + sum(map(_reserved_bytes, parts))
+
+
+def _reserved_bytes(part: Path) -> int:
+    return 512 * part.stat().st_blocks if part.is_file() else 0
+
+
+def _check_disk(the_plan: Plan, folder: Path, kept: int, disk: int | None) -> None:
     needed = sum(stage.written_bytes for stage in the_plan.stages)
     if disk is not None and needed > disk:
         raise OutputError(
@@ -145,8 +160,7 @@ def _check_disk(the_plan: Plan, folder: Path, paths: Sequence[Path], disk: int |
             "are allowed; allow more with --disk, or give stages out_dtype: float16",
             path=folder,
         )
-    there = sum(path.stat().st_size for path in paths if path.exists())
-    free = shutil.disk_usage(folder).free + there
+    free = shutil.disk_usage(folder).free + kept
     needed += the_plan.written_bytes
     if needed > free:
         raise OutputError(

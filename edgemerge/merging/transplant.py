@@ -16,13 +16,12 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.budget import floor_bytes
-from edgemerge.errors import BudgetError, MismatchError
+from edgemerge.errors import BudgetError, MismatchError, OutputError
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf.metadata import encode_value, get_value
@@ -36,12 +35,22 @@ from edgemerge.merging.run import merge, usable_processors
 from edgemerge.merging.soundness import check_finite
 from edgemerge.merging.transplanted import NO_ROW, TransplantedModel, stored_spec
 from edgemerge.native.store import compile_missing
+from edgemerge.output.file import write_all
 from edgemerge.output.report import MergeReport
 from edgemerge.planning.plan import DEFAULT_MEMORY
 from edgemerge.planning.token_maps import PER_TOKEN
 from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT, TOKENS_KEY
 from edgemerge.sizes import format_size
-from edgemerge.types import BeginPart, Float32, Progress, Recipe, Source, TensorSpec, ignore_parts
+from edgemerge.types import (
+    BeginPart,
+    Float32,
+    Progress,
+    Recipe,
+    Source,
+    TensorSpec,
+    UInt8,
+    ignore_parts,
+)
 
 __all__ = ["transplant"]
 
@@ -98,7 +107,7 @@ def transplant(
         work = _find_work(model, donor, k)
         budget = memory or recipe.memory or DEFAULT_MEMORY
         limits = _Limits(floor, budget, threads or usable_processors())
-        starts = _make_rows(work, limits, file, begin_part)
+        starts = _make_rows(work, limits, _RowFile(file.fileno(), path), begin_part)
         donor.check_unchanged()
         transplanted = TransplantedModel(model, work.tokenizer, work.rows, starts, file.fileno())
         report = merge(
@@ -229,8 +238,27 @@ class _Limits:
     threads: int
 
 
+@dataclass(frozen=True, slots=True)
+class _RowFile:
+    """New rows, in a file without a name beside the output."""
+
+    fd: int
+    output: Path
+
+    def write(self, raw_u8: UInt8, offset: int) -> None:
+        """Write a row; raises OutputError where the disk is full, or cannot be written."""
+        try:
+            write_all(self.fd, raw_u8, offset)
+        except OSError as error:
+            raise OutputError(
+                f"the disk cannot keep the new rows until all are found ({error.strerror}); free some "
+                "space, or choose another",
+                path=self.output,
+            ) from error
+
+
 def _make_rows(
-    work: _Work, limits: _Limits, file: IO[bytes], begin_part: BeginPart
+    work: _Work, limits: _Limits, file: _RowFile, begin_part: BeginPart
 ) -> dict[str, int]:
     """Write the new rows of all tensors of tokens; return where those of each begin."""
     starts, at = dict[str, int](), 0
@@ -283,7 +311,7 @@ def _combine(
     name: str,
     places: Int32,
     parts: NDArray[np.float64],
-    file: IO[bytes],
+    file: _RowFile,
     first: int,
     start: int,
 ) -> None:
@@ -304,7 +332,7 @@ def _combine(
                 tensor=name,
             )
         CODECS[made.dtype].encode(found, raw, scratch)
-        os.pwrite(file.fileno(), raw.data, first + (start + i) * made.row_bytes)
+        file.write(raw, first + (start + i) * made.row_bytes)
 
 
 def _divide(work: _Work, limits: _Limits, spec: TensorSpec, n_common: int) -> tuple[int, bool, int]:

@@ -26,7 +26,7 @@ from edgemerge.sizes import format_size
 from edgemerge.types import FileState, UInt8
 
 __all__ = ["OutputFile", "check_name", "check_output", "finishing", "read_chunks", "sync_folder"]
-__all__ += ["write_file"]
+__all__ += ["part_path", "write_all", "write_file"]
 
 CHUNK = 1 << 20
 _PRIVATE = 0o600
@@ -44,7 +44,7 @@ def check_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
     check_name(path)
     inputs = tuple(real_path(given) for given in expand_inputs(inputs))
     read = {part for given in inputs for part in parts_of(given)}
-    if any(_is_same(written, part) for written in (path, _part_of(path)) for part in read):
+    if any(_is_same(written, part) for written in (path, part_path(path)) for part in read):
         raise OutputError("is one of the inputs; choose another name", path=path)
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist; make it first", path=path)
@@ -77,7 +77,8 @@ def _is_same(path: Path, other: Path) -> bool:
     return real_path(path) == other  # neither need exist
 
 
-def _part_of(path: Path) -> Path:
+def part_path(path: Path) -> Path:
+    """Name the part under which a file is made."""
     return path.with_name(path.name + ".part")
 
 
@@ -110,7 +111,7 @@ class OutputFile:
         self, path: Path, n_bytes: int, *, keeps: bool = False, is_private: bool = False
     ) -> None:
         self.path = path
-        self.part = _part_of(path)
+        self.part = part_path(path)
         self.n_bytes = n_bytes
         self.keeps = keeps
         self._mode = _PRIVATE if is_private else 0o644
@@ -215,11 +216,8 @@ class OutputFile:
         OutputError
             The disk refused.
         """
-        view = (data.data if isinstance(data, np.ndarray) else memoryview(data)).cast("B")
-        done = 0
         try:
-            while done < len(view):
-                done += os.pwrite(self._fd, view[done:], offset + done)
+            write_all(self._fd, data, offset)
         except OSError as error:
             raise OutputError(f"could not be written ({error.strerror})", path=self.path) from error
 
@@ -339,6 +337,14 @@ def finishing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"could not be finished ({error.strerror})", path=path) from error
+
+
+def write_all(fd: int, data: UInt8 | bytes | memoryview, offset: int) -> None:
+    """Write all of a buffer at a position, of which one write may take only some; may raise OSError."""
+    view = (data.data if isinstance(data, np.ndarray) else memoryview(data)).cast("B")
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
 
 
 def read_chunks(fd: int, offset: int, n_bytes: int) -> Iterator[memoryview]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.gguf.writer import make_layout
+from edgemerge.formats.layout import FileLayout
 from edgemerge.formats.quants.imatrix import CHUNK_SIZE_KEY, CHUNKS_KEY, COUNTS, DATASETS_KEY, SUMS
-from edgemerge.output.file import OutputFile, write_file
+from edgemerge.output.file import OutputFile
 from edgemerge.types import Float32, TensorSpec
 
 __all__ = ["OLD_SUFFIX", "Squares", "write_importances"]
@@ -43,7 +44,12 @@ class Squares:
 
 
 def write_importances(
-    path: Path, squares: Mapping[str, Squares], *, dataset: Path, n_ctx: int
+    path: Path,
+    squares: Mapping[str, Squares],
+    *,
+    dataset: Path,
+    n_ctx: int,
+    check: Callable[[], None] | None = None,
 ) -> int:
     """Write an importance matrix whole, and replace a file of that name.
 
@@ -57,6 +63,8 @@ def write_importances(
         What the file says that they were recorded on.
     n_ctx : int
         Tokens of a chunk.
+    check : callable, optional
+        Raises OutputError where a file of that name must not be replaced; called just before that.
 
     Returns
     -------
@@ -70,16 +78,32 @@ def write_importances(
     """
     squares = dict(sorted(squares.items(), key=lambda item: item[0].encode()))
     n_chunks = max(int(entry.counts.max()) for entry in squares.values()) // n_ctx
+    tensors: dict[str, Float32] = {}
     if path.suffix == OLD_SUFFIX:
         raw = _encode_old(squares, dataset, n_chunks, n_ctx)
-        write_file(path, raw)
-        return len(raw)
-    metadata = {
-        "general.type": encode_value("imatrix", "str"),
-        DATASETS_KEY: encode_value([os.fsencode(dataset)], "[str]"),
-        CHUNKS_KEY: encode_value(n_chunks, "u32"),
-        CHUNK_SIZE_KEY: encode_value(n_ctx, "u32"),
-    }
+        layout = FileLayout(raw, {}, len(raw))
+    else:
+        tensors = _list_tensors(squares)
+        metadata = {
+            "general.type": encode_value("imatrix", "str"),
+            DATASETS_KEY: encode_value([os.fsencode(dataset)], "[str]"),
+            CHUNKS_KEY: encode_value(n_chunks, "u32"),
+            CHUNK_SIZE_KEY: encode_value(n_ctx, "u32"),
+        }
+        specs = [TensorSpec(name, x.shape, "F32", x.nbytes) for name, x in tensors.items()]
+        layout = make_layout(metadata, specs)
+    with OutputFile(path, layout.n_bytes) as file:
+        file.write(layout.header, 0)
+        for name, x in tensors.items():
+            file.write(np.ascontiguousarray(x).view(np.uint8), layout.offsets[name])
+        if check is not None:
+            check()
+        file.publish()
+    return layout.n_bytes
+
+
+def _list_tensors(squares: Mapping[str, Squares]) -> dict[str, Float32]:
+    """List the tensors of the GGUF form by name."""
     tensors: dict[str, Float32] = {}
     for name, entry in squares.items():
         n = len(entry.counts)
@@ -87,16 +111,7 @@ def write_importances(
         # One row is a vector to ggml, which leaves out outer axes of length 1.
         tensors[name + SUMS] = entry.sums.reshape((n, -1) if n > 1 else -1)
         tensors[name + COUNTS] = counts.reshape((n, 1) if n > 1 else 1)
-    layout = make_layout(
-        metadata,
-        [TensorSpec(name, x.shape, "F32", x.nbytes) for name, x in tensors.items()],
-    )
-    with OutputFile(path, layout.n_bytes) as file:
-        file.write(layout.header, 0)
-        for name, x in tensors.items():
-            file.write(np.ascontiguousarray(x).view(np.uint8), layout.offsets[name])
-        file.publish()
-    return layout.n_bytes
+    return tensors
 
 
 def _encode_old(squares: Mapping[str, Squares], dataset: Path, n_chunks: int, n_ctx: int) -> bytes:

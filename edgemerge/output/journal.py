@@ -26,7 +26,7 @@ from typing import TypeAlias
 
 from edgemerge.errors import FormatError, OutputError
 from edgemerge.output.checksums import TensorResult
-from edgemerge.output.file import sync_folder
+from edgemerge.output.file import sync_folder, write_all
 from edgemerge.types import FileState
 
 __all__ = [
@@ -303,9 +303,7 @@ class Journal:
 
     def _write(self, texts: Sequence[str]) -> None:
         raw = b"".join(b"%08x %s\n" % (zlib.crc32(t), t) for t in map(str.encode, texts))
-        at = 0
-        while at < len(raw):
-            at += os.pwrite(self._fd, raw[at:], self._end + at)
+        write_all(self._fd, raw, self._end)
         self._end += len(raw)
 
     def _refusal(self, error: OSError) -> OutputError:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from edgemerge.errors import OutputError
 from edgemerge.experts import Mixture
 from edgemerge.formats.mixture import MixtureSource, open_mixture
+from edgemerge.output.journal import journal_path
 from edgemerge.remote.stand_ins import is_remote
 from edgemerge.types import ModelInput, Recipe, Slice
 
@@ -19,14 +18,14 @@ __all__ = ["open_with_gates"]
 def open_with_gates(
     recipe: Recipe,
     mixture: Mixture,
-    folder: Path,
+    output: Path,
     stack: ExitStack,
     merge_one: Callable[[Recipe, Path], object],
 ) -> MixtureSource:
     """Open all models of a recipe's mixture, and make its gates; the stack closes them.
 
     A base whose hidden states are wanted is run by llama.cpp, which reads GGUF. Of a directory, or of a file
-    on another machine, one is made in `folder` by `merge_one`, and removed.
+    on another machine, one is made in `OUT.base.part/` by `merge_one`, and removed.
 
     Raises
     ------
@@ -36,16 +35,12 @@ def open_with_gates(
     is_elsewhere = is_remote(mixture.base)
     if not (mixture.runs_base and (mixture.base.is_dir() or is_elsewhere)):
         return open_mixture(mixture, recipe.seed, stack)
-    try:
-        temporary = tempfile.TemporaryDirectory(prefix=".edgemerge-", dir=folder)
-    except OSError as error:
-        raise OutputError(
-            f"cannot have a copy of the base for a while ({error.strerror}); make room there, or give the "
-            "base as a GGUF",
-            path=folder,
-        ) from error
-    with temporary as name:
-        made = Path(name) / "base.gguf"
+    from edgemerge.output.folder import OutputFolder  # only these pay for it
+
+    made = output.with_name(output.name + ".base") / "base.gguf"
+    names = {made.name, journal_path(made).name}
+    with OutputFolder(made.parent, names) as beside:  # takes over what a killed run left
+        made = beside.staging / made.name
         copy = Recipe(
             "passthrough",
             None,
@@ -53,5 +48,10 @@ def open_with_gates(
             out_type=None if mixture.base.is_dir() else "keep",
             memory=recipe.memory,
         )
-        merge_one(copy, made)
-        return open_mixture(mixture, recipe.seed, stack, runnable=made)
+        made.unlink(missing_ok=True)  # there is room for one
+        try:
+            merge_one(copy, made)
+            return open_mixture(mixture, recipe.seed, stack, runnable=made)
+        finally:
+            for file in list(beside.staging.glob("*")):
+                file.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,35 @@ def test_no_input_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OutputError, match="belongs to one of the inputs"):
         make_delta("base", expert, "base/model.safetensors", DeltaSettings(bits=1), force=True)
     assert before == {folder: files(folder) for folder in before}
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("delta", "out.gguf"),
+        ("extract", "out.gguf"),
+        ("extract", "out/adapter_model.safetensors"),
+        ("combine", "out/adapter_config.json"),
+    ],
+)
+def test_a_file_that_comes_during_the_work_stays(command: str, name: str, tmp_path: Path) -> None:
+    """Fault: it was replaced without --force."""
+    both, theirs = adapters(tmp_path), tmp_path / name
+    output, expert = tmp_path / Path(name).parts[0], f"{BASE}+{both[0][0]}"
+    run: dict[str, Any] = {
+        "delta": partial(make_delta, BASE, expert, output, DeltaSettings(bits=8)),
+        "extract": partial(extract, BASE, expert, output),
+        "combine": partial(combine, both, output),
+    }
+
+    def come(_done: int, _total: int) -> None:
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_bytes(b"precious")
+
+    with pytest.raises(OutputError, match="exists already; choose another name or give --force"):
+        run[command](progress=come)
+    assert theirs.read_bytes() == b"precious"
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_no_adapter_is_put_beside_a_model_s_weights(tmp_path: Path) -> None:

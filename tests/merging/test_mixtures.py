@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edgemerge.errors import FormatError, MismatchError, RecipeError, VerificationError
+from edgemerge.errors import FormatError, MismatchError, OutputError, RecipeError, VerificationError
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.merging.run import merge, plan
+from edgemerge.planning.mixtures import open_with_gates
 from edgemerge.provenance.inputs import check_inputs
 from edgemerge.recipe.recipe import load_recipe
+from edgemerge.types import Recipe
 from tests.support.architecture_models import ARCHITECTURES, convert, facts, logits
 from tests.support.safetensors_files import read_safetensors, write_safetensors
 from tests.support.small_models import load_gguf, load_hub, stored
@@ -143,6 +146,42 @@ def test_a_directory_becomes_a_gguf_that_llama_cpp_can_run(
     check_inputs(made, [base, other], merge_one=merge)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["base.gguf", "mixture.yml", "models", "out.gguf"]
+
+
+def test_a_copy_of_the_base_that_a_killed_run_left_is_replaced(
+    models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: it had another name each time, and nobody removed it."""
+    base, recipe = models_dir / "base", tmp_path / "mixture.yml"
+    experts = [one | prompts for one, prompts in zip(experts_of(base, base), PROMPTS, strict=True)]
+    document = {"base_model": str(base), "gate_mode": "hidden", "experts": experts}
+    recipe.write_text(json.dumps(document))
+    asked, output = load_recipe(recipe), tmp_path / "out.gguf"
+    mixture: Any = asked.mixture
+    beside = tmp_path / "out.gguf.base.part"
+
+    def read_copy(*_given: Any, runnable: Path) -> bytes:
+        return runnable.read_bytes()
+
+    def convert(_copy: Recipe, target: Path) -> None:
+        assert not target.exists()
+        target.write_bytes(b"made")
+        with pytest.raises(OutputError, match="another merge is writing it; wait for that one"):
+            open_with_gates(asked, mixture, output, ExitStack(), convert)
+
+    def fail(_copy: Recipe, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgemerge.planning.mixtures.open_mixture", read_copy)
+    for merge_one in (convert, fail):
+        beside.mkdir()
+        for name in ("base.gguf", "base.gguf.part", "base.gguf.part.journal"):
+            (beside / name).write_bytes(b"left")
+        with suppress(KeyboardInterrupt):
+            found: Any = open_with_gates(asked, mixture, output, ExitStack(), merge_one)
+            assert found == b"made"
+        assert [path.name for path in tmp_path.iterdir()] == ["mixture.yml"]
 
 
 def test_a_damaged_expert_is_named(models_dir: Path, tmp_path: Path) -> None:

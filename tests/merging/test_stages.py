@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -164,6 +166,46 @@ def test_stages_that_do_not_fit_on_the_disk_are_refused(monkeypatch: pytest.Monk
     with pytest.raises(OutputError, match=r"need 266 KiB of disk, and 1000 bytes are free"):
         merge()
     assert made() == set()
+
+
+@pytest.mark.parametrize(
+    ("begun", "options"),
+    [
+        (["out.gguf.stages/second.gguf.part"], {}),
+        (["out.gguf.part"], {}),
+        (
+            ["out-00001-of-00003.gguf.part", "out-00003-of-00003.gguf.part"],
+            {"split_bytes": 40 << 10},
+        ),
+        (["out.gguf.part/model.safetensors.part", "out.gguf.part/config.json"], {"format": "hf"}),
+    ],
+    ids=["stage", "output", "split", "directory"],
+)
+def test_what_an_interrupted_run_left_has_its_room(
+    stop_at: Callable[[str | None], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    begun: list[str],
+    options: dict[str, Any],
+) -> None:
+    """Fault: parts were missing from what is free, and stood in what is needed."""
+    stop_at("second.gguf")
+    with pytest.raises(KeyboardInterrupt):
+        merge()
+    for name in begun:  # as SIGKILL leaves them
+        Path(name).parent.mkdir(exist_ok=True)
+        with Path(name).open("wb") as part:
+            os.posix_fallocate(part.fileno(), 0, 80_000 // len(begun))
+
+    def measure(_folder: Path) -> SimpleNamespace:
+        """Measure a disk that is hardly larger than the stages and the output."""
+        files = [Path(root, name) for root, _, names in os.walk(".") for name in names]
+        return SimpleNamespace(free=(290 << 10) - sum(512 * f.stat().st_blocks for f in files))
+
+    monkeypatch.setattr("edgemerge.merging.stages.shutil.disk_usage", measure)
+    recipe, split = edgemerge.load_recipe("recipe.yml"), options.get("split_bytes")
+    stop_at(None)
+    recipe = replace(recipe, out_format=options.get("format", "gguf"))
+    assert edgemerge.merge(recipe, "out.gguf", split_bytes=split).written_bytes > 0
 
 
 def test_a_folder_with_something_else_in_it_is_not_touched(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -13,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from edgemerge.cli import make_app
-from edgemerge.errors import BudgetError, FormatError, MismatchError
+from edgemerge.errors import BudgetError, FormatError, MismatchError, OutputError
 from edgemerge.formats import open_model
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.quants.codec import CODECS
@@ -264,6 +266,30 @@ def test_nan_in_the_model_is_named_before_rows_are_looked_for(
         f"{2 * tensors[name].shape[1] + 3}; that model is damaged, get it again"
     )
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_disk_that_takes_a_row_in_pieces_gets_all_of_it(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: the tail of a row stayed zeros."""
+    whole, write = run(*pair, tmp_path / "whole.gguf").sha256, os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: write(fd, data[:100], offset))
+    assert run(*pair, tmp_path / "out.gguf").sha256 == whole
+
+
+def test_a_disk_that_is_full_under_new_rows_is_named(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_given: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    words = (
+        r"out\.gguf: the disk cannot keep the new rows .* \(No space left on device\); free some"
+    )
+    with pytest.raises(OutputError, match=words):
+        run(*pair, tmp_path / "out.gguf")
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_command_the_recipe_is_a_plain_one(pair: tuple[Path, Path]) -> None:

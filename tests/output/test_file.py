@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edgemerge.errors import OutputError
-from edgemerge.output.file import OutputFile, check_output, write_file
+from edgemerge.output.file import OutputFile, check_output, write_all, write_file
 
 
 def refusal(path: Path, *inputs: Path, force: bool = False) -> str:
@@ -113,6 +113,16 @@ def test_published_file_has_the_bytes_in_their_places(target: Path) -> None:
         file.publish()
     assert target.read_bytes() == b"helloworld"
     assert os.listdir(target.parent) == ["out.gguf"]
+
+
+def test_a_write_that_takes_only_some_is_gone_on_with(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: write(fd, data[:3], offset))
+    with target.open("wb") as file:
+        write_all(file.fileno(), np.arange(10, dtype=np.uint8), 2)
+    assert target.read_bytes() == bytes([0, 0, *range(10)])
 
 
 def test_an_unpublished_file_leaves_nothing_and_keeps_what_was_there(target: Path) -> None:

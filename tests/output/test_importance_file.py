@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -11,6 +12,7 @@ import pytest
 
 from edgemerge.errors import OutputError
 from edgemerge.formats.quants.imatrix import ImportanceMatrix
+from edgemerge.output.file import check_output
 from edgemerge.output.importance_file import Squares, write_importances
 
 TEXT = Path("folder/a text.txt")
@@ -89,6 +91,16 @@ def test_several_matrices_may_have_one_count(tmp_path: Path) -> None:
     matrix.read("blk.0.attn_k_b.weight", 4, out)
     assert np.array_equal(out, sums[1] / 16)
     matrix.close()
+
+
+@pytest.mark.parametrize("name", ["i.gguf", "i.dat"])
+def test_a_file_that_came_during_the_work_stays(name: str, tmp_path: Path) -> None:
+    """Fault: it was replaced without --force."""
+    (tmp_path / name).write_bytes(b"precious")
+    check = partial(check_output, tmp_path / name, (), force=False)
+    with pytest.raises(OutputError, match="exists already"):
+        write_importances(tmp_path / name, squares(), dataset=TEXT, n_ctx=32, check=check)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [(name, b"precious")]
 
 
 @pytest.mark.parametrize("name", ["i.gguf", "i.dat"])
