@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from edgemerge.errors import FormatError
 from edgemerge.finding.files import ADAPTER, CONFIG, choose_files, list_choices, list_names
+from edgemerge.finding.index import INDEX, MAX_INDEX_BYTES, parse_index
 from edgemerge.finding.names import HubName
 
 __all__ = [
@@ -24,8 +25,6 @@ __all__ = [
 
 COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 FOLDER = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)", re.ASCII)
-INDEX = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 24_000_000
 
 
 class Origin(NamedTuple):
@@ -127,7 +126,7 @@ def _is_whole_folder(folder: Path, there: list[str]) -> bool:
     try:
         if index.stat().st_size > MAX_INDEX_BYTES:
             return True  # its reader refuses it
-        wanted = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        wanted = set(parse_index(index.read_bytes(), index).values())
+    except (OSError, FormatError):
         return True
-    return all(isinstance(n, str) and os.path.exists(folder / n) for n in wanted)
+    return all(os.path.exists(folder / name) for name in wanted)
