@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgemerge.cli.terminal import check_stop
+from edgemerge.cli.terminal import check_stop, plain
 
 if TYPE_CHECKING:
     from edgemerge.finding.finder import Finder
@@ -83,7 +83,12 @@ def make_finder(
         streams,
         spill,
         keep,
+        _say,
     )
+
+
+def _say(sentence: str) -> None:
+    print(f"note: {plain(sentence)}", file=sys.stderr)
 
 
 def _ask(question: str) -> bool:

@@ -18,7 +18,7 @@ def describe_made(output: Path) -> dict[str, Any]:
 
     from edgemerge.formats import open_model
     from edgemerge.formats.inspection import read_provenance
-    from edgemerge.formats.json_file import parse_object
+    from edgemerge.json_objects import parse_object
 
     with closing(open_model(output)) as source:
         provenance = read_provenance(source.metadata())

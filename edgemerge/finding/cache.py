@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from edgemerge.finding.files import ADAPTER, CONFIG, choose_files, list_choices, list_names
+from edgemerge.errors import FormatError
+from edgemerge.finding.files import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    choose_files,
+    list_choices,
+    list_names,
+)
+from edgemerge.finding.index import INDEX, MAX_INDEX_BYTES, parse_index
 from edgemerge.finding.names import HubName
 
 __all__ = [
     "Origin",
     "cache_folder",
     "find_cached",
+    "find_doubt",
     "folder_name",
     "has_client",
     "hub_origin",
@@ -23,9 +32,8 @@ __all__ = [
 ]
 
 COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"}
 FOLDER = re.compile(r"models--(?P<org>.+?)--(?P<name>.+)", re.ASCII)
-INDEX = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 24_000_000
 
 
 class Origin(NamedTuple):
@@ -99,6 +107,25 @@ def find_cached(name: HubName) -> Path | None:
     return folder if _is_whole_folder(folder, there) else None
 
 
+def find_doubt(name: HubName, found: Path) -> str | None:
+    """Say why a model of the cache may not be what its name means on the hub; None where it is that.
+
+    Parameters
+    ----------
+    name : HubName
+        Of the model.
+    found : Path
+        Of `find_cached`.
+    """
+    if found.is_file():  # the repository may have more of them, or a directory that comes first
+        only = f"{name} is taken to be {found.name}, the only GGUF of it in the hub's cache"
+        return None if name.file_type else only
+    there = list_names(found)
+    if choose_files(name, there)[-1] == ADAPTER_WEIGHTS or not TOKENIZERS.isdisjoint(there):
+        return None
+    return f"the hub's cache has no tokenizer of {name}"  # which other programs do not always fetch
+
+
 def _snapshot(name: HubName) -> Path | None:
     folder = cache_folder() / f"models--{name.repo.replace('/', '--')}"
     commit = name.revision or "main"
@@ -127,7 +154,7 @@ def _is_whole_folder(folder: Path, there: list[str]) -> bool:
     try:
         if index.stat().st_size > MAX_INDEX_BYTES:
             return True  # its reader refuses it
-        wanted = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        wanted = set(parse_index(index.read_bytes(), index).values())
+    except (OSError, FormatError):
         return True
-    return all(isinstance(n, str) and os.path.exists(folder / n) for n in wanted)
+    return all(os.path.exists(folder / name) for name in wanted)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgemerge.errors import RecipeError
+from edgemerge.errors import RecipeError, RuntimeFailure
 from edgemerge.finding import cache
 from edgemerge.finding.files import choose_files, list_choices, list_names
 from edgemerge.finding.names import HubName, read_hub_name
@@ -18,6 +19,9 @@ from edgemerge.sizes import format_size
 from edgemerge.suggestions import suggest_path
 from edgemerge.types import Progress
 
+if TYPE_CHECKING:
+    from edgemerge.finding.fetch import RemoteFile
+
 __all__ = ["Finder"]
 
 EXTRA = "pip install 'edgemerge[hub]'"
@@ -25,6 +29,10 @@ EXTRA = "pip install 'edgemerge[hub]'"
 
 def _show_nothing(_label: str) -> AbstractContextManager[Progress]:
     return nullcontext(lambda _done, _total: None)
+
+
+def _say_nothing(_sentence: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class Finder:
         Whether models at addresses are read from where they are; else such an address is refused.
     spill, keep : Path, optional
         As of `edgemerge.finding.streaming.Streamer`.
+    say : callable
+        Called with a sentence where what is found may not be what was meant.
     """
 
     folder: Path | None = None
@@ -54,6 +64,7 @@ class Finder:
     streams: bool = False
     spill: Path | None = None
     keep: Path | None = None
+    say: Callable[[str], None] = _say_nothing
 
     def find_path(self, name: str, folders: Collection[Path] = (Path(),)) -> Path | None:
         """Look for a file or folder in some folders, then in that of the models; no links are followed.
@@ -120,9 +131,28 @@ class Finder:
             hint = suggest_path(text) or f"; if it is a model of the hub, {EXTRA} finds it there"
             raise RecipeError(f"no file or folder {text!r}{hint}")
         if found := cache.find_cached(name):
-            return found
+            doubt = cache.find_doubt(name, found)
+            return found if doubt is None else self._settle(name, found, doubt)
         self._check_may_fetch(name, text)
         return self._fetch(name)
+
+    def _settle(self, name: HubName, found: Path, doubt: str) -> Path:
+        """Fetch what the hub has beyond the cache at the same commit, if it may be asked; else say so."""
+        if cache.is_offline() or not self.download:
+            remedy = "" if cache.is_offline() else "; --download asks the hub for more"
+            self.say(f"{doubt}{remedy}")
+            return found
+        from edgemerge.finding.fetch import list_files
+
+        origin = cache.hub_origin(found)
+        assert origin is not None
+        pinned = name._replace(revision=origin.commit)
+        try:
+            listed = list_files(pinned)
+        except (RecipeError, RuntimeFailure) as error:
+            self.say(f"{doubt}, and {error}")
+            return found
+        return self._fetch(pinned, listed)
 
     def _stream(self, text: str, revision: str | None) -> Path:
         if not self.streams:
@@ -153,10 +183,11 @@ class Finder:
                 f"--download to fetch it, or run: {_command(name)}"
             )
 
-    def _fetch(self, name: HubName) -> Path:
+    def _fetch(self, name: HubName, listed: tuple[str, list[RemoteFile]] | None = None) -> Path:
+        """Fetch what is read of a model; `listed`: what `list_files` said of it, if it was asked."""
         from edgemerge.finding.fetch import bytes_there, fetch_files, list_files
 
-        commit, there = list_files(name)
+        commit, there = listed or list_files(name)
         by_path = {file.path: file for file in there}
         files = [by_path[path] for path in choose_files(name, by_path)]
         total = sum(file.n_bytes for file in files)

@@ -1,7 +1,8 @@
 """Remote files that are kept on this machine, under the SHA-256 of what they hold.
 
 In the folder are `sha256/HASH`, the files, and `known/KEY.json`, which of them an address had under which
-ETag and date. What is fetched so far of a file is `begun/KEY`, with which the next command goes on.
+ETag and date. What is fetched so far of a file is `begun/KEY`, with which the next command goes on. It stays
+for a month.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from io import BufferedRandom
 from pathlib import Path
 
 from edgemerge.errors import FormatError, OutputError
-from edgemerge.remote.ranged import RangedFile
+from edgemerge.remote.ranged import CHANGED, RangedFile
+from edgemerge.sizes import format_size
 from edgemerge.types import Progress
 
 __all__ = ["keep_file"]
 
 PIECE = 1 << 20
+LEFT = 30 * 86_400  # seconds after which nobody is expected to go on with what was begun
 
 
 def keep_file(
@@ -47,7 +52,7 @@ def keep_file(
     Raises
     ------
     FormatError
-        The server does not give it, or what came is not what it states.
+        The server does not give it, what came is not what it states, or it changed meanwhile.
     OutputError
         It cannot be written.
     """
@@ -67,7 +72,16 @@ def keep_file(
                 return found
             if not is_pinned:  # what is there may be of another file
                 file.truncate(0)
-            digest = _fetch(remote, file.fileno(), progress)
+            _remove_left(begun)
+            _check_room(folder, n_bytes - os.fstat(file.fileno()).st_size)
+            try:
+                digest = _fetch(remote, file.fileno(), progress)
+                if sha256 is None:
+                    _check_unchanged(remote)
+            except FormatError as error:
+                if str(error).endswith(CHANGED):
+                    begun.unlink()
+                raise
             if sha256 is not None and digest != sha256:
                 begun.unlink()
                 raise FormatError(
@@ -110,6 +124,29 @@ def _find(folder: Path, known: Path, sha256: str | None, n_bytes: int) -> Path |
         return found.absolute() if found.stat().st_size == n_bytes else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
+
+
+def _remove_left(begun: Path) -> None:
+    """Remove what was begun long ago, as of files that have changed since."""
+    for path in begun.parent.iterdir():
+        with suppress(OSError):  # also where another command has just gone on with it
+            if path != begun and time.time() - path.stat().st_mtime > LEFT:
+                with path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        what = f"it needs {format_size(needed)}, and {format_size(free)} are free"
+        raise OSError(errno.ENOSPC, what)
+
+
+def _check_unchanged(remote: RangedFile) -> None:
+    """Refuse a file that was changed while one answer brought all of it: only another answer shows that."""
+    remote.fill([memoryview(bytearray(1))], 0, (0, 0))
+    remote.check_unchanged()
 
 
 def _fetch(remote: RangedFile, fd: int, progress: Progress) -> str:

@@ -8,7 +8,6 @@ into a temporary folder; those with tensors are read as they are wanted.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, closing
@@ -28,6 +27,7 @@ from edgemerge.finding.files import (
     choose_files,
     is_weights,
 )
+from edgemerge.finding.index import INDEX, MAX_INDEX_BYTES, MAX_NAME, parse_index
 from edgemerge.finding.keeping import keep_file
 from edgemerge.finding.names import HubName, read_hub_name
 from edgemerge.remote.address import read_address
@@ -126,7 +126,8 @@ class Streamer:
         folder = new_folder(_file_name(address))
         call_path(folder, str(address))
         for name in SMALL:
-            there.fetch_small(address.inside(name), folder / name, MAX_SMALL)
+            max_bytes = MAX_INDEX_BYTES if name == INDEX else MAX_SMALL
+            there.fetch_small(address.inside(name), folder / name, max_bytes)
         found = {path.name for path in folder.iterdir()}
         if not found & {CONFIG, ADAPTER}:
             raise FormatError(
@@ -142,6 +143,8 @@ class Streamer:
         from edgemerge.finding.fetch import find_repository
 
         found = find_repository(name)
+        if not cache.COMMIT.fullmatch(found.commit):  # it becomes the name of a folder
+            raise RecipeError(f"{name.repo} has no commit on {found.endpoint}; check HF_ENDPOINT")
         by_path = {one.path: one for one in found.files}
         files = choose_files(name, by_path) if file is None else _parts_of(name, file, by_path)
         folder = new_folder(f"models--{name.repo.replace('/', '--')}/snapshots/{found.commit}")
@@ -150,8 +153,8 @@ class Streamer:
         if found.token is not None:
             root = replace(root, authorization=f"Bearer {found.token}")
         for path in files:
-            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-                raise RecipeError(f"{name.repo} has a file {path!r}, which no folder can have")
+            if not _is_inside(path):
+                raise RecipeError(f"{name.repo} has a file {path[:80]!r}, which no folder can have")
             address = root.inside(path)
             if is_weights(
                 path
@@ -186,16 +189,25 @@ def _split_names(name: str) -> list[str]:
 
 
 def _weights(folder: Path, there: Collection[str]) -> list[str]:
-    """Name a folder's files of tensors; their reader checks them one by one."""
+    """Name a folder's files of tensors.
+
+    Raises
+    ------
+    FormatError
+        The index is none.
+    """
     if CONFIG not in there:
         return [ADAPTER_WEIGHTS]
-    if cache.INDEX not in there:
+    if INDEX not in there:
         return [SINGLE]
-    try:
-        shards = set(json.loads((folder / cache.INDEX).read_bytes())["weight_map"].values())
-        return sorted(name for name in shards if Path(name).name == name and is_weights(name))
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return []
+    return sorted(set(parse_index((folder / INDEX).read_bytes(), folder / INDEX).values()))
+
+
+def _is_inside(path: str) -> bool:
+    """Tell whether a path of the hub can be one of a file in a folder here."""
+    parts = PurePosixPath(path).parts
+    is_short = path.isprintable() and all(len(part.encode()) <= MAX_NAME for part in parts)
+    return is_short and not path.startswith("/") and ".." not in parts
 
 
 def _file_name(address: AnyAddress) -> str:

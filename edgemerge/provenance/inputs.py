@@ -23,8 +23,8 @@ from edgemerge.formats import open_model
 from edgemerge.formats.adapters.delta import DELTA
 from edgemerge.formats.adapters.reference import model_name
 from edgemerge.formats.inspection import Provenance, read_provenance
-from edgemerge.formats.json_file import parse_object
 from edgemerge.formats.mixture import open_mixture
+from edgemerge.json_objects import parse_object
 from edgemerge.methods.table import find_method
 from edgemerge.planning.differences import join_stacks, list_changes
 from edgemerge.planning.jobs import draft_jobs

@@ -12,11 +12,13 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgemerge.errors import FormatError
 from edgemerge.shown_paths import call_path, forget_paths, names_of_paths
 
 if TYPE_CHECKING:  # a merge of files here does without what talks to servers
@@ -37,7 +39,7 @@ __all__ = [
 
 _files: dict[Path, RangedFile] = {}
 _folders: list[Path] = []
-_made: list[Path] = []  # folders that `StandIns.take` made
+_made: set[Path] = set()  # what `StandIns.take` made, and the folders that it is in
 _numbers = count()
 # A path's text has one slash less.
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|(?:https?|hf|s3|sftp):/", re.ASCII | re.IGNORECASE)
@@ -100,6 +102,8 @@ class StandIns:
         Files of tensors, and what reads them.
     small : mapping of Path to bytes
         Files that were fetched.
+    links : mapping of Path to Path
+        Files that are kept on this machine, and where.
     names : mapping of str to str
         What paths are called.
     """
@@ -107,16 +111,25 @@ class StandIns:
     roots: tuple[Path, ...]
     remote: Mapping[Path, tuple[type[RangedFile], AnyAddress, Identity]]
     small: Mapping[Path, bytes]
+    links: Mapping[Path, Path]
     names: Mapping[str, str]
 
     def take(self) -> None:
-        """Let the same paths stand for the same files here. Files that are there already stay."""
+        """Let the same paths stand for the same files here. Files that are there already stay.
+
+        Raises
+        ------
+        FormatError
+            A file that is kept is not seen here.
+        """
+        for path, target in self.links.items():
+            self._link(path, target)
         for path, (reader, address, identity) in self.remote.items():
             if path not in _files:
                 _files[path] = reader.reopen(address, identity)
-            _write(path, b"", identity.n_bytes)
+            self._write(path, b"", identity.n_bytes)
         for path, raw in self.small.items():
-            _write(path, raw, len(raw))
+            self._write(path, raw, len(raw))
         for known, name in self.names.items():
             call_path(known, name)
 
@@ -126,39 +139,69 @@ class StandIns:
             if (remote := _files.pop(path, None)) is not None:
                 remote.close()
 
+    def _write(self, path: Path, raw: bytes, n_bytes: int) -> None:
+        """Make a file at once, unless it is there: other processes may make the same."""
+        if path.exists():
+            return
+        import tempfile
+
+        self._make_folder(path)
+        fd, made = tempfile.mkstemp(dir=path.parent)
+        with open(fd, "wb") as file:
+            file.write(raw)
+            file.truncate(n_bytes)
+        os.replace(made, path)
+
+    def _link(self, path: Path, target: Path) -> None:
+        """Let a path lead to where a file is kept."""
+        if not target.exists():
+            raise FormatError(
+                "is not there; keep models in a folder that all workers see under this path, or leave "
+                "out --keep-remote",
+                path=target,
+            )
+        if not path.is_symlink():
+            self._make_folder(path)
+            with suppress(FileExistsError):  # another process has just made it
+                path.symlink_to(target)
+
+    def _make_folder(self, path: Path) -> None:
+        """Make the folder of what is to be made, and have all of it removed when the process ends."""
+        if not _made:
+            atexit.register(_remove_made)
+        _made.add(path)
+        for folder in path.parents:
+            if not folder.exists() or any(folder.is_relative_to(root) for root in self.roots):
+                _made.add(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+
 
 def list_stand_ins() -> StandIns:
     """Return what stands for the remote models of this process."""
     roots = tuple(_folders)
+    there = [path for root in roots for path in root.rglob("*")]
     return StandIns(
         roots,
         {path: (type(remote), remote.address, remote.identity) for path, remote in _files.items()},
         {
             path: path.read_bytes()
-            for root in roots
-            for path in root.rglob("*")
+            for path in there
             if path.is_file() and not path.is_symlink() and path not in _files
         },
+        {path: path.readlink() for path in there if path.is_symlink()},
         names_of_paths() if roots else {},
     )
 
 
-def _write(path: Path, raw: bytes, n_bytes: int) -> None:
-    """Make a file at once, unless it is there: other processes may make the same."""
-    if path.exists():
-        return
-    import tempfile
-
-    if not any(path.is_relative_to(root) for root in _made):
-        root = next(parent for parent in reversed(path.parents) if not parent.exists())
-        _made.append(root)
-        atexit.register(shutil.rmtree, root, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, made = tempfile.mkstemp(dir=path.parent)
-    with open(fd, "wb") as file:
-        file.write(raw)
-        file.truncate(n_bytes)
-    os.replace(made, path)
+def _remove_made() -> None:
+    """Remove what this process made, and folders unless something of another process is in them."""
+    for path in sorted(_made, key=lambda path: len(path.parts), reverse=True):
+        with suppress(OSError):
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink()
+    _made.clear()
 
 
 def stop_reading(paths: Iterable[Path]) -> None:

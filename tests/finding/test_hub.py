@@ -235,6 +235,46 @@ def test_a_gguf_of_a_type_is_fetched_alone(hub: LocalHub, tmp_path: Path) -> Non
     assert refusal(Finder(), "org/name-GGUF") == several
 
 
+def test_the_only_gguf_of_the_cache_does_not_stand_for_a_directory_of_the_hub(
+    hub: LocalHub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "m-Q4_K_M.gguf").write_bytes(b"m-Q4_K_M.gguf")
+    hub.add("org/name", model)
+    gguf = DOWNLOADS.find_on_hub("org/name:Q4_K_M")
+    assert gguf is not None
+    said: list[str] = []
+    doubt = "org/name is taken to be m-Q4_K_M.gguf, the only GGUF of it in the hub's cache"
+    assert Finder(say=said.append).find_on_hub("org/name") == gguf
+    assert said.pop() == f"{doubt}; --download asks the hub for more"
+    with monkeypatch.context() as away:
+        away.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        assert Finder(download=True, say=said.append).find_on_hub("org/name") == gguf
+        assert said.pop().startswith(f"{doubt}, and the hub cannot be reached")
+        away.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert Finder(download=True, say=said.append).find_on_hub("org/name") == gguf
+        assert said.pop() == doubt
+    hub.add_revision("org/name", "main", make_model(tmp_path / "newer", 2))
+    folder = Finder(download=True, say=said.append).find_on_hub("org/name")
+    assert folder == gguf.parent  # of the commit that the cache has
+    assert (folder / "config.json").read_bytes() == (model / "config.json").read_bytes()
+    assert Finder(say=said.append).find_on_hub("org/name") == folder
+    assert Finder(say=said.append).find_on_hub("org/name:Q4_K_M") == gguf
+    assert said == []
+
+
+def test_a_tokenizer_that_the_cache_lacks_is_fetched(hub: LocalHub, model: Path) -> None:
+    hub.add("org/name", model)
+    found = DOWNLOADS.find_on_hub("org/name")
+    assert found is not None
+    (found / "tokenizer.json").unlink()  # as another program leaves it out
+    said: list[str] = []
+    assert Finder(say=said.append).find_on_hub("org/name") == found
+    doubt = "the hub's cache has no tokenizer of org/name; --download asks the hub for more"
+    assert said == [doubt]
+    assert DOWNLOADS.find_on_hub("org/name") == found
+    assert (found / "tokenizer.json").read_text() == "{}"
+
+
 def test_a_gated_model_needs_a_token(
     hub: LocalHub, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

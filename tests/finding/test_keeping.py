@@ -1,21 +1,29 @@
-"""Commands that keep the same remote file in one folder at the same time."""
+"""What is kept of remote files: by commands at the same time, of files that change, on a full disk."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
+from edgemerge.errors import FormatError, OutputError
+from edgemerge.finding.finder import Finder
 from edgemerge.finding.keeping import keep_file
 from edgemerge.remote.address import read_address
+from edgemerge.remote.file import RemoteFile
 from edgemerge.remote.ranged import Identity, RangedFile
+from edgemerge.remote.stand_ins import remove_all
 from edgemerge.types import Progress
+from tests.support.file_server import serve_folder
 
 RAW = bytes(range(256)) * 8
 SHA256 = hashlib.sha256(RAW).hexdigest()
@@ -38,6 +46,9 @@ class Remote:
         assert self.may_come.wait(30)
         for buffer in buffers:
             buffer[:] = RAW[offset : offset + len(buffer)]
+
+    def check_unchanged(self) -> None:
+        pass
 
 
 @contextmanager
@@ -86,5 +97,51 @@ def test_who_waits_for_the_same_file_gets_it(
         assert other.result(30) == path == tmp_path / "sha256" / SHA256
         assert reader.read() == RAW
     assert path.read_bytes() == RAW
-    assert second.n_fetches == (identity is NOTHING and sha256 is None)
+    assert bool(second.n_fetches) == (identity is NOTHING and sha256 is None)
     assert list((tmp_path / "begun").iterdir()) == []
+
+
+def test_a_mixture_of_two_versions_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One answer brings the whole file, and the server's file changes meanwhile."""
+    served = tmp_path / "served" / "a.gguf"
+    served.parent.mkdir()
+    served.write_bytes(RAW)
+    fill, finder = RemoteFile.fill, Finder(streams=True, keep=tmp_path / "kept")
+
+    def fill_and_change(remote: RemoteFile, *words: Any) -> None:
+        fill(remote, *words)
+        if served.read_bytes() == RAW:
+            served.write_bytes(RAW[::-1])
+
+    monkeypatch.setattr(RemoteFile, "fill", fill_and_change)
+    with serve_folder(served.parent) as server:
+        address = f"{server.url}/a.gguf"
+        with pytest.raises(FormatError, match=r"a\.gguf: was changed on the server while it was"):
+            finder.find_model(address)
+        assert [path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()] == []
+        assert finder.find_model(address).read_bytes() == RAW[::-1]
+        remove_all()
+
+
+def test_what_nobody_goes_on_with_is_removed(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    for name, days in (("old", 40), ("new", 10)):
+        (begun / name).write_bytes(RAW)
+        os.utime(begun / name, (0, time.time() - days * 86_400))
+    remote = Remote(ETAG)
+    remote.may_come.set()
+    keep(remote, tmp_path)
+    assert [path.name for path in begun.iterdir()] == ["new"]
+
+
+def test_a_full_disk_is_said_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    remote = Remote(ETAG)
+    with pytest.raises(OutputError, match=r"it needs 2 KiB, and 1 bytes are free\); free some of"):
+        keep(remote, tmp_path)
+    assert remote.n_fetches == 0

@@ -117,6 +117,18 @@ def test_a_listed_file_that_may_not_be_read_is_not_left_out(
         STREAMS.find_on_hub("hf://org/name")
 
 
+def test_names_that_lead_out_of_the_folder_are_refused(hub: LocalHub, tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "a\n.gguf").write_text("text")
+    hub.add("org/name", folder)
+    with pytest.raises(RecipeError, match=r"has a file 'a\\n\.gguf', which no folder can have"):
+        STREAMS.find_model("hf://org/name")
+    hub.repositories["org/name"].revisions["main"] = ("../../../../out", folder)
+    with pytest.raises(RecipeError, match=r"org/name has no commit on http.*; check HF_ENDPOINT"):
+        STREAMS.find_model("hf://org/name")
+
+
 def test_an_error_names_the_model_by_its_address(hub: LocalHub, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "model.gguf").write_text("text")

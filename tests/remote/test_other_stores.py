@@ -215,6 +215,26 @@ def test_a_file_that_changes_is_not_merged(
         merge(recipe, tmp_path / "out.gguf")
 
 
+def test_a_mixture_of_two_versions_is_not_kept(
+    store: type[FailingStore],
+    models: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The file changes after it was opened, which no read of the store shows."""
+    there, read = Path(models["a"]), _File.readinto
+
+    def change_and_read(file: _File, view: memoryview) -> int:
+        os.utime(there, ns=(0, 0))
+        return read(file, view)
+
+    monkeypatch.setattr(_File, "readinto", change_and_read)
+    finder = Finder(streams=True, keep=tmp_path / "kept")
+    with pytest.raises(FormatError, match=r"a\.gguf: was changed on the server while it was read"):
+        finder.find_model(f"teststore://store{there}")
+    assert [path for path in (tmp_path / "kept").rglob("*") if path.is_file()] == []
+
+
 def test_addresses_are_read_and_shown_without_their_secrets() -> None:
     address = read_store_address("S3://KEY:a%2Fb%40c@bucket/folder/model.gguf?versionId=7")
     assert (

@@ -20,6 +20,7 @@ from edgemerge.recipe.recipe import load_recipe, make_recipe
 from edgemerge.remote import failures, stand_ins
 from tests.support.adapters import KINDS, write_adapter
 from tests.support.architecture_models import ARCHITECTURES
+from tests.support.bounded import bounded
 from tests.support.certificates import make_certificate
 from tests.support.crashing import write_models
 from tests.support.file_server import FileServer, serve_folder
@@ -197,6 +198,36 @@ def test_what_cannot_be_read_is_one_sentence(server: FileServer, models: dict[st
     assert unused.startswith("http://127.0.0.1:9/a.gguf: could not be read in 3 tries (Connection")
     with pytest.raises(EdgemergeError, match="merge, plan, convert, inspect and verify alone"):
         Finder().find_model(f"{server.url}/a.gguf")
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["a\0.safetensors", "\ud800.safetensors", "a\n.safetensors", "x" * 250 + ".safetensors"],
+)
+def test_names_of_shards_that_no_file_has_are_one_sentence(server: FileServer, shard: str) -> None:
+    folder = server.folder / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    index = {"weight_map": {"a": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        FormatError, match=r"index\.json: .* is not a plain \*\.safetensors file name"
+    ):
+        STREAMS.find_model(f"{server.url}/folder")
+
+
+def test_an_index_of_a_hostile_server_takes_little_memory(server: FileServer) -> None:
+    folder = server.folder / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    index = folder / "model.safetensors.index.json"
+    for raw, said in (
+        (b'{"a":[' + b"[]," * 5_000_000 + b"1]}", "holds more than 250000 JSON values"),
+        (b'{"a":"' + b"x" * 25_000_000 + b'"}', "is larger than 24 MB"),
+    ):
+        index.write_bytes(raw)
+        with pytest.raises(FormatError, match=f"{server.url}/folder/{index.name}: {said}"):
+            bounded(lambda: STREAMS.find_model(f"{server.url}/folder"))
 
 
 def test_a_link_that_ran_out_is_asked_for_anew(

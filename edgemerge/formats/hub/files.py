@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from edgemerge.errors import FormatError
 from edgemerge.finding.cache import folder_name
+from edgemerge.finding.index import INDEX, MAX_INDEX_BYTES, parse_index
+from edgemerge.formats.files import read_bounded
 from edgemerge.formats.hub.safetensors import StoredTensor, read_header
-from edgemerge.formats.json_file import read_object
 
 __all__ = ["ADAPTER", "CARD", "CONFIG", "FOLDER_FILES", "GENERATION", "INDEX", "SHARD", "SINGLE"]
 __all__ += ["TOKENIZER_FILES", "is_adapter_dir", "is_hub_dir", "refuse_folder", "shard_name"]
@@ -18,7 +18,7 @@ __all__ += ["stored_tensors"]
 __all__ += ["unread_files"]
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 GENERATION, CARD = "generation_config.json", "README.md"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,8 +33,6 @@ TOKENIZER_FILES = (
 )
 FOLDER_FILES = (CONFIG, GENERATION, CARD, SINGLE, INDEX, *TOKENIZER_FILES)  # beside shards
 SHARD = re.compile(r"model-([0-9]{5})-of-([0-9]{5})\.safetensors")
-# DeepSeek-V3's index has 9 MB and 91 000 tensors.
-MAX_INDEX_BYTES, MAX_INDEX_VALUES = 24_000_000, 250_000
 
 
 def shard_name(number: int, count: int) -> str:
@@ -161,7 +159,7 @@ def _read_unlisted(path: Path, found: list[Path]) -> dict[Path, dict[str, Stored
 
 def _read_shards(path: Path) -> dict[Path, dict[str, StoredTensor]]:
     index = path / INDEX
-    weight_map = _read_weight_map(index)
+    weight_map = parse_index(read_bounded(index, MAX_INDEX_BYTES), index)
     shards: dict[Path, dict[str, StoredTensor]] = {}
     for shard_name in sorted(set(weight_map.values())):
         shard = path / shard_name
@@ -183,24 +181,3 @@ def _read_shards(path: Path) -> dict[Path, dict[str, StoredTensor]]:
                 tensor=name,
             )
     return shards
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    table = read_object(index, max_bytes=MAX_INDEX_BYTES, max_values=MAX_INDEX_VALUES)
-    weight_map: Any = table.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError("has no weight_map; get the file again", path=index)
-    for name, shard in weight_map.items():
-        plain = isinstance(shard, str) and shard.endswith(".safetensors") and "\0" not in shard
-        if (
-            not plain
-            or shard != os.path.basename(shard)
-            or len(shard.encode("utf-8", "replace")) > 255
-        ):
-            raise FormatError(
-                f"its shard {str(shard)[:80]!r} is not a plain *.safetensors file name in the same "
-                "directory; get the file again",
-                path=index,
-                tensor=name[:80],
-            )
-    return weight_map

@@ -17,7 +17,7 @@ from typing import Any
 from edgemerge.errors import FormatError
 from edgemerge.formats.byte_file import open_file
 from edgemerge.formats.files import describe_foreign
-from edgemerge.formats.json_file import parse_object
+from edgemerge.json_objects import parse_object
 
 __all__ = [
     "DTYPE_BITS",

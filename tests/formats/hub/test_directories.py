@@ -89,6 +89,8 @@ def test_missing_shard(sharded: Path) -> None:
         7,
         "x.bin",
         "a\0.safetensors",
+        "a\n.safetensors",
+        "\ud800.safetensors",
         "x" * 255 + ".safetensors",
     ],
 )
