@@ -13,8 +13,7 @@ from edgemerge.runtime.doctor.fit import MAX_LAYERS, PROCESS_BYTES, Needs, read_
 from edgemerge.runtime.engine.options import CHUNK, KEPT_PART, ROWS
 from edgemerge.runtime.model_files import open_gguf
 
-__all__ = ["DEFAULT_CONTEXT", "DEFAULT_SEQUENCES", "ModelFile", "read_model_file", "split_name"]
-__all__ += ["usable_memory"]
+__all__ = ["DEFAULT_CONTEXT", "DEFAULT_SEQUENCES", "ModelFile", "read_model_file", "usable_memory"]
 
 DEFAULT_CONTEXT = 4096  # tokens, where the model was trained for as many
 DEFAULT_SEQUENCES = 8
@@ -87,9 +86,10 @@ def usable_memory(floor: int) -> int:
 
 
 def read_model_file(
-    text: str,
+    path: Path,
     n_ctx: int | None = None,
     *,
+    name: str | None = None,
     n_sequences: int = DEFAULT_SEQUENCES,
     kv_type: str = "f16",
     rpc_layers: int = 0,
@@ -101,10 +101,12 @@ def read_model_file(
 
     Parameters
     ----------
-    text : str
-        `FILE`, or `NAME=FILE`; the name is else the file's without `.gguf`.
+    path : Path
+        The file.
     n_ctx : int, optional
         Tokens of context for a request; by default what the model was trained for, up to 4096.
+    name : str, optional
+        What clients call it; by default the file's name without `.gguf`.
     n_sequences : int
         Requests at a time.
     kv_type : str
@@ -119,7 +121,6 @@ def read_model_file(
     RuntimeFailure
         It is a folder, or is not there.
     """
-    name, path = split_name(text)
     source = open_gguf(path)
     try:
         needs, n_ctx_train = read_needs(source)
@@ -127,7 +128,7 @@ def read_model_file(
         facts = path.stat()
         base, token_bytes = _estimate_memory(source, needs, n_sequences, kv_type, rpc_layers)
         return ModelFile(
-            name,
+            path.stem if name is None else name,
             path,
             n_ctx,
             facts.st_size,
@@ -144,14 +145,6 @@ def read_model_file(
 
 def _kept_tokens(n_ctx: int, n_sequences: int) -> int:
     return max(n_ctx, n_ctx * n_sequences // 2)
-
-
-def split_name(text: str) -> tuple[str, Path]:
-    """Split `NAME=FILE`; without a name, the model has that of its file."""
-    name, equals, rest = text.partition("=")
-    if equals and not Path(text).exists():
-        return name, Path(rest)
-    return Path(text).stem, Path(text)
 
 
 def _read_tokenizer(metadata: Mapping[str, bytes]) -> dict[str, str | None]:

@@ -183,7 +183,7 @@ class Workshop:
     async def _compare(self, model: str, tasks: dict[str, Path], job: Job) -> dict[str, Any]:
         first = self.models.resolve(self.name).path.resolve()
         second = self.site.model_path(model).resolve()
-        file = await asyncio.to_thread(read_model_file, f"x={second}", n_sequences=1)
+        file = await asyncio.to_thread(read_model_file, second, n_sequences=1)
         room = free_room(self.models)
         if file.need > room:
             raise Refusal(
