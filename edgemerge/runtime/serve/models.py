@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edgemerge.errors import RuntimeFailure
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.gguf.model import GgufModel
+from edgemerge.recipe.values import is_utf8
 from edgemerge.runtime.board.device import read_memory
 from edgemerge.runtime.doctor.fit import MAX_LAYERS, PROCESS_BYTES, Needs, read_needs
 from edgemerge.runtime.engine.options import CHUNK, KEPT_PART, ROWS
@@ -106,7 +108,7 @@ def read_model_file(
     n_ctx : int, optional
         Tokens of context for a request; by default what the model was trained for, up to 4096.
     name : str, optional
-        What clients call it; by default the file's name without `.gguf`.
+        What clients are told; by default the file's name without `.gguf`, which they are not.
     n_sequences : int
         Requests at a time.
     kv_type : str
@@ -119,10 +121,12 @@ def read_model_file(
     FormatError
         It is no GGUF file, or a damaged one.
     RuntimeFailure
-        It is a folder, or is not there.
+        It is a folder, or is not there; or clients cannot be told its name.
     """
     source = open_gguf(path)
     try:
+        if name is not None:
+            _check_names(name, path)
         needs, n_ctx_train = read_needs(source)
         n_ctx = n_ctx or min(n_ctx_train, DEFAULT_CONTEXT)
         facts = path.stat()
@@ -141,6 +145,13 @@ def read_model_file(
         )
     finally:
         source.close()
+
+
+def _check_names(name: str, path: Path) -> None:
+    """Refuse what JSON cannot spell; the Models tab tells where a link leads."""
+    for text in (name, path.name, path.resolve().name):
+        if not is_utf8(text):
+            raise RuntimeFailure(f"{path}: the name {text!r} is not UTF-8; rename it")
 
 
 def _kept_tokens(n_ctx: int, n_sequences: int) -> int:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -267,6 +269,16 @@ def test_names_and_figures_come_from_the_file(tiny_gguf: Path) -> None:
     assert (file.n_cache, named.n_cache) == (4 * CONTEXT, 4 * 32)
     assert read_model_file(tiny_gguf, n_sequences=1).n_cache == CONTEXT
     assert read_model_file(tiny_gguf, kv_type="q8_0").need < file.need
+
+
+def test_a_name_that_clients_cannot_be_told_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
+    odd = Path(shutil.copy(tiny_gguf, tmp_path / os.fsdecode(b"caf\xe9.gguf")))
+    link = tmp_path / "ward.gguf"
+    link.symlink_to(odd)
+    for name, path in (("ward", odd), ("ward", link), (odd.stem, tiny_gguf)):
+        with pytest.raises(RuntimeFailure, match="is not UTF-8; rename it"):
+            read_model_file(path, name=name)
+    assert read_model_file(odd).n_ctx == CONTEXT  # as of doctor, which tells nobody
 
 
 def test_less_is_kept_where_memory_is_short_but_one_request_fits(tiny_gguf: Path) -> None:
