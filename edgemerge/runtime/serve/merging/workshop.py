@@ -183,7 +183,12 @@ class Workshop:
     async def _compare(self, model: str, tasks: dict[str, Path], job: Job) -> dict[str, Any]:
         first = self.models.resolve(self.name).path.resolve()
         second = self.site.model_path(model).resolve()
-        file = await asyncio.to_thread(read_model_file, second, n_sequences=1)
+        # noted now: an update may promote another one meanwhile
+        base = first.stem if first.parent == self.site.models.resolve() else None
+        other, file = [
+            await asyncio.to_thread(read_model_file, path, n_sequences=1)
+            for path in (first, second)
+        ]
         room = free_room(self.models)
         if file.need > room:
             raise Refusal(
@@ -193,7 +198,8 @@ class Workshop:
                 kind=SERVER,
             )
         threads = max(1, len(os.sched_getaffinity(0)) // 2)
-        options = ["--ctx", str(file.n_ctx), "--threads", str(threads)]
+        n_ctx = min(other.n_ctx, file.n_ctx)
+        options = ["--ctx", str(n_ctx), "--threads", str(threads)]
         for name, path in tasks.items():
             options.append(f"--task={name}={path}")
         with reserved(self.models, file.need):
@@ -201,14 +207,13 @@ class Workshop:
         rows = compare_tasks(document, str(first), str(second))
         told: dict[str, Any] = {"model": model, "tasks": rows, "note": ""}
         try:
-            await asyncio.to_thread(self._note_scores, model, rows)
+            await asyncio.to_thread(self._note_scores, base, model, rows)
         except (EdgemergeError, OSError) as error:  # the answers are worth more than their place
             told["note"] = f"the log does not have this: {self.explain(error)}"
         return told
 
-    def _note_scores(self, model: str, rows: list[dict[str, Any]]) -> None:
+    def _note_scores(self, base: str | None, model: str, rows: list[dict[str, Any]]) -> None:
         with self.site.locked():
-            base = self.site.current_id()
             for which, name in enumerate((base, model)):
                 if name is not None:
                     record = self.site.record(name)
