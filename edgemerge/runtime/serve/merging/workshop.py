@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -140,12 +140,17 @@ class Workshop:
             record = _make_record(name, wanted, report, parts)
             is_known = self.site.has_model(record.id)
             if not is_known:
-                await asyncio.to_thread(self.site.add, made, record)
-                event = {"event": "merged", "id": record.id, "name": name}
-                await asyncio.to_thread(self.site.append_log, event)
+                adding = asyncio.create_task(asyncio.to_thread(self._add, made, record, name))
+                with suppress(asyncio.CancelledError):  # too late: it is here
+                    await asyncio.shield(adding)
+                await adding
         kept = ("seconds", "out_bytes", "read_bytes", "peak_rss_bytes", "notes")
         told = {key: report[key] for key in kept}
         return {"model": record.id, "is_known": is_known, **told}
+
+    def _add(self, made: Path, record: ModelRecord, name: str) -> None:
+        self.site.add(made, record)
+        self.site.append_log({"event": "merged", "id": record.id, "name": name})
 
     def _merge_memory(self) -> int:
         """Bytes that a merge gets; where they do not suffice, it says how many do."""
