@@ -189,6 +189,32 @@ def test_a_merge_is_set_up_planned_and_begun(page: Any, stub: PageStub) -> None:
     assert stub.changes[-1][1] == wanted | {"name": "Third"}
 
 
+def test_a_plan_of_other_settings_allows_no_merge(page: Any, stub: PageStub) -> None:
+    held: list[Any] = []
+    open_tab(page, stub)
+    page.get_by_role("checkbox", name="ward a").check()
+    ask, plan = page.get_by_role("button", name="Show the plan"), page.locator(".plan")
+    merge = page.get_by_role("button", name="Merge", exact=True)
+    page.route("**/admin/plan", lambda route: held.append(route))
+    ask.click()
+    expect(plan).to_have_text("Planning…")
+    page.get_by_label("lambda", exact=True).fill("0.9")
+    held.pop().fulfill(json=PLAN)
+    expect(ask).to_be_enabled()
+    expect(plan).to_be_empty()
+    expect(merge).to_be_disabled()
+    page.unroute("**/admin/plan")
+    ask.click()
+    expect(merge).to_be_enabled()
+    document = models_document()
+    document["site"]["files"].append(file("ward c"))
+    stub.admin["/admin/models"] = document
+    page.evaluate("document.dispatchEvent(new Event('answering'))")  # so that the tab looks again
+    expect(page.get_by_role("checkbox", name="ward c")).to_be_visible()
+    expect(plan).to_be_empty()
+    expect(merge).to_be_disabled()
+
+
 def test_the_form_follows_the_method(page: Any, stub: PageStub) -> None:
     open_tab(page, stub)
     page.get_by_label("Method").select_option("slerp")
