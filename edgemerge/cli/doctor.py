@@ -63,7 +63,7 @@ def doctor_command(
     diagnosis = examine(storage.absolute(), model)
     served = None
     if model is not None and model.is_file():
-        served = read_model_file(str(model)).within(usable_memory(0))
+        served = read_model_file(model).within(usable_memory(0))
     if json_:
         document = diagnosis.as_json()
         document["serve"] = None if served is None else _serve_json(served)

@@ -238,17 +238,17 @@ def serve_command(
     serve(options, _announce)
 
 
-def _find(text: str, finder: Finder) -> str:
-    """Find the model of `[NAME=]MODEL`; a name stays before its path."""
+def _find(text: str, finder: Finder) -> tuple[str, Path]:
+    """Find the model of `[NAME=]MODEL`; without a name, it has that of its file."""
     name, equals, model = text.partition("=")
     if equals and not Path(text).exists():
-        return f"{name}={finder.find_model(model)}"
-    return str(finder.find_model(text))
+        return name, finder.find_model(model)
+    path = finder.find_model(text)
+    return path.stem, path
 
 
-def _with_site(models: list[str], site: Path | None) -> tuple[str, ...]:
+def _with_site(models: list[tuple[str, Path]], site: Path | None) -> tuple[tuple[str, Path], ...]:
     """Let the current model of a device's folder take the place of the first, and its name."""
-    from edgemerge.runtime.serve.models import split_name
     from edgemerge.site.folder import SiteFolder
 
     if site is None or not SiteFolder(site).current_path.exists():
@@ -256,8 +256,8 @@ def _with_site(models: list[str], site: Path | None) -> tuple[str, ...]:
             return tuple(models)
         missing = "" if site is None else f"--site {site} has no current model yet; "
         raise typer.BadParameter(f"{missing}give a MODEL to begin with")
-    name = split_name(models[0])[0] if models else site.resolve().name
-    return (f"{name}={SiteFolder(site).current_path}", *models[1:])
+    name = models[0][0] if models else site.resolve().name
+    return ((name, SiteFolder(site).current_path), *models[1:])
 
 
 def _check_site(options: ServeOptions) -> None:
@@ -300,7 +300,7 @@ def _install(options: ServeOptions, directory: Path | None, *, force: bool) -> N
     from edgemerge.runtime.serve.server import check_key
     from edgemerge.runtime.serve.systemd import Service, write_unit
 
-    files = [read_model_file(text, options.n_ctx) for text in options.models]
+    files = [read_model_file(path, options.n_ctx, name=name) for name, path in options.models]
     service = Service(
         models={file.name: file.path for file in files},
         host=options.host,

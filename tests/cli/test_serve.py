@@ -148,7 +148,7 @@ def test_install_writes_a_unit_with_the_same_options(
     assert done.exit_code == 0, done.stderr
     unit = (tmp_path / "edgemerge.service").read_text()
     assert "enable --now edgemerge" in done.stdout
-    given = ("--ctx 128", "--queue 3", "--log-requests", "--grace 9", f"tiny={gguf}")
+    given = ("--ctx 128", "--queue 3", "--log-requests", "--grace 9", f"-- {gguf}")
     for text in (*given, "--allow-host ward.example", "--max-tokens 4096"):
         assert text in unit
     assert "k3y" not in unit + done.stdout
@@ -182,7 +182,7 @@ def test_a_devices_folder_goes_with_what_it_can(
 
 
 @pytest.mark.parametrize(
-    ("models", "name"), [([], "ward-7"), (["a/b.gguf"], "b"), (["x=b.gguf", "c.gguf"], "x")]
+    ("models", "name"), [([], "ward-7"), (["a"], "a"), (["epoch=3", "c"], "epoch=3")]
 )
 def test_the_current_model_of_a_folder_takes_the_first_place(
     models: list[str], name: str, tmp_path: Path
@@ -190,4 +190,5 @@ def test_the_current_model_of_a_folder_takes_the_first_place(
     site = SiteFolder(tmp_path / "ward-7")
     site.make()
     site.current_path.write_text("")
-    assert _with_site(models, site.path) == (f"{name}={site.current_path}", *models[1:])
+    named = [(name, Path(f"{name}.gguf")) for name in models]
+    assert _with_site(named, site.path) == ((name, site.current_path), *named[1:])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["NEW", "OLD", "PLAN", "file", "job", "models_document"]
+from edgemerge.runtime.serve.merging.choices import describe_methods
+
+__all__ = ["NEW", "OLD", "PLAN", "admin_answers", "file", "job", "models_document"]
 
 OLD, NEW = "a" * 16, "b" * 16
 TASK = {
@@ -111,3 +113,13 @@ def job(**more: Any) -> dict[str, Any]:
     usual = {"id": 3, "kind": "merge", "title": "Third", "state": "running", "sentence": ""}
     usual |= {"stage": "ties -> Third.gguf", "unit": None, "result": None, "seconds": 12.0}
     return usual | {"done": 1 << 29, "total": 1 << 31} | more
+
+
+def admin_answers() -> dict[str, Any]:
+    """What the routes answer while nothing is at work, by path."""
+    return {
+        "/admin/models": models_document(),
+        "/admin/methods": describe_methods(),
+        "/admin/job": {"job": None},
+        "/admin/plan": PLAN,
+    }

@@ -133,7 +133,7 @@ def serve(path: Path) -> None:
     from edgemerge.runtime.serve.models import read_model_file
 
     async def ask() -> None:
-        file = read_model_file(str(path), 64)
+        file = read_model_file(path, 64)
         process = ModelProcess(EngineOptions(file.path, n_ctx=64, n_sequences=2, n_threads=1))
         await process.start()
 

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edgemerge.errors import RuntimeFailure
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.gguf.model import GgufModel
+from edgemerge.recipe.values import is_utf8
 from edgemerge.runtime.board.device import read_memory
 from edgemerge.runtime.doctor.fit import MAX_LAYERS, PROCESS_BYTES, Needs, read_needs
 from edgemerge.runtime.engine.options import CHUNK, KEPT_PART, ROWS
 from edgemerge.runtime.model_files import open_gguf
 
-__all__ = ["DEFAULT_CONTEXT", "DEFAULT_SEQUENCES", "ModelFile", "read_model_file", "split_name"]
-__all__ += ["usable_memory"]
+__all__ = ["DEFAULT_CONTEXT", "DEFAULT_SEQUENCES", "ModelFile", "read_model_file", "usable_memory"]
 
 DEFAULT_CONTEXT = 4096  # tokens, where the model was trained for as many
 DEFAULT_SEQUENCES = 8
@@ -87,9 +88,10 @@ def usable_memory(floor: int) -> int:
 
 
 def read_model_file(
-    text: str,
+    path: Path,
     n_ctx: int | None = None,
     *,
+    name: str | None = None,
     n_sequences: int = DEFAULT_SEQUENCES,
     kv_type: str = "f16",
     rpc_layers: int = 0,
@@ -101,10 +103,12 @@ def read_model_file(
 
     Parameters
     ----------
-    text : str
-        `FILE`, or `NAME=FILE`; the name is else the file's without `.gguf`.
+    path : Path
+        The file.
     n_ctx : int, optional
         Tokens of context for a request; by default what the model was trained for, up to 4096.
+    name : str, optional
+        What clients are told; by default the file's name without `.gguf`, which they are not.
     n_sequences : int
         Requests at a time.
     kv_type : str
@@ -117,17 +121,18 @@ def read_model_file(
     FormatError
         It is no GGUF file, or a damaged one.
     RuntimeFailure
-        It is a folder, or is not there.
+        It is a folder, or is not there; or clients cannot be told its name.
     """
-    name, path = split_name(text)
     source = open_gguf(path)
     try:
+        if name is not None:
+            _check_names(name, path)
         needs, n_ctx_train = read_needs(source)
         n_ctx = n_ctx or min(n_ctx_train, DEFAULT_CONTEXT)
         facts = path.stat()
         base, token_bytes = _estimate_memory(source, needs, n_sequences, kv_type, rpc_layers)
         return ModelFile(
-            name,
+            path.stem if name is None else name,
             path,
             n_ctx,
             facts.st_size,
@@ -142,16 +147,15 @@ def read_model_file(
         source.close()
 
 
+def _check_names(name: str, path: Path) -> None:
+    """Refuse what JSON cannot spell; the Models tab tells where a link leads."""
+    for text in (name, path.name, path.resolve().name):
+        if not is_utf8(text):
+            raise RuntimeFailure(f"{path}: the name {text!r} is not UTF-8; rename it")
+
+
 def _kept_tokens(n_ctx: int, n_sequences: int) -> int:
     return max(n_ctx, n_ctx * n_sequences // 2)
-
-
-def split_name(text: str) -> tuple[str, Path]:
-    """Split `NAME=FILE`; without a name, the model has that of its file."""
-    name, equals, rest = text.partition("=")
-    if equals and not Path(text).exists():
-        return name, Path(rest)
-    return Path(text).stem, Path(text)
 
 
 def _read_tokenizer(metadata: Mapping[str, bytes]) -> dict[str, str | None]:

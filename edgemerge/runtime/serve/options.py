@@ -45,8 +45,8 @@ class ServeOptions:
 
     Attributes
     ----------
-    models : tuple of str
-        `FILE` or `NAME=FILE`; the first is the default.
+    models : tuple of (str, Path)
+        What clients call each, and its file; the first is the default.
     host, port : str, int
         Address to listen on; port 0 takes any free one.
     key : str or None
@@ -87,7 +87,7 @@ class ServeOptions:
         Other folders whose files the page may merge and ask.
     """
 
-    models: tuple[str, ...]
+    models: tuple[tuple[str, Path], ...]
     host: str = "127.0.0.1"
     port: int = 8080
     key: str | None = None

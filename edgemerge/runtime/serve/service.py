@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -56,7 +55,7 @@ class Service:
         load: Callable[[ModelFile], Awaitable[Loaded]] = self._load
         if options.log is not None:
             load = HashedLoader(load)
-        files = [self._read(text) for text in options.models]
+        files = [self._read(name, path) for name, path in options.models]
         if options.public_key is not None:
             loras = (lora.path for lora in options.loras)
             load = signed = SignedLoader(load, options.public_key, loras)
@@ -188,19 +187,20 @@ class Service:
         )
         return Loaded(file, process, await process.start())
 
-    def _read(self, text: str) -> ModelFile:
+    def _read(self, name: str, path: Path) -> ModelFile:
         options = self._options
         return read_model_file(
-            text,
+            path,
             options.n_ctx,
+            name=name,
             n_sequences=options.n_sequences or DEFAULT_SEQUENCES,
             kv_type=options.kv_type,
             rpc_layers=_rpc_layers(options),
         )
 
     async def _read_again(self, old: ModelFile) -> ModelFile:
-        new = await asyncio.to_thread(self._read, f"{old.name}={old.path}")
-        return replace(new, name=old.name).within(self._room)
+        new = await asyncio.to_thread(self._read, old.name, old.path)
+        return new.within(self._room)
 
 
 def _rpc_layers(options: ServeOptions) -> int:

@@ -106,7 +106,11 @@ class Service:
             command.append("--i-trust-this-network")  # it was given when the unit was made
         if self.public_key is not None:
             command += ["--require-signature", str(self.public_key.absolute())]
-        models = [f"{name}={path.absolute()}" for name, path in self.models.items()]
+        # "=" in a file's own name would end a name before it
+        models = [
+            f"{path.absolute()}" if name == path.stem else f"{name}={path.absolute()}"
+            for name, path in self.models.items()
+        ]
         return [*command, *self.options, "--", *models]
 
     def far_workers(self) -> list[str]:

@@ -33,6 +33,7 @@ line = {"label": str(os.getpid()), "is_part": False, "unit": None, "done": 1, "t
 os.write(fd, json.dumps(line).encode() + b"\\n")
 time.sleep(float(sys.argv[1]))
 """
+STUBBORN = SLEEPER.replace("import json", "import signal; signal.signal(15, 1); import json")
 
 
 def has_ended(pid: int) -> bool:
@@ -99,11 +100,10 @@ def _io_class(pid: int) -> int | None:
 
 def test_a_child_that_will_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "_END_SECONDS", 0.2)
-    stubborn = SLEEPER.replace("import json", "import signal; signal.signal(15, 1); import json")
 
     async def scenario() -> None:
         seen: list[dict[str, Any]] = []
-        task = asyncio.create_task(child._run([sys.executable, "-c", stubborn, "600"], seen.append))
+        task = asyncio.create_task(child._run([sys.executable, "-c", STUBBORN, "600"], seen.append))
         while not seen:
             await asyncio.sleep(0.02)
         task.cancel()
@@ -180,6 +180,29 @@ def test_one_job_at_a_time_and_its_end_is_remembered() -> None:
         last = jobs.start("merge", "last", sleep)
         await jobs.close()
         assert last.state == "cancelled"
+
+    asyncio.run(scenario())
+
+
+def test_a_job_that_is_cancelled_twice_ends_its_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "_END_SECONDS", 0.5)
+
+    async def scenario() -> None:
+        jobs = Jobs(str)
+        seen: list[dict[str, Any]] = []
+
+        async def work(_job: Job) -> dict[str, Any]:
+            told = await child._run([sys.executable, "-c", STUBBORN, "600"], seen.append)
+            return {"told": told}
+
+        job = jobs.start("merge", "stubborn", work)
+        while not seen:
+            await asyncio.sleep(0.02)
+        first = asyncio.create_task(jobs.cancel(job.id))
+        await asyncio.sleep(0.1)  # it has been asked to end, and has not
+        await asyncio.gather(first, jobs.cancel(job.id), jobs.close())
+        assert job.state == "cancelled"
+        assert has_ended(int(seen[0]["label"]))
 
     asyncio.run(scenario())
 

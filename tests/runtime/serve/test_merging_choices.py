@@ -48,6 +48,7 @@ def test_only_what_can_be_merged_or_asked_is_offered(folder: Path, tmp_path: Pat
     (other / "log.jsonl").write_text('{"event": "promoted"}\n')
     (other / "empty.jsonl").write_text("")
     (other / "gone.gguf").symlink_to(other / "nowhere.gguf")
+    shutil.copy(folder / "base.gguf", other / os.fsdecode(b"caf\xe9.gguf"))
     (other / "part-00001-of-00002.gguf").write_bytes(b"GGUF")
     (other / "folder.gguf").mkdir()
     os.mkfifo(other / "pipe.gguf")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -258,19 +260,29 @@ def test_unknown_gone_and_bad_models_are_refused_without_a_path(tmp_path: Path) 
 
 
 def test_names_and_figures_come_from_the_file(tiny_gguf: Path) -> None:
-    file = read_model_file(str(tiny_gguf))
+    file = read_model_file(tiny_gguf)
     assert (file.name, file.path, file.n_ctx) == ("tiny", tiny_gguf, CONTEXT)
     assert file.tokenizer == {"bos_token": "<s>", "eos_token": "</s>", "chat_template": None}
-    named = read_model_file(f"ward-7={tiny_gguf}", 32)
+    named = read_model_file(tiny_gguf, 32, name="ward-7")
     assert (named.name, named.path, named.n_ctx) == ("ward-7", tiny_gguf, 32)
     assert file.n_bytes < named.need < file.need
     assert (file.n_cache, named.n_cache) == (4 * CONTEXT, 4 * 32)
-    assert read_model_file(str(tiny_gguf), n_sequences=1).n_cache == CONTEXT
-    assert read_model_file(str(tiny_gguf), kv_type="q8_0").need < file.need
+    assert read_model_file(tiny_gguf, n_sequences=1).n_cache == CONTEXT
+    assert read_model_file(tiny_gguf, kv_type="q8_0").need < file.need
+
+
+def test_a_name_that_clients_cannot_be_told_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
+    odd = Path(shutil.copy(tiny_gguf, tmp_path / os.fsdecode(b"caf\xe9.gguf")))
+    link = tmp_path / "ward.gguf"
+    link.symlink_to(odd)
+    for name, path in (("ward", odd), ("ward", link), (odd.stem, tiny_gguf)):
+        with pytest.raises(RuntimeFailure, match="is not UTF-8; rename it"):
+            read_model_file(path, name=name)
+    assert read_model_file(odd).n_ctx == CONTEXT  # as of doctor, which tells nobody
 
 
 def test_less_is_kept_where_memory_is_short_but_one_request_fits(tiny_gguf: Path) -> None:
-    file = read_model_file(str(tiny_gguf))
+    file = read_model_file(tiny_gguf)
     assert file.within(file.need) == file
     less = file.within(file.need - 100 * file.token_bytes)
     assert less.n_cache == file.n_cache - 100
@@ -281,16 +293,16 @@ def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x=y.gguf"
     path.write_bytes(b"GGUF")
     with pytest.raises(FormatError, match="x=y"):
-        read_model_file(str(path))
+        read_model_file(path)
     with pytest.raises(RuntimeFailure, match="no such file"):
-        read_model_file(str(tmp_path / "nothing.gguf"))
+        read_model_file(tmp_path / "nothing.gguf")
     with pytest.raises(RuntimeFailure, match="edgemerge convert"):
-        read_model_file(str(tmp_path))
+        read_model_file(tmp_path)
 
 
 @pytest.mark.llama
 def test_the_estimate_holds(tiny_gguf: Path) -> None:
-    file = read_model_file(str(tiny_gguf))
+    file = read_model_file(tiny_gguf)
     with Engine(tiny_gguf, n_ctx=file.n_cache, n_sequences=file.n_sequences) as engine:
         reported = sum(engine.facts.memory.values())
         pid = engine.process.pid
@@ -305,7 +317,7 @@ def test_two_models_take_turns_in_the_room_for_one(tmp_path: Path, models_dir: P
     with Serving(*ggufs) as server:
         floor = server.health()["memory"]["rss"]
     # room for either model beside what the process takes anyway, not for both
-    budget = floor + read_model_file(str(ggufs[0])).need // 2
+    budget = floor + read_model_file(ggufs[0]).need // 2
     ask = {"prompt": "Question: what is it?\nAnswer:", "max_tokens": 4, "temperature": 0}
     with Serving(*ggufs, "--memory", budget) as server:
         texts: dict[str, list[Any]] = {}
@@ -354,7 +366,7 @@ def test_a_lora_is_added(tiny_gguf: Path, tmp_path: Path) -> None:
 
 
 def test_layers_of_rpc_workers_take_no_memory_here(tiny_gguf: Path) -> None:
-    here, half, away = (read_model_file(str(tiny_gguf), rpc_layers=n) for n in (0, 1, 1000))
+    here, half, away = (read_model_file(tiny_gguf, rpc_layers=n) for n in (0, 1, 1000))
     assert here.base > half.base > away.base
     assert here.token_bytes > half.token_bytes > away.token_bytes
     source = open_gguf(tiny_gguf)

@@ -19,6 +19,7 @@ import pytest
 
 from edgemerge.provenance.keys import create_keys, read_private_key
 from edgemerge.provenance.signature import sign_model
+from edgemerge.site.folder import SiteFolder
 from tests.support.serving import Answer, Serving, make_served_gguf
 from tests.support.tiny_gguf import write_tiny_gguf
 
@@ -160,6 +161,17 @@ def test_sighup_reloads(ward: Path, models_dir: Path, tmp_path: Path) -> None:
         while fingerprint(server) == before:
             assert time.monotonic() < end
         assert server.health()["models"][0]["state"] == "loaded"
+
+
+def test_a_files_own_name_may_have_an_equals_sign(tmp_path: Path) -> None:
+    model = write_tiny_gguf(tmp_path / "epoch=3-step=500.gguf")
+    with Serving(model) as server:
+        assert server.post("/admin/reload", {"ask": False}).status == 200
+    site = SiteFolder(tmp_path / "site")
+    site.make()
+    site.current_path.symlink_to(model)
+    with Serving(model, "--site", site.path) as server:
+        assert server.health()["models"][0]["id"] == model.stem
 
 
 def assert_refused(server: Serving, why: str, before: str) -> None:

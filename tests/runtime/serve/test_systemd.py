@@ -90,7 +90,10 @@ def test_command_is_absolute_and_quoted(service: Service, tmp_path: Path) -> Non
     )
     relative = Path(os.path.relpath(tmp_path)) / "m.gguf"
     unit = make_unit(replace(service, models={"m": relative}), system=True)
-    assert setting(unit, "ExecStart").endswith(f" m={relative.absolute()}")
+    assert setting(unit, "ExecStart").endswith(f" {relative.absolute()}")
+    odd = tmp_path / "epoch=3.gguf"  # `epoch=3=FILE` would be read as a name and another file
+    unit = make_unit(replace(service, models={"epoch=3": odd}), system=True)
+    assert setting(unit, "ExecStart").endswith(f" -- {odd}")
 
 
 def test_names_cannot_add_settings(service: Service) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from edgemerge.runtime.serve.merging.choices import describe_methods
 from edgemerge.site.folder import SiteFolder
 from tests.runtime.serve.page_stub import PageStub
 from tests.runtime.serve.test_web_page import EVIL, expect
-from tests.support.models_tab import NEW, OLD, PLAN, file, job, models_document
+from tests.support.models_tab import NEW, OLD, PLAN, admin_answers, file, job, models_document
 from tests.support.serving import Serving
 from tests.support.site_models import make_merge_folder
 
@@ -22,12 +21,7 @@ BASE = re.compile("^base ")
 @pytest.fixture
 def stub() -> Any:
     with PageStub() as stub:
-        stub.admin = {
-            "/admin/models": models_document(),
-            "/admin/methods": describe_methods(),
-            "/admin/job": {"job": None},
-            "/admin/plan": PLAN,
-        }
+        stub.admin = admin_answers()
         yield stub
 
 
@@ -195,6 +189,32 @@ def test_a_merge_is_set_up_planned_and_begun(page: Any, stub: PageStub) -> None:
     assert stub.changes[-1][1] == wanted | {"name": "Third"}
 
 
+def test_a_plan_of_other_settings_allows_no_merge(page: Any, stub: PageStub) -> None:
+    held: list[Any] = []
+    open_tab(page, stub)
+    page.get_by_role("checkbox", name="ward a").check()
+    ask, plan = page.get_by_role("button", name="Show the plan"), page.locator(".plan")
+    merge = page.get_by_role("button", name="Merge", exact=True)
+    page.route("**/admin/plan", lambda route: held.append(route))
+    ask.click()
+    expect(plan).to_have_text("Planning…")
+    page.get_by_label("lambda", exact=True).fill("0.9")
+    held.pop().fulfill(json=PLAN)
+    expect(ask).to_be_enabled()
+    expect(plan).to_be_empty()
+    expect(merge).to_be_disabled()
+    page.unroute("**/admin/plan")
+    ask.click()
+    expect(merge).to_be_enabled()
+    document = models_document()
+    document["site"]["files"].append(file("ward c"))
+    stub.admin["/admin/models"] = document
+    page.evaluate("document.dispatchEvent(new Event('answering'))")  # so that the tab looks again
+    expect(page.get_by_role("checkbox", name="ward c")).to_be_visible()
+    expect(plan).to_be_empty()
+    expect(merge).to_be_disabled()
+
+
 def test_the_form_follows_the_method(page: Any, stub: PageStub) -> None:
     open_tab(page, stub)
     page.get_by_label("Method").select_option("slerp")
@@ -217,48 +237,6 @@ def test_the_form_follows_the_method(page: Any, stub: PageStub) -> None:
     expect(page.locator(".plan")).to_have_text("Ward a: is no model.")
     expect(page.get_by_role("button", name="Merge", exact=True)).to_be_disabled()
     assert stub.changes[0][1]["base"] is None
-
-
-def test_progress_is_told_and_its_end_outlives_a_reload(page: Any, stub: PageStub) -> None:
-    stub.admin["/admin/models"] = models_document() | {"job": job()}
-    stub.admin["/admin/job"] = {"job": job()}
-    page.goto(f"{stub.url}#/models")
-    bar, line = page.get_by_role("progressbar"), page.locator(".work .hint")
-    expect(line).to_have_text("ties -> Third.gguf · 512 MiB of 2.00 GiB · 12 s")
-    expect(bar).to_have_js_property("position", 0.25)
-    voice = page.get_by_role("status").filter(has_text="25 %")
-    expect(voice).to_have_text("ties -> Third.gguf, 25 %")
-    stub.admin["/admin/job"] = {"job": job(done=1 << 30, seconds=24.0)}
-    expect(line).to_have_text("ties -> Third.gguf · 1.00 GiB of 2.00 GiB · 24 s")
-    page.reload()
-    expect(bar).to_be_visible()
-    result = {"model": NEW, "is_known": False, "out_bytes": 90 << 20, "peak_rss_bytes": 101 << 20}
-    ended = job(state="done", seconds=30.0, result=result | {"notes": []})
-    stub.admin["/admin/models"] = models_document() | {"job": ended}
-    stub.admin["/admin/job"] = {"job": ended}
-    for _ in range(2):
-        expect(line).to_have_text("Done after 30 s: 90 MiB, memory 101 MiB at most.")
-        expect(bar).to_be_hidden()
-        page.reload()
-
-
-def test_a_job_can_be_cancelled_and_a_failure_says_why(page: Any, stub: PageStub) -> None:
-    running = job(kind="compare", title="x", stage=f"{NEW}: disease", unit="questions")
-    running |= {"done": 3, "total": 40}
-    stub.admin["/admin/models"] = models_document() | {"job": running}
-    stub.admin["/admin/job"] = {"job": running}
-    page.goto(f"{stub.url}#/models")
-    line = page.locator(".work .hint")
-    expect(line).to_have_text("Second: disease · 3 of 40 questions · 12 s")
-    ended = running | {"state": "cancelled"}
-    stub.admin["/admin/models"] = models_document() | {"job": ended}
-    page.get_by_role("button", name="Cancel").click()
-    expect(line).to_have_text("Cancelled after 12 s; nothing of it is left.")
-    assert stub.changes == [("/admin/cancel", {"job": 3})]
-    failed = running | {"state": "failed", "sentence": "the disk is full"}
-    stub.admin["/admin/models"] = models_document() | {"job": failed}
-    page.reload()
-    expect(line).to_have_text("Failed after 12 s: the disk is full")
 
 
 def test_compare_promote_and_roll_back(page: Any, stub: PageStub) -> None:

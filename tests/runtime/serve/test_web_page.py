@@ -243,6 +243,16 @@ def test_key_is_asked_for_only_when_needed(page: Any, stub: PageStub) -> None:
     expect(page.locator("article.assistant")).to_have_count(2)
 
 
+def test_a_key_that_no_request_can_carry_is_wrong(page: Any, stub: PageStub) -> None:
+    stub.key = "s3cret"
+    page.goto(stub.url)
+    page.get_by_label("This server asks for a key.").fill("ключ")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("The server does not accept this key.")).to_be_focused()
+    page.reload()
+    expect(page.locator("#version")).to_contain_text("the figures need the key")
+
+
 def test_no_key_no_field(page: Any, stub: PageStub) -> None:
     page.goto(stub.url)
     expect(page.get_by_label("Model")).to_be_enabled()

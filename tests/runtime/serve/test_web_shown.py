@@ -48,6 +48,19 @@ def test_markdown_is_shown_and_nothing_in_it_has_an_effect(page: Any, stub: Page
         page.reload()
 
 
+def test_rules_and_lists_of_any_depth_are_shown(page: Any, stub: PageStub) -> None:
+    stub.pieces = ["a\n* * *\n- b\n- - -\n", f"{'- ' * 20_000}deep"]
+    page.goto(stub.url)
+    ask(page, "Hello?")
+    text = page.locator("article.assistant .text")
+    for _ in range(2):
+        expect(text).to_contain_text("deep")
+        expect(text.locator("> hr")).to_have_count(2)
+        expect(text.locator("> ul > li").first).to_have_text("b")
+        expect(text.locator("ul")).to_have_count(1 + 20)
+        page.reload()
+
+
 @pytest.mark.parametrize(
     ("state", "told"),
     [

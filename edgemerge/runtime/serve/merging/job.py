@@ -157,15 +157,13 @@ class Jobs:
         job, task = self.last, self._task
         if job is None or task is None or job.id != number or task.done():
             raise Refusal(409, "it has ended already", code="job_ended")
-        task.cancel()
-        await asyncio.wait((task,))
+        await _end(task)
         return job
 
     async def close(self) -> None:
         """End the job that runs, if one does."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait((self._task,))
+            await _end(self._task)
 
     async def _run(self, job: Job, work: Callable[[Job], Awaitable[dict[str, Any]]]) -> None:
         try:
@@ -177,3 +175,10 @@ class Jobs:
                 log.error("%s", error)
             else:
                 log.error("%s failed", job.title, exc_info=error)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel a task once, for a second time would break off what it does to end its child."""
+    if task.cancelling() == 0:
+        task.cancel()
+    await asyncio.wait((task,))

@@ -15,6 +15,7 @@ from typing import Any
 from edgemerge.errors import EdgemergeError
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.gguf.model import GgufFile, parts_of
+from edgemerge.recipe.values import is_utf8
 from edgemerge.runtime.serve.errors import Refusal
 
 __all__ = ["Offer", "Offers"]
@@ -119,7 +120,7 @@ class Offers:
         for number, folder in enumerate(self.folders):
             for pattern in ("*.gguf", "*.jsonl"):
                 for path in sorted(folder.glob(pattern))[:_MAX_FILES]:
-                    if path.is_file():
+                    if path.is_file() and is_utf8(path.name):  # JSON spells no other
                         yield number, path
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -140,12 +140,17 @@ class Workshop:
             record = _make_record(name, wanted, report, parts)
             is_known = self.site.has_model(record.id)
             if not is_known:
-                await asyncio.to_thread(self.site.add, made, record)
-                event = {"event": "merged", "id": record.id, "name": name}
-                await asyncio.to_thread(self.site.append_log, event)
+                adding = asyncio.create_task(asyncio.to_thread(self._add, made, record, name))
+                with suppress(asyncio.CancelledError):  # too late: it is here
+                    await asyncio.shield(adding)
+                await adding
         kept = ("seconds", "out_bytes", "read_bytes", "peak_rss_bytes", "notes")
         told = {key: report[key] for key in kept}
         return {"model": record.id, "is_known": is_known, **told}
+
+    def _add(self, made: Path, record: ModelRecord, name: str) -> None:
+        self.site.add(made, record)
+        self.site.append_log({"event": "merged", "id": record.id, "name": name})
 
     def _merge_memory(self) -> int:
         """Bytes that a merge gets; where they do not suffice, it says how many do."""
@@ -183,7 +188,12 @@ class Workshop:
     async def _compare(self, model: str, tasks: dict[str, Path], job: Job) -> dict[str, Any]:
         first = self.models.resolve(self.name).path.resolve()
         second = self.site.model_path(model).resolve()
-        file = await asyncio.to_thread(read_model_file, f"x={second}", n_sequences=1)
+        # noted now: an update may promote another one meanwhile
+        base = first.stem if first.parent == self.site.models.resolve() else None
+        other, file = [
+            await asyncio.to_thread(read_model_file, path, n_sequences=1)
+            for path in (first, second)
+        ]
         room = free_room(self.models)
         if file.need > room:
             raise Refusal(
@@ -193,7 +203,8 @@ class Workshop:
                 kind=SERVER,
             )
         threads = max(1, len(os.sched_getaffinity(0)) // 2)
-        options = ["--ctx", str(file.n_ctx), "--threads", str(threads)]
+        n_ctx = min(other.n_ctx, file.n_ctx)
+        options = ["--ctx", str(n_ctx), "--threads", str(threads)]
         for name, path in tasks.items():
             options.append(f"--task={name}={path}")
         with reserved(self.models, file.need):
@@ -201,14 +212,13 @@ class Workshop:
         rows = compare_tasks(document, str(first), str(second))
         told: dict[str, Any] = {"model": model, "tasks": rows, "note": ""}
         try:
-            await asyncio.to_thread(self._note_scores, model, rows)
+            await asyncio.to_thread(self._note_scores, base, model, rows)
         except (EdgemergeError, OSError) as error:  # the answers are worth more than their place
             told["note"] = f"the log does not have this: {self.explain(error)}"
         return told
 
-    def _note_scores(self, model: str, rows: list[dict[str, Any]]) -> None:
+    def _note_scores(self, base: str | None, model: str, rows: list[dict[str, Any]]) -> None:
         with self.site.locked():
-            base = self.site.current_id()
             for which, name in enumerate((base, model)):
                 if name is not None:
                     record = self.site.record(name)

@@ -96,7 +96,11 @@ async function ask(path, options = {}) {
 
 async function send(path, options) {
   const headers = new Headers(options.headers);
-  if (hasKey()) headers.set("Authorization", `Bearer ${sessionStorage.getItem(KEY)}`);
+  try {
+    if (hasKey()) headers.set("Authorization", `Bearer ${sessionStorage.getItem(KEY)}`);
+  } catch {
+    // No header carries such a key, so it is no server's: without it, the server says that it wants one.
+  }
   try {
     return await fetch(path, { ...options, headers, cache: "no-store" });
   } catch (error) {

@@ -3,22 +3,25 @@
 
 const FENCE = /^\s*(```|~~~)/;
 const HEADING = /^#{1,6}\s+(.+)/;
+const RULE = /^\s*([-*_])(?:\s*\1){2,}\s*$/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)/;
 const INLINE = /(`+)(.+?)\1|\*\*(\S.*?)\*\*|(?<![\w*])\*(\S[^*]*?)\*(?!\w)/;
+const DEEPEST = 20; // lists in one another: each takes of the stack
 const LONGEST = 2000; // characters of a line whose inline marks are looked for: the search is quadratic
 
 /** Nodes for a text. */
 export function render(text) {
-  return blocks(text.split("\n"));
+  return blocks(text.split("\n"), 0);
 }
 
-function blocks(lines) {
+function blocks(lines, level) {
   const nodes = document.createDocumentFragment();
   while (lines.length) {
     if (!lines[0].trim()) lines.shift();
     else if (FENCE.test(lines[0])) nodes.append(code(lines));
     else if (HEADING.test(lines[0])) nodes.append(block("h3", HEADING.exec(lines.shift())[1]));
-    else if (ITEM.test(lines[0])) nodes.append(list(lines));
+    else if (RULE.test(lines[0])) nodes.append(rule(lines));
+    else if (level < DEEPEST && ITEM.test(lines[0])) nodes.append(list(lines, level));
     else nodes.append(paragraph(lines));
   }
   return nodes;
@@ -35,8 +38,13 @@ function code(lines) {
   return pre;
 }
 
+function rule(lines) {
+  lines.shift();
+  return document.createElement("hr");
+}
+
 /** Items of one kind; what is further in than its mark belongs to an item. */
-function list(lines) {
+function list(lines, level) {
   const [, indent, mark] = ITEM.exec(lines[0]);
   const isNumbered = /\d/.test(mark);
   const node = document.createElement(isNumbered ? "ol" : "ul");
@@ -44,11 +52,12 @@ function list(lines) {
   for (;;) {
     const found = ITEM.exec(lines[0] ?? "");
     if (!found || found[1].length > indent.length || /\d/.test(found[2]) !== isNumbered) break;
+    if (RULE.test(lines[0])) break;
     lines.shift();
     const inner = [found[3]];
     while (lines.length && depth(lines[0]) > indent.length) inner.push(lines.shift());
     const item = document.createElement("li");
-    item.append(blocks(inner));
+    item.append(blocks(inner, level + 1));
     node.append(item);
     if (!lines[0]?.trim() && ITEM.test(lines[1] ?? "")) lines.shift(); // a loose list
   }
@@ -62,7 +71,7 @@ function depth(line) {
 function paragraph(lines) {
   const said = [];
   do said.push(lines.shift());
-  while (lines[0]?.trim() && ![FENCE, HEADING, ITEM].some((mark) => mark.test(lines[0])));
+  while (lines[0]?.trim() && ![FENCE, HEADING, RULE, ITEM].some((mark) => mark.test(lines[0])));
   return block("p", said.join("\n"));
 }
 

@@ -18,6 +18,7 @@ export class MergeForm {
     this.choices = choices;
     this.callbacks = callbacks;
     this.files = [];
+    this.edits = 0; // how often what a plan is of was changed
     this.rows = new Map(); // key -> {input, settings, node} of the models
     this.shared = []; // settings of the merge
     this.method = labelled("Method", make("select", {}, ...choices.methods.map(
@@ -67,6 +68,7 @@ export class MergeForm {
     this.files = files;
     this.showBases();
     this.showModels();
+    this.forgetPlan();
   }
 
   // -- what there is to choose
@@ -119,6 +121,7 @@ export class MergeForm {
   // -- the plan, and the merge
 
   forgetPlan() {
+    this.edits += 1;
     this.start.disabled = true;
     this.plan.replaceChildren();
   }
@@ -155,14 +158,17 @@ export class MergeForm {
     if (!request) return;
     this.ask.disabled = true;
     this.plan.replaceChildren("Planning…");
+    const { edits } = this;
     try {
       const plan = await sendJson("/admin/plan", request);
+      if (edits !== this.edits) return; // it is of another merge
       this.plan.replaceChildren(...planLines(plan));
       this.start.disabled = false;
     } catch (error) {
+      const isOfThis = edits === this.edits;
       this.forgetPlan();
-      if (error instanceof Refusal && error.status && error.status !== 401) this.plan.append(error.message);
-      else this.callbacks.failed(error);
+      if (!(error instanceof Refusal) || !error.status || error.status === 401) this.callbacks.failed(error);
+      else if (isOfThis) this.plan.append(error.message);
     } finally {
       this.ask.disabled = false;
     }
@@ -179,12 +185,13 @@ export class MergeForm {
       return;
     }
     this.start.disabled = true;
+    const { edits } = this;
     try {
       await sendJson("/admin/merge", { ...request, name: name.value.trim() });
       this.forgetPlan();
       this.callbacks.begun();
     } catch (error) {
-      this.start.disabled = false;
+      this.start.disabled = edits !== this.edits;
       this.callbacks.failed(error);
     }
   }

@@ -41,6 +41,7 @@ export function close() {
 async function refresh() {
   try {
     all = await readJson("/admin/models");
+    work.follow(all.job, all.site?.names ?? {}); // first, for the rest may fail
     tell("");
     const mayChange = all.has_key && Boolean(all.site);
     showServed();
@@ -49,8 +50,7 @@ async function refresh() {
   } catch (error) {
     return fail(error);
   }
-  showLog();
-  return work.follow(all.job, all.site?.names ?? {});
+  return showLog();
 }
 
 function tell(sentence) {

@@ -9,7 +9,7 @@ const STEP = 25; // percent, after which a screen reader is told again
 
 export class Work {
   /**
-   * @param {{ended: function(): void, failed: function(Error): void}} callbacks Called when the work
+   * @param {{ended: function(): Promise, failed: function(Error): void}} callbacks Called when the work
    *   has ended, and when the server refuses something.
    */
   constructor(callbacks) {
@@ -47,8 +47,8 @@ export class Work {
   async look() {
     try {
       const { job } = await readJson("/admin/job");
-      if (job?.state !== "running") return this.callbacks.ended();
-      return this.follow(job, this.names);
+      this.follow(job, this.names); // first, for what is called at its end may fail
+      return job?.state === "running" ? null : this.callbacks.ended();
     } catch (error) {
       this.timer = setTimeout(() => this.look(), PERIOD);
       return this.callbacks.failed(error);
@@ -57,14 +57,15 @@ export class Work {
 
   async cancel() {
     this.stop.disabled = true;
+    let failure = null;
     try {
       await sendJson("/admin/cancel", { job: this.job.id });
     } catch (error) {
-      this.callbacks.failed(error);
-    } finally {
-      this.stop.disabled = false;
+      failure = error;
     }
-    this.callbacks.ended();
+    this.stop.disabled = false;
+    await this.callbacks.ended(); // it clears what was told before
+    if (failure) this.callbacks.failed(failure);
   }
 
   show() {

@@ -1,0 +1,123 @@
+"""What the Models tab does while others change the folder, with commands that do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgemerge.runtime.serve.merging import workshop as workshop_module
+from edgemerge.runtime.serve.merging.choices import MergeRequest, read_request
+from edgemerge.runtime.serve.merging.job import Job
+from edgemerge.runtime.serve.merging.workshop import Workshop
+from edgemerge.runtime.serve.models import ModelFile, read_model_file
+from edgemerge.runtime.serve.reload import Reloader
+from edgemerge.runtime.serve.store import ModelStore
+from edgemerge.site.folder import SiteFolder
+from edgemerge.site.record import ModelRecord
+from tests.runtime.serve.test_merging_server import make_record
+from tests.support import tiny_gguf
+from tests.support.fake_process import Loader
+
+
+def make_workshop(folder: Path, start: Path) -> Workshop:
+    """Make one whose server began with a file."""
+
+    async def read_again(old: ModelFile) -> ModelFile:
+        return old
+
+    file = read_model_file(start, name="ward")
+    models = ModelStore([file], Loader(), budget=1 << 40, floor=0)
+    site = SiteFolder(folder / "site")
+    return Workshop(site, [folder], models, Reloader(models, read_again))
+
+
+async def end_of(job: Job) -> str:
+    async with asyncio.timeout(20):
+        while job.state == "running":
+            await asyncio.sleep(0.01)
+    return job.state
+
+
+def test_a_comparison_is_of_the_models_that_were_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = SiteFolder(tmp_path / "site")
+    site.make()
+    ids: list[str] = []
+    for name, n_ctx in (("old", 128), ("new", 256), ("later", 256)):
+        monkeypatch.setattr(tiny_gguf, "CONTEXT", n_ctx)
+        file = tiny_gguf.write_tiny_gguf(tmp_path / f"{name}.gguf", seed=len(ids))
+        ids.append(make_record(file, site))
+    old, new, later = ids
+    site.promote(old, "it was first")
+    question = '{"question": "x", "options": ["a", "b"], "answer": 0}'
+    (tmp_path / "ward.jsonl").write_text(question)
+    given: list[str] = []
+
+    async def ask(arguments: Sequence[str], _look: object) -> dict[str, Any]:
+        given.extend(arguments)
+        site.promote(later, "an update found it better")
+        asked = zip(arguments[1:3], (0.5, 0.75), strict=True)
+        rows = [{"model": model, "task": "ward", "acc": acc, "n": 4} for model, acc in asked]
+        pair = {"task": "ward", "only_first": 0, "only_second": 1, "difference": 0.25, "p": 1.0}
+        return {"results": rows, "comparisons": [pair]}
+
+    monkeypatch.setattr(workshop_module, "run_command", ask)
+
+    async def scenario() -> None:
+        workshop = make_workshop(tmp_path, site.current_path)
+        job = workshop.compare(new, ["0/ward.jsonl"])
+        assert await end_of(job) == "done", job.sentence
+        assert job.result is not None
+        assert job.result["note"] == ""
+
+    asyncio.run(scenario())
+    assert given[given.index("--ctx") + 1] == "128"  # neither reads further
+    right = {name: {task: s.right for task, s in site.record(name).scores.items()} for name in ids}
+    assert right == {old: {"ward": 2}, new: {"ward": 3}, later: {}}
+    assert site.last_log(1)[0]["with"] == old
+
+
+def test_a_model_that_is_here_is_told_of_though_its_merge_was_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = tiny_gguf.write_tiny_gguf(tmp_path / "start.gguf")
+    is_adding, may_add = threading.Event(), threading.Event()
+
+    async def merge(arguments: Sequence[str], _look: object) -> dict[str, Any]:
+        Path(arguments[arguments.index("-o") + 1]).write_bytes(start.read_bytes())
+        sizes = dict.fromkeys(("out_bytes", "read_bytes", "peak_rss_bytes"), 1)
+        return {"sha256": "a" * 64, "notes": [], **sizes}
+
+    def add(site: SiteFolder, file: Path, record: ModelRecord) -> None:
+        is_adding.set()
+        assert may_add.wait(20)
+        add_at_once(site, file, record)
+
+    add_at_once = SiteFolder.add
+    monkeypatch.setattr(SiteFolder, "add", add)
+    monkeypatch.setattr(workshop_module, "run_command", merge)
+
+    async def scenario() -> None:
+        workshop = make_workshop(tmp_path, start)
+        models = [{"file": "0/start.gguf", "parameters": {"weight": 1}}]
+        document = {"method": "linear", "models": models, "name": "x"}
+        asked = MergeRequest.model_validate(document)
+        job = workshop.merge(asked, read_request(asked, workshop.offers))
+        await asyncio.to_thread(is_adding.wait, 20)
+        cancelling = asyncio.create_task(workshop.jobs.cancel(job.id))
+        await asyncio.sleep(0.1)
+        may_add.set()
+        await cancelling
+        assert job.state == "done", job.sentence
+        site = workshop.site
+        assert site.has_model("a" * 16)
+        assert [event["event"] for event in site.last_log(9)] == ["merged"]
+        assert list(site.work.iterdir()) == []
+
+    asyncio.run(scenario())
