@@ -282,7 +282,7 @@ def count_trials(path: Path) -> int:
 @pytest.mark.slow
 def test_twenty_kills_change_nothing() -> None:
     command = [sys.executable, "-m", "edgemerge", "search", "recipe.yml", *TASK, "-t", "1"]
-    command += ["--trials", "50", "--json", "-o"]
+    command += ["--trials", "100", "--json", "-o"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
     def finish(output: str) -> Any:
@@ -302,10 +302,10 @@ def test_twenty_kills_change_nothing() -> None:
             while count_trials(Path("killed.yml.trials")) < wanted:
                 assert process.poll() is None
                 time.sleep(0.02)
-            time.sleep(rng.uniform(0, 0.2))
+            time.sleep(rng.uniform(0, 0.05))  # some trials take no longer
             process.kill()
         assert process.returncode == -signal.SIGKILL
-    assert 20 <= count_trials(Path("killed.yml.trials")) < 50
+    assert 20 <= count_trials(Path("killed.yml.trials")) < 100
     killed, whole = finish("killed.yml"), finish("whole.yml")
     assert killed["trials"] == whole["trials"]
     assert (killed["best"], killed["held_out"]) == (whole["best"], whole["held_out"])
