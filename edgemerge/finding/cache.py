@@ -14,6 +14,7 @@ from edgemerge.finding.files import (
     ADAPTER_WEIGHTS,
     CONFIG,
     choose_files,
+    is_weights,
     list_choices,
     list_names,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "folder_name",
     "has_client",
     "hub_origin",
+    "is_linked",
     "is_offline",
 ]
 
@@ -124,6 +126,12 @@ def find_doubt(name: HubName, found: Path) -> str | None:
     if choose_files(name, there)[-1] == ADAPTER_WEIGHTS or not TOKENIZERS.isdisjoint(there):
         return None
     return f"the hub's cache has no tokenizer of {name}"  # which other programs do not always fetch
+
+
+def is_linked(found: Path) -> bool:
+    """Tell whether a model's weights are links into `blobs/`; else all of it would be fetched once more."""
+    paths = [found] if found.is_file() else [one for one in found.iterdir() if is_weights(one.name)]
+    return all(path.is_symlink() for path in paths)
 
 
 def _snapshot(name: HubName) -> Path | None:

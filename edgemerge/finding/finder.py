@@ -6,9 +6,8 @@ import os
 import shutil
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edgemerge.errors import RecipeError, RuntimeFailure
 from edgemerge.finding import cache
@@ -18,9 +17,6 @@ from edgemerge.remote.stand_ins import is_address
 from edgemerge.sizes import format_size
 from edgemerge.suggestions import suggest_path
 from edgemerge.types import Progress
-
-if TYPE_CHECKING:
-    from edgemerge.finding.fetch import RemoteFile
 
 __all__ = ["Finder"]
 
@@ -65,6 +61,7 @@ class Finder:
     spill: Path | None = None
     keep: Path | None = None
     say: Callable[[str], None] = _say_nothing
+    _settled: dict[HubName, Path] = field(default_factory=dict, compare=False, repr=False)
 
     def find_path(self, name: str, folders: Collection[Path] = (Path(),)) -> Path | None:
         """Look for a file or folder in some folders, then in that of the models; no links are followed.
@@ -132,27 +129,30 @@ class Finder:
             raise RecipeError(f"no file or folder {text!r}{hint}")
         if found := cache.find_cached(name):
             doubt = cache.find_doubt(name, found)
-            return found if doubt is None else self._settle(name, found, doubt)
+            if doubt is None:
+                return found
+            if name not in self._settled:  # a search and slices name a model many times
+                self._settled[name] = self._settle(name, found, doubt)
+            return self._settled[name]
         self._check_may_fetch(name, text)
         return self._fetch(name)
 
     def _settle(self, name: HubName, found: Path, doubt: str) -> Path:
         """Fetch what the hub has beyond the cache at the same commit, if it may be asked; else say so."""
-        if cache.is_offline() or not self.download:
-            remedy = "" if cache.is_offline() else "; --download asks the hub for more"
-            self.say(f"{doubt}{remedy}")
+        if cache.is_offline() or not cache.is_linked(found):
+            self.say(doubt)
             return found
-        from edgemerge.finding.fetch import list_files
-
+        if not self.download:
+            self.say(f"{doubt}; --download asks the hub for more")
+            return found
         origin = cache.hub_origin(found)
         assert origin is not None
         pinned = name._replace(revision=origin.commit)
         try:
-            listed = list_files(pinned)
+            return self._fetch(pinned)
         except (RecipeError, RuntimeFailure) as error:
             self.say(f"{doubt}, and {error}")
             return found
-        return self._fetch(pinned, listed)
 
     def _stream(self, text: str, revision: str | None) -> Path:
         if not self.streams:
@@ -183,11 +183,11 @@ class Finder:
                 f"--download to fetch it, or run: {_command(name)}"
             )
 
-    def _fetch(self, name: HubName, listed: tuple[str, list[RemoteFile]] | None = None) -> Path:
-        """Fetch what is read of a model; `listed`: what `list_files` said of it, if it was asked."""
+    def _fetch(self, name: HubName) -> Path:
+        """Fetch what is read of a model."""
         from edgemerge.finding.fetch import bytes_there, fetch_files, list_files
 
-        commit, there = listed or list_files(name)
+        commit, there = list_files(name)
         by_path = {file.path: file for file in there}
         files = [by_path[path] for path in choose_files(name, by_path)]
         total = sum(file.n_bytes for file in files)

@@ -76,7 +76,7 @@ def keep_file(
             _check_room(folder, n_bytes - os.fstat(file.fileno()).st_size)
             try:
                 digest = _fetch(remote, file.fileno(), progress)
-                if sha256 is None:
+                if sha256 is None and is_pinned:
                     _check_unchanged(remote)
             except FormatError as error:
                 if str(error).endswith(CHANGED):

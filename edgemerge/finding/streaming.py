@@ -50,6 +50,7 @@ _ON_HUB = re.compile(
     r"(?::(?P<type>[^/]+))?(?:/(?P<file>.+))?",
     re.ASCII,
 )
+_COMMIT = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 # A plus ends an address where another one follows, which may have a weight.
 _NEXT = re.compile(r"\+(?=(?:[-+0-9.e]+\*)?[a-z][a-z0-9+.-]*://)", re.ASCII | re.IGNORECASE)
 _WEIGHT = re.compile(r"(?P<weight>[-+0-9.e]+\*)?(?P<address>.+)", re.ASCII | re.IGNORECASE)
@@ -143,7 +144,7 @@ class Streamer:
         from edgemerge.finding.fetch import find_repository
 
         found = find_repository(name)
-        if not cache.COMMIT.fullmatch(found.commit):  # it becomes the name of a folder
+        if not _COMMIT.fullmatch(found.commit):  # it becomes the name of a folder
             raise RecipeError(f"{name.repo} has no commit on {found.endpoint}; check HF_ENDPOINT")
         by_path = {one.path: one for one in found.files}
         files = choose_files(name, by_path) if file is None else _parts_of(name, file, by_path)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from edgemerge.errors import OutputError
 from edgemerge.experts import Mixture
 from edgemerge.formats.mixture import MixtureSource, open_mixture
 from edgemerge.output.journal import journal_path
@@ -39,7 +40,14 @@ def open_with_gates(
 
     made = output.with_name(output.name + ".base") / "base.gguf"
     names = {made.name, journal_path(made).name}
-    with OutputFolder(made.parent, names) as beside:  # takes over what a killed run left
+    with ExitStack() as folder:
+        try:  # takes over what a killed run left
+            beside = folder.enter_context(OutputFolder(made.parent, names))
+        except OutputError as error:
+            error.add_note(
+                "a copy of the base is made there for a while; or give the base as a GGUF"
+            )
+            raise
         made = beside.staging / made.name
         copy = Recipe(
             "passthrough",

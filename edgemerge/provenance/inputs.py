@@ -184,7 +184,7 @@ def _open_mixture(
 ) -> Source:
     """Open a mixture, whose gates are made again; beside it, where its base has to become a GGUF."""
     if merge_one is not None:
-        return open_with_gates(recipe, mixture, path.absolute().parent, stack, merge_one)
+        return open_with_gates(recipe, mixture, path.absolute(), stack, merge_one)
     if mixture.runs_base and mixture.base.is_dir():
         raise VerificationError(
             "has gates of what its base computes, which llama.cpp can tell of a GGUF file and not of a "

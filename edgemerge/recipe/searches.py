@@ -185,6 +185,12 @@ class SearchRecipe:
             self._fail(f"log of {name} is {brief(is_log)}; it must be true or false", name)
         if not low < high:
             self._fail(f"the search of {name} goes from {low:g} to {high:g}; give LOW < HIGH", name)
+        if f"{low:.{DIGITS}g}" == f"{high:.{DIGITS}g}":  # all values would be rounded to one
+            self._fail(
+                f"the search of {name} goes from {low!r} to {high!r}, one value to {DIGITS} digits; give "
+                "bounds further apart",
+                name,
+            )
         if is_log and low <= 0:
             self._fail(f"log of {name} needs a range above 0, not from {low:g}", name)
         middle = math.sqrt(low) * math.sqrt(high) if is_log else (low + high) / 2

@@ -147,10 +147,15 @@ class StandIns:
 
         self._make_folder(path)
         fd, made = tempfile.mkstemp(dir=path.parent)
-        with open(fd, "wb") as file:
-            file.write(raw)
-            file.truncate(n_bytes)
-        os.replace(made, path)
+        try:
+            with open(fd, "wb") as file:
+                file.write(raw)
+                file.truncate(n_bytes)
+            os.replace(made, path)
+        except OSError:
+            os.unlink(made)
+            raise
+        _made.add(path)
 
     def _link(self, path: Path, target: Path) -> None:
         """Let a path lead to where a file is kept."""
@@ -164,12 +169,12 @@ class StandIns:
             self._make_folder(path)
             with suppress(FileExistsError):  # another process has just made it
                 path.symlink_to(target)
+                _made.add(path)
 
     def _make_folder(self, path: Path) -> None:
         """Make the folder of what is to be made, and have all of it removed when the process ends."""
         if not _made:
             atexit.register(_remove_made)
-        _made.add(path)
         for folder in path.parents:
             if not folder.exists() or any(folder.is_relative_to(root) for root in self.roots):
                 _made.add(folder)

@@ -38,8 +38,9 @@ SEEN = frozenset(
 ID = re.compile(rf"[0-9a-f]{{{ID_DIGITS}}}")
 ANSWERS = re.compile(rf"({ID.pattern})-[0-9a-f]+\.json.*")
 FETCHED = re.compile(r"[a-z0-9._-]+-[0-9.]+(\.delta)?\.gguf(\.[0-9a-f]{16}\.part)?")
-# Merges of updates with what lies beside them, as copies of bases do for a while, and merges of the page.
-WORK = re.compile(rf"{ID.pattern}\.gguf.*|page-.*")
+# Merges of updates with what lies beside them, as copies of bases do for a while, and merges of the page;
+# `.edgemerge-` began the copies of earlier versions.
+WORK = re.compile(rf"{ID.pattern}\.gguf.*|page-.*|\.edgemerge-.*")
 NOBODYS = re.compile(r"\..*|lost\+found")  # as a new disk or git has them, and updates leave them
 
 

@@ -244,8 +244,10 @@ def test_the_only_gguf_of_the_cache_does_not_stand_for_a_directory_of_the_hub(
     assert gguf is not None
     said: list[str] = []
     doubt = "org/name is taken to be m-Q4_K_M.gguf, the only GGUF of it in the hub's cache"
-    assert Finder(say=said.append).find_on_hub("org/name") == gguf
-    assert said.pop() == f"{doubt}; --download asks the hub for more"
+    finder = Finder(say=said.append)
+    assert finder.find_on_hub("org/name") == finder.find_on_hub("org/name") == gguf
+    assert said == [f"{doubt}; --download asks the hub for more"]
+    said.clear()
     with monkeypatch.context() as away:
         away.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
         assert Finder(download=True, say=said.append).find_on_hub("org/name") == gguf
@@ -253,6 +255,15 @@ def test_the_only_gguf_of_the_cache_does_not_stand_for_a_directory_of_the_hub(
         away.setattr(constants, "HF_HUB_OFFLINE", True)
         assert Finder(download=True, say=said.append).find_on_hub("org/name") == gguf
         assert said.pop() == doubt
+    blob = gguf.resolve()
+    gguf.unlink()
+    shutil.copyfile(
+        blob, gguf
+    )  # a copy of a cache has no links, and all of it would be fetched again
+    assert Finder(download=True, say=said.append).find_on_hub("org/name") == gguf
+    assert said.pop() == doubt
+    gguf.unlink()
+    gguf.symlink_to(blob)
     hub.add_revision("org/name", "main", make_model(tmp_path / "newer", 2))
     folder = Finder(download=True, say=said.append).find_on_hub("org/name")
     assert folder == gguf.parent  # of the commit that the cache has

@@ -143,7 +143,14 @@ def test_a_directory_becomes_a_gguf_that_llama_cpp_can_run(
     made = make(tmp_path, base, experts, gate_mode="hidden")
     with pytest.raises(VerificationError, match="check it by edgemerge verify"):
         check_inputs(made, [base, other])
-    check_inputs(made, [base, other], merge_one=merge)
+    folders = list[Path]()
+
+    def merge_one(recipe: Recipe, output: Path) -> None:
+        folders.append(output.parent)
+        merge(recipe, output)
+
+    check_inputs(made, [base, other], merge_one=merge_one)
+    assert folders == [tmp_path / "out.gguf.base.part"]
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["base.gguf", "mixture.yml", "models", "out.gguf"]
 

@@ -24,7 +24,7 @@ _ADDRESS = re.compile(
     re.ASCII | re.IGNORECASE | re.DOTALL,
 )
 # A user's ~/.ssh/config may give a host to a shell, or to a program that would take -x for an option.
-_SSH_HOST = re.compile(r"\[[0-9a-f:.]+\]|\w[\w.-]*", re.ASCII | re.IGNORECASE)
+_SSH_HOST = re.compile(r"\[[0-9a-f:.]+\]|\w[\w.-]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +72,15 @@ def read_store_address(text: str) -> StoreAddress:
     scheme = match["scheme"].lower() if match else ""
     # A slash in a password ends what is taken for the host, and the rest would be shown.
     is_broken = match is None or (match["port"] and (scheme in S3 or "@" in match["path"]))
-    if match is not None and scheme in SFTP:
-        is_broken = is_broken or not _SSH_HOST.fullmatch(match["host"])
     if match is None or is_broken:
         raise RecipeError(
             "an address cannot be read; give one such as s3://BUCKET/KEY or sftp://USER@HOST/PATH, and "
             "write / and @ of a login as %2F and %40"
+        )
+    if scheme in SFTP and not _SSH_HOST.fullmatch(match["host"]):
+        raise RecipeError(
+            "an address of sftp:// has a host that is no plain name; give it an alias of letters, digits, "
+            "'.', '-' and '_' in ~/.ssh/config"
         )
     if scheme in NO_STORES:
         raise RecipeError(
