@@ -16,9 +16,9 @@ def describe_made(output: Path) -> dict[str, Any]:
     """Read a finished output's own provenance, and add what it leaves out: versions, machine, date."""
     from importlib.metadata import version
 
+    from edgemerge.finding.json_objects import parse_object
     from edgemerge.formats import open_model
     from edgemerge.formats.inspection import read_provenance
-    from edgemerge.json_objects import parse_object
 
     with closing(open_model(output)) as source:
         provenance = read_provenance(source.metadata())

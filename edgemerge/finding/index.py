@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError
-from edgemerge.json_objects import parse_object
+from edgemerge.finding.json_objects import parse_object
 
 __all__ = ["INDEX", "MAX_INDEX_BYTES", "MAX_NAME", "parse_index"]
 

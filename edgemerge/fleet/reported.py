@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError
-from edgemerge.json_objects import parse_object
+from edgemerge.finding.json_objects import parse_object
 from edgemerge.plain_text import plain
 
 __all__ = ["OUTCOMES", "DeviceReport", "ReportedModel", "Settled", "TaskScore"]

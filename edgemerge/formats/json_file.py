@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError
+from edgemerge.finding.json_objects import MAX_VALUES, parse_object
 from edgemerge.formats.files import read_bounded
-from edgemerge.json_objects import MAX_VALUES, parse_object
 
 __all__ = ["MAX_BYTES", "MAX_VALUES", "read_object", "read_text"]
 

@@ -19,12 +19,12 @@ from isal.isal_zlib import crc32
 
 from edgemerge.errors import VerificationError
 from edgemerge.experts import MIXTURE_PATH, ExpertInput, Mixture
+from edgemerge.finding.json_objects import parse_object
 from edgemerge.formats import open_model
 from edgemerge.formats.adapters.delta import DELTA
 from edgemerge.formats.adapters.reference import model_name
 from edgemerge.formats.inspection import Provenance, read_provenance
 from edgemerge.formats.mixture import open_mixture
-from edgemerge.json_objects import parse_object
 from edgemerge.methods.table import find_method
 from edgemerge.planning.differences import join_stacks, list_changes
 from edgemerge.planning.jobs import draft_jobs

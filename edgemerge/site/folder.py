@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError, OutputError, RecipeError
+from edgemerge.finding.json_objects import parse_object
 from edgemerge.formats.json_file import read_object
-from edgemerge.json_objects import parse_object
 from edgemerge.output.file import finishing, sync_folder, write_file
 from edgemerge.site import ownership
 from edgemerge.site.lock import lock_folder

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import FormatError
+from edgemerge.finding.json_objects import parse_object
 from edgemerge.formats.byte_file import open_file
 from edgemerge.formats.files import describe_foreign
-from edgemerge.json_objects import parse_object
 
 __all__ = [
     "DTYPE_BITS",
