@@ -36,7 +36,7 @@ processors: .venv/ready-dev  ## run the tests of codecs, kernels and methods as 
 bench: .venv/ready-dev  ## measure everything and rewrite the tables of docs/ and benchmarks/ (ARGS picks, as 'merge quality'; 7b, serve, llama, methods, quality135 and arm only when asked for)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through mergekit, llama.cpp's converter and quantiser; half an hour (ARGS=recipes: public recipes through mergekit; ARGS='server MODEL.gguf': serve beside llama-server)
+bench-peers: .venv/ready-dev .venv-peers/ready  ## the same merges through mergekit, llama.cpp's converter and quantiser; half an hour (ARGS=recipes: public recipes through mergekit; ARGS='server MODEL.gguf': serve beside llama-server; ARGS='llama MODEL.gguf': bench beside llama-bench)
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),merge) --peers .venv-peers
 
 rpc: .venv/ready-run  ## build ggml's RPC backend beside the installed llama.cpp: models split over several boards

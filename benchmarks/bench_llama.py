@@ -1,11 +1,11 @@
 """Tokens per second of `edgemerge bench` beside llama.cpp's own llama-bench: the two have to agree.
 
-    benchmarks/bench_llama.py MODEL.gguf... --llama-bench PATH/llama-bench
-    benchmarks/bench_llama.py MODEL.gguf...         beside raw llama_cpp calls, where there is no llama-bench
+    benchmarks/bench_llama.py MODEL.gguf... --peers .venv-peers
+    benchmarks/bench_llama.py MODEL.gguf...         beside raw llama_cpp calls, without llama-bench
 
-llama-bench has to be of the llama.cpp that llama-cpp-python carries (vendor/llama.cpp in its source), built
-with the flags of tools/llama/build-wheel, or linked with the very libraries of the wheel. Both take turns,
-each in a fresh process with the same environment, so that what else the machine does hits both alike.
+llama-bench is of the llama.cpp that llama-cpp-python carries, and runs with the very libraries of the
+installed wheel. Both take turns, each in a fresh process with the same environment, so that what else the
+machine does hits both alike.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from measure import machine, run, table
+import llama_cpp
+from measure import llama_program, machine, run, table
 
 from edgemerge.runtime.bench.bench import BenchSettings, bench_model
 
@@ -72,13 +73,16 @@ def ours(model: Path, options: argparse.Namespace) -> Rates:
 
 def theirs(model: Path, options: argparse.Namespace) -> Rates:
     numbers = [options.n_prompt, options.n_gen, options.repetitions, options.threads]
-    if options.llama_bench is None:
+    if options.peers is None:
         output = run([sys.executable, "-c", RAW, model, *map(str, numbers)]).output
         prompt, generation = json.loads(output.splitlines()[-1])
         return prompt, generation
+    program = llama_program("llama-bench", options.peers)
     words = ["-p", "-n", "-r", "-t"]
     flags = [part for pair in zip(words, map(str, numbers), strict=True) for part in pair]
-    output = run([options.llama_bench, "-m", model, *flags, "-o", "json"]).output
+    # llama-bench looks for libllama beside itself after it looked here
+    libraries = {"LD_LIBRARY_PATH": str(Path(llama_cpp.__file__).with_name("lib"))}
+    output = run([program, "-m", model, *flags, "-o", "json"], libraries).output
     prompt, generation = json.loads(output[output.index("[") :])
     return prompt["samples_ts"], generation["samples_ts"]
 
@@ -111,7 +115,11 @@ def compare(model: Path, options: argparse.Namespace) -> list[dict[str, object]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", type=Path)
-    parser.add_argument("--llama-bench", type=Path, help="the program [default: raw calls]")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        help="where benchmarks/make-llama-programs builds llama-bench [default: raw calls]",
+    )
     parser.add_argument("-p", "--n-prompt", type=int, default=512)
     parser.add_argument("-n", "--n-gen", type=int, default=128)
     parser.add_argument("-r", "--repetitions", type=int, default=3)
@@ -121,7 +129,7 @@ def main() -> None:
     # as edgemerge sets it where nobody has: it changes what waiting threads cost, and so the figures
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     rows = [row for model in options.models for row in compare(model, options)]
-    peer = "llama-bench" if options.llama_bench else "raw calls"
+    peer = "llama-bench" if options.peers else "raw calls"
     header = ["model", "threads", "test", "edgemerge bench, t/s", f"{peer}, t/s"]
     header += ["ratio of medians", "ratio of the best"]
     cells = [

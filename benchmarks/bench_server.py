@@ -16,7 +16,6 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from bench_serve import TIMEOUT, quantile, read_stream, running_server
-from measure import machine, run, table
+from measure import llama_program, machine, table
 
 PLACES, CONTEXT = 16, 8192
 START_SECONDS = 60
@@ -49,12 +48,6 @@ class Seen:
 
     rates: list[float] = field(default_factory=list)  # tokens per second of each round
     first_token_s: list[float] = field(default_factory=list)
-
-
-def make_llama_server(peers: Path) -> Path:
-    """Build the program, where that was not done before."""
-    run([Path(__file__).with_name("make-llama-server"), peers, sys.executable])
-    return peers / "llama-server" / "bin" / "llama-server"
 
 
 @contextmanager
@@ -190,13 +183,13 @@ def main() -> None:
     parser.add_argument("model", help="GGUF file with a chat template")
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--llama-server", type=Path, help="the program")
-    place.add_argument("--peers", type=Path, help="where benchmarks/make-llama-server builds it")
+    place.add_argument("--peers", type=Path, help="where benchmarks/make-llama-programs builds it")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=48, help="longest answer")
     options = parser.parse_args()
-    program = options.llama_server or make_llama_server(options.peers)
+    program = options.llama_server or llama_program("llama-server", options.peers)
     settings = {"--threads": options.threads, "--ctx": CONTEXT, "--parallel": PLACES}
     words = [str(word) for pair in settings.items() for word in pair]
     with ExitStack() as stack:

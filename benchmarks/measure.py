@@ -71,6 +71,12 @@ def figures(cost: Cost) -> dict[str, float]:
     return {key: value for key, value in vars(cost).items() if key != "output"}
 
 
+def llama_program(name: str, peers: Path) -> Path:
+    """Return llama-server or llama-bench, built in the folder of peers where that was not done before."""
+    run([ROOT / "benchmarks" / "make-llama-programs", peers, sys.executable])
+    return peers / "llama-programs" / name
+
+
 # -- merges --------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,9 @@ benchmarks/run.py                    all that need nothing
 benchmarks/run.py merge quality      these
 benchmarks/run.py merge --shape zoo  options that run.py does not know go to the one benchmark asked for
 benchmarks/run.py 7b                 only when asked for: needs 18 GB of disk
-benchmarks/run.py serve MODEL.gguf   only when asked for, as llama: what is no benchmark's name goes to it
+benchmarks/run.py serve MODEL.gguf   only when asked for: what is no benchmark's name goes to it
+benchmarks/run.py llama MODEL.gguf --peers .venv-peers
+                                     only when asked for: bench beside llama-bench
 benchmarks/run.py methods            only when asked for: needs 7 GB of disk
 benchmarks/run.py quality135         only when asked for: downloads a model of 93 MB, needs two adapters
 benchmarks/run.py barrier --torch PYTHON

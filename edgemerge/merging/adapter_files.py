@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -10,14 +11,21 @@ import numpy as np
 
 from edgemerge.errors import MismatchError
 from edgemerge.formats.adapters.config import ADAPTER_CONFIG
-from edgemerge.formats.adapters.layout import AdapterLayout, gguf_layout, peft_layout
+from edgemerge.formats.adapters.layout import (
+    AdapterLayout,
+    ExtractedTensor,
+    gguf_layout,
+    peft_layout,
+)
 from edgemerge.formats.adapters.peft import WEIGHTS
 from edgemerge.merging.adapter_parts import AdapterPart, Extracted, GgufParts, Spool
 from edgemerge.merging.peft_parts import PeftParts
 from edgemerge.output.file import OutputFile, finishing, sync_folder
-from edgemerge.types import Source, UInt8
+from edgemerge.types import Float32, Source, UInt8
 
 __all__ = ["encode_part", "output_paths", "write_adapter", "write_peft"]
+
+PIECE = 1 << 18  # numbers that are encoded at once
 
 
 def output_paths(output: Path) -> tuple[Path, ...]:
@@ -127,11 +135,16 @@ def _remove_empty(folder: Path) -> None:
 def _fill(file: OutputFile, layout: AdapterLayout, parts: Sequence[AdapterPart]) -> None:
     file.write(layout.header, 0)
     for part in parts:
-        file.write(encode_part(part), layout.offsets[part.tensor.name])
+        at = layout.offsets[part.tensor.name]
+        for piece in encode_part(part):
+            file.write(piece, at)
+            at += piece.nbytes
 
 
-def encode_part(part: AdapterPart, wider: str = "--type F32, or smaller weights") -> UInt8:
-    """Make a tensor of an adapter, as it is stored.
+def encode_part(
+    part: AdapterPart, wider: str = "--type F32, or smaller weights"
+) -> Iterator[UInt8]:
+    """Make a tensor of an adapter, as it is stored, piece after piece.
 
     Parameters
     ----------
@@ -145,15 +158,22 @@ def encode_part(part: AdapterPart, wider: str = "--type F32, or smaller weights"
     MismatchError
         A value is larger than the type holds.
     """
-    values = part.make()
-    assert values.shape == part.tensor.shape
-    stored = np.dtype({"F32": "<f4", "F16": "<f2"}[part.tensor.dtype])
+    for make in part.makes:
+        values = make()
+        assert values.shape == part.tensor.shape[-values.ndim :]
+        n_rows = max(1, PIECE // math.prod(values.shape[1:]))
+        for i in range(0, len(values), n_rows):
+            yield _encode(values[i : i + n_rows], part.tensor, wider)
+
+
+def _encode(values: Float32, tensor: ExtractedTensor, wider: str) -> UInt8:
+    stored = np.dtype({"F32": "<f4", "F16": "<f2"}[tensor.dtype])
     with np.errstate(over="ignore"):
         raw = np.ascontiguousarray(values).astype(stored, copy=False)
     if not np.isfinite(raw).all():
         remedy = "smaller weights" if stored.itemsize == 4 else wider
         raise MismatchError(
-            f"{part.tensor.name!r} reaches numbers that {part.tensor.dtype} cannot hold; give {remedy}",
-            tensor=part.tensor.name,
+            f"{tensor.name!r} reaches numbers that {tensor.dtype} cannot hold; give {remedy}",
+            tensor=tensor.name,
         )
     return raw.view(np.uint8).reshape(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -61,8 +62,7 @@ class Spool:
         """Read an array back."""
         with self._lock:
             self._file.seek(at)
-            raw = self._file.read(4 * int(np.prod(shape)))
-        return np.frombuffer(raw, np.float32).reshape(shape)
+            return np.fromfile(self._file, np.float32, math.prod(shape)).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +77,10 @@ class Extracted:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPart:
-    """A tensor of the adapter, and what makes it."""
+    """A tensor of the adapter, and what makes it: all of it, or of a stack one expert after the other."""
 
     tensor: ExtractedTensor
-    make: Callable[[], Float32]
+    makes: tuple[Callable[[], Float32], ...]
 
 
 def factor_parts(
@@ -112,15 +112,14 @@ class PartMaker:
         self._dtype, self._alpha = dtype, alpha
 
     def left(self, one: Extracted, rank: int) -> Float32:
-        """Return (n_rows, rank), scaled so that alpha / rank undoes it, with zeros up to the rank."""
+        """Return (n_rows, its rank), scaled so that alpha / rank undoes it."""
         left = self._spool.read(one.left, (one.change.shape[0], one.rank))
-        left = left * np.float32(rank / self._alpha)
-        return np.pad(left, ((0, 0), (0, rank - one.rank)))
+        left *= np.float32(rank / self._alpha)
+        return left
 
-    def right(self, one: Extracted, rank: int) -> Float32:
-        """Return (rank, n_cols), with zeros up to the rank."""
-        right = self._spool.read(one.right, (one.rank, one.change.shape[1]))
-        return np.pad(right, ((0, rank - one.rank), (0, 0)))
+    def right(self, one: Extracted) -> Float32:
+        """Return (its rank, n_cols)."""
+        return self._spool.read(one.right, (one.rank, one.change.shape[1]))
 
     def vector(self, one: Extracted) -> Float32:
         """Return the expert's vector."""
@@ -130,11 +129,11 @@ class PartMaker:
         self,
         name: str,
         shape: tuple[int, ...],
-        make: Callable[[], Float32],
+        *makes: Callable[[], Float32],
         dtype: str | None = None,
     ) -> AdapterPart:
         """Describe a tensor; its type is that of the factors where none is given."""
-        return AdapterPart(ExtractedTensor(name, shape, dtype or self._dtype), make)
+        return AdapterPart(ExtractedTensor(name, shape, dtype or self._dtype), makes)
 
 
 class GgufParts(PartMaker):
@@ -149,7 +148,7 @@ class GgufParts(PartMaker):
             if one.change.number is not None:
                 stacks[name].append(one)
             elif not one.rank and name.endswith("_norm.weight"):
-                parts.append(self.part(name, shape, partial(self.vector, one), "F32"))
+                parts.append(self.part(name, shape, partial(self.vector, one), dtype="F32"))
             elif not one.rank:
                 left_out.append(name)
             else:
@@ -183,34 +182,41 @@ class GgufParts(PartMaker):
         name, (n_rows, n_cols), rank = one.change.name, one.change.shape, one.rank
         if name == EMBEDDING:
             return [
-                self.part(f"{name}.lora_a", (n_rows, rank), lambda: self.left(one, rank)),
-                self.part(f"{name}.lora_b", (n_cols, rank), lambda: self.right(one, rank).T),
+                self.part(f"{name}.lora_a", (n_rows, rank), partial(self.left, one, rank)),
+                self.part(f"{name}.lora_b", (n_cols, rank), lambda: self.right(one).T),
             ]
         return [
-            self.part(f"{name}.lora_a", (rank, n_cols), lambda: self.right(one, rank)),
-            self.part(f"{name}.lora_b", (n_rows, rank), lambda: self.left(one, rank)),
+            self.part(f"{name}.lora_a", (rank, n_cols), partial(self.right, one)),
+            self.part(f"{name}.lora_b", (n_rows, rank), partial(self.left, one, rank)),
         ]
 
     def _gguf_stack(self, name: str, experts: Sequence[Extracted]) -> list[AdapterPart]:
         """Stack experts, those without a change as zeros, all of the highest rank."""
         rank = max(one.rank for one in experts)
         count, (n_rows, n_cols) = experts[0].change.count, experts[0].change.shape
+        changed = {one.change.number or 0: one for one in experts}
 
-        def stack(shape: tuple[int, int], read: Callable[[Extracted, int], Float32]) -> Float32:
-            values = np.zeros((count, *shape), np.float32)
-            for one in experts:
-                values[one.change.number or 0] = read(one, rank)
-            return values
+        def left(number: int) -> Float32:
+            one = changed.get(number)
+            return _with_zeros(None if one is None else self.left(one, rank), (n_rows, rank))
 
+        def right(number: int) -> Float32:
+            one = changed.get(number)
+            return _with_zeros(None if one is None else self.right(one), (rank, n_cols))
+
+        rights = [partial(right, number) for number in range(count)]
+        lefts = [partial(left, number) for number in range(count)]
         return [
-            self.part(
-                f"{name}.lora_a",
-                (count, rank, n_cols),
-                lambda: stack((rank, n_cols), self.right),
-            ),
-            self.part(
-                f"{name}.lora_b",
-                (count, n_rows, rank),
-                lambda: stack((n_rows, rank), self.left),
-            ),
+            self.part(f"{name}.lora_a", (count, rank, n_cols), *rights),
+            self.part(f"{name}.lora_b", (count, n_rows, rank), *lefts),
         ]
+
+
+def _with_zeros(values: Float32 | None, shape: tuple[int, int]) -> Float32:
+    """Return values in the upper left corner of a matrix of that shape."""
+    if values is not None and values.shape == shape:
+        return values
+    whole = np.zeros(shape, np.float32)
+    if values is not None:
+        whole[: values.shape[0], : values.shape[1]] = values
+    return whole

@@ -145,7 +145,7 @@ def combine(
             ranks[pair.module] = len(a)
             for name, values in zip(pair.names, (a, b), strict=True):
                 make = partial(spool.read, spool.add(values), values.shape)
-                parts.append(AdapterPart(ExtractedTensor(name, values.shape, dtype), make))
+                parts.append(AdapterPart(ExtractedTensor(name, values.shape, dtype), (make,)))
             if progress is not None:
                 progress(i + 1, len(uses))
         config = json.dumps(opened[0].combined_config(ranks), indent=2) + "\n"

@@ -25,25 +25,14 @@ RunAll: TypeAlias = Callable[
 
 
 def factor_needs(listed: Sequence[Change], rank: int | None) -> list[int]:
-    """Return the bytes that factors take: each matrix's while they are found, each stack's while written.
-
-    Nothing without a rank.
-    """
+    """Return the bytes that each matrix's factors take while they are found; nothing without a rank."""
     if rank is None:
         return []
-    found = [
+    return [
         need_bytes((one.shape[0], one.shape[1]), rank) + one.block_bytes()
         for one in listed
         if not one.is_vector
     ]
-    return found + [_stack_bytes(one, rank) for one in listed if one.number is not None]
-
-
-def _stack_bytes(expert: Change, rank: int) -> int:
-    """Return the bytes that the larger factor of a stack takes."""
-    one = min(rank, *expert.shape) * max(expert.shape)
-    whole = 4 + 2 + 1  # for each element: float32, F16, whether it is finite
-    return whole * expert.count * one + 3 * 4 * one  # of one expert: read, scaled, padded
 
 
 def low_rank_forms(

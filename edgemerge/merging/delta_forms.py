@@ -196,7 +196,8 @@ class LowRankForm:
     def write(self, outs: Outs, stop: threading.Event) -> float:
         """Write them, and return how much of the energy they lack."""
         for part in self.parts:
-            outs[part.tensor.name].add(encode_part(part, "--bits"))
+            for piece in encode_part(part, "--bits"):
+                outs[part.tensor.name].add(piece)
         return self.lost
 
 

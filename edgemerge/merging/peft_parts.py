@@ -79,7 +79,9 @@ class PeftParts(PartMaker):
             if end == "weight":
                 saved.append(module)
             stored = f"{FRONT}{module}.{'base_layer.bias' if end == 'bias' else end}"
-            parts.append(self.part(stored, one.change.shape, self._hub_vector(one, target), "F32"))
+            parts.append(
+                self.part(stored, one.change.shape, self._hub_vector(one, target), dtype="F32")
+            )
         if not parts:
             raise MismatchError(
                 f"no change of {self._base.path} has a place in PEFT's adapters, such as that of "
@@ -146,7 +148,7 @@ class PeftParts(PartMaker):
         def left() -> Float32:
             values, begin = np.zeros((n_rows, rank), np.float32), 0
             for one, target in changes:
-                own = self.left(one, rank)[: target.n_rows, : one.rank]
+                own = self.left(one, rank)[: target.n_rows]
                 if target.factors is not None:
                     target.factors.undo(own, 0)
                 rows = target.stored_row + target.order.rows(0, target.n_rows)
@@ -155,9 +157,7 @@ class PeftParts(PartMaker):
             return values
 
         def right() -> Float32:
-            parts = [
-                target.order.undo_columns(self.right(one, one.rank)) for one, target in changes
-            ]
+            parts = [target.order.undo_columns(self.right(one)) for one, target in changes]
             return np.concatenate(parts)
 
         if first.change.name in EMBEDDINGS:

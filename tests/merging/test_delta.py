@@ -305,8 +305,8 @@ def test_an_output_is_guarded(pair: Pair, tmp_path: Path) -> None:
 # -- factors ---------------------------------------------------------------------------------------
 
 
-def test_the_factors_of_a_stack_are_counted_whole(tmp_path: Path) -> None:
-    """Fault: only what one expert takes was counted, and all workers write whole stacks."""
+def test_the_factors_of_a_stack_are_never_in_memory_whole(tmp_path: Path) -> None:
+    """Fault: only what one expert takes was counted, and workers wrote whole stacks."""
     count, rank, shape, nothing = 512, 32, (256, 128), cast("Source", None)
     spec = TensorSpec("blk.0.ffn_up_exps.weight", (count, *shape), "F32", 4 * count * 256 * 128)
     experts = [
@@ -318,7 +318,7 @@ def test_the_factors_of_a_stack_are_counted_whole(tmp_path: Path) -> None:
         found = [Extracted(one, rank, at, at) for one in experts]
         for part in factor_parts(nothing, found, spool, "F16", 1.0):
             tracemalloc.start()
-            encode_part(part)
+            assert sum(piece.nbytes for piece in encode_part(part)) == part.tensor.spec.nbytes
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             assert peak <= max(factor_needs(experts, rank)) + 10_000
@@ -328,7 +328,7 @@ def test_a_factor_that_is_too_large_has_a_remedy_that_delta_knows() -> None:
     """Fault: it was --type, which belongs to extract."""
     name, measured = "blk.0.attn_q.weight.lora_a", cast("Measured", None)
     values = np.full((2, 2), 1e6, np.float32)
-    part = AdapterPart(ExtractedTensor(name, (2, 2), "F16"), lambda: values)
+    part = AdapterPart(ExtractedTensor(name, (2, 2), "F16"), (lambda: values,))
     form = LowRankForm(measured, [part], 0.0, 1.0)
     with pytest.raises(MismatchError, match="that F16 cannot hold; give --bits"):
         form.write({name: TensorOut(lambda _raw, _at: None, 0)}, threading.Event())

@@ -113,7 +113,7 @@ def _weights(counts: Sequence[int], how: str) -> list[float]:
 
 def _write(folder: Path, arrays: Arrays, config: Mapping[str, Any]) -> Path:
     parts = [
-        AdapterPart(ExtractedTensor(name, values.shape, "F32"), partial(np.asarray, values))
+        AdapterPart(ExtractedTensor(name, values.shape, "F32"), (partial(np.asarray, values),))
         for name, values in arrays.items()
     ]
     write_peft(folder, parts, json.dumps(dict(config)).encode())

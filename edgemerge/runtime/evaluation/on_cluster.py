@@ -89,7 +89,8 @@ def run_on_cluster(
     Raises
     ------
     ClusterError
-        There is no worker, or one cannot do the work; the sentence names it.
+        There is no worker, or one cannot do the work; the sentence names it. Or a link leads elsewhere than
+        when the request was made.
     """
     sent = replace(  # workers have other folders to work in
         request,
@@ -98,6 +99,9 @@ def run_on_cluster(
     )
     loras = tuple(replace(lora, path=lora.path.absolute()) for lora in loras)
     quiz = Shared(make_quiz(sent, gpu_layers, loras))
+    for path in (*request.models, *request.texts):  # which workers open as they were given
+        if request.leads_elsewhere(path):
+            raise ClusterError(f"{path} leads to another file than at the start; run it again")
     parts = list(_cut(request, results))
     processors: set[str] = set()
 

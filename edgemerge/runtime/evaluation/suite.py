@@ -90,6 +90,10 @@ class Request:
         is_alone = len(parts_of(path)) == 1  # the parts of a split are found by their names
         return real if is_alone and str(real) != os.path.abspath(path) else path
 
+    def leads_elsewhere(self, path: Path) -> bool:
+        """Say whether a model's or text's path is a link that was moved since this was made."""
+        return _follow(path) != self.real[path]
+
     def job_of(self, model: Path, what: Task | Path) -> str:
         """Name a model's results on a task (its file and name) or on a text."""
         if isinstance(what, Path):

@@ -6,10 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from edgemerge.cluster.connection import Connection
+from edgemerge.errors import ClusterError
+from edgemerge.runtime.evaluation import on_cluster
+from edgemerge.runtime.evaluation.on_cluster import run_on_cluster
+from edgemerge.runtime.evaluation.results import Results
+from edgemerge.runtime.evaluation.suite import Request
+from tests.runtime.evaluation.test_suite import no_bar
 from tests.support.dask_cluster import dask_cluster
 from tests.support.places import TESTS
 from tests.support.tiny_gguf import write_tiny_gguf
@@ -40,3 +47,24 @@ def test_a_cluster_gives_the_same_scores(tmp_path: Path) -> None:
     with dask_cluster(tmp_path, 2) as cluster:
         shared = evaluate(tmp_path, "shared.json", "--ctx", "128", "--cluster", cluster.address)
     assert shared == alone
+
+
+def test_a_link_that_moves_before_workers_open_it_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: what it led to then was scored, under the name of what it led to at first."""
+    for number in range(2):
+        (tmp_path / f"{number}.gguf").write_bytes(b"%d" % number)
+    current = tmp_path / "current.gguf"
+    current.symlink_to("0.gguf")
+    request = Request((current,), (), (), None)
+
+    def promote(*_: object) -> None:
+        current.unlink()
+        current.symlink_to("1.gguf")
+
+    monkeypatch.setattr(on_cluster, "make_quiz", promote)
+    with Results() as results, pytest.raises(ClusterError, match=r"current\.gguf leads to another"):
+        run_on_cluster(
+            request, results, cast("Connection", None), no_bar, gpu_layers=None, loras=()
+        )
