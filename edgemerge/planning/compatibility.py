@@ -66,15 +66,15 @@ def is_scale(name: str, source: Source) -> bool:
     return name.endswith((".scale", ".input_scale"))
 
 
-def layer_settings(metadata: Mapping[str, bytes], n_layers: object) -> list[str]:
-    """List the hyper-parameters that are arrays with an entry per layer."""
+def layer_settings(metadata: Mapping[str, bytes], n_layers: object) -> dict[str, Array]:
+    """Return the hyper-parameters that are arrays with an entry per layer."""
     others = ("tokenizer.", "general.", "edgemerge.")
     own = (key for key in metadata if not key.startswith(others))
-    return [
-        key
+    return {
+        key: value
         for key in own
         if isinstance(value := get_value(metadata, key), Array) and len(value) == n_layers
-    ]
+    }
 
 
 def check_models(

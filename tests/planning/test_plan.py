@@ -326,10 +326,43 @@ def test_a_range_beyond_the_model_is_refused() -> None:
     assert str(caught.value) == "layer_range [0, 3] goes past the 2 layers of /m/a"
 
 
-def test_slices_of_a_model_with_settings_per_layer_are_refused() -> None:
-    per_layer: dict[str, tuple[Any, str]] = {"llama.attention.head_count_kv": ([2, 2], "[u32]")}
+def with_windows(path: Path, *windows: bool) -> FakeSource:
+    key = "llama.attention.sliding_window_pattern"
+    return FakeSource(path, metadata={key: (list(windows), "[bool]")})
+
+
+@pytest.mark.parametrize(
+    ("ranges", "sources"),
+    [
+        ([(A, 0, 2), (A, 0, 1)], [with_windows(A, True, True)]),
+        ([(A, 1, 2), (A, 0, 1)], [with_windows(A, True, False)]),
+        ([(A, 0, 1), (A, 0, 1)], [with_windows(A, True, False)]),
+        ([(A, 0, 1), (B, 0, 1)], [with_windows(A, True, False), with_windows(B, True, False)]),
+        ([(A, 0, 1), (B, 0, 1)], [with_windows(A, True, False)]),
+    ],
+)
+def test_slices_that_move_layers_with_settings_of_their_own_are_refused(
+    ranges: list[tuple[Path, int, int]], sources: list[FakeSource]
+) -> None:
+    """Fault: as many layers in another order kept the settings in the old one."""
     with pytest.raises(RecipeError, match="settings per layer, which slices cannot re-order"):
-        planned(stack((A, 0, 2), (A, 0, 1)), FakeSource(A, metadata=per_layer))
+        planned(stack(*ranges), *sources)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "sources"),
+    [
+        ([(A, 0, 1), (A, 1, 2)], [with_windows(A, True, False)]),
+        ([(A, 1, 2), (A, 0, 1)], [with_windows(A, True, True)]),
+        ([(A, 0, 1), (B, 0, 1)], [with_windows(A, True, False), with_windows(B, False, True)]),
+    ],
+)
+def test_slices_that_find_the_settings_they_had_are_merged(
+    ranges: list[tuple[Path, int, int]], sources: list[FakeSource]
+) -> None:
+    plan = planned(stack(*ranges), *sources)
+    key = "llama.attention.sliding_window_pattern"
+    assert plan.metadata[key] == sources[0].metadata()[key]
 
 
 # -- metadata --------------------------------------------------------------------------------------
