@@ -48,6 +48,14 @@ TELLING_KEYS = (
     "{}.attention.layer_norm_rms_epsilon",
     "{}.attention.sliding_window",
 )
+# Values that llama.cpp's `load_hparams` computes with where a model lacks the key.
+UNSTATED: Mapping[str, tuple[float | str, ...]] = {
+    "{}.rope.freq_base": (10000.0,),
+    "{}.rope.scaling.type": ("none", "linear"),  # linear by a factor that is 1
+    "{}.rope.scaling.factor": (0.0, 1.0),
+    "{}.attention.sliding_window": (0,),
+    "gemma2.attention.sliding_window": (4096,),
+}
 LAYOUT_KEY = "{}.tensor_data_layout"
 KNOWN_LAYOUTS = (None, "Meta AI original pth")
 LEARNT_SCALES = ("ffn_gate_inp.scale", "ffn_down_exps.scale")  # in Gemma 4
@@ -132,17 +140,23 @@ def check_models(
 def _check_hyper_parameters(first: Source, other: Source, notes: list[str]) -> None:
     for pattern in DECISIVE_KEYS + TELLING_KEYS:
         key = pattern.format(first.architecture)
-        ours, theirs = first.metadata().get(key), other.metadata().get(key)
-        if ours is None or theirs is None or ours == theirs:
+        if first.metadata().get(key) == other.metadata().get(key):
             continue
         left, right = get_value(first.metadata(), key), get_value(other.metadata(), key)
         if left == right:  # the same number in another integer type
             continue
+        is_stated_once = left is None or right is None
         if pattern in DECISIVE_KEYS:
+            if is_stated_once:
+                continue
             raise MismatchError(
                 f"{key} is {left} in {first.path} and {right} in {other.path}; "
                 "only fine-tunes of one base can be merged"
             )
+        unstated = (None, *UNSTATED.get(key, UNSTATED.get(pattern, ())))
+        if is_stated_once and left in unstated and right in unstated:
+            continue
+        left, right = ("absent" if value is None else value for value in (left, right))
         notes.append(
             f"{key} is {left} in {folder_name(first.path)} and {right} in {folder_name(other.path)}"
         )

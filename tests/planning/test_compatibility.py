@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from edgemerge.errors import FormatError, MismatchError
@@ -76,6 +78,50 @@ def test_vocabularies_that_have_little_in_common() -> None:
 )
 def test_what_a_merge_survives_is_a_note(other: FakeSource, note: str) -> None:
     assert check_models([BASE, other]) == [note]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("rope.scaling.type", "yarn", "str"),
+        ("rope.scaling.factor", 4.0, "f32"),
+        ("rope.freq_base", 500000.0, "f32"),
+        ("attention.sliding_window", 1024, "u32"),
+    ],
+)
+def test_what_only_one_model_states_is_a_note(key: str, value: Any, kind: str) -> None:
+    """Fault: a tune for long texts lost its rope scaling without a word."""
+    other = FakeSource("/models/a", metadata={f"llama.{key}": (value, kind)})
+    assert check_models([BASE, other]) == [f"llama.{key} is absent in base and {value} in a"]
+    assert check_models([other, BASE]) == [f"llama.{key} is {value} in a and absent in base"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "value", "kind"),
+    [
+        ("llama", "rope.scaling.type", "none", "str"),
+        ("llama", "rope.scaling.type", "linear", "str"),
+        ("llama", "rope.scaling.factor", 1.0, "f32"),
+        ("llama", "rope.freq_base", 10000.0, "f32"),
+        ("llama", "attention.sliding_window", 0, "u32"),
+        ("gemma2", "attention.sliding_window", 4096, "u32"),
+        (
+            "llama",
+            "attention.key_length",
+            64,
+            "u32",
+        ),  # which follows from others where it is absent
+    ],
+)
+def test_stating_what_goes_without_saying_is_no_difference(
+    architecture: str, key: str, value: Any, kind: str
+) -> None:
+    stated = {f"{architecture}.{key}": (value, kind)}
+    models = [
+        FakeSource("/models/base", architecture=architecture),
+        FakeSource("/models/a", architecture=architecture, metadata=stated),
+    ]
+    assert check_models(models) == check_models(models[::-1]) == []
 
 
 def test_constants_that_are_not_the_same_are_a_note() -> None:
