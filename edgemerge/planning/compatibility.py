@@ -19,6 +19,7 @@ __all__ = [
     "check_scaled_output",
     "find_head",
     "find_tensor",
+    "has_elements",
     "is_scale",
     "layer_settings",
     "missing_tensor",
@@ -207,6 +208,22 @@ def same_shape(
             "merged",
             tensor=left.name,
             shapes=(left.shape, right.shape),
+        )
+
+
+def has_elements(spec: TensorSpec, model: Source) -> None:
+    """Refuse a tensor that holds nothing.
+
+    Raises
+    ------
+    MismatchError
+        One of its dimensions is 0.
+    """
+    if 0 in spec.shape:
+        raise MismatchError(
+            f"tensor {spec.name!r} of {model.path} has the shape {_show(spec.shape)}, which holds nothing; "
+            "get that model again",
+            tensor=spec.name,
         )
 
 
