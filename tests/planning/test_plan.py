@@ -11,7 +11,7 @@ from edgemerge.errors import BudgetError, EdgemergeError, MismatchError, RecipeE
 from edgemerge.formats.gguf.metadata import Value, get_value
 from edgemerge.planning.plan import DEFAULT_MEMORY, make_plan
 from edgemerge.types import ModelInput, Plan, Recipe, Rule, Slice, TensorJob
-from tests.support.fake_source import FakeSource, by_path, tensor
+from tests.support.fake_source import AdaptedFake, FakeSource, by_path, tensor
 
 BASE, A, B = Path("/m/base"), Path("/m/a"), Path("/m/b")
 WEIGHT = {"weight": (Rule(1.0),)}
@@ -287,6 +287,20 @@ def test_constants_are_copied_from_the_first_model_and_may_be_missing_elsewhere(
     found = job(plan, "rope_freqs.weight")
     assert found.is_byte_copy
     assert (found.out.dtype, len(found.inputs)) == ("F32", 1)
+
+
+def test_adapters_count_while_neurons_are_matched() -> None:
+    """Fault: matching them took more than the budget where a model had an adapter."""
+    up = [tensor(f"blk.{layer}.ffn_up.weight", (512, 256)) for layer in range(2)]
+    matched = replace(LINEAR, neurons=True)
+
+    def least(other: FakeSource) -> int:
+        with pytest.raises(BudgetError) as caught:
+            planned(matched, FakeSource(A, extra=up), other, memory=1 << 20)
+        return caught.value.needed
+
+    plain, adapted = FakeSource(B, extra=up), AdaptedFake(B, extra=up)
+    assert least(adapted) == least(plain) + 2 * adapted.held + adapted.reading
 
 
 # -- slices ----------------------------------------------------------------------------------------
