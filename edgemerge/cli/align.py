@@ -153,6 +153,8 @@ def _plan(
     from edgemerge.alignment.sketch import sketched_names
     from edgemerge.budget import FLOOR_BYTES, MIB, SOLVER_BYTES, WORKER_BYTES
     from edgemerge.errors import BudgetError
+    from edgemerge.formats.adapters.adapted import reading_bytes
+    from edgemerge.planning.memory import header_bytes
     from edgemerge.planning.plan import DEFAULT_MEMORY
     from edgemerge.reports.plots import drawing_bytes
     from edgemerge.sizes import format_size
@@ -163,13 +165,15 @@ def _plan(
     layers = tuple((layer, layer) for layer in sorted({heads.layer for _, heads in geometry}))
     least, useful = arena_need(reference, other, layers, rotates=full)
     kept, read_again = rotations_need(reference, other, layers) if full else (0, 0)
-    headers = sum(len(raw) for source in (reference, other) for raw in source.metadata().values())
-    fixed = FLOOR_BYTES + SOLVER_BYTES + 2 * headers
+    models = [reference, other]
+    fixed = FLOOR_BYTES + SOLVER_BYTES + 2 * header_bytes(models)
     if plotted:
         fixed += drawing_bytes(len(layers))
     fixed += kept
-    least += WORKER_BYTES
-    most = max(least, neuron_need(reference, other)) if full else least
+    reading = reading_bytes(models)
+    beside = WORKER_BYTES + reading
+    least += beside
+    most = max(least, neuron_need(reference, other) + reading) if full else least
     budget = DEFAULT_MEMORY if budget is None else budget
     if fixed + most > budget:
         needed = -(-(fixed + most) // MIB)
@@ -180,7 +184,7 @@ def _plan(
             budget=budget,
         )
     workers = max(1, min(threads, len(layers), (budget - fixed) // least))
-    arena_bytes = min(useful, (budget - fixed) // workers - WORKER_BYTES)
+    arena_bytes = min(useful, (budget - fixed) // workers - beside)
     read_bytes = sum(
         source.specs()[name].nbytes
         for source, heads in geometry

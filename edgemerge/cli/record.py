@@ -239,12 +239,11 @@ def _checks(found: Verification, signed: Signed | VerificationError | None) -> S
 def _scores(document: Mapping[str, Any], digests: set[str]) -> Section:
     from edgemerge.reports.record import Section
 
-    models = [one for one in document.get("models", ()) if isinstance(one, dict)]
     known = {
-        file.get("sha256")
-        for one in models
-        for file in one.get("files", ())
-        if isinstance(file, dict)
+        sha256
+        for one in _tables(document, "models")
+        for file in _tables(one, "files")
+        if isinstance(sha256 := file.get("sha256"), str)
     }
     said: list[tuple[str, bool | None]]
     if not digests <= known:
@@ -255,18 +254,32 @@ def _scores(document: Mapping[str, Any], digests: set[str]) -> Section:
         said = [("This very file was asked, by its SHA-256.", True)]
     said.append(("Intervals are 95 %, from the standard error.", None))
     header = ("task", "model", "questions", "accuracy", "interval")
-    return Section("What it scores", said, header, list(_score_rows(document["results"])))
+    return Section("What it scores", said, header, list(_score_rows(document)))
 
 
-def _score_rows(results: Sequence[Any]) -> Iterator[tuple[str, ...]]:
+def _tables(table: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """Return the tables of a list; a file that was changed by hand may have anything there."""
+    found = table.get(key)
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def _number(table: Mapping[str, Any], key: str) -> float | None:
+    found = table.get(key)
+    try:
+        return float(found) if isinstance(found, int | float) else None
+    except OverflowError:  # JSON has whole numbers of any length
+        return None
+
+
+def _score_rows(document: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     from edgemerge.runtime.evaluation.intervals import Z_95
 
-    for one in results:
-        if not isinstance(one, dict) or not isinstance(one.get("acc"), int | float):
+    for one in _tables(document, "results"):
+        acc, error = _number(one, "acc"), _number(one, "acc_stderr")
+        if acc is None:
             continue
-        acc, error = float(one["acc"]), one.get("acc_stderr")
         interval = ""
-        if isinstance(error, int | float):
+        if error is not None:
             low, high = (min(1.0, max(0.0, acc + sign * Z_95 * error)) for sign in (-1, 1))
             interval = f"{100 * low:.1f} to {100 * high:.1f} %"
         yield (
@@ -283,13 +296,12 @@ def _speeds(document: Mapping[str, Any], name: str) -> Section:
     from edgemerge.sizes import format_size
 
     rows = []
-    for one in document["models"]:
-        if not isinstance(one, dict):
-            continue
-        peak = one.get("peak_rss_bytes")
-        memory = format_size(peak) if isinstance(peak, int) else ""
-        for test in one.get("tests", ()):
-            if not isinstance(test, dict) or not isinstance(test.get("avg_ts"), int | float):
+    for one in _tables(document, "models"):
+        peak = _number(one, "peak_rss_bytes")
+        memory = "" if peak is None else format_size(peak)
+        for test in _tables(one, "tests"):
+            speed = _number(test, "avg_ts")
+            if speed is None:
                 continue
             is_prompt = bool(test.get("n_prompt"))
             what = f"reads {test['n_prompt']}" if is_prompt else f"generates {test.get('n_gen')}"
@@ -297,7 +309,7 @@ def _speeds(document: Mapping[str, Any], name: str) -> Section:
                 (
                     str(one.get("model")),
                     f"{what} tokens, {test.get('n_threads')} threads",
-                    f"{test['avg_ts']:.1f} tokens/s",
+                    f"{speed:.1f} tokens/s",
                     memory,
                     str(test.get("test_time", "")),
                 )

@@ -168,13 +168,12 @@ def _compare_tokens(sources: Sequence[Source]) -> list[str]:
     for source in sources:
         if source is owner:
             continue
+        models = f"{folder_name(owner.path)} and {folder_name(source.path)}"
         try:
             if note_vocabularies(owner, source):
-                said.append(
-                    f"the tokenizers of {folder_name(owner.path)} and {folder_name(source.path)} differ"
-                )
-        except MismatchError as error:
-            said.append(str(error))
+                said.append(f"the tokenizers of {models} differ")
+        except MismatchError:  # its remedies are those of a merge
+            said.append(f"the tokenizers of {models} have little in common")
     return said
 
 

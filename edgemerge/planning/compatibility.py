@@ -19,6 +19,7 @@ __all__ = [
     "check_scaled_output",
     "find_head",
     "find_tensor",
+    "has_elements",
     "is_scale",
     "layer_settings",
     "missing_tensor",
@@ -48,6 +49,14 @@ TELLING_KEYS = (
     "{}.attention.layer_norm_rms_epsilon",
     "{}.attention.sliding_window",
 )
+# Values that llama.cpp's `load_hparams` computes with where a model lacks the key.
+UNSTATED: Mapping[str, tuple[float | str, ...]] = {
+    "{}.rope.freq_base": (10000.0,),
+    "{}.rope.scaling.type": ("none", "linear"),  # linear by a factor that is 1
+    "{}.rope.scaling.factor": (0.0, 1.0),
+    "{}.attention.sliding_window": (0,),
+    "gemma2.attention.sliding_window": (4096,),
+}
 LAYOUT_KEY = "{}.tensor_data_layout"
 KNOWN_LAYOUTS = (None, "Meta AI original pth")
 LEARNT_SCALES = ("ffn_gate_inp.scale", "ffn_down_exps.scale")  # in Gemma 4
@@ -66,15 +75,15 @@ def is_scale(name: str, source: Source) -> bool:
     return name.endswith((".scale", ".input_scale"))
 
 
-def layer_settings(metadata: Mapping[str, bytes], n_layers: object) -> list[str]:
-    """List the hyper-parameters that are arrays with an entry per layer."""
+def layer_settings(metadata: Mapping[str, bytes], n_layers: object) -> dict[str, Array]:
+    """Return the hyper-parameters that are arrays with an entry per layer."""
     others = ("tokenizer.", "general.", "edgemerge.")
     own = (key for key in metadata if not key.startswith(others))
-    return [
-        key
+    return {
+        key: value
         for key in own
         if isinstance(value := get_value(metadata, key), Array) and len(value) == n_layers
-    ]
+    }
 
 
 def check_models(
@@ -132,17 +141,23 @@ def check_models(
 def _check_hyper_parameters(first: Source, other: Source, notes: list[str]) -> None:
     for pattern in DECISIVE_KEYS + TELLING_KEYS:
         key = pattern.format(first.architecture)
-        ours, theirs = first.metadata().get(key), other.metadata().get(key)
-        if ours is None or theirs is None or ours == theirs:
+        if first.metadata().get(key) == other.metadata().get(key):
             continue
         left, right = get_value(first.metadata(), key), get_value(other.metadata(), key)
         if left == right:  # the same number in another integer type
             continue
+        is_stated_once = left is None or right is None
         if pattern in DECISIVE_KEYS:
+            if is_stated_once:
+                continue
             raise MismatchError(
                 f"{key} is {left} in {first.path} and {right} in {other.path}; "
                 "only fine-tunes of one base can be merged"
             )
+        unstated = (None, *UNSTATED.get(key, UNSTATED.get(pattern, ())))
+        if is_stated_once and left in unstated and right in unstated:
+            continue
+        left, right = ("absent" if value is None else value for value in (left, right))
         notes.append(
             f"{key} is {left} in {folder_name(first.path)} and {right} in {folder_name(other.path)}"
         )
@@ -193,6 +208,22 @@ def same_shape(
             "merged",
             tensor=left.name,
             shapes=(left.shape, right.shape),
+        )
+
+
+def has_elements(spec: TensorSpec, model: Source) -> None:
+    """Refuse a tensor that holds nothing.
+
+    Raises
+    ------
+    MismatchError
+        One of its dimensions is 0.
+    """
+    if 0 in spec.shape:
+        raise MismatchError(
+            f"tensor {spec.name!r} of {model.path} has the shape {_show(spec.shape)}, which holds nothing; "
+            "get that model again",
+            tensor=spec.name,
         )
 
 

@@ -14,6 +14,7 @@ from edgemerge.formats.quants.codec import CODECS, find_codec
 from edgemerge.planning.compatibility import (
     check_models,
     find_head,
+    has_elements,
     is_scale,
     missing_tensor,
     same_scale,
@@ -131,6 +132,7 @@ def list_changes(
             notes.append(f"{name} is left out, as the models have different numbers of tokens")
             continue
         same_shape(*specs, base, expert)
+        has_elements(specs[0], base)
         if is_scale(name, base):
             same_scale(name, base, name, expert)
             continue

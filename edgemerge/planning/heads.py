@@ -41,6 +41,8 @@ def has_own_head(source: Source) -> bool:
     left, right = source.specs().get(EMBEDDING), source.specs()[OUTPUT]
     if left is None or (left.shape, left.dtype) != (right.shape, right.dtype):
         return True
+    if not left.row_bytes:  # without elements, which a plan refuses by name
+        return True
     height = max(1, PIECE // left.row_bytes)
     rows = [np.empty(height * left.row_bytes, np.uint8) for _ in range(2)]
     edges = [*range(0, left.n_rows, height), left.n_rows]

@@ -136,13 +136,12 @@ def make_plan(
     of_headers = header_bytes(read)
     of_headers += sum({id(d.rows): d.rows.n_bytes for d in drafts if d.rows}.values())
     reserved, alignment = _alignment_needs(align, jobs, list(sources.values()))
-    neuron_bytes = 0
+    reading, neuron_bytes = reading_bytes(list(sources.values())), 0
     if recipe.matches_neurons:
         _refuse_slices(recipe)
         reserved = max(reserved, SOLVER_BYTES)
-        neuron_bytes = _neuron_bytes(jobs, list(sources.values()))
+        neuron_bytes = reading + _neuron_bytes(jobs, list(sources.values()))
     beside = 2 * of_headers + reserved + folder_bytes
-    reading = reading_bytes(list(sources.values()))
     workers, arena_bytes = divide_budget(
         needs + alignment,
         budget,

@@ -207,19 +207,19 @@ def note_vocabularies(owner: Source, other: Source) -> list[str]:
     Raises
     ------
     MismatchError
-        The vocabularies are of different sizes, and not extensions of one.
+        The vocabularies have little in common.
     """
     ours, theirs = owner.metadata().get(TOKENS_KEY), other.metadata().get(TOKENS_KEY)
     if ours is None or theirs is None or ours == theirs:
         return []
     left, right = _count(owner) or 0, _count(other) or 0
     renamed = sum(a != b for a, b in zip(_tokens(ours), _tokens(theirs), strict=False))
-    if left != right and renamed > MOST_RENAMED * min(left, right):
+    if renamed > MOST_RENAMED * min(left, right):
         specs = [source.specs().get(EMBEDDING) for source in (owner, other)]
         raise MismatchError(
             f"the vocabularies differ: {left} tokens in {owner.path} and {right} in {other.path}, and "
-            f"{renamed} of those that both have are not the same; only fine-tunes of one base can be "
-            "merged",
+            f"{renamed} of those that both have are not the same; give fine-tunes of one base, or a recipe "
+            "with tokenizer_source: base, which merges rows by the text of their tokens",
             tensor=EMBEDDING,
             shapes=tuple(spec.shape if spec else None for spec in specs),
         )

@@ -142,7 +142,7 @@ def _read() -> dict[str, dict[str, Any]]:
     """Read the file; one that is missing or that another program has spoilt is empty."""
     try:
         entries = json.loads(_path().read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (OSError, OutputError, ValueError, RecursionError):
         return {}
     if not isinstance(entries, dict):
         return {}

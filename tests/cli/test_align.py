@@ -20,6 +20,11 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from edgemerge.cli import make_app
+from edgemerge.cli.align import _plan
+from edgemerge.errors import BudgetError
+from edgemerge.formats.adapters.adapted import AdaptedSource
+from tests.support.fake_source import AdaptedFake, FakeSource
+from tests.support.fake_source import tensor as described
 
 Run = Callable[..., Result]
 MIB = 1 << 20
@@ -263,6 +268,29 @@ def test_the_smallest_budget_is_named_and_works(run: Run) -> None:
         found = json.loads(done.stdout)
         assert found["peak_rss_bytes"] <= found["budget_bytes"] == least * MIB
         assert found["workers"] == 1
+
+
+UP = [described(f"blk.{layer}.ffn_up.weight", (512, 256)) for layer in range(2)]
+BASE = FakeSource("/m/base", extra=UP)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_adapters_count_in_the_budget(full: bool) -> None:
+    """Fault: `align --memory` took more than it was given where a model had an adapter."""
+
+    def least(other: FakeSource) -> int:
+        with pytest.raises(BudgetError) as caught:
+            _plan(BASE, other, MIB, 2, plotted=False, full=full)
+        return caught.value.needed
+
+    plain, adapted = FakeSource("/m/a", extra=UP), AdaptedFake("/m/a+x", extra=UP)
+    assert isinstance(adapted, AdaptedSource)
+    assert least(adapted) == least(plain) + 2 * adapted.held + adapted.reading
+    works = [
+        _plan(BASE, one, least(adapted) + 10 * MIB, 2, plotted=False, full=full)
+        for one in (plain, adapted)
+    ]
+    assert [work.workers for work in works] == [2, 1]
 
 
 def test_budget_and_threads_do_not_show(run: Run) -> None:

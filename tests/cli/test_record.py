@@ -147,6 +147,29 @@ def test_what_is_no_result_is_refused(options: tuple[str, ...], sentence: str) -
     assert not Path("record.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "document"),
+    [
+        ("--eval", {"results": [], "models": None}),
+        ("--eval", {"results": [], "models": [{"files": None}, 1]}),
+        ("--eval", {"results": [], "models": [{"files": [{"sha256": []}, None]}]}),
+        ("--eval", {"results": [{"acc": 10**400}, {"acc": 0.5, "acc_stderr": 10**400}, None]}),
+        ("--bench", {"models": [{"tests": None}, None]}),
+        ("--bench", {"models": [{"tests": [{"avg_ts": 10**400}], "peak_rss_bytes": 10**400}]}),
+    ],
+)
+def test_odd_results_are_left_out(option: str, document: dict[str, Any]) -> None:
+    """Fault: they gave a traceback after the model had been read twice."""
+    Path("odd.json").write_text(json.dumps(document))
+    result = run("record", "ward.gguf", option, "odd.json", "-o", "record.html")
+    assert (result.exit_code, result.stderr) == (0, "")
+    said = {
+        "--eval": "None of the models that were asked is this file, by its SHA-256.",
+        "--bench": "No model that was measured has the name ward.gguf.",
+    }
+    assert said[option] in words(Path("record.html"))
+
+
 def test_a_strangers_text_is_no_markup() -> None:
     Path("results.json").write_text(
         json.dumps({"results": [{"task": "<script>x</script>", "model": "&", "acc": 1.0}]})

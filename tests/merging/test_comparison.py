@@ -213,12 +213,13 @@ def respell(path: Path, n_tokens: int) -> Path:
     return path
 
 
-def test_tokenizers_that_differ_are_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n_tokens", "how"), [(2, "differ"), (20, "have little in common")])
+def test_tokenizers_that_differ_are_told(n_tokens: int, how: str, tmp_path: Path) -> None:
     a = write_tiny_gguf(tmp_path / "a.gguf")
-    b = respell(write_tiny_gguf(tmp_path / "b.gguf"), 20)
+    b = respell(write_tiny_gguf(tmp_path / "b.gguf"), n_tokens)
     found = compare(a, b)
     assert verdicts(found) == ["tokenizers", "equal"]
-    assert found.verdicts[0].sentence == "the tokenizers of a.gguf and b.gguf differ"
+    assert found.verdicts[0].sentence == f"the tokenizers of a.gguf and b.gguf {how}"
 
 
 def test_rows_that_not_all_have_are_told_once(tmp_path: Path) -> None:

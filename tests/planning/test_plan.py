@@ -11,7 +11,7 @@ from edgemerge.errors import BudgetError, EdgemergeError, MismatchError, RecipeE
 from edgemerge.formats.gguf.metadata import Value, get_value
 from edgemerge.planning.plan import DEFAULT_MEMORY, make_plan
 from edgemerge.types import ModelInput, Plan, Recipe, Rule, Slice, TensorJob
-from tests.support.fake_source import FakeSource, by_path, tensor
+from tests.support.fake_source import AdaptedFake, FakeSource, by_path, tensor
 
 BASE, A, B = Path("/m/base"), Path("/m/a"), Path("/m/b")
 WEIGHT = {"weight": (Rule(1.0),)}
@@ -289,6 +289,20 @@ def test_constants_are_copied_from_the_first_model_and_may_be_missing_elsewhere(
     assert (found.out.dtype, len(found.inputs)) == ("F32", 1)
 
 
+def test_adapters_count_while_neurons_are_matched() -> None:
+    """Fault: matching them took more than the budget where a model had an adapter."""
+    up = [tensor(f"blk.{layer}.ffn_up.weight", (512, 256)) for layer in range(2)]
+    matched = replace(LINEAR, neurons=True)
+
+    def least(other: FakeSource) -> int:
+        with pytest.raises(BudgetError) as caught:
+            planned(matched, FakeSource(A, extra=up), other, memory=1 << 20)
+        return caught.value.needed
+
+    plain, adapted = FakeSource(B, extra=up), AdaptedFake(B, extra=up)
+    assert least(adapted) == least(plain) + 2 * adapted.held + adapted.reading
+
+
 # -- slices ----------------------------------------------------------------------------------------
 
 
@@ -326,10 +340,43 @@ def test_a_range_beyond_the_model_is_refused() -> None:
     assert str(caught.value) == "layer_range [0, 3] goes past the 2 layers of /m/a"
 
 
-def test_slices_of_a_model_with_settings_per_layer_are_refused() -> None:
-    per_layer: dict[str, tuple[Any, str]] = {"llama.attention.head_count_kv": ([2, 2], "[u32]")}
+def with_windows(path: Path, *windows: bool) -> FakeSource:
+    key = "llama.attention.sliding_window_pattern"
+    return FakeSource(path, metadata={key: (list(windows), "[bool]")})
+
+
+@pytest.mark.parametrize(
+    ("ranges", "sources"),
+    [
+        ([(A, 0, 2), (A, 0, 1)], [with_windows(A, True, True)]),
+        ([(A, 1, 2), (A, 0, 1)], [with_windows(A, True, False)]),
+        ([(A, 0, 1), (A, 0, 1)], [with_windows(A, True, False)]),
+        ([(A, 0, 1), (B, 0, 1)], [with_windows(A, True, False), with_windows(B, True, False)]),
+        ([(A, 0, 1), (B, 0, 1)], [with_windows(A, True, False)]),
+    ],
+)
+def test_slices_that_move_layers_with_settings_of_their_own_are_refused(
+    ranges: list[tuple[Path, int, int]], sources: list[FakeSource]
+) -> None:
+    """Fault: as many layers in another order kept the settings in the old one."""
     with pytest.raises(RecipeError, match="settings per layer, which slices cannot re-order"):
-        planned(stack((A, 0, 2), (A, 0, 1)), FakeSource(A, metadata=per_layer))
+        planned(stack(*ranges), *sources)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "sources"),
+    [
+        ([(A, 0, 1), (A, 1, 2)], [with_windows(A, True, False)]),
+        ([(A, 1, 2), (A, 0, 1)], [with_windows(A, True, True)]),
+        ([(A, 0, 1), (B, 0, 1)], [with_windows(A, True, False), with_windows(B, False, True)]),
+    ],
+)
+def test_slices_that_find_the_settings_they_had_are_merged(
+    ranges: list[tuple[Path, int, int]], sources: list[FakeSource]
+) -> None:
+    plan = planned(stack(*ranges), *sources)
+    key = "llama.attention.sliding_window_pattern"
+    assert plan.metadata[key] == sources[0].metadata()[key]
 
 
 # -- metadata --------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from edgemerge.errors import OutputError
 from edgemerge.runtime import thread_counts
 from edgemerge.runtime.llama import Model
 from edgemerge.runtime.thread_counts import ThreadCounts, find_threads, kept_counts
@@ -88,6 +89,17 @@ def test_a_spoilt_file_is_measured_anew(
     path.write_text(spoilt)
     assert find(FakeLlama(monkeypatch)) == ThreadCounts(1, 4)
     assert len(json.loads(path.read_text())) == 1
+
+
+def test_without_a_cache_they_are_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: nothing ran for a user without a home whose folder in /tmp was somebody else's."""
+
+    def refuse() -> Path:
+        raise OutputError("this user has no home", path=Path("/tmp/edgemerge-0"))
+
+    monkeypatch.setattr(thread_counts, "users_cache", refuse)
+    assert find(FakeLlama(monkeypatch)) == ThreadCounts(1, 4)
+    assert kept_counts() == {}
 
 
 @pytest.mark.llama

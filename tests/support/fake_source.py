@@ -89,6 +89,32 @@ class FakeSource:
         """There is nothing to close."""
 
 
+class AdaptedFake(FakeSource):
+    """The same with an adapter, which takes memory once and of each thread."""
+
+    held, kept, passing = 10 << 20, 30 << 20, 20 << 20
+    reading = kept + passing
+
+    @property
+    def base(self) -> Source:
+        return FakeSource(self.path)
+
+    def read_on_base(self, *_: object) -> None:
+        raise AssertionError("planning reads no tensor data")
+
+    def changes(self, name: str) -> bool:
+        return name in self._specs
+
+    def kept_bytes(self) -> int:
+        return self.kept
+
+    def passing_bytes(self) -> int:
+        return self.passing
+
+    def held_parts(self) -> Mapping[int, int]:
+        return {id(self): self.held}
+
+
 def by_path(*sources: FakeSource) -> Mapping[Path, Source]:
     """Sources by their path, as `make_plan` opens them."""
     return {source.path: source for source in sources}

@@ -162,7 +162,7 @@ def kept_rates() -> Rates | None:
         entry = json.loads(_path().read_bytes())[_machine()]
         entry |= {"error": tuple(entry["error"]), "memory": read_memory().available}
         return Rates(**{field.name: entry[field.name] for field in fields(Rates)})
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+    except (OSError, OutputError, ValueError, RecursionError, KeyError, TypeError):
         return None  # missing, spoilt, or of another version: nobody has measured
 
 

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from edgemerge.cli import make_app
+from edgemerge.errors import OutputError
 from edgemerge.planning.boards import BOARDS
 from edgemerge.runtime.board.storage import Disk, Storage
 from edgemerge.runtime.doctor import rates
@@ -106,6 +107,17 @@ def test_cores_are_those_that_the_quota_leaves(
 def test_a_spoilt_file_is_none(kept: Path, text: str) -> None:
     kept.parent.mkdir()
     kept.write_text(text)
+    assert rates.kept_rates() is None
+
+
+def test_without_a_cache_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: `plan` failed for a user without a home whose folder in /tmp was somebody else's."""
+
+    def refuse() -> Path:
+        raise OutputError("this user has no home", path=Path("/tmp/edgemerge-0"))
+
+    monkeypatch.setattr(rates, "users_cache", refuse)
+    rates._keep(replace(BOARDS["pi5"], name="this machine"))
     assert rates.kept_rates() is None
 
 
