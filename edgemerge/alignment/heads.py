@@ -37,6 +37,7 @@ from edgemerge.budget import Arena
 from edgemerge.errors import BudgetError, Stopped
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.native import KernelFile
+from edgemerge.remote.stand_ins import stop_reading
 from edgemerge.sizes import format_size
 from edgemerge.types import Float32, Source
 
@@ -150,6 +151,7 @@ def align_models(
             return list(executor.map(run, pairs))
         except BaseException:
             is_stopped.set()  # the executor waits for the threads that run
+            stop_reading(state.path for source in (reference, other) for state in source.states())
             raise
 
 

@@ -148,6 +148,8 @@ def combine(
                 parts.append(AdapterPart(ExtractedTensor(name, values.shape, dtype), (make,)))
             if progress is not None:
                 progress(i + 1, len(uses))
+        for one in opened:
+            one.check_unchanged()
         config = json.dumps(opened[0].combined_config(ranks), indent=2) + "\n"
         write_peft(path, parts, config.encode(), check)
         bases = dict.fromkeys(one.config.base_name for one in opened)

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemerge.errors import FormatError
 from edgemerge.formats.adapters.delta import SPARSE, SPARSE_TYPES
 from edgemerge.formats.adapters.delta_values import GROUP
 from edgemerge.formats.gguf.types import block_size, row_bytes
@@ -126,7 +127,14 @@ class SparseForm:
             lost += _add_values(values, waiting[:n])
             waiting = waiting[n:]
         lost += _add_values(values, waiting)
-        assert total == self.count
+        if total != self.count:  # which the passes before this one counted
+            change = self.measured.change
+            raise FormatError(
+                f"it or {change.base.path} was changed while it was read; let nothing write to them and "
+                "start again",
+                path=change.expert.path,
+                tensor=change.name,
+            )
         return lost * 4.0**self.exponent
 
     def _choose(self, piece: Float32, ties: int) -> tuple[NDArray[np.int64], int]:

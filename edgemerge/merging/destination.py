@@ -49,7 +49,7 @@ class Destination(Protocol):
         """Say where each tensor is written to."""
 
     def publish(self, parts: OutputParts) -> None:
-        """Give the output its name."""
+        """Give the output its name, unless something came under it that must not be replaced."""
 
     def final(self, file: FileReport) -> FileReport:
         """Return a report of a file under its final name."""
@@ -213,7 +213,7 @@ class _GgufDestination:
         }
 
     def publish(self, parts: OutputParts) -> None:
-        parts.publish()
+        parts.publish(self.check)
 
     def final(self, file: FileReport) -> FileReport:
         return file

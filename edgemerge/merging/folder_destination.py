@@ -134,8 +134,8 @@ class FolderDestination:
         return places
 
     def publish(self, parts: OutputParts) -> None:
-        """Give the folder its name."""
-        parts.publish(self._folder.publish)
+        """Give the folder its name, unless one came under it that must not be replaced."""
+        parts.publish(self.check, self._folder.publish)
 
     def final(self, file: FileReport) -> FileReport:
         """Return a report of a file under its final name."""

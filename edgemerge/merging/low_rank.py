@@ -116,10 +116,10 @@ def _decompose(
 
     The change is nearly columns @ rows, and row i has the norm of singular value i. None where it is 0.
     """
-    product, total = _times(blocks, shape[0], _random_signs(shape[1], width, seed))
+    product, total = _times(blocks, shape[0], _first_directions(shape[1], width, seed))
     if total == 0.0:
         return None
-    basis = _orthonormal(product)
+    basis = np.eye(width, dtype=np.float32) if width == shape[0] else _orthonormal(product)
     for step in range(POWER_STEPS + 1):
         rows = _transposed_times(blocks, basis, shape[1])
         gram = _gram(rows.T)
@@ -176,6 +176,13 @@ def _gram(columns: Float32) -> Float64:
         part = columns[start : start + CHUNK].astype(np.float64)
         gram += part.T @ part
     return gram
+
+
+def _first_directions(n_cols: int, width: int, seed: int) -> Float32:
+    """Return what a change is first multiplied with, (n_cols, width): random signs, or all of the axes."""
+    if width == n_cols:  # a square matrix of signs is often singular
+        return np.eye(width, dtype=np.float32)
+    return _random_signs(n_cols, width, seed)
 
 
 def _random_signs(n_rows: int, n_cols: int, seed: int) -> Float32:

@@ -150,16 +150,16 @@ def _check_importance(tensor: Described) -> None:
             "leave scope out",
             field="scope",
         )
-    for expert in tensor.experts:
-        if float(expert.settings["weight"]) < 0:
-            raise RecipeError(
-                f"the weight {expert.settings['weight']} cannot be multiplied with importances; give "
-                "weights from 0 on",
-                field="weight",
-            )
 
 
 def _check(tensor: Described) -> None:
+    least = min(float(expert.settings["weight"]) for expert in tensor.experts)
+    if least < 0:  # divided by a negative sum, it would add what it is to take off
+        raise RecipeError(
+            f"hierarchical averages changes and takes none off, and {tensor.name} has the weight {least:g}; "
+            "give weights from 0, or use task_arithmetic",
+            field="weight",
+        )
     if _reads_importances(tensor):
         _check_importance(tensor)
     if tensor.settings["weighting"] != "paper":

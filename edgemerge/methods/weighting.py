@@ -49,7 +49,7 @@ def factors(grams: Float64, weights: Float64, weighting: str) -> Float64:
     grams : (..., n_models, n_models) float64
         Gram matrices, one per tensor or row.
     weights : (n_models,) float64
-        The recipe's weights, not negative in sum.
+        The recipe's weights; from 0 on.
     weighting : str
         One of `WEIGHTINGS`.
 

@@ -146,9 +146,14 @@ class OutputParts:
         """
         return _hash(((file.path, file.n_bytes, file.chunks()) for file in self.files), progress)
 
-    def publish(self, then: Callable[[], None] | None = None) -> None:
+    def publish(
+        self,
+        check: Callable[[], None] | None = None,
+        then: Callable[[], None] | None = None,
+    ) -> None:
         """Make all files durable, then give them their names, replacing files of these names.
 
+        `check` raises OutputError where such a file must not be replaced: it may have come during the work.
         `then` is called when all have their names, before the journal that says so is removed.
 
         A model is loaded by its first file. So the old first file is removed first, and the new one is named
@@ -157,11 +162,13 @@ class OutputParts:
         Raises
         ------
         OutputError
-            The disk refused.
+            The disk refused, or `check` did.
         """
         assert self.journal is not None
         for file in self.files:
             file.sync()
+        if check is not None:
+            _check_again(check)
         self.journal.complete([mark_file(file.state()) for file in self.files])
         first, *others = self.files
         if others:
@@ -217,6 +224,14 @@ class OutputParts:
             )
         else:
             journal.remove()
+
+
+def _check_again(check: Callable[[], None]) -> None:
+    try:
+        check()
+    except OutputError as error:
+        error.add_note("it came during the merge: move it away")
+        raise
 
 
 def is_begun(output: Path) -> bool:

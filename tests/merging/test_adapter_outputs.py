@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 
 from edgemerge.errors import EdgemergeError, FormatError, MismatchError, OutputError, RecipeError
 from edgemerge.formats.adapters.config import ADAPTER_CONFIG
+from edgemerge.formats.adapters.peft import WEIGHTS
 from edgemerge.merging.adapter_parts import Spool
 from edgemerge.merging.combination import combine
 from edgemerge.merging.delta import DeltaSettings, make_delta
@@ -75,6 +77,17 @@ def test_a_file_that_comes_during_the_work_stays(command: str, name: str, tmp_pa
         run[command](progress=come)
     assert theirs.read_bytes() == b"precious"
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_no_combination_is_made_of_an_adapter_that_changes(tmp_path: Path) -> None:
+    """Fault: nobody looked, and half of one and half of another was written."""
+    both = adapters(tmp_path)
+    with pytest.raises(FormatError, match="was changed while it was read") as caught:
+        combine(
+            both, tmp_path / "out", progress=lambda _done, _total: os.utime(both[1][0] / WEIGHTS)
+        )
+    assert caught.value.path == both[1][0] / WEIGHTS
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_adapter_is_put_beside_a_model_s_weights(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edgemerge.errors import BudgetError, MismatchError, OutputError, RecipeError
+from edgemerge.errors import BudgetError, FormatError, MismatchError, OutputError, RecipeError
 from edgemerge.formats import open_model
 from edgemerge.formats.adapters.layout import ExtractedTensor
 from edgemerge.formats.gguf.model import GgufModel
@@ -247,6 +247,24 @@ def test_only_vectors_may_have_changed(asked: DeltaSettings, tmp_path: Path) -> 
         assert list(delta.specs()) == [norm]
     found = read(f"{left}+{tmp_path / 'delta.gguf'}")
     assert np.array_equal(found[norm], base[norm] + np.float32(1))
+
+
+def test_an_expert_that_changes_between_passes_is_told(tmp_path: Path) -> None:
+    """Fault: a traceback, as the last pass found another number of large elements."""
+    base = wide_tensors(0)
+    left = write_gguf(tmp_path / "a.gguf", base)
+    right = write_gguf(tmp_path / "b.gguf", wide_tensors(1, base))
+
+    def change(done: int, total: int) -> None:
+        if done >= 0.8 * total:  # all is chosen, and nothing written
+            half = right.stat().st_size // 2
+            with right.open("r+b") as file:
+                file.seek(half)
+                file.write(bytes(half))
+
+    with pytest.raises(FormatError, match=r"b\.gguf: .*a\.gguf was changed while it was read; let"):
+        make_delta(left, right, tmp_path / "x.gguf", DeltaSettings(density=0.1), progress=change)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
 
 
 def test_constants_that_are_not_the_same_are_told(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -105,6 +107,35 @@ def test_a_rank_keeps_what_a_decomposition_keeps(shape: tuple[int, int]) -> None
         best = float((values[rank:] ** 2).sum())
         assert lost == pytest.approx(best, rel=0.02, abs=1e-9)
         assert found.total - found.kept == pytest.approx(lost, abs=1e-6)
+
+
+def one_block(matrix: Float32) -> Iterator[tuple[int, Float32]]:
+    yield 0, matrix
+
+
+@pytest.mark.parametrize("narrow", [1, 2, 3, 4, 8, 12])
+def test_all_of_a_narrow_matrix_is_kept(narrow: int) -> None:
+    """Fault: random signs, as many as the matrix is narrow, lost directions of convolutions of 3 or 4."""
+    for seed in range(40):
+        tall = noise((50, narrow), seed)
+        for matrix in (tall, np.ascontiguousarray(tall.T)):
+            shape = matrix.shape[0], matrix.shape[1]
+            blocks = partial(one_block, matrix)
+            found = factorise(blocks, shape, rank=narrow, energy=None, seed=seed)
+            assert found is not None
+            assert found.rank == narrow
+            assert np.abs(found.left @ found.right - matrix).max() < 1e-5
+            assert found.kept == pytest.approx(found.total)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_row_whose_signs_cancel_is_kept(sign: int) -> None:
+    """Fault: the row times one vector of signs was 0, and what followed ended in a traceback."""
+    row = np.array([[0.25, sign * 0.25]], np.float32)
+    for seed in range(8):
+        found = factorise(partial(one_block, row), (1, 2), rank=1, energy=None, seed=seed)
+        assert found is not None
+        assert np.allclose(found.left @ found.right, row)
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 0.99999, 1.0])

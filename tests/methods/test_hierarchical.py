@@ -328,6 +328,18 @@ def test_the_papers_weighting_is_for_two(f32: dict[str, Path], tmp_path: Path) -
     assert not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_a_negative_weight_is_refused(weighting: str, f32: dict[str, Path], tmp_path: Path) -> None:
+    """Fault: what the expert of that weight alone had changed was added, not taken off."""
+    models = [(str(f32["expert-a"]), 1.0), (str(f32["expert-b"]), -0.5)]
+    parameters = {"weighting": weighting}
+    base = str(f32["base"])
+    recipe = make_recipe("hierarchical", models, base=base, parameters=parameters)
+    with pytest.raises(RecipeError, match=r"has the weight -0\.5; give weights from 0") as caught:
+        merge(recipe, tmp_path / "out.gguf")
+    assert caught.value.field == "weight"
+
+
 def test_what_is_no_weighting_or_scope_is_refused(f32: dict[str, Path], tmp_path: Path) -> None:
     for key, value in (("weighting", "cosine"), ("scope", "layer")):
         with pytest.raises(RecipeError, match=f"{key} is '{value}'; it must be one of") as caught:

@@ -297,7 +297,7 @@ def test_settings_that_say_nothing_here_are_refused(
         plan(load_recipe(write_recipe(tmp_path, more=", scope: row")))
     path = write_recipe(tmp_path)
     path.write_text(path.read_text().replace("weight: 0.7", "weight: -0.7"))
-    with pytest.raises(RecipeError, match=r"weight -0\.7 cannot be multiplied with importances"):
+    with pytest.raises(RecipeError, match=r"has the weight -0\.7; give weights from 0"):
         plan(load_recipe(path))
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from edgemerge import merge, open_model
+from edgemerge.alignment.heads import align_models
 from edgemerge.errors import EdgemergeError, FormatError
 from edgemerge.finding.finder import Finder
 from edgemerge.recipe.recipe import load_recipe, make_recipe
@@ -26,6 +30,7 @@ from tests.support.crashing import write_models
 from tests.support.file_server import FileServer, serve_folder
 
 STREAMS = Finder(streams=True)
+PATIENCE = 15.0  # seconds
 
 
 @pytest.fixture(name="models")
@@ -155,6 +160,34 @@ def test_lost_connections_and_a_restart_change_no_byte(
     again = merge(recipe, tmp_path / "none.gguf", threads=2)
     assert again.sha256 == wanted
     assert again.resumed_tensors > 0
+
+
+def test_a_stop_while_heads_are_aligned_is_heard_at_once(
+    models_dir: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: the stop waited for who tried to read, which may be for minutes."""
+    server.folder = models_dir
+    source = open_model(STREAMS.find_model(f"{server.url}/base/"))
+    source.metadata()  # which reads a header, before threads read tensors
+    monkeypatch.setattr(failures, "DELAYS", (PATIENCE, PATIENCE))
+    is_told = threading.Event()
+
+    def refuse(_path: str, _number: int) -> int:
+        if not is_told.is_set():
+            is_told.set()
+            os.kill(os.getpid(), signal.SIGINT)
+        return 503
+
+    server.refuse = refuse
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    started = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            align_models(source, source, arena_bytes=64 << 20)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        source.close()
+    assert time.monotonic() - started < PATIENCE
 
 
 def test_a_file_that_changes_is_not_merged(

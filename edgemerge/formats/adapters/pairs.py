@@ -116,6 +116,10 @@ class AdapterPairs:
             "use_rslora": False,
         }
 
+    def check_unchanged(self) -> None:
+        """Raise FormatError where the factors were written to since they were opened."""
+        self._file.check_unchanged()
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
