@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RecipeError
-from edgemerge.fleet.ingredients import FileHashes, Ingredient
+from edgemerge.fleet.ingredients import FileHashes, Ingredient, role_of
 from edgemerge.fleet.site_file import Site
+from edgemerge.formats.adapters.reference import expand_inputs
 from edgemerge.recipe.recipe import load_recipe, make_recipe
 from edgemerge.recipe.words import recipe_document
 from edgemerge.site.record import Part
@@ -129,7 +130,7 @@ def declare(site: Site, found: Sequence[Ingredient], hashes: FileHashes) -> Decl
     document: Mapping[str, Any] = {}
     if merge.recipe is not None:
         recipe = load_recipe(merge.recipe, strict=True)
-        found = [_of_recipe(path, recipe, hashes) for path in recipe.inputs()]
+        found = [_of_recipe(path, recipe, hashes) for path in expand_inputs(recipe.inputs())]
         document = recipe_document(recipe)
     decides = {
         "edgemerge": version("edgemerge"),
@@ -147,5 +148,6 @@ def declare(site: Site, found: Sequence[Ingredient], hashes: FileHashes) -> Decl
 
 def _of_recipe(path: Path, recipe: Recipe, hashes: FileHashes) -> Ingredient:
     n_bytes = path.stat().st_size if path.is_file() else 0
-    role = "base" if path == recipe.base else "expert"
+    bases = expand_inputs([] if recipe.base is None else [recipe.base])  # it may have adapters
+    role = "base" if path in bases[:1] else role_of(path)
     return Ingredient(path.name, "", path, hashes.of(path), n_bytes, role)

@@ -20,7 +20,7 @@ from edgemerge.output.file import write_file
 from edgemerge.site.folder import SiteFolder
 from edgemerge.site.record import Part
 
-__all__ = ["Entry", "FileHashes", "Ingredient", "Registry", "fetch_all", "find_all"]
+__all__ = ["Entry", "FileHashes", "Ingredient", "Registry", "fetch_all", "find_all", "role_of"]
 
 PIECE = 1 << 20
 
@@ -234,7 +234,7 @@ def _find(
     if wanted.path is not None:
         path = wanted.path
         size = path.stat().st_size if path.is_file() else 0
-        role = "base" if is_base else _role(path)
+        role = "base" if is_base else role_of(path)
         return Ingredient(path.name, "", path, hashes.of(path), size, role, wanted.weight)
     assert registry is not None
     entry = registry.find(wanted.name, wanted.version)
@@ -252,7 +252,8 @@ def _find(
     )
 
 
-def _role(path: Path) -> str:
+def role_of(path: Path) -> str:
+    """Tell what a path is beside a base: an expert, a delta or an adapter."""
     if not is_adapter(path):
         return "expert"
     if path.is_dir():

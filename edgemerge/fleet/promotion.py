@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from edgemerge.fleet.site_file import Rule
+from edgemerge.errors import RecipeError
+from edgemerge.fleet.site_file import Rule, Site
+from edgemerge.formats.gguf.model import GgufModel
+from edgemerge.formats.tokenizer.table import cut_alike
 from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.evaluation.evaluate import Mark
 from edgemerge.runtime.evaluation.paired import (
@@ -27,7 +32,7 @@ from edgemerge.runtime.evaluation.perplexity import Chunk, perplexity_of
 from edgemerge.runtime.smoke import Answer
 from edgemerge.sizes import format_rate
 
-__all__ = ["Finding", "Talk", "Verdict", "decide", "find_fault"]
+__all__ = ["Finding", "Talk", "Verdict", "check_texts", "decide", "find_fault"]
 __all__ += ["is_slower"]
 
 
@@ -80,6 +85,28 @@ class Verdict:
     def as_json(self) -> list[dict[str, Any]]:
         """Return the findings in plain types."""
         return [asdict(one) for one in self.findings]
+
+
+def check_texts(site: Site, old: Path, new: Path) -> None:
+    """See that both models cut the site's texts into the same tokens: perplexity is a figure of a token.
+
+    Raises
+    ------
+    RecipeError
+        The site has texts, and they do not.
+    """
+    if not site.texts:
+        return
+    with closing(GgufModel(old)) as first, closing(GgufModel(new)) as second:
+        is_alike = cut_alike(first.metadata(), second.metadata())
+    if not is_alike:
+        raise RecipeError(
+            f"texts: the new model has another tokenizer than {old.name}, which it is compared with, so "
+            "their perplexities cannot be compared; leave out texts until a model of the new tokenizer "
+            "serves",
+            path=site.path,
+            field="texts",
+        )
 
 
 def decide(rule: Rule, old: Answers, new: Answers, old_talk: Talk, new_talk: Talk) -> Verdict:

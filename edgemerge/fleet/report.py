@@ -102,8 +102,10 @@ class Report:
         if reports is None:
             return
         path = reports / f"{self.device}.json"
+        text = json.dumps(self.as_json(), ensure_ascii=False, indent=1)
+        raw = text.encode(errors="backslashreplace")  # of a path: JSON's escapes
         try:
-            write_file(path, json.dumps(self.as_json(), ensure_ascii=False, indent=1).encode())
+            write_file(path, raw)
         except OutputError as error:
             self.failures.append(f"the report was not written: {error}")
 

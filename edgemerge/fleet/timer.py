@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shlex
 import sys
 
 from edgemerge.fleet.site_file import Site
-from edgemerge.runtime.serve.systemd import escape, quote
+from edgemerge.runtime.serve.systemd import escape, fill_unit, gpu_groups, quote
 
 __all__ = ["make_units"]
 
-SERVICE = """\
-# /etc/systemd/system/edgemerge-update.service
-[Unit]
-Description=edgemerge, update of the model of {device}
-Wants=network-online.target
-After=network-online.target
+# Not the server's, which an account that exists only while that runs may own.
+CACHE = "edgemerge-update"
+# llama.cpp puts layers on a GPU where there is one.
+FACTS = ("update", "system", "account", "remote", "high-port", "gpu")
 
-[Service]
-Type=oneshot
-# The colon: a dollar sign is a dollar sign.
-ExecStart=:{command}
-# Beside the model that serves: it takes what others leave. A stop loses nothing, the next start goes on.
-Nice=10
-CPUWeight=20
-IOSchedulingClass=idle
-TimeoutStartSec=infinity
-Environment=PYTHONUNBUFFERED=1
-NoNewPrivileges=yes
-LockPersonality=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-ProtectSystem=strict
-PrivateTmp=yes
-CacheDirectory=edgemerge
-Environment=XDG_CACHE_HOME=%C/edgemerge
-ReadWritePaths={folders}
-"""
 TIMER = """\
 # /etc/systemd/system/edgemerge-update.timer
 [Unit]
@@ -58,9 +35,11 @@ WantedBy=timers.target
 """
 LAST = """\
 # Write both files, then:
-#   mkdir -p {folders}
-#   systemctl daemon-reload
+{steps}#   systemctl daemon-reload
 #   systemctl enable --now edgemerge-update.timer
+"""
+ROOT = """\
+# It reads files of strangers as root. Give the folder to another account, and print this again.
 """
 
 
@@ -75,10 +54,34 @@ def make_units(site: Site) -> str:
     # A virtual environment is known by the path of its python: links are not followed.
     command = [sys.executable, "-P", "-m", "edgemerge", "update", str(site.path)]
     folders = [site.folder] + ([] if site.reports is None else [site.reports])
-    service = SERVICE.format(
-        device=escape(site.device),
-        command=" ".join(map(quote, command)),
-        folders=" ".join(quote(os.path.abspath(folder)) for folder in folders),
-    )
-    last = LAST.format(folders=" ".join(shlex.quote(os.path.abspath(one)) for one in folders))
-    return f"{service}\n{TIMER}\n{last}"
+    paths = [os.path.abspath(folder) for folder in folders]
+    user, groups = _choose_user(site), gpu_groups()
+    values = {
+        "names": escape(site.device),
+        "command": " ".join(map(quote, command)),
+        "folders": " ".join(map(quote, paths)),
+        "user": user,
+        "groups": groups,
+        "cache": CACHE,
+    }
+    service = fill_unit(values, [*FACTS, *(["groups"] if groups else [])])
+    missing = " ".join(shlex.quote(path) for path in paths if not os.path.isdir(path))
+    steps = f"#   install -d -o {user} {missing}\n" if missing else ""
+    return f"{service}\n{TIMER}\n{LAST.format(steps=steps)}{ROOT if user == 'root' else ''}"
+
+
+def _choose_user(site: Site) -> str:
+    """Name who owns the device's folder; before it is made, who asks, also by sudo.
+
+    The home folder of SITE.yml's `~` is that of the service's user.
+    """
+    try:
+        number = site.folder.stat().st_uid
+    except OSError:
+        number = os.geteuid()
+        if number == 0 and (caller := os.environ.get("SUDO_USER")):
+            return escape(caller)
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)

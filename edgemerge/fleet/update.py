@@ -19,7 +19,7 @@ from edgemerge.fleet.declared import Declared, declare
 from edgemerge.fleet.examination import Crash, Examiner, common_chunk
 from edgemerge.fleet.feasible import check_feasible
 from edgemerge.fleet.ingredients import FileHashes, Ingredient, Registry, fetch_all, find_all
-from edgemerge.fleet.promotion import Talk, Verdict, decide, is_slower
+from edgemerge.fleet.promotion import Talk, Verdict, check_texts, decide, is_slower
 from edgemerge.fleet.report import Report
 from edgemerge.fleet.server import Server
 from edgemerge.fleet.site_file import Site
@@ -259,6 +259,7 @@ class Update:
                 )
             old_path, old_sha256 = base.path, base.sha256
         new_path = self._folder.model_path(record.id)
+        check_texts(self._site, old_path, new_path)
         chunk = common_chunk((old_path, new_path))  # the same for both, so that they compare
         with self._switch.timed("ask"):
             try:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from edgemerge.budget import floor_bytes
-from edgemerge.errors import BudgetError, MismatchError, RecipeError
+from edgemerge.errors import BudgetError, FormatError, MismatchError, RecipeError
 from edgemerge.formats.adapters.layout import ExtractedTensor
 from edgemerge.formats.adapters.pairs import AdapterPairs, Pair
 from edgemerge.merging.adapter_files import output_paths, write_peft
@@ -58,6 +58,7 @@ class _Use:
     """One adapter's factors of a module, and its weight."""
 
     number: int
+    path: Path
     pair: Pair
     weight: float
 
@@ -205,7 +206,7 @@ def _uses(module: str, adapters: Sequence[AdapterPairs], weights: Sequence[float
         pair = adapter.pairs.get(module)
         if pair is None:
             continue
-        found.append(_Use(i, pair, weight))
+        found.append(_Use(i, adapter.path, pair, weight))
         first = found[0].pair
         ours = pair.b.shape[0], pair.a.shape[1]
         theirs = first.b.shape[0], first.a.shape[1]
@@ -306,6 +307,13 @@ def _reduce(
                 left = use.pair.b.read((start, stop), (0, use.pair.rank))
                 change = np.zeros((stop - start, shape[1]), np.float32)
                 lora.add_product(left, right, use.pair.scale, sums, change)
+                if not np.isfinite(change).all():
+                    raise FormatError(
+                        "has factors whose product float32 cannot hold; leave this adapter out, or get "
+                        "it again",
+                        path=use.path,
+                        tensor=module,
+                    )
                 tensors.append(change)
             yield start, tensors
 
@@ -313,7 +321,16 @@ def _reduce(
     blocks: Callable[[], Iterator[tuple[int, Float32]]]
     blocks = merge_rows(rows, rule, weights, shape, keys)
     wanted = rank or max(use.pair.rank for use in uses)
-    found = factorise(blocks, shape, rank=wanted, energy=None, seed=_key(module, 0, 0))
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # it is refused below
+            found = factorise(blocks, shape, rank=wanted, energy=None, seed=_key(module, 0, 0))
+    except OverflowError as error:
+        largest = max(uses, key=lambda use: abs(use.weight))
+        raise MismatchError(
+            f"the change of {module!r} is larger than float32 can hold; give smaller weights, as to "
+            f"{largest.path}",
+            tensor=module,
+        ) from error
     if found is None:
         return np.zeros((1, shape[1]), np.float32), np.zeros((shape[0], 1), np.float32)
     return found.right, found.left

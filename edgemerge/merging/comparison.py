@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import os
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from edgemerge.errors import MismatchError
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats import open_model
 from edgemerge.merging.figures import Sums, TensorFigures
-from edgemerge.merging.low_rank import factorise, need_bytes
+from edgemerge.merging.low_rank import factorise_change, need_bytes
 from edgemerge.merging.matrices import count_workers, decoding_kernels, work_on_all
 from edgemerge.merging.verdicts import Verdict, judge
 from edgemerge.methods.blocks import SUM_LANES
@@ -216,9 +215,7 @@ def _stable_rank(change: Change, stop: threading.Event) -> float | None:
     """Estimate the stable rank of a matrix's change; None of a vector, or where nothing changed."""
     if change.is_vector:
         return None
-    seed = zlib.crc32(f"{change.name} {change.number}".encode())
-    shape = change.shape[0], change.shape[1]
-    factors = factorise(partial(change.blocks, stop), shape, rank=1, energy=None, seed=seed)
+    factors = factorise_change(change, stop, rank=1, energy=None)
     return None if factors is None else factors.total / factors.kept
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-import zlib
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from edgemerge.formats.files import real_path
 from edgemerge.formats.hub.files import CONFIG
 from edgemerge.merging.adapter_files import output_paths, write_adapter
 from edgemerge.merging.adapter_parts import Extracted, Spool
-from edgemerge.merging.low_rank import factorise, need_bytes
+from edgemerge.merging.low_rank import factorise_change, need_bytes
 from edgemerge.merging.matrices import count_workers, decoding_kernels, work_on_all
 from edgemerge.native.store import compile_missing
 from edgemerge.output.file import check_output
@@ -185,9 +184,7 @@ def _reduce(
         if not changed:
             return None, 0.0, 0.0
         return Extracted(change, 0, spool.add(change.read_expert()), 0), 0.0, 0.0
-    seed = zlib.crc32(f"{change.name} {change.number}".encode())
-    shape = change.shape[0], change.shape[1]
-    factors = factorise(partial(change.blocks, stop), shape, rank=rank, energy=energy, seed=seed)
+    factors = factorise_change(change, stop, rank=rank, energy=energy)
     if factors is None:
         return None, 0.0, 0.0
     left, right = spool.add(factors.left), spool.add(factors.right)

@@ -7,16 +7,21 @@ small float64 products and decompositions are LAPACK's, whose last digits depend
 
 from __future__ import annotations
 
+import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
 
+from edgemerge.errors import FormatError
 from edgemerge.native import KernelFile
+from edgemerge.planning.differences import Change
 from edgemerge.types import Float32, Float64
 
-__all__ = ["Blocks", "Factors", "factorise", "need_bytes"]
+__all__ = ["Blocks", "Factors", "factorise", "factorise_change", "need_bytes"]
 
 OVERSAMPLING = 8  # columns beside the rank, which make the range found the right one
 SMALL = 32  # directions that cost next to nothing
@@ -24,6 +29,7 @@ FIRST_RANK = 16  # tried where a part of the energy is asked for
 POWER_STEPS = 1  # passes twice over the change, for spectra that fall slowly
 ENOUGH = 1 - 1e-9  # of the energy: the range is found
 TINY = 1e-13  # eigenvalue of a Gram matrix, of the largest one, that is rounding
+LARGEST = float(np.finfo(np.float32).max)
 CHUNK = 4096  # rows that are float64 at a time
 SUMS = 4096  # of the kernel
 
@@ -70,6 +76,11 @@ def factorise(
     -------
     Factors or None
         None where nothing changed.
+
+    Raises
+    ------
+    OverflowError
+        Its numbers are so large that float32 does not hold sums of them.
     """
     most = min(shape)
     limit = most if rank is None else min(rank, most)
@@ -86,6 +97,40 @@ def factorise(
             scale = np.sqrt(np.sqrt(squares[:use])).astype(np.float32)
             return Factors(left[:, :use] * scale, right[:use] / scale[:, None], kept, total)
         wanted = min(limit, 2 * wanted)
+
+
+def factorise_change(
+    change: Change, stop: threading.Event, *, rank: int, energy: float | None
+) -> Factors | None:
+    """Find the factors of what an expert changed of a matrix.
+
+    Parameters
+    ----------
+    change : Change
+        Of a matrix. Its rows are read several times.
+    stop : Event
+        As of `Change.pairs`.
+    rank, energy
+        As of `factorise`.
+
+    Raises
+    ------
+    FormatError, Stopped
+        As of `Change.pairs`; or the change is too large.
+    """
+    shape = change.shape[0], change.shape[1]
+    seed = zlib.crc32(f"{change.name} {change.number}".encode())
+    try:
+        with np.errstate(over="ignore"):  # it is refused below
+            return factorise(
+                partial(change.blocks, stop), shape, rank=rank, energy=energy, seed=seed
+            )
+    except OverflowError as error:
+        raise FormatError(
+            "is so far from the base's that float32 cannot hold the change; get the model again",
+            path=change.expert.path,
+            tensor=change.name,
+        ) from error
 
 
 def need_bytes(shape: tuple[int, int], rank: int) -> int:
@@ -119,6 +164,8 @@ def _decompose(
     product, total = _times(blocks, shape[0], _first_directions(shape[1], width, seed))
     if total == 0.0:
         return None
+    if not total * shape[1] < LARGEST**2:  # no product below is longer than that of signs and a row
+        raise OverflowError("the change is too large for float32")
     basis = np.eye(width, dtype=np.float32) if width == shape[0] else _orthonormal(product)
     for step in range(POWER_STEPS + 1):
         rows = _transposed_times(blocks, basis, shape[1])

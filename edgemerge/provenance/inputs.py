@@ -225,7 +225,7 @@ def _read_recipe(provenance: Provenance, given: Sequence[Path], path: Path) -> R
             tokens=_read_rules(stated.get("tokens", {}), paths),
             pad_to_multiple_of=_read_multiple(stated.get("pad_to_multiple_of")),
         )
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(path) from error
     models = tuple(paths[name] for name, _ in provenance.inputs)
     if recipe.models() != models or not all(part.inputs for part in recipe.slices):
@@ -266,6 +266,8 @@ def _read_slice(stated: Mapping[str, Any], paths: Mapping[str, Path]) -> Slice:
         if layers is not None:
             first, last = layers
             layers = int(first), int(last)
+            if not 0 <= layers[0] <= layers[1]:
+                raise ValueError("no range")
         inputs.append(
             ModelInput(paths[model["path"]], layers, _read_parameters(model["parameters"]))
         )
@@ -285,7 +287,9 @@ def _read_rule(stated: Mapping[str, Any]) -> Rule:
     value, name = stated["value"], stated["filter"]
     if isinstance(value, list):
         value = tuple(x if isinstance(x, bool | str) else float(x) for x in value)
-    elif not isinstance(value, int | float | str):
+    elif isinstance(value, int | float):
+        float(value)  # no float has hundreds of digits
+    elif not isinstance(value, str):
         raise TypeError("neither a number nor a word")
     return Rule(value, None if name is None else str(name))
 

@@ -385,7 +385,7 @@ class SiteFolder:
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1)
-    write_file(path, text.encode() + b"\n")
+    write_file(path, f"{text}\n".encode(errors="backslashreplace"))  # of a path: JSON's escapes
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -117,7 +117,8 @@ def _mend(fd: int) -> tuple[str, int]:
 
 def _write(fd: int, event: Mapping[str, Any], before: str) -> str:
     document = {"time": now(), **event, "before": before}
-    line = json.dumps(document, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+    line = text.encode(errors="backslashreplace") + b"\n"  # of a path: JSON's escapes
     at = 0
     while at < len(line):
         at += os.write(fd, line[at:])

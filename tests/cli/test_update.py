@@ -89,8 +89,11 @@ def test_the_units_of_systemd(device: Path) -> None:
     service, _, timer = done.stdout.partition("\n# /etc/systemd/system/edgemerge-update.timer\n")
     assert f"-P -m edgemerge update {device}\n" in service
     assert f'ReadWritePaths={device.parent}/site "{device.parent}/reports of all"\n' in service
+    assert "\nType=oneshot\n" in service
+    assert "\nSystemCallFilter=@system-service\n" in service
+    assert not {"[Install]", "UMask=0077", "DynamicUser=yes"} & set(service.splitlines())
     assert "OnCalendar=" in timer
-    assert f"#   mkdir -p {device.parent}/site '{device.parent}/reports of all'\n" in timer
+    assert f" {device.parent}/site '{device.parent}/reports of all'\n" in timer
     if shutil.which("systemd-analyze") is None:
         return
     for name, text in (("edgemerge-update.service", service), ("edgemerge-update.timer", timer)):

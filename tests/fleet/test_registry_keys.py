@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from edgemerge.errors import EdgemergeError, RecipeError, VerificationError
+from edgemerge.errors import EdgemergeError, OutputError, RecipeError, VerificationError
 from edgemerge.fleet.registry import folder as folders
+from edgemerge.fleet.registry import roots
 from edgemerge.fleet.registry.publishing import Asked, publish, refresh
 from edgemerge.fleet.registry.roots import Keys, create, rotate
 from tests.support.registries import NOW, Site, ignore, write_delta
@@ -233,6 +234,27 @@ def test_the_root_is_made_where_the_publishers_key_is_not(tmp_path: Path) -> Non
     assert [path.name for path in (site.path / "metadata").iterdir()] == ["1.root.json"]
     with pytest.raises(VerificationError, match=r"timestamp\.json: is not there"):
         site.reader().refresh()
+    site.publish()
+    assert site.reader().find("ward").version == "1"
+
+
+def test_a_registry_that_a_full_disk_left_empty_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: --init took the empty folder for a registry, and --rotate did not find its root."""
+    site = Site(tmp_path, makes=False)
+
+    def refuse(path: Path, _raw: bytes) -> None:
+        raise OutputError("needs 2 KiB and the disk is full", path=path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(roots, "write_file", refuse)
+        with pytest.raises(OutputError, match="the disk is full"):
+            create(site.at(NOW), Keys([site.key("root")]))
+    assert list((site.path / "metadata").iterdir()) == []
+    with pytest.raises(OutputError, match="is no registry; make one with publish --init"):
+        rotate(site.at(NOW), Keys([site.key("root")]))
+    create(site.at(NOW), Keys([site.key("root")]))
     site.publish()
     assert site.reader().find("ward").version == "1"
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from edgemerge.cli import make_app
@@ -178,6 +179,25 @@ def test_what_cannot_be_combined_is_refused(
     assert "the adapters have different ranks in " in refusal(
         [*adapters, (other, 1.0)], out, how="linear"
     )
+    assert not out.exists()
+
+
+def test_changes_that_float32_cannot_hold_are_refused(
+    adapters: list[tuple[Path, float]], tmp_path: Path
+) -> None:
+    """Fault: LAPACK got infinity, and a traceback ended the command."""
+    out, folder = tmp_path / "out", adapters[1][0]
+    for how in ("svd", "ties_svd", "dare_ties_svd"):
+        density = density_of(how)
+        heavy = [(path, 1e38) for path, _ in adapters]
+        assert "give smaller weights" in refusal(heavy, out, how=how, density=density)
+    weights = folder / "adapter_model.safetensors"
+    large = {name: values * np.float32(1e25) for name, values in load_file(weights).items()}
+    save_file(large, weights)
+    for how in ("svd", "ties_svd", "dare_ties_svd"):
+        said = refusal(adapters, out, how=how, density=density_of(how))
+        assert said.startswith(f"{folder}: tensor ")
+        assert "whose product float32 cannot hold; leave this adapter out" in said
     assert not out.exists()
 
 

@@ -20,7 +20,7 @@ from edgemerge.cli import make_app
 from edgemerge.errors import BudgetError, EdgemergeError, FormatError, MismatchError, OutputError
 from edgemerge.formats import open_model
 from edgemerge.merging.extraction import extract
-from edgemerge.merging.low_rank import factorise
+from edgemerge.merging.low_rank import Factors, factorise
 from tests.support.adapters import KINDS, noise, write_adapter
 from tests.support.architecture_models import ARCHITECTURES
 from tests.support.safetensors_files import read_safetensors, write_safetensors
@@ -148,6 +148,37 @@ def test_the_energy_chooses_the_smallest_rank(energy: float) -> None:
     assert found.kept >= min(energy, 1 - 1e-6) * found.total
     if energy < 1:
         assert found.rank in (needed, needed + 1)
+
+
+@pytest.mark.parametrize("size", [1e30, 1e36, 1e38, np.inf])
+def test_numbers_near_the_end_of_float32(size: float) -> None:
+    """Fault: what overflowed in a product gave NumPy's LinAlgError."""
+    matrix = spectrum(80, 100, 0.9)[0] * np.float32(size)
+
+    def find() -> Factors | None:
+        blocks = [(0, matrix)]
+        return factorise(lambda: iter(blocks), (80, 100), rank=80, energy=None, seed=1)
+
+    if size > 1e36:
+        with pytest.raises(OverflowError):
+            find()
+        return
+    found = find()
+    assert found is not None
+    assert found.kept == pytest.approx(found.total)
+    assert np.isfinite(found.left @ found.right).all()
+
+
+def test_a_change_that_float32_cannot_hold_is_refused(tmp_path: Path) -> None:
+    """Fault: a traceback named neither the model nor the tensor."""
+    base, name = wide_tensors(0), "blk.0.attn_q.weight"
+    write_gguf(tmp_path / "base.gguf", {**base, name: np.full_like(base[name], -3e38)})
+    write_gguf(tmp_path / "expert.gguf", {**base, name: np.full_like(base[name], 3e38)})
+    with pytest.raises(
+        FormatError, match=r"expert\.gguf: tensor 'blk\.0\.attn_q\.weight': is so far"
+    ):
+        extract(tmp_path / "base.gguf", tmp_path / "expert.gguf", tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
 
 
 @settings(max_examples=5, deadline=None)

@@ -114,3 +114,28 @@ def test_a_recipe_that_another_program_changed(
     with pytest.raises(EdgemergeError) as caught:
         check_inputs(changed, models[1:])
     assert str(caught.value).isprintable()
+
+
+MANY_DIGITS = "1" * 400
+
+
+@pytest.mark.parametrize(
+    ("key", "stated"),
+    [
+        ("seed", "1e999"),
+        ("slices", '[{"inputs": [{"path": "a", "layer_range": [0, 1e999]@}]@}]'),
+        ("slices", '[{"inputs": [{"path": "a", "layer_range": [-1e6, 1]@}]@}]'),
+        ("parameters", f'{{"weight": [{{"value": [1, {MANY_DIGITS}], "filter": null}}]}}'),
+        ("parameters", f'{{"weight": [{{"value": {MANY_DIGITS}, "filter": null}}]}}'),
+    ],
+)
+def test_numbers_that_are_too_large(
+    models: list[Path], tmp_path: Path, key: str, stated: str
+) -> None:
+    """Fault: a stranger's number beyond a float gave a traceback, and a range of many layers took memory."""
+    merge(make_recipe("linear", [(str(models[1]), None)]), tmp_path / "out.gguf")
+    recipe = json.loads(verify_model(tmp_path / "out.gguf").provenance.recipe)
+    text = json.dumps(recipe | {key: "@"}).replace('"@"', stated.replace("@", ', "parameters": {}'))
+    changed = replace_value(tmp_path / "out.gguf", "edgemerge.recipe", encode_value(text, "str"))
+    with pytest.raises(VerificationError, match="states a recipe that this edgemerge cannot read"):
+        check_inputs(changed, models[1:2])

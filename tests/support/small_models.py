@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -103,12 +103,16 @@ def deepen_hub(source: Path, target: Path, n_layers: int) -> Path:
     return target
 
 
-def write_gguf(path: Path, tensors: Mapping[str, Float32], *, n_layers: int = 1) -> Path:
-    """Write float32 tensors as a GGUF that merges; no tokenizer, so that nothing runs it."""
+def write_gguf(
+    path: Path, tensors: Mapping[str, Float32], *, n_layers: int = 1, tokens: Sequence[str] = ()
+) -> Path:
+    """Write float32 tensors as a GGUF that merges; no whole tokenizer, so that nothing runs it."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(n_layers)
     writer.add_head_count(N_HEADS)
     writer.add_head_count_kv(N_KV_HEADS)
+    if tokens:
+        writer.add_token_list(list(tokens))
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()

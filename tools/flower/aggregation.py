@@ -6,6 +6,7 @@ Arrays have the names of PEFT's state dict, as `base_model.model.….q_proj.lora
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -27,6 +28,8 @@ __all__ = ["Arrays", "aggregate", "find_fault", "peft_config"]
 
 Arrays = Mapping[str, Float32]
 
+LARGEST = 1e9  # norm of an array: sums of products of two are far from float32's end
+
 
 def peft_config(rank: int, alpha: int, modules: Sequence[str]) -> dict[str, Any]:
     """Return adapter_config.json of the clients' adapters; `modules` as PEFT's `target_modules`."""
@@ -41,8 +44,10 @@ def peft_config(rank: int, alpha: int, modules: Sequence[str]) -> dict[str, Any]
     }
 
 
-def find_fault(update: Arrays, sent: Arrays) -> str | None:
-    """Say why a client's arrays cannot be merged; None where they can."""
+def find_fault(update: Arrays, sent: Arrays, count: object) -> str | None:
+    """Say why a client's arrays, of so many examples, cannot be merged; None where they can."""
+    if not isinstance(count, int | float) or not 1 <= count < math.inf:
+        return f"was trained on {count!r} examples"
     if update.keys() != sent.keys():
         return "has other arrays than were sent"
     for name, values in update.items():
@@ -52,12 +57,15 @@ def find_fault(update: Arrays, sent: Arrays) -> str | None:
             return f"has {name} as {values.dtype}, not float32"
         if not np.isfinite(values).all():
             return f"has numbers in {name} that are not finite"
+        if np.linalg.norm(values.astype(np.float64)) > LARGEST:
+            return f"has numbers in {name} that are too large"
     return None
 
 
 def aggregate(
     updates: Sequence[Arrays],
     counts: Sequence[int],
+    sent: Arrays,
     config: Mapping[str, Any],
     *,
     how: str = "svd",
@@ -73,6 +81,8 @@ def aggregate(
         A client's factors: A (rank, n_in) and B (n_out, rank).
     counts : sequence of int
         Examples that each was trained on: the weight of its change.
+    sent : mapping of str to float32 arrays
+        What all of them began with.
     config : mapping
         From `peft_config`.
     how, density, seed, memory
@@ -101,7 +111,7 @@ def aggregate(
             seed=seed,
             memory=memory,
         )
-        return _read(folder / "merged", config)
+        return _read(folder / "merged", sent, config)
 
 
 def _weights(counts: Sequence[int], how: str) -> list[float]:
@@ -120,13 +130,22 @@ def _write(folder: Path, arrays: Arrays, config: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _read(folder: Path, config: Mapping[str, Any]) -> dict[str, Float32]:
-    """Read factors whose product has the scale of the clients' adapters; a combination's is 1."""
+def _read(folder: Path, sent: Arrays, config: Mapping[str, Any]) -> dict[str, Float32]:
+    """Read factors whose product has the scale of the clients' adapters; a combination's is 1.
+
+    Where it has a lower rank than they, A has further rows of what was sent, and B zeros beside them. So
+    clients can learn by these; with both zero, no gradient would ever reach them.
+    """
     scale = np.float32(config["lora_alpha"] / config["r"])
     arrays = {}
     with closing(AdapterPairs(folder)) as merged:
         for pair in merged.pairs.values():
-            for name, matrix in zip(pair.names, (pair.a, pair.b), strict=True):
-                values = matrix.read((0, matrix.shape[0]), (0, matrix.shape[1]))
-                arrays[name] = values if matrix is pair.a else values / scale
+            (name_a, name_b), rank = pair.names, pair.rank
+            a = pair.a.read((0, rank), (0, pair.a.shape[1]))
+            b = pair.b.read((0, pair.b.shape[0]), (0, rank))
+            if not a.any():  # nothing changed
+                rank = 0
+            arrays[name_a] = np.concatenate([a[:rank], sent[name_a][rank:]])
+            arrays[name_b] = np.zeros_like(sent[name_b])
+            arrays[name_b][:, :rank] = b[:, :rank] / scale
     return arrays

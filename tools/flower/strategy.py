@@ -61,23 +61,23 @@ class MergedLora(FedAvg):  # type: ignore[misc]  # flwr is not there where types
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge what came back; an adapter that cannot be merged is left out with a warning."""
         valid, _ = self._check_and_log_replies(replies, is_train=True)
-        contents, updates = [], []
+        contents, updates, counts = [], [], []
         for message in valid:
             update = from_record(message.content[self.arrayrecord_key])
-            if (fault := find_fault(update, self._sent)) is None:
+            metrics = next(iter(message.content.metric_records.values()))
+            count = metrics[self.weighted_by_key]
+            if (fault := find_fault(update, self._sent, count)) is None:
                 contents.append(message.content)
                 updates.append(update)
+                counts.append(int(count))
             else:
                 log(WARNING, "client %s %s", message.metadata.src_node_id, fault)
         if not updates:
             return None, None
-        counts = [
-            int(next(iter(content.metric_records.values()))[self.weighted_by_key])
-            for content in contents
-        ]
         merged = aggregate(
             updates,
             counts,
+            self._sent,
             self._config,
             how=self._how,
             density=self._density,

@@ -111,6 +111,11 @@ class RegistryFolder:
         self.index_until: datetime | None = None
         self.root_until: datetime | None = None
 
+    @property
+    def is_made(self) -> bool:
+        """Whether there is a registry: a full disk may leave its folders empty."""
+        return any(self.metadata.glob("*.json"))
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Be the only one who writes the registry.
@@ -120,7 +125,7 @@ class RegistryFolder:
         OutputError
             Another process writes it, or it is none.
         """
-        if not self.metadata.is_dir():
+        if not self.is_made:
             raise OutputError("is no registry; make one with publish --init", path=self.path)
         try:
             file = (self.path / ".publishing").open("ab")

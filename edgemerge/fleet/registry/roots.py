@@ -48,8 +48,7 @@ def create(folder: RegistryFolder, keys: Keys) -> Path:
     RecipeError
         There are fewer keys than signatures are asked for.
     """
-    home = folder.metadata
-    if home.exists():
+    if folder.is_made:
         raise OutputError("is a registry already; see publish --rotate", path=folder.path)
     root = Root(version=1, expires=folder.now + keys.lasts, consistent_snapshot=True)
     _set_publishers(root, Root(), keys, [s.public_key for s in folder.signers])
@@ -58,11 +57,11 @@ def create(folder: RegistryFolder, keys: Keys) -> Path:
         check_signers(root, Targets.type, folder.signers, "--key")
     try:
         folder.path.mkdir(exist_ok=True)
-        home.mkdir()
+        folder.metadata.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot be made ({error.strerror})", path=folder.path) from error
     folder.forget()
-    path = home / "1.root.json"
+    path = folder.metadata / "1.root.json"
     write_file(path, sign(root, keys.roots))
     if folder.signers:
         with folder.locked():

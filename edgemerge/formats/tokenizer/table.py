@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Mapping
 
@@ -9,11 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemerge.formats.gguf.metadata import iter_strings, value_kind
-from edgemerge.formats.tokenizer.sentencepiece_file import NORMAL, UNUSED
+from edgemerge.formats.tokenizer.sentencepiece_file import CONTROL, NORMAL, UNUSED
 
-__all__ = ["TOKENS_KEY", "TYPES_KEY", "TokenTable", "TokenTables", "text_key"]
+__all__ = ["TOKENS_KEY", "TYPES_KEY", "TokenTable", "TokenTables", "cut_alike", "text_key"]
 
 TOKENS_KEY, TYPES_KEY = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+SCORES_KEY = "tokenizer.ggml.scores"  # by which SentencePiece and Unigram choose tokens
+CUTTING: tuple[str, ...] = ("model", "pre", "merges", "add_space_prefix")
+CUTTING += ("remove_extra_whitespaces", "precompiled_charsmap")
 
 Int64 = NDArray[np.int64]
 Int32 = NDArray[np.int32]
@@ -109,3 +113,30 @@ class TokenTables:
         if key not in self._made:
             self._made[key] = TokenTable(metadata)
         return self._made[key]
+
+
+def cut_alike(first: Mapping[str, bytes], second: Mapping[str, bytes]) -> bool:
+    """Tell whether two vocabularies cut plain text into the same tokens, by what their metadata states.
+
+    Control tokens and padding may differ: no plain text becomes one.
+    """
+    common = [f"tokenizer.ggml.{key}" for key in CUTTING]
+    if any(first.get(key) != second.get(key) for key in common):
+        return False
+    if all(first.get(key) == second.get(key) for key in (TOKENS_KEY, TYPES_KEY, SCORES_KEY)):
+        return True
+    return _hash_plain(first) == _hash_plain(second)
+
+
+def _hash_plain(metadata: Mapping[str, bytes]) -> bytes:
+    """Hash the tokens that plain text may become, with their ids, types and scores."""
+    digest = hashlib.sha256()
+    if value_kind(metadata.get(TOKENS_KEY, b"")) != "[str]":
+        return digest.digest()
+    table, scores = TokenTable(metadata), metadata.get(SCORES_KEY, b"")[16:]
+    for i, kind in enumerate(table.types.tolist()):
+        if kind not in (CONTROL, UNUSED):
+            text = table.text(i)
+            digest.update(b"%d %d %d %b" % (i, kind, len(text), text))
+            digest.update(scores[4 * i : 4 * i + 4])
+    return digest.digest()

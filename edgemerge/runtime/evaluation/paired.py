@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+from edgemerge.errors import MismatchError
 from edgemerge.runtime.evaluation.evaluate import Mark, compare
 from edgemerge.runtime.evaluation.intervals import Z_95, difference_interval, student_errors
 from edgemerge.runtime.evaluation.perplexity import Chunk
@@ -80,7 +81,17 @@ def differ_in_perplexity(
         At least one.
     confidence : float
         Of the interval, in (0, 1).
+
+    Raises
+    ------
+    MismatchError
+        They are not the same chunks.
     """
+    if [one.n for one in first] != [one.n for one in second]:
+        raise MismatchError(
+            f"the models cut a text into {len(first)} and {len(second)} chunks of other tokens, so their "
+            "perplexities cannot be compared; give models of one tokenizer, or leave out the text"
+        )
     differences = [b.nll / b.n - a.nll / a.n for a, b in zip(first, second, strict=True)]
     n = len(differences)
     middle = sum(differences) / n

@@ -25,7 +25,7 @@ from edgemerge.runtime.llama import Lora
 from edgemerge.runtime.rpc.addresses import split
 from edgemerge.runtime.serve.key import check_characters
 
-__all__ = ["Service", "escape", "make_unit", "quote", "write_unit"]
+__all__ = ["Service", "escape", "fill_unit", "gpu_groups", "make_unit", "quote", "write_unit"]
 
 NAME = "edgemerge.service"
 KEY_NAME = "edgemerge.env"
@@ -202,7 +202,7 @@ def make_unit(
         File that holds the key as an environment variable.
     """
     room = max(int((service.memory or 0) * _HEADROOM), _HEADROOM_BYTES)
-    groups = [name for name in _GPU_GROUPS if _has_group(name)]
+    groups = gpu_groups()
     folders = dict.fromkeys(path.absolute().parent for path in service.models.values())
     values = {
         "names": escape(", ".join(service.models)),
@@ -212,12 +212,14 @@ def make_unit(
         "stop": f"{service.grace + _STOP_MARGIN:g}",
         "room": str((service.memory or 0) + room),
         "user": user or "",
-        "groups": " ".join(groups),
+        "groups": groups,
         "peers": " ".join(["localhost", *service.far_workers()]),
+        "cache": "edgemerge",
     }
-    return _fill(
+    return fill_unit(
         values,
         {
+            "serve",
             "system" if system else "user",
             "local" if service.is_local else "remote",
             "gpu" if service.gpu else "no-gpu",
@@ -230,14 +232,15 @@ def make_unit(
     )
 
 
-def _fill(values: Mapping[str, str], facts: Collection[str]) -> str:
-    """Fill the template, which says itself how it is read."""
+def fill_unit(values: Mapping[str, str], facts: Collection[str]) -> str:
+    """Fill the template of units, which says itself how it is read."""
     lines = []
     for line in _TEMPLATE.read_text(encoding="utf-8").splitlines():
         if line.startswith("{"):
-            wanted, _, line = line[1:].partition("} ")
+            wanted, _, line = line[1:].partition("}")
             if not set(wanted.split()) <= set(facts):
                 continue
+            line = line.removeprefix(" ")
         if not line.startswith("##"):
             lines.append(re.sub("@([a-z_]+)@", lambda found: values[found[1]], line))
     return "\n".join(lines) + "\n"
@@ -277,6 +280,11 @@ def quote(word: str) -> str:
 def _quote_value(value: str) -> str:
     """Quote a value of an environment file."""
     return '"' + re.sub(r'(["\\`$])', r"\\\1", value) + '"'
+
+
+def gpu_groups() -> str:
+    """Name the groups of this machine whose members may use a GPU."""
+    return " ".join(filter(_has_group, _GPU_GROUPS))
 
 
 def _has_group(name: str) -> bool:

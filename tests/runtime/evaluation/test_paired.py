@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edgemerge.errors import MismatchError
 from edgemerge.runtime.evaluation.evaluate import Mark
 from edgemerge.runtime.evaluation.intervals import difference_interval, student_errors
 from edgemerge.runtime.evaluation.paired import differ_in_marks, differ_in_perplexity
@@ -49,3 +50,10 @@ def test_the_interval_of_few_chunks_has_what_is_true_as_often_as_it_says(n: int)
         for row in lost.tolist()
     ]
     assert np.mean([one.low < 0 < one.high for one in found]) == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize("other", [[Chunk(2.0, 0, 255)] * 3, [Chunk(2.0, 0, 127)] * 4])
+def test_other_chunks_are_not_compared(other: list[Chunk]) -> None:
+    """Fault: unlike numbers of chunks, as two tokenizers make them, gave a ValueError."""
+    with pytest.raises(MismatchError, match="perplexities cannot be compared"):
+        differ_in_perplexity([Chunk(2.0, 0, 255)] * 4, other)
