@@ -171,6 +171,23 @@ def test_a_head_of_its_own_is_given_to_a_tied_base(tmp_path: Path) -> None:
         assert source.notes()[-1].endswith("the adapter gives the model a head of its own")
 
 
+def test_tokens_are_those_of_their_module(tmp_path: Path) -> None:
+    """Fault: the first list stood for all modules."""
+    tokens = {"embed_tokens": [3, 5], "lm_head": [7, 1]}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{FRONT}{module}.token_adapter.trainable_tokens_delta": (2, 32)
+        for module in ("model.embed_tokens", "lm_head")
+    }
+    kind = Kind("llama", {"trainable_token_indices": tokens}, shapes)
+    adapter, tensors = write_adapter(kind, tmp_path / "adapter"), tensors_of(kind)
+    before, after = read(str(LLAMA))["token_embd.weight"], read(f"{LLAMA}+{adapter}")
+    names = ("token_embd.weight", "output.weight")
+    for name, rows, trained in zip(names, tensors.values(), tokens.values(), strict=True):
+        changed = np.flatnonzero((after[name] != before).any(axis=1))
+        assert changed.tolist() == sorted(trained)
+        assert np.array_equal(after[name][trained], rows)
+
+
 # -- what does not fit -------------------------------------------------------------------------------
 
 
@@ -195,7 +212,18 @@ def renamed(new: str) -> Callable[[Path], None]:
     return lambda folder: (folder / "adapter_model.safetensors").rename(folder / new)  # type: ignore[return-value]
 
 
+def _named(tensors: dict[str, Float32], adapter: str, module: str) -> dict[str, Float32]:
+    """Take the factors of a module out of a file, and return them under an adapter's name."""
+    return {
+        name.replace(".weight", f".{adapter}.weight"): tensors.pop(name)
+        for name in list(tensors)
+        if f".{module}." in name
+    }
+
+
 A = f"{UP}.lora_A.weight"
+SECOND = "is of a second adapter in the file; save each adapter in a folder of its own"
+EMBEDDING = f"{FRONT}model.embed_tokens"
 MISTAKES: list[tuple[Callable[[Path], None], str]] = [
     (
         changed(lambda t: t.update({A: np.ones((4, 16), np.float32)})),
@@ -243,6 +271,27 @@ MISTAKES: list[tuple[Callable[[Path], None], str]] = [
     (configured(r=8), "has the rank 8, and its factors have 4; get both files of one adapter"),
     (configured(rank_pattern={"up_proj": 2}), "mlp.up_proj has the rank 2, and its factors have 4"),
     (configured(lora_alpha="much"), "its lora_alpha is no number; get the file again"),
+    # Fault: the last adapter of a file counted, or the first one of what is saved whole.
+    (
+        changed(lambda t: t.update({f"{UP}.lora_A.{n}.weight": t[A] for n in ("default", "ref")})),
+        SECOND,
+    ),
+    (changed(lambda t: t.update({f"{UP}.lora_A.default.weight": t[A]})), SECOND),
+    (
+        changed(lambda t: t.update(_named(t, "default", "q_proj") | _named(t, "ref", "v_proj"))),
+        SECOND,
+    ),
+    (
+        changed(
+            lambda t: t.update(
+                {
+                    f"{EMBEDDING}.modules_to_save.{name}.weight": np.ones((336, 32), np.float32)
+                    for name in ("default", "ref")
+                }
+            )
+        ),
+        SECOND,
+    ),
     (
         renamed("adapter_model.bin"),
         "holds its factors as pickle only (adapter_model.bin), which is ",
