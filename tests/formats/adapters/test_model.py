@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from edgemerge.errors import EdgemergeError
 from edgemerge.formats import open_model
 from edgemerge.formats.adapters.config import AdapterConfig
+from edgemerge.merging.delta import DeltaSettings, make_delta
 from tests.support.adapters import FRONT, KINDS, Kind, pair, tensors_of, write_adapter
 from tests.support.architecture_models import ARCHITECTURES, convert
 from tests.support.sources import read_all
@@ -186,6 +187,25 @@ def test_tokens_are_those_of_their_module(tmp_path: Path) -> None:
         changed = np.flatnonzero((after[name] != before).any(axis=1))
         assert changed.tolist() == sorted(trained)
         assert np.array_equal(after[name][trained], rows)
+
+
+@pytest.mark.parametrize("first", ["embedding", "tokens", "delta"])
+def test_a_head_of_its_own_has_the_changes_of_the_embedding(first: str, tmp_path: Path) -> None:
+    """Fault: of the adapter that changes the embedding, which is the head too, the head had nothing."""
+    whole = convert(QWEN, tmp_path / "base.gguf")
+    head = write_adapter(Kind("qwen2", {}, pair("lm_head", 336, 32)), tmp_path / "head")
+    kind = KINDS["tokens" if first == "tokens" else "embedding"]
+    other = write_adapter(kind, tmp_path / "other")
+    if first == "delta":
+        expert, other = f"{whole}+{other}", tmp_path / "other.gguf"
+        make_delta(whole, expert, other, DeltaSettings(bits=8))
+    before, own, alone = read(str(whole)), read(f"{whole}+{head}"), read(f"{whole}+{other}")
+    change = own["output.weight"] - before["token_embd.weight"]
+    for uses in (f"{head}+{other}", f"{other}+{head}"):
+        both = read(f"{whole}+{uses}")
+        assert np.array_equal(both["token_embd.weight"], alone["token_embd.weight"])
+        expected = alone["token_embd.weight"] + change
+        assert np.allclose(both["output.weight"], expected, rtol=0, atol=5e-7)
 
 
 # -- what does not fit -------------------------------------------------------------------------------
