@@ -163,9 +163,14 @@ class GgufParts(PartMaker):
             )
         if any(part.tensor.name.endswith("_norm.weight") for part in parts):
             notes.append("llama.cpp ignores the norms of an adapter; merging it takes them")
-        if f"{EMBEDDING}.lora_a" in {part.tensor.name for part in parts} and (
-            HEAD not in self._base.specs()
-        ):
+        names = {part.tensor.name for part in parts}
+        is_tied = HEAD not in self._base.specs()
+        if is_tied and f"{HEAD}.lora_a" in names:
+            notes.append(
+                "the expert has a head of its own, and the base has not: llama.cpp cannot add that with "
+                "--lora; make a model of both, by edgemerge convert BASE+ADAPTER"
+            )
+        elif is_tied and f"{EMBEDDING}.lora_a" in names:
             notes.append(
                 "the embedding changed, and it is the head too: llama.cpp cannot add that with --lora; "
                 "make a model of both, by edgemerge convert BASE+ADAPTER"

@@ -132,7 +132,7 @@ def make_delta(
     with ExitStack() as stack:
         models = OpenModels(stack)
         left, right = models.open(Path(base)), models.open(Path(expert))
-        listed, notes = list_changes(left, right, tied_heads=True)
+        listed, notes = list_changes(left, right)
         changes = join_stacks(listed)
         n_workers = count_workers(
             (left, right),
@@ -154,8 +154,6 @@ def make_delta(
         forms = _choose_forms(making, settings, listed, spool, work)
         notes = [*notes, *_note_waste(forms, settings)]
         lost = _write(path, making, forms, work, check)
-        for source in (left, right):
-            source.check_unchanged()
     effort = Effort(time.monotonic() - started, n_workers, memory or DEFAULT_MEMORY)
     return make_report(path, making, forms, lost, effort, tuple(dict.fromkeys(notes)))
 
@@ -288,6 +286,8 @@ def _write(
         final = _lay_out(making, forms, checksums, kept)
         assert final.offsets == layout.offsets
         file.write(final.header, 0)
+        for source in (making.base, making.expert):
+            source.check_unchanged()
         check()  # again, as a file of that name may have come during the work
         file.publish()
     return lost

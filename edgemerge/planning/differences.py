@@ -98,9 +98,11 @@ class Change:
 
 
 def list_changes(
-    base: Source, expert: Source, *, by_text: bool = False, tied_heads: bool = False
+    base: Source, expert: Source, *, by_text: bool = False
 ) -> tuple[list[Change], Sequence[str]]:
     """List all matrices and vectors of two models that fit together, and what is to be known of them.
+
+    Where one of them has a head of its own, it is compared with the other's embedding, if that is its head.
 
     Parameters
     ----------
@@ -108,8 +110,6 @@ def list_changes(
         Open models.
     by_text : bool
         Whether vocabularies may differ; then matrices of tokens with other shapes are left out.
-    tied_heads : bool
-        Whether the base's head is compared with the expert's embedding, where that is the expert's head.
 
     Raises
     ------
@@ -124,8 +124,7 @@ def list_changes(
             raise missing_tensor(name, expert, base)
     changes: list[Change] = []
     for name in names:
-        is_tied = name == OUTPUT and OUTPUT not in expert.specs()
-        if is_constant(name) or (is_tied and not tied_heads):
+        if is_constant(name):
             continue
         specs = find_head(base, name), find_head(expert, name)
         if by_text and name in (EMBEDDING, OUTPUT) and specs[0].shape != specs[1].shape:

@@ -127,7 +127,7 @@ def _check_delta(
     paths = _match_names(names, given, path)
     models = [paths[name] for name in names]
     sources = [_open(model, stack) for model in models]
-    changes = join_stacks(list_changes(*sources, tied_heads=True)[0])
+    changes = join_stacks(list_changes(*sources)[0])
     found, done = [0, 0], 0
     total = sum(spec.nbytes for change in changes for spec in change.specs)
     for change in changes:

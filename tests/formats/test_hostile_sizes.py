@@ -13,6 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgemerge.errors import FormatError
@@ -22,15 +23,20 @@ from edgemerge.formats.gguf.header import (
     MAX_STRINGS,
     MAX_TENSORS,
 )
+from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.formats.hub.card import general_metadata
 from edgemerge.formats.hub.files import stored_tensors
+from edgemerge.formats.hub.made_config import make_config
 from edgemerge.formats.hub.model import HubModel
 from edgemerge.formats.hub.safetensors import MAX_HEADER_BYTES, MAX_HEADER_VALUES, read_header
 from edgemerge.formats.inspection import inspect_model, shorten
 from edgemerge.formats.json_file import MAX_BYTES, MAX_VALUES, read_object
+from edgemerge.formats.llama_rules.charsmap import leaves_table
+from edgemerge.formats.llama_rules.mending import mend_metadata
 from edgemerge.planning.losses import foresee_losses
 from edgemerge.runtime.doctor.fit import read_needs
+from edgemerge.types import Float32
 from tests.support.bounded import bounded
 from tests.support.fixtures import unpacked
 
@@ -234,3 +240,43 @@ def test_a_model_card_that_grows_is_left_out(
         assert "the model card is left out" in caplog.text
     sparse(card, b"---\n", GIB)
     bounded(lambda: general_metadata(tmp_path, "llama", []))
+
+
+def test_a_large_generation_config_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fault: gguf read all of it, and 8 MB of lists took 180."""
+    (tmp_path / "generation_config.json").write_text("[" + "[]," * (8 << 20) + "[]]")
+    bounded(lambda: general_metadata(tmp_path, "llama", []))
+    assert "generation_config.json is larger than 256 KiB" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["tokenizer.ggml.scores", "tokenizer.ggml.token_type"])
+def test_a_large_array_beside_a_vocabulary_is_not_converted(key: str) -> None:
+    """Fault: 40 MB of small numbers took gigabytes on the way to another type."""
+    raw = struct.pack("<IIQ", ARRAY, U8, N_ITEMS) + bytes(N_ITEMS)
+    texts = encode_value([b"a", b"a", b"b"], "[str]")  # one twice, so that types are looked at
+    metadata = {"tokenizer.ggml.model": encode_value("llama", "str"), key: raw}
+    metadata |= {"tokenizer.ggml.tokens": texts}
+    bounded(lambda: mend_metadata(metadata))
+    assert mend_metadata(metadata)[0][key] == raw
+
+
+def test_a_large_array_of_an_architecture_makes_no_configuration() -> None:
+    """Fault: a list was made of all 40 MB."""
+    raw = struct.pack("<IIQ", ARRAY, U8, N_ITEMS) + bytes(N_ITEMS)
+    metadata = {"general.architecture": encode_value("llama", "str")}
+    metadata |= {"llama.block_count": encode_value(2, "u32"), "llama.context_length": raw}
+
+    def read(name: str, start: int = 0, stop: int | None = None) -> Float32:
+        raise AssertionError(name)
+
+    refuse(lambda: make_config(Path("m.gguf"), metadata, {}, read), "is a list of [0-9]{8}, so no ")
+
+
+def test_a_large_table_of_characters_is_not_copied() -> None:
+    """Fault: several copies of it, each twice as large as the table."""
+    units = np.zeros(4 << 20, "<u4")
+    raw = struct.pack("<I", units.nbytes) + units.tobytes() + b"x\0"
+    bounded(lambda: leaves_table(raw))
+    assert not leaves_table(raw)

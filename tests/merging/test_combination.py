@@ -147,6 +147,10 @@ def test_rows_are_pruned_and_elected_as_whole_tensors_are(data: st.DataObject) -
         assert np.allclose(found, expected, rtol=1e-6, atol=0)
 
 
+def _bare(name: str) -> str:
+    return name.replace(".default", "").replace(".ref", "")
+
+
 def refusal(*arguments: object, **settings: object) -> str:
     with pytest.raises(EdgemergeError) as caught:
         combine(*arguments, **settings)  # type: ignore[arg-type]
@@ -175,6 +179,11 @@ def test_what_cannot_be_combined_is_refused(
     )
     wider = write_adapter(wide, tmp_path / "wide")
     assert "has no A that fits its B" in refusal([(wider, 1.0)], out)
+    # Fault: the last adapter of a file counted.
+    names = [n.replace(".weight", f".{a}.weight") for n in wide.shapes for a in ("default", "ref")]
+    several = replace(KINDS["lora"], shapes={n: KINDS["lora"].shapes[_bare(n)] for n in names})
+    both = write_adapter(several, tmp_path / "several")
+    assert "is of a second adapter in the file; save each" in refusal([(both, 1.0)], out)
     other = write_adapter(KINDS["patterns"], tmp_path / "patterns")
     assert "the adapters have different ranks in " in refusal(
         [*adapters, (other, 1.0)], out, how="linear"

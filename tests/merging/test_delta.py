@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import tracemalloc
@@ -309,6 +310,27 @@ def test_one_may_have_a_head_of_its_own(owner: str, tmp_path: Path) -> None:
     assert np.abs(found["output.weight"] - head).max() < 0.1
     assert report.kept > 0.999
     check_inputs(delta, list(paths.values()))
+
+
+def test_a_delta_of_a_model_that_changes_replaces_nothing(tmp_path: Path) -> None:
+    """Fault: the new file was in place when that was found."""
+    base = wide_tensors(0)
+    left = write_gguf(tmp_path / "base.gguf", base)
+    right = write_gguf(tmp_path / "expert.gguf", wide_tensors(1, base))
+    output = tmp_path / "delta.gguf"
+    output.write_bytes(b"precious")
+
+    def change_at_the_end(done: int, total: int) -> None:
+        if done == total:
+            os.utime(right)
+
+    for path in (output, tmp_path / "new.gguf"):
+        with pytest.raises(FormatError, match="was changed while it was read"):
+            make_delta(
+                left, right, path, DeltaSettings(bits=2), force=True, progress=change_at_the_end
+            )
+    assert output.read_bytes() == b"precious"
+    assert sorted(os.listdir(tmp_path)) == ["base.gguf", "delta.gguf", "expert.gguf"]
 
 
 def test_an_output_is_guarded(pair: Pair, tmp_path: Path) -> None:

@@ -17,12 +17,20 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from edgemerge.cli import make_app
-from edgemerge.errors import BudgetError, EdgemergeError, FormatError, MismatchError, OutputError
+from edgemerge.errors import (
+    BudgetError,
+    EdgemergeError,
+    FormatError,
+    MismatchError,
+    OutputError,
+    RuntimeFailure,
+)
 from edgemerge.formats import open_model
 from edgemerge.merging.extraction import extract
 from edgemerge.merging.low_rank import Factors, factorise
 from tests.support.adapters import KINDS, noise, write_adapter
 from tests.support.architecture_models import ARCHITECTURES
+from tests.support.open_gguf import OddModel, load_base
 from tests.support.safetensors_files import read_safetensors, write_safetensors
 from tests.support.small_models import wide_tensors, write_gguf
 from tests.support.sources import read_all
@@ -221,6 +229,40 @@ def test_llama_cpp_runs_a_gguf_adapter(tmp_path: Path) -> None:
     adapted = logits(base, runtime.Lora(tmp_path / "adapter.gguf"))
     np.testing.assert_allclose(adapted, logits(expert), atol=1e-3)
     assert np.abs(adapted - logits(base)).max() > 0.05
+
+
+@pytest.mark.parametrize("ending", ["", ".gguf"])
+@pytest.mark.parametrize("owner", ["base", "expert"])
+def test_one_may_have_a_head_of_its_own(owner: str, ending: str, tmp_path: Path) -> None:
+    """Fault: where the base has it, the change of the head was left out, and of what is kept too."""
+    base = wide_tensors(0)
+    tensors, paths = {"base": base, "expert": wide_tensors(1, base)}, {}
+    for name, found in tensors.items():
+        if name != owner:
+            del found["output.weight"]
+        paths[name] = write_gguf(tmp_path / f"{name}.gguf", found)
+    report = extract(paths["base"], paths["expert"], tmp_path / f"adapter{ending}", rank=1000)
+    found, expert = read(f"{paths['base']}+{tmp_path / f'adapter{ending}'}"), read(paths["expert"])
+    head = expert.get("output.weight", expert["token_embd.weight"])
+    assert np.abs(found["output.weight"] - head).max() < 1e-4
+    assert report.kept > 0.999
+    is_told = any("has a head of its own, and the base has not" in n for n in report.notes)
+    assert is_told == (owner == "expert" and ending == ".gguf")
+
+
+def test_llama_cpp_adds_no_head(tmp_path: Path) -> None:
+    """What the note says of a head of the expert's own."""
+    runtime = pytest.importorskip("edgemerge.runtime.llama")
+    base = load_base(write_tiny_gguf(tmp_path / "tiny.gguf"))
+    base.tensors.pop("output.weight", None)
+    expert = OddModel(base.metadata, dict(base.tensors))
+    shape, dtype, raw = base.tensors["token_embd.weight"]
+    expert.tensors["output.weight"] = shape, dtype, (np.frombuffer(raw, "<f4") * 2).tobytes()
+    paths = [base.write(tmp_path / "base.gguf"), expert.write(tmp_path / "expert.gguf")]
+    report = extract(paths[0], paths[1], tmp_path / "adapter.gguf", rank=1000)
+    assert any("cannot add that with --lora" in note for note in report.notes)
+    with pytest.raises(RuntimeFailure, match=r"llama\.cpp cannot add this LoRA adapter"):
+        runtime.Model(paths[0], loras=[runtime.Lora(tmp_path / "adapter.gguf")])
 
 
 def test_half_precision_halves_the_file(tmp_path: Path) -> None:

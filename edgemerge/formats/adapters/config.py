@@ -11,7 +11,7 @@ from typing import Any
 from edgemerge.errors import FormatError
 from edgemerge.formats.json_file import read_object
 
-__all__ = ["ADAPTER_CONFIG", "AdapterConfig"]
+__all__ = ["ADAPTER_CONFIG", "UNFOLD", "AdapterConfig"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 1_000_000
@@ -103,11 +103,11 @@ class AdapterConfig:
             alpha = self._alpha if self._alpha is not None else 8.0  # LoraConfig's default
         return alpha / math.sqrt(rank) if self.raw.get("use_rslora") is True else alpha / rank
 
-    def tokens(self) -> tuple[int, ...]:
-        """Return the tokens whose embeddings were trained."""
+    def tokens(self, module: str) -> tuple[int, ...]:
+        """Return the tokens whose embeddings were trained in a module; none where they are not stated."""
         stated = self.raw.get("trainable_token_indices")
-        if isinstance(stated, dict):
-            stated = next(iter(stated.values()), None)
+        if isinstance(stated, dict):  # as of peft's `_set_trainable`
+            stated = next((one for name, one in stated.items() if module.endswith(name)), None)
         if not isinstance(stated, list) or not all(type(i) is int and i >= 0 for i in stated):
             return ()
         return tuple(stated)

@@ -172,12 +172,16 @@ class AdaptedModel:
         return any(name in adapter.updates() for adapter in self._adapters)
 
     def _updates_of(self, name: str) -> list[tuple[int, float, Update]]:
-        """List the updates of a tensor, each with the number and the weight of its adapter."""
-        return [
-            (number, self._weights[number], update)
-            for number, adapter in enumerate(self._adapters)
-            for update in adapter.updates().get(name, ())
-        ]
+        """List the updates of a tensor, each with the number and the weight of its adapter.
+
+        An adapter that gives the model no head of its own changes the head as the embedding.
+        """
+        home, found = self._homes.get(name, name), list[tuple[int, float, Update]]()
+        for number, adapter in enumerate(self._adapters):
+            updates = adapter.updates()
+            own = updates.get(name if name in updates else home, ())
+            found += [(number, self._weights[number], update) for update in own]
+        return found
 
     def _all_updates(self) -> Iterator[tuple[str, list[tuple[int, float, Update]]]]:
         names = dict.fromkeys(name for adapter in self._adapters for name in adapter.updates())

@@ -8,6 +8,7 @@ from math import prod
 from typing import NamedTuple
 
 from edgemerge.errors import FormatError
+from edgemerge.formats.adapters.expert_parameters import Stacks
 from edgemerge.formats.adapters.factors import Factor, StoredMatrix
 from edgemerge.formats.adapters.forms import AS_STORED, BaseForm, Order
 from edgemerge.formats.architectures import (
@@ -209,16 +210,20 @@ class BaseNames:
             return self._specs.get(EMBEDDING)
         return self._specs.get(name)
 
-    def stacks(self, stored: str) -> tuple[str, str, str] | None:
-        """Return gate, up and down of a module that holds all experts of a layer in one parameter each."""
+    def stacks(self, stored: str) -> Stacks | None:
+        """Return the stacks of a module that holds all experts of a layer in one parameter each."""
         for kind in self._form.kinds:
             name = own_name(kind, f"{stored}.0.weight")
             layer = name.split(".")[2] if name and name.startswith("model.layers.") else None
             if name is None or layer is None or not name.endswith(".experts.0.weight"):
                 continue
             names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "down")]
-            if all(name in self._specs for name in names):
-                return names[0], names[1], names[2]
+            shapes = [self._specs[name].shape for name in names if name in self._specs]
+            if len(shapes) < 3 or len(shapes[0]) != 3:
+                continue
+            n_experts, n_inner, n_outer = shapes[0]
+            if shapes[1:] == [shapes[0], (n_experts, n_outer, n_inner)]:
+                return Stacks(names[0], names[1], names[2], (n_experts, n_inner, n_outer))
         return None
 
     def is_called(self, wanted: str) -> bool:
@@ -241,7 +246,8 @@ class BaseNames:
         if heads is None:
             heads = get_value(metadata, f"{prefix}.head_count")
         if isinstance(heads, Array):  # one number per layer
-            heads = heads[layer_index(name) or 0]
+            layer = layer_index(name) or 0
+            heads = heads[layer] if layer < len(heads) else None
         if not isinstance(heads, int) or heads <= 0 or n_rows % (2 * heads):
             raise FormatError(
                 f"states no {prefix}.{key} that divides {name}; convert the model anew",

@@ -10,7 +10,8 @@ from typing import Any
 from edgemerge.errors import FormatError
 from edgemerge.formats.adapters.config import ADAPTER_CONFIG, AdapterConfig
 from edgemerge.formats.adapters.factors import FactorFile, StoredMatrix
-from edgemerge.formats.adapters.peft import DTYPES, bare_name, find_weights, split_factor
+from edgemerge.formats.adapters.peft import DTYPES, find_weights
+from edgemerge.formats.adapters.peft_names import bare_name, check_is_one, split_factor
 from edgemerge.formats.hub.safetensors import StoredTensor, read_header
 from edgemerge.suggestions import suggest_path
 
@@ -62,6 +63,7 @@ class AdapterPairs:
             raise
 
     def _sort(self, header: Mapping[str, StoredTensor]) -> None:
+        check_is_one(header, self.path)
         found: dict[str, dict[str, tuple[str, StoredTensor]]] = {}
         for stored, tensor in header.items():
             module, kind = split_factor(stored)

@@ -1,38 +1,36 @@
-"""LoRA adapters as PEFT saves them: adapter_config.json and adapter_model.safetensors.
-
-Names are those of `get_peft_model_state_dict`, and of training tools that save the whole state: with the
-adapter's name, or with what a distributed run puts around modules.
-"""
+"""LoRA adapters as PEFT saves them: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from edgemerge.errors import FormatError, MismatchError
-from edgemerge.formats.adapters.config import ADAPTER_CONFIG, AdapterConfig
+from edgemerge.formats.adapters.config import ADAPTER_CONFIG, UNFOLD, AdapterConfig
+from edgemerge.formats.adapters.expert_parameters import ExpertFactors, Stacks, find_order
 from edgemerge.formats.adapters.factors import Factor, FactorFile, StoredMatrix
 from edgemerge.formats.adapters.forms import Order
 from edgemerge.formats.adapters.gguf import count_objects
 from edgemerge.formats.adapters.names import BaseNames, Target
+from edgemerge.formats.adapters.peft_names import (
+    bare_name,
+    check_is_one,
+    module_of_tokens,
+    second_adapter,
+    split_factor,
+    split_saved,
+    unwrap,
+)
 from edgemerge.formats.adapters.updates import LowRank, Update
 from edgemerge.formats.hub.names import is_unused, name_some, own_name
 from edgemerge.formats.hub.safetensors import StoredTensor, read_header
 from edgemerge.types import FileState, Source
 
-__all__ = ["DTYPES", "WEIGHTS", "PeftAdapter", "bare_name", "find_weights", "split_factor"]
+__all__ = ["DTYPES", "WEIGHTS", "PeftAdapter", "find_weights"]
 
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors -> ggml
-_AROUND = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
-_FACTOR = re.compile(
-    r"(?P<module>.+)\.lora_(?P<kind>A|B|embedding_A|embedding_B|magnitude_vector)"
-    r"(\.(?!(weight|bias)$)[^.]+)?(\.(?P<end>weight|bias))?"
-)
-_SAVED = re.compile(r"\.(modules_to_save(\.(?!(weight|bias)$)[^.]+)?|base_layer)(?=\.)")
-_TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.[^.]+)?")
 
 
 class PeftAdapter:
@@ -61,6 +59,8 @@ class PeftAdapter:
         self._files = [FactorFile(path / ADAPTER_CONFIG), FactorFile(find_weights(path))]
         self._updates: dict[str, list[Update]] = {}
         self._unused: list[str] = []
+        self._saved: dict[str, str] = {}  # what is saved whole -> name of the adapter
+        self._experts: list[tuple[ExpertFactors, float]] = []  # with their scales
         try:
             self._sort(header)
         except BaseException:
@@ -69,41 +69,45 @@ class PeftAdapter:
 
     def _sort(self, header: Mapping[str, StoredTensor]) -> None:
         """Gather what belongs to each module, and make the updates of it."""
+        check_is_one(header, self.path)
         modules: dict[str, dict[str, tuple[str, StoredTensor]]] = {}
         for stored, tensor in header.items():
-            name = _AROUND.sub("", stored)
-            if ".original_module." in name:
+            if ".original_module." in unwrap(stored):
                 continue
             module, kind = split_factor(stored)
             if kind:
                 modules.setdefault(module, {})[kind] = stored, tensor
-            elif match := _TOKENS.fullmatch(name):
-                self._replace_tokens(f"{match['module']}.weight", stored, tensor)
+            elif (module_of := module_of_tokens(stored)) is not None:
+                self._replace_tokens(module_of, stored, tensor)
             else:
-                self._replace(_SAVED.sub("", name), stored, tensor)
+                self._replace(stored, tensor)
         for module, factors in modules.items():
             self._change(module, factors)
+        self._change_experts()
         if not self._updates:
             raise FormatError("holds no LoRA; get it again", path=self.path)
 
     # -- tensors that stand for the base's -------------------------------------------------------
 
-    def _replace(self, name: str, stored: str, tensor: StoredTensor) -> None:
+    def _replace(self, stored: str, tensor: StoredTensor) -> None:
+        name, adapter = split_saved(stored)
         targets = self._find(name, stored)
         if not targets:
             if is_unused(own_name("llama", name) or name, tensor.dtype):
                 self._unused.append(stored)
                 return
             raise self._refuse_name(stored)
+        if adapter and self._saved.setdefault(name, adapter) != adapter:
+            raise second_adapter(stored, self.path)
         for target in targets:
             n_cols = self._n_cols(target)
             matrix = self._matrix(stored, tensor, (target.n_stored, n_cols), target)
             factor = target.replacement(matrix)
             self._file(target.name, Update(target.first, target.n_rows, factor))
 
-    def _replace_tokens(self, name: str, stored: str, tensor: StoredTensor) -> None:
+    def _replace_tokens(self, module: str, stored: str, tensor: StoredTensor) -> None:
         """Replace the embeddings of some tokens (peft's trainable tokens)."""
-        targets, tokens = self._find(name, stored), self._config.tokens()
+        targets, tokens = self._find(f"{module}.weight", stored), self._config.tokens(module)
         if not targets or tensor.shape[:1] != (len(tokens),):
             raise self._refuse_name(stored)
         for target in targets:
@@ -145,7 +149,7 @@ class PeftAdapter:
         stacks = None if is_embedding else self._names.stacks(module.replace(".base_layer", ""))
         targets = self._find(f"{module}.weight", name_a)
         if stacks is not None and not targets:
-            self._change_experts(stacks, factors, names_of_module)
+            self._add_experts(stacks, factors, names_of_module)
             return
         if not targets:
             raise self._refuse_name(name_a)
@@ -200,45 +204,34 @@ class PeftAdapter:
             factor = target.addend(matrix)
             self._file(target.name, Update(target.first, target.n_rows, added=(factor, scale)))
 
-    def _change_experts(
+    def _add_experts(
         self,
-        stacks: tuple[str, str, str],
+        stacks: Stacks,
         factors: Mapping[str, tuple[str, StoredTensor]],
         names_of_module: tuple[str, str],
     ) -> None:
-        """Make the updates of a parameter that holds all experts (peft's `target_parameters`).
-
-        A is (rank * experts, in) with one expert after the other, B (out, rank * experts) with the experts
-        next to each other (`ParamWrapper.get_delta_weight`). gate and up are one parameter, one above the
-        other or in turn. Before peft 0.18, in and out were the other way round.
-        """
+        """Keep A and B of a parameter that holds all experts, until all of them are known."""
         (name_a, a), (name_b, b) = factors["A"], factors["B"]
-        gate, up, down = stacks
-        spec = self._names.spec(gate)
-        assert spec is not None
-        n_experts, n_inner, n_outer = spec.shape
-        shapes = {(2 * n_inner, n_outer): (gate, up), (n_outer, n_inner): (down,)}
-        given = b.shape[0], a.shape[1]
-        swapped = given not in shapes and given[::-1] in shapes
-        names = shapes.get(given[::-1] if swapped else given)
-        if names is None or a.shape[0] % n_experts:
-            raise self._refuse_shape(name_b, b.shape, gate, spec.shape)
-        rank = a.shape[0] // n_experts
-        scale = self._config.scale(names_of_module, rank)
         one = self._matrix(name_a, a, a.shape, None), self._matrix(name_b, b, b.shape, None)
-        step = len(names) if self._names.deals_in_turn else 1
-        for i, name in enumerate(names):
-            n_rows, n_cols = (n_outer, n_inner) if name == down else (n_inner, n_outer)
-            first = i if step > 1 else i * n_rows
-            for expert in range(n_experts):
-                if swapped:
-                    left = Factor(one[0], (n_rows, rank), expert * rank, first, step, True)
-                    right = Factor(one[1], (rank, n_cols), 0, expert, n_experts, True)
-                else:
-                    order = Order(step=step)
-                    left = Factor(one[1], (n_rows, rank), first, expert, n_experts, order=order)
-                    right = Factor(one[0], (rank, n_cols), expert * rank)
-                update = Update(expert * n_rows, n_rows, change=LowRank(left, right, scale))
+        parameter = ExpertFactors(stacks, *one)
+        if not parameter.names:
+            raise self._refuse_shape(name_b, b.shape, stacks.gate, stacks.shape)
+        self._experts.append((parameter, self._config.scale(names_of_module, parameter.rank)))
+
+    def _change_experts(self) -> None:
+        """Make the updates of parameters that hold all experts (peft's `target_parameters`)."""
+        order = find_order([parameter for parameter, _ in self._experts])
+        for parameter, scale in self._experts:
+            swapped = order if parameter.is_swapped is None else parameter.is_swapped
+            if swapped is None:
+                raise FormatError(
+                    "is of experts that are as wide as high, and no other tensor tells which side is in "
+                    f"(versions of peft differ); {UNFOLD}",
+                    path=self.path,
+                    tensor=parameter.b.name,
+                )
+            in_turn = self._names.deals_in_turn
+            for name, update in parameter.updates(scale, swapped=swapped, in_turn=in_turn):
                 self._file(name, update)
 
     # -- small parts -----------------------------------------------------------------------------
@@ -363,20 +356,6 @@ def _join(left: Update, right: Update) -> Update:
         left.change or right.change,
         left.magnitude or right.magnitude,
     )
-
-
-def split_factor(stored: str) -> tuple[str, str]:
-    """Split a stored name into its module and its kind, as A, B or B_bias; other tensors have none."""
-    match = _FACTOR.fullmatch(_AROUND.sub("", stored))
-    if match is None:
-        return stored, ""
-    return match["module"], match["kind"] + ("_bias" if match["end"] == "bias" else "")
-
-
-def bare_name(module: str) -> str:
-    """Return a module's name without what PEFT puts around it."""
-    name = own_name("llama", f"{module}.weight") or f"{module}.weight"
-    return name.removesuffix(".weight").replace(".base_layer", "")
 
 
 def find_weights(path: Path) -> Path:

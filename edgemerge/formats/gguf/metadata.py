@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeAlias, overload
 
-__all__ = ["SCALARS", "TYPE_IDS", "Array", "Value", "decode_value", "encode_value", "get_value"]
-__all__ += ["iter_strings", "value_kind"]
+__all__ = ["ARRAY_HEAD", "SCALARS", "TYPE_IDS", "Array", "Value", "array_head", "decode_value"]
+__all__ += ["encode_value", "get_value", "iter_strings", "value_kind"]
 
 Scalar: TypeAlias = int | float | bool | str
 
@@ -33,6 +33,7 @@ SCALARS: dict[str, tuple[int, str]] = {
     "f64": (12, "<d"),
 }
 STRING, ARRAY = 8, 9
+ARRAY_HEAD = 16  # bytes before the items of an array
 SHOWN = 4  # items of an array in a sentence
 TYPE_IDS: dict[str, int] = {name: type_id for name, (type_id, _) in SCALARS.items()} | {
     "str": STRING
@@ -54,12 +55,17 @@ def encode_value(value: Scalar | bytes | Sequence[Scalar | bytes], kind: str) ->
         element = kind[1:-1]
         assert isinstance(value, Sequence)
         assert not isinstance(value, str | bytes)
-        head = struct.pack("<IIQ", ARRAY, TYPE_IDS[element], len(value))
+        head = array_head(element, len(value))
         if element == "str":
             return head + b"".join(_payload(item, "str") for item in value)
         return head + struct.pack(f"<{len(value)}{SCALARS[element][1][1]}", *value)
     assert isinstance(value, str | bytes | int | float)
     return struct.pack("<I", TYPE_IDS[kind]) + _payload(value, kind)
+
+
+def array_head(element: str, length: int) -> bytes:
+    """Encode what stands before the items of an array, of the type of that name."""
+    return struct.pack("<IIQ", ARRAY, TYPE_IDS[element], length)
 
 
 def _payload(value: Scalar | bytes, kind: str) -> bytes:

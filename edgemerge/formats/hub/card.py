@@ -22,6 +22,8 @@ from edgemerge.types import TensorSpec
 __all__ = ["general_metadata"]
 
 MAX_CARD_BYTES = 4 << 20
+# As objects of Python, JSON takes some 25 times as much. Published ones have a few kilobytes.
+MAX_GENERATION_BYTES = 256 << 10
 
 _logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ def general_metadata(
     counts = _count_weights(specs)
     try:
         _refuse_bomb(path / "README.md")
+        _refuse_large(path / "generation_config.json", MAX_GENERATION_BYTES)
         card = gguf.Metadata.load(None, path, None, counts[0])
         return _record(gguf, card, path, architecture, counts)
     except (
@@ -63,12 +66,17 @@ class _NamedPath(PosixPath):
         return folder_name(Path(self))
 
 
+def _refuse_large(path: Path, most: int) -> None:
+    """Refuse a file that gguf would read whole."""
+    if path.is_file() and path.stat().st_size > most:
+        raise ValueError(f"{path.name} is larger than {most >> 10} KiB")
+
+
 def _refuse_bomb(path: Path) -> None:
     """Refuse a model card that grows when it is read: YAML's aliases repeat what they point to."""
     if not path.is_file():
         return
-    if path.stat().st_size > MAX_CARD_BYTES:
-        raise ValueError(f"it is larger than {MAX_CARD_BYTES >> 20} MiB")
+    _refuse_large(path, MAX_CARD_BYTES)
     lines = path.read_text(encoding="utf-8").splitlines()
     if lines[:1] != ["---"]:
         return

@@ -11,6 +11,7 @@ from edgemerge.errors import FormatError
 __all__ = ["MAX_COUNT", "Checker"]
 
 MAX_COUNT = (1 << 31) - 1  # llama.cpp keeps counts in 32 bits
+SMALLEST, LARGEST = 1e-38, 1e38  # and numbers as float32
 
 
 class Checker:
@@ -62,16 +63,32 @@ class Checker:
         return value
 
     def number(
-        self, key: str, default: float | None = None, table: Mapping[str, Any] | None = None
+        self,
+        key: str,
+        default: float | None = None,
+        table: Mapping[str, Any] | None = None,
+        most: float = LARGEST,
     ) -> float:
-        """Return a positive number, of the file or of a table within it."""
+        """Return a positive number up to `most`, of the file or of a table within it."""
         value = self.get(key) if table is None else table.get(key)
         if value is None:
             value = default
-        # 1e38: it must fit a float32. A bool is an int to isinstance.
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e38:
+        # A bool is an int to isinstance.
+        is_bool = isinstance(value, bool)
+        if isinstance(value, int | float) and not is_bool and SMALLEST <= value <= most:
             return float(value)
-        raise self.refuse(key, value, "a positive number")
+        wanted = "a positive number" if most == LARGEST else f"a positive number up to {most:g}"
+        raise self.refuse(key, value, wanted)
+
+    def size(self, key: str, n: int) -> int:
+        """Return a count that was computed with the value of a key, where llama.cpp can hold it."""
+        if not 1 <= n <= MAX_COUNT:
+            raise FormatError(
+                f"{key} of {str(self.get(key))[:80]} makes a size of {n:.3g}, it must be from 1 to "
+                f"{MAX_COUNT}; correct the file",
+                path=self.path,
+            )
+        return n
 
     def flag(self, key: str) -> bool:
         """Return true or false; false where nothing is stated."""

@@ -13,6 +13,7 @@ from edgemerge.formats.hub.checker import Checker
 from edgemerge.formats.hub.cuts import Cut, Cuts, Stored, whole
 from edgemerge.formats.hub.own_keys import Shapes, qwen3_moe_keys, stated_kinds
 from edgemerge.formats.hub.reader import SCALING, Reader
+from edgemerge.formats.hub.rope import rotated_part
 
 __all__ = ["DELTA_NET_READERS", "FULL", "LINEAR"]
 
@@ -36,7 +37,7 @@ def delta_net_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
         "ssm.state_size": size,
         "ssm.group_count": n_key,
         "ssm.time_step_rank": n_value,
-        "ssm.inner_size": n_value * size,
+        "ssm.inner_size": check.size("linear_value_head_dim", n_value * size),
         "full_attention_interval": check.count("full_attention_interval"),
     }
     recurs: list[Scalar] = [kind == LINEAR for kind in delta_net_layers(check, shapes)]
@@ -66,8 +67,8 @@ def qwen35_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:
         raise check.refuse("mrope_section", stated, "a list of three numbers")
     if any(type(n) is not int or not 0 <= n <= shapes.head_dim for n in stated):
         raise check.refuse("mrope_section", stated, "a list of three numbers")
-    part = rope.get("partial_rotary_factor", check.get("partial_rotary_factor"))
-    _check_sections(check, stated, shapes.head_dim, int(part * shapes.head_dim) // 2)
+    n_pairs = int(rotated_part(check, rope) * shapes.head_dim) // 2
+    _check_sections(check, stated, shapes.head_dim, n_pairs)
     sections: list[Scalar] = [*stated, 0][:4]
     dimensions = encode_value(sections, "[i32]")
     return {**delta_net_keys(check, shapes), "rope.dimension_sections": dimensions}

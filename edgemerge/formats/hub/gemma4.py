@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgemerge.formats.gguf.metadata import Scalar, encode_value
-from edgemerge.formats.hub.checker import Checker
+from edgemerge.formats.hub.checker import MAX_COUNT, Checker
 from edgemerge.formats.hub.cuts import Cuts, Stored, whole
 from edgemerge.formats.hub.own_keys import Shapes, stated_kinds
 from edgemerge.formats.hub.reader import HEADS, LENGTHS, Reader
@@ -61,7 +61,7 @@ def _read_layers(check: Checker, shapes: Shapes) -> _Layers:
         n - n_shared,
         {SLIDING: shapes.head_dim, FULL: check.count("global_head_dim", most=MAX_HEAD_DIM)},
         {SLIDING: n_kv_head, FULL: n_full},
-        check.count("intermediate_size"),
+        check.count("intermediate_size", most=MAX_COUNT // 2),  # some layers may have twice that
         check.flag("use_double_wide_mlp"),
         check.flag("attention_k_eq_v"),
     )

@@ -8,6 +8,7 @@ tables here do not know is refused by its key's name.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,7 +47,7 @@ TOKEN_IDS = {
 }
 # What some converters write and the arithmetic does not need, or what is compared otherwise.
 IGNORED = ("vocab_size", "rope.dimension_count", "tensor_data_layout", "rope.scaling.finetuned")
-_MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_MISSHAPEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
 
 
 def make_config(

@@ -63,9 +63,9 @@ def stated_width(check: Checker) -> int:
 def lfm2_layers(check: Checker, shapes: Shapes) -> tuple[str, ...]:
     """Return which layers have attention, and which a short convolution."""
     indices = check.get("full_attn_idxs")
-    if not isinstance(indices, list):
-        indices = range(shapes.n_layers)
-    default = ["full_attention" if i in indices else "conv" for i in range(shapes.n_layers)]
+    layers = range(shapes.n_layers)
+    full = {i for i in indices if type(i) is int} if isinstance(indices, list) else layers
+    default = ["full_attention" if i in full else "conv" for i in layers]
     return tuple(stated_kinds(check, default, ("full_attention", "conv")))
 
 
@@ -85,8 +85,9 @@ def lfm2_width(check: Checker) -> int:
     if not check.flag("block_auto_adjust_ff_dim"):
         return width
     width = int(check.number("block_ffn_dim_multiplier") * int(2 * width / 3))
+    width = check.size("block_ffn_dim_multiplier", width)
     multiple = check.count("block_multiple_of")
-    return multiple * -(-width // multiple)
+    return check.size("block_multiple_of", multiple * -(-width // multiple))
 
 
 def lfm2_keys(check: Checker, shapes: Shapes) -> dict[str, bytes]:

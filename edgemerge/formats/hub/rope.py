@@ -8,6 +8,7 @@ Two spellings are met: `rope_scaling` beside `rope_theta`, and since transformer
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "read_rope",
     "rope_metadata",
     "rope_tensors",
+    "rotated_part",
     "yarn_scale",
 ]
 
@@ -36,6 +38,7 @@ YARN_KEYS: dict[str, tuple[str, ...]] = {
 }
 YARN_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
 YARN_SCALES = ("mscale", "mscale_all_dim")
+MOST_OF_YARN = 1e6  # what is computed of larger numbers may not fit a float32
 LLAMA3_DEFAULTS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 STRETCHED = ("llama3", "yarn", "longrope")  # know the context length that they were trained with
 LONGROPE_NAMES = ("su", "longrope")
@@ -131,7 +134,7 @@ def _check_values(check: Checker, kind: str, rope: dict[str, Any]) -> None:
     if kind == "yarn":
         for name in (*(name for names in YARN_KEYS.values() for name in names), *YARN_SCALES):
             if rope.get(name) is not None:
-                check.number(name, table=rope)
+                check.number(name, table=rope, most=MOST_OF_YARN)
         # gpt-oss was trained so. llama.cpp rounds the limits, and runs it nevertheless.
         is_trained_so = "rope_parameters" in check.defaults
         if rope.get("truncate") is False and not is_trained_so:
@@ -174,19 +177,26 @@ def _rotated_length(
     check: Checker, kinds: tuple[str, ...], rope: dict[str, Any], head_dim: int
 ) -> int:
     """Count the elements of a head that are turned: all, but in some families maybe fewer."""
-    part = rope.get("partial_rotary_factor", check.get("partial_rotary_factor"))
-    part = 1.0 if part is None else part
+    part = rotated_part(check, rope)
     turns_part = (
         "longrope" in kinds or "proportional" in kinds or "partial_rotary_factor" in check.defaults
     )
     if not turns_part and part != 1:
         raise check.unlike("partial_rotary_factor", part, "1")
-    if not isinstance(part, int | float) or not 0 < part <= 1:
-        raise check.refuse("partial_rotary_factor", part, "above 0, and 1 at most")
     n_rot = int(part * head_dim)
     if n_rot % 2 or not n_rot:
         raise check.refuse("partial_rotary_factor", part, f"an even part of {head_dim} elements")
     return n_rot
+
+
+def rotated_part(check: Checker, rope: Mapping[str, Any]) -> float:
+    """Return which part of a head is turned, as the rotation states it or config.json; else all."""
+    key = "partial_rotary_factor"
+    part = check.get(key) if rope.get(key) is None else rope[key]
+    part = 1.0 if part is None else part
+    if not isinstance(part, int | float) or not 0 < part <= 1:
+        raise check.refuse(key, part, "above 0, and 1 at most")
+    return float(part)
 
 
 def _check_factors(check: Checker, rope: dict[str, Any], n_rot: int) -> None:

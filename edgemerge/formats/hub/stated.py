@@ -10,6 +10,7 @@ import numpy as np
 
 from edgemerge.errors import FormatError
 from edgemerge.formats.gguf.metadata import Array, get_value
+from edgemerge.formats.hub.config import MAX_LAYERS
 from edgemerge.types import Float32, TensorSpec
 
 __all__ = ["REMEDY", "Json", "ReadF32", "Stated"]
@@ -56,13 +57,21 @@ class Stated:
         self._metadata = metadata
 
     def get(self, key: str) -> Any:
-        """Return a value of the architecture; a list of an array, and a float32 as one writes it."""
+        """Return a value of the architecture; a list of an array, and a float32 as one writes it.
+
+        Raises
+        ------
+        FormatError
+            It is an array of more items than any model has layers.
+        """
         return self.get_whole(f"{self.name}.{key}")
 
     def get_whole(self, key: str) -> Any:
         """Return a value by its whole key."""
         value = get_value(self._metadata, key)
         if isinstance(value, Array):
+            if len(value) > MAX_LAYERS:
+                raise self.refuse(f"its {key} is a list of {len(value)}")
             return list(value)
         return float(str(np.float32(value))) if isinstance(value, float) else value
 

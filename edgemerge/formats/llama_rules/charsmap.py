@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 __all__ = ["leaves_table"]
 
 _ROWS = 1024  # nodes that are looked at together, each with 255 bytes that may follow
+_CHECK, _VALUE = np.uint32((1 << 31) | 0xFF), np.uint32(0x7FFFFFFF)  # bits of a unit
 
 
 def leaves_table(raw: bytes) -> bool:
@@ -28,43 +29,40 @@ def leaves_table(raw: bytes) -> bool:
     n_bytes = int.from_bytes(raw[:4], "little")
     if len(raw) < 4 or n_bytes + 4 >= len(raw) or n_bytes < 4:
         return False
-    units = np.frombuffer(raw, "<u4", n_bytes // 4, 4).astype(np.int64)
-    texts = raw[4 + n_bytes :]
-    bases = (units >> 10) << ((units & (1 << 9)) >> 6)
-    checks = units & ((1 << 31) | 0xFF)
+    units = np.frombuffer(raw, "<u4", n_bytes // 4, 4)
+    last_text = raw.rfind(b"\0", 4 + n_bytes) - 4 - n_bytes
     seen = np.zeros(len(units) + 256, np.bool_)
-    nodes = bases[:1]
+    nodes = _bases(units[:1])
     while nodes.size:
         if (nodes | 0xFF).max() >= len(units):
             return True
-        seen[nodes] = True
-        nodes, ends = _follow(nodes, bases, checks, units)
-        if ends.size and (ends.max() >= len(units) or _outside(units[ends], texts)):
-            return True
-        if nodes.size and nodes.max() >= len(units):
-            return True
-        nodes = nodes[~seen[nodes]]
+        found = [np.zeros(0, np.uint32)]
+        for start in range(0, nodes.size, _ROWS):
+            following, ends = _follow(nodes[start : start + _ROWS], units)
+            if following.size and following.max() >= len(units):
+                return True
+            if ends.size and int((units[ends] & _VALUE).max()) > last_text:
+                return True
+            found.append(np.unique(following[~seen[following]]))
+            seen[found[-1]] = True
+        nodes = np.concatenate(found)
     return False
 
 
+def _bases(units: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Return what leads from a node to those after it: 22 bits, which one bit multiplies by 256."""
+    width = (units >> np.uint32(6)) & np.uint32(8)
+    return (units >> np.uint32(10)) << width
+
+
 def _follow(
-    nodes: NDArray[np.int64],
-    bases: NDArray[np.int64],
-    checks: NDArray[np.int64],
-    units: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All nodes one byte on, and those of them that hold a value."""
-    byte = np.arange(1, 256)
-    found, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for start in range(0, nodes.size, _ROWS):
-        places = nodes[start : start + _ROWS, None] ^ byte
-        places = places[checks[places] == byte]
-        following = places ^ bases[places]
-        found.append(following)
-        ends.append(following[(units[places] >> 8) & 1 == 1])
-    return np.unique(np.concatenate(found)), np.concatenate(ends)
-
-
-def _outside(values: NDArray[np.int64], texts: bytes) -> bool:
-    last_end = texts.rfind(b"\0")
-    return bool(((values & 0x7FFFFFFF) > last_end).any())
+    nodes: NDArray[np.uint32], units: NDArray[np.uint32]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Return the nodes one byte on, and those of them that hold a value."""
+    byte = np.arange(1, 256, dtype=np.uint32)
+    places = nodes[:, None] ^ byte
+    at = units[places]
+    fits = (at & _CHECK) == byte
+    at, places = at[fits], places[fits]
+    following = places ^ _bases(at)
+    return following, following[(at >> 8) & 1 == 1]

@@ -5,9 +5,21 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from edgemerge.formats.gguf.metadata import Array, decode_value, encode_value, get_value, value_kind
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemerge.formats.gguf.metadata import (
+    ARRAY_HEAD,
+    SCALARS,
+    Array,
+    array_head,
+    decode_value,
+    encode_value,
+    get_value,
+    value_kind,
+)
 from edgemerge.formats.llama_rules.token_texts import TokenTexts
 from edgemerge.formats.llama_rules.vocabulary import (
     KINDS,
@@ -24,6 +36,7 @@ from edgemerge.formats.llama_rules.vocabulary import (
 __all__ = ["mend_metadata"]
 
 CONTROL, UNUSED = 3, 5  # LLAMA_TOKEN_TYPE_… of include/llama.h
+_NO_TYPES = np.zeros(0, np.int32)
 
 
 def mend_metadata(metadata: Mapping[str, bytes]) -> tuple[dict[str, bytes], list[str]]:
@@ -82,18 +95,37 @@ def _mend_kinds(mended: dict[str, bytes], notes: list[str]) -> None:
             notes.append(f"{key} of {value} is left out: it stands for none")
             continue
         try:
-            mended[key] = encode_value(_as_kind(value, kinds[0]), kinds[0])
+            if isinstance(value, Array) and kinds[0].startswith("["):
+                mended[key] = _as_numbers(mended, key, kinds[0])
+            else:
+                mended[key] = encode_value(_as_kind(value, kinds[0]), kinds[0])
         except (struct.error, TypeError, ValueError, OverflowError, AssertionError):
             continue  # a text, say; that is found again, and refused
         notes.append(f"{key} is written as {kinds[0]}, not {kind}, which llama.cpp does not read")
 
 
-def _as_kind(value: object, kind: str) -> int | float | bool | list[int | float]:
+def _as_numbers(metadata: Mapping[str, bytes], key: str, kind: str) -> bytes:
+    """Convert an array of a number for each token: to [f32] as nearly as it can be, to [i32] exactly.
+
+    A longer one may be 48 MB of small numbers. It is no array of a vocabulary.
+    """
+    old, new = value_kind(metadata[key])[1:-1], kind[1:-1]
+    texts = metadata.get(TOKENS_KEY, b"")
+    n_tokens = _count(texts) if texts and value_kind(texts) == "[str]" else 0
+    if old not in SCALARS or _count(metadata[key]) > n_tokens:
+        raise ValueError(f"{key} is no array of numbers for {n_tokens} tokens")
+    numbers = np.frombuffer(metadata[key], SCALARS[old][1], offset=ARRAY_HEAD)
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = numbers.astype(SCALARS[new][1])
+    if new == "i32" and not np.array_equal(converted, numbers):
+        raise ValueError(f"{key} holds other numbers than {new}")
+    if not np.array_equal(np.isinf(converted), np.isinf(numbers)):
+        raise OverflowError(f"{key} holds numbers that are too large for {new}")
+    return array_head(new, numbers.size) + converted.tobytes()
+
+
+def _as_kind(value: object, kind: str) -> int | float | bool:
     """Convert a value, exactly or not at all."""
-    if kind == "[f32]" and isinstance(value, Array):
-        return [float(item) for item in value]
-    if kind == "[i32]" and isinstance(value, Array):
-        return [int(item) for item in value]
     if kind == "bool" and value in (0, 1):
         return bool(value)
     if kind == "u32" and isinstance(value, int | float) and math.floor(value) == value:
@@ -108,18 +140,17 @@ def _mend_repeated(mended: dict[str, bytes], notes: list[str]) -> None:
         return
     special = [get_value(mended, key) for key in SPECIAL_KEYS.values()]
     named = {token for token in special if isinstance(token, int)}
-    stated = get_value(mended, TYPES_KEY)
-    types = list(stated) if isinstance(stated, Array) else []
+    raw = mended.get(TYPES_KEY, b"")
+    has_types = bool(raw) and value_kind(raw) == "[i32]"
+    types = np.frombuffer(raw, "<i4", offset=ARRAY_HEAD).copy() if has_types else _NO_TYPES
     renamed: dict[int, bytes] = {}
     for ids in repeated.values():
         keeper = min(ids, key=lambda i: (i not in named, _rank(types, i), i))
         renamed |= {i: _free_name(texts, i) for i in ids if i != keeper}
     mended[TOKENS_KEY] = _replace_texts(mended[TOKENS_KEY], renamed)
-    if types and value_kind(mended[TYPES_KEY]) == "[i32]":
-        for i in renamed:
-            if i < len(types):
-                types[i] = UNUSED
-        mended[TYPES_KEY] = encode_value(types, "[i32]")
+    if has_types:
+        types[[i for i in renamed if i < types.size]] = UNUSED
+        mended[TYPES_KEY] = raw[:ARRAY_HEAD] + types.tobytes()
     text, ids = next(iter(repeated.items()))
     first = min(renamed)
     more = f", and {len(renamed) - 1} more" if len(renamed) > 1 else ""
@@ -129,10 +160,9 @@ def _mend_repeated(mended: dict[str, bytes], notes: list[str]) -> None:
     )
 
 
-def _rank(types: Sequence[object], i: int) -> int:
+def _rank(types: NDArray[np.int32], i: int) -> int:
     """Whose text a model is more likely to write: control tokens, then all others, then unused ones."""
-    kind = types[i] if i < len(types) else None
-    return {CONTROL: 0, UNUSED: 2}.get(kind, 1) if isinstance(kind, int) else 1
+    return {CONTROL: 0, UNUSED: 2}.get(int(types[i]), 1) if i < types.size else 1
 
 
 def _free_name(texts: TokenTexts, i: int) -> bytes:

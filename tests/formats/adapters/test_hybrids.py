@@ -134,39 +134,52 @@ def test_a_repeated_embedding_changes_the_head_too(tmp_path: Path) -> None:
     compare(read(f"{models[0]}+{adapter}"), wanted)
 
 
+def train_experts(
+    name: str, folder: Path, parts: tuple[str, ...], *, swapped: bool
+) -> tuple[Path, Path, Path]:
+    """Write a base, an adapter of all experts of a layer, and the model that peft makes."""
+    base, wanted = make_model(name, folder / "base"), make_model(name, folder / "wanted")
+    stored, adapter = stored_f32(name), dict[str, Float32]()
+    write_safetensors(base / WEIGHTS, stored)
+    for i, part in enumerate(parts):
+        tensor = next(tensor for tensor in stored if tensor.endswith(f"experts.{part}"))
+        n_experts, n_in, n_out = stored[tensor].shape
+        a = noise((n_experts * 2, n_out if swapped else n_in), 2 * i + 1)
+        b = noise((n_in if swapped else n_out, 2 * n_experts), 2 * i + 2)
+        # `ParamWrapper.get_delta_weight`
+        factors = b.reshape(len(b), 2, n_experts), a.reshape(n_experts, 2, -1)
+        change = np.einsum("ore,eri->eoi" if swapped else "ore,eri->eio", *factors) / 2
+        stored[tensor] = (stored[tensor] + change).astype(np.float32)
+        module = tensor.removesuffix(f".{part}") + ".base_layer" * (part == "gate_up_proj")
+        adapter |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    write_safetensors(wanted / WEIGHTS, stored)
+    return base, write_adapter(folder / "adapter", adapter), wanted
+
+
+@pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize(
-    ("name", "part", "swapped"),
+    ("name", "parts"),
     [
-        ("gpt_oss_plain", "gate_up_proj", False),  # square, so that it cannot be swapped
-        ("gpt_oss_plain", "down_proj", False),
-        ("gpt_oss_plain", "down_proj", True),
-        ("llama4", "gate_up_proj", False),
-        ("llama4", "gate_up_proj", True),
+        ("gpt_oss_plain", ("gate_up_proj", "down_proj")),  # the first one is square
+        ("gpt_oss_plain", ("down_proj",)),
+        ("llama4", ("gate_up_proj",)),
     ],
 )
 def test_experts_that_are_stored_transposed(
-    name: str, part: str, swapped: bool, tmp_path: Path
+    name: str, parts: tuple[str, ...], swapped: bool, tmp_path: Path
 ) -> None:
-    stored = stored_f32(name)
-    tensor = next(tensor for tensor in stored if tensor.endswith(f"experts.{part}"))
-    n_experts, n_in, n_out = stored[tensor].shape
-    a = noise((n_experts * 2, n_out if swapped else n_in), 1)
-    b = noise((n_in if swapped else n_out, 2 * n_experts), 2)
-    # `ParamWrapper.get_delta_weight`
-    factors = b.reshape(len(b), 2, n_experts), a.reshape(n_experts, 2, -1)
-    change = np.einsum("ore,eri->eoi" if swapped else "ore,eri->eio", *factors) / 2
-    base, wanted = make_model(name, tmp_path / "base"), make_model(name, tmp_path / "wanted")
-    write_safetensors(base / WEIGHTS, stored)
-    stored[tensor] = (stored[tensor] + change).astype(np.float32)
-    write_safetensors(wanted / WEIGHTS, stored)
-    module = tensor.removesuffix(f".{part}") + ".base_layer" * (part == "gate_up_proj")
-    adapter = write_adapter(
-        tmp_path / "adapter", {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
-    )
-    right, whole = read(wanted), read(f"{base}+{adapter}")
-    compare(whole, right)
-    parts = read(f"{base}+{adapter}", 5)
-    assert all(np.array_equal(parts[n], x) for n, x in whole.items())
+    """Fault: a square parameter never counted as swapped, and its change was added transposed."""
+    base, adapter, wanted = train_experts(name, tmp_path, parts, swapped=swapped)
+    whole = read(f"{base}+{adapter}")
+    compare(whole, read(wanted))
+    blocks = read(f"{base}+{adapter}", 5)
+    assert all(np.array_equal(blocks[n], x) for n, x in whole.items())
+
+
+def test_a_square_parameter_of_experts_alone_is_refused(tmp_path: Path) -> None:
+    base, adapter, _ = train_experts("gpt_oss_plain", tmp_path, ("gate_up_proj",), swapped=False)
+    with pytest.raises(FormatError, match=r"no other tensor tells which side is in .* merge it in"):
+        open_model(f"{base}+{adapter}")
 
 
 @pytest.mark.parametrize("architecture", ["gemma", "nemotron"])
@@ -177,6 +190,15 @@ def test_norms_to_which_a_converter_adds_1(architecture: str) -> None:
         assert target.change == Offset(1.0)
     (target,) = names.find("model.layers.0.self_attn.q_proj.weight")
     assert target.change is None
+
+
+def test_fewer_counts_of_heads_than_layers_are_refused() -> None:
+    """Fault: an IndexError."""
+    heads = {"llama.attention.head_count": ([4, 4], "[i32]")}
+    names = BaseNames(FakeSource("base.gguf", n_layers=3, metadata=heads))
+    assert names.find("model.layers.1.self_attn.q_proj.weight")[0].order.half == 32
+    with pytest.raises(FormatError, match=r"states no llama\.attention\.head_count that divides"):
+        names.find("model.layers.2.self_attn.q_proj.weight")
 
 
 def test_a_gguf_without_the_counts_of_its_heads_is_refused() -> None:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from edgemerge.errors import EdgemergeError
 from edgemerge.formats import open_model
 from edgemerge.formats.adapters.config import AdapterConfig
+from edgemerge.merging.delta import DeltaSettings, make_delta
 from tests.support.adapters import FRONT, KINDS, Kind, pair, tensors_of, write_adapter
 from tests.support.architecture_models import ARCHITECTURES, convert
 from tests.support.sources import read_all
@@ -171,6 +172,42 @@ def test_a_head_of_its_own_is_given_to_a_tied_base(tmp_path: Path) -> None:
         assert source.notes()[-1].endswith("the adapter gives the model a head of its own")
 
 
+def test_tokens_are_those_of_their_module(tmp_path: Path) -> None:
+    """Fault: the first list stood for all modules."""
+    tokens = {"embed_tokens": [3, 5], "lm_head": [7, 1]}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{FRONT}{module}.token_adapter.trainable_tokens_delta": (2, 32)
+        for module in ("model.embed_tokens", "lm_head")
+    }
+    kind = Kind("llama", {"trainable_token_indices": tokens}, shapes)
+    adapter, tensors = write_adapter(kind, tmp_path / "adapter"), tensors_of(kind)
+    before, after = read(str(LLAMA))["token_embd.weight"], read(f"{LLAMA}+{adapter}")
+    names = ("token_embd.weight", "output.weight")
+    for name, rows, trained in zip(names, tensors.values(), tokens.values(), strict=True):
+        changed = np.flatnonzero((after[name] != before).any(axis=1))
+        assert changed.tolist() == sorted(trained)
+        assert np.array_equal(after[name][trained], rows)
+
+
+@pytest.mark.parametrize("first", ["embedding", "tokens", "delta"])
+def test_a_head_of_its_own_has_the_changes_of_the_embedding(first: str, tmp_path: Path) -> None:
+    """Fault: of the adapter that changes the embedding, which is the head too, the head had nothing."""
+    whole = convert(QWEN, tmp_path / "base.gguf")
+    head = write_adapter(Kind("qwen2", {}, pair("lm_head", 336, 32)), tmp_path / "head")
+    kind = KINDS["tokens" if first == "tokens" else "embedding"]
+    other = write_adapter(kind, tmp_path / "other")
+    if first == "delta":
+        expert, other = f"{whole}+{other}", tmp_path / "other.gguf"
+        make_delta(whole, expert, other, DeltaSettings(bits=8))
+    before, own, alone = read(str(whole)), read(f"{whole}+{head}"), read(f"{whole}+{other}")
+    change = own["output.weight"] - before["token_embd.weight"]
+    for uses in (f"{head}+{other}", f"{other}+{head}"):
+        both = read(f"{whole}+{uses}")
+        assert np.array_equal(both["token_embd.weight"], alone["token_embd.weight"])
+        expected = alone["token_embd.weight"] + change
+        assert np.allclose(both["output.weight"], expected, rtol=0, atol=5e-7)
+
+
 # -- what does not fit -------------------------------------------------------------------------------
 
 
@@ -195,7 +232,18 @@ def renamed(new: str) -> Callable[[Path], None]:
     return lambda folder: (folder / "adapter_model.safetensors").rename(folder / new)  # type: ignore[return-value]
 
 
+def _named(tensors: dict[str, Float32], adapter: str, module: str) -> dict[str, Float32]:
+    """Take the factors of a module out of a file, and return them under an adapter's name."""
+    return {
+        name.replace(".weight", f".{adapter}.weight"): tensors.pop(name)
+        for name in list(tensors)
+        if f".{module}." in name
+    }
+
+
 A = f"{UP}.lora_A.weight"
+SECOND = "is of a second adapter in the file; save each adapter in a folder of its own"
+EMBEDDING = f"{FRONT}model.embed_tokens"
 MISTAKES: list[tuple[Callable[[Path], None], str]] = [
     (
         changed(lambda t: t.update({A: np.ones((4, 16), np.float32)})),
@@ -243,6 +291,27 @@ MISTAKES: list[tuple[Callable[[Path], None], str]] = [
     (configured(r=8), "has the rank 8, and its factors have 4; get both files of one adapter"),
     (configured(rank_pattern={"up_proj": 2}), "mlp.up_proj has the rank 2, and its factors have 4"),
     (configured(lora_alpha="much"), "its lora_alpha is no number; get the file again"),
+    # Fault: the last adapter of a file counted, or the first one of what is saved whole.
+    (
+        changed(lambda t: t.update({f"{UP}.lora_A.{n}.weight": t[A] for n in ("default", "ref")})),
+        SECOND,
+    ),
+    (changed(lambda t: t.update({f"{UP}.lora_A.default.weight": t[A]})), SECOND),
+    (
+        changed(lambda t: t.update(_named(t, "default", "q_proj") | _named(t, "ref", "v_proj"))),
+        SECOND,
+    ),
+    (
+        changed(
+            lambda t: t.update(
+                {
+                    f"{EMBEDDING}.modules_to_save.{name}.weight": np.ones((336, 32), np.float32)
+                    for name in ("default", "ref")
+                }
+            )
+        ),
+        SECOND,
+    ),
     (
         renamed("adapter_model.bin"),
         "holds its factors as pickle only (adapter_model.bin), which is ",

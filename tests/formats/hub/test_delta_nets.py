@@ -13,6 +13,7 @@ from tests.support.generated_models import WEIGHTS, make_model, write_tensors
 from tests.support.safetensors_files import read_safetensors
 
 SECTIONS = "mrope_section"
+HUGE = dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), (1 << 31) - 1)
 
 
 def refusal(folder: Path) -> str:
@@ -83,6 +84,16 @@ def test_layers_by_their_period(tmp_path: Path) -> None:
     assert everything(older)[:2] == plain[:2]
 
 
+def test_a_part_that_is_null_is_not_stated(tmp_path: Path) -> None:
+    """Fault: a TypeError."""
+    plain = make_model("qwen3_5", tmp_path / "plain")
+    rope = json.loads((plain / "config.json").read_text())["rope_parameters"]
+    key = "partial_rotary_factor"
+    changes = {"rope_parameters": rope | {key: None}, key: rope[key]}
+    null = make_model("qwen3_5", tmp_path / "null", **changes)
+    assert everything(null) == everything(plain)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [
@@ -91,6 +102,7 @@ def test_layers_by_their_period(tmp_path: Path) -> None:
         ("qwen3_5", {"linear_num_value_heads": 1 << 30}, "must be an integer from 1 to 16384"),
         ("qwen3_5_moe", {"num_experts": 1 << 30}, "must be an integer from 1 to 16384"),
         ("qwen3_5", {"linear_num_value_heads": 8}, "config.json makes it [8]"),
+        ("qwen3_5", HUGE, "linear_value_head_dim of 2147483647 makes a size of 1.29e+10, it must be"),
         ("qwen3_5", {"linear_conv_kernel_dim": 3}, "its shape is [80, 1, 4] but config.json makes it"),
         ("qwen3_5", {"layer_types": ["full_attention"] * 4}, "has no such tensor"),
         ("qwen3_5", {"layer_types": ["conv"] * 4}, "must be a list of 4 of linear_attention"),

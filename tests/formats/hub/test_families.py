@@ -121,6 +121,34 @@ def refusal(model: Path) -> str:
             "rope_theta is '1.0', it must be above 1",
         ),
         ("phi3", {"head_dim": 16}, "head_dim is '16'"),
+        # Fault: tracebacks
+        (
+            "lfm2",
+            {"block_ffn_dim_multiplier": 1e30},
+            "block_ffn_dim_multiplier of 1e+30 makes a size of 2e+31",
+        ),
+        (
+            "lfm2",
+            {"block_multiple_of": 1_200_000_000, "block_ff_dim": (1 << 31) - 1},
+            "block_multiple_of of 1200000000 makes a size of 2.4e+09",
+        ),
+        (
+            "qwen3",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 1e38,
+                    "mscale": 1e38,
+                    "mscale_all_dim": 1,
+                }
+            },
+            "mscale is '1e+38', it must be a positive number up to 1e+06",
+        ),
+        (
+            "qwen3",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1e-320}},
+            "beta_fast is '1e-320', it must be a positive number",
+        ),
         ("olmo3", {"layer_types": ["full_attention"] * 3}, "it must be a list of 4 of sliding_att"),
         ("olmo3", {"layer_types": ["conv"] * 4}, "it must be a list of 4 of sliding_attention"),
         ("granite4", {"layer_types": ["mamba", "conv"]}, "a list of mamba, linear_attention, att"),

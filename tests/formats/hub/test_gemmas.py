@@ -91,6 +91,7 @@ def test_the_text_model_beside_towers(tmp_path: Path) -> None:
             {"rope_parameters": {FULL: {"rope_type": "proportional", "factor": 2.0}}},
             "factor is '2.0'",
         ),
+        ("gemma4", {"intermediate_size": (1 << 31) - 1}, "must be an integer from 1 to 1073741823"),
         ("gemma3n", {"num_kv_shared_layers": 3}, "computes such models with 2, 20 layers less"),
         ("gemma3n", {"altup_num_inputs": 3}, "computes such models with 4"),
         ("gemma3n", {"altup_active_idx": 1}, "computes such models with 0"),

@@ -59,6 +59,17 @@ def test_nonsense_is_refused_in_a_sentence(name: str, tmp_path: Path) -> None:
         assert refusal.endswith("write a GGUF")
 
 
+def test_counts_whose_product_is_none_are_refused(tmp_path: Path) -> None:
+    """Fault: a struct.error."""
+    model = HubModel(make_model("qwen3_5", tmp_path))
+    metadata = dict(model.metadata()) | {
+        "qwen35.ssm.state_size": encode_value((1 << 31) - 1, "u32")
+    }
+    model.close()
+    with pytest.raises(FormatError, match=r"makes a size of 1\.29e\+10.* or write a GGUF"):
+        make_config(Path("model.gguf"), metadata, model.specs(), read_ones)
+
+
 @pytest.mark.parametrize(("start", "stop"), [(0, 12), (1, 5), (3, 4), (5, 12)])
 def test_runs_of_items_cover_a_range_once(start: int, stop: int) -> None:
     """The rule itself: item 2 i + p of a head of six is stored as item 3 p + i."""
