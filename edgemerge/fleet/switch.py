@@ -237,17 +237,16 @@ class Switch:
 
     def _find_fault(self, trying: Trying) -> str | None:
         current, rule = self._folder.current_path, self._site.rule
-        before = trying["baseline"]
+        known = trying.get("fault")
         if self._server is not None:
             try:
                 crashes = self._server.look().crashes
             except (ServerSilence, ServerRefusal):
                 pass
             else:
-                speed = None if before is None else before["speed"]
-                known = crashes if before is None else min(crashes, before["crashes"])
-                return watch_server(self._server, current, rule, Baseline(known, speed))
-        return watch_file(self._examiner, self._folder.model_path(trying["id"]), rule)
+                before = Baseline.read(trying["baseline"], crashes)
+                return watch_server(self._server, current, rule, before, known)
+        return watch_file(self._examiner, self._folder.model_path(trying["id"]), rule, known)
 
     def _roll_back(self, trying: Trying) -> None:
         with self.timed("roll_back"):

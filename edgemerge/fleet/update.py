@@ -19,7 +19,7 @@ from edgemerge.fleet.declared import Declared, declare
 from edgemerge.fleet.examination import Crash, Examiner, common_chunk
 from edgemerge.fleet.feasible import check_feasible
 from edgemerge.fleet.ingredients import FileHashes, Ingredient, Registry, fetch_all, find_all
-from edgemerge.fleet.promotion import Talk, Verdict, decide, is_slower
+from edgemerge.fleet.promotion import MORE_MEASUREMENTS, Talk, Verdict, decide, is_slower
 from edgemerge.fleet.report import Report
 from edgemerge.fleet.server import Server
 from edgemerge.fleet.site_file import Site
@@ -31,8 +31,6 @@ from edgemerge.site.ownership import is_own
 from edgemerge.site.record import ID_DIGITS, ModelRecord, Score, now
 
 __all__ = ["Update"]
-
-MORE_MEASUREMENTS = 3  # of speed, before a model is called slow
 
 Show = Callable[[str, int, int], None]
 
@@ -205,7 +203,7 @@ class Update:
             findings=verdict.as_json(),
         )
         step = "promote" if verdict.is_promoted else "refuse"
-        self._switch.go({**state, "step": step, "reason": verdict.reason})
+        self._switch.go({**state, "step": step, "reason": verdict.reason, "fault": verdict.fault})
 
     def _make(self, declared: Declared, trying: Mapping[str, Any]) -> ModelRecord:
         """Merge, and take the result into the folder under its id; or find it there after a power cut."""
