@@ -23,6 +23,7 @@ from edgemerge.fleet.server import Server, ServerRefusal, ServerSilence, ServerU
 from edgemerge.fleet.site_file import Site
 from edgemerge.fleet.watch import Baseline, measure_server, watch_file, watch_server
 from edgemerge.site.folder import SiteFolder
+from edgemerge.site.pruning import drop_tried, prune
 from edgemerge.site.record import now
 
 __all__ = ["Switch", "roll_back_by_hand"]
@@ -84,7 +85,7 @@ class Switch:
     def end(self, outcome: str, reason: str, trying: Trying) -> None:
         """Note what the update came to, and remove what is not needed any more."""
         self._report.outcome, self._report.reason = outcome, reason
-        removed = self._folder.prune(self._site.keep)
+        removed = prune(self._folder, self._site.keep)
         self._folder.clear_work()
         self._folder.append_log(
             {
@@ -310,6 +311,7 @@ def roll_back_by_hand(
         ]
         digest = known[0]["digest"] if known else (folder.settled() or {}).get("digest", "")
         trying = {"digest": digest, "step": "roll_back", "id": current, "reason": reason}
+        drop_tried(folder)
         try:
             Switch(site, folder, examiner, server, report).go(trying)
         except KeyboardInterrupt as error:

@@ -28,6 +28,7 @@ from edgemerge.merging.run import merge
 from edgemerge.site.folder import SiteFolder
 from edgemerge.site.lock import Busy
 from edgemerge.site.ownership import is_own
+from edgemerge.site.pruning import drop_tried
 from edgemerge.site.record import ID_DIGITS, ModelRecord, Score, now
 
 __all__ = ["Update"]
@@ -116,6 +117,7 @@ class Update:
         check_feasible(self._site, declared.found, serves=self._folder.current_id() is not None)
         self._switch.check_server()
         if trying is None or trying["digest"] != declared.digest:
+            drop_tried(self._folder)
             trying = {"digest": declared.digest, "step": "merge", "started": now()}
             self._log_start(declared)
             self._folder.try_(trying)
