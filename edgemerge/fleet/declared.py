@@ -14,6 +14,7 @@ from edgemerge.fleet.ingredients import FileHashes, Ingredient
 from edgemerge.fleet.site_file import Site
 from edgemerge.recipe.recipe import load_recipe, make_recipe
 from edgemerge.recipe.words import recipe_document
+from edgemerge.site.folder import SiteFolder
 from edgemerge.site.record import Part
 from edgemerge.types import Recipe
 
@@ -42,6 +43,18 @@ class Declared:
     def base(self) -> Ingredient | None:
         """The base, if there is one."""
         return next((one for one in self.found if one.role == "base"), None)
+
+    def settled_in(self, folder: SiteFolder) -> dict[str, Any] | None:
+        """Return what the last update came to, if this one would come to the same: None where it would not.
+
+        It would not where the model that serves was lost since.
+        """
+        settled = folder.settled()
+        if settled is None or settled["digest"] != self.digest:
+            return None
+        if settled["outcome"] != "refused" and folder.current_id() is None:
+            return None
+        return None if folder.is_lost() and not settled.get("lost") else settled
 
     @property
     def parts(self) -> tuple[Part, ...]:

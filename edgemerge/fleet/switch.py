@@ -103,7 +103,7 @@ class Switch:
         )  # before it is settled: or power cuts lose it
         self._folder.settle(
             {"digest": trying["digest"], "time": now(), "outcome": outcome, "reason": reason}
-            | {"id": trying.get("id")}
+            | {"id": trying.get("id"), "lost": self._folder.is_lost()}
         )
 
     def check_server(self) -> None:
@@ -140,8 +140,7 @@ class Switch:
 
     def measure(self) -> Baseline | None:
         """Look at the server before its model is replaced; None where there is none."""
-        current = self._folder.current_id()
-        if self._server is None or current is None:
+        if self._server is None or self._folder.serving_id() is None:
             return None
         try:
             return measure_server(self._server, self._folder.current_path, self._site.rule)
@@ -297,7 +296,7 @@ def roll_back_by_hand(
         There is no model to roll back to, or an update is at work.
     """
     folder, report = SiteFolder(site.folder), Report(site.device)
-    if not folder.current_path.exists():
+    if folder.current_id() is None:
         raise OutputError("has no model that serves; run edgemerge update first", path=folder.path)
     with folder.locked():
         folder.finish()

@@ -115,6 +115,15 @@ class SiteFolder:
         except OSError:
             return None
 
+    def is_lost(self) -> bool:
+        """Tell whether the file of the model that serves is gone, as where a file system was repaired."""
+        name = self.current_id()
+        return name is not None and not self.has_model(name)
+
+    def serving_id(self) -> str | None:
+        """Return the id of the model that serves; None where its file was lost, too."""
+        return None if self.is_lost() else self.current_id()
+
     def records(self) -> list[ModelRecord]:
         """Return the records of all models, the newest first; one that a bad card damaged is left out."""
         found = []
@@ -275,7 +284,8 @@ class SiteFolder:
         try:
             current = self.current()
         except FormatError:
-            self._write_record_anew(str(self.current_id()))
+            if (name := self.serving_id()) is not None:
+                self._write_record_anew(name)
             return
         if current is not None and current.decision == "rolled_back" and self.previous():
             self.roll_back(current.reason)
