@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgemerge.errors import EdgemergeError, FormatError, OutputError, RecipeError, RuntimeFailure
+from edgemerge.errors import EdgemergeError, FormatError, OutputError, RuntimeFailure
 from edgemerge.fleet.declared import Declared, declare
 from edgemerge.fleet.examination import Crash, Examiner, common_chunk
 from edgemerge.fleet.feasible import check_feasible
@@ -115,7 +115,7 @@ class Update:
         declared = self._declare()
         if trying is None and self._is_settled(declared):
             return
-        check_feasible(self._site, declared.found, serves=self._folder.serving_id() is not None)
+        check_feasible(declared, serves=self._folder.serving_id() is not None)
         self._switch.check_server()
         if trying is None or trying["digest"] != declared.digest:
             drop_tried(self._folder)
@@ -268,10 +268,8 @@ class Update:
             old_path = self._folder.model_path(serves)
         else:
             base = declared.base
-            if base is None or base.path is None:
-                raise RecipeError(
-                    "has no base to compare the first model with; name one", path=self._site.path
-                )
+            assert base is not None  # `check_feasible` saw to it
+            assert base.path is not None
             old_path, old_sha256 = base.path, base.sha256
         new_path = self._folder.model_path(record.id)
         chunk = common_chunk((old_path, new_path))  # the same for both, so that they compare
