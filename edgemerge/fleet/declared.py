@@ -15,6 +15,7 @@ from edgemerge.fleet.site_file import Site
 from edgemerge.formats.adapters.reference import expand_inputs
 from edgemerge.recipe.recipe import load_recipe, make_recipe
 from edgemerge.recipe.words import recipe_document
+from edgemerge.site.folder import SiteFolder
 from edgemerge.site.record import Part
 from edgemerge.types import Recipe
 
@@ -33,16 +34,31 @@ class Declared:
         Base and experts, the base first; those of a recipe.
     digest : str
         Of all that decides what an update comes to, but for the model that serves.
+    beside : Ingredient or None
+        The base that the site names beside a recipe, of which it may be no part.
     """
 
     site: Site
     found: tuple[Ingredient, ...]
     digest: str
+    beside: Ingredient | None = None
 
     @property
     def base(self) -> Ingredient | None:
-        """The base, if there is one."""
-        return next((one for one in self.found if one.role == "base"), None)
+        """The base, with which the first model is compared; None of a recipe without one."""
+        return self.beside or next((one for one in self.found if one.role == "base"), None)
+
+    def settled_in(self, folder: SiteFolder) -> dict[str, Any] | None:
+        """Return what the last update came to, if this one would come to the same: None where it would not.
+
+        It would not where the model that serves was lost since.
+        """
+        settled = folder.settled()
+        if settled is None or settled["digest"] != self.digest:
+            return None
+        if settled["outcome"] != "refused" and folder.current_id() is None:
+            return None
+        return None if folder.is_lost() and not settled.get("lost") else settled
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -128,26 +144,43 @@ def declare(site: Site, found: Sequence[Ingredient], hashes: FileHashes) -> Decl
 
     merge = site.merge
     document: Mapping[str, Any] = {}
+    beside: Ingredient | None = None
     if merge.recipe is not None:
         recipe = load_recipe(merge.recipe, strict=True)
-        found = [_of_recipe(path, recipe, hashes) for path in expand_inputs(recipe.inputs())]
+        base = _base_of(recipe)
+        bases = [] if base is None else expand_inputs([base])[:1]  # it may have adapters
+        inputs = expand_inputs(recipe.inputs())
+        found = [_of_path(path, hashes, is_base=path in bases) for path in inputs]
         document = recipe_document(recipe)
+        if site.base is not None and site.base.path is not None:
+            beside = _of_path(site.base.path, hashes, is_base=True)
     decides = {
         "edgemerge": version("edgemerge"),
         "inputs": [(asdict(one.as_part()), one.weight) for one in found],
         "merge": {**asdict(merge), "memory": None, "imatrix": None, "recipe": None},
         "imatrix": None if merge.imatrix is None else hashes.of(merge.imatrix),
         "recipe": document,
+        "beside": None if beside is None else beside.sha256,
         "questions": {name: hashes.of(path) for name, path in site.questions.items()},
         "texts": {name: hashes.of(path) for name, path in site.texts.items()},
         "rule": asdict(site.rule),
     }
     text = json.dumps(decides, sort_keys=True, default=str)
-    return Declared(site, tuple(found), hashlib.sha256(text.encode()).hexdigest())
+    return Declared(site, tuple(found), hashlib.sha256(text.encode()).hexdigest(), beside)
 
 
-def _of_recipe(path: Path, recipe: Recipe, hashes: FileHashes) -> Ingredient:
+def _base_of(recipe: Recipe) -> Path | None:
+    """Return the base of a recipe; where that is the result of a stage, the base of the stage."""
+    if recipe.mixture is not None:
+        return recipe.mixture.base
+    stages = {Path(str(stage.name)): stage for stage in recipe.stages}
+    base = recipe.base
+    while base in stages:
+        base = stages[base].base
+    return base
+
+
+def _of_path(path: Path, hashes: FileHashes, *, is_base: bool) -> Ingredient:
     n_bytes = path.stat().st_size if path.is_file() else 0
-    bases = expand_inputs([] if recipe.base is None else [recipe.base])  # it may have adapters
-    role = "base" if path in bases[:1] else role_of(path)
+    role = "base" if is_base else role_of(path)
     return Ingredient(path.name, "", path, hashes.of(path), n_bytes, role)

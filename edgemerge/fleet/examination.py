@@ -1,6 +1,7 @@
 """Asks a model all questions and texts of a site, in a process of its own, and keeps the answers.
 
-llama.cpp may end the process, or compute NaN: then only the model that was asked is to blame. Answers lie in
+llama.cpp may end the process, or compute NaN: then only the model that was asked is to blame. No model is
+where the system or somebody ends it, as where memory is short: the next update asks again. Answers lie in
 `answers/ID-DIGEST.json`, where the digest is of all that they depend on. So the model that serves is asked
 once for the same questions. A run that was cut off goes on after the last batch.
 The child is `python -m edgemerge.fleet.examination`; it ends with its parent.
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from edgemerge.fleet.site_file import Rule, Site
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.gguf.model import GgufModel
 from edgemerge.formats.json_file import read_object
+from edgemerge.runtime.child_end import describe_end, is_crash
 from edgemerge.runtime.evaluation.answers import Answers
 from edgemerge.runtime.evaluation.evaluate import Mark
 from edgemerge.runtime.evaluation.likelihood import NoNumbers
@@ -64,7 +66,13 @@ class Examiner(Protocol):
         """
 
     def talk(self, model: Path) -> Talk:
-        """Ask a model the smoke question; what goes wrong is the answer's `problem`."""
+        """Ask a model the smoke question; what goes wrong with it is the answer's `problem`.
+
+        Raises
+        ------
+        RuntimeFailure
+            The process that asks was ended, or took too long: no model is to blame.
+        """
 
 
 class LlamaExaminer:
@@ -94,7 +102,7 @@ class LlamaExaminer:
 
     def talk(self, model: Path) -> Talk:
         """Ask a model the smoke question; see `Examiner`."""
-        return talk_aside(model, self._site.rule)
+        return talk_aside(model, self._site.rule, self._site.threads)
 
     def _header(self, sha256: str) -> dict[str, Any]:
         from importlib.metadata import version
@@ -131,11 +139,14 @@ class LlamaExaminer:
                 child.kill()
         if problem is not None:
             raise problem
-        if not output.exists():
+        if output.exists():
+            return
+        if is_crash(child.returncode):
             raise Crash(
                 f"{model}: llama.cpp ended the process in which it was asked the questions; see whether "
                 "the model runs with edgemerge run"
             )
+        raise _put_off(model, f"the process in which it was asked {describe_end(child.returncode)}")
 
 
 def common_chunk(models: Iterable[Path]) -> int:
@@ -155,23 +166,34 @@ def _context_of(model: Path) -> int | None:
     return stated if isinstance(stated, int) else None
 
 
-def talk_aside(model: Path, rule: Rule) -> Talk:
-    """Ask a model the smoke question in a child, and another one for its speed."""
+def talk_aside(model: Path, rule: Rule, n_threads: int | None) -> Talk:
+    """Ask a model the smoke question in a child, and another one for its speed.
+
+    Raises
+    ------
+    RuntimeFailure
+        As of `Examiner.talk`.
+    """
     first = rule.ask or QUESTIONS[0]
-    answers = ask_aside([model], (first, QUESTIONS[1]))
+    answers = ask_aside([model], (first, QUESTIONS[1]), n_threads)
+    if answers[0].problem is not None and not answers[0].blames_model:
+        raise _put_off(model, answers[0].problem)
     speeds = [one.speed for one in answers if one.speed is not None]
     return Talk(answers[0], max(speeds, default=None))
+
+
+def _put_off(model: Path, why: str) -> RuntimeFailure:
+    return RuntimeFailure(f"{model}: {why}; the next update asks it again")
 
 
 def _listen(child: subprocess.Popen[str], order: object, show: Show) -> RuntimeFailure | None:
     """Give a child its order, and hear of its progress until it ends; return what it could not do."""
     assert child.stdin is not None
     assert child.stdout is not None
-    try:
+    with suppress(BrokenPipeError):  # it has ended
         child.stdin.write(json.dumps(order))
+    with suppress(BrokenPipeError):
         child.stdin.close()
-    except BrokenPipeError:
-        return None
     problem = None
     for line in child.stdout:
         said = json.loads(line)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from edgemerge.errors import MismatchError, RecipeError
+from edgemerge.fleet.declared import Declared
 from edgemerge.fleet.ingredients import Ingredient
 from edgemerge.fleet.registry.offers import base_checksum, read_offer
 from edgemerge.fleet.site_file import Site
@@ -23,15 +24,13 @@ from edgemerge.site.ownership import CLEARED, REGISTRY, is_changed
 __all__ = ["check_feasible"]
 
 
-def check_feasible(site: Site, found: Sequence[Ingredient], *, serves: bool) -> dict[str, int]:
+def check_feasible(declared: Declared, *, serves: bool) -> dict[str, int]:
     """See that a site's merge and questions are possible, and count the questions of each task.
 
     Parameters
     ----------
-    site : Site
-        The file.
-    found : sequence of Ingredient
-        The inputs; they need not be here.
+    declared : Declared
+        The site and its inputs, which need not be here.
     serves : bool
         Whether a model serves, with which the new one is compared in place of the base.
 
@@ -40,10 +39,11 @@ def check_feasible(site: Site, found: Sequence[Ingredient], *, serves: bool) -> 
     EdgemergeError
         They are not.
     """
+    site, found = declared.site, declared.found
     if site.folder.exists() and not site.folder.is_dir():
         _fail(site.path, f"folder: {str(site.folder)!r} is a file; name a folder", "folder")
-    _check_places(site, found)
-    _check_base(site, [one for one in found if one.role == "base"], serves=serves)
+    _check_places(site, [*found, *filter(None, [declared.beside])])
+    _check_base(site, declared.base, serves=serves)
     if site.merge.recipe is None:
         _check_deltas(site, found)
         try:
@@ -78,20 +78,28 @@ def _check_places(site: Site, found: Sequence[Ingredient]) -> None:
             )
 
 
-def _check_base(site: Site, bases: Sequence[Ingredient], *, serves: bool) -> None:
-    for base in bases:
-        kind = "model" if base.entry is None else base.entry.kind
-        if base.path is not None and is_adapter(base.path):
-            kind = "delta or an adapter"
-        if kind != "model":
-            _fail(site.path, f"base: {base.name} is a {kind}; give the model that it is of", "base")
-        if base.path is not None and base.path.is_dir() and not serves:
+def _check_base(site: Site, base: Ingredient | None, *, serves: bool) -> None:
+    if base is None:
+        if not serves:
             _fail(
                 site.path,
-                f"base: {str(base.path)!r} is a folder, and the first model is compared with the base; make "
-                "a GGUF file of it with edgemerge convert, and name that",
+                f"merge.recipe: {str(site.merge.recipe)!r} has no base, and the first model is compared with "
+                "one; name it beside the recipe, as base: {path: FILE.gguf}",
                 "base",
             )
+        return
+    kind = "model" if base.entry is None else base.entry.kind
+    if base.path is not None and is_adapter(base.path):
+        kind = "delta or an adapter"
+    if kind != "model":
+        _fail(site.path, f"base: {base.name} is a {kind}; give the model that it is of", "base")
+    if base.path is not None and base.path.is_dir() and not serves:
+        _fail(
+            site.path,
+            f"base: {str(base.path)!r} is a folder, and the first model is compared with the base; make "
+            "a GGUF file of it with edgemerge convert, and name that",
+            "base",
+        )
 
 
 def _check_deltas(site: Site, found: Sequence[Ingredient]) -> None:

@@ -59,12 +59,11 @@ def foresee(
             registry.refresh()
         found = find_all(site, hashes, registry)
     declared = declare(site, found, hashes)
-    questions = check_feasible(site, declared.found, serves=folder.current_id() is not None)
-    settled, trying = folder.settled(), folder.trying()
+    questions = check_feasible(declared, serves=folder.serving_id() is not None)
     does = "merges"
-    if trying is not None:
+    if folder.trying() is not None:
         does = "goes_on"
-    elif not again and settled is not None and settled["digest"] == declared.digest:
+    elif not again and declared.settled_in(folder) is not None:
         does = "unchanged"
     here = [_is_here(one, folder) for one in declared.found]
     return {

@@ -9,7 +9,7 @@ it answers the smoke question, and it is not slower than the bound.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,8 +32,10 @@ from edgemerge.runtime.evaluation.perplexity import Chunk, perplexity_of
 from edgemerge.runtime.smoke import Answer
 from edgemerge.sizes import format_rate
 
-__all__ = ["Finding", "Talk", "Verdict", "check_texts", "decide", "find_fault"]
-__all__ += ["is_slower"]
+__all__ = ["MORE_MEASUREMENTS", "Finding", "Talk", "Verdict", "check_texts", "decide", "find_fault"]
+__all__ += ["find_new_fault", "is_slower"]
+
+MORE_MEASUREMENTS = 3  # of speed, before a model is called slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,19 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether the new model is promoted, why, and from which findings."""
+    """Whether the new model is promoted, why, and from which findings.
+
+    Attributes
+    ----------
+    fault : str or None
+        What is wrong with its answer to the smoke question; of a model that is promoted, the old one's
+        has the same fault.
+    """
 
     is_promoted: bool
     reason: str
     findings: tuple[Finding, ...]
+    fault: str | None = None
 
     def as_json(self) -> list[dict[str, Any]]:
         """Return the findings in plain types."""
@@ -133,7 +143,12 @@ def decide(rule: Rule, old: Answers, new: Answers, old_talk: Talk, new_talk: Tal
     findings += [_judge_gain(rule, differences), _judge_speed(rule, old_talk, new_talk)]
     findings.append(_judge_smoke(rule, old_talk, new_talk))
     failed = [one.says for one in findings if not one.passes]
-    return Verdict(not failed, "; ".join(failed or [one.says for one in findings]), tuple(findings))
+    return Verdict(
+        not failed,
+        "; ".join(failed or [one.says for one in findings]),
+        tuple(findings),
+        find_fault(new_talk.answer, rule.expect),
+    )
 
 
 def find_fault(answer: Answer, expect: str | None) -> str | None:
@@ -154,6 +169,23 @@ def find_fault(answer: Answer, expect: str | None) -> str | None:
         said = " ".join(answer.text.split())[:80]
         return f"its answer to the smoke question lacks {expect!r}: {said!r}"
     return "it repeats itself when it is asked the smoke question" if answer.loops else None
+
+
+def find_new_fault(rule: Rule, answer: Answer, known: Collection[str | None]) -> str | None:
+    """Say what is wrong with an answer; without a text to expect, what the old model does too is no fault.
+
+    Parameters
+    ----------
+    rule : Rule
+        With the text that is expected.
+    answer : Answer
+        The new model's.
+    known : collection of str or None
+        Faults of the old model.
+    """
+    fault = find_fault(answer, rule.expect)
+    is_known = rule.expect is None and answer.problem is None and fault in known
+    return None if is_known else fault
 
 
 def is_slower(rule: Rule, old: Talk, new: Talk) -> bool:
@@ -235,11 +267,8 @@ def _judge_speed(rule: Rule, old: Talk, new: Talk) -> Finding:
 
 
 def _judge_smoke(rule: Rule, old: Talk, new: Talk) -> Finding:
-    """Judge the answer; without a text to expect, what the old model does too is no fault."""
-    fault = find_fault(new.answer, rule.expect)
-    is_same = rule.expect is None and find_fault(old.answer, None) == fault
-    passes = fault is None or (is_same and new.answer.problem is None)
-    says = "smoke: it answers" if passes else f"smoke: {fault}"
+    fault = find_new_fault(rule, new.answer, [find_fault(old.answer, None)])
+    says = "smoke: it answers" if fault is None else f"smoke: {fault}"
     return Finding(
-        "smoke", passes, says, {"question": new.answer.question, "said": new.answer.text}
+        "smoke", fault is None, says, {"question": new.answer.question, "said": new.answer.text}
     )

@@ -97,6 +97,11 @@ class Report:
         """Note which model serves now, and write DEVICE.json; where that fails, the report says so itself."""
         try:
             self.current, self.previous = folder.current(), folder.previous()
+            if folder.is_lost():
+                self.failures.append(
+                    f"{folder.current_path}: the file of the model that serves is lost; run edgemerge update "
+                    "--again, or edgemerge rollback"
+                )
         except (FormatError, OSError) as error:
             self.failures.append(str(error))
         if reports is None:

@@ -16,6 +16,7 @@ from edgemerge.errors import RuntimeFailure
 from edgemerge.fleet.site_file import ServerPlace
 from edgemerge.runtime.model_files import find_fingerprint
 from edgemerge.runtime.serve.key import check_characters
+from edgemerge.runtime.smoke import MAX_TOKENS
 from edgemerge.suggestions import suggest
 
 __all__ = ["Look", "Reply", "Server", "ServerRefusal", "ServerSilence", "ServerUnheard"]
@@ -27,8 +28,8 @@ RELOAD, CHAT, COMPLETIONS, HEALTH = (
     "/v1/completions",
     "/health",
 )
-MAX_TOKENS = 24  # of a smoke answer
-ASK_SECONDS = 60.0  # a slow board writes a token in two seconds
+LOOK_SECONDS = 60.0
+ASK_SECONDS = 240.0  # a slow board writes a token in two seconds
 RELOAD_SECONDS = 600.0  # a large model on a slow card
 ROOM_SECONDS = 60.0  # in which a server that is busy is told again to reload
 ROOM_BETWEEN = 5.0
@@ -76,10 +77,16 @@ class ServerRefusal(RuntimeFailure):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer to a question, and the tokens per second of the whole request."""
+    """An answer to a question, its tokens, and the seconds of the whole request."""
 
     text: str
-    speed: float | None
+    n_tokens: int
+    seconds: float
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second of the whole request."""
+        return self.n_tokens / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +136,7 @@ class Server:
         ServerSilence, ServerRefusal
             It is not there; or it is another server, or wants another key or name.
         """
-        told = self._send(HEALTH, None, ASK_SECONDS, takes=(503,))
+        told = self._send(HEALTH, None, LOOK_SECONDS, takes=(503,))
         models = told.get("models")
         if not isinstance(models, list):
             raise ServerRefusal(
@@ -175,7 +182,7 @@ class Server:
             time.sleep(ROOM_BETWEEN)
 
     def ask(self, question: str, *, is_chat: bool) -> Reply:
-        """Ask the model that serves, at temperature 0.
+        """Ask the model that serves, at temperature 0, for as much as the rule of promotion reads.
 
         Raises
         ------
@@ -198,7 +205,7 @@ class Server:
             n_tokens = int(told["usage"]["completion_tokens"])
         except (LookupError, TypeError, ValueError) as error:
             raise ServerRefusal(f"{self.address} is no edgemerge server", 200, "odd") from error
-        return Reply(str(text or ""), n_tokens / seconds if n_tokens else None)
+        return Reply(str(text or ""), n_tokens, seconds)
 
     def look(self) -> Look:
         """Look at the model; where SITE.yml names none, at that which answers then, and at all crashes.
@@ -208,7 +215,7 @@ class Server:
         ServerSilence, ServerRefusal
             It is not there, or tells nothing without a key.
         """
-        models = self._send(HEALTH, None, ASK_SECONDS, takes=(503,)).get("models", ())
+        models = self._send(HEALTH, None, LOOK_SECONDS, takes=(503,)).get("models", ())
         wanted = self._place.model
         ours = [one for one in models if wanted in (None, one["id"])]
         fingerprint = ours[0].get("fingerprint") if ours else None

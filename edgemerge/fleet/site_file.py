@@ -228,10 +228,14 @@ class _SiteReader:
         self, table: Mapping[str, Any], merge: Merge, *, has_registry: bool
     ) -> tuple[Wanted | None, tuple[Wanted, ...]]:
         if merge.recipe is not None:
-            for key in ("base", "experts"):
-                if key in table:
-                    self.fail(f"has {key}, which merge.recipe names itself; remove one", key)
-            return None, ()
+            if "experts" in table:
+                self.fail("has experts, which merge.recipe names itself; remove one", "experts")
+            if "base" not in table:
+                return None, ()
+            base = self.wanted(table["base"], "base", has_registry=has_registry)
+            if base.path is None:  # whose index is not read for a recipe
+                self.fail("has a recipe, so base must be {path: FILE.gguf}", "base")
+            return base, ()
         if "base" not in table:
             self.fail(
                 "names no base; give {path: FILE.gguf}, or {name: NAME} of the registry", "base"

@@ -23,6 +23,7 @@ from edgemerge.fleet.server import Server, ServerRefusal, ServerSilence, ServerU
 from edgemerge.fleet.site_file import Site
 from edgemerge.fleet.watch import Baseline, measure_server, watch_file, watch_server
 from edgemerge.site.folder import SiteFolder
+from edgemerge.site.pruning import drop_tried, prune
 from edgemerge.site.record import now
 
 __all__ = ["Switch", "roll_back_by_hand"]
@@ -84,7 +85,7 @@ class Switch:
     def end(self, outcome: str, reason: str, trying: Trying) -> None:
         """Note what the update came to, and remove what is not needed any more."""
         self._report.outcome, self._report.reason = outcome, reason
-        removed = self._folder.prune(self._site.keep)
+        removed = prune(self._folder, self._site.keep)
         self._folder.clear_work()
         self._folder.append_log(
             {
@@ -102,7 +103,7 @@ class Switch:
         )  # before it is settled: or power cuts lose it
         self._folder.settle(
             {"digest": trying["digest"], "time": now(), "outcome": outcome, "reason": reason}
-            | {"id": trying.get("id")}
+            | {"id": trying.get("id"), "lost": self._folder.is_lost()}
         )
 
     def check_server(self) -> None:
@@ -139,8 +140,7 @@ class Switch:
 
     def measure(self) -> Baseline | None:
         """Look at the server before its model is replaced; None where there is none."""
-        current = self._folder.current_id()
-        if self._server is None or current is None:
+        if self._server is None or self._folder.serving_id() is None:
             return None
         try:
             return measure_server(self._server, self._folder.current_path, self._site.rule)
@@ -237,17 +237,16 @@ class Switch:
 
     def _find_fault(self, trying: Trying) -> str | None:
         current, rule = self._folder.current_path, self._site.rule
-        before = trying["baseline"]
+        known = trying.get("fault")
         if self._server is not None:
             try:
                 crashes = self._server.look().crashes
             except (ServerSilence, ServerRefusal):
                 pass
             else:
-                speed = None if before is None else before["speed"]
-                known = crashes if before is None else min(crashes, before["crashes"])
-                return watch_server(self._server, current, rule, Baseline(known, speed))
-        return watch_file(self._examiner, self._folder.model_path(trying["id"]), rule)
+                before = Baseline.read(trying["baseline"], crashes)
+                return watch_server(self._server, current, rule, before, known)
+        return watch_file(self._examiner, self._folder.model_path(trying["id"]), rule, known)
 
     def _roll_back(self, trying: Trying) -> None:
         with self.timed("roll_back"):
@@ -297,7 +296,7 @@ def roll_back_by_hand(
         There is no model to roll back to, or an update is at work.
     """
     folder, report = SiteFolder(site.folder), Report(site.device)
-    if not folder.current_path.exists():
+    if folder.current_id() is None:
         raise OutputError("has no model that serves; run edgemerge update first", path=folder.path)
     with folder.locked():
         folder.finish()
@@ -311,6 +310,7 @@ def roll_back_by_hand(
         ]
         digest = known[0]["digest"] if known else (folder.settled() or {}).get("digest", "")
         trying = {"digest": digest, "step": "roll_back", "id": current, "reason": reason}
+        drop_tried(folder)
         try:
             Switch(site, folder, examiner, server, report).go(trying)
         except KeyboardInterrupt as error:

@@ -9,17 +9,25 @@ there is ended first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgemerge.errors import EdgemergeError, OutputError, RecipeError, RuntimeFailure
+from edgemerge.errors import EdgemergeError, FormatError, OutputError, RuntimeFailure
 from edgemerge.fleet.declared import Declared, declare
 from edgemerge.fleet.examination import Crash, Examiner, common_chunk
 from edgemerge.fleet.feasible import check_feasible
 from edgemerge.fleet.ingredients import FileHashes, Ingredient, Registry, fetch_all, find_all
-from edgemerge.fleet.promotion import Talk, Verdict, check_texts, decide, is_slower
+from edgemerge.fleet.promotion import (
+    MORE_MEASUREMENTS,
+    Talk,
+    Verdict,
+    check_texts,
+    decide,
+    is_slower,
+)
 from edgemerge.fleet.report import Report
 from edgemerge.fleet.server import Server
 from edgemerge.fleet.site_file import Site
@@ -28,11 +36,10 @@ from edgemerge.merging.run import merge
 from edgemerge.site.folder import SiteFolder
 from edgemerge.site.lock import Busy
 from edgemerge.site.ownership import is_own
+from edgemerge.site.pruning import drop_tried
 from edgemerge.site.record import ID_DIGITS, ModelRecord, Score, now
 
 __all__ = ["Update"]
-
-MORE_MEASUREMENTS = 3  # of speed, before a model is called slow
 
 Show = Callable[[str, int, int], None]
 
@@ -115,9 +122,10 @@ class Update:
         declared = self._declare()
         if trying is None and self._is_settled(declared):
             return
-        check_feasible(self._site, declared.found, serves=self._folder.current_id() is not None)
+        check_feasible(declared, serves=self._folder.serving_id() is not None)
         self._switch.check_server()
         if trying is None or trying["digest"] != declared.digest:
+            drop_tried(self._folder)
             trying = {"digest": declared.digest, "step": "merge", "started": now()}
             self._log_start(declared)
             self._folder.try_(trying)
@@ -139,11 +147,9 @@ class Update:
         return declared
 
     def _is_settled(self, declared: Declared) -> bool:
-        """Whether the last update was of the same state, so that this one would come to the same."""
-        settled = self._folder.settled()
-        if self._again or settled is None or settled["digest"] != declared.digest:
-            return False
-        if settled["outcome"] == "promoted" and not self._folder.current_path.is_file():
+        """Whether this update would come to the same as the last one."""
+        settled = declared.settled_in(self._folder)
+        if self._again or settled is None:
             return False
         self._switch.check_server()
         self._report.outcome, self._report.settled = "unchanged", settled
@@ -184,10 +190,15 @@ class Update:
             )
             self._report.bytes_fetched = n_bytes
         declared = declared.with_files(found)
+        was_lost = self._folder.is_lost()
         record = self._make(declared, trying)
         state = {**trying, "id": record.id}
         if record.id == self._folder.current_id():
-            self._switch.end("unchanged", "the merge gives the model that serves", state)
+            reason = "the merge gives the model that serves"
+            if was_lost:
+                self._switch.check_server()  # it takes the new file
+                reason += ", whose file was lost"
+            self._switch.end("unchanged", reason, state)
             return
         self._report.tried = record
         try:
@@ -199,13 +210,13 @@ class Update:
         self._log(
             "decided",
             id=record.id,
-            against=self._folder.current_id() or "base",
+            against=self._folder.serving_id() or "base",
             promoted=verdict.is_promoted,
             reason=verdict.reason,
             findings=verdict.as_json(),
         )
         step = "promote" if verdict.is_promoted else "refuse"
-        self._switch.go({**state, "step": step, "reason": verdict.reason})
+        self._switch.go({**state, "step": step, "reason": verdict.reason, "fault": verdict.fault})
 
     def _make(self, declared: Declared, trying: Mapping[str, Any]) -> ModelRecord:
         """Merge, and take the result into the folder under its id; or find it there after a power cut."""
@@ -238,25 +249,34 @@ class Update:
             settings=declared.settings(),
             signed_by=declared.signed_by,
         )
-        if name == self._folder.current_id():
+        if name == self._folder.serving_id():
             output.unlink()
             return record
-        self._log("merged", id=name, sha256=sha256, bytes=record.bytes)
+        event = "merged"
+        if name == self._folder.current_id():
+            event, record = "restored", self._as_it_was(record)
+        self._log(event, id=name, sha256=sha256, bytes=record.bytes)
         self._folder.try_({**trying, "id": name})
         self._folder.add(output, record)
         return record
 
+    def _as_it_was(self, record: ModelRecord) -> ModelRecord:
+        """Return the record of a model whose file was lost, or a new one where it was lost, too."""
+        with suppress(FormatError):
+            return self._folder.record(record.id)
+        reason = "its record was lost, and is written anew"
+        return replace(record, decision="promoted", reason=reason)
+
     def _judge(self, declared: Declared, record: ModelRecord) -> tuple[ModelRecord, Verdict]:
-        """Ask the model that serves, or before the first promotion the base, and the new one."""
-        current = self._folder.current()
-        if current is not None:
-            old_path, old_sha256 = self._folder.model_path(current.id), current.sha256
+        """Ask the model that serves, or where none does the base, and the new one."""
+        serves = self._folder.serving_id()
+        if serves is not None:
+            old_sha256 = self._folder.record(serves).sha256
+            old_path = self._folder.model_path(serves)
         else:
             base = declared.base
-            if base is None or base.path is None:
-                raise RecipeError(
-                    "has no base to compare the first model with; name one", path=self._site.path
-                )
+            assert base is not None  # `check_feasible` saw to it
+            assert base.path is not None
             old_path, old_sha256 = base.path, base.sha256
         new_path = self._folder.model_path(record.id)
         check_texts(self._site, old_path, new_path)

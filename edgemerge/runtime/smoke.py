@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgemerge.errors import EdgemergeError
+from edgemerge.runtime.child_end import describe_end, is_crash
 
-__all__ = ["QUESTIONS", "Answer", "ask_aside"]
+__all__ = ["MAX_TOKENS", "QUESTIONS", "Answer", "ask_aside"]
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -44,6 +45,8 @@ class Answer:
         Whether it repeated itself.
     problem : str or None
         Why there is no answer.
+    blames_model : bool
+        Whether that is the model's own problem; else its process was ended, or took too long.
     speed : float or None
         Tokens per second after the first; None where there was only one.
     """
@@ -53,24 +56,36 @@ class Answer:
     text: str = ""
     loops: bool = False
     problem: str | None = None
+    blames_model: bool = True
     speed: float | None = None
 
 
-def ask_aside(models: Sequence[Path], questions: Sequence[str]) -> list[Answer]:
+def ask_aside(
+    models: Sequence[Path], questions: Sequence[str], n_threads: int | None = None
+) -> list[Answer]:
     """Ask each model each question, in a child process per model.
 
     What goes wrong, be it a crash, is the answer's `problem`; nothing is raised.
+
+    Parameters
+    ----------
+    models : sequence of Path
+        GGUF files.
+    questions : sequence of str
+        Texts.
+    n_threads : int, optional
+        Threads that compute; by default as many as are fastest.
     """
     answers = []
     for model in models:
-        answers += _ask_child(model, questions)
+        answers += _ask_child(model, questions, n_threads)
     return answers
 
 
-def _ask_child(model: Path, questions: Sequence[str]) -> list[Answer]:
+def _ask_child(model: Path, questions: Sequence[str], n_threads: int | None) -> list[Answer]:
     command = [sys.executable, "-P", "-m", "edgemerge.runtime.smoke"]
-    asked = json.dumps({"model": str(model), "questions": list(questions)})
-    problem = "llama.cpp crashed"
+    asked = json.dumps({"model": str(model), "questions": list(questions), "threads": n_threads})
+    blames_model = False
     try:
         result = subprocess.run(
             command,
@@ -83,21 +98,28 @@ def _ask_child(model: Path, questions: Sequence[str]) -> list[Answer]:
         )
         if result.returncode == 0:
             return [Answer(**entry) for entry in json.loads(result.stdout)]
+        blames_model = is_crash(result.returncode)
+        problem = f"its process {describe_end(result.returncode)}"
+        if blames_model:
+            problem = "llama.cpp crashed"
     except subprocess.TimeoutExpired:
         problem = "loading took too long"
     except (OSError, ValueError, TypeError):
         problem = "it could not be asked"
-    return [Answer(str(model), question, problem=problem) for question in questions]
+    return [
+        Answer(str(model), question, problem=problem, blames_model=blames_model)
+        for question in questions
+    ]
 
 
 def _main() -> None:
     """Answer what stands on standard input, as JSON on standard output."""
     asked = json.load(sys.stdin)
-    answers = _ask(Path(asked["model"]), asked["questions"])
+    answers = _ask(Path(asked["model"]), asked["questions"], asked["threads"])
     json.dump([asdict(answer) for answer in answers], sys.stdout)
 
 
-def _ask(path: Path, questions: Sequence[str]) -> list[Answer]:
+def _ask(path: Path, questions: Sequence[str], n_threads: int | None) -> list[Answer]:
     from edgemerge.runtime.engine.messages import Sampling
     from edgemerge.runtime.generate import End, Session, read_prompt
     from edgemerge.runtime.llama import Model
@@ -107,7 +129,7 @@ def _ask(path: Path, questions: Sequence[str]) -> list[Answer]:
     answers = []
     try:
         open_gguf(path).close()
-        with Model(path) as model:
+        with Model(path, n_threads=n_threads) as model:
             template = load_template(model)
             end = time.monotonic() + SECONDS
             with Session(model, min(CONTEXT, model.n_ctx_train), Sampling(temperature=0.0)) as talk:

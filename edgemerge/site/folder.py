@@ -29,7 +29,6 @@ import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +115,15 @@ class SiteFolder:
         except OSError:
             return None
 
+    def is_lost(self) -> bool:
+        """Tell whether the file of the model that serves is gone, as where a file system was repaired."""
+        name = self.current_id()
+        return name is not None and not self.has_model(name)
+
+    def serving_id(self) -> str | None:
+        """Return the id of the model that serves; None where its file was lost, too."""
+        return None if self.is_lost() else self.current_id()
+
     def records(self) -> list[ModelRecord]:
         """Return the records of all models, the newest first; one that a bad card damaged is left out."""
         found = []
@@ -169,45 +177,9 @@ class SiteFolder:
             raise RecipeError(f"the model {name} serves, so it stays; roll back first")
         self.model_path(name).unlink(missing_ok=True)
 
-    def prune(self, keep: int) -> list[str]:
-        """Remove all but the newest models; that which serves, and the one before it, always stay.
-
-        Models that nobody has decided about stay too: somebody made them on the page. What has no record is
-        somebody else's. Where a bad card damaged the history, records tell which models were promoted.
-
-        Answers of models that are not here go too; before the first promotion, those of the base stay.
-
-        Parameters
-        ----------
-        keep : int
-            How many models stay, at least 1. As many records of models without a file stay, too.
-
-        Returns
-        -------
-        list of str
-            Ids whose file was removed.
-        """
-        history, records = self.history(), self.records()
-        promoted = [one.id for one in records if one.decision == "promoted"]
-        latest = filter(self.has_model, dict.fromkeys([*reversed(history), *promoted]))
-        undecided = [one.id for one in records if one.decision is None]
-        stay = {*islice(latest, max(2, keep)), *undecided}
-        names = sorted(
-            one.stem for one in self.models.glob("*.json") if ownership.ID.fullmatch(one.stem)
-        )
-        removed = [name for name in names if name not in stay and self.has_model(name)]
-        for name in removed:
-            self.drop(name)
-        for path in self.answers.iterdir():
-            of = ownership.ANSWERS.fullmatch(path.name)
-            if history and of and not self.has_model(of[1]):
-                path.unlink()
-        known = [one.id for one in self.records()]
-        without = [name for name in known if not self.has_model(name)][:keep]
-        for name in names:
-            if name not in without and not self.has_model(name):
-                (self.models / f"{name}.json").unlink()
-        return removed
+    def forget(self, name: str) -> None:
+        """Remove the record of a model without a file."""
+        (self.models / f"{name}.json").unlink(missing_ok=True)
 
     def clear_inputs(self, keep: Collection[str]) -> None:
         """Remove what was fetched, but for files whose names begin with one of `keep`."""
@@ -312,7 +284,8 @@ class SiteFolder:
         try:
             current = self.current()
         except FormatError:
-            self._write_record_anew(str(self.current_id()))
+            if (name := self.serving_id()) is not None:
+                self._write_record_anew(name)
             return
         if current is not None and current.decision == "rolled_back" and self.previous():
             self.roll_back(current.reason)

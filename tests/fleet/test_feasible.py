@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from edgemerge.errors import EdgemergeError
+from edgemerge.fleet.declared import declare
 from edgemerge.fleet.foresight import foresee
+from edgemerge.fleet.ingredients import FileHashes
 from edgemerge.fleet.site_file import read_site
 from edgemerge.site.log import read_events
 from tests.support.updates import (
@@ -18,6 +20,26 @@ from tests.support.updates import (
     update,
     write_site,
 )
+
+LINEAR = (
+    "{merge_method: linear, parameters: {weight: 1}, models: [{model: a.gguf}, {model: b.gguf}]}"
+)
+MIXTURE = """
+base_model: base.gguf
+gate_mode: random
+experts: [{source_model: a.gguf}, {source_model: b.gguf}]
+"""
+STAGES = """
+name: first
+merge_method: task_arithmetic
+base_model: base.gguf
+models: [{model: a.gguf, parameters: {weight: 1}}]
+---
+merge_method: slerp
+base_model: first
+models: [{model: first}, {model: b.gguf}]
+parameters: {t: 0.5}
+"""
 
 
 def merge_of(method: str = "task_arithmetic", **more: Any) -> dict[str, Any]:
@@ -68,3 +90,40 @@ def test_a_base_that_is_a_folder_will_do_once_a_model_serves(device: Path) -> No
 def test_types_have_no_case(device: Path, type_: str) -> None:
     write_site(device.parent, **merge_of(type=type_))
     assert foresee(read_site(device), None)["does"] == "merges"
+
+
+def write_recipe(device: Path, recipe: str, **changes: Any) -> None:
+    (device.parent / "recipe.yml").write_text(recipe)
+    changes = {"base": None, "experts": None, "promote": {"watch": 0, "better": []}} | changes
+    write_site(device.parent, merge={"recipe": "recipe.yml"}, **changes)
+
+
+def test_a_recipe_without_a_base_needs_one_beside_it(device: Path) -> None:
+    """Fault: it failed after the merge, with a remedy that was refused."""
+    write_recipe(device, LINEAR)
+    report = update(device, KnowingExaminer(better))
+    assert report.outcome == "failed"
+    assert "recipe.yml' has no base, and the first model is compared with one" in report.reason
+    assert list(folder_of(device).work.iterdir()) == []
+    with pytest.raises(EdgemergeError, match="has no base"):
+        foresee(read_site(device), None)
+    write_recipe(device, LINEAR, base={"path": "base.gguf"})
+    examiner = KnowingExaminer(better)
+    report = update(device, examiner)
+    assert report.outcome == "promoted"
+    assert examiner.asked[0] == FileHashes(None).of(device.parent / "base.gguf")
+    assert report.current is not None
+    assert [part.name for part in report.current.made_of] == ["a.gguf", "b.gguf"]
+    write_recipe(device, LINEAR)  # it needs none any more
+    assert update(device, KnowingExaminer(better)).outcome == "unchanged"
+    write_recipe(device, LINEAR, base={"path": "folder"})
+    (device.parent / "folder").mkdir()
+    assert "compared with the base" not in update(device, KnowingExaminer(better)).reason
+
+
+@pytest.mark.parametrize("recipe", [MIXTURE, STAGES], ids=["mixture", "stages"])
+def test_a_mixture_and_stages_have_a_base(device: Path, recipe: str) -> None:
+    write_recipe(device, recipe)
+    base = declare(read_site(device), [], FileHashes(None)).base
+    assert base is not None
+    assert base.path == device.parent / "base.gguf"

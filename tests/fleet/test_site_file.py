@@ -107,7 +107,19 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "size": ({"merge": {"method": "ties", "memory": "much"}}, "merge.memory"),
     "recipe and method": ({"merge": {"recipe": "SITE.yml", "type": "F16"}}, "into the recipe"),
-    "recipe and base": ({"merge": {"recipe": "SITE.yml"}}, "has base, which merge.recipe names"),
+    "recipe and experts": (
+        {"merge": {"recipe": "SITE.yml"}},
+        "has experts, which merge.recipe names",
+    ),
+    "recipe and base of a registry": (
+        {
+            "registry": {"address": "r", "trust": "root.json"},
+            "merge": {"recipe": "SITE.yml"},
+            "base": {"name": "tiny"},
+            "experts": None,
+        },
+        "has a recipe, so base must be {path: FILE.gguf}",
+    ),
     "better": ({"promote": {"better": ["diseases"]}}, "did you mean 'disease'"),
     "margin": ({"promote": {"margin": -1}}, "promote.margin is -1; give a number from 0 to 100"),
     "margin of what": ({"promote": {"margin": {"desease": 1}}}, "did you mean 'disease'"),

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from edgemerge.errors import OutputError, RecipeError
+from edgemerge.errors import OutputError, RecipeError, RuntimeFailure
+from edgemerge.fleet.examination import Show
 from edgemerge.fleet.foresight import foresee
 from edgemerge.fleet.report import reporting
 from edgemerge.fleet.server import Server
 from edgemerge.fleet.site_file import ServerPlace, read_site
 from edgemerge.fleet.switch import roll_back_by_hand
+from edgemerge.runtime.evaluation.answers import Answers
+from edgemerge.site.log import read_events
 from tests.support.updates import (
     KnowingExaminer,
     better,
@@ -178,3 +182,45 @@ def test_a_dry_run_heeds_again(device: Path) -> None:
     site = read_site(device)
     assert foresee(site, None)["does"] == "unchanged"
     assert foresee(site, None, again=True)["does"] == "merges"
+
+
+class Killed(KnowingExaminer):
+    """Its process is ended before it has asked the new model."""
+
+    def ask_all(self, model: Path, sha256: str, show: Show, chunk: int) -> Answers:
+        if model.stem not in os.readlink(model.parents[1] / "current.gguf"):
+            raise RuntimeFailure("it was killed; the next update asks it again")
+        return super().ask_all(model, sha256, show, chunk)
+
+
+def try_in_vain(device: Path, scale: float) -> str:
+    """Merge what nobody gets to decide about, and return its id."""
+    merge = {"method": "task_arithmetic", "parameters": {"lambda": scale}, "type": "Q8_0"}
+    write_site(device.parent, merge=merge, promote={"watch": 0, "better": []})
+    assert update(device, Killed(better)).outcome == "failed"
+    return str((folder_of(device).trying() or {})["id"])
+
+
+def test_models_that_were_not_decided_about_do_not_fill_the_disk(device: Path) -> None:
+    """Fault: each stayed for ever, as one that somebody made on the page."""
+    update(device, KnowingExaminer(better))
+    folder = folder_of(device)
+    first = folder.current_id()
+    tried = [try_in_vain(device, scale) for scale in (0.2, 0.3, 0.4)]
+    assert {one.stem for one in folder.models.glob("*.gguf")} == {first, tried[-1]}
+    assert {one.id for one in folder.records()} == {first, tried[-1]}
+    assert update(device, KnowingExaminer(better)).outcome == "promoted"  # it goes on with the last
+    assert folder.current_id() == tried[-1]
+    events = list(read_events(folder.path / "log.jsonl"))
+    assert [one["id"] for one in events if one["event"] == "merged"] == [first, *tried]
+
+
+def test_a_roll_back_by_hand_forgets_what_is_being_tried(device: Path) -> None:
+    update(device, KnowingExaminer(better))
+    write_site(device.parent, experts=[{"path": "b.gguf"}], promote={"watch": 0, "better": []})
+    update(device, KnowingExaminer(better))
+    tried = try_in_vain(device, 0.2)
+    folder = folder_of(device)
+    assert folder.has_model(tried)
+    roll_back_by_hand(read_site(device), KnowingExaminer(better), None, reason="odd", by="eve")
+    assert [one.stem for one in folder.models.glob("*.gguf")] == [folder.current_id()]

@@ -13,6 +13,7 @@ import pytest
 from edgemerge.errors import FormatError, OutputError, RecipeError, VerificationError
 from edgemerge.site.folder import SiteFolder
 from edgemerge.site.log import append_event, last_events, read_events
+from edgemerge.site.pruning import prune
 from edgemerge.site.record import ModelRecord, Part, Score
 
 
@@ -94,7 +95,7 @@ def test_pruning_leaves_what_serves_and_the_one_before(site: SiteFolder) -> None
     names = [add(site, "x" * i) for i in range(1, 6)]
     for name in names[:4]:
         site.promote(name, "better")
-    assert set(site.prune(1)) == set(names[:2])  # nobody has decided about the last one
+    assert set(prune(site, 1)) == set(names[:2])  # nobody has decided about the last one
     assert [name for name in names if site.has_model(name)] == names[2:]
     assert len(site.records()) == 4
     with pytest.raises(RecipeError, match="serves"):
@@ -112,7 +113,7 @@ def test_pruning_with_a_damaged_history_leaves_the_newest(
     history = site.path / "history"
     raw = history.read_bytes()
     history.write_bytes(raw[:-damage] + b"\xff" * damage if damage else b"")
-    assert site.prune(keep) == sorted(names[: -max(2, keep)])
+    assert prune(site, keep) == sorted(names[: -max(2, keep)])
     assert [name for name in names if site.has_model(name)] == names[-max(2, keep) :]
 
 

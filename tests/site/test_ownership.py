@@ -13,6 +13,7 @@ from edgemerge.site import ownership
 from edgemerge.site.folder import SiteFolder
 from edgemerge.site.log import append_event
 from edgemerge.site.ownership import is_own
+from edgemerge.site.pruning import prune
 from edgemerge.site.record import ModelRecord
 
 FOREIGN: tuple[str, ...] = (
@@ -132,7 +133,7 @@ def test_what_has_no_record_or_another_name_is_not_removed(tmp_path: Path) -> No
     write(site.inputs / "disease-1.2.delta.gguf")
     write(site.inputs / f"disease-1.3.gguf.{'a' * 16}.part")
     write(site.answers / f"{names[0]}-0123456789ab.json")
-    assert site.prune(1) == names[:1]
+    assert prune(site, 1) == names[:1]
     site.clear_work()
     site.clear_inputs([])
     left = [one for one in tmp_path.rglob("*") if one.is_file() and one.parent != tmp_path]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.runtime.child_end import describe_end
 from edgemerge.runtime.engine.messages import (
     Begun,
     Ended,
@@ -229,7 +229,7 @@ class _Child(asyncio.Protocol):
         self._ended.set()
 
     def _failure(self) -> Failed:
-        return Failed(self.lost or _explain_end(self.process.poll()), 503)
+        return Failed(self.lost or f"the model's process {describe_end(self.process.poll())}", 503)
 
     # -- what the model does
 
@@ -332,12 +332,3 @@ def _read_end(errors: IO[bytes]) -> str:
     with errors:
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - _LAST_BYTES))
         return errors.read().decode("utf-8", errors="replace").strip()
-
-
-def _explain_end(status: int | None) -> str:
-    """Say what the end of a process means to a client."""
-    if status is not None and status < 0:
-        name = signal.Signals(-status).name
-        hint = " (memory may be short)" if name == "SIGKILL" else ""
-        return f"the model's process ended by {name}{hint}"
-    return f"the model's process ended with status {status}"

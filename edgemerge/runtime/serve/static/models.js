@@ -239,6 +239,7 @@ async function showMerging(mayChange) {
 const EVENTS = {
   merged: "was merged", compared: "was compared", promoted: "was promoted",
   rolled_back: "was taken back", refused: "was refused", repaired: "The log was repaired",
+  restored: "was made again, for its file was lost",
 };
 
 function showLog() {
