@@ -111,10 +111,11 @@ def make_server(how: str, rounds: int, tell: Callable[[int, float], None]) -> Se
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
         config = peft_config(RANK, RANK, MODULES)
+        density = None if how == "svd" else 0.7
         strategy = (
             FedAvg(**common)
             if how == "fedavg"
-            else MergedLora(config, how=how, density=0.7, memory=MEMORY, **common)
+            else MergedLora(config, how=how, density=density, memory=MEMORY, **common)
         )
 
         def evaluate(number: int, record: object) -> MetricRecord:
