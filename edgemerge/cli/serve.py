@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -235,7 +236,7 @@ def serve_command(
         _install(options, unit_dir, force=force)
         return
     _set_up_log(log_requests)
-    serve(options, _announce)
+    serve(options, partial(_announce, n_ctx=context))
 
 
 def _find(text: str, finder: Finder) -> tuple[str, Path]:
@@ -341,7 +342,7 @@ def _other_arguments(options: ServeOptions) -> list[str]:
     return arguments + [name for name, given in flags.items() if given]
 
 
-def _announce(started: Started) -> None:
+def _announce(started: Started, n_ctx: int | None) -> None:
     from edgemerge.sizes import format_size
 
     key = "clients need the key" if started.has_key else "no key needed"
@@ -351,5 +352,7 @@ def _announce(started: Started) -> None:
             f"  model {file.name}: {file.n_sequences} requests at a time, {file.n_ctx} tokens of "
             f"context each, {file.n_cache} kept in all, about {format_size(file.need)}"
         )
+        if n_ctx is not None and file.n_ctx < n_ctx:
+            print(f"    --ctx {n_ctx} is more than it was trained on, or than memory holds")
     print(f"  memory: at most {format_size(started.memory)}")
     print(f"  page {started.url}/  API {started.url}/v1  figures {started.url}/metrics", flush=True)

@@ -12,11 +12,13 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from edgemerge.cli.serve import _with_site, serve_command
+from edgemerge.cli.serve import _announce, _with_site, serve_command
+from edgemerge.runtime.serve.models import read_model_file
+from edgemerge.runtime.serve.options import Started
 from edgemerge.site.folder import SiteFolder
 from tests.support.serving import COMMAND, Serving
 from tests.support.talking import run
-from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_gguf import CONTEXT, write_tiny_gguf
 
 pytestmark = pytest.mark.llama
 
@@ -158,6 +160,16 @@ def test_install_writes_a_unit_with_the_same_options(
     monkeypatch.delenv("EDGEMERGE_API_KEY")
     assert install("--force", "--host", "127.0.0.1").exit_code == 0
     assert not (tmp_path / "edgemerge.env").exists()
+
+
+def test_a_context_beyond_the_models_own_is_told_of(
+    gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = Started("http://127.0.0.1", (read_model_file(gguf, 8192),), 1 << 30, has_key=False)
+    _announce(started, n_ctx=8192)
+    told = capsys.readouterr().out
+    assert f" {CONTEXT} tokens of context each" in told
+    assert "--ctx 8192 is more than it was trained on" in told
 
 
 @pytest.mark.parametrize(

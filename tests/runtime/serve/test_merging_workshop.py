@@ -14,26 +14,22 @@ from edgemerge.runtime.serve.merging import workshop as workshop_module
 from edgemerge.runtime.serve.merging.choices import MergeRequest, read_request
 from edgemerge.runtime.serve.merging.job import Job
 from edgemerge.runtime.serve.merging.workshop import Workshop
-from edgemerge.runtime.serve.models import ModelFile, read_model_file
+from edgemerge.runtime.serve.models import read_model_file
 from edgemerge.runtime.serve.reload import Reloader
 from edgemerge.runtime.serve.store import ModelStore
 from edgemerge.site.folder import SiteFolder
 from edgemerge.site.record import ModelRecord
 from tests.runtime.serve.test_merging_server import make_record
 from tests.support import tiny_gguf
-from tests.support.fake_process import Loader
+from tests.support.fake_process import Loader, keep
 
 
 def make_workshop(folder: Path, start: Path) -> Workshop:
     """Make one whose server began with a file."""
-
-    async def read_again(old: ModelFile) -> ModelFile:
-        return old
-
     file = read_model_file(start, name="ward")
-    models = ModelStore([file], Loader(), budget=1 << 40, floor=0)
+    models = ModelStore([file], Loader(), keep, budget=1 << 40, floor=0)
     site = SiteFolder(folder / "site")
-    return Workshop(site, [folder], models, Reloader(models, read_again))
+    return Workshop(site, [folder], models, Reloader(models))
 
 
 async def end_of(job: Job) -> str:
