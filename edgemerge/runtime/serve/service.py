@@ -124,13 +124,15 @@ class Service:
     # -- what happens to the server
 
     async def prepare(self) -> None:
-        """Load the default model.
+        """Tidy the device's folder, and load the default model.
 
         Raises
         ------
         RuntimeFailure, FormatError, VerificationError
             It does not load, or is not signed.
         """
+        if self._workshop is not None:
+            await asyncio.to_thread(self._workshop.tidy)
         self.models.adopt(await self.models.start(self.models.resolve(None)))
         self._do(self.models.watch(self._options.idle_seconds))
 

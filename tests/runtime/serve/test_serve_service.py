@@ -11,6 +11,7 @@ from edgemerge.runtime.engine.options import EngineFacts, EngineOptions
 from edgemerge.runtime.serve import service as service_module
 from edgemerge.runtime.serve.options import ServeOptions
 from edgemerge.runtime.serve.service import Service
+from edgemerge.site.folder import SiteFolder
 from tests.support.fake_process import FakeProcess, make_facts
 
 LESS = 32  # tokens
@@ -48,3 +49,16 @@ def test_a_loaded_model_tells_the_context_that_it_has(tiny_gguf: Path) -> None:
     prepare(service)
     (file,) = service.describe("http://127.0.0.1").models
     assert file.n_ctx == LESS
+
+
+def test_the_devices_folder_is_tidied_when_the_port_is_taken(
+    tiny_gguf: Path, tmp_path: Path
+) -> None:
+    site = SiteFolder(tmp_path / "site")
+    site.make()
+    left = site.work / "page-x"
+    left.mkdir()
+    service = Service(ServeOptions((("ward", tiny_gguf),), memory=1 << 30, site=site.path))
+    assert left.exists()
+    prepare(service)
+    assert not left.exists()
