@@ -14,6 +14,7 @@ from edgemerge.cli import loading, request
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.loading import ContextSize, GpuLayers, Loras, Threads, parse_loras
 from edgemerge.cli.terminal import speaks_plainly
+from edgemerge.errors import RuntimeFailure
 
 if TYPE_CHECKING:
     from edgemerge.finding.finder import Finder
@@ -302,6 +303,7 @@ def _install(options: ServeOptions, directory: Path | None, *, force: bool) -> N
     from edgemerge.runtime.serve.systemd import Service, write_unit
 
     files = [read_model_file(path, options.n_ctx, name=name) for name, path in options.models]
+    gpu = _uses_gpu(options.n_gpu_layers)
     service = Service(
         models={file.name: file.path for file in files},
         host=options.host,
@@ -310,13 +312,30 @@ def _install(options: ServeOptions, directory: Path | None, *, force: bool) -> N
         memory=options.memory,
         loras=options.loras,
         public_key=options.public_key,
-        gpu=bool(options.n_gpu_layers),
+        gpu=bool(gpu),
         rpc=options.rpc,
         api_key=options.key,
         options=_other_arguments(options),
     )
     check_key(options, is_local=service.is_local)
     print(write_unit(service, directory=directory, force=force))
+    if gpu is None:
+        print(
+            "GPU devices are closed to it, since llama.cpp could not be asked for one here: where there is "
+            "a GPU, run this again with -g N and --force."
+        )
+
+
+def _uses_gpu(n_layers: int | None) -> bool | None:
+    """Whether layers go to a GPU, as is found when a model is loaded; None where that cannot be told."""
+    from edgemerge.runtime.library import load_library
+
+    if n_layers is not None:
+        return n_layers > 0
+    try:
+        return load_library().has_device()
+    except RuntimeFailure:
+        return None
 
 
 def _other_arguments(options: ServeOptions) -> list[str]:
