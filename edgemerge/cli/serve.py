@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from edgemerge.cli import loading, request
 from edgemerge.cli.finding import Download, ModelsFolder, make_finder
 from edgemerge.cli.loading import ContextSize, GpuLayers, Loras, Threads, parse_loras
 from edgemerge.cli.terminal import speaks_plainly
+from edgemerge.errors import RuntimeFailure
 
 if TYPE_CHECKING:
     from edgemerge.finding.finder import Finder
@@ -235,7 +237,7 @@ def serve_command(
         _install(options, unit_dir, force=force)
         return
     _set_up_log(log_requests)
-    serve(options, _announce)
+    serve(options, partial(_announce, n_ctx=context))
 
 
 def _find(text: str, finder: Finder) -> tuple[str, Path]:
@@ -301,6 +303,7 @@ def _install(options: ServeOptions, directory: Path | None, *, force: bool) -> N
     from edgemerge.runtime.serve.systemd import Service, write_unit
 
     files = [read_model_file(path, options.n_ctx, name=name) for name, path in options.models]
+    gpu = _uses_gpu(options.n_gpu_layers)
     service = Service(
         models={file.name: file.path for file in files},
         host=options.host,
@@ -309,13 +312,30 @@ def _install(options: ServeOptions, directory: Path | None, *, force: bool) -> N
         memory=options.memory,
         loras=options.loras,
         public_key=options.public_key,
-        gpu=bool(options.n_gpu_layers),
+        gpu=bool(gpu),
         rpc=options.rpc,
         api_key=options.key,
         options=_other_arguments(options),
     )
     check_key(options, is_local=service.is_local)
     print(write_unit(service, directory=directory, force=force))
+    if gpu is None:
+        print(
+            "GPU devices are closed to it, since llama.cpp could not be asked for one here: where there is "
+            "a GPU, run this again with -g N and --force."
+        )
+
+
+def _uses_gpu(n_layers: int | None) -> bool | None:
+    """Whether layers go to a GPU, as is found when a model is loaded; None where that cannot be told."""
+    from edgemerge.runtime.library import load_library
+
+    if n_layers is not None:
+        return n_layers > 0
+    try:
+        return load_library().has_device()
+    except RuntimeFailure:
+        return None
 
 
 def _other_arguments(options: ServeOptions) -> list[str]:
@@ -341,7 +361,7 @@ def _other_arguments(options: ServeOptions) -> list[str]:
     return arguments + [name for name, given in flags.items() if given]
 
 
-def _announce(started: Started) -> None:
+def _announce(started: Started, n_ctx: int | None) -> None:
     from edgemerge.sizes import format_size
 
     key = "clients need the key" if started.has_key else "no key needed"
@@ -351,5 +371,7 @@ def _announce(started: Started) -> None:
             f"  model {file.name}: {file.n_sequences} requests at a time, {file.n_ctx} tokens of "
             f"context each, {file.n_cache} kept in all, about {format_size(file.need)}"
         )
+        if n_ctx is not None and file.n_ctx < n_ctx:
+            print(f"    --ctx {n_ctx} is more than it was trained on, or than memory holds")
     print(f"  memory: at most {format_size(started.memory)}")
     print(f"  page {started.url}/  API {started.url}/v1  figures {started.url}/metrics", flush=True)

@@ -7,16 +7,20 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from edgemerge.cli.serve import _with_site, serve_command
+from edgemerge.cli.serve import _announce, _with_site, serve_command
+from edgemerge.errors import RuntimeFailure
+from edgemerge.runtime.serve.models import read_model_file
+from edgemerge.runtime.serve.options import Started
 from edgemerge.site.folder import SiteFolder
 from tests.support.serving import COMMAND, Serving
 from tests.support.talking import run
-from tests.support.tiny_gguf import write_tiny_gguf
+from tests.support.tiny_gguf import CONTEXT, write_tiny_gguf
 
 pytestmark = pytest.mark.llama
 
@@ -116,6 +120,7 @@ def test_what_cannot_be_served(gguf: Path, tmp_path: Path) -> None:
     assert_refused(serve(gguf, "--lora", gguf, gguf), "--lora goes with one model", code=2)
     assert_refused(serve(gguf, "--lora", gguf, "--port", 0), "cannot add this LoRA")
     assert_refused(serve(gguf, "--host", "no.such.host.invalid"), "cannot listen on no.such.host")
+    assert_refused(serve(gguf, "--host", "a..b"), r"cannot listen on a\.\.b: no machine can have")
 
 
 @pytest.mark.parametrize("module", ["pydantic", "starlette", "prometheus_client", "uvicorn"])
@@ -130,15 +135,18 @@ def test_a_missing_extra_is_one_sentence(gguf: Path, module: str) -> None:
     assert_refused(done, r"pip install 'edgemerge\[serve\]'")
 
 
+def install_unit(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(serve_command)
+    return CliRunner().invoke(app, ["--install", *map(str, arguments)])
+
+
 def test_install_writes_a_unit_with_the_same_options(
     gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def install(*options: object) -> Result:
-        arguments = [gguf, "--install", "--unit-dir", tmp_path, "--host", "0.0.0.0", *options]
-        return CliRunner().invoke(app, list(map(str, arguments)))
+        return install_unit(gguf, "--unit-dir", tmp_path, "--host", "0.0.0.0", *options)
 
-    app = typer.Typer()
-    app.command()(serve_command)
     monkeypatch.setattr("os.geteuid", lambda: 1000)  # a user's service may read any place
     monkeypatch.delenv("EDGEMERGE_API_KEY", raising=False)
     assert "--api-key-file" in install().stderr
@@ -158,6 +166,52 @@ def test_install_writes_a_unit_with_the_same_options(
     monkeypatch.delenv("EDGEMERGE_API_KEY")
     assert install("--force", "--host", "127.0.0.1").exit_code == 0
     assert not (tmp_path / "edgemerge.env").exists()
+
+
+@pytest.mark.parametrize(
+    ("layers", "has_device", "is_open"),
+    [
+        ([], True, True),
+        ([], False, False),
+        ([], None, False),
+        (["-g", 0], True, False),
+        (["-g", 1], None, True),
+    ],
+)
+def test_install_opens_a_gpu_that_serve_would_use(
+    layers: list[object],
+    has_device: bool | None,
+    is_open: bool,
+    gguf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fault: without -g the unit closed the devices, and a build for GPUs computed without them."""
+
+    def load() -> SimpleNamespace:
+        if has_device is None:
+            raise RuntimeFailure("running a model needs llama.cpp")
+        return SimpleNamespace(has_device=lambda: has_device)
+
+    monkeypatch.setattr("edgemerge.runtime.library.load_library", load)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.delenv("EDGEMERGE_API_KEY", raising=False)
+    done = install_unit(gguf, "--unit-dir", tmp_path, *layers)
+    assert done.exit_code == 0, done.stderr
+    unit = (tmp_path / "edgemerge.service").read_text()
+    assert ("MemoryDenyWriteExecute=yes" not in unit) == is_open
+    told = "GPU devices are closed to it" in done.stdout
+    assert told == (has_device is None and not layers)
+
+
+def test_a_context_beyond_the_models_own_is_told_of(
+    gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = Started("http://127.0.0.1", (read_model_file(gguf, 8192),), 1 << 30, has_key=False)
+    _announce(started, n_ctx=8192)
+    told = capsys.readouterr().out
+    assert f" {CONTEXT} tokens of context each" in told
+    assert "--ctx 8192 is more than it was trained on" in told
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from typing import Any
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.engine.options import EngineFacts
 from edgemerge.runtime.serve.active_request import Run
+from edgemerge.runtime.serve.loaded import Loaded
 from edgemerge.runtime.serve.models import ModelFile
 from edgemerge.runtime.serve.queue import Queue
-from edgemerge.runtime.serve.store import Loaded, ModelStore
+from edgemerge.runtime.serve.store import ModelStore
 from edgemerge.runtime.serve.turns import Turn
 
-__all__ = ["FakeProcess", "Loader", "make_facts", "make_turn"]
+__all__ = ["FakeProcess", "Loader", "keep", "make_facts", "make_turn"]
 
 
 def make_facts(**facts: Any) -> EngineFacts:
@@ -34,7 +35,7 @@ def make_facts(**facts: Any) -> EngineFacts:
 class FakeProcess:
     """A process that only lives and ends."""
 
-    pid = None
+    pid: int | None = None
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -74,10 +75,15 @@ class Loader:
         return [process.name for process in self.started if process.is_alive]
 
 
+async def keep(file: ModelFile) -> ModelFile:
+    """Stands for reading a header again that is as it was."""
+    return file
+
+
 async def make_turn(process: FakeProcess, n_places: int) -> tuple[Turn, Queue]:
     """Give a request a place at a fake process called a, in which so many may be answered at a time."""
     file = ModelFile("a", Path(__file__), 64, 0, 0, {}, 0, n_sequences=n_places)
-    store = ModelStore([file], Loader(), budget=1, floor=0)
+    store = ModelStore([file], Loader(), keep, budget=1, floor=0)
     loaded = await store.start(file)
     loaded.facts = make_facts(n_sequences=n_places)
     loaded.process = process  # type: ignore[assignment]

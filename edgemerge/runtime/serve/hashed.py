@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from threading import Event
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.formats.gguf.model import parts_of
-from edgemerge.runtime.serve.models import ModelFile
-from edgemerge.runtime.serve.store import Loaded
+from edgemerge.runtime.serve.loaded import Loaded
+from edgemerge.runtime.serve.models import ModelFile, Stamps, read_stamps
 
 __all__ = ["HashedLoader"]
 
 _CHUNK = 1 << 20
-
-# Of each file device, inode, bytes, and when contents and inode last changed.
-_States = tuple[tuple[int, ...], ...]
 
 
 class HashedLoader:
@@ -37,7 +33,7 @@ class HashedLoader:
 
     def __init__(self, load: Callable[[ModelFile], Awaitable[Loaded]]) -> None:
         self._load = load
-        self._digests: dict[_States, str] = {}  # hashing a large file takes as long as loading it
+        self._digests: dict[Stamps, str] = {}  # hashing a large file takes as long as loading it
 
     async def __call__(self, file: ModelFile) -> Loaded:
         """Load a model.
@@ -47,27 +43,19 @@ class HashedLoader:
         RuntimeFailure
             Its file cannot be read, or changed while it was loaded.
         """
-        states = _read_states(file.path)
-        digest = self._digests.get(states) or await _hash(file.path)
+        stamps = read_stamps(file.path)
+        digest = self._digests.get(stamps) or await _hash(file.path)
         loaded = await self._load(file)
         try:
-            if _read_states(file.path) != states:
+            if read_stamps(file.path) != stamps:
                 raise RuntimeFailure(
                     f"{file.path}: changed while it was loaded; see who writes there, and load it again"
                 )
         except BaseException:
             await loaded.process.close()
             raise
-        loaded.sha256 = self._digests[states] = digest
+        loaded.sha256 = self._digests[stamps] = digest
         return loaded
-
-
-def _read_states(path: Path) -> _States:
-    try:
-        found = [os.stat(part) for part in parts_of(path)]
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
 
 
 async def _hash(path: Path) -> str:

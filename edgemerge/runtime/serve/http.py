@@ -133,6 +133,10 @@ def open_socket(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise RuntimeFailure(f"cannot listen on {host}: {error.strerror}") from None
+    except UnicodeError:  # as of two dots in a row
+        raise RuntimeFailure(
+            f"cannot listen on {host}: no machine can have this name; check --host"
+        ) from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.formats.gguf.metadata import Array, get_value
-from edgemerge.formats.gguf.model import GgufModel
+from edgemerge.formats.gguf.model import GgufModel, parts_of
 from edgemerge.recipe.values import is_utf8
 from edgemerge.runtime.board.device import read_memory
 from edgemerge.runtime.doctor.fit import MAX_LAYERS, PROCESS_BYTES, Needs, read_needs
 from edgemerge.runtime.engine.options import CHUNK, KEPT_PART, ROWS
 from edgemerge.runtime.model_files import open_gguf
 
-__all__ = ["DEFAULT_CONTEXT", "DEFAULT_SEQUENCES", "ModelFile", "read_model_file", "usable_memory"]
+__all__ = ["DEFAULT_CONTEXT", "DEFAULT_SEQUENCES", "ModelFile", "Stamps", "read_model_file"]
+__all__ += ["read_stamps", "usable_memory"]
 
 DEFAULT_CONTEXT = 4096  # tokens, where the model was trained for as many
 DEFAULT_SEQUENCES = 8
 _USED_PART = 0.9  # of the memory that is available, where no budget is given
 _KV_SHARE = {"f16": 1.0, "q8_0": 34 / 64}  # q8_0 has 34 bytes for 32 values
+
+# Of each file device, inode, bytes, and when contents and inode last changed.
+Stamps = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,8 @@ class ModelFile:
         Tokens that all requests together keep.
     n_sequences : int
         Requests at a time.
+    stamps : Stamps
+        What shows that the files are still those that were read.
     """
 
     name: str
@@ -62,6 +69,7 @@ class ModelFile:
     token_bytes: int = 0
     n_cache: int = 0
     n_sequences: int = 1
+    stamps: Stamps = ()
 
     @property
     def is_short(self) -> bool:
@@ -106,7 +114,7 @@ def read_model_file(
     path : Path
         The file.
     n_ctx : int, optional
-        Tokens of context for a request; by default what the model was trained for, up to 4096.
+        Tokens of context for a request, at most what the model was trained for; by default up to 4096.
     name : str, optional
         What clients are told; by default the file's name without `.gguf`, which they are not.
     n_sequences : int
@@ -125,10 +133,12 @@ def read_model_file(
     """
     source = open_gguf(path)
     try:
+        stamps = read_stamps(path)
         if name is not None:
             _check_names(name, path)
         needs, n_ctx_train = read_needs(source)
-        n_ctx = n_ctx or min(n_ctx_train, DEFAULT_CONTEXT)
+        n_ctx = n_ctx or DEFAULT_CONTEXT
+        n_ctx = min(n_ctx, n_ctx_train or n_ctx)  # as the engine does, whatever is asked for
         facts = path.stat()
         base, token_bytes = _estimate_memory(source, needs, n_sequences, kv_type, rpc_layers)
         return ModelFile(
@@ -142,9 +152,27 @@ def read_model_file(
             token_bytes,
             _kept_tokens(n_ctx, n_sequences),
             n_sequences,
+            stamps,
         )
     finally:
         source.close()
+
+
+def read_stamps(path: Path) -> Stamps:
+    """Note what a model's files are now.
+
+    Raises
+    ------
+    RuntimeFailure
+        One cannot be read.
+    """
+    try:
+        found = [os.stat(part) for part in parts_of(path)]
+    except OSError as error:
+        raise RuntimeFailure(
+            f"{path}: cannot be read ({error.strerror}); check the path"
+        ) from error
+    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
 
 
 def _check_names(name: str, path: Path) -> None:

@@ -56,7 +56,7 @@ class ServeOptions:
     memory : int or None
         Bytes that the whole process may take; by default 90 % of what is available.
     n_ctx : int or None
-        Tokens of context of one request; by default the model's own, up to 4096.
+        Tokens of context of one request, at most the model's own; by default up to 4096.
     n_threads, n_gpu_layers, loras, kv_type, rpc
         As of `EngineOptions`; None for the defaults.
     n_sequences : int or None

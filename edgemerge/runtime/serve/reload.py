@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +16,18 @@ from edgemerge.errors import EdgemergeError, VerificationError
 from edgemerge.runtime.engine.messages import Chat, Ended, Generation, Piece, Sampling
 from edgemerge.runtime.engine.process import EngineFailure
 from edgemerge.runtime.serve.errors import SERVER, Refusal
+from edgemerge.runtime.serve.loaded import Loaded
 from edgemerge.runtime.serve.models import ModelFile
 from edgemerge.runtime.serve.requests import RELOAD, Body
 from edgemerge.runtime.serve.routes import Routes
-from edgemerge.runtime.serve.store import Loaded, ModelStore
+from edgemerge.runtime.serve.store import ModelStore
 from edgemerge.runtime.smoke import MAX_TOKENS, QUESTIONS, SECONDS
 
 __all__ = ["Reloader", "add_reload"]
 
 log = logging.getLogger(__name__)
+
+_REFUSED = "model_refused"
 
 
 class ReloadRequest(Body):
@@ -40,15 +43,10 @@ class Reloader:
     ----------
     models : ModelStore
         The models.
-    read : function
-        Reads the header of a model's file again.
     """
 
-    def __init__(
-        self, models: ModelStore, read: Callable[[ModelFile], Awaitable[ModelFile]]
-    ) -> None:
+    def __init__(self, models: ModelStore) -> None:
         self._models = models
-        self._read = read
         self._turn = asyncio.Lock()
 
     async def reload(self, name: str, *, asks: bool = True) -> dict[str, Any]:
@@ -60,7 +58,7 @@ class Reloader:
             The model's.
         asks : bool
             Refuse a file that answers a simple question worse than the old one. To go back to a model
-            that is known, nothing is asked.
+            that is known, nothing is asked; nor is the file that answered last.
 
         Returns
         -------
@@ -72,8 +70,13 @@ class Reloader:
         Refusal
             409 where the new one is not taken; the old one goes on answering. As of `ModelStore.start`.
         """
-        file = self._models.resolve(name)
-        return await self.replace(name, file.path, lambda: None, then=file.path, asks=asks)
+        path = self._models.resolve(name).path
+        try:
+            return await self.replace(name, path, lambda: None, then=path, asks=asks)
+        except Refusal as refusal:
+            if refusal.code == _REFUSED:
+                self._models.refuse(name)
+            raise
 
     async def replace(
         self,
@@ -117,7 +120,7 @@ class Reloader:
             try:
                 await asyncio.to_thread(note)
             except BaseException:
-                await self._drop(new)
+                await self._models.drop(new)
                 raise
             new.file = replace(new.file, path=then)
             self._models.adopt(new)
@@ -126,8 +129,8 @@ class Reloader:
         return {"id": name, "system_fingerprint": now, "previous_fingerprint": before.fingerprint}
 
     async def reload_all(self) -> None:
-        """Reload every model that is in memory; what is not taken stands in the log."""
-        for name in self._models.loaded:
+        """Reload all that can be; what is not taken stands in the log."""
+        for name in self._models.reloadable:
             try:
                 await self.reload(name)
             except Refusal as refusal:
@@ -135,24 +138,22 @@ class Reloader:
 
     async def _load(self, old: ModelFile, *, asks: bool) -> Loaded:
         try:
-            new = await self._models.start(await self._read(old))
+            file = await self._models.read(old)
+            new = await self._models.start(file)
         except VerificationError as error:
-            raise _refusal(old, "it is not signed as required", error) from None
+            raise self._refuse(old, "it is not signed as required", error) from None
         except Refusal:
             raise
         except EdgemergeError as error:
-            raise _refusal(old, "it does not load", error) from None
+            raise self._refuse(old, "it does not load", error) from None
+        is_new = file.stamps != old.stamps
         try:
-            if asks and (fault := await self._find_fault(new)) is not None:
-                raise _refusal(old, fault)
+            if asks and is_new and (fault := await self._find_fault(new)) is not None:
+                raise self._refuse(old, fault)
         except BaseException:
-            await self._drop(new)
+            await self._models.drop(new)
             raise
         return new
-
-    async def _drop(self, new: Loaded) -> None:
-        await new.process.close()
-        self._models.changed()
 
     async def _find_fault(self, new: Loaded) -> str | None:
         """Ask the new model what `merge` asks after a merge; what the old one did too is no fault."""
@@ -172,6 +173,17 @@ class Reloader:
             return None
         finally:
             self._models.release(old)
+
+    def _refuse(self, file: ModelFile, why: str, error: EdgemergeError | None = None) -> Refusal:
+        if error is not None:
+            log.error("%s", error)
+        old = "goes on" if file.name in self._models.loaded else "is closed"
+        return Refusal(
+            409,
+            f"the new file of {file.name!r} is not taken, and the old one {old}: {why}",
+            kind=SERVER,
+            code=_REFUSED,
+        )
 
 
 async def _find_oddity(loaded: Loaded) -> str | None:
@@ -206,21 +218,10 @@ async def _ask(loaded: Loaded) -> tuple[str, bool]:
     return text, loops
 
 
-def _refusal(file: ModelFile, why: str, error: EdgemergeError | None = None) -> Refusal:
-    if error is not None:
-        log.error("%s", error)
-    return Refusal(
-        409,
-        f"the new file of {file.name!r} is not taken, and the old one goes on: {why}",
-        kind=SERVER,
-        code="model_refused",
-    )
-
-
 def add_reload(routes: Routes, reloader: Reloader, models: ModelStore) -> None:
     """Add the route."""
 
     @routes.post(RELOAD, ReloadRequest)
     async def reload(body: ReloadRequest) -> dict[str, Any]:
-        names = [models.resolve(body.model).name] if body.model else models.loaded
+        names = [models.resolve(body.model).name] if body.model else models.reloadable
         return {"models": [await reloader.reload(name, asks=body.ask) for name in names]}

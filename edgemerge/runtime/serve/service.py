@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -15,6 +16,7 @@ from edgemerge.runtime.engine.process import ModelProcess
 from edgemerge.runtime.serve.app import ROUTES, make_app
 from edgemerge.runtime.serve.gate import Access, Gate
 from edgemerge.runtime.serve.hashed import HashedLoader
+from edgemerge.runtime.serve.loaded import Loaded
 from edgemerge.runtime.serve.merging.shown import Shown
 from edgemerge.runtime.serve.merging.workshop import Workshop
 from edgemerge.runtime.serve.models import (
@@ -29,7 +31,7 @@ from edgemerge.runtime.serve.reload import Reloader
 from edgemerge.runtime.serve.request_log import RequestLog
 from edgemerge.runtime.serve.signed import SignedLoader
 from edgemerge.runtime.serve.status import Status
-from edgemerge.runtime.serve.store import Loaded, ModelStore
+from edgemerge.runtime.serve.store import ModelStore
 from edgemerge.runtime.serve.turns import Turns
 from edgemerge.site.folder import SiteFolder
 
@@ -65,12 +67,12 @@ class Service:
         budget = options.memory or usable_memory(floor)
         self._room = (budget - floor) // len(files)
         files = [file.within(self._room) for file in files]
-        self.models = ModelStore(files, load, budget=budget, floor=floor)
+        self.models = ModelStore(files, load, self._read_again, budget=budget, floor=floor)
         self._queue = Queue(self.models, options.queue, options.queue_seconds)
         self.models.changed = self._queue.advance
         logs_prompts = options.log is not None and options.log_prompts
         self._status = Status(self.models, self._queue, logs_prompts=logs_prompts)
-        self._reloader = Reloader(self.models, self._read_again)
+        self._reloader = Reloader(self.models)
         self._workshop = self._open_workshop()
         self._log: RequestLog | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -122,13 +124,15 @@ class Service:
     # -- what happens to the server
 
     async def prepare(self) -> None:
-        """Load the default model.
+        """Tidy the device's folder, and load the default model.
 
         Raises
         ------
         RuntimeFailure, FormatError, VerificationError
             It does not load, or is not signed.
         """
+        if self._workshop is not None:
+            await asyncio.to_thread(self._workshop.tidy)
         self.models.adopt(await self.models.start(self.models.resolve(None)))
         self._do(self.models.watch(self._options.idle_seconds))
 
@@ -185,7 +189,8 @@ class Service:
                 rpc=options.rpc,
             )
         )
-        return Loaded(file, process, await process.start())
+        facts = await process.start()
+        return Loaded(replace(file, n_ctx=facts.n_ctx), process, facts)
 
     def _read(self, name: str, path: Path) -> ModelFile:
         options = self._options

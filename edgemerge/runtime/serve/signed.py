@@ -17,8 +17,8 @@ from pathlib import Path
 
 from edgemerge.provenance.keys import read_public_key
 from edgemerge.provenance.signature import check_signature
+from edgemerge.runtime.serve.loaded import Loaded
 from edgemerge.runtime.serve.models import ModelFile
-from edgemerge.runtime.serve.store import Loaded
 
 __all__ = ["SignedLoader"]
 

@@ -6,18 +6,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from edgemerge.errors import BudgetError, EdgemergeError, RecipeError
-from edgemerge.runtime.engine.options import EngineFacts
-from edgemerge.runtime.engine.process import ModelProcess
+from edgemerge.errors import BudgetError, EdgemergeError, RecipeError, RuntimeFailure
 from edgemerge.runtime.serve.errors import BUSY, SERVER, Refusal
-from edgemerge.runtime.serve.models import ModelFile
+from edgemerge.runtime.serve.loaded import Loaded, ModelState, Slot
+from edgemerge.runtime.serve.models import ModelFile, Stamps, read_stamps
 from edgemerge.runtime.serve.queue import Room
 from edgemerge.sizes import format_size
 
-__all__ = ["Loaded", "ModelState", "ModelStore"]
+__all__ = ["ModelStore"]
 
 log = logging.getLogger(__name__)
 
@@ -27,50 +26,10 @@ _NO_ROOM_FOR_BOTH = (
     "there is no room in memory for the new model beside the one that it replaces; start the server with "
     "more --memory"
 )
-
-
-@dataclass(slots=True, eq=False)
-class Loaded:
-    """A model in memory; a reload leaves the old one beside the new until nobody uses it."""
-
-    file: ModelFile
-    process: ModelProcess
-    facts: EngineFacts
-    users: int = 0
-    is_retired: bool = False
-    sha256: str | None = None  # of the file when it was loaded, where requests are logged
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """A model's name: what is loaded under it, and who wants it."""
-
-    file: ModelFile
-    loaded: Loaded | None = None
-    loading: asyncio.Task[None] | None = None
-    places: int = 0  # requests that run, or wait for it to be loaded
-    used: float = 0.0
-    starts: int = 0
-    crashes: int = 0
-    was_lost: bool = False  # its process has ended by itself, and none has been started since
-
-    @property
-    def is_idle(self) -> bool:
-        return self.loaded is not None and not self.places and not self.loaded.users
-
-
-@dataclass(frozen=True, slots=True)
-class ModelState:
-    """What /health tells of a model; `state` is loading, loaded, crashed or closed."""
-
-    id: str
-    state: str
-    bytes: int
-    running: int
-    sequences: int
-    starts: int
-    crashes: int
-    fingerprint: str | None
+_NO_ROOM_EVER = (
+    "the model's file has become too large for the server's memory; start the server with more --memory or "
+    "a smaller --ctx"
+)
 
 
 class ModelStore:
@@ -82,6 +41,8 @@ class ModelStore:
         At least one; the first answers requests that name none.
     start : function
         Starts a process with a model.
+    read : function
+        Reads the header of a model's file again.
     budget : int
         Bytes that the server may take, with the processes of its models.
     floor : int
@@ -99,6 +60,7 @@ class ModelStore:
         self,
         files: Sequence[ModelFile],
         start: Callable[[ModelFile], Awaitable[Loaded]],
+        read: Callable[[ModelFile], Awaitable[ModelFile]],
         *,
         budget: int,
         floor: int,
@@ -107,11 +69,13 @@ class ModelStore:
         self.default = files[0].name
         self.changed: Callable[[], None] = lambda: None  # called when there may be more room
         self.reserved = 0  # bytes of the budget that work beside the models has
+        self.read = read
         self._start = start
         self._floor = floor
-        self._slots = {file.name: _Slot(file) for file in files}
+        self._slots = {file.name: Slot(file) for file in files}
         self._retired: list[Loaded] = []
         self._starting: list[ModelFile] = []
+        self._beside: list[Loaded] = []  # started, and neither adopted nor dropped
         self._ends: set[asyncio.Task[None]] = set()
         for file in files:
             if self._slots[file.name].file is not file:
@@ -137,22 +101,31 @@ class ModelStore:
         return tuple(name for name, slot in self._slots.items() if slot.loaded is not None)
 
     @property
+    def reloadable(self) -> tuple[str, ...]:
+        """Names of those in memory, and of those whose file has changed since it was read."""
+        return tuple(
+            name
+            for name, slot in self._slots.items()
+            if slot.loaded is not None or _find_stamps(slot.file.path) not in ((), slot.file.stamps)
+        )
+
+    @property
     def taken(self) -> int:
         """Bytes that the server may take with the models that are in memory, or about to be."""
         return self._floor + self._taken()
 
     @property
     def pids(self) -> list[int]:
-        """Processes of all models, those that a reload has replaced among them."""
+        """Processes of all models, with those that a reload brings or has replaced."""
         now = [slot.loaded for slot in self._slots.values() if slot.loaded is not None]
-        found = [loaded.process.pid for loaded in (*now, *self._retired)]
+        found = [loaded.process.pid for loaded in (*now, *self._beside, *self._retired)]
         return [pid for pid in found if pid is not None]
 
     def states(self) -> list[ModelState]:
         """How each model is."""
         for slot in self._slots.values():
             self._bury(slot)
-        return [_state(slot) for slot in self._slots.values()]
+        return [slot.state() for slot in self._slots.values()]
 
     def resolve(self, name: str | None) -> ModelFile:
         """File of the model that a request means.
@@ -221,22 +194,15 @@ class ModelStore:
     async def start(self, file: ModelFile) -> Loaded:
         """Start a process beside the ones that are there, with others closed to make room.
 
+        `adopt` or `drop` must follow.
+
         Raises
         ------
         Refusal
-            503 where there is no room or the file is gone.
+            503 where there is no room.
         EdgemergeError
             It does not load, or is not signed.
         """
-        if not file.path.is_file():
-            log.error("%s: the file is gone", file.path)
-            raise Refusal(
-                503,
-                f"the file of the model {file.name!r} is not there at the moment",
-                kind=SERVER,
-                code="model_unavailable",
-                retry_after=30,
-            )
         await self._make_room(file)
         log.info("loading %s", file.name)
         self._starting.append(file)
@@ -244,14 +210,16 @@ class ModelStore:
             loaded = await self._start(file)
         finally:
             self._starting.remove(file)
+        self._beside.append(loaded)
         self._slots[file.name].starts += 1
         return loaded
 
     def adopt(self, new: Loaded) -> None:
         """Let a model answer in place of the one of its name, which ends with its last request."""
+        self._beside.remove(new)
         slot = self._slots[new.file.name]
         old, slot.loaded, slot.file = slot.loaded, new, new.file
-        slot.was_lost = False
+        slot.was_lost, slot.refused = False, None
         slot.used = time.monotonic()
         if old is not None:
             old.is_retired = True
@@ -260,6 +228,19 @@ class ModelStore:
             else:
                 self._end(old)
         self.changed()
+
+    async def drop(self, new: Loaded) -> None:
+        """End a model that was started and is not taken."""
+        try:
+            await new.process.close()
+        finally:
+            self._beside.remove(new)
+            self.changed()
+
+    def refuse(self, name: str) -> None:
+        """Note that the file in a model's place is not taken: no start takes it before a reload does."""
+        slot = self._slots[name]
+        slot.refused = _find_stamps(slot.file.path)
 
     async def watch(self, idle_seconds: float) -> None:
         """Take note of processes that end, and close models that nobody has used for so long (0: never).
@@ -271,7 +252,8 @@ class ModelStore:
             for name, slot in self._slots.items():
                 self._bury(slot)
                 unused = time.monotonic() - slot.used
-                if idle_seconds and slot.is_idle and unused > idle_seconds:
+                may_return = slot.refused is None  # else nothing could answer in its place
+                if idle_seconds and slot.is_idle and may_return and unused > idle_seconds:
                     log.info("closing %s, which nobody uses", name)
                     await self._close(slot)
 
@@ -283,17 +265,17 @@ class ModelStore:
                 await asyncio.wait((slot.loading,))
             if slot.loaded is not None:
                 await self._close(slot)
-        for loaded in self._retired:
+        for loaded in (*self._beside, *self._retired):
             await loaded.process.close()
         await asyncio.gather(*self._ends)
 
-    async def _load(self, slot: _Slot) -> None:
+    async def _load(self, slot: Slot) -> None:
         try:
-            loaded = await self.start(slot.file)
+            loaded = await self.start(await self._read_again(slot))
             if slot.loaded is None:
                 self.adopt(loaded)
             else:  # by a reload, meanwhile
-                self._end(loaded)
+                await self.drop(loaded)
         except Refusal:
             raise
         except EdgemergeError as error:
@@ -308,17 +290,33 @@ class ModelStore:
             slot.loading = None
             self.changed()
 
+    async def _read_again(self, slot: Slot) -> ModelFile:
+        """Read the header of a closed model's file, which may have been replaced meanwhile."""
+        file = slot.file
+        if not file.path.is_file():
+            log.error("%s: the file is gone", file.path)
+            raise _unavailable(f"the file of the model {file.name!r} is not there at the moment")
+        file = await self.read(file)
+        if file.stamps == slot.refused:
+            log.error("%s: was refused by a reload, so it is not loaded", file.path)
+            raise _unavailable(
+                f"a reload has refused the new file of {file.name!r}, and the old one is not in memory any "
+                'more: put a better one there, or reload this one with "ask": false'
+            )
+        return file
+
     async def _make_room(self, file: ModelFile) -> None:
         """Close idle models; not the one that has the file's name, which a reload wants beside it."""
         others = [slot for name, slot in self._slots.items() if name != file.name]
         old = self._slots[file.name].loaded
         fits = self._floor + (old.file.need if old is not None else 0) + file.need <= self.budget
+        never = _NO_ROOM_EVER if old is None else _NO_ROOM_FOR_BOTH
         while self._floor + self._taken() + file.need > self.budget:
-            idle = [slot for slot in others if slot.is_idle]
+            idle = [slot for slot in others if slot.is_idle and fits]
             if not idle:
                 raise Refusal(
                     503,
-                    _NO_ROOM_NOW if fits else _NO_ROOM_FOR_BOTH,
+                    _NO_ROOM_NOW if fits else never,
                     kind=BUSY,
                     code="model_unavailable",
                     retry_after=5,
@@ -330,7 +328,7 @@ class ModelStore:
     def _taken(self) -> int:
         """Bytes of all that is in memory, or about to be, and of what is reserved."""
         now = [slot.file for slot in self._slots.values() if slot.loaded is not None]
-        now += [*self._starting, *(old.file for old in self._retired)]
+        now += [*self._starting, *(one.file for one in (*self._beside, *self._retired))]
         return self.reserved + sum(file.need for file in now)
 
     def _in_use(self) -> int:
@@ -344,12 +342,12 @@ class ModelStore:
         )
         return self._taken() - idle + sum(wanted)
 
-    async def _close(self, slot: _Slot) -> None:
+    async def _close(self, slot: Slot) -> None:
         loaded, slot.loaded = slot.loaded, None
         if loaded is not None:
             await loaded.process.close()
 
-    def _bury(self, slot: _Slot) -> None:
+    def _bury(self, slot: Slot) -> None:
         """Take note of a process that has ended by itself."""
         if slot.loaded is None or slot.loaded.process.is_alive:
             return
@@ -370,22 +368,16 @@ class ModelStore:
         self.changed()
 
 
-def _state(slot: _Slot) -> ModelState:
-    state = "crashed" if slot.was_lost else "closed"
-    if slot.loaded is not None:
-        state = "loaded"
-    if slot.loading is not None:
-        state = "loading"
-    return ModelState(
-        id=slot.file.name,
-        state=state,
-        bytes=slot.file.n_bytes,
-        running=slot.places,
-        sequences=slot.file.n_sequences,
-        starts=slot.starts,
-        crashes=slot.crashes,
-        fingerprint=None if slot.loaded is None else slot.loaded.facts.fingerprint,
-    )
+def _find_stamps(path: Path) -> Stamps:
+    """Stamps of a model's files; none where they cannot be read."""
+    try:
+        return read_stamps(path)
+    except RuntimeFailure:
+        return ()
+
+
+def _unavailable(sentence: str) -> Refusal:
+    return Refusal(503, sentence, kind=SERVER, code="model_unavailable", retry_after=30)
 
 
 def _hear(loading: asyncio.Task[None]) -> None:

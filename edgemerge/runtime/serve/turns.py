@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from edgemerge.runtime.engine.messages import Begun, Ended, Generation, Piece, PromptScored
 from edgemerge.runtime.serve.active_request import Run, current_run
 from edgemerge.runtime.serve.errors import SERVER, Refusal
+from edgemerge.runtime.serve.loaded import Loaded
 from edgemerge.runtime.serve.options import Limits
 from edgemerge.runtime.serve.queue import Queue
 from edgemerge.runtime.serve.requests import Body
 from edgemerge.runtime.serve.status import Status
-from edgemerge.runtime.serve.store import Loaded, ModelStore
+from edgemerge.runtime.serve.store import ModelStore
 
 __all__ = ["Event", "Turn", "Turns"]
 

@@ -22,7 +22,7 @@ from edgemerge.runtime.serve.merging.job import Job, Jobs
 from edgemerge.runtime.serve.models import ModelFile
 from edgemerge.runtime.serve.queue import Room
 from edgemerge.runtime.serve.store import ModelStore
-from tests.support.fake_process import Loader
+from tests.support.fake_process import Loader, keep
 
 MIB = 1 << 20
 # tells its priority, ignores nothing, and never ends by itself
@@ -221,7 +221,7 @@ def test_memory_of_work_is_kept_from_models(
     path = tmp_path / "a.gguf"
     path.write_text("")
     file = ModelFile("a", path, 64, 0, 160 * MIB, {}, 0)
-    store = ModelStore([file], Loader(), budget=budget * MIB, floor=100 * MIB)
+    store = ModelStore([file], Loader(), keep, budget=budget * MIB, floor=100 * MIB)
     memory = Memory(0, available * MIB, 0, 0, limited=False)
     monkeypatch.setattr(room, "read_memory", lambda: memory)
     monkeypatch.setattr(room, "_resident", lambda _models: 100 * MIB)

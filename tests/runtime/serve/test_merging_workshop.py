@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,30 +11,29 @@ from typing import Any
 
 import pytest
 
+from edgemerge.errors import OutputError
+from edgemerge.output.file import OutputFile
+from edgemerge.runtime.serve.errors import Refusal
 from edgemerge.runtime.serve.merging import workshop as workshop_module
 from edgemerge.runtime.serve.merging.choices import MergeRequest, read_request
 from edgemerge.runtime.serve.merging.job import Job
 from edgemerge.runtime.serve.merging.workshop import Workshop
-from edgemerge.runtime.serve.models import ModelFile, read_model_file
+from edgemerge.runtime.serve.models import read_model_file
 from edgemerge.runtime.serve.reload import Reloader
 from edgemerge.runtime.serve.store import ModelStore
 from edgemerge.site.folder import SiteFolder
 from edgemerge.site.record import ModelRecord
 from tests.runtime.serve.test_merging_server import make_record
 from tests.support import tiny_gguf
-from tests.support.fake_process import Loader
+from tests.support.fake_process import Loader, keep
 
 
 def make_workshop(folder: Path, start: Path) -> Workshop:
     """Make one whose server began with a file."""
-
-    async def read_again(old: ModelFile) -> ModelFile:
-        return old
-
     file = read_model_file(start, name="ward")
-    models = ModelStore([file], Loader(), budget=1 << 40, floor=0)
+    models = ModelStore([file], Loader(), keep, budget=1 << 40, floor=0)
     site = SiteFolder(folder / "site")
-    return Workshop(site, [folder], models, Reloader(models, read_again))
+    return Workshop(site, [folder], models, Reloader(models))
 
 
 async def end_of(job: Job) -> str:
@@ -121,3 +121,63 @@ def test_a_model_that_is_here_is_told_of_though_its_merge_was_cancelled(
         assert list(site.work.iterdir()) == []
 
     asyncio.run(scenario())
+
+
+def test_what_another_server_makes_stays(tmp_path: Path) -> None:
+    """Fault: a second server on one folder removed what a merge of the first was writing."""
+    start = tiny_gguf.write_tiny_gguf(tmp_path / "start.gguf")
+    site = SiteFolder(tmp_path / "site")
+    site.make()
+    made = site.work / "page-x"
+    made.mkdir()
+    with site.locked():  # as a merge is
+        workshop = make_workshop(tmp_path, start)
+        workshop.tidy()
+        assert made.exists()
+    workshop.tidy()
+    assert list(site.work.iterdir()) == []
+
+
+def test_the_first_model_stays_as_it_was_whoever_writes_over_its_file(tmp_path: Path) -> None:
+    """Fault: the folder had a hard link to the file, and rolled back to what was written into it."""
+    start = tiny_gguf.write_tiny_gguf(tmp_path / "start.gguf")
+    before = start.read_bytes()
+    site = SiteFolder(tmp_path / "site")
+    site.make()
+    new = make_record(tiny_gguf.write_tiny_gguf(tmp_path / "new.gguf", seed=1), site)
+
+    async def scenario() -> None:
+        workshop = make_workshop(tmp_path, start)
+        await workshop.promote(new)
+        start.write_bytes(b"something else")  # as cp does, or wget -O
+        await workshop.roll_back()
+
+    asyncio.run(scenario())
+    first = site.current_id()
+    assert first is not None
+    assert first == hashlib.sha256(before).hexdigest()[:16]
+    assert site.model_path(first).read_bytes() == before
+    assert list(site.work.iterdir()) == []
+
+
+def test_a_disk_without_room_for_the_first_model_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = tiny_gguf.write_tiny_gguf(tmp_path / "start.gguf")
+    site = SiteFolder(tmp_path / "site")
+    site.make()
+    new = make_record(tiny_gguf.write_tiny_gguf(tmp_path / "new.gguf", seed=1), site)
+
+    def refuse(file: OutputFile) -> None:
+        raise OutputError("needs 4 GB and the disk lacks 1 GB of it", path=file.path)
+
+    monkeypatch.setattr(OutputFile, "reserve", refuse)
+
+    async def scenario() -> None:
+        workshop = make_workshop(tmp_path, start)
+        with pytest.raises(Refusal, match=r"cannot be copied, which .* the disk lacks 1 GB"):
+            await workshop.promote(new)
+
+    asyncio.run(scenario())
+    assert site.current_id() is None
+    assert list(site.work.iterdir()) == []

@@ -17,8 +17,8 @@ import pytest
 
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.serve.hashed import HashedLoader
+from edgemerge.runtime.serve.loaded import Loaded
 from edgemerge.runtime.serve.models import ModelFile
-from edgemerge.runtime.serve.store import Loaded
 from tests.support.fake_process import Loader
 from tests.support.serving import Serving, make_served_gguf
 

@@ -16,12 +16,12 @@ from edgemerge.runtime.doctor.fit import PROCESS_BYTES
 from edgemerge.runtime.model_files import open_gguf
 from edgemerge.runtime.serve import store as store_module
 from edgemerge.runtime.serve.errors import Refusal
-from edgemerge.runtime.serve.models import ModelFile, read_model_file
+from edgemerge.runtime.serve.models import ModelFile, read_model_file, read_stamps
 from edgemerge.runtime.serve.queue import Room
 from edgemerge.runtime.serve.store import ModelStore
 from tests.runtime.test_llama import add_lora, write_lora
 from tests.support.engines import Engine
-from tests.support.fake_process import Loader
+from tests.support.fake_process import Loader, keep
 from tests.support.serving import Serving, make_served_gguf
 from tests.support.tiny_gguf import CONTEXT, write_tiny_gguf
 
@@ -37,14 +37,19 @@ def in_loop(scenario: Callable[[], Awaitable[None]]) -> None:
 
 
 def make_store(
-    folder: Path, needs: dict[str, int], budget: int, loader: Loader, text: str = ""
+    folder: Path,
+    needs: dict[str, int],
+    budget: int,
+    loader: Loader,
+    read: Callable[[ModelFile], Awaitable[ModelFile]] = keep,
 ) -> ModelStore:
     files = []
     for name, need in needs.items():
         path = folder / f"{name}.gguf"
-        path.write_text(text)
-        files.append(ModelFile(name, path, 64, 0, need * MIB, {}, 0, n_sequences=2))
-    return ModelStore(files, loader, budget=budget * MIB, floor=100 * MIB)
+        path.touch()
+        stamps = read_stamps(path)
+        files.append(ModelFile(name, path, 64, 0, need * MIB, {}, 0, n_sequences=2, stamps=stamps))
+    return ModelStore(files, loader, read, budget=budget * MIB, floor=100 * MIB)
 
 
 async def use(store: ModelStore, *names: str) -> None:
@@ -235,7 +240,7 @@ def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     file = ModelFile("a", tmp_path / "a.gguf", 64, 0, 0, {}, 0)
     other = ModelFile("a", tmp_path / "other" / "a.gguf", 64, 0, 0, {}, 0)
     with pytest.raises(RecipeError, match="two models are called a"):
-        ModelStore([file, other], Loader(), budget=1, floor=0)
+        ModelStore([file, other], Loader(), keep, budget=1, floor=0)
 
 
 def test_unknown_gone_and_bad_models_are_refused_without_a_path(tmp_path: Path) -> None:
@@ -267,6 +272,7 @@ def test_names_and_figures_come_from_the_file(tiny_gguf: Path) -> None:
     assert (named.name, named.path, named.n_ctx) == ("ward-7", tiny_gguf, 32)
     assert file.n_bytes < named.need < file.need
     assert (file.n_cache, named.n_cache) == (4 * CONTEXT, 4 * 32)
+    assert read_model_file(tiny_gguf, 8192).n_ctx == CONTEXT  # it was not trained on more
     assert read_model_file(tiny_gguf, n_sequences=1).n_cache == CONTEXT
     assert read_model_file(tiny_gguf, kv_type="q8_0").need < file.need
 

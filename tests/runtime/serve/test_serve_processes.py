@@ -94,12 +94,16 @@ def test_a_stream_that_has_begun_ends_with_the_reason(two: Serving) -> None:
     assert b"SIGKILL" in last or last == b"data: [DONE]"  # where it was quicker
 
 
+def wait_for_state(server: Serving, state: str) -> None:
+    end = time.monotonic() + 20
+    while server.health()["models"][0]["state"] != state:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_an_idle_model_is_closed_and_comes_back(tmp_path: Path) -> None:
     with Serving(write_tiny_gguf(tmp_path / "tiny.gguf"), "--close-idle", 0.5) as server:
-        end = time.monotonic() + 20
-        while server.health()["models"][0]["state"] != "closed":
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        wait_for_state(server, "closed")
         assert children(server) == []
         assert server.post("/v1/completions", SHORT).status == 200
         assert server.health()["models"][0]["state"] == "loaded"
@@ -161,6 +165,23 @@ def test_sighup_reloads(ward: Path, models_dir: Path, tmp_path: Path) -> None:
         while fingerprint(server) == before:
             assert time.monotonic() < end
         assert server.health()["models"][0]["state"] == "loaded"
+
+
+def test_a_closed_model_is_reloaded(ward: Path, models_dir: Path, tmp_path: Path) -> None:
+    other = make_served_gguf(models_dir, tmp_path / "expert.gguf", "expert-a")
+    with Serving(ward, "--close-idle", 0.5) as server:
+        wait_for_state(server, "closed")
+        assert server.post("/admin/reload", {}).json == {"models": []}  # there is nothing new
+        replace_file(other, ward)
+        refused = server.post("/admin/reload", {})  # the small models have no answer
+        assert (refused.status, refused.error["code"]) == (409, "model_refused")
+        assert "the old one is closed" in refused.error["message"]
+        refused = server.post("/v1/completions", SHORT)
+        assert refused.status == 503
+        assert "has refused the new file" in refused.error["message"]
+        (model,) = server.post("/admin/reload", {"ask": False}).json["models"]
+        assert model["previous_fingerprint"] is None
+        assert model["system_fingerprint"] == fingerprint(server)
 
 
 def test_a_files_own_name_may_have_an_equals_sign(tmp_path: Path) -> None:

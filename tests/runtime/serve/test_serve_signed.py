@@ -13,9 +13,9 @@ from edgemerge.errors import VerificationError
 from edgemerge.provenance.keys import create_keys, read_private_key
 from edgemerge.provenance.signature import sign_model, signature_path
 from edgemerge.runtime.llama import Lora
+from edgemerge.runtime.serve.loaded import Loaded
 from edgemerge.runtime.serve.models import ModelFile
 from edgemerge.runtime.serve.signed import SignedLoader
-from edgemerge.runtime.serve.store import Loaded
 from edgemerge.runtime.serve.systemd import Service
 from tests.cli.test_serve import assert_refused, serve
 from tests.runtime.test_llama import write_lora

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from edgemerge.errors import OutputError
+from edgemerge.formats.files import check_unchanged, read_state
 from edgemerge.formats.gguf.model import parts_of
 from edgemerge.formats.inspection import read_provenance
+from edgemerge.output.file import OutputFile, read_chunks
 from edgemerge.runtime.model_files import open_gguf
 from edgemerge.runtime.serve.merging.child import digest_files
 from edgemerge.site.folder import SiteFolder
@@ -24,9 +25,9 @@ __all__ = ["adopt_start"]
 async def adopt_start(
     site: SiteFolder, start: Path, make_folder: Callable[[], AbstractContextManager[Path]]
 ) -> None:
-    """Take a file as the first model of a folder, and promote it; a split one is left where it is.
+    """Promote a copy of a file as the first model of a folder; a split one is left where it is.
 
-    On one disk the file gets a second name, else it is copied.
+    A hard link would not do: who writes over the file would change the model of the folder with it.
 
     Parameters
     ----------
@@ -40,16 +41,21 @@ async def adopt_start(
     Raises
     ------
     EdgemergeError
-        It cannot be read, or the disk refused.
+        It cannot be read, or the disk refused or has no room for a copy.
     """
     start = start.resolve()
     if len(parts_of(start)) > 1:
         return
-    (digest,) = await digest_files([start])
-    record = await asyncio.to_thread(_describe, start, digest)
     with make_folder() as folder:
         file = folder / start.name
-        await asyncio.to_thread(_link_or_copy, start, file)
+        try:
+            await asyncio.to_thread(_copy, start, file)
+        except OutputError as error:
+            raise OutputError(
+                f"cannot be copied, which a later roll back needs ({error})", path=start.name
+            ) from error
+        (digest,) = await digest_files([file])
+        record = await asyncio.to_thread(_describe, file, digest)
         await asyncio.to_thread(site.add, file, record)
     site.promote(record.id, "it served before the first merge of the page")
 
@@ -75,12 +81,15 @@ def _describe(path: Path, digest: str) -> ModelRecord:
     )
 
 
-def _link_or_copy(path: Path, to: Path) -> None:
-    try:
-        os.link(path, to)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-            raise
-        shutil.copyfile(path, to)
-        with to.open("rb") as file:
-            os.fsync(file.fileno())
+def _copy(path: Path, to: Path) -> None:
+    """Copy a file and its time, durably."""
+    with path.open("rb", buffering=0) as source:
+        state = read_state(source.fileno(), path)
+        with OutputFile(to, state.n_bytes) as out:
+            offset = 0
+            for chunk in read_chunks(source.fileno(), 0, state.n_bytes):
+                out.write(chunk, offset)
+                offset += len(chunk)
+            check_unchanged(source.fileno(), state)
+            out.publish()
+    os.utime(to, ns=(state.mtime_ns, state.mtime_ns))

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgemerge.errors import EdgemergeError
+from edgemerge.errors import EdgemergeError, OutputError
 from edgemerge.planning.plan import DEFAULT_MEMORY
 from edgemerge.runtime.serve.errors import BUSY, SERVER, Refusal
 from edgemerge.runtime.serve.merging.adopting import adopt_start
@@ -76,8 +76,13 @@ class Workshop:
         self._planning = asyncio.Lock()
         self._switches: set[asyncio.Task[dict[str, Any]]] = set()
         site.make()
-        for left in site.work.glob(f"{_WORK}*"):  # by a server that was ended at once
-            shutil.rmtree(left, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Remove what a server that was ended at once left in the making; another one may be at work."""
+        if any(self.site.work.glob(f"{_WORK}*")):
+            with suppress(OutputError), self.site.locked():
+                for left in self.site.work.glob(f"{_WORK}*"):
+                    shutil.rmtree(left, ignore_errors=True)
 
     async def close(self) -> None:
         """End what runs; a switch that has begun is finished."""
