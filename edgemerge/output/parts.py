@@ -167,9 +167,9 @@ class OutputParts:
         assert self.journal is not None
         for file in self.files:
             file.sync()
+        self.journal.complete([mark_file(file.state()) for file in self.files])
         if check is not None:
             _check_again(check)
-        self.journal.complete([mark_file(file.state()) for file in self.files])
         first, *others = self.files
         if others:
             try:
@@ -230,7 +230,8 @@ def _check_again(check: Callable[[], None]) -> None:
     try:
         check()
     except OutputError as error:
-        error.add_note("it came during the merge: move it away")
+        if os.path.lexists(error.path):
+            error.add_note("it came during the merge: move it away")
         raise
 
 
