@@ -1,18 +1,9 @@
-"""Arcee Fusion: how much a row's distribution changed, and which changes are large beside it.
-
-exp and log are computed here, by additions and multiplications alone: those of C libraries differ in the
-last bit from one processor to another.
-"""
+"""Arcee Fusion: how much a row's distribution changed, and which changes are large beside it."""
 
 import numpy as np
 from numba import njit
 
-from edgemerge.kernels.scalars import LANES, fold_lanes
-
-LOG2_E = 1.4426950408889634
-LN2_HIGH = 0.6931471803691238  # 33 bits of ln 2, so that a whole number of them is exact
-LN2_LOW = 1.9082149292705877e-10
-HIGHEST_SQRT = 1.4142135623730951
+from edgemerge.kernels.scalars import LANES, exp, fold_lanes, log
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -43,9 +34,9 @@ def row_divergences(x_f32, base_f32, n_cols, lanes_f64, out_f64):
         for k in range(LANES):
             lanes_f64[k] = 0.0
         for i in range(n_cols):
-            p = _exp(np.float64(x[i]) - x_most) * x_scale + 1e-8
-            q = _exp(np.float64(base[i]) - base_most) * base_scale + 1e-8
-            lanes_f64[i % LANES] += p * _log(p / q)
+            p = exp(np.float64(x[i]) - x_most) * x_scale + 1e-8
+            q = exp(np.float64(base[i]) - base_most) * base_scale + 1e-8
+            lanes_f64[i % LANES] += p * log(p / q)
         divergence = fold_lanes(lanes_f64)
         out_f64[row] = divergence if divergence > 0.0 else 0.0
 
@@ -63,58 +54,8 @@ def _sum_exp(x, most, lanes):
     for k in range(LANES):
         lanes[k] = 0.0
     for i in range(x.size):
-        lanes[i % LANES] += _exp(np.float64(x[i]) - most)
+        lanes[i % LANES] += exp(np.float64(x[i]) - most)
     return fold_lanes(lanes)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _exp(x):
-    # x <= 0. 2^n e^r with |r| <= ln(2) / 2, and e^r by its series, whose rest is below 1e-17.
-    if x < -700.0:
-        return 0.0
-    n = np.int64(x * LOG2_E - 0.5)
-    r = (x - n * LN2_HIGH) - n * LN2_LOW
-    e = 1.0 / 6227020800.0
-    e = e * r + 1.0 / 479001600.0
-    e = e * r + 1.0 / 39916800.0
-    e = e * r + 1.0 / 3628800.0
-    e = e * r + 1.0 / 362880.0
-    e = e * r + 1.0 / 40320.0
-    e = e * r + 1.0 / 5040.0
-    e = e * r + 1.0 / 720.0
-    e = e * r + 1.0 / 120.0
-    e = e * r + 1.0 / 24.0
-    e = e * r + 1.0 / 6.0
-    e = e * r + 0.5
-    e = e * r + 1.0
-    e = e * r + 1.0
-    return e * np.int64((n + 1023) << 52).view(np.float64)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _log(x):
-    # x > 0 and normal. x = 2^n m with m around 1, and log m = 2 artanh((m - 1) / (m + 1)) by its series.
-    bits = np.float64(x).view(np.int64)
-    n = (bits >> 52) - 1023
-    m = np.int64((bits & 0x000FFFFFFFFFFFFF) | 0x3FF0000000000000).view(np.float64)
-    if m > HIGHEST_SQRT:
-        m *= 0.5
-        n += 1
-    f = (m - 1.0) / (m + 1.0)
-    s = f * f
-    e = 1.0 / 23.0
-    e = e * s + 1.0 / 21.0
-    e = e * s + 1.0 / 19.0
-    e = e * s + 1.0 / 17.0
-    e = e * s + 1.0 / 15.0
-    e = e * s + 1.0 / 13.0
-    e = e * s + 1.0 / 11.0
-    e = e * s + 1.0 / 9.0
-    e = e * s + 1.0 / 7.0
-    e = e * s + 1.0 / 5.0
-    e = e * s + 1.0 / 3.0
-    e = e * s + 1.0
-    return n * LN2_HIGH + (n * LN2_LOW + 2.0 * f * e)
 
 
 @njit(cache=True, nogil=True)

@@ -1,4 +1,4 @@
-"""Compiled into the kernels that call it: binary16, ggml's rounding, sums of one order, packed scales."""
+"""Compiled into the kernels that call it: binary16, roundings, sums of one order, packed scales, exp, log."""
 
 import numpy as np
 from numba import njit
@@ -8,6 +8,11 @@ from edgemerge.kernels.llvm import converts_halves, to_half, widen_half
 LANES = (
     32  # partial sums of a row: several vectors, so that no addition waits for the one before it
 )
+
+LOG2_E = 1.4426950408889634
+LN2_HIGH = 0.6931471803691238  # 33 bits of ln 2, so that a whole number of them is exact
+LN2_LOW = 1.9082149292705877e-10
+HIGHEST_SQRT = 1.4142135623730951
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -82,6 +87,61 @@ def dot(left, right, lanes):
     for k in range(a.size):
         lanes[k] += np.float64(a[k]) * np.float64(b[k])
     return fold_lanes(lanes)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def exp(x):
+    """Return e^x in float64, for x <= 0 but for rounding; 0 below -700.
+
+    Additions and multiplications alone: C libraries differ in the last bit from processor to processor.
+    """
+    # 2^n e^r with |r| <= ln(2) / 2, and e^r by its series, whose rest is below 1e-17.
+    if x < -700.0:
+        return 0.0
+    n = np.int64(x * LOG2_E - 0.5)
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    e = 1.0 / 6227020800.0
+    e = e * r + 1.0 / 479001600.0
+    e = e * r + 1.0 / 39916800.0
+    e = e * r + 1.0 / 3628800.0
+    e = e * r + 1.0 / 362880.0
+    e = e * r + 1.0 / 40320.0
+    e = e * r + 1.0 / 5040.0
+    e = e * r + 1.0 / 720.0
+    e = e * r + 1.0 / 120.0
+    e = e * r + 1.0 / 24.0
+    e = e * r + 1.0 / 6.0
+    e = e * r + 0.5
+    e = e * r + 1.0
+    e = e * r + 1.0
+    return e * np.int64((n + 1023) << 52).view(np.float64)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def log(x):
+    """Return the natural logarithm in float64 of x > 0, which is normal; in the manner of `exp`."""
+    # x = 2^n m with m around 1, and log m = 2 artanh((m - 1) / (m + 1)) by its series.
+    bits = np.float64(x).view(np.int64)
+    n = (bits >> 52) - 1023
+    m = np.int64((bits & 0x000FFFFFFFFFFFFF) | 0x3FF0000000000000).view(np.float64)
+    if m > HIGHEST_SQRT:
+        m *= 0.5
+        n += 1
+    f = (m - 1.0) / (m + 1.0)
+    s = f * f
+    e = 1.0 / 23.0
+    e = e * s + 1.0 / 21.0
+    e = e * s + 1.0 / 19.0
+    e = e * s + 1.0 / 17.0
+    e = e * s + 1.0 / 15.0
+    e = e * s + 1.0 / 13.0
+    e = e * s + 1.0 / 11.0
+    e = e * s + 1.0 / 9.0
+    e = e * s + 1.0 / 7.0
+    e = e * s + 1.0 / 5.0
+    e = e * s + 1.0 / 3.0
+    e = e * s + 1.0
+    return n * LN2_HIGH + (n * LN2_LOW + 2.0 * f * e)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -1,9 +1,9 @@
 """Entropic optimal transport on a sparse support, in the log domain (Cuturi 2013)."""
 
-import math
-
 import numpy as np
 from numba import njit
+
+from edgemerge.kernels.scalars import exp, log
 
 
 @njit(cache=True, nogil=True)
@@ -35,7 +35,7 @@ def sweep(cost_f64, indptr_i32, indices_i32, reg, n_sweeps, work_f64, duals_f64)
     g = duals_f64[1]
     highest = work_f64[0]
     total = work_f64[1]
-    log_mass = -math.log(np.float64(n))
+    log_mass = -log(np.float64(n))
     for _ in range(n_sweeps):
         for j in range(n):
             highest[j] = -np.inf
@@ -47,17 +47,17 @@ def sweep(cost_f64, indptr_i32, indices_i32, reg, n_sweeps, work_f64, duals_f64)
         for i in range(n):
             for p in range(indptr_i32[i], indptr_i32[i + 1]):
                 j = indices_i32[p]
-                total[j] += math.exp((f[i] - cost_f64[p]) / reg - highest[j])
+                total[j] += exp((f[i] - cost_f64[p]) / reg - highest[j])
         for j in range(n):
-            g[j] = reg * (log_mass - highest[j] - math.log(total[j]))
+            g[j] = reg * (log_mass - highest[j] - log(total[j]))
         for i in range(n):
             top = -np.inf
             for p in range(indptr_i32[i], indptr_i32[i + 1]):
                 top = max(top, (g[indices_i32[p]] - cost_f64[p]) / reg)
             mass = 0.0
             for p in range(indptr_i32[i], indptr_i32[i + 1]):
-                mass += math.exp((g[indices_i32[p]] - cost_f64[p]) / reg - top)
-            f[i] = reg * (log_mass - top - math.log(mass))
+                mass += exp((g[indices_i32[p]] - cost_f64[p]) / reg - top)
+            f[i] = reg * (log_mass - top - log(mass))
 
 
 @njit(cache=True, nogil=True)
@@ -80,4 +80,4 @@ def fill_plan(cost_f64, indptr_i32, indices_i32, reg, duals_f64, plan_f64):
     for i in range(duals_f64.shape[1]):
         for p in range(indptr_i32[i], indptr_i32[i + 1]):
             gain = duals_f64[0, i] + duals_f64[1, indices_i32[p]] - cost_f64[p]
-            plan_f64[p] = math.exp(gain / reg)
+            plan_f64[p] = exp(gain / reg)

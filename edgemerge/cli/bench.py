@@ -326,7 +326,7 @@ def _bench_merge(
         for one in (*the_plan.stages, the_plan):
             precompile(one)  # once per machine, and no part of what a merge costs
         show(f"merging {recipe.name}")
-        cost = measure_merge(recipe, intent.inputs(), models_folder)
+        cost = measure_merge(recipe, intent.inputs(), models_folder, out_format=intent.out_format)
     if output_format is Format.json:
         print_json(merge_record(cost))
     elif output_format is Format.csv:

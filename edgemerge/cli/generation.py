@@ -90,7 +90,11 @@ RepeatPenalty = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option(
-        "--seed", min=0, max=2**32 - 2, metavar="N", help="Seed of the draw [default: by chance]."
+        "--seed",
+        min=0,
+        max=2**32 - 2,
+        metavar="N",
+        help="Seed of the draw; with the same -t it repeats an answer [default: by chance].",
     ),
 ]
 Stops = Annotated[

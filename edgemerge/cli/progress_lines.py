@@ -17,10 +17,10 @@ from contextlib import suppress
 import typer
 
 from edgemerge import types
+from edgemerge.runtime.complaint import PROGRESS_FD
 
-__all__ = ["VARIABLE", "Lines", "take_descriptor"]
+__all__ = ["Lines", "take_descriptor"]
 
-VARIABLE = "EDGEMERGE_PROGRESS_FD"
 _PERIOD = 0.2  # seconds between two lines of one label
 
 
@@ -32,14 +32,14 @@ def take_descriptor() -> int | None:
     typer.BadParameter
         It is no number of an open descriptor (exit code 2).
     """
-    text = os.environ.get(VARIABLE)
+    text = os.environ.get(PROGRESS_FD)
     if text is None:
         return None
     try:
         os.fstat(int(text))
     except (ValueError, OSError, OverflowError):
         raise typer.BadParameter(
-            f"{VARIABLE} is {text!r}; it must be the number of an open file descriptor"
+            f"{PROGRESS_FD} is {text!r}; it must be the number of an open file descriptor"
         ) from None
     return int(text)
 

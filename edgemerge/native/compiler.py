@@ -30,8 +30,8 @@ from edgemerge.native.signatures import SIGNATURES
 
 __all__ = ["check_numba", "compile_image", "compile_object"]
 
-# All that a kernel may call: what compilers make of loops, and mathematics.
-LIBRARY = {"memcpy", "memmove", "memset", "exp", "log", "log2", "floorf", "rintf", NEVER_CALLED}
+# All that a kernel may call: what compilers make of loops, and log2, whose last bits are rounded away.
+LIBRARY = {"memcpy", "memmove", "memset", "log2", "floorf", "rintf", NEVER_CALLED}
 
 # LLVM keeps to half of AVX-512's width on Intel's processors, as the first that had it ran slower while it
 # was used. From Ice Lake on, which has VBMI2, whole vectors make the searches of encoders 1.3 times as fast.

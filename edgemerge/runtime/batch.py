@@ -15,7 +15,7 @@ from edgemerge.types import Float32
 
 __all__ = ["Aborted", "Batch", "DecodeError", "PoolFull", "read_logits"]
 
-_FULL, _ABORTED = 1, 2  # llama_decode: no room, or told to stop; the cache is as it was before
+_FULL, _ABORTED = 1, 2  # llama_decode: no room, or told to stop
 
 
 class DecodeError(RuntimeFailure):
@@ -23,7 +23,10 @@ class DecodeError(RuntimeFailure):
 
 
 class Aborted(DecodeError):
-    """The context's abort callback ended the computation; the cache is as it was before."""
+    """The context's abort callback ended the computation; the cache may have a part of the batch.
+
+    llama.cpp takes that out again where it can. A running state keeps it.
+    """
 
 
 class PoolFull(DecodeError):

@@ -1,8 +1,10 @@
-"""What a command of this program says on stderr when it fails."""
+"""What a command of this program is told by one that runs it, and says on stderr when it fails."""
 
 from __future__ import annotations
 
-__all__ = ["find_complaint"]
+__all__ = ["PROGRESS_FD", "find_complaint"]
+
+PROGRESS_FD = "EDGEMERGE_PROGRESS_FD"  # names the descriptor of `edgemerge.cli.progress_lines`
 
 _MARK = "\nedgemerge: "
 

@@ -64,12 +64,12 @@ class Template:
         """Write a conversation, up to where the model's answer begins.
 
         A template that has no place for a system prompt, as of Gemma 2, gets it in front of the
-        first message of the user.
+        user's message that follows it, or as one.
 
         Parameters
         ----------
         messages : sequence of Message
-            A system prompt or none, then user and assistant by turns; the last is the user's.
+            System prompts or none, then user and assistant by turns; the last is the user's.
         names : mapping
             What the template finds beside them, as `tools`.
 
@@ -79,7 +79,7 @@ class Template:
             The template fails, refuses these messages, or takes too much time or memory.
         """
         try:
-            if messages[0]["role"] == "system" and not self.takes_system:
+            if any(one["role"] == "system" for one in messages) and not self.takes_system:
                 messages = _fold_system(messages)
             return self._render(messages, names)
         except TemplateRefusal as error:
@@ -153,10 +153,26 @@ def load_template(model: Model, file: Path | None = None) -> Template | None:
 
 def _uses_messages(source: str) -> bool:
     """Look into what stands between Jinja's braces; the template itself runs elsewhere."""
-    return any("messages" in part for part in re.findall(r"\{[{%].*?[%}]\}", source, re.DOTALL))
+    opened = re.split(r"\{[{%]", source)[1:]  # in one pass, also where strangers never close them
+    return any("messages" in re.split(r"[}%]\}", part, maxsplit=1)[0] for part in opened)
 
 
 def _fold_system(messages: Sequence[Message]) -> list[Message]:
-    system, first, *rest = messages
-    text = f"{system['content']}\n\n{first['content']}"
-    return [{"role": first["role"], "content": text}, *rest]
+    """Have the user say what the system says, as llama.cpp does (minja's `polyfill_system_role`)."""
+    folded: list[Message] = []
+    prompts: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            prompts.append(message["content"])
+            continue
+        if message["role"] == "user":
+            message = {**message, "content": "\n\n".join([*prompts, message["content"]])}
+        elif prompts:
+            folded.append(_as_user(prompts))
+        prompts = []
+        folded.append(message)
+    return [*folded, _as_user(prompts)] if prompts else folded
+
+
+def _as_user(prompts: Sequence[str]) -> Message:
+    return {"role": "user", "content": "\n\n".join(prompts)}

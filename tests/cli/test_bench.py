@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from matplotlib.image import imread
 from typer.testing import CliRunner, Result
 
 from edgemerge.cli.bench import bench_command
+from edgemerge.runtime.complaint import PROGRESS_FD
+from tests.support import talking
 from tests.support.tiny_gguf import write_tiny_gguf
 
 pytestmark = pytest.mark.llama
@@ -217,3 +220,30 @@ def test_a_merge_is_measured(run: Run, golden_dir: Path, output_format: str) -> 
     assert float(figures["share_of_raw_read"]) == pytest.approx(
         float(figures["read_bytes_per_s"]) / float(figures["raw_read_bytes_per_s"])
     )
+
+
+@pytest.mark.parametrize("kind", ["delta", "split", "folder", "watched"])
+def test_every_merge_is_measured(
+    run: Run, kind: str, golden_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: these ended with "No such file", or with a child's exit code 2, and merge took them."""
+    base, expert = (str(golden_dir / "inputs_f32" / name) for name in ("base", "a"))
+    more = ""
+    if kind == "delta":
+        assert talking.run("delta", base, expert, "-o", "a.gguf").exit_code == 0
+        expert = f"{base}+a.gguf"
+    elif kind == "split":
+        split = talking.run("convert", expert, "-o", "a.gguf", "--split-max-size", "4K")
+        assert split.exit_code == 0
+        expert = str(min(Path().glob("a-00001-of-*.gguf")))
+    elif kind == "folder":
+        more = "edgemerge: {format: hf}\n"
+    else:
+        monkeypatch.setenv(PROGRESS_FD, str(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)))
+    Path("r.yml").write_text(
+        f"merge_method: linear\nmodels: [{{model: {base}}}, {{model: {expert}}}]\n"
+        f"parameters: {{weight: 0.5}}\n{more}"
+    )
+    figures = json.loads(succeed(run("--merge", "r.yml", "--json")))
+    assert figures["method"] == "linear"
+    assert figures["out_bytes"] > 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edgemerge.cli.progress_lines import VARIABLE
+from edgemerge.runtime.complaint import PROGRESS_FD
 from tests.support.talking import run
 
 
@@ -31,7 +31,7 @@ def test_a_program_gets_lines_of_the_work_and_of_its_parts(
 
     reader = threading.Thread(target=read)
     reader.start()
-    monkeypatch.setenv(VARIABLE, str(writing))
+    monkeypatch.setenv(PROGRESS_FD, str(writing))
     done = merge(golden_dir / "inputs_f32", tmp_path / "out.gguf")
     os.close(writing)
     reader.join()
@@ -52,7 +52,7 @@ def test_a_reader_that_leaves_does_not_end_the_work(
 ) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    monkeypatch.setenv(VARIABLE, str(writing))
+    monkeypatch.setenv(PROGRESS_FD, str(writing))
     done = merge(golden_dir / "inputs_f32", tmp_path / "out.gguf")
     os.close(writing)
     assert done.exit_code == 0, done.output
@@ -62,8 +62,8 @@ def test_a_reader_that_leaves_does_not_end_the_work(
 def test_what_is_no_descriptor_is_named(
     golden_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    monkeypatch.setenv(VARIABLE, text)
+    monkeypatch.setenv(PROGRESS_FD, text)
     done = merge(golden_dir / "inputs_f32", tmp_path / "out.gguf")
     assert done.exit_code == 2
-    assert VARIABLE in done.output
+    assert PROGRESS_FD in done.output
     assert list(tmp_path.iterdir()) == []

@@ -18,16 +18,16 @@ Float32 = NDArray[np.float32]
 
 @given(x=st.floats(-700, 0))
 def test_exp_is_within_a_few_last_bits(x: float) -> None:
-    assert fusion._exp(x) == pytest.approx(math.exp(x), rel=1e-15)
+    assert scalars.exp(x) == pytest.approx(math.exp(x), rel=1e-15)
 
 
 @given(x=st.floats(1e-9, 1e9))
 def test_log_is_within_a_few_last_bits(x: float) -> None:
-    assert fusion._log(x) == pytest.approx(math.log(x), rel=3e-16, abs=2e-16)
+    assert scalars.log(x) == pytest.approx(math.log(x), rel=3e-16, abs=2e-16)
 
 
 def test_exp_of_what_is_far_below_zero_is_zero() -> None:
-    assert [fusion._exp(x) for x in (0.0, -701.0, -6.8e38)] == [1.0, 0.0, 0.0]
+    assert [scalars.exp(x) for x in (0.0, -701.0, -6.8e38)] == [1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

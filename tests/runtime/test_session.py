@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from edgemerge.runtime.engine.draw import MAX_SEED
 from edgemerge.runtime.engine.messages import Sampling
 from edgemerge.runtime.generate import End, Session, read_prompt
 from edgemerge.runtime.llama import Model
+from tests.support.odd_kinds import write_kind
 from tests.support.tiny_gguf import CONTEXT
 
 pytestmark = pytest.mark.llama
@@ -158,6 +160,35 @@ def test_llama_cpp_asks_whether_to_stop(model: Model, session: Session) -> None:
         session.context.decode([5], [True])
     text = "".join(session.generate(read_prompt(model, "the answer"), 6))
     assert text == fresh(model, "the answer", 6)
+
+
+@pytest.mark.parametrize("kind", ["granite hybrid", "mamba", "qwen2 moe"])
+def test_a_computation_that_was_stopped_is_begun_anew(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: a running state had a part of the batch, and the next prompt was "inconsistent" with it."""
+
+    def interrupted(work: Callable[[], Any]) -> None:
+        work()
+        raise KeyboardInterrupt  # as of a worker after Ctrl-C
+
+    path = write_kind(kind, tmp_path)[0]
+    with Model(path, n_threads=1) as model, Session(model, CONTEXT, GREEDY) as session:
+        list(session.generate(read_prompt(model, "the answer"), 4))
+        (slot,) = session._slots
+        for more in (" of it", " in the end"):
+            prompt, asked = [*slot.tokens, *model.tokenize(more)], count()
+            stop = model.api.ggml_abort_callback(lambda _, asked=asked: next(asked) > 5)
+            model.api.llama_set_abort_callback(session.context.handle, stop, None)
+            with monkeypatch.context() as patched:
+                patched.setattr(session._worker, "do", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    list(session.generate(prompt, 4))
+            assert next(asked) > 6  # it was told to stop
+            model.api.llama_set_abort_callback(session.context.handle, session._abort, None)
+            text = "".join(session.generate(prompt, 4))
+            with Session(model, CONTEXT, GREEDY) as another:
+                assert text == "".join(another.generate(prompt, 4))
 
 
 def test_repetition_costs(model: Model) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -69,6 +70,32 @@ def test_published_templates(name: str) -> None:
 def test_a_system_prompt_goes_where_the_template_has_a_place_for_it() -> None:
     takes = {name for name in EXPECTED if make(getattr(chat_templates, name)).takes_system}
     assert takes == {"CHATML", "LLAMA_3", "QWEN"}
+
+
+@pytest.mark.parametrize(
+    ("talk", "as_gemma_reads_it"),
+    [
+        ([SYSTEM], [("user", "Be brief.")]),
+        ([SYSTEM, SYSTEM, TALK[0]], [("user", "Be brief.\n\nBe brief.\n\nHi <b>")]),
+        (
+            [SYSTEM, *TALK[1:]],
+            [("user", "Be brief."), ("model", "Hello."), ("user", "Bye")],
+        ),
+        (
+            [*TALK[:2], SYSTEM, TALK[2]],
+            [("user", "Hi <b>"), ("model", "Hello."), ("user", "Be brief.\n\nBye")],
+        ),
+    ],
+    ids=["alone", "two", "before an answer", "later"],
+)
+def test_no_system_prompt_is_lost_where_the_template_has_no_place_for_it(
+    talk: list[dict[str, str]], as_gemma_reads_it: list[tuple[str, str]]
+) -> None:
+    """Fault: one alone was a ValueError, and of two the first was given to the second."""
+    turn = "<start_of_turn>{}\n{}<end_of_turn>\n"
+    turns = "".join(turn.format(role, text) for role, text in as_gemma_reads_it)
+    text = make(chat_templates.GEMMA_2).render(talk)
+    assert text == f"<s>{turns}<start_of_turn>model\n"
 
 
 def test_blocks_leave_no_lines_or_indents() -> None:
@@ -147,3 +174,15 @@ def test_a_template_from_a_file_takes_the_models_place(tmp_path: Path, tiny_gguf
         for name in EXPECTED:
             file.write_text(getattr(chat_templates, name), encoding="utf-8")
             assert load_template(model, file) is not None
+
+
+def test_braces_that_never_close_are_read_in_one_pass(tmp_path: Path, tiny_gguf: Path) -> None:
+    """Fault: each was searched to the file's end, minutes for the longest template that is taken."""
+    from edgemerge.runtime.llama import Model
+
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages }}{#" + "{" * 60_000 + "#}")
+    with Model(tiny_gguf) as model:
+        start = time.process_time()  # of this process: the template's own has a limit
+        assert load_template(model, file) is not None
+        assert time.process_time() - start < 2.0

@@ -1,4 +1,4 @@
-"""Hashes of what must be the same bytes on every processor: all codecs, and a merge by every method.
+"""Hashes of what must be the same bytes on every processor: all codecs, a merge by every method, a transport.
 
     python -m tests.support.portable_hashes            compare with tests/data/portable_hashes.json
     python -m tests.support.portable_hashes --write    store them, where the codecs give ggml's bytes
@@ -29,6 +29,7 @@ from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.quants.weighted import WEIGHTED_SCRATCH, WEIGHTED_TYPES
 from edgemerge.merging.precompile import find_missing_of_all
 from edgemerge.methods.table import METHODS
+from edgemerge.native import KernelFile
 from edgemerge.native.store import compile_here
 from edgemerge.recipe.recipe import make_recipe
 from edgemerge.types import Float32, Setting, TensorSpec, UInt8
@@ -39,7 +40,8 @@ STORED = TESTS / "data" / "portable_hashes.json"
 N_COLS = 256  # a multiple of every block
 N_BLOCKS = 64  # decoded
 
-# Settings that take every kernel a method has; heads are not aligned, which would need SciPy.
+# Settings that take every kernel a method has; heads are not aligned, which would need SciPy: "transport" has
+# the kernels of that.
 SETTINGS: dict[str, Setting] = {"density": 0.5, "epsilon": 0.1, "gamma": 0.05, "t": 0.3}
 SETTINGS |= {"rescale": True, "weight": 0.7, "select_topk": 0.5}
 VARIANTS: dict[str, dict[str, Setting]] = {
@@ -62,7 +64,8 @@ CASES = sorted(
         for way in ("decode", "encode")[: 1 + codec.can_encode]
     ]
     + [f"weigh {dtype}" for dtype in WEIGHTED_TYPES]
-    + [f"merge {method}" for method in (*METHODS, *VARIANTS)],
+    + [f"merge {method}" for method in (*METHODS, *VARIANTS)]
+    + ["transport sinkhorn"],
     key=lambda case: case.split()[1] not in SLOW,
 )
 
@@ -76,6 +79,8 @@ def compute(case: str) -> str:
         return sha256(encode(name, plain_rows(), importances()))
     if what == "decode":
         return sha256(decode(name, stored_bytes(name)))
+    if what == "transport":
+        return sha256(transport())
     with tempfile.TemporaryDirectory(prefix="edgemerge-") as folder:
         return merge_tiny(name, Path(folder))
 
@@ -178,6 +183,20 @@ def write_model(path: Path, seed: int) -> Path:
             file.write(x.tobytes())
         file.truncate(layout.n_bytes)
     return path
+
+
+# -- alignment
+
+
+def transport() -> NDArray[np.float64]:
+    """Sinkhorn's potentials and plan of random costs, whole numbers over 2^20."""
+    n, reg, sinkhorn = 32, 1 / 16, KernelFile("sinkhorn")
+    cost = np.random.default_rng(3).integers(0, 2**20, n * n) / 2**20
+    support = np.arange(0, n * n + 1, n, dtype=np.int32), np.tile(np.arange(n, dtype=np.int32), n)
+    duals, plan = np.zeros((2, n)), np.empty(n * n)
+    sinkhorn.sweep(cost, *support, reg, 50, np.empty((2, n)), duals)
+    sinkhorn.fill_plan(cost, *support, reg, duals, plan)
+    return np.concatenate([duals.ravel(), plan])
 
 
 # -- the command

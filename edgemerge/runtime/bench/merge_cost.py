@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RuntimeFailure
+from edgemerge.formats.adapters.reference import expand_inputs
+from edgemerge.formats.gguf.split import sibling_parts
 from edgemerge.runtime.bench.load_time import drop_cache
-from edgemerge.runtime.complaint import find_complaint
+from edgemerge.runtime.complaint import PROGRESS_FD, find_complaint
 
 __all__ = ["MergeCost", "measure_merge"]
 
@@ -76,18 +78,24 @@ class MergeCost:
 
 
 def measure_merge(
-    recipe: Path, models: Sequence[Path], models_folder: Path | None = None
+    recipe: Path,
+    models: Sequence[Path],
+    models_folder: Path | None = None,
+    *,
+    out_format: str = "gguf",
 ) -> MergeCost:
-    """Merge into a temporary file beside the recipe and remove it.
+    """Merge into a temporary file or folder beside the recipe and remove it.
 
     Parameters
     ----------
     recipe : Path
         A recipe, as for `edgemerge merge`.
     models : sequence of Path
-        The models that it names: files, or folders of safetensors.
+        The models that it names: files, of a split any, or folders of safetensors; with adapters or not.
     models_folder : Path, optional
         Where it finds those that it names as on the hub.
+    out_format : str
+        What it makes: gguf, or hf for a folder.
 
     Raises
     ------
@@ -102,7 +110,8 @@ def measure_merge(
     note = drop_cache(files)
     with tempfile.TemporaryDirectory(prefix=".edgemerge-bench-", dir=recipe.parent) as folder:
         places = [] if models_folder is None else ["--models", str(models_folder)]
-        report, cpu_seconds = _merge(recipe, Path(folder) / "out.gguf", places)
+        output = Path(folder) / ("out" if out_format == "hf" else "out.gguf")
+        report, cpu_seconds = _merge(recipe, output, places)
     return MergeCost(
         recipe=recipe,
         method=report["method"],
@@ -122,8 +131,8 @@ def measure_merge(
 
 def _files(models: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
-    for model in models:
-        files += sorted(model.glob("*.safetensors")) if model.is_dir() else [model]
+    for path in expand_inputs(models):
+        files += sorted(path.glob("*.safetensors")) if path.is_dir() else sibling_parts(path)
     return list(dict.fromkeys(files))
 
 
@@ -142,9 +151,15 @@ def _read_raw(files: Sequence[Path]) -> float:
 def _merge(recipe: Path, output: Path, places: Sequence[str]) -> tuple[dict[str, Any], float]:
     """Run `edgemerge merge`; its report and its processor seconds."""
     command = [sys.executable, "-P", "-m", "edgemerge", "merge", str(recipe), "-o", str(output)]
+    # The descriptor is this command's alone: the other one does not inherit it.
+    environment = {name: value for name, value in os.environ.items() if name != PROGRESS_FD}
     with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as complaint:
         child = subprocess.Popen(
-            [*command, *places, "--json"], stdin=subprocess.DEVNULL, stdout=told, stderr=complaint
+            [*command, *places, "--json"],
+            stdin=subprocess.DEVNULL,
+            stdout=told,
+            stderr=complaint,
+            env=environment,
         )
         try:
             _, status, usage = os.wait4(child.pid, 0)

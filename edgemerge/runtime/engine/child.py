@@ -21,10 +21,11 @@ from edgemerge.errors import EdgemergeError, RuntimeFailure
 from edgemerge.runtime.engine.answer import Answer
 from edgemerge.runtime.engine.draw import BadGrammar
 from edgemerge.runtime.engine.embedding import Embedder, EmbeddingJob
-from edgemerge.runtime.engine.messages import Ended, Failed, Generation, Piece
+from edgemerge.runtime.engine.messages import AllEmbedded, Ended, Failed, Generation, Piece
 from edgemerge.runtime.engine.options import EngineOptions
 from edgemerge.runtime.engine.prompts import (
     Refused,
+    check_vectors,
     read_generation,
     read_pair,
     read_whole_text,
@@ -177,6 +178,7 @@ class _Reader:
         loaded = self._ready_model
         if loaded.facts.can_rerank:
             raise Refused("this model orders texts and does not embed them")
+        check_vectors(len(inputs), loaded.model.n_embd_out)
         n_ctx = loaded.facts.n_ctx
         read = [read_whole_text(loaded.model, one, n_ctx) for one in inputs]
         self._hand_on(EmbeddingJob(key, read))
@@ -192,7 +194,7 @@ class _Reader:
         if job.inputs:
             self.ready.put(("embed", job.key, job))
         else:
-            self._pipe.say([(job.key, ([], 0))])
+            self._pipe.say([(job.key, AllEmbedded(0))])
 
 
 def main() -> None:

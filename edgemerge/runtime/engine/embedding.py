@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from edgemerge.runtime.batch import DecodeError, PoolFull
 from edgemerge.runtime.context import Context
-from edgemerge.runtime.engine.messages import Failed
+from edgemerge.runtime.engine.messages import AllEmbedded, Embedded, Failed
 from edgemerge.runtime.engine.slots import Slots
+from edgemerge.runtime.engine.vectors import write_vector
 from edgemerge.runtime.llama import Model
 
 __all__ = ["Embedder", "EmbeddingJob"]
@@ -36,14 +37,14 @@ class EmbeddingJob:
         Tokens of each text.
     ranks : bool
         Whether the model's judgement is wanted, one number a text, rather than a vector.
-    found : list
-        What was computed: vectors or numbers, in the order of the texts.
+    n_found : int
+        Texts whose vectors or numbers were told; they are computed in their order.
     """
 
     key: int
     inputs: list[list[int]]
     ranks: bool = False
-    found: list[Any] = field(default_factory=list)
+    n_found: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -134,7 +135,7 @@ class Embedder:
         return True
 
     def step(self, *, others: bool, is_crowded: bool = False) -> list[tuple[int, Any]]:
-        """Compute one batch; give the requests that are complete.
+        """Compute one batch; give what the texts that are complete gave.
 
         Parameters
         ----------
@@ -215,7 +216,7 @@ class Embedder:
 
     def _finish(self, parts: Sequence[tuple[_Text, int]]) -> list[tuple[int, Any]]:
         """End the texts that are complete, and the requests whose last one they are."""
-        ended: list[tuple[int, Any]] = []
+        events: list[tuple[int, Any]] = []
         for text, n in parts:
             if text not in self._active:  # another text of its request has failed
                 continue
@@ -229,12 +230,16 @@ class Embedder:
             vector = text.pooled / length if length else text.pooled * np.nan
             if not np.isfinite(vector).all():
                 self.cancel(job.key)
-                ended.append((job.key, Failed("the model's embedding of a text is no number", 500)))
+                events.append(
+                    (job.key, Failed("the model's embedding of a text is no number", 500))
+                )
                 continue
-            job.found.append(float(vector[0]) if job.ranks else vector.tolist())
-            if len(job.found) == len(job.inputs):
-                ended.append((job.key, (job.found, job.n_tokens)))
-        return ended
+            value = float(vector[0]) if job.ranks else write_vector(vector)
+            events.append((job.key, Embedded(value)))
+            job.n_found += 1
+            if job.n_found == len(job.inputs):
+                events.append((job.key, AllEmbedded(job.n_tokens)))
+        return events
 
     def _leave(self, text: _Text) -> None:
         self._active.remove(text)

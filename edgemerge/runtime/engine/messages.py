@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "AllEmbedded",
     "Begun",
     "Chat",
+    "Embedded",
     "Ended",
     "Failed",
     "Generation",
@@ -140,6 +142,20 @@ class Ended:
     reason: str
     n_generated: int
     end_score: TokenScore | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What the next text of a request gave: a vector (`write_vector`), or how well it answers a question."""
+
+    value: str | float
+
+
+@dataclass(frozen=True, slots=True)
+class AllEmbedded:
+    """There are no more texts; together they had so many tokens."""
+
+    n_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from itertools import count
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -17,7 +17,9 @@ from typing import IO, Any
 from edgemerge.errors import RuntimeFailure
 from edgemerge.runtime.child_end import describe_end
 from edgemerge.runtime.engine.messages import (
+    AllEmbedded,
     Begun,
+    Embedded,
     Ended,
     Failed,
     Generation,
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 5.0
 _LAST_BYTES = 1000  # of what a process wrote before its end
 _MODEL = 0  # the key of messages about the model itself
+_LAST = (Ended, AllEmbedded, Failed)  # of a request's events
 
 
 class EngineFailure(Exception):
@@ -149,16 +152,17 @@ class ModelProcess:
         text: str = await self._running().ask("detokenize", tokens)
         return text
 
-    async def embed(self, inputs: list[str | list[int]]) -> tuple[list[list[float]], int]:
+    async def embed(self, inputs: list[str | list[int]]) -> tuple[list[str], int]:
         """Embed texts, or their tokens: vectors of length 1, and how many tokens the inputs have.
+
+        Vectors are as `edgemerge.runtime.engine.vectors` writes them: thousands are megabytes.
 
         Raises
         ------
         EngineFailure
-            As of `generate`; 500 where a vector is no number.
+            As of `generate`; 400 where the vectors are too much; 500 where one is no number.
         """
-        vectors, n_tokens = await self._running().ask("embed", inputs)
-        return vectors, n_tokens
+        return await self._embed_all("embed", inputs)
 
     async def rerank(self, query: str, texts: list[str]) -> tuple[list[float], int]:
         """Say how well texts answer a question, the more the better, and how many tokens that took.
@@ -168,8 +172,18 @@ class ModelProcess:
         EngineFailure
             As of `generate`; 400 where the model does not order texts.
         """
-        scores, n_tokens = await self._running().ask("rerank", query, texts)
-        return scores, n_tokens
+        return await self._embed_all("rerank", query, texts)
+
+    async def _embed_all(self, job: str, *asked: Any) -> tuple[list[Any], int]:
+        found: list[Any] = []
+        n_tokens = 0
+        async with aclosing(self._running().stream(job, *asked)) as events:
+            async for event in events:
+                if isinstance(event, Embedded):
+                    found.append(event.value)
+                else:
+                    n_tokens = event.n_tokens
+        return found, n_tokens
 
     async def close(self) -> None:
         """End the process; all who wait for it get `EngineFailure`."""
@@ -234,7 +248,7 @@ class _Child(asyncio.Protocol):
     # -- what the model does
 
     async def stream(self, job: str, *asked: Any) -> AsyncGenerator[Any, None]:
-        """Ask for something that comes in several events, the last of which is `Ended`."""
+        """Ask for something that comes in several events, the last of which is of `_LAST`."""
         key, queue = self._send(job, *asked)
         is_ended = False
         try:
@@ -243,7 +257,7 @@ class _Child(asyncio.Protocol):
                 if type(event) is list:
                     yield Piece(*event)
                     continue
-                is_ended = isinstance(event, Ended | Failed)
+                is_ended = isinstance(event, _LAST)
                 yield _checked(event)
         finally:
             self._forget(key, is_ended)

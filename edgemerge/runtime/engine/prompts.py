@@ -14,12 +14,15 @@ __all__ = [
     "Refused",
     "check_prompt",
     "check_tokens",
+    "check_vectors",
     "read_generation",
     "read_pair",
     "read_prompt",
     "read_whole_text",
     "write_text",
 ]
+
+_MOST_NUMBERS = 1 << 22  # of all vectors of a request; the server has them in 22 MB of base64
 
 
 class Refused(Exception):
@@ -106,6 +109,21 @@ def check_tokens(model: Model, tokens: Sequence[int]) -> None:
     """
     if not all(0 <= token < model.n_vocab for token in tokens):
         raise Refused(f"a token is not 0 to {model.n_vocab - 1}")
+
+
+def check_vectors(n_texts: int, width: int) -> None:
+    """Refuse more vectors than a request may have.
+
+    Raises
+    ------
+    Refused
+        There are more.
+    """
+    most = _MOST_NUMBERS // width
+    if n_texts > most:
+        raise Refused(
+            f"{n_texts} inputs are too many for vectors of {width} numbers: send at most {most} at a time"
+        )
 
 
 def read_whole_text(model: Model, text: str | Sequence[int], n_ctx: int) -> list[int]:

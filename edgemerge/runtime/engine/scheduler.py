@@ -127,6 +127,9 @@ class Scheduler:
         try:
             self._batch.run()
         except Aborted:
+            for answer, *_ in outputs:
+                assert answer.slot is not None
+                self._slots.cut(answer.slot, len(answer.slot.tokens))
             return events
         except PoolFull:
             return events + self._make_room()

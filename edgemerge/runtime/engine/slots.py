@@ -193,7 +193,8 @@ class Slots:
 
     def cut(self, slot: Slot, n: int) -> None:
         """Forget what follows the first n tokens; or all, where the model has a running state."""
-        if n and self._api.llama_memory_seq_rm(self._memory, slot.id, n, -1):
+        can_cut = n and not self._keeps_state
+        if can_cut and self._api.llama_memory_seq_rm(self._memory, slot.id, n, -1):
             del slot.tokens[n:]
         else:
             self.forget(slot)

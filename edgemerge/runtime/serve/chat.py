@@ -229,14 +229,15 @@ async def _stream(turns: Turns, body: ChatRequest, grammar: str) -> Documents:
             async for i, event in events:
                 if not answers[i].n_prompt and not isinstance(event, Ended):
                     yield chunk(i, {"role": "assistant", "content": ""})
-                answers[i].add(event)
                 if isinstance(event, Piece):
                     kept[i].add(event)
                     if names and may_be_call(kept[i].text, names, is_begun=is_begun[i]):
                         continue
                     yield said(i, kept[i].text)
                     kept[i], is_begun[i] = Answer(), True
-                elif isinstance(event, Ended):
+                    continue
+                answers[i].add(event)
+                if isinstance(event, Ended):
                     text, calls = find_calls(kept[i].text, names, is_begun=is_begun[i])
                     if text:
                         yield said(i, text)

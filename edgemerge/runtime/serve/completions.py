@@ -140,14 +140,15 @@ async def _stream(turns: Turns, body: CompletionRequest) -> Documents:
 
         async with aclosing(turn.answer(wanted)) as events:
             async for i, event in events:
-                answers[i].add(event)
-                if isinstance(event, Piece):
+                if isinstance(event, Piece):  # said, and not kept
                     logprobs = None
                     if event.scores:
                         logprobs = _logprobs(body, event.scores, offsets[i])
                         offsets[i] += len(event.text)
                     yield choice(i, event.text, logprobs, None)
-                elif isinstance(event, Ended):
+                    continue
+                answers[i].add(event)
+                if isinstance(event, Ended):
                     yield choice(i, "", None, answers[i].reason)
         counted = usage(answers, turn, body.n)
         if body.stream_options.include_usage:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import base64
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import BaseModel, Field, StrictInt
+from starlette.responses import Response
 
+from edgemerge.runtime.engine.vectors import read_vector
 from edgemerge.runtime.serve.errors import Refusal
 from edgemerge.runtime.serve.requests import EMBEDDINGS, RERANK, Body, Inputs, split_inputs
 from edgemerge.runtime.serve.routes import Routes
@@ -16,6 +19,7 @@ from edgemerge.runtime.serve.turns import Turns
 __all__ = ["add_embeddings"]
 
 _MAX_INPUTS = 2048  # as OpenAI's
+_PIECE = 1 << 16  # characters of base64 whose numbers are written at a time: some milliseconds
 
 
 class EmbeddingRequest(Body):
@@ -55,13 +59,9 @@ def add_embeddings(routes: Routes, turns: Turns) -> None:
         async with turns.turn(body) as turn:
             vectors, n_tokens = await turn.loaded.process.embed(body.inputs)
             turn.run.prompt_tokens += n_tokens
-            data = [
-                {"object": "embedding", "embedding": _write(vector, body), "index": i}
-                for i, vector in enumerate(vectors)
-            ]
             used = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-            name = turn.loaded.file.name
-            return {"object": "list", "data": data, "model": name, "usage": used}
+            names = {"object": "list", "model": turn.loaded.file.name, "usage": used}
+            return Vectors(names, vectors, body.encoding_format)
 
     @routes.post(RERANK, RerankRequest)
     async def rerank(body: RerankRequest) -> Any:
@@ -82,7 +82,56 @@ def add_embeddings(routes: Routes, turns: Turns) -> None:
             return {"object": "list", "model": name, "results": results, "usage": used}
 
 
-def _write(vector: Any, body: EmbeddingRequest) -> list[float] | str:
-    if body.encoding_format == "base64":
-        return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
-    return [float(value) for value in vector]
+class Vectors(Response):
+    """An answer whose vectors are written piece by piece: whole, thousands would hold the server up.
+
+    Parameters
+    ----------
+    names : dict
+        What the answer has beside its `data`.
+    vectors : sequence of str
+        As of `ModelProcess.embed`.
+    form : str
+        float or base64.
+    """
+
+    media_type = "application/json"
+
+    def __init__(self, names: dict[str, Any], vectors: Sequence[str], form: str) -> None:
+        super().__init__()
+        self._names = names
+        self._vectors = vectors
+        self._form = form
+        self.raw_headers = [(k, v) for k, v in self.raw_headers if k != b"content-length"]
+
+    async def __call__(
+        self,
+        scope: MutableMapping[str, Any],
+        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
+        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
+    ) -> None:
+        """Send all pieces."""
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        pieces = self._pieces()
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _pieces(self) -> Iterator[bytes]:
+        start = json.dumps(self._names).removesuffix("}") + ', "data": ['
+        piece, size = [start], 0
+        for i, vector in enumerate(self._vectors):
+            written = f'"{vector}"' if self._form == "base64" else _write_numbers(vector)
+            comma = ", " if i else ""
+            piece.append(f'{comma}{{"object": "embedding", "index": {i}, "embedding": {written}}}')
+            size += len(vector)
+            if size > _PIECE:
+                yield "".join(piece).encode()
+                piece, size = [], 0
+        yield "".join([*piece, "]}"]).encode()
+
+
+def _write_numbers(vector: str) -> str:
+    """Write numbers with nine digits, which tell float32 apart."""
+    values = read_vector(vector).tolist()
+    return f"[{', '.join(['%.9g'] * len(values))}]" % tuple(values)

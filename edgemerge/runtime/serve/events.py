@@ -20,12 +20,14 @@ from edgemerge.runtime.engine.messages import (
     PromptScored,
     TokenScore,
 )
-from edgemerge.runtime.serve.errors import explain
+from edgemerge.runtime.serve.errors import Refusal, explain
 from edgemerge.runtime.serve.turns import Event, Turn
 
 __all__ = ["Answer", "Documents", "EventStream", "answer_all", "head", "stream", "usage"]
 
 Documents = AsyncGenerator[dict[str, Any] | str, None]
+
+_MOST_SCORES = 1 << 19  # of an answer in one piece, which takes some 200 bytes for each
 
 
 @dataclass(slots=True)
@@ -61,10 +63,26 @@ class Answer:
 
 
 async def answer_all(turn: Turn, wanted: Sequence[Generation]) -> list[Answer]:
-    """Compute answers to their ends."""
+    """Compute answers to their ends.
+
+    Raises
+    ------
+    Refusal
+        400: they have more log-probabilities than can be kept.
+    """
     answers = [Answer() for _ in wanted]
-    async for i, event in turn.answer(wanted):
-        answers[i].add(event)
+    n_scores = 0
+    async with aclosing(turn.answer(wanted)) as events:
+        async for i, event in events:
+            answers[i].add(event)
+            if isinstance(event, PromptScored | Piece):
+                n_scores += sum(1 + len(score.alternatives) for score in event.scores)
+            if n_scores > _MOST_SCORES:
+                raise Refusal(
+                    400,
+                    f"logprobs: an answer has at most {_MOST_SCORES} of them; ask for fewer prompts, "
+                    "tokens or alternatives at a time",
+                )
     return answers
 
 

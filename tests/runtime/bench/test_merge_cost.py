@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.runtime.bench.merge_cost import _failure, measure_merge
+from edgemerge.runtime.bench.merge_cost import _failure, _files, measure_merge
 
 RECIPE = "merge_method: linear\nmodels:\n- model: base\n- model: a\nparameters: {weight: 0.5}\n"
 
@@ -53,3 +53,14 @@ def test_a_merge_that_dies_is_told_too() -> None:
         "r.yml: the merge died (SIGKILL): run edgemerge merge with it by itself"
     )
     assert failure.detail == "Fatal error\nstack"
+
+
+def test_all_files_of_a_model_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: of a split only the part that is named, and a model with an adapter was taken for a file."""
+    monkeypatch.chdir(tmp_path)
+    parts = [Path(f"a-{i:05d}-of-00002.gguf") for i in (1, 2)]
+    adapter = Path("lora") / "adapter_model.safetensors"
+    adapter.parent.mkdir()
+    for path in (*parts, Path("base.gguf"), adapter):
+        path.touch()
+    assert _files([parts[1], Path("base.gguf+0.5*lora")]) == [*parts, Path("base.gguf"), adapter]

@@ -9,10 +9,19 @@ import pytest
 
 from edgemerge.runtime.engine.answer import Answer
 from edgemerge.runtime.engine.embedding import Embedder, EmbeddingJob
-from edgemerge.runtime.engine.messages import Begun, Ended, Failed, Generation, Piece
+from edgemerge.runtime.engine.messages import (
+    AllEmbedded,
+    Begun,
+    Embedded,
+    Ended,
+    Failed,
+    Generation,
+    Piece,
+)
 from edgemerge.runtime.engine.scheduler import Scheduler
 from edgemerge.runtime.engine.slots import Slots
 from edgemerge.runtime.engine.store import Store
+from edgemerge.runtime.engine.vectors import read_vector
 from edgemerge.runtime.llama import Model
 from tests.support.fake_llama import FakeContext, FakeLlama, FakeModel
 
@@ -42,7 +51,8 @@ class Bench:
             model, context, slots, n_chunk=8, n_rows=8, embedder=self.embedder
         )
         self.n_ctx = n_ctx
-        self.came: dict[int, Any] = {}
+        self.came: dict[int, Any] = {}  # of texts: vectors or numbers, and how many tokens
+        self.found: dict[int, list[Any]] = {}
         self.order: list[int] = []  # of the requests, by their ends
 
     def answer(self, key: int, prompt: Sequence[int], n: int) -> None:
@@ -58,8 +68,14 @@ class Bench:
         others, is_crowded = self.scheduler.is_computing, self.scheduler.is_crowded
         events += self.embedder.step(others=others, is_crowded=is_crowded)
         for key, event in events:
-            if not isinstance(event, (Begun, Piece)):
+            if isinstance(event, Embedded):
+                value: Any = event.value
+                value = list(read_vector(value)) if isinstance(value, str) else value
+                self.found.setdefault(key, []).append(value)
+            elif not isinstance(event, (Begun, Piece)):
                 assert key not in self.came
+                if isinstance(event, AllEmbedded):
+                    event = (self.found[key], event.n_tokens)
                 self.came[key] = event
                 self.order.append(key)
         self.scheduler.tidy()

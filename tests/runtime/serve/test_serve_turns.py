@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 
-from edgemerge.runtime.engine.messages import Begun, Ended, Generation, Piece
+from edgemerge.runtime.engine.messages import (
+    Begun,
+    Ended,
+    Generation,
+    Piece,
+    PromptScored,
+    TokenScore,
+)
 from edgemerge.runtime.engine.process import EngineFailure
+from edgemerge.runtime.serve import events
+from edgemerge.runtime.serve.errors import Refusal
 from edgemerge.runtime.serve.queue import Queue
 from edgemerge.runtime.serve.turns import Turn
 from tests.support.fake_process import FakeProcess, make_turn
@@ -98,5 +107,36 @@ def test_whoever_leaves_ends_all() -> None:
             await asking
         await asyncio.sleep(0)
         assert (queue.running, writer.running) == (1, 0)
+
+    asyncio.run(scenario())
+
+
+class Scorer(FakeProcess):
+    """Gives twelve log-probabilities for each prompt."""
+
+    async def generate(self, wanted: Generation) -> AsyncGenerator[Any, None]:
+        yield Begun(3, 0)
+        yield PromptScored([TokenScore(7, b"a", -1.0, ((7, b"a", -1.0),) * 2)] * 3)
+        yield Piece("a", 1, [TokenScore(7, b"a", -1.0, ((7, b"a", -1.0),) * 2)])
+        yield Ended("stop", 1)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_log_probabilities_that_are_kept_have_a_bound(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: some hundred prompts with echo and 20 alternatives took gigabytes beside --memory."""
+    monkeypatch.setattr(events, "_MOST_SCORES", 12 * n)
+
+    async def scenario() -> None:
+        for n_asked in (n, n + 1):
+            turn, _ = await make_turn(Scorer("a"), N_PLACES)
+            wanted = [Generation("a", 1, n_alternatives=2, scores_prompt=True)] * n_asked
+            if n_asked > n:
+                with pytest.raises(Refusal, match=f"at most {12 * n} of them") as caught:
+                    await events.answer_all(turn, wanted)
+                assert caught.value.status == 400
+            else:
+                assert len(await events.answer_all(turn, wanted)) == n
 
     asyncio.run(scenario())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemerge.errors import RuntimeFailure
-from edgemerge.runtime.complaint import find_complaint
+from edgemerge.runtime.complaint import PROGRESS_FD, find_complaint
 
 __all__ = ["Look", "digest_files", "run_command"]
 
@@ -22,7 +22,6 @@ Look = Callable[[dict[str, Any]], None]  # takes a line of `edgemerge.cli.progre
 
 _HERE = Path(__file__).parent
 _PYTHON = [sys.executable, "-I", "-S"]
-_PROGRESS_FD = "EDGEMERGE_PROGRESS_FD"
 _END_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
@@ -73,7 +72,7 @@ async def _run(command: Sequence[str], look: Look) -> Any:
             stdout=PIPE,
             stderr=PIPE,
             pass_fds=(writing,),
-            env={**os.environ, _PROGRESS_FD: str(writing)},
+            env={**os.environ, PROGRESS_FD: str(writing)},
         )
     except BaseException:
         os.close(reading)
