@@ -108,10 +108,15 @@ def eval_command(
     refuse_twins("--perplexity", perplexity or [])
     tasks = read_tasks(task or [], shots, fewshot or [], limit, seed)
     asked = evaluation.Request(tuple(models), tasks, tuple(perplexity or ()), context)
-    if output is not None:
-        adapters = (one.path for one in loading.parse_loras(lora))
-        inputs = (*models, *asked.texts, *(one.path for one in tasks), *(fewshot or ()), *adapters)
-        check_output(output, tuple(real_path(path) for path in inputs), force=force)
+    adapters = (one.path for one in loading.parse_loras(lora))
+    inputs = (*models, *asked.texts, *(one.path for one in tasks), *(fewshot or ()), *adapters)
+    real_inputs = tuple(real_path(path) for path in inputs)
+
+    def check() -> None:
+        if output is not None:
+            check_output(output, real_inputs, force=force)
+
+    check()
     for path in models:
         open_gguf(path).close()  # the last one is bad: say so now, not after an hour
     load_library()  # where it is missing, it has no version for the header either
@@ -134,7 +139,7 @@ def eval_command(
         found = evaluation.document(answers, texts)
         rows = zip(found["results"], answers, strict=True)
         detailed = [{**row, "questions": evaluation.question_records(one)} for row, one in rows]
-        results.publish({**header, **found, "results": detailed})
+        results.publish({**header, **found, "results": detailed}, check)
     _warn_of_cuts(answers)
     if json_:
         print_json({**header, **found, "output": None if output is None else str(output)})

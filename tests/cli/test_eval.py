@@ -11,6 +11,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -20,6 +21,7 @@ from edgemerge.cli.eval import eval_command
 from edgemerge.errors import RuntimeFailure
 from edgemerge.merging.run import merge
 from edgemerge.recipe.recipe import make_recipe
+from edgemerge.runtime.evaluation import suite
 from edgemerge.runtime.evaluation.results import sha256_of
 from tests.runtime.test_llama import write_lora
 from tests.support.fixtures import unpacked
@@ -224,6 +226,28 @@ def test_a_stopped_run_goes_on_where_it_was() -> None:
     assert result.exit_code == 0
     assert "out.json.journal: going on after " in result.stderr
     assert Path("out.json").read_bytes() == whole
+
+
+def test_what_comes_under_the_output_s_name_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: it was replaced, as only the start looked."""
+    command = ("base.gguf", "--task", MEDQA, "-o", "out.json")
+    whole, document = run(*command), suite.document
+    Path("out.json").unlink()
+
+    def arrive(*arguments: Any) -> dict[str, Any]:
+        Path("out.json").write_text("of somebody else")
+        return document(*arguments)
+
+    monkeypatch.setattr(suite, "document", arrive)
+    said = fail(*command)
+    assert "out.json: exists already; choose another name or give --force" in said
+    assert "move it away, and the same command goes on with out.json.journal" in said
+    assert Path("out.json").read_text() == "of somebody else"
+    monkeypatch.setattr(suite, "document", document)
+    Path("out.json").unlink()
+    result = CliRunner().invoke(app, list(command))
+    assert result.stdout == whole
+    assert "going on after 10 results of an earlier run" in result.stderr
 
 
 def test_another_model_is_scored_anew() -> None:

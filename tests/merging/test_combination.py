@@ -172,6 +172,8 @@ def test_what_cannot_be_combined_is_refused(
         combine(adapters, out, memory=64 * MIB)
     dora = write_adapter(KINDS["dora"], tmp_path / "dora")
     assert "is no plain factor of LoRA" in refusal([*adapters, (dora, 1.0)], out)
+    experts = write_adapter(KINDS["experts"], tmp_path / "experts")
+    assert "has factors of whole stacks of experts" in refusal([(experts, 1.0)], out)
     fused = write_adapter(KINDS["fused"], tmp_path / "fused")
     combine([*adapters, (fused, 1.0)], tmp_path / "more")  # modules that not all have
     wide = replace(

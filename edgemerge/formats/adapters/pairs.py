@@ -64,6 +64,12 @@ class AdapterPairs:
 
     def _sort(self, header: Mapping[str, StoredTensor]) -> None:
         check_is_one(header, self.path)
+        if self.config.raw.get("target_parameters"):  # whose factors hold all experts, one by one
+            raise FormatError(
+                "has factors of whole stacks of experts, which are not combined; give the adapters to "
+                "merge, as MODEL+ADAPTER",
+                path=self.path,
+            )
         found: dict[str, dict[str, tuple[str, StoredTensor]]] = {}
         for stored, tensor in header.items():
             module, kind = split_factor(stored)

@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -108,13 +108,15 @@ class Results(Closing):
     def flush(self) -> None:
         """Write to the disk what was noted; what is only in memory stays there."""
 
-    def publish(self, document: Mapping[str, Any]) -> None:
+    def publish(self, document: Mapping[str, Any], check: Callable[[], None] | None = None) -> None:
         """Write the final file, where there is to be one.
 
         Parameters
         ----------
         document : mapping
             What to write, as JSON.
+        check : callable, optional
+            Raises OutputError where a file must not be replaced: one may have come meanwhile.
         """
 
     def close(self) -> None:
@@ -237,14 +239,22 @@ class ResultsFile(Results):
     def _failure(self, error: OSError) -> OutputError:
         return OutputError(f"could not be written ({error.strerror})", path=self.path)
 
-    def publish(self, document: Mapping[str, Any]) -> None:
+    def publish(self, document: Mapping[str, Any], check: Callable[[], None] | None = None) -> None:
         """Write the final file, durable and at once, and remove the journal.
 
         Raises
         ------
         OutputError
-            The disk refused.
+            The disk refused, or `check` did; then the journal stays.
         """
+        try:
+            if check is not None:
+                check()
+        except OutputError as error:
+            error.add_note(
+                f"it came during the work: move it away, and the same command goes on with {self.path}"
+            )
+            raise
         write_file(self.output, f"{json.dumps(document, indent=1, allow_nan=False)}\n".encode())
         try:
             self.path.unlink()
