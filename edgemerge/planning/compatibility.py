@@ -11,7 +11,7 @@ from edgemerge.finding.cache import folder_name
 from edgemerge.formats.constants import is_constant
 from edgemerge.formats.gguf.kind import check_is_model
 from edgemerge.formats.gguf.metadata import Array, get_value
-from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT, note_vocabularies
+from edgemerge.planning.vocabulary import BY_TEXT, EMBEDDING, OUTPUT, note_vocabularies
 from edgemerge.types import Source, TensorSpec
 
 __all__ = [
@@ -112,7 +112,11 @@ def layer_settings(metadata: Mapping[str, bytes], n_layers: object) -> dict[str,
 
 
 def check_models(
-    sources: Sequence[Source], vocabulary: Source | None = None, *, by_text: bool = False
+    sources: Sequence[Source],
+    vocabulary: Source | None = None,
+    *,
+    by_text: bool = False,
+    remedy: str = BY_TEXT,
 ) -> list[str]:
     """Compare all models with the first.
 
@@ -124,6 +128,8 @@ def check_models(
         The one of them whose tokens the output gets; by default the first.
     by_text : bool
         Whether rows are found by the texts of their tokens, so that vocabularies may differ.
+    remedy : str
+        What to do where vocabularies have little in common.
 
     Returns
     -------
@@ -159,7 +165,7 @@ def check_models(
     owner = vocabulary or first
     for source in sources:
         if source is not owner and not by_text:
-            notes += note_vocabularies(owner, source)
+            notes += note_vocabularies(owner, source, remedy)
     return notes
 
 
