@@ -82,6 +82,7 @@ def align_command(
     from edgemerge.merging.precompile import precompile_kernels
     from edgemerge.merging.run import usable_processors
     from edgemerge.planning.compatibility import check_models
+    from edgemerge.planning.vocabulary import compare_tokenizers
     from edgemerge.sizes import parse_size
 
     started = time.monotonic()
@@ -94,7 +95,8 @@ def align_command(
     try:
         for path in paths:
             sources.append(open_model(path))
-        notes = check_models(sources)
+        notes = check_models(sources, by_text=True)  # heads do not depend on tokens
+        notes += compare_tokenizers(*sources)
         how = "full" if full else "hard"
         precompile_kernels("linear", how, read=_attention_types(sources), written={"F32"})
         work = _plan(

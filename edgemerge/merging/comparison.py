@@ -25,7 +25,7 @@ from edgemerge.methods.grams import GRAM_KERNELS
 from edgemerge.native import KernelFile
 from edgemerge.native.store import compile_missing
 from edgemerge.planning.differences import PIECE, Change, list_changes
-from edgemerge.planning.vocabulary import note_vocabularies
+from edgemerge.planning.vocabulary import compare_tokenizers
 from edgemerge.types import Float32, Progress, Source
 
 __all__ = ["Comparison", "compare"]
@@ -163,17 +163,8 @@ def _list_pairs(sources: Sequence[Source]) -> tuple[list[_Pair], tuple[str, ...]
 def _compare_tokens(sources: Sequence[Source]) -> list[str]:
     """Say how vocabularies differ from that of the base, or of A."""
     owner = sources[-1] if len(sources) > 2 else sources[0]
-    said: list[str] = []
-    for source in sources:
-        if source is owner:
-            continue
-        models = f"{folder_name(owner.path)} and {folder_name(source.path)}"
-        try:
-            if note_vocabularies(owner, source):
-                said.append(f"the tokenizers of {models} differ")
-        except MismatchError:  # its remedies are those of a merge
-            said.append(f"the tokenizers of {models} have little in common")
-    return said
+    others = (source for source in sources if source is not owner)
+    return [said for other in others for said in compare_tokenizers(owner, other)]
 
 
 def _names(sources: Sequence[Source]) -> tuple[str, ...]:

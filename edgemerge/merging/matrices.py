@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from edgemerge.errors import BudgetError, Stopped
 from edgemerge.formats.quants.codec import CODECS
+from edgemerge.planning.memory import header_bytes
 from edgemerge.planning.plan import DEFAULT_MEMORY
 from edgemerge.sizes import format_size
 from edgemerge.types import Progress, Source
@@ -57,9 +58,8 @@ def count_workers(
     """
     budget = memory or DEFAULT_MEMORY
     reading = sum(source.work_bytes() for source in sources)
-    headers = sum(len(value) for source in sources for value in source.metadata().values())
     need = max(needs, default=0) + reading + BESIDE
-    fixed = floor + 2 * headers
+    fixed = floor + 2 * header_bytes(sources)
     if fixed + need > budget:
         needed = -(-(fixed + need) // MIB) * MIB
         raise BudgetError(

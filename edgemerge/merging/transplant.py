@@ -37,6 +37,7 @@ from edgemerge.merging.transplanted import NO_ROW, TransplantedModel, stored_spe
 from edgemerge.native.store import compile_missing
 from edgemerge.output.file import write_all
 from edgemerge.output.report import MergeReport
+from edgemerge.planning.memory import header_bytes
 from edgemerge.planning.plan import DEFAULT_MEMORY
 from edgemerge.planning.token_maps import PER_TOKEN
 from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT, TOKENS_KEY
@@ -343,7 +344,7 @@ def _divide(work: _Work, limits: _Limits, spec: TensorSpec, n_common: int) -> tu
     BudgetError
         The budget does not hold one vector.
     """
-    headers = sum(len(raw) for one in (work.model, work.donor) for raw in one.metadata().values())
+    headers = header_bytes((work.model, work.donor))
     widest = max(work.model.specs()[name].n_cols for name in work.rows)
     reading = max(work.model.work_bytes(), work.donor.work_bytes())
     fixed = limits.floor + 2 * headers + SPARE + 24 * widest * work.k

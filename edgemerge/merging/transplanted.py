@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemerge.formats.adapters.adapted import HoldingSource
 from edgemerge.formats.files import fill_buffers
 from edgemerge.formats.gguf.metadata import encode_value
 from edgemerge.formats.quants.codec import CODECS
@@ -124,6 +125,10 @@ class TransplantedModel:
         """Bytes that each thread takes to read rows, beside those that it reads into."""
         widest = max(8 * spec.n_cols for spec in self._specs.values())
         return self._model.work_bytes() + widest + sum(rows.nbytes for rows in self._rows.values())
+
+    def held_parts(self) -> Mapping[int, int]:
+        """Bytes that the model's adapters take for all threads."""
+        return self._model.held_parts() if isinstance(self._model, HoldingSource) else {}
 
     def states(self) -> Sequence[FileState]:
         """Return what the model's files were when they were opened."""

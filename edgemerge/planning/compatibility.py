@@ -11,7 +11,7 @@ from edgemerge.finding.cache import folder_name
 from edgemerge.formats.constants import is_constant
 from edgemerge.formats.gguf.kind import check_is_model
 from edgemerge.formats.gguf.metadata import Array, get_value
-from edgemerge.planning.vocabulary import EMBEDDING, OUTPUT, note_vocabularies
+from edgemerge.planning.vocabulary import BY_TEXT, EMBEDDING, OUTPUT, note_vocabularies
 from edgemerge.types import Source, TensorSpec
 
 __all__ = [
@@ -30,6 +30,8 @@ __all__ = [
     "same_width",
 ]
 
+ORIGINAL_LENGTH = "{}.rope.scaling.original_context_length"
+SCALING_TYPE = "{}.rope.scaling.type"
 # Hyper-parameters that decide what a weight means; {} stands for the architecture.
 DECISIVE_KEYS = (
     "{}.attention.head_count",
@@ -43,19 +45,42 @@ DECISIVE_KEYS = (
 # Differences that do not prevent a merge, but that its user should know.
 TELLING_KEYS = (
     "{}.rope.freq_base",
-    "{}.rope.scaling.type",
+    SCALING_TYPE,
     "{}.rope.scaling.factor",
+    ORIGINAL_LENGTH,
+    "{}.rope.scaling.attn_factor",
+    "{}.rope.scaling.yarn_ext_factor",
+    "{}.rope.scaling.yarn_attn_factor",
+    "{}.rope.scaling.yarn_beta_fast",
+    "{}.rope.scaling.yarn_beta_slow",
+    "{}.rope.scaling.yarn_log_multiplier",
+    "{}.rope.freq_base_swa",
     "{}.context_length",
+    "{}.attention.layer_norm_epsilon",
     "{}.attention.layer_norm_rms_epsilon",
     "{}.attention.sliding_window",
+    "{}.attention.sliding_window_pattern",
 )
 # Values that llama.cpp's `load_hparams` computes with where a model lacks the key.
 UNSTATED: Mapping[str, tuple[float | str, ...]] = {
     "{}.rope.freq_base": (10000.0,),
-    "{}.rope.scaling.type": ("none", "linear"),  # linear by a factor that is 1
+    SCALING_TYPE: ("none", "linear"),  # linear by a factor that is 1
     "{}.rope.scaling.factor": (0.0, 1.0),
+    "{}.rope.scaling.attn_factor": (1.0,),
+    "{}.rope.scaling.yarn_ext_factor": (-1.0,),
+    "{}.rope.scaling.yarn_attn_factor": (1.0,),
+    "{}.rope.scaling.yarn_beta_fast": (32.0,),
+    "{}.rope.scaling.yarn_beta_slow": (1.0,),
+    "{}.rope.scaling.yarn_log_multiplier": (0.0,),
     "{}.attention.sliding_window": (0,),
     "gemma2.attention.sliding_window": (4096,),
+    "gemma3.rope.freq_base_swa": (10000.0,),
+    "gemma3n.rope.freq_base_swa": (10000.0,),
+}
+# Keys that it takes there instead.
+STAND_INS = {
+    ORIGINAL_LENGTH: "{}.context_length",
+    "{}.rope.freq_base_swa": "{}.rope.freq_base",
 }
 LAYOUT_KEY = "{}.tensor_data_layout"
 KNOWN_LAYOUTS = (None, "Meta AI original pth")
@@ -87,7 +112,11 @@ def layer_settings(metadata: Mapping[str, bytes], n_layers: object) -> dict[str,
 
 
 def check_models(
-    sources: Sequence[Source], vocabulary: Source | None = None, *, by_text: bool = False
+    sources: Sequence[Source],
+    vocabulary: Source | None = None,
+    *,
+    by_text: bool = False,
+    remedy: str = BY_TEXT,
 ) -> list[str]:
     """Compare all models with the first.
 
@@ -99,6 +128,8 @@ def check_models(
         The one of them whose tokens the output gets; by default the first.
     by_text : bool
         Whether rows are found by the texts of their tokens, so that vocabularies may differ.
+    remedy : str
+        What to do where vocabularies have little in common.
 
     Returns
     -------
@@ -134,7 +165,7 @@ def check_models(
     owner = vocabulary or first
     for source in sources:
         if source is not owner and not by_text:
-            notes += note_vocabularies(owner, source)
+            notes += note_vocabularies(owner, source, remedy)
     return notes
 
 
@@ -154,13 +185,29 @@ def _check_hyper_parameters(first: Source, other: Source, notes: list[str]) -> N
                 f"{key} is {left} in {first.path} and {right} in {other.path}; "
                 "only fine-tunes of one base can be merged"
             )
-        unstated = (None, *UNSTATED.get(key, UNSTATED.get(pattern, ())))
-        if is_stated_once and left in unstated and right in unstated:
+        names = folder_name(first.path), folder_name(other.path)
+        if is_stated_once and _goes_without_saying(pattern, first, other):
+            continue
+        if isinstance(left, Array) and isinstance(right, Array):
+            notes.append(f"{key} is not the same in {names[0]} and {names[1]}")
             continue
         left, right = ("absent" if value is None else value for value in (left, right))
-        notes.append(
-            f"{key} is {left} in {folder_name(first.path)} and {right} in {folder_name(other.path)}"
-        )
+        notes.append(f"{key} is {left} in {names[0]} and {right} in {names[1]}")
+
+
+def _goes_without_saying(pattern: str, first: Source, other: Source) -> bool:
+    """Tell whether a key that one of two models states says what llama.cpp takes without it."""
+    arch = first.architecture
+    key, models = pattern.format(arch), (first, other)
+    if pattern == ORIGINAL_LENGTH and not any(
+        SCALING_TYPE.format(arch) in model.metadata() for model in models
+    ):
+        return True  # nothing is scaled that it could be the measure of
+    lacking, stating = sorted(models, key=lambda model: key in model.metadata())
+    stated, unstated = get_value(stating.metadata(), key), UNSTATED.get(key, UNSTATED.get(pattern))
+    if unstated is None and pattern in STAND_INS:
+        return stated == get_value(lacking.metadata(), STAND_INS[pattern].format(arch))
+    return stated in (unstated or ())
 
 
 def _note_constants(first: Source, other: Source) -> Iterator[str]:

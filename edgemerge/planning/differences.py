@@ -116,7 +116,7 @@ def list_changes(
     MismatchError, FormatError
         The models are no base and fine-tune.
     """
-    notes = check_models([base, expert], by_text=by_text)
+    notes = check_models([base, expert], by_text=by_text, remedy="give a base and its fine-tune")
     names = dict.fromkeys(base.specs())
     names |= {OUTPUT: None} if OUTPUT in expert.specs() else {}
     for name in expert.specs():

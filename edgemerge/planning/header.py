@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgemerge.errors import RecipeError
 from edgemerge.finding.cache import folder_name
 from edgemerge.formats.adapters.reference import model_name, split_reference
 from edgemerge.formats.architectures import layer_index
-from edgemerge.formats.gguf.metadata import Array, Value, decode_value, encode_value, get_value
+from edgemerge.formats.gguf.metadata import decode_value, encode_value, get_value
 from edgemerge.formats.gguf.split import whole_name
 from edgemerge.formats.llama_rules.mending import mend_metadata
 from edgemerge.formats.quants.codec import CODECS
@@ -26,7 +25,6 @@ from edgemerge.formats.quants.filetypes import (
 )
 from edgemerge.formats.quants.overrides import TypeOverrides
 from edgemerge.methods.method import Method
-from edgemerge.planning.compatibility import layer_settings
 from edgemerge.planning.jobs import Draft, may_copy
 from edgemerge.planning.vocabulary import Vocabulary
 from edgemerge.types import Recipe, Source
@@ -98,7 +96,7 @@ def choose_types(
         return KEEP, {name: copied.get(name) or kept[name] for name in specs}
     if file_type.upper() not in FILE_TYPES:
         raise unknown_type(file_type, [*FILE_TYPES, KEEP])
-    metadata = _with_block_count(models, drafts)
+    metadata = _with_block_count(reference, drafts)
     types = tensor_types(
         file_type.upper(),
         specs,
@@ -111,47 +109,14 @@ def choose_types(
     return file_type.upper(), types
 
 
-def _with_block_count(models: Sequence[Source], drafts: Sequence[Draft]) -> dict[str, bytes]:
+def _with_block_count(reference: Source, drafts: Sequence[Draft]) -> dict[str, bytes]:
     """Return the first model's metadata with the output's number of layers."""
-    reference = models[0]
     layers = {layer for draft in drafts if (layer := layer_index(draft.name)) is not None}
     key = f"{reference.architecture}.block_count"
     metadata = dict(reference.metadata())
-    old = _layer_count(reference)
-    settings = layer_settings(metadata, old)
-    if settings and layers and (len(layers) != old or _reorders(settings, models, drafts)):
-        raise RecipeError(
-            f"{reference.path} has settings per layer, which slices cannot re-order yet; "
-            "merge whole models",
-            field="slices",
-        )
-    if layers and len(layers) != old:
+    if layers and len(layers) != get_value(metadata, key):
         metadata[key] = encode_value(len(layers), "u32")
     return metadata
-
-
-def _reorders(
-    settings: Mapping[str, Array], models: Sequence[Source], drafts: Sequence[Draft]
-) -> bool:
-    """Tell whether a layer of the output gets other settings than a layer elsewhere that it is made of."""
-    made = {
-        (layer, tensor.model, origin)
-        for draft in drafts
-        for tensor in draft.inputs
-        if (layer := layer_index(draft.name)) != (origin := layer_index(tensor.spec.name))
-        and layer is not None
-        and origin is not None
-    }
-    own = [layer_settings(model.metadata(), _layer_count(model)) for model in models]
-    return any(
-        own[i_model].get(key, [])[origin : origin + 1] != values[layer : layer + 1]
-        for layer, i_model, origin in made
-        for key, values in settings.items()
-    )
-
-
-def _layer_count(model: Source) -> Value | None:
-    return get_value(model.metadata(), f"{model.architecture}.block_count")
 
 
 def output_metadata(
@@ -171,7 +136,9 @@ def output_metadata(
     models = [sources[path] for path in recipe.models()]
     reference = models[0]
     metadata = {
-        k: v for k, v in _with_block_count(models, drafts).items() if not DROPPED_KEYS.fullmatch(k)
+        k: v
+        for k, v in _with_block_count(reference, drafts).items()
+        if not DROPPED_KEYS.fullmatch(k)
     }
     owner = vocabulary.owner
     if (size := owner.metadata().get(f"{owner.architecture}.vocab_size")) is not None:

@@ -142,7 +142,10 @@ def _layers(source: Source) -> Iterator[str]:
     arch = source.architecture
     count = get_value(source.metadata(), f"{arch}.block_count")
     if keys := layer_settings(source.metadata(), count):
-        yield f"slices cannot re-order its layers: it has settings per layer ({_listed([*keys])})"
+        yield (
+            "slices can neither change the number of its layers nor re-order those that differ: it has "
+            f"settings per layer ({_listed([*keys])})"
+        )
     reasons = Counter(
         found.reason for found in layer_geometry(source) if isinstance(found, Skipped)
     )

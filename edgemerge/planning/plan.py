@@ -34,6 +34,7 @@ from edgemerge.planning.jobs import (
     list_experts,
     may_copy,
 )
+from edgemerge.planning.layer_order import check_layer_order
 from edgemerge.planning.llama_check import check_runs
 from edgemerge.planning.memory import cut_blocks, find_need, header_bytes
 from edgemerge.planning.settings import idle_filters, unused_settings
@@ -95,6 +96,7 @@ def make_plan(
     if recipe.chat_template is None:
         notes += note_templates(owner, list(sources.values()))
     drafts = list(draft_jobs(recipe, method, models, sources, vocabulary))
+    notes += check_layer_order(drafts, list(sources.values()), stacked=len(recipe.slices) > 1)
     if vocabulary.by_text:
         notes += _describe_tokens(drafts, models)
     for draft in drafts:

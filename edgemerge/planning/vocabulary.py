@@ -26,12 +26,14 @@ from edgemerge.formats.tokenizer.table import TOKENS_KEY, TYPES_KEY, TokenTables
 from edgemerge.types import Recipe, Source
 
 __all__ = [
+    "BY_TEXT",
     "EMBEDDING",
     "OUTPUT",
     "TEMPLATE_KEY",
     "TOKENS_KEY",
     "Vocabulary",
     "choose_vocabulary",
+    "compare_tokenizers",
     "differ_in_size",
     "find_owner",
     "has_rows_of_tokens",
@@ -46,6 +48,10 @@ MODEL_KEY, PRE_KEY = "tokenizer.ggml.model", "tokenizer.ggml.pre"
 FIRST_TOKEN = 16  # byte of an encoded list of strings: two types of 4 bytes, a count of 8
 MOST_RENAMED = 0.01  # of the common tokens; with more, two vocabularies have little in common
 NAMED = ("base", "union")
+BY_TEXT = (
+    "give fine-tunes of one base, or a recipe with tokenizer_source: base, which merges rows by the text of "
+    "their tokens"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +202,8 @@ def differ_in_size(sources: Sequence[Source]) -> bool:
     return len(counts) > 1 and None not in counts
 
 
-def note_vocabularies(owner: Source, other: Source) -> list[str]:
-    """Compare a model's tokens with those that the output gets.
+def note_vocabularies(owner: Source, other: Source, remedy: str = BY_TEXT) -> list[str]:
+    """Compare a model's tokens with those that the output gets; `remedy` is for the error.
 
     Returns
     -------
@@ -218,8 +224,7 @@ def note_vocabularies(owner: Source, other: Source) -> list[str]:
         specs = [source.specs().get(EMBEDDING) for source in (owner, other)]
         raise MismatchError(
             f"the vocabularies differ: {left} tokens in {owner.path} and {right} in {other.path}, and "
-            f"{renamed} of those that both have are not the same; give fine-tunes of one base, or a recipe "
-            "with tokenizer_source: base, which merges rows by the text of their tokens",
+            f"{renamed} of those that both have are not the same; {remedy}",
             tensor=EMBEDDING,
             shapes=tuple(spec.shape if spec else None for spec in specs),
         )
@@ -239,6 +244,16 @@ def note_vocabularies(owner: Source, other: Source) -> list[str]:
             f"{folder_name(other.path)} spells some tokens differently from {folder_name(owner.path)}"
         )
     return notes
+
+
+def compare_tokenizers(owner: Source, other: Source) -> list[str]:
+    """Say for what merges nothing that the vocabularies of two models are not the same, if so."""
+    models = f"{folder_name(owner.path)} and {folder_name(other.path)}"
+    try:
+        notes = note_vocabularies(owner, other)
+    except MismatchError:
+        return [f"the tokenizers of {models} have little in common"]
+    return [f"the tokenizers of {models} differ"] if notes else []
 
 
 def note_templates(owner: Source, sources: Sequence[Source]) -> list[str]:

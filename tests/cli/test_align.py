@@ -23,8 +23,10 @@ from edgemerge.cli import make_app
 from edgemerge.cli.align import _plan
 from edgemerge.errors import BudgetError
 from edgemerge.formats.adapters.adapted import AdaptedSource
+from tests.merging.test_comparison import respell
 from tests.support.fake_source import AdaptedFake, FakeSource
 from tests.support.fake_source import tensor as described
+from tests.support.tiny_gguf import write_tiny_gguf
 
 Run = Callable[..., Result]
 MIB = 1 << 20
@@ -187,6 +189,16 @@ def test_full_tells_of_values_and_neurons_too(run: Run) -> None:
     plain = document(run, "base", "expert-b-permuted")
     assert "neurons" not in plain
     assert "values" not in plain["layers"][0]
+
+
+def test_tokens_that_differ_are_a_note(run: Run) -> None:
+    """Fault: models with other tokens were refused, and heads do not depend on tokens."""
+    for name in ("x.gguf", "y.gguf"):
+        write_tiny_gguf(Path(name))
+    respell(Path("y.gguf"), 20)
+    note = "the tokenizers of x.gguf and y.gguf have little in common"
+    assert document(run, "x.gguf", "y.gguf")["notes"] == [note]
+    assert succeed(run("x.gguf", "y.gguf")).endswith(f"\nnote: {note}\n")
 
 
 def test_models_of_the_same_name_are_told_apart(run: Run) -> None:

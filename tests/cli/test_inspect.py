@@ -61,8 +61,8 @@ def test_all_of_a_header() -> None:
     )
     assert text.endswith(
         "What a merge would lose:\n"
-        "  - slices cannot re-order its layers: it has settings per layer "
-        "(qwen3moe.attention.head_count_kv)\n"
+        "  - slices can neither change the number of its layers nor re-order those that differ: it has "
+        "settings per layer (qwen3moe.attention.head_count_kv)\n"
         "  - what tells how this file was made is left out (quantize.imatrix.chunks_count)\n"
     )
 

@@ -17,17 +17,20 @@ from typer.testing import CliRunner
 from edgemerge.cli import make_app
 from edgemerge.errors import BudgetError, FormatError, MismatchError, OutputError
 from edgemerge.formats import open_model
+from edgemerge.formats.adapters.adapted import held_bytes
 from edgemerge.formats.gguf.metadata import get_value
 from edgemerge.formats.quants.codec import CODECS
 from edgemerge.formats.tokenizer.shared import find_shared
 from edgemerge.merging.pursuit import Rows, pursue
 from edgemerge.merging.run import plan
-from edgemerge.merging.transplant import transplant
+from edgemerge.merging.transplant import _divide, _Limits, _Work, transplant
+from edgemerge.merging.transplanted import TransplantedModel
 from edgemerge.output.report import MergeReport
 from edgemerge.recipe.recipe import make_recipe
 from edgemerge.types import Recipe
 from tests.support.adapters import KINDS, write_adapter
 from tests.support.architecture_models import ARCHITECTURES
+from tests.support.fake_source import AdaptedFake, FakeSource
 from tests.support.places import TESTS
 from tests.support.safetensors_files import read_safetensors, write_safetensors
 from tests.support.sources import read_all
@@ -167,6 +170,25 @@ def test_a_model_with_an_adapter(tmp_path: Path) -> None:
         before, found = read_all(old), read_all(made)
     name = "blk.1.attn_q.weight"
     assert np.array_equal(found[name], before[name])
+
+
+def test_adapters_count_in_the_budget() -> None:
+    """Fault: `transplant --memory` took more than it was given where a model had an adapter."""
+
+    def least(model: FakeSource, donor: FakeSource) -> int:
+        rows = {GGUF_NAMES[EMBEDDING]: np.arange(4, dtype=np.int32)}
+        work = _Work(model, donor, 1, {}, rows, {}, rows)
+        with pytest.raises(BudgetError) as caught:
+            _divide(work, _Limits(0, MIB, 1), donor.specs()[GGUF_NAMES[EMBEDDING]], 4)
+        return caught.value.needed
+
+    plain, adapted = FakeSource("/m/a"), AdaptedFake("/m/a+x")
+    assert least(plain, adapted) == least(plain, plain) + 2 * adapted.held
+    assert least(adapted, plain) == least(plain, plain) + 2 * adapted.held
+    made = TransplantedModel(
+        adapted, {}, {GGUF_NAMES[EMBEDDING]: np.arange(4, dtype=np.int32)}, {}, -1
+    )
+    assert held_bytes([made]) == adapted.held
 
 
 def test_llama_cpp_runs_it_with_the_donors_ids(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,11 +2,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import gguf
 import pytest
 
 from edgemerge.errors import FormatError, MismatchError
 from edgemerge.formats.constants import is_constant
-from edgemerge.planning.compatibility import check_models, find_tensor, same_shape
+from edgemerge.planning.compatibility import (
+    DECISIVE_KEYS,
+    TELLING_KEYS,
+    check_models,
+    find_tensor,
+    same_shape,
+)
 from tests.planning.test_losses import FREQS, SmallSource
 from tests.support.fake_source import N_VOCAB, FakeSource, tensor
 
@@ -96,10 +103,19 @@ def test_what_a_merge_survives_is_a_note(other: FakeSource, note: str) -> None:
         ("rope.scaling.factor", 4.0, "f32"),
         ("rope.freq_base", 500000.0, "f32"),
         ("attention.sliding_window", 1024, "u32"),
+        ("attention.sliding_window_pattern", [True, False], "[bool]"),
+        ("attention.layer_norm_epsilon", 0.5, "f32"),
+        ("rope.freq_base_swa", 500000.0, "f32"),
+        ("rope.scaling.attn_factor", 2.0, "f32"),
+        ("rope.scaling.yarn_ext_factor", 0.5, "f32"),
+        ("rope.scaling.yarn_attn_factor", 2.0, "f32"),
+        ("rope.scaling.yarn_beta_fast", 16.0, "f32"),
+        ("rope.scaling.yarn_beta_slow", 2.0, "f32"),
+        ("rope.scaling.yarn_log_multiplier", 0.5, "f32"),
     ],
 )
 def test_what_only_one_model_states_is_a_note(key: str, value: Any, kind: str) -> None:
-    """Fault: a tune for long texts lost its rope scaling without a word."""
+    """Fault: a tune for long texts lost its rope scaling, and what belongs to it, without a word."""
     other = FakeSource("/models/a", metadata={f"llama.{key}": (value, kind)})
     assert check_models([BASE, other]) == [f"llama.{key} is absent in base and {value} in a"]
     assert check_models([other, BASE]) == [f"llama.{key} is {value} in a and absent in base"]
@@ -114,6 +130,10 @@ def test_what_only_one_model_states_is_a_note(key: str, value: Any, kind: str) -
         ("llama", "rope.freq_base", 10000.0, "f32"),
         ("llama", "attention.sliding_window", 0, "u32"),
         ("gemma2", "attention.sliding_window", 4096, "u32"),
+        ("gemma3", "rope.freq_base_swa", 10000.0, "f32"),
+        ("llama", "rope.scaling.yarn_beta_fast", 32.0, "f32"),
+        ("llama", "rope.scaling.attn_factor", 1.0, "f32"),
+        ("llama", "rope.scaling.original_context_length", 128, "u32"),  # of what is not scaled
         (
             "llama",
             "attention.key_length",
@@ -131,6 +151,34 @@ def test_stating_what_goes_without_saying_is_no_difference(
         FakeSource("/models/a", architecture=architecture, metadata=stated),
     ]
     assert check_models(models) == check_models(models[::-1]) == []
+
+
+def test_what_llama_cpp_takes_of_another_key_is_no_difference() -> None:
+    def model(name: str, **more: tuple[Any, str]) -> FakeSource:
+        base = {"rope.freq_base": (500000.0, "f32"), "rope.scaling.type": ("yarn", "str")}
+        stated = {f"llama.{key}": value for key, value in (base | more).items()}
+        return FakeSource(f"/models/{name}", metadata=stated)
+
+    base = model("base")
+    same = {
+        "rope.freq_base_swa": (500000.0, "f32"),
+        "rope.scaling.original_context_length": (256, "u32"),
+    }
+    assert check_models([base, model("a", **same)]) == []
+    shorter = model("a", **{"rope.scaling.original_context_length": (128, "u32")})
+    assert check_models([base, shorter]) == [
+        "llama.rope.scaling.original_context_length is absent in base and 128 in a"
+    ]
+
+
+def test_all_keys_are_llama_cpps() -> None:
+    known = {
+        key
+        for part in (gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.LLM)
+        for key in vars(part).values()
+        if isinstance(key, str)
+    }
+    assert {key.format("{arch}") for key in DECISIVE_KEYS + TELLING_KEYS} <= known
 
 
 def test_constants_that_are_not_the_same_are_a_note() -> None:

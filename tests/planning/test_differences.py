@@ -33,3 +33,9 @@ def test_a_head_without_elements_is_refused_by_a_merge(shape: tuple[int, ...]) -
     models = [FakeSource(A, extra=extra), FakeSource(B, extra=extra[1:])]
     with pytest.raises(MismatchError, match=r"has the shape \[.*0.*\], which cannot be merged"):
         planned(LINEAR, *models)
+
+
+def test_another_vocabulary_gets_a_remedy_that_the_command_has() -> None:
+    """Fault: `extract` and `delta`, which take no recipe, named one with a tokenizer_source."""
+    with pytest.raises(MismatchError, match=r"are not the same; give a base and its fine-tune$"):
+        list_changes(FakeSource(A), FakeSource(B, tokens=("x",) * 64))

@@ -80,8 +80,8 @@ def test_a_plain_model_loses_nothing() -> None:
         ),
         (
             FakeSource("/models/a", metadata={"llama.attention.head_count_kv": ([2, 4], "[u32]")}),
-            "slices cannot re-order its layers: it has settings per layer "
-            "(llama.attention.head_count_kv)",
+            "slices can neither change the number of its layers nor re-order those that differ: it has "
+            "settings per layer (llama.attention.head_count_kv)",
         ),
         (
             FakeSource("/models/a", metadata={"quantize.imatrix.file": ("x.dat", "str")}),

@@ -7,11 +7,19 @@ from typing import Protocol, runtime_checkable
 
 from edgemerge.types import Float32, Source, UInt8
 
-__all__ = ["AdaptedSource", "held_bytes", "reading_bytes", "without_adapters"]
+__all__ = ["AdaptedSource", "HoldingSource", "held_bytes", "reading_bytes", "without_adapters"]
 
 
 @runtime_checkable
-class AdaptedSource(Source, Protocol):
+class HoldingSource(Protocol):
+    """A model that takes memory of its own, or reads from one that does."""
+
+    def held_parts(self) -> Mapping[int, int]:
+        """Bytes that all threads take to know what is changed, by the identity of what takes them."""
+
+
+@runtime_checkable
+class AdaptedSource(HoldingSource, Source, Protocol):
     """`edgemerge.formats.adapters.model.AdaptedModel`."""
 
     base: Source
@@ -29,9 +37,6 @@ class AdaptedSource(Source, Protocol):
 
     def passing_bytes(self) -> int:
         """Bytes of `work_bytes` that a read gives back."""
-
-    def held_parts(self) -> Mapping[int, int]:
-        """Bytes that all threads take to know what is changed, by the identity of what takes them."""
 
 
 def without_adapters(source: Source) -> Source:
@@ -52,6 +57,6 @@ def held_bytes(sources: Iterable[Source]) -> int:
     """Return the bytes that adapters take in memory, for all threads; what they have alike counts once."""
     parts: dict[int, int] = {}
     for source in sources:
-        if isinstance(source, AdaptedSource):
+        if isinstance(source, HoldingSource):
             parts |= source.held_parts()
     return sum(parts.values())
