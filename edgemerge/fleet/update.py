@@ -18,7 +18,7 @@ from typing import Any
 from edgemerge.errors import EdgemergeError, FormatError, OutputError, RuntimeFailure
 from edgemerge.fleet.declared import Declared, declare
 from edgemerge.fleet.examination import Crash, Examiner, common_chunk
-from edgemerge.fleet.feasible import check_feasible
+from edgemerge.fleet.feasible import check_feasible, compared_base
 from edgemerge.fleet.ingredients import FileHashes, Ingredient, Registry, fetch_all, find_all
 from edgemerge.fleet.promotion import (
     MORE_MEASUREMENTS,
@@ -122,7 +122,7 @@ class Update:
         declared = self._declare()
         if trying is None and self._is_settled(declared):
             return
-        check_feasible(declared, serves=self._folder.serving_id() is not None)
+        check_feasible(declared, needs_base=declared.needs_base(self._folder))
         self._switch.check_server()
         if trying is None or trying["digest"] != declared.digest:
             drop_tried(self._folder)
@@ -274,9 +274,8 @@ class Update:
             old_sha256 = self._folder.record(serves).sha256
             old_path = self._folder.model_path(serves)
         else:
-            base = declared.base
-            assert base is not None  # `check_feasible` saw to it
-            assert base.path is not None
+            base = compared_base(self._site, declared.base)
+            assert base.path is not None  # it was fetched
             old_path, old_sha256 = base.path, base.sha256
         new_path = self._folder.model_path(record.id)
         check_texts(self._site, old_path, new_path)
