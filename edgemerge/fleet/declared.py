@@ -60,6 +60,12 @@ class Declared:
             return None
         return None if folder.is_lost() and not settled.get("lost") else settled
 
+    def needs_base(self, folder: SiteFolder) -> bool:
+        """Tell whether the new model is compared with the base: none serves, nor is a lost one made again."""
+        settled = folder.settled() or {}
+        made_it = (settled.get("digest"), settled.get("id")) == (self.digest, folder.current_id())
+        return folder.serving_id() is None and not (folder.is_lost() and made_it)
+
     @property
     def parts(self) -> tuple[Part, ...]:
         """What the record of the model says that it was made of."""

@@ -21,18 +21,18 @@ from edgemerge.runtime.evaluation.suite import CHUNK
 from edgemerge.runtime.evaluation.tasks import read_task
 from edgemerge.site.ownership import CLEARED, REGISTRY, is_changed
 
-__all__ = ["check_feasible"]
+__all__ = ["check_feasible", "compared_base"]
 
 
-def check_feasible(declared: Declared, *, serves: bool) -> dict[str, int]:
+def check_feasible(declared: Declared, *, needs_base: bool) -> dict[str, int]:
     """See that a site's merge and questions are possible, and count the questions of each task.
 
     Parameters
     ----------
     declared : Declared
         The site and its inputs, which need not be here.
-    serves : bool
-        Whether a model serves, with which the new one is compared in place of the base.
+    needs_base : bool
+        Whether the new model is compared with the base, as none serves (`Declared.needs_base`).
 
     Raises
     ------
@@ -43,7 +43,7 @@ def check_feasible(declared: Declared, *, serves: bool) -> dict[str, int]:
     if site.folder.exists() and not site.folder.is_dir():
         _fail(site.path, f"folder: {str(site.folder)!r} is a file; name a folder", "folder")
     _check_places(site, [*found, *filter(None, [declared.beside])])
-    _check_base(site, declared.base, serves=serves)
+    _check_base(site, declared.base, is_compared=needs_base)
     if site.merge.recipe is None:
         _check_deltas(site, found)
         try:
@@ -78,28 +78,47 @@ def _check_places(site: Site, found: Sequence[Ingredient]) -> None:
             )
 
 
-def _check_base(site: Site, base: Ingredient | None, *, serves: bool) -> None:
+def _check_base(site: Site, base: Ingredient | None, *, is_compared: bool) -> None:
+    if base is not None:
+        kind = "model" if base.entry is None else base.entry.kind
+        if base.path is not None and is_adapter(base.path):
+            kind = "delta or an adapter"
+        if kind != "model":
+            _fail(site.path, f"base: {base.name} is a {kind}; give the model that it is of", "base")
+    if is_compared:
+        compared_base(site, base)
+
+
+def compared_base(site: Site, base: Ingredient | None) -> Ingredient:
+    """Return the base, with which a new model is compared where none serves.
+
+    Parameters
+    ----------
+    site : Site
+        The file, for the message.
+    base : Ingredient or None
+        Its base.
+
+    Raises
+    ------
+    RecipeError
+        There is none, or it is a folder, which llama.cpp does not read.
+    """
     if base is None:
-        if not serves:
-            _fail(
-                site.path,
-                f"merge.recipe: {str(site.merge.recipe)!r} has no base, and the first model is compared with "
-                "one; name it beside the recipe, as base: {path: FILE.gguf}",
-                "base",
-            )
-        return
-    kind = "model" if base.entry is None else base.entry.kind
-    if base.path is not None and is_adapter(base.path):
-        kind = "delta or an adapter"
-    if kind != "model":
-        _fail(site.path, f"base: {base.name} is a {kind}; give the model that it is of", "base")
-    if base.path is not None and base.path.is_dir() and not serves:
+        _fail(
+            site.path,
+            f"merge.recipe: {str(site.merge.recipe)!r} has no base, and the first model is compared with "
+            "one; name it beside the recipe, as base: {path: FILE.gguf}",
+            "base",
+        )
+    if base.path is not None and base.path.is_dir():
         _fail(
             site.path,
             f"base: {str(base.path)!r} is a folder, and the first model is compared with the base; make "
             "a GGUF file of it with edgemerge convert, and name that",
             "base",
         )
+    return base
 
 
 def _check_deltas(site: Site, found: Sequence[Ingredient]) -> None:

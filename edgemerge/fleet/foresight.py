@@ -59,7 +59,7 @@ def foresee(
             registry.refresh()
         found = find_all(site, hashes, registry)
     declared = declare(site, found, hashes)
-    questions = check_feasible(declared, serves=folder.serving_id() is not None)
+    questions = check_feasible(declared, needs_base=declared.needs_base(folder))
     does = "merges"
     if folder.trying() is not None:
         does = "goes_on"

@@ -146,6 +146,7 @@ class Site:
     keep: int
     reports: Path | None
     threads: int | None
+    home: Path | None  # what `~` stands for; None where no path begins with it
 
 
 def read_site(path: Path) -> Site:
@@ -171,6 +172,7 @@ class _SiteReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.values = ValueReader(path, strict=True)
+        self.home: Path | None = None
 
     def site(self, table: Mapping[str, Any]) -> Site:
         self.keys(table, KEYS, "the file")
@@ -201,6 +203,7 @@ class _SiteReader:
             threads=None
             if "threads" not in table
             else int(self.number(table["threads"], "threads", 1, 1024, whole=True)),
+            home=self.home,  # the last one: all paths are read
         )
 
     # -- parts -------------------------------------------------------------------------------------
@@ -209,8 +212,7 @@ class _SiteReader:
         name = socket.gethostname() if value is None else value
         if not isinstance(name, str) or not DEVICE.fullmatch(name):
             self.fail(
-                f"device is {brief(name)}; give a name of letters, digits, dots and hyphens, which a report "
-                "has too",
+                f"device is {brief(name)}; give a name of letters, digits, dots and hyphens, as of a file",
                 "device",
             )
         return name
@@ -241,10 +243,9 @@ class _SiteReader:
                 "names no base; give {path: FILE.gguf}, or {name: NAME} of the registry", "base"
             )
         base = self.wanted(table["base"], "base", has_registry=has_registry)
-        listed = self.values.sequence(table.get("experts"), "experts")
         experts = [
             self.wanted(one, f"experts[{i}]", has_registry=has_registry)
-            for i, one in enumerate(listed)
+            for i, one in enumerate(self.values.sequence(table.get("experts"), "experts"))
         ]
         return base, tuple(experts)
 
@@ -295,9 +296,7 @@ class _SiteReader:
         parameters = self.values.mapping(table.get("parameters", {}), "merge.parameters")
         self.values.parameters(parameters, "merge.parameters")
         imatrix = table.get("imatrix")
-        align = table.get("align")
-        if align is False:  # YAML's word for off
-            align = "off"
+        align = "off" if table.get("align") is False else table.get("align")  # YAML's word for off
         return Merge(
             method,
             parameters,
@@ -379,10 +378,11 @@ class _SiteReader:
         return {name: self.file(one, f"{where}.{name}") for name, one in table.items()}
 
     def place(self, value: Any, where: str) -> Path:
-        if value is None:
-            self.fail(f"{where} is missing; give a path", where)
         if not isinstance(value, str) or not value or "\0" in value:
-            self.fail(f"{where} is {brief(value)}; give a path", where)
+            said = "missing" if value is None else brief(value)
+            self.fail(f"{where} is {said}; give a path", where)
+        if value.partition("/")[0] == "~":
+            self.home = Path(os.path.expanduser("~"))
         return self.path.parent / os.path.expanduser(value)
 
     def existing(self, value: Any, where: str) -> Path:

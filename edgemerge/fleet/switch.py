@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
-from edgemerge.errors import OutputError, RuntimeFailure
+from edgemerge.errors import FormatError, OutputError, RuntimeFailure
 from edgemerge.fleet.examination import Examiner
 from edgemerge.fleet.report import Report
 from edgemerge.fleet.server import Server, ServerRefusal, ServerSilence, ServerUnheard
@@ -258,7 +258,8 @@ class Switch:
         if fault is not None:
             self._report.server_differs = True
             self._report.failures.append(f"the server did not take the earlier model: {fault}")
-        self._report.tried = self._folder.record(trying["id"])
+        with suppress(FormatError):  # it may be lost with the file
+            self._report.tried = self._folder.record(trying["id"])
         self.end("rolled_back", trying["reason"], trying)
 
     @contextmanager

@@ -6,7 +6,9 @@ import os
 import pwd
 import shlex
 import sys
+from contextlib import suppress
 
+from edgemerge.errors import RecipeError
 from edgemerge.fleet.site_file import Site
 from edgemerge.runtime.serve.systemd import escape, fill_unit, gpu_groups, quote
 
@@ -38,9 +40,6 @@ LAST = """\
 {steps}#   systemctl daemon-reload
 #   systemctl enable --now edgemerge-update.timer
 """
-ROOT = """\
-# It reads files of strangers as root. Give the folder to another account, and print this again.
-"""
 
 
 def make_units(site: Site) -> str:
@@ -50,12 +49,18 @@ def make_units(site: Site) -> str:
     ----------
     site : Site
         Of the device.
+
+    Raises
+    ------
+    RecipeError
+        The service would be root's, or have another home folder than `~` of SITE.yml stands for.
     """
     # A virtual environment is known by the path of its python: links are not followed.
     command = [sys.executable, "-P", "-m", "edgemerge", "update", str(site.path)]
     folders = [site.folder] + ([] if site.reports is None else [site.reports])
     paths = [os.path.abspath(folder) for folder in folders]
     user, groups = _choose_user(site), gpu_groups()
+    _check_user(site, user)
     values = {
         "names": escape(site.device),
         "command": " ".join(map(quote, command)),
@@ -67,14 +72,11 @@ def make_units(site: Site) -> str:
     service = fill_unit(values, [*FACTS, *(["groups"] if groups else [])])
     missing = " ".join(shlex.quote(path) for path in paths if not os.path.isdir(path))
     steps = f"#   install -d -o {user} {missing}\n" if missing else ""
-    return f"{service}\n{TIMER}\n{LAST.format(steps=steps)}{ROOT if user == 'root' else ''}"
+    return f"{service}\n{TIMER}\n{LAST.format(steps=steps)}"
 
 
 def _choose_user(site: Site) -> str:
-    """Name who owns the device's folder; before it is made, who asks, also by sudo.
-
-    The home folder of SITE.yml's `~` is that of the service's user.
-    """
+    """Name who owns the device's folder; before it is made, who asks, also by sudo."""
     try:
         number = site.folder.stat().st_uid
     except OSError:
@@ -85,3 +87,32 @@ def _choose_user(site: Site) -> str:
         return pwd.getpwuid(number).pw_name
     except KeyError:
         return str(number)
+
+
+def _check_user(site: Site, user: str) -> None:
+    """Refuse root, which reads files of strangers, and without capabilities no folder that is closed to it.
+
+    So is a home folder that is not the user's: what `~` stands for was taken from who asks.
+    """
+    if user == "root":
+        folder = shlex.quote(os.path.abspath(site.folder))
+        gives = "chown -R" if site.folder.is_dir() else "install -d -o"
+        raise RecipeError(
+            f"the folder {folder} is root's, and the service must not be, as it reads files of strangers; "
+            f"give it to another account with {gives} USER {folder}, and print this again",
+            path=site.path,
+            field="folder",
+        )
+    if site.home is not None and _home_of(user) != os.path.realpath(site.home):
+        raise RecipeError(
+            f"~ is {str(site.home)!r} here, and another folder for {user}, whose service it is; print this "
+            f"as {user}, or write whole paths",
+            path=site.path,
+        )
+
+
+def _home_of(user: str) -> str | None:
+    """Return the home folder of an account, None where it has none."""
+    with suppress(KeyError):
+        return os.path.realpath(pwd.getpwnam(user).pw_dir)
+    return None

@@ -18,7 +18,7 @@ from typing import Any
 from edgemerge.errors import EdgemergeError, FormatError, OutputError, RuntimeFailure
 from edgemerge.fleet.declared import Declared, declare
 from edgemerge.fleet.examination import Crash, Examiner, common_chunk
-from edgemerge.fleet.feasible import check_feasible
+from edgemerge.fleet.feasible import check_feasible, compared_base
 from edgemerge.fleet.ingredients import FileHashes, Ingredient, Registry, fetch_all, find_all
 from edgemerge.fleet.promotion import (
     MORE_MEASUREMENTS,
@@ -122,7 +122,7 @@ class Update:
         declared = self._declare()
         if trying is None and self._is_settled(declared):
             return
-        check_feasible(declared, serves=self._folder.serving_id() is not None)
+        check_feasible(declared, needs_base=declared.needs_base(self._folder))
         self._switch.check_server()
         if trying is None or trying["digest"] != declared.digest:
             drop_tried(self._folder)
@@ -192,7 +192,7 @@ class Update:
         declared = declared.with_files(found)
         was_lost = self._folder.is_lost()
         record = self._make(declared, trying)
-        state = {**trying, "id": record.id}
+        state = {**(self._folder.trying() or trying), "id": record.id}  # with what `_make` noted
         if record.id == self._folder.current_id():
             reason = "the merge gives the model that serves"
             if was_lost:
@@ -221,7 +221,8 @@ class Update:
     def _make(self, declared: Declared, trying: Mapping[str, Any]) -> ModelRecord:
         """Merge, and take the result into the folder under its id; or find it there after a power cut."""
         if "id" in trying and self._folder.has_model(trying["id"]):
-            return self._folder.record(trying["id"])
+            with suppress(FormatError):  # it was cut off before that was written
+                return self._folder.record(trying["id"])
         output = self._folder.work / f"{declared.digest[:ID_DIGITS]}.gguf"
         self._folder.clear_work(output.name)  # of merges of other states
         recipe = declared.recipe()
@@ -256,9 +257,18 @@ class Update:
         if name == self._folder.current_id():
             event, record = "restored", self._as_it_was(record)
         self._log(event, id=name, sha256=sha256, bytes=record.bytes)
-        self._folder.try_({**trying, "id": name})
+        self._folder.try_({"is_spared": self._is_of_somebody(name), **trying, "id": name})
         self._folder.add(output, record)
         return record
+
+    def _is_of_somebody(self, name: str) -> bool:
+        """Tell whether a model lies here that nobody has decided about, as one that was made on the page."""
+        if not self._folder.has_model(name):
+            return False
+        try:
+            return self._folder.record(name).decision is None
+        except FormatError:
+            return True
 
     def _as_it_was(self, record: ModelRecord) -> ModelRecord:
         """Return the record of a model whose file was lost, or a new one where it was lost, too."""
@@ -274,9 +284,8 @@ class Update:
             old_sha256 = self._folder.record(serves).sha256
             old_path = self._folder.model_path(serves)
         else:
-            base = declared.base
-            assert base is not None  # `check_feasible` saw to it
-            assert base.path is not None
+            base = compared_base(self._site, declared.base)
+            assert base.path is not None  # it was fetched
             old_path, old_sha256 = base.path, base.sha256
         new_path = self._folder.model_path(record.id)
         check_texts(self._site, old_path, new_path)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgemerge.errors import EdgemergeError
+from edgemerge.errors import EdgemergeError, RuntimeFailure
 from edgemerge.runtime.child_end import describe_end, is_crash
 
 __all__ = ["MAX_TOKENS", "QUESTIONS", "Answer", "ask_aside"]
@@ -46,7 +46,8 @@ class Answer:
     problem : str or None
         Why there is no answer.
     blames_model : bool
-        Whether that is the model's own problem; else its process was ended, or took too long.
+        Whether that is the model's own problem; else its process was ended or took too long, or llama.cpp
+        failed, as where memory is short.
     speed : float or None
         Tokens per second after the first; None where there was only one.
     """
@@ -147,7 +148,11 @@ def _ask(path: Path, questions: Sequence[str], n_threads: int | None) -> list[An
                     answers.append(Answer(str(path), question, said, loops, speed=speed))
     except EdgemergeError as error:
         left = questions[len(answers) :]
-        answers += [Answer(str(path), question, problem=str(error)) for question in left]
+        blames_model = not isinstance(error, RuntimeFailure)  # but its file, or its template
+        answers += [
+            Answer(str(path), question, problem=str(error), blames_model=blames_model)
+            for question in left
+        ]
     return answers
 
 

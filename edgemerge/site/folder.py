@@ -268,7 +268,8 @@ class SiteFolder:
         before = current if is_done else self.previous()
         if bad is None or before is None:
             raise OutputError("has no earlier model to roll back to", path=self.path)
-        self.write_record(replace(self.record(bad), decision="rolled_back", reason=reason))
+        with contextlib.suppress(FormatError):  # lost with its file; the log has the reason
+            self.write_record(replace(self.record(bad), decision="rolled_back", reason=reason))
         if not is_done:
             self._point_to(before)
         self._write_history(self.history())

@@ -57,7 +57,7 @@ def prune(folder: SiteFolder, keep: int) -> list[str]:
 
 
 def drop_tried(folder: SiteFolder) -> None:
-    """Remove the model that is being tried, if nobody has decided about it.
+    """Remove the model that is being tried, if nobody has decided about it, or made it before the update did.
 
     Call it before something else is noted in its place: from then on it looks like one of the page's, which
     `prune` leaves.
@@ -67,8 +67,9 @@ def drop_tried(folder: SiteFolder) -> None:
     folder : SiteFolder
         Locked.
     """
-    name = (folder.trying() or {}).get("id")
-    if name is None or name in folder.history():
+    trying = folder.trying() or {}
+    name = trying.get("id")
+    if name is None or trying.get("is_spared") or name in folder.history():
         return
     with suppress(FormatError):  # `prune` removes what has a damaged record
         if folder.record(name).decision is None:

@@ -83,7 +83,8 @@ def test_a_folder_that_cannot_be_looked_into_is_reported(device: Path) -> None:
     assert (told["outcome"], "File name too long" in told["reason"]) == ("failed", True)
 
 
-def test_the_units_of_systemd(device: Path) -> None:
+def test_the_units_of_systemd(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUDO_USER", "ward")  # root has no such service
     write_site(device.parent, reports="reports of all")
     done = run("update", device, "--systemd")
     service, _, timer = done.stdout.partition("\n# /etc/systemd/system/edgemerge-update.timer\n")

@@ -15,8 +15,9 @@ from edgemerge.errors import RuntimeFailure
 from edgemerge.fleet.examination import Crash, LlamaExaminer
 from edgemerge.fleet.ingredients import FileHashes
 from edgemerge.fleet.report import Report
-from edgemerge.fleet.site_file import read_site
+from edgemerge.fleet.site_file import Rule, read_site
 from edgemerge.fleet.update import Update
+from edgemerge.fleet.watch import watch_file
 from edgemerge.runtime import smoke
 from tests.support.tiny_gguf import write_tiny_gguf
 from tests.support.updates import folder_of, write_site
@@ -121,6 +122,19 @@ def test_no_model_is_to_blame_for_a_slow_card(
     monkeypatch.setattr(smoke, "SECONDS", 0.3)
     with pytest.raises(RuntimeFailure, match="loading took too long; the next update asks"):
         examiner.talk(tmp_path / "a.gguf")
+
+
+def test_no_model_is_to_blame_where_llama_cpp_does_not_load(
+    examiner: LlamaExaminer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: what had been promoted was rolled back for good while llama.cpp was not whole."""
+    model = tmp_path / "a.gguf"
+    with monkeypatch.context() as patch:
+        patch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
+        with pytest.raises(RuntimeFailure, match=r"llama\.cpp does not load .* asks it again$"):
+            watch_file(examiner, model, Rule())
+    model.write_bytes(model.read_bytes()[:-100])
+    assert "cut off" in str(watch_file(examiner, model, Rule()))
 
 
 def test_the_smoke_question_takes_the_threads_of_the_site(

@@ -127,3 +127,34 @@ def test_a_mixture_and_stages_have_a_base(device: Path, recipe: str) -> None:
     base = declare(read_site(device), [], FileHashes(None)).base
     assert base is not None
     assert base.path == device.parent / "base.gguf"
+
+
+def test_a_model_that_was_lost_is_made_again_without_a_base(device: Path) -> None:
+    """Fault: each update failed, as the first model is compared with a base."""
+    write_recipe(device, LINEAR, base={"path": "base.gguf"})
+    assert update(device, KnowingExaminer(better)).outcome == "promoted"
+    write_recipe(device, LINEAR)
+    assert update(device, KnowingExaminer(better)).outcome == "unchanged"
+    folder = folder_of(device)
+    folder.model_path(str(folder.current_id())).unlink()
+    assert foresee(read_site(device), None)["does"] == "merges"
+    report = update(device, KnowingExaminer(better))
+    assert report.reason == "the merge gives the model that serves, whose file was lost"
+    assert (report.outcome, report.failures) == ("unchanged", [])
+
+
+def test_another_model_than_the_lost_one_needs_a_base(device: Path) -> None:
+    assert update(device, KnowingExaminer(better)).outcome == "promoted"
+    folder, lost = folder_of(device), str(folder_of(device).current_id())
+    folder.model_path(lost).unlink()
+    write_recipe(device, LINEAR)
+    report = update(device, KnowingExaminer(better))
+    assert "has no base, and the first model is compared with one" in report.reason
+    assert list(folder.work.iterdir()) == []
+    digest = declare(read_site(device), [], FileHashes(None)).digest
+    settled = {"digest": digest, "id": lost, "time": "", "reason": "", "outcome": "promoted"}
+    folder.settle(settled)  # as if the merge had given it
+    again = update(device, KnowingExaminer(better))
+    assert (again.outcome, again.reason) == ("failed", report.reason)
+    events = [one["event"] for one in read_events(folder.path / "log.jsonl")]
+    assert events[-2:] == ["merged", "failed"]

@@ -109,14 +109,22 @@ def test_a_refused_state_is_tried_again_where_the_model_that_serves_is_lost(devi
     assert (report.outcome, report.failures) == ("promoted", [])
 
 
-def test_a_model_that_was_lost_can_be_rolled_back(device: Path) -> None:
+@pytest.mark.parametrize("with_record", [False, True])
+def test_a_model_that_was_lost_can_be_rolled_back(device: Path, with_record: bool) -> None:
+    """Fault: without its record, the roll back failed, and so did each update, which went on with it."""
     first = promote(device)
-    promote(device, "b")
+    second, folder = promote(device, "b"), folder_of(device)
     lose(device)
+    if with_record:
+        (folder.models / f"{second.id}.json").unlink()
     examiner = KnowingExaminer(better)
     report = roll_back_by_hand(read_site(device), examiner, None, reason="lost", by="eve")
     assert (report.outcome, report.current, report.failures) == ("rolled_back", first, [])
-    assert folder_of(device).current_path.is_file()
+    assert folder.current_path.is_file()
+    events = {one["event"]: one for one in read_events(folder.path / "log.jsonl")}
+    assert (events["rolled_back"]["id"], events["rolled_back"]["reason"]) == (second.id, "lost")
+    report = update(device, examiner)
+    assert (report.outcome, report.current) == ("unchanged", first)
 
 
 def test_a_link_that_was_lost_is_made_again(device: Path) -> None:

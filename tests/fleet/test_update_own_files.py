@@ -17,6 +17,7 @@ from edgemerge.fleet.server import Server
 from edgemerge.fleet.site_file import ServerPlace, read_site
 from edgemerge.fleet.switch import roll_back_by_hand
 from edgemerge.runtime.evaluation.answers import Answers
+from edgemerge.site.folder import SiteFolder
 from edgemerge.site.log import read_events
 from tests.support.updates import (
     KnowingExaminer,
@@ -213,6 +214,49 @@ def test_models_that_were_not_decided_about_do_not_fill_the_disk(device: Path) -
     assert folder.current_id() == tried[-1]
     events = list(read_events(folder.path / "log.jsonl"))
     assert [one["id"] for one in events if one["event"] == "merged"] == [first, *tried]
+
+
+@pytest.mark.parametrize("with_record", [False, True])
+def test_a_model_that_was_here_stays_where_an_update_tries_it(
+    device: Path, with_record: bool
+) -> None:
+    """Fault: an update that merged what somebody had made on the page removed it when it was cut off."""
+    update(device, KnowingExaminer(better))
+    folder = folder_of(device)
+    tried = try_in_vain(device, 0.2)
+    model, record = folder.model_path(tried).read_bytes(), folder.record(tried)
+    try_in_vain(device, 0.3)
+    assert not folder.has_model(tried)
+    folder.model_path(tried).write_bytes(model)
+    if with_record:
+        folder.write_record(record)
+    assert try_in_vain(device, 0.2) == tried
+    assert try_in_vain(device, 0.2) == tried  # it goes on
+    try_in_vain(device, 0.3)
+    assert folder.has_model(tried)
+    assert folder.record(tried).decision is None
+
+
+def test_a_model_that_was_here_stays_where_its_promotion_is_cut_off(
+    device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update(device, KnowingExaminer(better))
+    write_site(device.parent, experts=[{"path": "b.gguf"}], promote={"watch": 0, "better": []})
+    update(device, KnowingExaminer(better))
+    folder = folder_of(device)
+    tried = try_in_vain(device, 0.2)
+    (folder.path / "trying.json").unlink()  # now it is as one of the page's
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SiteFolder, "promote", end)
+        with pytest.raises(KeyboardInterrupt):
+            update(device, KnowingExaminer(better), again=True)
+    assert (folder.trying() or {})["step"] == "promote"
+    roll_back_by_hand(read_site(device), KnowingExaminer(better), None, reason="odd", by="eve")
+    assert folder.has_model(tried)
 
 
 def test_a_roll_back_by_hand_forgets_what_is_being_tried(device: Path) -> None:
