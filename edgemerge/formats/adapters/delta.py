@@ -90,6 +90,8 @@ class DeltaAdapter(GgufAdapter):
 
     def _sort(self) -> None:
         names = dict.fromkeys(map(tensor_name, self._file.specs))
+        if not names:
+            raise FormatError("holds no change; get the delta again", path=self.path)
         self._numbers = share_table({name: i for i, name in enumerate(names)})
         self._powers = array("b", self._exponents(len(names)))
         self._factors: dict[str, list[Update]] = {}

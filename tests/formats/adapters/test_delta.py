@@ -217,6 +217,7 @@ HOSTILE: dict[str, tuple[str, Change, str]] = {
         f"tensor {PLACES!r}: has 12000 values for 10240 elements",
     ),
     "sparse NaN": ("sparse", _edit(f"{HEAD}.sparse_value", NAN), "NaN or infinity"),
+    "no tensor": ("coded", lambda _metadata, tensors: tensors.clear(), "holds no change"),
     "factors of another shape": ("low rank", _reshape(f"{HEAD}.lora_b", (20, 4)), "does not fit"),
 }
 
