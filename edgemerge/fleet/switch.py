@@ -24,11 +24,12 @@ from edgemerge.fleet.site_file import Site
 from edgemerge.fleet.watch import Baseline, measure_server, watch_file, watch_server
 from edgemerge.site.folder import SiteFolder
 from edgemerge.site.pruning import drop_tried, prune
-from edgemerge.site.record import now
+from edgemerge.site.record import ModelRecord, now
 
 __all__ = ["Switch", "roll_back_by_hand"]
 
 Trying = Mapping[str, Any]
+LOST = "its file was lost"
 MISSED = "the server had another model than the folder says, and took this one"
 NO_SERVER = "no server was there to reload: it takes the model of now when it starts"
 
@@ -68,8 +69,19 @@ class Switch:
         }
 
     def is_late(self, trying: Trying | None) -> bool:
-        """Tell whether what was being done is one of these steps."""
-        return trying is not None and trying["step"] in self._steps
+        """Tell whether what was being done is one of these steps; what was lost before it is made again."""
+        if trying is None or trying["step"] not in self._steps:
+            return False
+        return trying["step"] != "promote" or self._is_whole(trying["id"])
+
+    def _is_whole(self, name: str) -> bool:
+        return self._folder.has_model(name) and self._find_record(name) is not None
+
+    def _find_record(self, name: str) -> ModelRecord | None:
+        """Return the record of a model; None where it was lost, perhaps with the file."""
+        with suppress(FormatError):
+            return self._folder.record(name)
+        return None
 
     def go(self, trying: Trying) -> None:
         """Note a step, do it, and what follows it.
@@ -200,11 +212,11 @@ class Switch:
 
     def _refuse(self, trying: Trying) -> None:
         name, reason = trying["id"], trying["reason"]
-        record = replace(self._folder.record(name), decision="refused", reason=reason)
-        self._folder.write_record(record)
+        if (record := self._find_record(name)) is not None:
+            self._report.tried = replace(record, decision="refused", reason=reason)
+            self._folder.write_record(self._report.tried)
         if name not in self._folder.history():
             self._folder.drop(name)
-        self._report.tried = record
         self.end("refused", reason, trying)
 
     def _promote(self, trying: Trying) -> None:
@@ -222,10 +234,10 @@ class Switch:
             self.end("unchanged", "another model was chosen while the update was cut off", trying)
             return
         with self.timed("watch"):
-            fault = self.reload(asks=True)
+            fault = LOST if self._folder.is_lost() else self.reload(asks=True)
             if fault is None:
                 fault = self._find_fault(trying)
-        self._report.tried = self._folder.record(trying["id"])
+        self._report.tried = self._find_record(trying["id"])
         if fault is None:
             self._folder.append_log({"event": "watched", "id": path.stem, "found": "nothing amiss"})
             self.end("promoted", trying["reason"], trying)
@@ -258,8 +270,7 @@ class Switch:
         if fault is not None:
             self._report.server_differs = True
             self._report.failures.append(f"the server did not take the earlier model: {fault}")
-        with suppress(FormatError):  # it may be lost with the file
-            self._report.tried = self._folder.record(trying["id"])
+        self._report.tried = self._find_record(trying["id"])
         self.end("rolled_back", trying["reason"], trying)
 
     @contextmanager

@@ -98,8 +98,8 @@ def _check_user(site: Site, user: str) -> None:
         folder = shlex.quote(os.path.abspath(site.folder))
         gives = "chown -R" if site.folder.is_dir() else "install -d -o"
         raise RecipeError(
-            f"the folder {folder} is root's, and the service must not be, as it reads files of strangers; "
-            f"give it to another account with {gives} USER {folder}, and print this again",
+            "the service would be root's, who must not read files of strangers; give its folder to another "
+            f"account with {gives} USER {folder}, and print this again",
             path=site.path,
             field="folder",
         )

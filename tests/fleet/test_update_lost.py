@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from edgemerge.fleet.server import Server
 from edgemerge.fleet.site_file import ServerPlace, read_site
 from edgemerge.fleet.switch import roll_back_by_hand
 from edgemerge.runtime.model_files import find_fingerprint
+from edgemerge.site.folder import SiteFolder
 from edgemerge.site.log import read_events
 from edgemerge.site.record import ModelRecord
 from tests.support.updates import (
@@ -125,6 +126,65 @@ def test_a_model_that_was_lost_can_be_rolled_back(device: Path, with_record: boo
     assert (events["rolled_back"]["id"], events["rolled_back"]["reason"]) == (second.id, "lost")
     report = update(device, examiner)
     assert (report.outcome, report.current) == ("unchanged", first)
+
+
+def cut_off(device: Path, step: str, right: Callable[[Path], Mapping[str, int]] = better) -> str:
+    """Let power go when a step has been noted; return the id of the model that is tried."""
+
+    class Ending(SiteFolder):
+        def try_(self, state: Mapping[str, Any]) -> None:
+            super().try_(state)
+            if state["step"] == step:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgemerge.fleet.update.SiteFolder", Ending)
+        with pytest.raises(KeyboardInterrupt):
+            update(device, KnowingExaminer(right))
+    return str((folder_of(device).trying() or {})["id"])
+
+
+@pytest.mark.parametrize("with_record", [False, True])
+def test_a_model_that_was_lost_while_it_was_watched_is_rolled_back(
+    device: Path, with_record: bool
+) -> None:
+    """Fault: without its record, each update failed, as it told of it."""
+    first, folder = promote(device), folder_of(device)
+    write_site(device.parent, experts=[{"path": "b.gguf"}], promote=ANY_GAIN)
+    examiner = KnowingExaminer(better)
+    assert folder.current_id() == first.id
+    tried = cut_off(device, "watch")
+    assert folder.current_id() == tried
+    lose(device)
+    if with_record:
+        (folder.models / f"{tried}.json").unlink()
+    report = update(device, examiner)
+    assert (report.outcome, report.reason) == ("rolled_back", "its file was lost")
+    assert (report.current, report.failures) == (first, [])
+    assert update(device, examiner).outcome == "unchanged"
+
+
+@pytest.mark.parametrize("lost", ["gguf", "json"])
+def test_a_model_that_was_lost_before_its_promotion_is_made_again(device: Path, lost: str) -> None:
+    """Fault: each update failed, as it could not promote what was not there."""
+    promote(device)
+    write_site(device.parent, experts=[{"path": "b.gguf"}], promote=ANY_GAIN)
+    tried, folder = cut_off(device, "promote"), folder_of(device)
+    (folder.models / f"{tried}.{lost}").unlink()
+    report = update(device, KnowingExaminer(better))
+    assert (report.outcome, report.failures) == ("promoted", [])
+    assert folder.current_id() == tried
+    assert folder.has_model(tried)
+
+
+def test_a_model_whose_record_was_lost_can_be_refused(device: Path) -> None:
+    promote(device)
+    write_site(device.parent, experts=[{"path": "b.gguf"}])
+    tried, folder = cut_off(device, "refuse", worse), folder_of(device)
+    (folder.models / f"{tried}.json").unlink()
+    report = update(device, KnowingExaminer(worse))
+    assert (report.outcome, report.tried, report.failures) == ("refused", None, [])
+    assert not folder.has_model(tried)
 
 
 def test_a_link_that_was_lost_is_made_again(device: Path) -> None:
