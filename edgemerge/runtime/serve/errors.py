@@ -8,14 +8,28 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgemerge.errors import EdgemergeError
+from edgemerge.errors import BudgetError, EdgemergeError
 from edgemerge.runtime.engine.process import EngineFailure
 
-__all__ = ["BUSY", "INVALID", "SERVER", "Refusal", "explain", "stopping", "wrong_field"]
+__all__ = ["BUSY", "INVALID", "SERVER", "TOO_LARGE"]
+__all__ += ["NO_ROOM_BESIDE_KEPT", "NO_ROOM_FOR_BOTH", "NO_ROOM_NOW"]
+__all__ += ["Refusal", "cannot_load", "explain", "stopping", "unavailable", "wrong_field"]
 
 log = logging.getLogger(__name__)
 
 INVALID, BUSY, SERVER = "invalid_request_error", "server_busy", "server_error"
+NO_ROOM_NOW = "there is no room in memory for the model while others answer"
+NO_ROOM_FOR_BOTH = (
+    "there is no room in memory for the new model beside the one that it replaces; start the server with "
+    "more --memory"
+)
+NO_ROOM_BESIDE_KEPT = (
+    "there is no room in memory for the model beside another one, whose new file a reload has refused; put "
+    "a better file there"
+)
+TOO_LARGE = (
+    "is too large for the server's memory; start the server with more --memory or a smaller --ctx"
+)
 # what the engine says (`prompts`)
 _TOO_LONG = re.compile(r" has (\d+) tokens(?: with the query)? and the context is (\d+)")
 _MAX_MESSAGE = 500  # characters; a wrong request may be large and comes back in its message
@@ -80,6 +94,20 @@ class Refusal(EdgemergeError):
 def stopping() -> Refusal:
     """Refuse because the server is about to end; another may take its place."""
     return Refusal(503, "the server is stopping", kind=BUSY, retry_after=5)
+
+
+def unavailable(sentence: str) -> Refusal:
+    """Refuse because a model's file is not as it should be; somebody has to see to that."""
+    return Refusal(503, sentence, kind=SERVER, code="model_unavailable", retry_after=30)
+
+
+def cannot_load(name: str, error: EdgemergeError) -> Refusal:
+    """Say that a model does not load; the log gets the error, which names files."""
+    code = "model_unavailable"
+    if isinstance(error, BudgetError):
+        return Refusal(503, f"the file of the model {name!r} {TOO_LARGE}", kind=SERVER, code=code)
+    sentence = f"the model {name!r} cannot be loaded; the server's log says why"
+    return Refusal(500, sentence, kind=SERVER, code=code)
 
 
 def explain(error: BaseException) -> Refusal:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgemerge.runtime.engine.options import EngineFacts
 from edgemerge.runtime.engine.process import ModelProcess
-from edgemerge.runtime.serve.models import ModelFile, Stamps
+from edgemerge.runtime.serve.models import ModelFile, Stamps, find_stamps
 
 __all__ = ["Loaded", "ModelState", "Slot"]
 
@@ -45,7 +45,9 @@ class Slot:
     file: ModelFile  # what answers, or was the last to; before the first start, what was there
     loaded: Loaded | None = None
     loading: asyncio.Task[None] | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # of a start, or of a reload
     refused: Stamps | None = None  # of the file that a reload found in its place and did not take
+    bad: Stamps | None = None  # of the one that answered badly, or is not signed: no start takes it
     places: int = 0  # requests that run, or wait for it to be loaded
     used: float = 0.0
     starts: int = 0
@@ -53,9 +55,23 @@ class Slot:
     was_lost: bool = False  # its process has ended by itself, and none has been started since
 
     @property
-    def is_idle(self) -> bool:
-        """Whether it is in memory and nobody wants it."""
-        return self.loaded is not None and not self.places and not self.loaded.users
+    def is_coming(self) -> bool:
+        """Whether it is about to be in memory, or to be replaced."""
+        return self.loading is not None or self.lock.locked()
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it stays in memory: the file in its place was refused, or that is gone, too."""
+        if self.loaded is None or self.refused is None:
+            return False
+        return find_stamps(self.file.path) in ((), self.refused)
+
+    @property
+    def may_close(self) -> bool:
+        """Whether it is in memory and nobody wants it; not while a reload may yet refuse its new file."""
+        if self.loaded is None or self.places or self.loaded.users or self.lock.locked():
+            return False
+        return not self.is_kept
 
     def state(self) -> ModelState:
         """How the model is."""

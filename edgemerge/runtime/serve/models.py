@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgemerge.errors import RuntimeFailure
+from edgemerge.errors import BudgetError, RuntimeFailure
 from edgemerge.formats.gguf.metadata import Array, get_value
 from edgemerge.formats.gguf.model import GgufModel, parts_of
 from edgemerge.recipe.values import is_utf8
@@ -15,9 +15,10 @@ from edgemerge.runtime.board.device import read_memory
 from edgemerge.runtime.doctor.fit import MAX_LAYERS, PROCESS_BYTES, Needs, read_needs
 from edgemerge.runtime.engine.options import CHUNK, KEPT_PART, ROWS
 from edgemerge.runtime.model_files import open_gguf
+from edgemerge.sizes import format_size
 
 __all__ = ["DEFAULT_CONTEXT", "DEFAULT_SEQUENCES", "ModelFile", "Stamps", "read_model_file"]
-__all__ += ["read_stamps", "usable_memory"]
+__all__ += ["check_size", "find_stamps", "read_stamps", "usable_memory"]
 
 DEFAULT_CONTEXT = 4096  # tokens, where the model was trained for as many
 DEFAULT_SEQUENCES = 8
@@ -129,11 +130,11 @@ def read_model_file(
     FormatError
         It is no GGUF file, or a damaged one.
     RuntimeFailure
-        It is a folder, or is not there; or clients cannot be told its name.
+        It is a folder, or is not there; it changed meanwhile; or clients cannot be told its name.
     """
+    stamps = find_stamps(path)
     source = open_gguf(path)
     try:
-        stamps = read_stamps(path)
         if name is not None:
             _check_names(name, path)
         needs, n_ctx_train = read_needs(source)
@@ -141,7 +142,7 @@ def read_model_file(
         n_ctx = min(n_ctx, n_ctx_train or n_ctx)  # as the engine does, whatever is asked for
         facts = path.stat()
         base, token_bytes = _estimate_memory(source, needs, n_sequences, kv_type, rpc_layers)
-        return ModelFile(
+        file = ModelFile(
             path.stem if name is None else name,
             path,
             n_ctx,
@@ -154,6 +155,11 @@ def read_model_file(
             n_sequences,
             stamps,
         )
+        if find_stamps(path) != stamps:  # else the header of one file had the stamps of another
+            raise RuntimeFailure(
+                f"{path}: changed while it was read; see who writes there, and load it again"
+            )
+        return file
     finally:
         source.close()
 
@@ -173,6 +179,32 @@ def read_stamps(path: Path) -> Stamps:
             f"{path}: cannot be read ({error.strerror}); check the path"
         ) from error
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
+
+
+def find_stamps(path: Path) -> Stamps:
+    """Note what a model's files are now; nothing where one cannot be read."""
+    try:
+        return read_stamps(path)
+    except RuntimeFailure:
+        return ()
+
+
+def check_size(file: ModelFile, floor: int, budget: int) -> None:
+    """See that a model fits into a server's memory alone.
+
+    Raises
+    ------
+    BudgetError
+        With the `floor` that the server takes anyway it needs more than the budget.
+    """
+    needed = floor + file.need
+    if needed > budget:
+        raise BudgetError(
+            f"{file.path} needs {format_size(needed)} with {file.n_ctx} tokens of context and the server "
+            f"may take {format_size(budget)}: give more --memory or a smaller --ctx",
+            needed=needed,
+            budget=budget,
+        )
 
 
 def _check_names(name: str, path: Path) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 
 from pydantic import StrictBool
 
-from edgemerge.errors import EdgemergeError, VerificationError
+from edgemerge.errors import BudgetError, EdgemergeError, VerificationError
 from edgemerge.runtime.engine.messages import Chat, Ended, Generation, Piece, Sampling
 from edgemerge.runtime.engine.process import EngineFailure
-from edgemerge.runtime.serve.errors import SERVER, Refusal
+from edgemerge.runtime.serve.errors import SERVER, TOO_LARGE, Refusal
 from edgemerge.runtime.serve.loaded import Loaded
-from edgemerge.runtime.serve.models import ModelFile
+from edgemerge.runtime.serve.models import ModelFile, find_stamps
 from edgemerge.runtime.serve.requests import RELOAD, Body
 from edgemerge.runtime.serve.routes import Routes
 from edgemerge.runtime.serve.store import ModelStore
@@ -26,8 +26,6 @@ from edgemerge.runtime.smoke import MAX_TOKENS, QUESTIONS, SECONDS
 __all__ = ["Reloader", "add_reload"]
 
 log = logging.getLogger(__name__)
-
-_REFUSED = "model_refused"
 
 
 class ReloadRequest(Body):
@@ -71,12 +69,7 @@ class Reloader:
             409 where the new one is not taken; the old one goes on answering. As of `ModelStore.start`.
         """
         path = self._models.resolve(name).path
-        try:
-            return await self.replace(name, path, lambda: None, then=path, asks=asks)
-        except Refusal as refusal:
-            if refusal.code == _REFUSED:
-                self._models.refuse(name)
-            raise
+        return await self.replace(name, path, lambda: None, then=path, asks=asks)
 
     async def replace(
         self,
@@ -113,7 +106,7 @@ class Reloader:
         Refusal
             As of `reload`.
         """
-        async with self._turn:
+        async with self._turn, self._models.locked(name):
             before = next(state for state in self._models.states() if state.id == name)
             file = replace(self._models.resolve(name), path=path)
             new = await self._load(file, asks=asks)
@@ -137,19 +130,22 @@ class Reloader:
                 log.error("%s", refusal)
 
     async def _load(self, old: ModelFile, *, asks: bool) -> Loaded:
+        file = replace(old, stamps=find_stamps(old.path))  # all that is known if it cannot be read
         try:
             file = await self._models.read(old)
             new = await self._models.start(file)
-        except VerificationError as error:
-            raise self._refuse(old, "it is not signed as required", error) from None
         except Refusal:
             raise
-        except EdgemergeError as error:
-            raise self._refuse(old, "it does not load", error) from None
+        except VerificationError as error:
+            raise self._refuse(file, "it is not signed as required", error) from None
+        except BudgetError as error:
+            raise self._refuse(file, f"it {TOO_LARGE}", error, is_bad=False) from None
+        except EdgemergeError as error:  # another time there may be more memory for it
+            raise self._refuse(file, "it does not load", error, is_bad=False) from None
         is_new = file.stamps != old.stamps
         try:
             if asks and is_new and (fault := await self._find_fault(new)) is not None:
-                raise self._refuse(old, fault)
+                raise self._refuse(file, fault)
         except BaseException:
             await self._models.drop(new)
             raise
@@ -163,10 +159,8 @@ class Reloader:
             fault = await _find_oddity(new)
         except EngineFailure as failure:
             return f"it fails when it is asked a simple question ({failure})"
-        name = new.file.name
-        if fault is None or name not in self._models.loaded:
+        if fault is None or (old := self._models.hold(new.file.name)) is None:
             return fault
-        old = await self._models.open(name)
         try:
             return None if await _find_oddity(old) == fault else fault
         except EngineFailure:
@@ -174,7 +168,15 @@ class Reloader:
         finally:
             self._models.release(old)
 
-    def _refuse(self, file: ModelFile, why: str, error: EdgemergeError | None = None) -> Refusal:
+    def _refuse(
+        self,
+        file: ModelFile,
+        why: str,
+        error: EdgemergeError | None = None,
+        *,
+        is_bad: bool = True,
+    ) -> Refusal:
+        self._models.refuse(file, is_bad=is_bad)
         if error is not None:
             log.error("%s", error)
         old = "goes on" if file.name in self._models.loaded else "is closed"
@@ -182,7 +184,7 @@ class Reloader:
             409,
             f"the new file of {file.name!r} is not taken, and the old one {old}: {why}",
             kind=SERVER,
-            code=_REFUSED,
+            code="model_refused",
         )
 
 

@@ -5,31 +5,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
-from edgemerge.errors import BudgetError, EdgemergeError, RecipeError, RuntimeFailure
-from edgemerge.runtime.serve.errors import BUSY, SERVER, Refusal
+from edgemerge.errors import EdgemergeError, RecipeError
+from edgemerge.runtime.serve.errors import (
+    BUSY,
+    NO_ROOM_BESIDE_KEPT,
+    NO_ROOM_FOR_BOTH,
+    NO_ROOM_NOW,
+    Refusal,
+    cannot_load,
+    unavailable,
+)
 from edgemerge.runtime.serve.loaded import Loaded, ModelState, Slot
-from edgemerge.runtime.serve.models import ModelFile, Stamps, read_stamps
+from edgemerge.runtime.serve.models import ModelFile, check_size, find_stamps
 from edgemerge.runtime.serve.queue import Room
-from edgemerge.sizes import format_size
 
 __all__ = ["ModelStore"]
 
 log = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 1.0
-_NO_ROOM_NOW = "there is no room in memory for the model while others answer"
-_NO_ROOM_FOR_BOTH = (
-    "there is no room in memory for the new model beside the one that it replaces; start the server with "
-    "more --memory"
-)
-_NO_ROOM_EVER = (
-    "the model's file has become too large for the server's memory; start the server with more --memory or "
-    "a smaller --ctx"
-)
 
 
 class ModelStore:
@@ -82,14 +80,7 @@ class ModelStore:
                 raise RecipeError(
                     f"two models are called {file.name}: name one of them, as in other={file.path}"
                 )
-            if floor + file.need > budget:
-                raise BudgetError(
-                    f"{file.path} needs {format_size(floor + file.need)} with {file.n_ctx} tokens of "
-                    f"context and the server may take {format_size(budget)}: give more --memory or "
-                    "a smaller --ctx",
-                    needed=floor + file.need,
-                    budget=budget,
-                )
+            check_size(file, floor, budget)
 
     def __iter__(self) -> Iterator[ModelFile]:
         """Files of all models."""
@@ -106,7 +97,7 @@ class ModelStore:
         return tuple(
             name
             for name, slot in self._slots.items()
-            if slot.loaded is not None or _find_stamps(slot.file.path) not in ((), slot.file.stamps)
+            if slot.loaded is not None or find_stamps(slot.file.path) not in ((), slot.file.stamps)
         )
 
     @property
@@ -146,9 +137,11 @@ class ModelStore:
     def room_for(self, model: str) -> Room:
         """Whether one more request may begin."""
         slot = self._slots[model]
-        if slot.places or slot.loaded is not None or slot.loading is not None:
+        if slot.places or slot.loaded is not None or slot.is_coming:
             facts = slot.loaded.facts if slot.loaded is not None else slot.file
             return Room.FREE if slot.places < facts.n_sequences else Room.FULL
+        if self._floor + self._kept(model) + slot.file.need > self.budget:
+            return Room.FREE  # to be refused: it would wait in vain, with all others behind it
         fits = self._floor + self._in_use() + slot.file.need <= self.budget
         return Room.FREE if fits else Room.SHUT
 
@@ -173,15 +166,21 @@ class ModelStore:
             503 where its file is gone, 500 where llama.cpp refuses it; the log has the reason.
         """
         slot = self._slots[name]
-        self._bury(slot)
-        while (loaded := slot.loaded) is None:
+        while (loaded := self.hold(name)) is None:
             if slot.loading is None:
                 slot.loading = asyncio.create_task(self._load(slot))
                 slot.loading.add_done_callback(_hear)
             # not cancelled with the request: others wait for it, or will
             await asyncio.shield(slot.loading)
-        loaded.users += 1
         return loaded
+
+    def hold(self, name: str) -> Loaded | None:
+        """Give a model that is in memory; None where it is not. `release` must follow."""
+        slot = self._slots[name]
+        self._bury(slot)
+        if slot.loaded is not None:
+            slot.loaded.users += 1
+        return slot.loaded
 
     def release(self, loaded: Loaded) -> None:
         """End one use of a model."""
@@ -190,6 +189,15 @@ class ModelStore:
             self._retired.remove(loaded)
             self._end(loaded)
         self._bury(self._slots[loaded.file.name])
+
+    @asynccontextmanager
+    async def locked(self, name: str) -> AsyncIterator[None]:
+        """Let nothing else start a model, nor close it; who asks for it while it is closed waits."""
+        try:
+            async with self._slots[name].lock:
+                yield
+        finally:
+            self.changed()
 
     async def start(self, file: ModelFile) -> Loaded:
         """Start a process beside the ones that are there, with others closed to make room.
@@ -200,6 +208,8 @@ class ModelStore:
         ------
         Refusal
             503 where there is no room.
+        BudgetError
+            It does not fit, even alone.
         EdgemergeError
             It does not load, or is not signed.
         """
@@ -219,7 +229,7 @@ class ModelStore:
         self._beside.remove(new)
         slot = self._slots[new.file.name]
         old, slot.loaded, slot.file = slot.loaded, new, new.file
-        slot.was_lost, slot.refused = False, None
+        slot.was_lost, slot.refused, slot.bad = False, None, None
         slot.used = time.monotonic()
         if old is not None:
             old.is_retired = True
@@ -237,10 +247,17 @@ class ModelStore:
             self._beside.remove(new)
             self.changed()
 
-    def refuse(self, name: str) -> None:
-        """Note that the file in a model's place is not taken: no start takes it before a reload does."""
-        slot = self._slots[name]
-        slot.refused = _find_stamps(slot.file.path)
+    def refuse(self, file: ModelFile, *, is_bad: bool) -> None:
+        """Note that a reload does not take the file in a model's place, so that the old one stays open.
+
+        No start takes it before a reload does, if it `is_bad`. The file that answers now is not refused.
+        """
+        slot = self._slots[file.name]
+        if file.path != slot.file.path or file.stamps == slot.file.stamps:
+            return
+        slot.refused = file.stamps
+        if is_bad:
+            slot.bad = file.stamps
 
     async def watch(self, idle_seconds: float) -> None:
         """Take note of processes that end, and close models that nobody has used for so long (0: never).
@@ -252,8 +269,7 @@ class ModelStore:
             for name, slot in self._slots.items():
                 self._bury(slot)
                 unused = time.monotonic() - slot.used
-                may_return = slot.refused is None  # else nothing could answer in its place
-                if idle_seconds and slot.is_idle and may_return and unused > idle_seconds:
+                if idle_seconds and unused > idle_seconds and slot.may_close:
                     log.info("closing %s, which nobody uses", name)
                     await self._close(slot)
 
@@ -271,21 +287,14 @@ class ModelStore:
 
     async def _load(self, slot: Slot) -> None:
         try:
-            loaded = await self.start(await self._read_again(slot))
-            if slot.loaded is None:
-                self.adopt(loaded)
-            else:  # by a reload, meanwhile
-                await self.drop(loaded)
+            async with slot.lock:
+                if slot.loaded is None:  # a reload may have brought it
+                    self.adopt(await self.start(await self._read_again(slot)))
         except Refusal:
             raise
         except EdgemergeError as error:
             log.error("%s", error)
-            raise Refusal(
-                500,
-                f"the model {slot.file.name!r} cannot be loaded; the server's log says why",
-                kind=SERVER,
-                code="model_unavailable",
-            ) from None
+            raise cannot_load(slot.file.name, error) from None
         finally:
             slot.loading = None
             self.changed()
@@ -295,11 +304,11 @@ class ModelStore:
         file = slot.file
         if not file.path.is_file():
             log.error("%s: the file is gone", file.path)
-            raise _unavailable(f"the file of the model {file.name!r} is not there at the moment")
+            raise unavailable(f"the file of the model {file.name!r} is not there at the moment")
         file = await self.read(file)
-        if file.stamps == slot.refused:
+        if file.stamps == slot.bad:
             log.error("%s: was refused by a reload, so it is not loaded", file.path)
-            raise _unavailable(
+            raise unavailable(
                 f"a reload has refused the new file of {file.name!r}, and the old one is not in memory any "
                 'more: put a better one there, or reload this one with "ask": false'
             )
@@ -307,16 +316,21 @@ class ModelStore:
 
     async def _make_room(self, file: ModelFile) -> None:
         """Close idle models; not the one that has the file's name, which a reload wants beside it."""
+        check_size(file, self._floor, self.budget)
         others = [slot for name, slot in self._slots.items() if name != file.name]
         old = self._slots[file.name].loaded
-        fits = self._floor + (old.file.need if old is not None else 0) + file.need <= self.budget
-        never = _NO_ROOM_EVER if old is None else _NO_ROOM_FOR_BOTH
+        least = self._floor + (old.file.need if old is not None else 0) + file.need
+        why = None
+        if least > self.budget:
+            why = NO_ROOM_FOR_BOTH
+        elif least + self._kept(file.name) > self.budget:
+            why = NO_ROOM_BESIDE_KEPT
         while self._floor + self._taken() + file.need > self.budget:
-            idle = [slot for slot in others if slot.is_idle and fits]
+            idle = [slot for slot in others if why is None and slot.may_close]
             if not idle:
                 raise Refusal(
                     503,
-                    _NO_ROOM_NOW if fits else never,
+                    why or NO_ROOM_NOW,
                     kind=BUSY,
                     code="model_unavailable",
                     retry_after=5,
@@ -333,14 +347,19 @@ class ModelStore:
 
     def _in_use(self) -> int:
         """Bytes of what is in memory and cannot be closed, and of what requests are about to load."""
-        starting = {file.name for file in self._starting}
-        idle = sum(slot.file.need for slot in self._slots.values() if slot.is_idle)
+        starting = {file.name for file in (*self._starting, *(one.file for one in self._beside))}
+        idle = sum(slot.file.need for slot in self._slots.values() if slot.may_close)
         wanted = (
             slot.file.need
             for name, slot in self._slots.items()
             if slot.places and slot.loaded is None and name not in starting
         )
         return self._taken() - idle + sum(wanted)
+
+    def _kept(self, name: str) -> int:
+        """Bytes of the models but one that stay, however long it waits."""
+        others = (slot for other, slot in self._slots.items() if other != name)
+        return sum(slot.file.need for slot in others if slot.is_kept)
 
     async def _close(self, slot: Slot) -> None:
         loaded, slot.loaded = slot.loaded, None
@@ -366,18 +385,6 @@ class ModelStore:
     async def _finish(self, closing: Coroutine[Any, Any, None]) -> None:
         await closing
         self.changed()
-
-
-def _find_stamps(path: Path) -> Stamps:
-    """Stamps of a model's files; none where they cannot be read."""
-    try:
-        return read_stamps(path)
-    except RuntimeFailure:
-        return ()
-
-
-def _unavailable(sentence: str) -> Refusal:
-    return Refusal(503, sentence, kind=SERVER, code="model_unavailable", retry_after=30)
 
 
 def _hear(loading: asyncio.Task[None]) -> None:

@@ -1,4 +1,4 @@
-"""Chromium, for the tests of the web page."""
+"""Chromium, for the tests of the web page; and models that are asked without a process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from edgemerge.runtime.serve import reload as reload_module
+from edgemerge.runtime.serve.loaded import Loaded
 from tests.runtime.serve.page_stub import PageStub
+from tests.support.replaced_files import MIB, ODD
 from tools.screenshot import CHROMIUM, launch_chromium
 
 WAIT = 10_000  # ms; a busy machine is slow to draw
@@ -47,3 +50,16 @@ def page(browser: Any) -> Iterator[Any]:
 def stub() -> Iterator[PageStub]:
     with PageStub() as stub:
         yield stub
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let models be asked without a process; these are the names of those that were."""
+    names: list[str] = []
+
+    async def ask(loaded: Loaded) -> str | None:
+        names.append(loaded.file.name)
+        return "it has no answer to a simple question" if loaded.file.need == ODD * MIB else None
+
+    monkeypatch.setattr(reload_module, "_find_oddity", ask)
+    return names

@@ -1,9 +1,8 @@
-"""Files that are replaced: beside the old model, while it is closed, and those that are refused."""
+"""Files that are replaced: beside the old model, and while it is closed."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,49 +11,11 @@ from edgemerge.runtime.serve import reload as reload_module
 from edgemerge.runtime.serve import store as store_module
 from edgemerge.runtime.serve.errors import Refusal
 from edgemerge.runtime.serve.loaded import Loaded
-from edgemerge.runtime.serve.models import ModelFile, read_stamps
 from edgemerge.runtime.serve.queue import Room
 from edgemerge.runtime.serve.reload import Reloader
-from edgemerge.runtime.serve.store import ModelStore
-from tests.runtime.serve.test_serve_models import MIB, in_loop, make_store, use
+from tests.runtime.serve.test_serve_models import in_loop, make_store, use
 from tests.support.fake_process import Loader
-
-ODD = 20  # MiB of a model that has no answer
-
-
-async def read_again(file: ModelFile) -> ModelFile:
-    """Read what a model needs: a file that was replaced has its MiB in it."""
-    text = file.path.read_text()
-    base = int(text) * MIB if text else file.base
-    return replace(file, base=base, stamps=read_stamps(file.path))
-
-
-def write_new(store: ModelStore, name: str, mib: int) -> None:
-    """Put another file in the place of a model's."""
-    path = store.resolve(name).path
-    other = path.with_suffix(".new")
-    other.write_text(f"{mib}")
-    other.replace(path)
-
-
-def end_process(loader: Loader, store: ModelStore, name: str) -> None:
-    for process in loader.started:
-        if process.name == name:
-            process.is_alive = False
-    store.states()  # takes note of that
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let models be asked without a process; these are the names of those that were."""
-    names: list[str] = []
-
-    async def ask(loaded: Loaded) -> str | None:
-        names.append(loaded.file.name)
-        return "it has no answer to a simple question" if loaded.file.need == ODD * MIB else None
-
-    monkeypatch.setattr(reload_module, "_find_oddity", ask)
-    return names
+from tests.support.replaced_files import MIB, ODD, end_process, read_again, write_new
 
 
 def test_a_start_takes_the_header_of_now(tmp_path: Path) -> None:
@@ -102,55 +63,6 @@ def test_closed_models_are_reloaded_where_their_files_are_new(
     in_loop(scenario)
 
 
-def test_what_a_reload_refuses_is_not_taken_by_a_later_start(
-    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fault: once the old model was closed for want of work, the refused file answered."""
-    monkeypatch.setattr(store_module, "_WATCH_SECONDS", 0.02)
-
-    async def scenario() -> None:
-        loader = Loader()
-        store = make_store(tmp_path, {"a": 10}, 200, loader, read_again)
-        reloader = Reloader(store)
-        await use(store, "a")
-        write_new(store, "a", ODD)
-        with pytest.raises(Refusal, match="no answer to a simple question"):
-            await reloader.reload("a")
-        watching = asyncio.create_task(store.watch(0.05))
-        await asyncio.sleep(0.3)
-        watching.cancel()
-        assert loader.alive() == ["a"]  # the old one, which nothing could replace
-        end_process(loader, store, "a")
-        with pytest.raises(Refusal, match="has refused the new file") as caught:
-            await store.open("a")
-        assert caught.value.status == 503
-        assert loader.alive() == []
-        await reloader.reload("a", asks=False)
-        await use(store, "a")
-        assert store.resolve("a").need == ODD * MIB
-        end_process(loader, store, "a")
-        await use(store, "a")  # it is the one that answered last
-
-    in_loop(scenario)
-
-
-def test_a_better_file_in_the_place_of_a_refused_one_is_taken(
-    tmp_path: Path, asked: list[str]
-) -> None:
-    async def scenario() -> None:
-        loader = Loader()
-        store = make_store(tmp_path, {"a": 10}, 200, loader, read_again)
-        write_new(store, "a", ODD)
-        with pytest.raises(Refusal, match="no answer to a simple question"):
-            await Reloader(store).reload("a")
-        write_new(store, "a", 15)
-        await use(store, "a")
-        assert store.resolve("a").need == 15 * MIB
-        assert asked == ["a"]
-
-    in_loop(scenario)
-
-
 def test_a_model_that_is_being_asked_counts(tmp_path: Path) -> None:
     """Fault: from its load to its first request a new model had no place in the budget."""
 
@@ -171,5 +83,101 @@ def test_a_model_that_is_being_asked_counts(tmp_path: Path) -> None:
         assert (store.pids, store.taken) == ([], 150 * MIB)
         await use(store, "b")
         assert loader.alive() == ["a", "b"]
+
+    in_loop(scenario)
+
+
+@pytest.mark.parametrize("is_odd", [False, True])
+def test_who_asks_for_a_closed_model_waits_for_its_reload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_odd: bool
+) -> None:
+    """Fault: the request started the same file unasked, which was then compared with itself."""
+
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 60}, 200, loader, read_again)
+        is_asked, may_answer = asyncio.Event(), asyncio.Event()
+
+        async def ask(loaded: Loaded) -> str | None:
+            is_asked.set()
+            await may_answer.wait()
+            return "it has no answer to a simple question" if is_odd else None
+
+        monkeypatch.setattr(reload_module, "_find_oddity", ask)
+        write_new(store, "a", 70)
+        reloading = asyncio.create_task(Reloader(store).reload("a"))
+        await is_asked.wait()
+        using = asyncio.create_task(use(store, "a"))
+        await asyncio.sleep(0.05)
+        assert len(loader.started) == 1
+        may_answer.set()
+        if is_odd:
+            for task, says in ((reloading, "the old one is closed"), (using, "has refused")):
+                with pytest.raises(Refusal, match=says):
+                    await task
+        else:
+            await asyncio.gather(reloading, using)
+        assert loader.alive() == ([] if is_odd else ["a"])
+        assert len(loader.started) == 1
+
+    in_loop(scenario)
+
+
+def test_the_old_model_stays_while_the_new_file_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: where it was closed meanwhile, and the new file refused, nothing could answer."""
+    monkeypatch.setattr(store_module, "_WATCH_SECONDS", 0.02)
+
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 10}, 200, loader, read_again)
+
+        async def ask(loaded: Loaded) -> str | None:
+            if loaded.file.need != ODD * MIB:
+                return None
+            await asyncio.sleep(0.3)
+            return "it has no answer to a simple question"
+
+        monkeypatch.setattr(reload_module, "_find_oddity", ask)
+        await use(store, "a")
+        watching = asyncio.create_task(store.watch(0.05))
+        write_new(store, "a", ODD)
+        with pytest.raises(Refusal, match="the old one goes on"):
+            await Reloader(store).reload("a")
+        watching.cancel()
+        assert loader.alive() == ["a"]
+
+    in_loop(scenario)
+
+
+def test_who_waits_hears_of_the_end_of_a_reload(tmp_path: Path, asked: list[str]) -> None:
+    async def scenario() -> None:
+        store = make_store(tmp_path, {"a": 30, "b": 80}, 200, Loader(), read_again)
+        await use(store, "a")
+        rooms: list[Room] = []
+        store.changed = lambda: rooms.append(store.room_for("b"))
+        write_new(store, "a", 25)
+        await Reloader(store).reload("a")
+        assert rooms[0] is Room.SHUT
+        assert rooms[-1] is Room.FREE
+
+    in_loop(scenario)
+
+
+def test_a_reload_beside_a_first_start_leaves_one_process(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        loader = Loader()
+        store = make_store(tmp_path, {"a": 10}, 200, loader)
+        loader.may_go.clear()
+        opening = asyncio.create_task(store.open("a"))
+        await asyncio.sleep(0.01)
+        reloading = asyncio.create_task(Reloader(store).reload("a"))
+        await asyncio.sleep(0.01)
+        loader.may_go.set()
+        store.release(await opening)
+        await reloading
+        await asyncio.sleep(0.01)
+        assert loader.alive() == ["a"]
 
     in_loop(scenario)
