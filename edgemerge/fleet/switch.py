@@ -72,6 +72,8 @@ class Switch:
         """Tell whether what was being done is one of these steps; what was lost before it is made again."""
         if trying is None or trying["step"] not in self._steps:
             return False
+        if trying["step"] == "watch" and self._folder.is_lost():
+            return self._folder.previous() is not None
         return trying["step"] != "promote" or self._is_whole(trying["id"])
 
     def _is_whole(self, name: str) -> bool:
@@ -263,7 +265,9 @@ class Switch:
     def _roll_back(self, trying: Trying) -> None:
         with self.timed("roll_back"):
             self._folder.roll_back(trying["reason"], trying["id"])
-            fault = self.reload(asks=False)  # it served before, so it is taken as it is
+            fault = None
+            if self._server is None or not self._is_served(self._server):  # it may not have left it
+                fault = self.reload(asks=False)  # it served before, so it is taken as it is
             if fault is None and self._server is not None:
                 with suppress(ServerSilence, ServerRefusal):
                     fault = self._server.find_difference(self._folder.current_path)

@@ -152,6 +152,11 @@ def make_delta(
         making = Making(left, right, settings.named(), measured)
         spool = Spool(stack.enter_context(tempfile.TemporaryFile(dir=path.absolute().parent)), path)
         forms = _choose_forms(making, settings, listed, spool, work)
+        if not forms:
+            raise RecipeError(
+                "nothing of the change would be stored; give a larger --size or --keep",
+                field="size",
+            )
         notes = [*notes, *_note_waste(forms, settings)]
         lost = _write(path, making, forms, work, check)
     effort = Effort(time.monotonic() - started, n_workers, memory or DEFAULT_MEMORY)

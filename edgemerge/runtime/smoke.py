@@ -127,13 +127,14 @@ def _ask(path: Path, questions: Sequence[str], n_threads: int | None) -> list[An
     from edgemerge.runtime.model_files import open_gguf
     from edgemerge.runtime.template import load_template
 
-    answers = []
+    answers, is_loaded = [], False
     try:
         open_gguf(path).close()
         with Model(path, n_threads=n_threads) as model:
-            template = load_template(model)
             end = time.monotonic() + SECONDS
             with Session(model, min(CONTEXT, model.n_ctx_train), Sampling(temperature=0.0)) as talk:
+                is_loaded = True
+                template = load_template(model)
                 for question in questions:
                     text = question
                     if template is not None:
@@ -148,7 +149,7 @@ def _ask(path: Path, questions: Sequence[str], n_threads: int | None) -> list[An
                     answers.append(Answer(str(path), question, said, loops, speed=speed))
     except EdgemergeError as error:
         left = questions[len(answers) :]
-        blames_model = not isinstance(error, RuntimeFailure)  # but its file, or its template
+        blames_model = is_loaded or not isinstance(error, RuntimeFailure)  # memory may be short
         answers += [
             Answer(str(path), question, problem=str(error), blames_model=blames_model)
             for question in left

@@ -164,6 +164,17 @@ def test_a_model_that_was_lost_while_it_was_watched_is_rolled_back(
     assert update(device, examiner).outcome == "unchanged"
 
 
+def test_a_first_model_that_was_lost_while_it_was_watched_is_made_again(device: Path) -> None:
+    """Fault: there was nothing to roll back to, and later updates said that nothing had changed."""
+    tried, folder = cut_off(device, "watch"), folder_of(device)
+    lose(device)
+    report = update(device, KnowingExaminer(better))
+    assert (report.outcome, report.failures) == ("unchanged", [])
+    assert report.reason == "the merge gives the model that serves, whose file was lost"
+    assert folder.serving_id() == tried
+    assert update(device, KnowingExaminer(better)).outcome == "unchanged"
+
+
 @pytest.mark.parametrize("lost", ["gguf", "json"])
 def test_a_model_that_was_lost_before_its_promotion_is_made_again(device: Path, lost: str) -> None:
     """Fault: each update failed, as it could not promote what was not there."""

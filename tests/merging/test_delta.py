@@ -147,6 +147,24 @@ def test_a_size_without_room_is_refused(pair: Pair, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_delta_of_any_size_has_a_tensor(tmp_path: Path) -> None:
+    """Fault: one without any was written where there was room for the header alone, and no reader took it."""
+    base = wide_tensors(0)
+    expert = {**base, "blk.0.attn_q.weight": base["blk.0.attn_q.weight"] + np.float32(0.01)}
+    left, right = write_gguf(tmp_path / "a.gguf", base), write_gguf(tmp_path / "b.gguf", expert)
+    said, delta = list[str](), tmp_path / "delta.gguf"
+    for nbytes in range(250, 20_000, 250):
+        try:
+            make_delta(left, right, delta, DeltaSettings(nbytes=nbytes))
+        except RecipeError as error:
+            said.append(str(error))
+        else:
+            break
+    assert "has no room: its header" in said[0]
+    assert "nothing of the change would be stored; give a larger --size or --keep" in said[-1]
+    assert read(f"{left}+{delta}").keys() == expert.keys()
+
+
 @pytest.mark.parametrize("density", [1e-9, 0.013, 0.5])
 def test_the_largest_elements_are_stored(density: float, pair: Pair, tmp_path: Path) -> None:
     path = tmp_path / "delta.gguf"
