@@ -162,9 +162,10 @@ def test_a_merged_encoder_embeds(
     assert not np.allclose(other, wanted, atol=1e-3)
 
 
-def embed(path: Path) -> NDArray[np.float64]:
+def embed(path: Path) -> NDArray[np.float32]:
+    from edgemerge.runtime.engine.vectors import read_vector
     from tests.support.engines import Engine
 
     with Engine(path, n_ctx=64) as engine:
         vectors, _ = engine.run(engine.process.embed(["the answer of"]))
-    return np.array(vectors[0])
+    return read_vector(vectors[0])

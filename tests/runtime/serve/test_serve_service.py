@@ -15,6 +15,7 @@ from edgemerge.site.folder import SiteFolder
 from tests.support.fake_process import FakeProcess, make_facts
 
 LESS = 32  # tokens
+MEMORY = 1 << 40  # whatever the tests before left in this process
 
 
 class SmallProcess(FakeProcess):
@@ -44,7 +45,7 @@ def prepare(service: Service) -> None:
 
 def test_a_loaded_model_tells_the_context_that_it_has(tiny_gguf: Path) -> None:
     """Fault: /v1/models went on to tell what was asked for."""
-    service = Service(ServeOptions((("ward", tiny_gguf),), memory=1 << 30))
+    service = Service(ServeOptions((("ward", tiny_gguf),), memory=MEMORY))
     assert service.models.resolve("ward").n_ctx > LESS
     prepare(service)
     (file,) = service.describe("http://127.0.0.1").models
@@ -58,7 +59,7 @@ def test_the_devices_folder_is_tidied_when_the_port_is_taken(
     site.make()
     left = site.work / "page-x"
     left.mkdir()
-    service = Service(ServeOptions((("ward", tiny_gguf),), memory=1 << 30, site=site.path))
+    service = Service(ServeOptions((("ward", tiny_gguf),), memory=MEMORY, site=site.path))
     assert left.exists()
     prepare(service)
     assert not left.exists()

@@ -104,6 +104,30 @@ def test_the_key_is_asked_for_where_the_reader_is(page: Any, stub: PageStub) -> 
     expect(page.locator("#memory dd")).to_contain_text("MiB of")
 
 
+def test_a_refusal_of_before_the_key_is_no_refusal_of_it(page: Any, stub: PageStub) -> None:
+    """Fault: it asked for the key again, and nothing came."""
+    held = list[Any]()
+
+    def hold_the_first(route: Any) -> None:
+        held.append(route)
+        if len(held) > 1:
+            route.continue_()
+
+    page.route("**/admin/models", hold_the_first)
+    stub.key = "s3cret"
+    page.goto(f"{stub.url}#/models")
+    expect(page.get_by_label("This server asks for a key.")).to_be_focused()
+    page.keyboard.type("s3cret")
+    page.keyboard.press("Enter")
+    expect(page.locator("#unlock")).to_be_hidden()
+    n_held = len(held)
+    held[0].fulfill(status=401, json={"error": {"message": "wrong key"}})
+    page.wait_for_function("() => !document.querySelector('#workshop').hidden")
+    expect(page.get_by_role("heading", name="Merge", exact=True)).to_be_visible()
+    expect(page.locator("#unlock")).to_be_hidden()
+    assert len(held) > n_held  # it was asked once more
+
+
 def test_a_key_that_changes_meanwhile_is_asked_for(page: Any, stub: PageStub) -> None:
     refusal = {"error": {"message": "wrong key"}}
     page.route("**/admin/methods", lambda route: route.fulfill(status=401, json=refusal))

@@ -96,15 +96,18 @@ async function ask(path, options = {}) {
 
 async function send(path, options) {
   const headers = new Headers(options.headers);
+  const key = sessionStorage.getItem(KEY);
   try {
-    if (hasKey()) headers.set("Authorization", `Bearer ${sessionStorage.getItem(KEY)}`);
+    if (key !== null) headers.set("Authorization", `Bearer ${key}`);
   } catch {
     // No header carries such a key, so it is no server's: without it, the server says that it wants one.
   }
   try {
-    return await fetch(path, { ...options, headers, cache: "no-store" });
+    const response = await fetch(path, { ...options, headers, cache: "no-store" });
+    const isLate = response.status === 401 && key !== sessionStorage.getItem(KEY); // a key came meanwhile
+    return isLate ? await send(path, options) : response;
   } catch (error) {
-    if (options.signal?.aborted && error.name === "AbortError") throw error;
+    if (error instanceof Refusal || (options.signal?.aborted && error.name === "AbortError")) throw error;
     throw new Refusal("The server does not answer.");
   }
 }
