@@ -19,7 +19,7 @@ export class Refusal extends Error {
 export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 export const setKey = (key) => sessionStorage.setItem(KEY, key);
 
-/** Names of the models on the server; the signal, if any, ends the wait for them. */
+/** Names of the server's models; the signal, if any, ends the wait. */
 export async function listModels(signal) {
   return (await readJson("/v1/models", signal)).data.map((model) => String(model.id));
 }
@@ -100,27 +100,20 @@ async function send(path, options) {
   try {
     if (key !== null) headers.set("Authorization", `Bearer ${key}`);
   } catch {
-    // No header carries such a key, so it is no server's: without it, the server says that it wants one.
+    // No header carries such a key. Without it the server asks for one.
   }
-  try {
-    const response = await fetch(path, { ...options, headers, cache: "no-store" });
-    const isLate = response.status === 401 && key !== sessionStorage.getItem(KEY); // a key came meanwhile
-    return isLate ? await send(path, options) : response;
-  } catch (error) {
-    if (error instanceof Refusal || (options.signal?.aborted && error.name === "AbortError")) throw error;
-    throw new Refusal("The server does not answer.");
-  }
+  const response = await hear(fetch(path, { ...options, headers, cache: "no-store" }), options.signal);
+  const isLate = response.status === 401 && key !== sessionStorage.getItem(KEY); // a key came meanwhile
+  return isLate ? send(path, options) : response;
 }
 
-/** The document of an answer, whose server may go away after the first bytes. */
-async function readBody(response, signal = null) {
-  try {
-    return await response.json();
-  } catch (error) {
-    if (signal?.aborted && error.name === "AbortError") throw error;
-    throw new Refusal("The server does not answer.");
-  }
-}
+/** The document of an answer. */
+const readBody = (response, signal) => hear(response.json(), signal);
+
+/** What comes of the server, which may go away at any byte. */
+const hear = (coming, signal) => coming.catch((error) => {
+  throw signal?.aborted && error.name === "AbortError" ? error : new Refusal("The server does not answer.");
+});
 
 async function explain(response) {
   const { status } = response;
