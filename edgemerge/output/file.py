@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -25,8 +25,8 @@ from edgemerge.formats.gguf.model import parts_of
 from edgemerge.sizes import format_size
 from edgemerge.types import FileState, UInt8
 
-__all__ = ["OutputFile", "check_name", "check_output", "finishing", "read_chunks", "sync_folder"]
-__all__ += ["part_path", "write_all", "write_file"]
+__all__ = ["OutputFile", "check_arrival", "check_name", "check_output", "finishing"]
+__all__ += ["part_path", "read_chunks", "sync_folder", "write_all", "write_file"]
 
 CHUNK = 1 << 20
 _PRIVATE = 0o600
@@ -56,6 +56,19 @@ def check_output(path: Path, inputs: tuple[Path, ...], *, force: bool) -> None:
         raise OutputError("belongs to one of the inputs; choose another name", path=path)
     if not force:
         raise OutputError("exists already; choose another name or give --force", path=path)
+
+
+def check_arrival(check: Callable[[], None], note: str) -> None:
+    """Check an output's name right before it is given; raises OutputError as `check` does.
+
+    The error gets the note where something came under the name meanwhile.
+    """
+    try:
+        check()
+    except OutputError as error:
+        if os.path.lexists(error.path):
+            error.add_note(note)
+        raise
 
 
 def check_name(path: Path) -> None:

@@ -16,7 +16,7 @@ from types import TracebackType
 from edgemerge.errors import ClusterError, EdgemergeError, FormatError, OutputError
 from edgemerge.formats.files import read_state
 from edgemerge.output.checksums import TensorResult
-from edgemerge.output.file import OutputFile, read_chunks
+from edgemerge.output.file import OutputFile, check_arrival, read_chunks
 from edgemerge.output.journal import (
     Entries,
     FileMark,
@@ -169,7 +169,7 @@ class OutputParts:
             file.sync()
         self.journal.complete([mark_file(file.state()) for file in self.files])
         if check is not None:
-            _check_again(check)
+            check_arrival(check, "it came during the merge: move it away")
         first, *others = self.files
         if others:
             try:
@@ -224,15 +224,6 @@ class OutputParts:
             )
         else:
             journal.remove()
-
-
-def _check_again(check: Callable[[], None]) -> None:
-    try:
-        check()
-    except OutputError as error:
-        if os.path.lexists(error.path):
-            error.add_note("it came during the merge: move it away")
-        raise
 
 
 def is_begun(output: Path) -> bool:

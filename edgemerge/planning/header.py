@@ -76,8 +76,7 @@ def choose_types(
     MismatchError
         A tensor cannot have its type.
     """
-    models = [sources[path] for path in recipe.models()]
-    reference = models[0]
+    reference = sources[recipe.models()[0]]
     specs = {draft.name: replace(draft.reference, name=draft.name) for draft in drafts}
     quantised = any(spec.dtype not in UNQUANTISED for spec in specs.values())
     default = KEEP if quantised else "F32" if recipe.dtype in FULL else "F16"
@@ -133,8 +132,7 @@ def output_metadata(
 
     What llama.cpp would not load of it is mended, with a note.
     """
-    models = [sources[path] for path in recipe.models()]
-    reference = models[0]
+    reference = sources[recipe.models()[0]]
     metadata = {
         k: v
         for k, v in _with_block_count(reference, drafts).items()

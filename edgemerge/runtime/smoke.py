@@ -100,9 +100,8 @@ def _ask_child(model: Path, questions: Sequence[str], n_threads: int | None) -> 
         if result.returncode == 0:
             return [Answer(**entry) for entry in json.loads(result.stdout)]
         blames_model = is_crash(result.returncode)
-        problem = f"its process {describe_end(result.returncode)}"
-        if blames_model:
-            problem = "llama.cpp crashed"
+        ended = f"its process {describe_end(result.returncode)}"
+        problem = "llama.cpp crashed" if blames_model else ended
     except subprocess.TimeoutExpired:
         problem = "loading took too long"
     except (OSError, ValueError, TypeError):

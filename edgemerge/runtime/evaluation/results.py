@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from edgemerge.errors import OutputError
 from edgemerge.formats.files import refuse_device
-from edgemerge.output.file import write_file
+from edgemerge.output.file import check_arrival, write_file
 from edgemerge.runtime.closing import Closing
 from edgemerge.runtime.model_files import check_adapter, model_files
 
@@ -247,14 +247,9 @@ class ResultsFile(Results):
         OutputError
             The disk refused, or `check` did; then the journal stays.
         """
-        try:
-            if check is not None:
-                check()
-        except OutputError as error:
-            error.add_note(
-                f"it came during the work: move it away, and the same command goes on with {self.path}"
-            )
-            raise
+        if check is not None:
+            said = f"it came during the work: move it away, and the same command goes on with {self.path}"
+            check_arrival(check, said)
         write_file(self.output, f"{json.dumps(document, indent=1, allow_nan=False)}\n".encode())
         try:
             self.path.unlink()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, StrictInt
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 
 from edgemerge.runtime.engine.vectors import read_vector
 from edgemerge.runtime.serve.errors import Refusal
@@ -16,7 +15,7 @@ from edgemerge.runtime.serve.requests import EMBEDDINGS, RERANK, Body, Inputs, s
 from edgemerge.runtime.serve.routes import Routes
 from edgemerge.runtime.serve.turns import Turns
 
-__all__ = ["add_embeddings"]
+__all__ = ["add_embeddings", "answer_in_pieces"]
 
 _MAX_INPUTS = 2048  # as OpenAI's
 _PIECE = 1 << 16  # characters of base64 whose numbers are written at a time: some milliseconds
@@ -61,7 +60,7 @@ def add_embeddings(routes: Routes, turns: Turns) -> None:
             turn.run.prompt_tokens += n_tokens
             used = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
             names = {"object": "list", "model": turn.loaded.file.name, "usage": used}
-            return Vectors(names, vectors, body.encoding_format)
+            return answer_in_pieces(names, vectors, body.encoding_format)
 
     @routes.post(RERANK, RerankRequest)
     async def rerank(body: RerankRequest) -> Any:
@@ -82,8 +81,8 @@ def add_embeddings(routes: Routes, turns: Turns) -> None:
             return {"object": "list", "model": name, "results": results, "usage": used}
 
 
-class Vectors(Response):
-    """An answer whose vectors are written piece by piece: whole, thousands would hold the server up.
+def answer_in_pieces(names: dict[str, Any], vectors: Sequence[str], form: str) -> StreamingResponse:
+    """Answer piece by piece, each written in a thread: whole, thousands of vectors would hold the server up.
 
     Parameters
     ----------
@@ -94,41 +93,21 @@ class Vectors(Response):
     form : str
         float or base64.
     """
+    return StreamingResponse(_pieces(names, vectors, form), media_type="application/json")
 
-    media_type = "application/json"
 
-    def __init__(self, names: dict[str, Any], vectors: Sequence[str], form: str) -> None:
-        super().__init__()
-        self._names = names
-        self._vectors = vectors
-        self._form = form
-        self.raw_headers = [(k, v) for k, v in self.raw_headers if k != b"content-length"]
-
-    async def __call__(
-        self,
-        scope: MutableMapping[str, Any],
-        receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
-        send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
-    ) -> None:
-        """Send all pieces."""
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        pieces = self._pieces()
-        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    def _pieces(self) -> Iterator[bytes]:
-        start = json.dumps(self._names).removesuffix("}") + ', "data": ['
-        piece, size = [start], 0
-        for i, vector in enumerate(self._vectors):
-            written = f'"{vector}"' if self._form == "base64" else _write_numbers(vector)
-            comma = ", " if i else ""
-            piece.append(f'{comma}{{"object": "embedding", "index": {i}, "embedding": {written}}}')
-            size += len(vector)
-            if size > _PIECE:
-                yield "".join(piece).encode()
-                piece, size = [], 0
-        yield "".join([*piece, "]}"]).encode()
+def _pieces(names: dict[str, Any], vectors: Sequence[str], form: str) -> Iterator[bytes]:
+    start = json.dumps(names).removesuffix("}") + ', "data": ['
+    piece, size = [start], 0
+    for i, vector in enumerate(vectors):
+        written = f'"{vector}"' if form == "base64" else _write_numbers(vector)
+        comma = ", " if i else ""
+        piece.append(f'{comma}{{"object": "embedding", "index": {i}, "embedding": {written}}}')
+        size += len(vector)
+        if size > _PIECE:
+            yield "".join(piece).encode()
+            piece, size = [], 0
+    yield "".join([*piece, "]}"]).encode()
 
 
 def _write_numbers(vector: str) -> str:

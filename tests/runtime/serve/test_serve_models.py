@@ -53,6 +53,13 @@ def make_store(
     return ModelStore(files, loader, read, budget=budget * MIB, floor=100 * MIB)
 
 
+async def watch_for_a_while(store: ModelStore) -> None:
+    """Let a store close what nobody uses for a twentieth of a second."""
+    watching = asyncio.create_task(store.watch(0.05))
+    await asyncio.sleep(0.3)
+    watching.cancel()
+
+
 async def use(store: ModelStore, *names: str) -> None:
     """Ask each model once, one after the other."""
     for name in names:
@@ -204,11 +211,9 @@ def test_who_is_idle_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         await use(store, "a")
         store.take("b")
         await store.open("b")
-        closing = asyncio.create_task(store.watch(0.05))
-        await asyncio.sleep(0.3)
+        await watch_for_a_while(store)
         assert loader.alive() == ["b"]
         assert [state.state for state in store.states()] == ["closed", "loaded"]
-        closing.cancel()
 
     in_loop(scenario)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from edgemerge.runtime.serve.errors import BUSY, SERVER, Refusal
 from edgemerge.runtime.serve.loaded import Loaded
 from edgemerge.runtime.serve.queue import Room
 from edgemerge.runtime.serve.reload import Reloader
-from tests.runtime.serve.test_serve_models import in_loop, make_store, use
+from tests.runtime.serve.test_serve_models import in_loop, make_store, use, watch_for_a_while
 from tests.support.fake_process import Loader
 from tests.support.replaced_files import MIB, ODD, FullLoader, end_process, read_again, write_new
 
@@ -32,9 +31,7 @@ def test_what_a_reload_refuses_is_not_taken_by_a_later_start(
         write_new(store, "a", ODD)
         with pytest.raises(Refusal, match="no answer to a simple question"):
             await reloader.reload("a")
-        watching = asyncio.create_task(store.watch(0.05))
-        await asyncio.sleep(0.3)
-        watching.cancel()
+        await watch_for_a_while(store)
         assert loader.alive() == ["a"]  # the old one, which nothing could replace
         end_process(loader, store, "a")
         with pytest.raises(Refusal, match="has refused the new file") as caught:
@@ -84,9 +81,7 @@ def test_a_reload_never_refuses_the_file_that_answers(
         await use(store, "a")
         with pytest.raises(Refusal):
             await Reloader(store).reload("a")
-        watching = asyncio.create_task(store.watch(0.05))
-        await asyncio.sleep(0.3)
-        watching.cancel()
+        await watch_for_a_while(store)
         assert loader.alive() == []  # nobody used it
 
     in_loop(scenario)
@@ -105,9 +100,7 @@ def test_a_file_that_did_not_load_beside_the_old_one_is_tried_once_that_has_ende
         write_new(store, "a", 15)
         with pytest.raises(Refusal, match="it does not load"):
             await Reloader(store).reload("a")
-        watching = asyncio.create_task(store.watch(0.05))
-        await asyncio.sleep(0.3)
-        watching.cancel()
+        await watch_for_a_while(store)
         assert loader.alive() == ["a"]
         end_process(loader, store, "a")
         await use(store, "a")

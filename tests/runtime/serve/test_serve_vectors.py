@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgemerge.runtime.engine.vectors import read_vector, write_vector
-from edgemerge.runtime.serve.embeddings import Vectors
+from edgemerge.runtime.serve.embeddings import answer_in_pieces
 
 
 def written(vectors: list[str], form: str) -> list[bytes]:
@@ -24,8 +24,9 @@ def written(vectors: list[str], form: str) -> list[bytes]:
     async def receive() -> MutableMapping[str, Any]:
         raise AssertionError("nothing else is wanted of the client")
 
-    answer = Vectors({"object": "list", "model": "a", "usage": {"total_tokens": 3}}, vectors, form)
-    asyncio.run(answer({}, receive, send))
+    names = {"object": "list", "model": "a", "usage": {"total_tokens": 3}}
+    scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+    asyncio.run(answer_in_pieces(names, vectors, form)(scope, receive, send))
     head, *pieces = sent
     assert head["status"] == 200
     assert (b"content-type", b"application/json") in head["headers"]
